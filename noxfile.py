@@ -1,0 +1,387 @@
+"""The workspace's tasks; `nox --list` names them, `nox -s NAME -- ARGUMENTS` runs one.
+
+Distributions are found by looking into `packages/` (see .ci/workspace.py): a new one needs no edit here. Two rules
+hold everywhere:
+
+- Our distributions are installed from wheel FILES built here (or from their folders, in `dev`), never by bare
+  name: some of the names belong to strangers on the public index.
+- Every install takes `-c tests/constraints.txt`, so that one version of torch serves all sessions, except where
+  the lowest versions are what is tested.
+
+Where CI is set, an environment is deleted after use: one takes about 1.8 GB.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
+
+from workspace import (
+    CORE,
+    DISTRIBUTIONS,
+    PACKAGES,
+    ROOT,
+    Distribution,
+    affected_packages,
+    foreign_requirements,
+    group_of,
+    lowest_versions,
+    missing_from_archive,
+    parse_release_tag,
+    quickstart_order,
+    select_sessions,
+    with_core,
+)
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["tests", "lint", "integration"]
+
+EVERY = list(DISTRIBUTIONS.values())
+DEVICES = ("cpu", "cuda")
+CONSTRAINTS = str(ROOT / "tests" / "constraints.txt")
+PYTEST = ("python", "-m", "pytest", "--timeout=600")
+NO_TESTS_COLLECTED = 5
+
+# Sources on a PYTHONPATH from outside would shadow what is installed; nothing here may wait for a hub.
+RUN_ENVIRONMENT: dict[str, str | None] = {"PYTHONPATH": None, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+# Tests' tensors are tiny: fastest on one thread.
+TEST_ENVIRONMENT = {
+    **RUN_ENVIRONMENT,
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextlib.contextmanager
+def deleted_after_use(session: nox.Session) -> Iterator[Path]:
+    """The session's environment, gone at the end where CI is set."""
+    location = Path(session.virtualenv.location).resolve()
+    try:
+        yield location
+    finally:
+        if os.environ.get("CI"):
+            shutil.rmtree(location, ignore_errors=True)
+
+
+def install_wheels(
+    session: nox.Session, distributions: list[Distribution], *others: str, constraints: str = CONSTRAINTS
+) -> Path:
+    """Builds and installs wheel files of ours, with what else is needed, in one resolution; returns their folder."""
+    folder = Path(session.virtualenv.location).resolve() / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    sources = [str(distribution.folder) for distribution in distributions]
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *sources)
+    wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl"))]
+    session.install("-c", constraints, *wheels, *others)
+    # pip leaves an installed wheel of the same version alone, even where the file is newer (a reused environment)
+    session.install("--force-reinstall", "--no-deps", *wheels)
+    return folder
+
+
+def prove_installed_alone(session: nox.Session, distributions: list[Distribution]) -> None:
+    """Asserts that exactly these of ours are importable in this environment, from the wheel files."""
+    present = [f"{one.name}={one.import_name}={one.version}" for one in distributions]
+    absent = [other.import_name for other in EVERY if other.name not in {one.name for one in distributions}]
+    session.run("python", "-I", "tests/installed_alone.py", "--present", *present, "--absent", *absent)
+
+
+def run_tests(session: nox.Session, distribution: Distribution) -> None:
+    """A distribution's own tests on a CPU: shapes checked at run time, then those that must run without the check."""
+    folder = str(distribution.folder / "tests")
+    hook = f"--jaxtyping-packages={distribution.import_name},beartype.beartype"
+    session.run(*PYTEST, folder, "-m", "not plain and not cuda", hook, *session.posargs, env=TEST_ENVIRONMENT)
+    plain = (*PYTEST, folder, "-m", "plain and not cuda", *session.posargs)
+    session.run(*plain, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
+
+
+def gpu_is_listed() -> bool:
+    """Whether the driver lists a GPU, or the torch beside nox sees one."""
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        if listed.returncode == 0 and "GPU" in listed.stdout:
+            return True
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+def skip_unless_required(session: nox.Session, reason: str) -> None:
+    """Skips for want of a GPU; with REQUIRE_CUDA=1 that is a failure."""
+    if os.environ.get("REQUIRE_CUDA") == "1":
+        session.error(f"{reason}, and REQUIRE_CUDA=1")
+    session.skip(reason)
+
+
+# ------------------------------------------------------------------------------------------------------ tests
+
+
+@nox.session
+@nox.parametrize(
+    ("package", "device"),
+    [nox.param(name, device, id=f"{name}, {device}") for name in DISTRIBUTIONS for device in DEVICES],
+)
+def tests(session: nox.Session, package: str, device: str) -> None:
+    """Tests one distribution, installed alone (with the core) from wheel files."""
+    with deleted_after_use(session):
+        if device == "cuda" and not gpu_is_listed():
+            skip_unless_required(session, "no CUDA device is visible")
+        distribution = DISTRIBUTIONS[package]
+        install_wheels(session, with_core(package), *distribution.group("test"))
+        prove_installed_alone(session, with_core(package))
+        if device == "cpu":
+            run_tests(session, distribution)
+            return
+        sees_gpu = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
+        if "True" not in str(sees_gpu):
+            skip_unless_required(session, "the torch that was installed sees no CUDA device")
+        on_gpu = (*PYTEST, str(distribution.folder / "tests"), "-m", "cuda", *session.posargs)
+        session.run(*on_gpu, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
+
+
+@nox.session(name="tests-min", python="3.10")
+@nox.parametrize("package", [nox.param(name, id=name) for name in DISTRIBUTIONS])
+def tests_min(session: nox.Session, package: str) -> None:
+    """Tests one distribution with the lowest versions its bounds allow."""
+    with deleted_after_use(session) as environment:
+        lowest = environment / "lowest.txt"
+        asked = foreign_requirements(with_core(package), extras=True)
+        lowest.write_text("\n".join(lowest_versions(asked)) + "\n", encoding="utf-8")
+        install_wheels(session, with_core(package), *DISTRIBUTIONS[package].group("test"), constraints=str(lowest))
+        prove_installed_alone(session, with_core(package))
+        run_tests(session, DISTRIBUTIONS[package])
+
+
+@nox.session(name="tests-last-release")
+@nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
+def tests_last_release(session: nox.Session, package: str) -> None:
+    """Tests the last release of a package on the core of this checkout."""
+    with deleted_after_use(session) as environment:
+        list_tags = ("git", "tag", "--list", f"{package}-v*", "--sort=-v:refname")
+        tags = str(session.run(*list_tags, external=True, silent=True)).split()
+        if not tags:
+            session.skip(f"{package} has no release yet")
+        checkout = environment / "released"
+        session.run("git", "worktree", "add", "--force", "--detach", str(checkout), tags[0], external=True, silent=True)
+        try:
+            released = Distribution(checkout / DISTRIBUTIONS[package].folder.relative_to(ROOT))
+            (bound,) = (one.specifier for one in released.requirements(extras=False) if one.name == CORE.name)
+            if not bound.contains(CORE.version, prereleases=True):
+                session.skip(f"{tags[0]} asks for {CORE.name}{bound}, this is {CORE.version}")
+            install_wheels(session, [CORE, released], *released.group("test"))
+            prove_installed_alone(session, [CORE, released])
+            with session.chdir(checkout):
+                run_tests(session, released)
+        finally:
+            session.run("git", "worktree", "remove", "--force", str(checkout), external=True, silent=True)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Tests what crosses distributions: tests/ at the top level, with all of ours in one environment."""
+    with deleted_after_use(session):
+        tools = ("nox", "packaging", "pytest", "pytest-timeout")
+        wheels = install_wheels(session, EVERY, *group_of(EVERY, "test"), *tools)
+        arguments = ("tests", "-m", "not cuda", *session.posargs)
+        session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, "WORKSPACE_WHEELS": str(wheels)})
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Kills, damaged files, full disks, dying ranks: the long form of what the tests do briefly."""
+    with deleted_after_use(session):
+        folders = [*(distribution.folder for distribution in EVERY), ROOT]
+        files = [str(file) for folder in folders for file in sorted(folder.glob("tests/test_faults*.py"))]
+        if not files:
+            session.error("no tests/test_faults*.py was found")
+        install_wheels(session, EVERY, *group_of(EVERY, "test"), "pytest", "pytest-timeout")
+        kills = os.environ.get("LM_FAULT_KILLS", "50")
+        arguments = ("--timeout=7200", "-m", "not cuda", *files, *session.posargs)
+        session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, "LM_FAULT_KILLS": kills})
+
+
+# ------------------------------------------------------------------------------------------------- quickstart
+
+COMMANDS_FOLDER = "commands"
+QUICKSTART: dict[str, str] = {}  # where the commands are, then how each package's quickstart went
+
+
+@nox.session(default=False)
+def quickstart_environment(session: nox.Session) -> None:
+    """Sets up the environment that all quickstarts share."""
+    print(
+        "Sets up one environment for every quickstart: downloads about 0.3 GB with a CPU build of torch at hand\n"
+        "(about 3 GB where pip takes the CUDA build), 1.8 GB on disk, one to three minutes. Then each quickstart\n"
+        "takes about two minutes on two CPU cores and downloads nothing: its data is Python's own source.\n",
+        flush=True,
+    )
+    install_wheels(session, EVERY, *group_of(EVERY, "quickstart"))
+    QUICKSTART[COMMANDS_FOLDER] = session.bin
+
+
+@nox.session(python=False, requires=["quickstart_environment"])
+@nox.parametrize("package", [nox.param(name, id=name) for name in quickstart_order()])
+def quickstart(session: nox.Session, package: str) -> None:
+    """Runs a package's main job on the embedded data, as a newcomer would: `<command> train`."""
+    session.notify("quickstart_summary")
+    started = time.monotonic()
+    QUICKSTART[package] = "failed"
+    command = shutil.which(package, path=QUICKSTART[COMMANDS_FOLDER])
+    if command is None:
+        session.error(f"the command {package} was not installed")
+    session.run(command, "train", *session.posargs, external=True, env=RUN_ENVIRONMENT)
+    QUICKSTART[package] = f"done in {time.monotonic() - started:.0f} s"
+
+
+@nox.session(python=False, default=False)
+def quickstart_summary(session: nox.Session) -> None:
+    """Says in one place how the quickstarts went."""
+    if COMMANDS_FOLDER not in QUICKSTART:
+        session.skip("no quickstart has run")
+    commands = Path(QUICKSTART.pop(COMMANDS_FOLDER))
+    print("\nQuickstarts:")
+    for package, outcome in QUICKSTART.items():
+        print(f"  {package:24} {outcome}")
+    print(f"The commands are installed in {commands}, what they wrote is in {ROOT / 'runs'}.", flush=True)
+    if os.environ.get("CI"):
+        shutil.rmtree(commands.parent, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------- checks and builds
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (rules and layout), mypy strict on every distribution, the schema of the workflows."""
+    with deleted_after_use(session):
+        needed = sorted({str(wanted) for wanted in foreign_requirements(EVERY, extras=False)})
+        session.install("-c", CONSTRAINTS, "ruff", "mypy", "check-jsonschema", *needed)
+        session.run("ruff", "check", ".")
+        session.run("ruff", "format", "--check", ".")
+        session.run("mypy", *(str(distribution.source) for distribution in EVERY))
+        workflows = map(str, sorted(ROOT.glob(".github/workflows/*.yml")))
+        session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Builds sdists and wheels (of all, or of the distributions named after --) into dist/, with SHA256SUMS."""
+    with deleted_after_use(session):
+        unknown = sorted(set(session.posargs) - set(DISTRIBUTIONS))
+        if unknown:
+            session.error(f"expected names among {list(DISTRIBUTIONS)}, got {unknown}")
+        session.install("-c", CONSTRAINTS, "build", "twine")
+        output = ROOT / "dist"
+        shutil.rmtree(output, ignore_errors=True)
+        for name in session.posargs or DISTRIBUTIONS:
+            before = set(output.glob("*"))
+            session.run("python", "-m", "build", "--outdir", str(output), str(DISTRIBUTIONS[name].folder))
+            for archive in sorted(set(output.glob("*")) - before):
+                missing = missing_from_archive(archive, DISTRIBUTIONS[name].import_name)
+                if missing:
+                    session.error(f"{archive.name} must contain {missing}")
+        archives = sorted(output.glob("*"))
+        session.run("twine", "check", "--strict", *map(str, archives))
+        sums = (f"{hashlib.sha256(archive.read_bytes()).hexdigest()}  {archive.name}\n" for archive in archives)
+        (output / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
+
+
+def run_benchmarks(session: nox.Session, pattern: str, environ: dict[str, str | None]) -> None:
+    """Runs the scripts that match: words after -- choose among them, --flags go to each."""
+    words = [argument for argument in session.posargs if not argument.startswith("-")]
+    flags = [argument for argument in session.posargs if argument.startswith("-")]
+    scripts = sorted(ROOT.glob(f"tests/benchmarks/{pattern}"))
+    chosen = [script for script in scripts if not words or any(word in script.stem for word in words)]
+    if not chosen:
+        session.error(f"no script of {[script.name for script in scripts]} matches {words}")
+    for script in chosen:
+        session.run("python", str(script), *flags, env={**RUN_ENVIRONMENT, **environ})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Runs tests/benchmarks/bench_*.py; words after -- choose among them, --flags go to each."""
+    with deleted_after_use(session):
+        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
+        run_benchmarks(session, "bench_*.py", {})
+
+
+@nox.session
+def bench_peers(session: nox.Session) -> None:
+    """Runs tests/benchmarks/peers_*.py beside other people's packages, kept in a folder of their own."""
+    with deleted_after_use(session) as environment:
+        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
+        # A peer may bear one of our names, so it never goes beside ours: a script puts $BENCH_PEERS/<distribution>
+        # on the path of a subprocess. Without dependencies, or each folder would get a torch of its own.
+        peers = environment / "peers"
+        for distribution in EVERY:
+            wanted = distribution.group("peers")
+            if wanted:
+                target = ("--upgrade", "--target", str(peers / distribution.name))
+                session.install("-c", CONSTRAINTS, "--no-deps", *target, *wanted)
+        run_benchmarks(session, "peers_*.py", {"BENCH_PEERS": str(peers)})
+
+
+# ------------------------------------------------------------------------------------ for developers and for CI
+
+
+@nox.session(python=False)
+def dev(session: nox.Session) -> None:
+    """Makes .venv with every distribution editable, and all that tests and checks need."""
+    folder = ROOT / ".venv"
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder))
+    scripts = folder / ("Scripts" if os.name == "nt" else "bin")
+    editable = [part for distribution in EVERY for part in ("--editable", str(distribution.folder))]
+    tools = ["nox", "ruff", "mypy", *group_of(EVERY, "test"), *group_of(EVERY, "bench")]
+    session.run(str(scripts / "python"), "-m", "pip", "install", "-c", CONSTRAINTS, *editable, *tools, external=True)
+    print(f"Activate it: . {scripts / 'activate'}", flush=True)
+
+
+def write_outputs(outputs: dict[str, str]) -> None:
+    """Prints NAME=VALUE lines, and hands them to the workflow's next steps where GitHub runs us."""
+    lines = "".join(f"{name}={value}\n" for name, value in outputs.items())
+    print(lines, end="", flush=True)
+    if "GITHUB_OUTPUT" in os.environ:
+        with open(os.environ["GITHUB_OUTPUT"], "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+@nox.session(python=False, default=False)
+def matrix(session: nox.Session) -> None:
+    """Prints CI's matrices: `nox -s matrix -- BASE` for what changed since BASE, without BASE for everything."""
+    packages = list(DISTRIBUTIONS)
+    if session.posargs:
+        difference = ("git", "diff", "--name-only", f"{session.posargs[0]}...HEAD")
+        packages = affected_packages(str(session.run(*difference, external=True, silent=True)).splitlines())
+    command = [sys.executable, "-m", "nox", "--list", "--json", "-s", "tests", "tests-min"]
+    listing = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    selected = {device: select_sessions(listing, packages, device) for device in DEVICES}
+    selected["lowest"] = select_sessions(listing, packages)
+    write_outputs({name: json.dumps(sessions) for name, sessions in selected.items()})
+
+
+@nox.session(name="release-check", python=False, default=False)
+def release_check(session: nox.Session) -> None:
+    """Checks a release tag, `nox -s release-check -- palm-rlhf-v0.1.0`, and says what it releases."""
+    if len(session.posargs) != 1:
+        session.error(f"one tag is expected after --, got {session.posargs}")
+    try:
+        distribution = parse_release_tag(session.posargs[0])
+    except ValueError as wrong:
+        session.error(str(wrong))
+    write_outputs({"distribution": distribution.name, "version": distribution.version})

@@ -1,0 +1,51 @@
+"""Argument checks shared by every module: one decorator, one id check."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from beartype import BeartypeConf, beartype
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., object])
+
+_CONF = BeartypeConf(violation_type=TypeError, is_pep484_tower=True)
+
+
+def typed(function: F) -> F:
+    """Checks annotated arguments at call time and raises ``TypeError`` (0 counts as a float)."""
+    checked: F = beartype(conf=_CONF)(function)
+    return checked
+
+
+def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
+    """Raises if ``ids`` are not integers in ``[0, vocab_size)``.
+
+    Values are read, so on an accelerator this waits for the device: call it at the door, not in every forward.
+
+    Raises:
+        TypeError: the dtype is not an integer one.
+        ValueError: an id is negative or not below ``vocab_size``.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name} must hold integer token ids, got dtype {ids.dtype}")
+    if ids.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(ids))
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {wrong}")
+
+
+def check_positive(value: int, name: str) -> None:
+    """Raises ``ValueError`` naming the argument unless ``value`` is at least 1."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_probability(value: float, name: str) -> None:
+    """Raises ``ValueError`` naming the argument unless ``value`` is a dropout probability in ``[0, 1)``."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")

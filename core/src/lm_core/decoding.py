@@ -1,0 +1,246 @@
+"""What every decoding strategy shares: the protocol of a causal language model, prompts, and the model's running state.
+
+Prompts are left-padded before the model sees them, so the newest token is always the last one.
+
+Legend: b batch, n sequence, v vocabulary, d feature.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lm_core.masking import left_pad
+
+Filter = Callable[[Tensor], Tensor]
+
+
+class Cache(Protocol):
+    """What a model keeps between calls. It is opaque but for this."""
+
+    def reorder(self, index: Tensor) -> None:
+        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
+
+
+@runtime_checkable
+class CausalLM(Protocol):
+    """A causal language model: ids ``(b, n)`` to logits ``(b, n, v)``.
+
+    ``mask (b, cached + n)`` is True at real tokens; positions are ``mask.cumsum(-1) - 1``. A model that decodes
+    incrementally also has ``init_cache(batch_size, max_length)`` and accepts ``cache=``: ids are then the new tokens.
+    ``hidden(ids, *, mask, cache)`` with ``output_weight (v, d)`` spares the full logits. ``max_length``, if present
+    and not None, bounds prompt and new tokens together.
+    """
+
+    def __call__(self, ids: Tensor, *, mask: Tensor | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
+        """Logits of the given positions."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, without the prompt.
+
+    Attributes:
+        tokens: ``(b, new)`` token ids, right-padded with ``pad_id``.
+        lengths: ``(b,)`` new tokens of each row, its EOS included.
+        log_probs: ``(b, new)`` float32 log-probabilities of the tokens under the distribution they were drawn from
+            (at temperature 0 and in beam search the model's own); 0 at padding.
+        finished: ``(b,)`` whether the row ended with EOS, not at the length limit.
+    """
+
+    tokens: Int[Tensor, "b new"]
+    lengths: Int[Tensor, " b"]
+    log_probs: Float[Tensor, "b new"]
+    finished: Bool[Tensor, " b"]
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own mode is restored on leaving, also by an exception."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Decoder:
+    """The model with all it has read: ids, mask and cache grow and are reordered together."""
+
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        mask: Tensor | None,
+        room: int,
+        use_cache: bool,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        b, n = ids.shape
+        self._model = model
+        self._kwargs = model_kwargs
+        self._length = n
+        self._ids = F.pad(ids, (0, room))
+        self._mask = None if mask is None else F.pad(mask, (0, room), value=True)
+        self._cache = model.init_cache(b, n + room) if use_cache and hasattr(model, "init_cache") else None
+        self._unread = ids
+
+    @property
+    def ids(self) -> Tensor:
+        return self._ids[:, : self._length]
+
+    @property
+    def mask(self) -> Tensor | None:
+        return None if self._mask is None else self._mask[:, : self._length]
+
+    def next_logits(self) -> Tensor:
+        """Float32 logits ``(b, v)`` behind the last token."""
+        model, inputs = self._model, {"mask": self.mask}
+        if self._cache is not None:
+            inputs["cache"] = self._cache
+        if hasattr(model, "hidden"):
+            hidden = model.hidden(self._unread, **inputs, **self._kwargs)[:, -1]
+            logits = F.linear(hidden, model.output_weight)
+        else:
+            logits = model(self._unread, **inputs, **self._kwargs)[:, -1]
+        if self._cache is not None:
+            self._kwargs = {}
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def append(self, token: Tensor) -> None:
+        self._ids[:, self._length] = token
+        self._length += 1
+        self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
+
+    def reorder(self, index: Tensor) -> None:
+        self._ids = self._ids[index]
+        if self._mask is not None:
+            self._mask = self._mask[index]
+        if self._cache is not None:
+            self._cache.reorder(index)
+            self._unread = self._unread[index]
+        else:
+            self._unread = self.ids
+            self._kwargs = {
+                name: value[index] if isinstance(value, Tensor) and value.ndim > 0 else value
+                for name, value in self._kwargs.items()
+            }
+
+
+def language_model(model: Any) -> Any:
+    if hasattr(model, "init_cache"):
+        return model
+    from lm_core.adapters import as_causal_lm
+
+    return as_causal_lm(model)
+
+
+def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor | None = None) -> list[Tensor]:
+    """The prompts without their padding, one 1-D tensor each.
+
+    Raises:
+        ValueError: a shape does not fit, or a prompt is empty.
+        TypeError: the prompt holds no integers.
+    """
+    if mask is not None and prompt_lengths is not None:
+        raise ValueError("give mask or prompt_lengths, not both")
+    if isinstance(prompt, (list, tuple)):
+        if mask is not None or prompt_lengths is not None:
+            raise ValueError("a list of prompts has lengths of its own: mask and prompt_lengths go with a tensor")
+        rows = list(prompt)
+    else:
+        rows = _unpadded_rows(prompt, mask, prompt_lengths)
+    if not rows:
+        raise ValueError("prompt must hold at least one row, got none")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Tensor) or row.dtype.is_floating_point or row.dtype in (torch.bool, torch.complex64):
+            raise TypeError(f"prompt must hold integer token ids, row {number} is {getattr(row, 'dtype', type(row))}")
+        if row.ndim != 1:
+            raise ValueError(f"each prompt of a list must be 1-D, row {number} has shape {tuple(row.shape)}")
+        if row.shape[0] == 0:
+            raise ValueError(f"prompt must hold at least one token a row, row {number} is empty")
+    return rows
+
+
+def left_padded(rows: list[Tensor], device: torch.device | None) -> tuple[Tensor, Tensor | None]:
+    """Rows as ids ``(b, n)`` and their mask, which is None where no row is padded."""
+    rows = [row.to(device=device or row.device, dtype=torch.long) for row in rows]
+    if len({row.shape[0] for row in rows}) == 1:
+        return torch.stack(rows), None
+    return left_pad(rows, 0)
+
+
+def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | None) -> list[Tensor]:
+    if not isinstance(prompt, Tensor):
+        raise TypeError(f"prompt must be a tensor of token ids or a list of them, got {type(prompt).__name__}")
+    if prompt.ndim != 2:
+        raise ValueError(f"prompt must have shape (b, n), got {tuple(prompt.shape)}")
+    if prompt_lengths is not None:
+        if prompt_lengths.shape != prompt.shape[:1]:
+            raise ValueError(f"prompt_lengths must have shape {(prompt.shape[0],)}, got {tuple(prompt_lengths.shape)}")
+        if int(prompt_lengths.min()) < 1 or int(prompt_lengths.max()) > prompt.shape[1]:
+            raise ValueError(f"prompt_lengths must be in [1, {prompt.shape[1]}], got {prompt_lengths.tolist()}")
+        return [row[: int(length)] for row, length in zip(prompt, prompt_lengths, strict=True)]
+    if mask is None:
+        return list(prompt)
+    if mask.dtype != torch.bool or mask.shape != prompt.shape:
+        raise ValueError(
+            f"mask must be boolean of the prompt's shape {tuple(prompt.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return [row[keep] for row, keep in zip(prompt, mask, strict=True)]
+
+
+def check_settings(max_new_tokens: int, min_new_tokens: int, temperature: float, repetition_penalty: float) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    if not 0.0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+
+
+def check_room(model: Any, ids: Tensor, max_new_tokens: int) -> None:
+    limit = getattr(model, "max_length", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt ({ids.shape[1]} tokens) and max_new_tokens ({max_new_tokens}) exceed the model's limit of {limit}"
+        )
+
+
+def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    if eos_id is None:
+        return ()
+    return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+
+
+def is_any(token: Tensor, ids: tuple[int, ...]) -> Tensor:
+    result = torch.zeros_like(token, dtype=torch.bool)
+    for id_ in ids:
+        result = result | (token == id_)
+    return result
+
+
+def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    if not ids:
+        return logits
+    logits = logits.clone()
+    logits[:, list(ids)] = -torch.inf
+    return logits
+
+
+def device_of(model: Any) -> torch.device | None:
+    if not isinstance(model, nn.Module):
+        return None
+    parameter = next(model.parameters(), None)
+    return None if parameter is None else parameter.device

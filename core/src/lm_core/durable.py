@@ -1,0 +1,107 @@
+"""Folders that are there whole or not at all, whatever instant the process is killed at.
+
+A folder is filled under a temporary name beside its final one, every file and folder in it is flushed to the disk, and
+one rename puts it in place; the parent is flushed too, for on POSIX a rename lives in the parent's entries. Removing
+goes the other way round: first a rename to a temporary name, then the deletion, so that no half-deleted folder is ever
+seen under a real name. Windows cannot flush a folder; there the rename alone has to do.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes one file, or the entries of one folder, to the disk."""
+    if path.is_dir():
+        if os.name == "nt":
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flushes every file and folder below ``directory``, and ``directory`` itself."""
+    for entry in sorted(directory.rglob("*"), reverse=True):
+        fsync_path(entry)
+    fsync_path(directory)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A fresh name beside ``path`` that ``remove_leftovers`` recognises."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder that becomes ``target`` when the block ends without an error.
+
+    After an error nothing is left, neither ``target`` nor the temporary folder.
+
+    Args:
+        target: the final name; it must not exist, except as an empty folder.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        if target.is_dir():
+            target.rmdir()  # fails unless empty; Windows cannot rename onto a folder, even an empty one
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(target.parent)
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a folder so that a kill midway leaves only a temporary name behind."""
+    doomed = temporary_sibling(directory)
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
+    """Deletes what killed writers left under ``parent``; call it only while no writer can be at work there.
+
+    Args:
+        parent: the folder whose temporary entries go.
+        name: if given, only leftovers of a target of this name.
+
+    Returns:
+        The paths that were removed.
+    """
+    if not parent.is_dir():
+        return []
+    leftovers = sorted(parent.glob(f"{TEMPORARY_PREFIX}{name}*"))
+    for leftover in leftovers:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes (or replaces) one small file so that a reader sees the old content or the new one, never a part."""
+    temporary = temporary_sibling(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync_path(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)

@@ -1,0 +1,281 @@
+"""Tokenizers: one small protocol, a byte tokenizer that needs no vocabulary file, and Hugging Face's behind it.
+
+The byte tokenizer has the 256 bytes of UTF-8 plus BOS, EOS and PAD, so that a byte model can end a reply and no real
+byte has to double as padding. Nothing here adds special tokens unless asked to: where a document begins and ends is
+known to the caller, not to the tokenizer.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lm_core._checks import typed
+
+BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Message = Mapping[str, str]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the library asks of a tokenizer.
+
+    ``bos_id`` and ``apply_chat_template(messages, add_generation_prompt=True) -> list[int]`` are optional; so are
+    ``save_pretrained(directory)``, which lets the tokenizer travel with a checkpoint, and ``fingerprint``, which keys
+    the cache of a tokenised corpus.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included: every id is below it."""
+        ...
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document or a reply."""
+        ...
+
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills unused positions."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, without special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, without special tokens."""
+        ...
+
+
+def _id_list(ids: "Tensor | Iterable[int]") -> list[int]:
+    if isinstance(ids, Tensor):
+        if ids.ndim > 1:
+            raise ValueError(f"ids must be one sequence of token ids, got a tensor of shape {tuple(ids.shape)}")
+        return [int(value) for value in ids.reshape(-1).tolist()]
+    return [int(value) for value in ids]
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ValueError("messages must hold at least one message, got none")
+    for number, message in enumerate(messages):
+        if "role" not in message or "content" not in message:
+            raise ValueError(f"messages[{number}] must have 'role' and 'content', got the keys {sorted(message)}")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens: ids 0 to 255 are bytes, 256 is BOS, 257 EOS, 258 PAD."""
+
+    vocab_size: int = 259
+    bos_id: int = 256
+    eos_id: int = 257
+    pad_id: int = 258
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the mapping from text to ids."""
+        return "bytes-259"
+
+    @typed
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """UTF-8 bytes of ``text``, between BOS and EOS if asked.
+
+        A lone surrogate (JSON files hold them) is encoded like any other code point instead of failing.
+        """
+        ids = list(text.encode("utf-8", errors="surrogatepass"))
+        return [self.bos_id] * add_bos + ids + [self.eos_id] * add_eos
+
+    def decode(self, ids: "Tensor | Iterable[int]") -> str:
+        """Text of ``ids``: ids past the bytes are skipped, bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is negative, or ``ids`` is a tensor of more than one dimension.
+        """
+        values = _id_list(ids)
+        if any(value < 0 for value in values):
+            raise ValueError(f"ids must not be negative, got {min(values)}")
+        return bytes(value for value in values if value < 256).decode("utf-8", errors="replace")
+
+    @typed
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation: ``BOS``, then ``role: content EOS`` for each message, then ``assistant: ``.
+
+        Each message ends by the EOS id, which no text can contain, so a message cannot forge another one.
+        """
+        _check_messages(messages)
+        ids = [self.bos_id]
+        for message in messages:
+            ids += self.encode(f"{message['role']}: {message['content']}", add_eos=True)
+        return ids + self.encode("assistant: ") if add_generation_prompt else ids
+
+    def save_pretrained(self, directory: "str | Path") -> None:
+        """Writes the tokenizer into ``directory``, from where ``load_tokenizer`` reads it."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format_version": 1, "kind": "bytes", "vocab_size": self.vocab_size}
+        (folder / BYTE_TOKENIZER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, directory: "str | Path") -> "ByteTokenizer":
+        """Reads what ``save_pretrained`` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged, or of a later format.
+        """
+        path = Path(directory) / BYTE_TOKENIZER_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a byte tokenizer's file: {error}") from error
+        expected = {"format_version": 1, "kind": "bytes", "vocab_size": cls.vocab_size}
+        if content != expected:
+            raise ValueError(f"{path} must hold {expected}, got {content}")
+        return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByteTokenizer)
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return "ByteTokenizer()"
+
+
+class HuggingFaceTokenizer:
+    """A ``transformers`` tokenizer in the protocol above.
+
+    Args:
+        tokenizer: any ``PreTrainedTokenizerBase``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        missing = [name for name in ("encode", "decode", "save_pretrained") if not hasattr(tokenizer, name)]
+        if missing:
+            raise TypeError(
+                f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__} without {missing}"
+            )
+        self.tokenizer = tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included (``transformers``' own ``vocab_size`` leaves those out)."""
+        return len(self.tokenizer)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a document, if the tokenizer has one."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a document, if the tokenizer has one."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """The padding id; many tokenizers have none, then EOS stands in."""
+        return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the whole mapping for a fast tokenizer, of vocabulary and class for a slow one."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            content = backend.to_str()
+        else:
+            content = json.dumps([type(self.tokenizer).__name__, self.tokenizer.get_vocab()], sort_keys=True)
+        return "hf-" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @typed
+    def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
+        """Token ids of ``text``, between BOS and EOS if asked.
+
+        Raises:
+            ValueError: BOS or EOS is asked for and the tokenizer has none.
+        """
+        for wanted, value, name in ((add_bos, self.bos_id, "bos"), (add_eos, self.eos_id, "eos")):
+            if wanted and value is None:
+                raise ValueError(f"add_{name}=True needs a tokenizer with a {name} token, got {self!r}")
+        # verbose=False: a corpus document longer than the model's context is no mistake, and it warned about each
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        before = [self.bos_id] if add_bos and self.bos_id is not None else []
+        after = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return before + ids + after
+
+    def decode(self, ids: "Tensor | Iterable[int]") -> str:
+        """Text of ``ids`` without special tokens."""
+        return self.tokenizer.decode(_id_list(ids), skip_special_tokens=True)
+
+    @typed
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation in the tokenizer's own template.
+
+        Raises:
+            ValueError: the tokenizer has no template.
+        """
+        _check_messages(messages)
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(f"{self!r} has no chat template; set tokenizer.chat_template or pass plain text")
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return self.encode(text)
+
+    def save_pretrained(self, directory: "str | Path") -> None:
+        """Writes the tokenizer's own files into ``directory``."""
+        self.tokenizer.save_pretrained(str(directory))
+
+    def __repr__(self) -> str:
+        return f"HuggingFaceTokenizer({type(self.tokenizer).__name__}, vocab_size={self.vocab_size})"
+
+
+@typed
+def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
+    """The tokenizer named ``"bytes"``, the one stored in a folder, or one of the Hugging Face hub.
+
+    Args:
+        source: ``"bytes"``; a folder with a saved tokenizer, or with a checkpoint that carries one in ``tokenizer/``
+            (read without network access); or ``organisation/name`` on the hub. Code from the hub is never run.
+
+    Raises:
+        FileNotFoundError: ``source`` is neither of the three.
+        ValueError: the folder holds no readable tokenizer.
+        ImportError: ``transformers`` is needed and not installed.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "tokenizer").is_dir():
+            folder = folder / "tokenizer"
+        if (folder / BYTE_TOKENIZER_FILE).is_file():
+            return ByteTokenizer.from_pretrained(folder)
+        if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+            raise ValueError(
+                f"source must be a folder with a tokenizer, got {folder} without {BYTE_TOKENIZER_FILE}, "
+                "tokenizer_config.json or tokenizer.json"
+            )
+        return HuggingFaceTokenizer(_auto_tokenizer(str(folder), local=True))
+    if _HUB_ID.fullmatch(str(source)) and not folder.exists():
+        return HuggingFaceTokenizer(_auto_tokenizer(str(source), local=False))
+    raise FileNotFoundError(f'source must be "bytes", a folder with a tokenizer, or organisation/name, got {source!r}')
+
+
+def _auto_tokenizer(name: str, *, local: bool) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(f'the tokenizer {name} needs transformers: pip install "lm-core[hf]"') from error
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers and the network raise
+        raise ValueError(f"source {name!r} holds no tokenizer that could be loaded: {error}") from error

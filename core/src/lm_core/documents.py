@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from filelock import FileLock
@@ -24,6 +24,7 @@ CACHE_FORMAT_VERSION = 1
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """The least a tokenizer must offer to read a corpus; ``lm_core.tokenizers.Tokenizer`` says what more is used."""
 
@@ -152,14 +153,12 @@ def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> 
             sizes.append(size)
     if not pieces:
         raise ValueError("texts must hold at least one document that is not empty, got none")
-    return _documents(np.concatenate(pieces), [len(piece) for piece in pieces], sizes)
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    return _documents(np.concatenate(pieces), lengths, np.array(sizes, dtype=np.int64))
 
 
-def _documents(ids: NDArray[np.unsignedinteger], lengths: Sequence[int], sizes: Sequence[int]) -> Documents:
-    counts = np.asarray(lengths, dtype=np.int64)
-    return Documents(
-        ids=ids, starts=np.cumsum(counts) - counts, lengths=counts, byte_lengths=np.asarray(sizes, dtype=np.int64)
-    )
+def _documents(ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> Documents:
+    return Documents(ids=ids, starts=np.cumsum(lengths) - lengths, lengths=lengths, byte_lengths=sizes)
 
 
 def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:

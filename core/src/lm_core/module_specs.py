@@ -180,7 +180,8 @@ def _build_transformers(name: str, settings: dict[str, Any]) -> nn.Module:
 
     settings.pop("auto_map", None)
     cls: Any = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"the checkpoint holds a transformers module {name!r}, which transformers does not have")
-    model: nn.Module = cls(cls.config_class.from_dict(settings))
+    build: Any = cls
+    model: nn.Module = build(build.config_class.from_dict(settings))
     return model

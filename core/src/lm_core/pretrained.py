@@ -92,7 +92,7 @@ def _version_of(package: str) -> str | None:
     return str(version)
 
 
-class PretrainedMixin:
+class PretrainedMixin(nn.Module):
     """Adds ``config``, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a module."""
 
     _recorded_arguments: dict[str, Any]
@@ -299,7 +299,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise TypeError(f"tokenizer must have save_pretrained(directory), got {type(tokenizer).__name__}")
 
 
-def write_model(directory: Path, model: Any, *, tokenizer: Any = None) -> None:
+def write_model(directory: Path, model: PretrainedMixin, *, tokenizer: Any = None) -> None:
     """Writes configuration, weights, assets and tokenizer of a model into an existing folder, without a manifest."""
     write_json(directory / CONFIG_FILE, model.pretrained_config())
     save_weights(directory / WEIGHTS_FILE, model)
@@ -342,8 +342,3 @@ def _folder_of(source: str | Path, revision: str | None) -> Path:
     raise FileNotFoundError(
         f"source must be the folder of a checkpoint or organisation/name on the hub, got {source!r}"
     )
-
-
-def is_pretrained(model: object) -> bool:
-    """Whether a model brings its own configuration."""
-    return isinstance(model, PretrainedMixin) and isinstance(model, nn.Module)

@@ -68,9 +68,9 @@ def _sdpa(
     if h == g:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
     if q.shape[-2] == 1 and (mask is None or mask.ndim < 4 or mask.shape[1] == 1):
-        folded = rearrange(q, "b (g r) 1 d -> b g r d", g=g)
-        out = F.scaled_dot_product_attention(folded, k, v, mask, dropout, scale=scale)
-        return rearrange(out, "b g r d -> b (g r) 1 d")
+        # Plain views: this runs once a layer for every generated token.
+        folded = q.view(q.shape[0], g, h // g, q.shape[-1])
+        return F.scaled_dot_product_attention(folded, k, v, mask, dropout, scale=scale).view(q.shape[0], h, 1, -1)
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=True)
     k, v = (_broadcast_heads(t, h // g) for t in (k, v))

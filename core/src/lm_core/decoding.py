@@ -117,23 +117,22 @@ class Decoder:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def append(self, token: Tensor) -> None:
+        """Makes ``token (b,)`` the newest of each row."""
         self._ids[:, self._length] = token
         self._length += 1
         self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
 
     def reorder(self, index: Tensor) -> None:
+        """Row ``r`` becomes what row ``index[r]`` was; every token has been read or is about to be appended."""
         self._ids = self._ids[index]
         if self._mask is not None:
             self._mask = self._mask[index]
         if self._cache is not None:
             self._cache.reorder(index)
-            self._unread = self._unread[index]
-        else:
-            self._unread = self.ids
-            self._kwargs = {
-                name: value[index] if isinstance(value, Tensor) and value.ndim > 0 else value
-                for name, value in self._kwargs.items()
-            }
+        self._kwargs = {
+            name: value[index] if isinstance(value, Tensor) and value.ndim > 0 else value
+            for name, value in self._kwargs.items()
+        }
 
 
 def language_model(model: Any) -> Any:

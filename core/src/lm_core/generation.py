@@ -95,10 +95,10 @@ def generate(
     b, device = ids.shape[0], ids.device
     tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
     log_probs = torch.zeros(b, max_new_tokens, device=device)
+    lengths = torch.full((b,), max_new_tokens, device=device)
     finished = torch.zeros(b, dtype=torch.bool, device=device)
-    lengths = torch.zeros(b, dtype=torch.long, device=device)
-    # `active` maps the rows still in the decoder to rows of the result.
-    active = torch.arange(b, device=device)
+    # Rows of the result that are still in the decoder, and which of those still go on.
+    active: slice | Tensor = slice(None)
     alive = torch.ones(b, dtype=torch.bool, device=device)
     check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
 
@@ -110,16 +110,17 @@ def generate(
             if step < min_new_tokens:
                 logits = without_tokens(logits, eos_ids)
             token, log_prob = _draw(logits, temperature, filters, generator)
-            tokens[active, step] = torch.where(alive, token, pad_id)
-            log_probs[active, step] = log_prob.masked_fill(~alive, 0.0)
-            lengths[active] += alive
             if eos_ids:
+                tokens[active, step] = token.where(alive, pad_id)
+                log_probs[active, step] = log_prob.where(alive, 0.0)
                 ended = is_any(token, eos_ids) & alive
-                finished[active] |= ended
+                finished[active] = finished[active] | ended
+                lengths[active] = lengths[active].where(~ended, step + 1)
                 alive = alive & ~ended
+            else:
+                tokens[:, step], log_probs[:, step] = token, log_prob
             if step + 1 == max_new_tokens:
                 break
-            decoder.append(token)
             if eos_ids and (step + 1) % check_every == 0:
                 remaining = int(alive.sum())
                 if remaining == 0:
@@ -127,8 +128,10 @@ def generate(
                 # Dropping rows copies the cache, so only when it halves the work.
                 if 2 * remaining <= alive.shape[0]:
                     keep = alive.nonzero().squeeze(-1)
+                    active = keep if isinstance(active, slice) else active[keep]
+                    alive, token = alive[keep], token[keep]
                     decoder.reorder(keep)
-                    active, alive = active[keep], alive[keep]
+            decoder.append(token)
     longest = int(lengths.max())
     return Generation(tokens[:, :longest], lengths, log_probs[:, :longest], finished)
 

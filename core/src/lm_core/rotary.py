@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864) and its length-extrapolating form xPos (arXiv 2212.10554).
 
-Layout: half rotation, ``rotate_half(cat(x1, x2)) = cat(-x2, x1)``, base 10000.
+Layout: half rotation, ``rotate_half(cat(x1, x2)) = cat(-x2, x1)``, base 10000. The sine carries the minus sign.
 
 Angles and scales are computed in float32 (float64 for float64 inputs) whatever the model's dtype, because bfloat16
 cannot tell neighbouring positions apart beyond 256.
@@ -11,6 +11,7 @@ matter. No single origin is safe: at position 32,768 the factors overflow. So ke
 block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,20 @@ def rotate_half(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
 def apply_rotary(
     x: Float[Tensor, "... n d"], cos: Float[Tensor, "... n d"], sin: Float[Tensor, "... n d"]
 ) -> Float[Tensor, "... n d"]:
-    """Rotates ``x`` by the angles of ``RotaryEmbedding``; computed in the angles' dtype, returned in that of ``x``."""
-    wide = x.to(cos.dtype)
-    return torch.addcmul(wide * cos, rotate_half(wide), sin).to(x.dtype)
+    """Rotates ``x``: ``x * cos(angle) + rotate_half(x) * sin(angle)``.
+
+    Args:
+        x: queries or keys.
+        cos: from ``RotaryEmbedding``.
+        sin: from ``RotaryEmbedding``, which has folded in the minus sign of ``rotate_half``: swapping the halves is all
+            that is left to do, a third of the work.
+
+    Returns:
+        The rotated features, computed in the dtype of ``cos`` and returned in that of ``x``.
+    """
+    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
+    rotated = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    return rotated if x.dtype == cos.dtype else rotated.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,30 +76,33 @@ class RotaryEmbedding(nn.Module):
         check_positive(dim, "dim")
         if dim % 2:
             raise ValueError(f"dim_head must be even for rotary embeddings, got {dim}")
-        if theta <= 0:
+        if not 0 < theta < math.inf:
             raise ValueError(f"theta must be positive, got {theta}")
-        if scale_base <= 0:
+        if not 0 < scale_base < math.inf:
             raise ValueError(f"scale_base must be positive, got {scale_base}")
         self.dim = dim
         self.theta = theta
         self.use_xpos = use_xpos
         self.scale_base = scale_base
         # A plain attribute, not a buffer: `.bfloat16()` must not reach it. The key holds all that changes a table.
-        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype, float], tuple[Tensor, Tensor]] = {}
 
     def forward(
         self, positions: Int[Tensor, "*b n"], dtype: torch.dtype = torch.float32
     ) -> tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]:
-        """Cosine and sine of the angles at ``positions``, float64 if ``dtype`` is and float32 otherwise."""
+        """Cosine and signed sine of the angles at ``positions``, float64 if ``dtype`` is and float32 otherwise.
+
+        The sine's first half is negated, as ``apply_rotary`` expects.
+        """
         angles = rearrange(positions, "... -> ... 1") * self._inverse_frequencies(positions.device, dtype)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine at positions ``start:stop``, each ``(stop - start, d)``, read from a table that grows."""
+        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
         if torch.compiler.is_compiling():
             return self.forward(torch.arange(start, stop, device=device), dtype)
-        key = (device, _angle_dtype(dtype))
+        key = (device, _angle_dtype(dtype), self.theta)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < stop:
             length = max(64, 1 << (stop - 1).bit_length())

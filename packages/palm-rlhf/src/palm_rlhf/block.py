@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_core.attention import Attention
 from lm_core.cache import KVCache
-from lm_core.feedforward import SwiGLU
+from lm_core.feedforward import swiglu
 from lm_core.norms import LayerNorm, l2norm
 from lm_core.rotary import XPosBlock, apply_rotary
 from palm_rlhf.lora import BlockLoRA
@@ -68,11 +67,10 @@ class ParallelBlock(nn.Module):
         self.attn_dim, self.ff_dim = heads * dim_head, dim * ff_mult
         self.in_dims = ((heads + kv_heads) * dim_head, kv_heads * dim_head, 2 * self.ff_dim)
         self.norm = LayerNorm(dim)
-        self.proj_in = nn.Linear(dim, sum(self.in_dims), bias=False)
-        self.proj_out = nn.Linear(self.attn_dim + self.ff_dim, dim, bias=False)
+        self.proj_in = stored_transposed(nn.Linear(dim, sum(self.in_dims), bias=False))
+        self.proj_out = stored_transposed(nn.Linear(self.attn_dim + self.ff_dim, dim, bias=False))
         self.attention = Attention(causal=causal, dropout=attn_dropout, scale=float(qk_scale) if qk_rmsnorm else None)
-        self.activation = SwiGLU()
-        self.ff_dropout = nn.Dropout(ff_dropout)
+        self.ff_dropout = ff_dropout
         self.q_scale = nn.Parameter(torch.ones(dim_head)) if qk_rmsnorm else None
         self.k_scale = nn.Parameter(torch.ones(dim_head)) if qk_rmsnorm else None
 
@@ -98,33 +96,49 @@ class ParallelBlock(nn.Module):
         layer: int = 0,
     ) -> Float[Tensor, "b n dim"]:
         """One residual step; with ``lora`` the block's own weights are constants that take no gradient."""
+        # Plain views and no submodule calls: at one token a step, Python's time would show beside the weights'.
+        b, n, _ = x.shape
         frozen = lora is not None
         normed = F.layer_norm(x, x.shape[-1:], _maybe_detached(self.norm.gamma, frozen), None, self.norm.eps)
-        qk, v, ff = F.linear(normed, _maybe_detached(self.proj_in.weight, frozen)).split(self.in_dims, dim=-1)
+        qk, v, ff = F.linear(normed, _maybe_detached(self.proj_in.weight, frozen)).split_with_sizes(self.in_dims, -1)
         if lora is not None:
             q, k = qk.split((self.attn_dim, qk.shape[-1] - self.attn_dim), dim=-1)
             qk = torch.cat((lora.maybe("q", normed, q), lora.maybe("k", normed, k)), dim=-1)
             v, ff = lora.maybe("v", normed, v), lora.maybe("ff_in", normed, ff)
 
-        qk = rearrange(qk, "b n (h d) -> b h n d", d=self.dim_head)
-        v = rearrange(v, "b n (g d) -> b g n d", d=self.dim_head)
+        qk = qk.view(b, n, -1, self.dim_head).transpose(1, 2)
+        v = v.view(b, n, -1, self.dim_head).transpose(1, 2)
         if self.q_scale is not None and self.k_scale is not None:
             q, k = l2norm(qk).tensor_split((self.heads,), dim=1)
             gains = (_maybe_detached(self.q_scale, frozen), _maybe_detached(self.k_scale, frozen))
             qk = torch.cat((q * gains[0], k * gains[1]), dim=1)
         # Queries and keys are neighbours: one rotation serves both.
-        q, k = apply_rotary(qk, positions.cos, positions.sin).tensor_split((self.heads,), dim=1)
+        qk = apply_rotary(qk, positions.cos, positions.sin)
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
         if cache is not None:
             k, v = cache.update(layer, k, v)
         attended = self.attention(q, k, v, mask=positions.mask, xpos=positions.xpos)
 
-        attended = rearrange(attended, "b h n d -> b n (h d)")
-        inner = self.ff_dropout(self.activation(ff))
+        attended = attended.transpose(1, 2).reshape(b, n, self.attn_dim)
+        inner = swiglu(ff)
+        if self.training and self.ff_dropout > 0.0:
+            inner = F.dropout(inner, self.ff_dropout)
         merged = torch.cat((attended, inner), dim=-1)
+        # Added outside the product, so that under autocast the residual stream stays in float32.
         out = x + F.linear(merged, _maybe_detached(self.proj_out.weight, frozen))
         if lora is not None:
             out = lora.maybe("ff_out", inner, lora.maybe("o", attended, out))
         return out
+
+
+def stored_transposed(linear: nn.Linear) -> nn.Linear:
+    """The same layer with its weight ``(out, in)`` laid out column by column.
+
+    A product with one row then reads the weight in the order of the sum, which decoding on a CPU does faster; shapes,
+    checkpoints and large products do not notice.
+    """
+    linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
+    return linear
 
 
 def _maybe_detached(parameter: Tensor, frozen: bool) -> Tensor:

@@ -15,20 +15,21 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from lm_core.checkpoint import PretrainedMixin
-from lm_core.losses import linear_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm_core._checks import check_ids, check_positive, check_probability, typed
 from lm_core.cache import KVCache
+from lm_core.checkpoint import PretrainedMixin
 from lm_core.decoding import prompt_rows
 from lm_core.generation import generate
+from lm_core.losses import linear_cross_entropy
 from lm_core.masking import maybe_and_mask, positions_from_mask, right_pad
 from lm_core.norms import LayerNorm
 from lm_core.rotary import RotaryEmbedding
 from lm_core.sampling import top_k
 from palm_rlhf.block import ParallelBlock, Positions
+from palm_rlhf.decode import decode_token
 from palm_rlhf.inputs import check_inputs, new_token_count
 from palm_rlhf.scopes import FinetuneScopes
 
@@ -213,13 +214,17 @@ class PaLM(PretrainedMixin, FinetuneScopes):
         if extra_embed is not None:
             h = h + extra_embed.to(h.dtype)
         positions = self._positions(x.shape[1], past, mask, document_ids, h)
-        for layer, block in enumerate(self.blocks()):
-            block_lora = None if lora is None else lora[layer]
-            step = partial(block, lora=block_lora, cache=cache, layer=layer)
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
-                h = checkpoint(step, h, positions, use_reentrant=False)
-            else:
-                h = step(h, positions)
+        one_token = past > 0 and x.shape[1] == 1 and mask is None and lora is None and not torch.is_grad_enabled()
+        if cache is not None and one_token and not self.training:
+            h = decode_token(self.blocks(), h, positions, cache)
+        else:
+            for layer, block in enumerate(self.blocks()):
+                block_lora = None if lora is None else lora[layer]
+                step = partial(block, lora=block_lora, cache=cache, layer=layer)
+                if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
+                    h = checkpoint(step, h, positions, use_reentrant=False)
+                else:
+                    h = step(h, positions)
         if cache is not None:
             cache.masked = mask is not None
             cache.advance(x.shape[1])
@@ -373,7 +378,7 @@ class PaLM(PretrainedMixin, FinetuneScopes):
         """
         check_probability(dropout, "dropout")
         for block in self.blocks():
-            block.ff_dropout.p = dropout
+            block.ff_dropout = dropout
             block.attention.dropout = dropout
         return self
 

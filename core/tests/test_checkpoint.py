@@ -90,6 +90,7 @@ def test_a_training_state_comes_back_bit_for_bit(tmp_path):
     assert again.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.plain  # the run-time checker itself draws from python's generator
 def test_all_random_generators_go_on_as_they_would_have(tmp_path):
     random.seed(1)
     own = torch.Generator().manual_seed(5)
@@ -107,6 +108,7 @@ def test_all_random_generators_go_on_as_they_would_have(tmp_path):
     assert draw() == expected
 
 
+@pytest.mark.plain  # the run-time checker itself draws from python's generator
 def test_saving_and_loading_draw_no_random_numbers(tmp_path):
     model = Tiny(vocab=5, dim=4)
     before = capture_rng()

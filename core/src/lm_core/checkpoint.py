@@ -91,7 +91,7 @@ def _process() -> tuple[int, int]:
     return 0, 1
 
 
-def _on_main_process(work: Callable[[], Any]) -> Any:
+def on_main_process(work: Callable[[], Any]) -> Any:
     """Runs ``work`` on rank 0; its result, or its error, reaches every rank, so that none waits for ever."""
     rank, world_size = _process()
     outcome: list[Any] = [None, None]
@@ -121,10 +121,9 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
 
-    def age(path: Path) -> tuple[float, int, int]:
+    def age(path: Path) -> tuple[bool, int, tuple[int, int]]:
         sequence = _sequence(path)
-        step, attempt = _step_of(path)
-        return (float("inf") if sequence is None else sequence, step, attempt)
+        return sequence is None, sequence or 0, _step_of(path)
 
     return sorted(found, key=age)
 
@@ -205,7 +204,7 @@ def save_checkpoint(
             _prune(Path(directory), target, keep)
         return str(target)
 
-    return Path(_on_main_process(write))
+    return Path(on_main_process(write))
 
 
 def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -280,7 +279,7 @@ def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, st
         CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; files,
             classes and keys are named.
     """
-    path = Path(_on_main_process(lambda: str(_choose(Path(directory), step))))
+    path = Path(on_main_process(lambda: str(_choose(Path(directory), step))))
     rank, world_size = _process()
     manifest = read_manifest(path)
     for name in (WEIGHTS_FILE, TRAINER_FILE):

@@ -63,9 +63,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def to_json(content: Mapping[str, Any]) -> str:
+    """A JSON object as indented text."""
+    return json.dumps(content, indent=2) + "\n"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON object, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
 
 
 def write_manifest(directory: Path, **entries: Any) -> None:

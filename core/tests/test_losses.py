@@ -383,9 +383,6 @@ def test_peak_memory_is_far_below_that_of_the_logits():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("REQUIRE_CUDA") != "1", reason="needs a CUDA device"
-)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_gpu_gives_the_loss_of_the_cpu_within_an_eighth_of_the_logits(reduction):
     hidden, weight, labels = batch((8192,), dim=32, vocabulary=65536, dtype=torch.float32)

@@ -1,0 +1,164 @@
+"""Collectives between the processes of a training run, that do nothing harmful when there is only one.
+
+:func:`all_gather` is for losses over the global batch, such as CLIP's contrastive loss (arXiv 2103.00020): every rank
+gathers the features of all, computes the same loss, and the backward sums over ranks what each sends back to a
+feature. ``DistributedDataParallel`` then divides by the number of ranks, which leaves exactly the gradient of one
+process with the whole batch, for the towers and for parameters of the loss itself (a temperature) alike. Slicing the
+gradient without the sum, as is often done, loses the other ranks' share.
+
+``torch.distributed`` is asked at call time, so a module may be imported before the process group is made.
+
+Legend: b batch of this rank, s sum of the batches of all ranks.
+"""
+
+import zlib
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int, Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
+
+Group = Any  # torch.distributed.ProcessGroup, which a build without distributed support lacks
+
+
+def is_distributed() -> bool:
+    """Whether a process group has been made (even one of a single process)."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size(group: Group = None) -> int:
+    """Number of processes in the group (None for all); 1 when not distributed."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def rank(group: Group = None) -> int:
+    """Number of this process within the group (None for all); 0 when not distributed, -1 outside the group."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def barrier(group: Group = None) -> None:
+    """Waits until every process of the group has come here."""
+    if _alone(group):
+        return
+    dist.barrier(group=group)
+
+
+def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, "*shape"]:
+    """The sum of ``t`` over the ranks, as a new tensor without gradient; for counts and logged numbers.
+
+    Raises:
+        ValueError: this process is not in the group.
+    """
+    total = t.detach().clone(memory_format=torch.contiguous_format)
+    if not _alone(group):
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def broadcast_object(value: T, source: int = 0, group: Group = None) -> T:
+    """The value that rank ``source`` of the group passed; what the other ranks passed is ignored.
+
+    It travels pickled, between processes of one run only.
+
+    Raises:
+        ValueError: ``source`` is no rank of the group, or this process is not in it.
+    """
+    alone = _alone(group)
+    if not 0 <= source < world_size(group):
+        raise ValueError(f"source must be a rank in [0, {world_size(group)}), got {source}")
+    if alone:
+        return value
+    values = [value]
+    dist.broadcast_object_list(
+        values, src=source if group is None else dist.get_global_rank(group, source), group=group
+    )
+    return values[0]
+
+
+def all_gather(
+    x: Shaped[Tensor, " b *rest"], group: Group = None
+) -> tuple[Shaped[Tensor, " s *rest"], Int[Tensor, " w"]]:
+    """Concatenates the tensors of all ranks along their first dimension; differentiable.
+
+    Every rank of the group must call it, and if the result is used in a loss, every rank must run its backward: a
+    backward is an all-reduce. A rank without samples passes a tensor of 0 rows, which must require a gradient where
+    those of the others do.
+
+    Args:
+        x: this rank's part, shape (b, ...); b may differ from rank to rank, the rest and the dtype may not.
+        group: the process group; None for all processes.
+
+    Returns:
+        The parts of all ranks in the order of ranks, (s, ...), and how many rows each gave, int64 of shape (world
+        size,). When not distributed, or alone in the group, ``x`` itself and its size.
+
+    Raises:
+        ValueError: on every rank alike, when ``x`` has no dimension, or its shape, dtype or need of a gradient differs
+            between ranks; also when this process is not in the group.
+    """
+    if _alone(group):
+        if x.ndim == 0:
+            raise ValueError("x must have a first dimension to gather along, got a scalar")
+        return x, torch.tensor([x.shape[0]], device=x.device)
+    rows = x.shape[0] if x.ndim > 0 else -1
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    # a rank that stopped at its own bad input would leave the others waiting: all learn of it, and all refuse
+    signature = zlib.crc32(repr((x.ndim, tuple(x.shape[1:]), x.dtype)).encode())
+    own = torch.tensor([rows, signature, needs_gradient], dtype=torch.int64, device=x.device)
+    described = [torch.empty_like(own) for _ in range(world_size(group))]
+    dist.all_gather(described, own, group=group)
+    table = torch.stack(described)
+    sizes, signatures, gradients = table.T.tolist()
+    if min(sizes) < 0:
+        raise ValueError(
+            f"x must have a first dimension to gather along on every rank, got {sizes} rows (-1: a scalar)"
+        )
+    if len(set(signatures)) > 1:
+        raise ValueError(
+            f"x must have one dtype and one shape but for its first dimension on every rank, got {x.dtype} and "
+            f"{tuple(x.shape)} on rank {rank(group)}, and others on {_differing(signatures, signature)}"
+        )
+    if len(set(gradients)) > 1:
+        raise ValueError(
+            f"x must require a gradient on every rank or on none, got {needs_gradient} on rank {rank(group)} and "
+            f"{not needs_gradient} on {_differing(gradients, int(needs_gradient))}"
+        )
+    if max(sizes) == 0:
+        return x, table[:, 0]
+    return _AllGather.apply(x, sizes, group), table[:, 0]  # type: ignore[no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        # collectives take equal shapes only: short parts are padded, and the padding cut off again
+        padded = x.contiguous()
+        if x.shape[0] < max(sizes):
+            padded = torch.cat((padded, x.new_zeros((max(sizes) - x.shape[0], *x.shape[1:]))))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+
+
+def _alone(group: Group) -> bool:
+    if not is_distributed():
+        return True
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group must contain this process, got a group without global rank {dist.get_rank()}")
+    return dist.get_world_size(group) == 1
+
+
+def _differing(values: list[int], own: int) -> str:
+    return "rank " + ", ".join(str(other) for other, value in enumerate(values) if value != own)

@@ -7,8 +7,9 @@ cannot tell neighbouring positions apart beyond 256.
 
 xPos multiplies queries by ``zeta ** (p / 512)`` and keys by ``zeta ** (-p / 512)``; only differences of positions
 matter. No single origin is safe: at position 32,768 the factors overflow. So keys stay UNSCALED (also in a cache) and
-``XPos`` applies both factors a block of queries at a time, with the block's first position as origin: keys before the
-block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12.
+``xpos_blocks`` gives both factors a block of queries at a time, with the block's first position as origin: keys before
+the block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12. Scaling
+by a power changes no relative error, so float32 and bfloat16 take longer blocks and need fewer masks.
 """
 
 import math
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from lm_core._checks import check_positive, typed
 
-XPOS_BLOCK = 1024
+# Queries a block: the largest factor is 12 in float16 (which ends at 65,504) and 22,000 where the exponent has 8 bits.
+XPOS_BLOCK_HALF, XPOS_BLOCK = 1024, 4096
 
 
 def rotate_half(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
@@ -118,7 +120,7 @@ class RotaryEmbedding(nn.Module):
         key_positions: Int[Tensor, "*b j"],
         *,
         dtype: torch.dtype = torch.float32,
-        block: int = XPOS_BLOCK,
+        block: int | None = None,
     ) -> tuple[XPosBlock, ...]:
         """Splits queries in blocks and gives each its scales (arXiv 2212.10554, equation 13, up to the origin).
 
@@ -127,9 +129,11 @@ class RotaryEmbedding(nn.Module):
         Args:
             query_positions: positions of the queries, ``(i,)`` or one row a batch element ``(b, i)``.
             key_positions: positions of cached and new keys.
-            dtype: float64 for float64 scales; float32 otherwise.
-            block: queries a block.
+            dtype: of queries and keys; scales are float64 if it is and float32 otherwise.
+            block: queries a block; by default 1,024 for float16 and 4,096 for other dtypes.
         """
+        if block is None:
+            block = XPOS_BLOCK_HALF if dtype == torch.float16 else XPOS_BLOCK
         i, j = query_positions.shape[-1], key_positions.shape[-1]
         log_zeta = self._log_zeta(query_positions.device, dtype)
         blocks = []

@@ -41,7 +41,7 @@ class PaLMCache(KVCache):
     extra_embed: Tensor | None = None
 
 
-class PaLM(PretrainedMixin, FinetuneScopes):
+class PaLM(FinetuneScopes, PretrainedMixin):
     """A PaLM language model, or with ``causal=False`` an encoder.
 
     Args:
@@ -448,7 +448,10 @@ class PaLM(PretrainedMixin, FinetuneScopes):
             cos, sin = (rearrange(t, "b n d -> b 1 n d") for t in self.rotary(key_positions[:, past:], dtype))
         xpos = None
         if self.rotary.use_xpos:
-            xpos = self.rotary.xpos_blocks(key_positions[..., past:], key_positions, dtype=dtype)
+            # Under autocast queries and keys are narrower than the residual stream.
+            narrow = torch.is_autocast_enabled(device.type)
+            attention_dtype = torch.get_autocast_dtype(device.type) if narrow else dtype
+            xpos = self.rotary.xpos_blocks(key_positions[..., past:], key_positions, dtype=attention_dtype)
         if document_ids is not None:
             same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
             mask = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")

@@ -13,6 +13,7 @@ Where CI is set, an environment is deleted after use: one takes about 1.8 GB.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -100,8 +101,10 @@ def run_tests(session: nox.Session, distribution: Distribution) -> None:
     """A distribution's own tests on a CPU: shapes checked at run time, then those that must run without the check."""
     folder = str(distribution.folder / "tests")
     hook = f"--jaxtyping-packages={distribution.import_name},beartype.beartype"
-    session.run(*PYTEST, folder, "-m", "not plain and not cuda", hook, *session.posargs, env=TEST_ENVIRONMENT)
+    checked = (*PYTEST, folder, "-m", "not plain and not cuda", hook, *session.posargs)
     plain = (*PYTEST, folder, "-m", "plain and not cuda", *session.posargs)
+    # a choice made after -- may leave nothing to one of the two
+    session.run(*checked, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED] if session.posargs else [0])
     session.run(*plain, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
 
 
@@ -302,20 +305,19 @@ def build(session: nox.Session) -> None:
 
 
 def run_benchmarks(session: nox.Session, pattern: str, environ: dict[str, str | None]) -> None:
-    """Runs the scripts that match: words after -- choose among them, --flags go to each."""
-    words = [argument for argument in session.posargs if not argument.startswith("-")]
-    flags = [argument for argument in session.posargs if argument.startswith("-")]
+    """Runs the scripts that match: words after -- choose among them, what follows the first --flag goes to each."""
+    words = list(itertools.takewhile(lambda argument: not argument.startswith("-"), session.posargs))
     scripts = sorted(ROOT.glob(f"tests/benchmarks/{pattern}"))
     chosen = [script for script in scripts if not words or any(word in script.stem for word in words)]
     if not chosen:
         session.error(f"no script of {[script.name for script in scripts]} matches {words}")
     for script in chosen:
-        session.run("python", str(script), *flags, env={**RUN_ENVIRONMENT, **environ})
+        session.run("python", str(script), *session.posargs[len(words) :], env={**RUN_ENVIRONMENT, **environ})
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Runs tests/benchmarks/bench_*.py; words after -- choose among them, --flags go to each."""
+    """Runs tests/benchmarks/bench_*.py: `nox -s bench -- generation --threads 1` takes one, with its options."""
     with deleted_after_use(session):
         install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
         run_benchmarks(session, "bench_*.py", {})

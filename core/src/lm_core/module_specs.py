@@ -23,6 +23,8 @@ from torch import nn
 from lm_core.manifest import CheckpointError
 
 FAMILY = ("lm_core", "palm_rlhf", "coca", "memorizing_transformer", "calm_pytorch", "spin_trainer")
+_NAMES_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+_NAMES_CODE |= {"experts_implementation", "_experts_implementation", "quantization_config"}
 _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 
 
@@ -131,9 +133,8 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
     kinds = {base.__module__.split(".", 1)[0] for base in type(module).__mro__}
     own = package_of(type(module))
     if own == "transformers" and hasattr(module, "config"):
-        settings = module.config.to_dict()
-        settings.pop("auto_map", None)  # it would name code to download
-        return {"kind": "transformers", "class": type(module).__name__, "config": _jsonable(settings)}
+        settings = _without_code(_jsonable(module.config.to_dict()))
+        return {"kind": "transformers", "class": type(module).__name__, "config": settings}
     if own == "timm" and "timm" in kinds:
         description = getattr(module, "pretrained_cfg", None) or {}
         if "architecture" in description:
@@ -151,6 +152,13 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(entry) for entry in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _without_code(settings: Any) -> Any:
+    """A Hugging Face configuration without the entries that can name code to download."""
+    if isinstance(settings, dict):
+        return {name: _without_code(entry) for name, entry in settings.items() if name not in _NAMES_CODE}
+    return [_without_code(entry) for entry in settings] if isinstance(settings, list) else settings
 
 
 def _build_module(specification: Any) -> nn.Module:
@@ -178,7 +186,7 @@ def _build_module(specification: Any) -> nn.Module:
 def _build_transformers(name: str, settings: dict[str, Any]) -> nn.Module:
     import transformers
 
-    settings.pop("auto_map", None)
+    settings = _without_code(settings)
     cls: Any = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"the checkpoint holds a transformers module {name!r}, which transformers does not have")

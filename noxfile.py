@@ -225,9 +225,10 @@ QUICKSTART: dict[str, str] = {}  # where the commands are, then how each package
 def quickstart_environment(session: nox.Session) -> None:
     """Sets up the environment that all quickstarts share."""
     print(
-        "Sets up one environment for every quickstart: downloads about 0.3 GB with a CPU build of torch at hand\n"
-        "(about 3 GB where pip takes the CUDA build), 1.8 GB on disk, one to three minutes. Then each quickstart\n"
-        "takes about two minutes on two CPU cores and downloads nothing: its data is Python's own source.\n",
+        "Sets up one environment for every quickstart. Downloads: about 0.3 GB where pip finds a CPU build of torch\n"
+        "(1.2 GB on disk), about 2.7 GB where it takes the CUDA build of Linux. Expect one to five minutes.\n"
+        "Then each quickstart takes about two minutes on two CPU cores and downloads nothing: its data is the source\n"
+        "of Python's own standard library.\n",
         flush=True,
     )
     install_wheels(session, EVERY, *group_of(EVERY, "quickstart"))

@@ -1,3 +1,137 @@
 """lm_core: the parts every language model needs, one concept a module."""
 
+from lm_core.attention import Attention, attend
+from lm_core.cache import KVCache
+from lm_core.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    PretrainedMixin,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lm_core.corpora import Corpus, load_corpus, stdlib_corpus
+from lm_core.distributed import all_gather, all_reduce_sum, broadcast_object, is_distributed, rank, world_size
+from lm_core.documents import Documents, load_documents, read_texts
+from lm_core.feedforward import SwiGLU
+from lm_core.generation import CausalLM, Generation, beam_search, eval_mode, generate, sample
+from lm_core.losses import hidden_log_probs, hidden_log_probs_and_entropy, linear_cross_entropy, token_log_probs
+from lm_core.masking import (
+    left_pad,
+    masked_mean,
+    maybe_and_mask,
+    positions_from_mask,
+    prompt_mask_from_lengths,
+    right_pad,
+)
+from lm_core.norms import LayerNorm, RMSNorm, l2norm
+from lm_core.packing import PackedBatch, PackedBatches, ValidationBatches, bits_per_byte
+from lm_core.rotary import RotaryEmbedding, apply_rotary, rotate_half
+from lm_core.sampling import (
+    apply_repetition_penalty,
+    gumbel_noise,
+    gumbel_sample,
+    min_p,
+    top_k,
+    top_p,
+)
+from lm_core.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from lm_core.training import (
+    InterruptHandler,
+    LearningRateSchedule,
+    MetricsLog,
+    NonFiniteGuard,
+    RunDirectory,
+    capture_rng,
+    clip_global_norm,
+    learning_rate_scale,
+    optimizer_groups,
+    pick_device,
+    pick_precision,
+    plot_curves,
+    progress_bar,
+    read_metrics,
+    restore_rng,
+    seed_everything,
+)
+
+__all__ = [
+    "Attention",
+    "ByteTokenizer",
+    "CausalLM",
+    "Checkpoint",
+    "CheckpointError",
+    "Corpus",
+    "Documents",
+    "Generation",
+    "HuggingFaceTokenizer",
+    "InterruptHandler",
+    "KVCache",
+    "LayerNorm",
+    "LearningRateSchedule",
+    "MetricsLog",
+    "NonFiniteGuard",
+    "PackedBatch",
+    "PackedBatches",
+    "PretrainedMixin",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "RunDirectory",
+    "SwiGLU",
+    "Tokenizer",
+    "ValidationBatches",
+    "all_gather",
+    "all_reduce_sum",
+    "apply_repetition_penalty",
+    "apply_rotary",
+    "attend",
+    "beam_search",
+    "bits_per_byte",
+    "broadcast_object",
+    "capture_rng",
+    "clip_global_norm",
+    "eval_mode",
+    "generate",
+    "gumbel_noise",
+    "gumbel_sample",
+    "hidden_log_probs",
+    "hidden_log_probs_and_entropy",
+    "is_distributed",
+    "l2norm",
+    "latest_checkpoint",
+    "learning_rate_scale",
+    "left_pad",
+    "linear_cross_entropy",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_corpus",
+    "load_documents",
+    "load_tokenizer",
+    "masked_mean",
+    "maybe_and_mask",
+    "min_p",
+    "optimizer_groups",
+    "pick_device",
+    "pick_precision",
+    "plot_curves",
+    "positions_from_mask",
+    "progress_bar",
+    "prompt_mask_from_lengths",
+    "rank",
+    "read_metrics",
+    "read_texts",
+    "restore_rng",
+    "right_pad",
+    "rotate_half",
+    "sample",
+    "save_checkpoint",
+    "seed_everything",
+    "stdlib_corpus",
+    "token_log_probs",
+    "top_k",
+    "top_p",
+    "world_size",
+]
+
 __version__ = "0.1.0"

@@ -68,9 +68,9 @@ def _sdpa(
     if h == g:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
     if q.shape[-2] == 1 and (mask is None or mask.ndim < 4 or mask.shape[1] == 1):
-        # Plain views: this runs once a layer for every generated token.
+        # Plain reshapes: this runs once a layer for every generated token. Some backends return a transposed layout.
         folded = q.view(q.shape[0], g, h // g, q.shape[-1])
-        return F.scaled_dot_product_attention(folded, k, v, mask, dropout, scale=scale).view(q.shape[0], h, 1, -1)
+        return F.scaled_dot_product_attention(folded, k, v, mask, dropout, scale=scale).reshape(q.shape[0], h, 1, -1)
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=True)
     k, v = (_broadcast_heads(t, h // g) for t in (k, v))

@@ -3,6 +3,7 @@
 Legend: b batch, v vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from lm_core.decoding import (
     Filter,
     Generation,
     as_eos_ids,
-    check_room,
+    check_fits,
     check_settings,
     device_of,
     eval_mode,
@@ -58,7 +59,7 @@ def beam_search(
     Args:
         model: as in ``generate``.
         prompt: as in ``generate``.
-        beams: hypotheses kept a row.
+        beams: hypotheses kept a row; 1 is greedy decoding.
         max_new_tokens: as in ``generate``.
         length_penalty: 0 compares sums, 1 means; larger values favour long answers.
         mask: as in ``generate``.
@@ -80,8 +81,10 @@ def beam_search(
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     check_settings(max_new_tokens, min_new_tokens, 1.0, repetition_penalty)
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
-    check_room(model, ids, max_new_tokens)
+    check_fits(model, ids, eos_ids, max_new_tokens)
     decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
     state = _Beams(ids.shape[0], beams, max_new_tokens, length_penalty, ids.device)
 
@@ -95,7 +98,9 @@ def beam_search(
             for filter_ in filters:
                 logits = filter_(logits)
             token, parent = state.extend(logits.log_softmax(dim=-1), eos_ids)
-            if step + 1 == max_new_tokens or state.all_decided():
+            if step + 1 == max_new_tokens:
+                continue  # nothing will read the last token
+            if state.all_decided():
                 break
             decoder.reorder(parent)
             decoder.append(token)
@@ -125,8 +130,8 @@ class _Beams:
         v = log_probs.shape[-1]
         log_probs = log_probs.view(b, width, v)
         totals = (self._sums.unsqueeze(-1) + log_probs).flatten(1)
-        # One ending each for every beam must leave enough that go on.
-        count = min(self._beams * (1 + len(eos_ids)), totals.shape[1])
+        # One ending each for every beam must leave enough that go on. A single beam ends with its ending (greedy).
+        count = 1 if self._beams == 1 else min(self._beams * (1 + len(eos_ids)), totals.shape[1])
         sums, flat = totals.topk(count, dim=-1)
         parent, token = flat.div(v, rounding_mode="floor"), flat.remainder(v)
         token_log_prob = log_probs.flatten(1).gather(1, flat)

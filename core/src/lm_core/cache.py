@@ -1,9 +1,14 @@
 """Key/value cache of a decoder: allocated once, written in place, rows reordered for beams and finished prompts."""
 
+import copy
+from typing import TypeVar
+
 from jaxtyping import Int
 from torch import Tensor
 
 from lm_core._checks import check_positive, typed
+
+C = TypeVar("C", bound="KVCache")
 
 
 class KVCache:
@@ -77,14 +82,14 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length must be in [0, {self.length}], got {length}")
         self.length = length
+        self.masked = self.masked and length > 0
 
-    def clone(self) -> "KVCache":
-        """An independent copy."""
-        copy = KVCache(layers=self.layers, batch_size=self.batch_size, max_length=self._capacity)
-        copy.length, copy.masked = self.length, self.masked
+    def clone(self: C) -> C:
+        """An independent copy, with whatever a subclass has added."""
+        twin = copy.copy(self)
         if self._keys is not None and self._values is not None:
-            copy._keys, copy._values = self._keys.clone(), self._values.clone()
-        return copy
+            twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        return twin
 
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, dim = like.shape

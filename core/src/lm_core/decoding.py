@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lm_core._checks import check_ids
 from lm_core.masking import left_pad
 
 Filter = Callable[[Tensor], Tensor]
@@ -49,7 +50,7 @@ class Generation:
         tokens: ``(b, new)`` token ids, right-padded with ``pad_id``.
         lengths: ``(b,)`` new tokens of each row, its EOS included.
         log_probs: ``(b, new)`` float32 log-probabilities of the tokens under the distribution they were drawn from
-            (at temperature 0 and in beam search the model's own); 0 at padding.
+            (at temperature 0 the unfiltered one of temperature 1, in beam search the filtered one); 0 at padding.
         finished: ``(b,)`` whether the row ended with EOS, not at the length limit.
     """
 
@@ -88,6 +89,10 @@ class Decoder:
         b, n = ids.shape
         self._model = model
         self._kwargs = model_kwargs
+        # Decided once: later the number of rows may happen to equal another size.
+        self._row_kwargs = {
+            name for name, value in model_kwargs.items() if isinstance(value, Tensor) and value.shape[:1] == (b,)
+        }
         self._length = n
         self._ids = F.pad(ids, (0, room))
         self._mask = None if mask is None else F.pad(mask, (0, room), value=True)
@@ -130,8 +135,7 @@ class Decoder:
         if self._cache is not None:
             self._cache.reorder(index)
         self._kwargs = {
-            name: value[index] if isinstance(value, Tensor) and value.ndim > 0 else value
-            for name, value in self._kwargs.items()
+            name: value[index] if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
 
 
@@ -184,17 +188,19 @@ def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | No
     if prompt.ndim != 2:
         raise ValueError(f"prompt must have shape (b, n), got {tuple(prompt.shape)}")
     if prompt_lengths is not None:
+        if prompt_lengths.is_floating_point() or prompt_lengths.dtype == torch.bool:
+            raise TypeError(f"prompt_lengths must be integers, got dtype {prompt_lengths.dtype}")
         if prompt_lengths.shape != prompt.shape[:1]:
             raise ValueError(f"prompt_lengths must have shape {(prompt.shape[0],)}, got {tuple(prompt_lengths.shape)}")
-        if int(prompt_lengths.min()) < 1 or int(prompt_lengths.max()) > prompt.shape[1]:
+        if bool(((prompt_lengths < 1) | (prompt_lengths > prompt.shape[1])).any()):
             raise ValueError(f"prompt_lengths must be in [1, {prompt.shape[1]}], got {prompt_lengths.tolist()}")
         return [row[: int(length)] for row, length in zip(prompt, prompt_lengths, strict=True)]
     if mask is None:
         return list(prompt)
-    if mask.dtype != torch.bool or mask.shape != prompt.shape:
-        raise ValueError(
-            f"mask must be boolean of the prompt's shape {tuple(prompt.shape)}, got {mask.dtype} {tuple(mask.shape)}"
-        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
+    if mask.shape != prompt.shape:
+        raise ValueError(f"mask must have the prompt's shape {tuple(prompt.shape)}, got {tuple(mask.shape)}")
     return [row[keep] for row, keep in zip(prompt, mask, strict=True)]
 
 
@@ -209,7 +215,13 @@ def check_settings(max_new_tokens: int, min_new_tokens: int, temperature: float,
         raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
 
 
-def check_room(model: Any, ids: Tensor, max_new_tokens: int) -> None:
+def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens: int) -> None:
+    """Raises unless the model knows every id and has room for all tokens, as far as it tells its sizes."""
+    weight = getattr(model, "output_weight", None)
+    if weight is not None:
+        check_ids(ids, weight.shape[0], "prompt")
+        if any(eos_id >= weight.shape[0] for eos_id in eos_ids):
+            raise ValueError(f"eos_id must be below the vocabulary's size {weight.shape[0]}, got {eos_ids}")
     limit = getattr(model, "max_length", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
@@ -220,7 +232,10 @@ def check_room(model: Any, ids: Tensor, max_new_tokens: int) -> None:
 def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
     if eos_id is None:
         return ()
-    return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    if any(id_ < 0 for id_ in eos_ids):
+        raise ValueError(f"eos_id must not be negative, got {eos_id}")
+    return eos_ids
 
 
 def is_any(token: Tensor, ids: tuple[int, ...]) -> Tensor:

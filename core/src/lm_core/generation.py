@@ -22,7 +22,7 @@ from lm_core.decoding import (
     Filter,
     Generation,
     as_eos_ids,
-    check_room,
+    check_fits,
     check_settings,
     device_of,
     eval_mode,
@@ -70,7 +70,7 @@ def generate(
         max_new_tokens: tokens to generate at most, a row.
         mask: ``(b, n)`` True at real tokens, padding on either side.
         prompt_lengths: ``(b,)`` lengths of right-padded prompts, instead of ``mask``.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token that the filters leave.
         filters: functions ``(b, v) -> (b, v)`` such as ``functools.partial(top_p, p=0.9)``.
         eos_id: token or tokens that end a row.
         pad_id: written behind the end of a row.
@@ -79,7 +79,8 @@ def generate(
         generator: source of randomness, on the model's device.
         use_cache: False recomputes the whole sequence for each token.
         progress: shows a progress bar.
-        **model_kwargs: passed to the model with the prompt (in every call where nothing is cached).
+        **model_kwargs: passed to the model with the prompt (in every call where nothing is cached). A tensor whose
+            first size is the number of prompts has an entry for each of them.
 
     Raises:
         ValueError: an argument is out of range, or prompt and new tokens exceed the model's ``max_length``.
@@ -89,7 +90,7 @@ def generate(
     eos_ids = as_eos_ids(eos_id)
     check_settings(max_new_tokens, min_new_tokens, temperature, repetition_penalty)
     ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
-    check_room(model, ids, max_new_tokens)
+    check_fits(model, ids, eos_ids, max_new_tokens)
     decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
 
     b, device = ids.shape[0], ids.device
@@ -120,7 +121,7 @@ def generate(
             else:
                 tokens[:, step], log_probs[:, step] = token, log_prob
             if step + 1 == max_new_tokens:
-                break
+                continue  # nothing will read the last token
             if eos_ids and (step + 1) % check_every == 0:
                 remaining = int(alive.sum())
                 if remaining == 0:
@@ -169,8 +170,8 @@ def sample(
     Raises:
         ValueError: a prompt leaves no room below ``seq_len``, or as in ``generate``.
     """
-    rows = list(prompts)
-    longest = max((row.shape[-1] for row in rows), default=0)
+    rows = prompt_rows(prompts)
+    longest = max(row.shape[0] for row in rows)
     if longest >= seq_len:
         raise ValueError(f"seq_len must exceed the longest prompt ({longest} tokens), got {seq_len}")
     filters: tuple[Filter, ...] = ()
@@ -178,7 +179,7 @@ def sample(
         settings = {"thres": 0.9} if filter_kwargs is None else filter_kwargs
         filters = (lambda logits: filter_fn(logits, **settings),)
     # The shortest prompt may fill its row further than the longest; cut each row at `seq_len` afterwards.
-    shortest = min(row.shape[-1] for row in rows)
+    shortest = min(row.shape[0] for row in rows)
     result = generate(
         model,
         rows,
@@ -189,7 +190,7 @@ def sample(
         **kwargs,
     )
     answers = [
-        tokens[: min(int(length), seq_len - row.shape[-1])]
+        tokens[: min(int(length), seq_len - row.shape[0])]
         for tokens, length, row in zip(result.tokens, result.lengths, rows, strict=True)
     ]
     if output_keep_prompt:
@@ -200,13 +201,13 @@ def sample(
 def _draw(
     logits: Tensor, temperature: float, filters: Sequence[Filter], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
+    filtered = logits if temperature == 0.0 else logits / temperature
+    for filter_ in filters:
+        filtered = filter_(filtered)
     if temperature == 0.0:
-        token = logits.argmax(dim=-1)
+        token = filtered.argmax(dim=-1)
         log_probs = logits.log_softmax(dim=-1)
     else:
-        logits = logits / temperature
-        for filter_ in filters:
-            logits = filter_(logits)
-        token = gumbel_sample(logits, generator=generator)
-        log_probs = logits.log_softmax(dim=-1)
+        token = gumbel_sample(filtered, generator=generator)
+        log_probs = filtered.log_softmax(dim=-1)
     return token, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lm_core._checks import check_positive, typed
 
-# Queries a block: the largest factor is 12 in float16 (which ends at 65,504) and 22,000 where the exponent has 8 bits.
-XPOS_BLOCK_HALF, XPOS_BLOCK = 1024, 4096
+# Powers of zeta in a block: its largest factor is 12 in float16 (which ends at 65,504) and 22,000 in wider exponents.
+XPOS_POWERS_HALF, XPOS_POWERS = 2, 8
 
 
 def rotate_half(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
@@ -130,10 +130,11 @@ class RotaryEmbedding(nn.Module):
             query_positions: positions of the queries, ``(i,)`` or one row a batch element ``(b, i)``.
             key_positions: positions of cached and new keys.
             dtype: of queries and keys; scales are float64 if it is and float32 otherwise.
-            block: queries a block; by default 1,024 for float16 and 4,096 for other dtypes.
+            block: queries a block; by default 2 x ``scale_base`` (1,024) for float16 and 8 x (4,096) for other dtypes.
         """
         if block is None:
-            block = XPOS_BLOCK_HALF if dtype == torch.float16 else XPOS_BLOCK
+            powers = XPOS_POWERS_HALF if dtype == torch.float16 else XPOS_POWERS
+            block = max(1, int(powers * self.scale_base))
         i, j = query_positions.shape[-1], key_positions.shape[-1]
         log_zeta = self._log_zeta(query_positions.device, dtype)
         blocks = []

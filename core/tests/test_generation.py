@@ -1,0 +1,297 @@
+"""Generation against a loop that decodes one row at a time in plain Python, over small models of ``conftest``."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_core.decoding import left_padded
+from lm_core.generation import generate
+from lm_core.masking import left_pad, right_pad
+from lm_core.sampling import apply_repetition_penalty, top_k, top_p
+
+VOCABULARY = 7
+KINDS = ("history", "cached", "hidden")
+
+
+def drawn_prompts(generator, rows, longest=6):
+    lengths = torch.randint(1, longest + 1, (rows,), generator=generator).tolist()
+    return [torch.randint(VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def check_row(result, row, tokens, log_probs, eos_id, pad_id):
+    """One row of a ``Generation`` is ``tokens``, and nothing behind them counts."""
+    length = int(result.lengths[row])
+    assert result.tokens[row, :length].tolist() == tokens
+    assert result.tokens[row, length:].eq(pad_id).all()
+    assert result.log_probs[row, :length].tolist() == pytest.approx(log_probs, abs=1e-5)
+    assert result.log_probs[row, length:].eq(0).all()
+    assert bool(result.finished[row]) == (tokens[-1] == eos_id)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    seed=st.integers(0, 100_000),
+    rows=st.integers(1, 6),
+    kind=st.sampled_from(KINDS),
+    use_cache=st.booleans(),
+    form=st.sampled_from(["list", "left", "right", "lengths"]),
+    ends=st.booleans(),
+    minimum=st.integers(0, 5),
+)
+def test_a_batch_of_different_lengths_equals_each_prompt_alone(
+    seed, rows, kind, use_cache, form, ends, minimum, models, naive_greedy
+):
+    generator = torch.Generator().manual_seed(seed)
+    model = getattr(models, kind)(VOCABULARY, seed)
+    prompts = drawn_prompts(generator, rows)  # an EOS inside them is likely
+    eos_id = 2 if ends else None
+    forms = {
+        "list": (prompts, {}),
+        "left": (left_pad(prompts, 6)[0], {"mask": left_pad(prompts, 6)[1]}),
+        "right": (right_pad(prompts, 6)[0], {"mask": right_pad(prompts, 6)[1]}),
+        "lengths": (right_pad(prompts, 6)[0], {"prompt_lengths": torch.tensor([len(row) for row in prompts])}),
+    }
+    prompt, named = forms[form]
+    result = generate(
+        model,
+        prompt,
+        max_new_tokens=8,
+        min_new_tokens=minimum,
+        temperature=0.0,
+        eos_id=eos_id,
+        pad_id=9,
+        use_cache=use_cache,
+        **named,
+    )
+    assert result.log_probs.dtype == torch.float32
+    assert result.tokens.shape[1] == int(result.lengths.max())
+    for row, ids in enumerate(prompts):
+        check_row(result, row, *naive_greedy(model, ids, 8, eos_id, minimum), eos_id, 9)
+
+
+def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_greedy):
+    model = models.cached(VOCABULARY, 5)
+    prompts = drawn_prompts(torch.Generator().manual_seed(5), 16)
+    result = generate(model, prompts, max_new_tokens=30, temperature=0.0, eos_id=1)
+    sizes = [call.ids.shape[0] for call in model.calls]
+    assert sizes[0] == 16
+    assert sizes[-1] <= 2
+    for row, ids in enumerate(prompts):
+        check_row(result, row, *naive_greedy(model, ids, 30, 1), 1, 0)
+
+
+def test_the_first_logits_are_those_of_the_last_real_token(models):
+    # a sampler that reads at a padding slot of [5, 0, 0] continues with 1
+    model = models.successor(12)
+    prompts = torch.tensor([[5, 0, 0], [1, 2, 3]])
+    result = generate(model, prompts, prompt_lengths=torch.tensor([1, 3]), max_new_tokens=3, temperature=0.0)
+    assert result.tokens.tolist() == [[6, 7, 8], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_eos_in_the_prompt_does_not_stop_and_nothing_after_a_generated_one_counts(models, use_cache):
+    prompts = [torch.tensor([8, 3]), torch.tensor([8, 8, 6]), torch.tensor([1])]
+    result = generate(
+        models.successor(12), prompts, max_new_tokens=6, temperature=0.0, eos_id=8, pad_id=11, use_cache=use_cache
+    )
+    assert result.tokens.tolist() == [[4, 5, 6, 7, 8, 11], [7, 8, 11, 11, 11, 11], [2, 3, 4, 5, 6, 7]]
+    assert result.lengths.tolist() == [5, 2, 6]
+    assert result.finished.tolist() == [True, True, False]
+    assert result.log_probs[1, 2:].tolist() == [0.0] * 4
+
+
+def test_any_of_several_eos_ids_ends_a_row(models):
+    prompts = torch.tensor([[1], [5]])
+    result = generate(models.successor(12), prompts, max_new_tokens=9, temperature=0.0, eos_id=[4, 7])
+    assert result.tokens.tolist() == [[2, 3, 4], [6, 7, 0]]
+
+
+def seen_by_filter(model, prompts, **kwargs):
+    seen = []
+
+    def spy(logits):
+        seen.append(logits.clone())
+        return logits
+
+    generator = torch.Generator().manual_seed(0)
+    result = generate(model, prompts, filters=[spy], generator=generator, **kwargs)
+    return seen, result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty_minimum_length_and_temperature_come_before_the_filters(models, next_logits, kind):
+    model = getattr(models, kind)(VOCABULARY, 1)
+    prompts = drawn_prompts(torch.Generator().manual_seed(1), 3)
+    settings_ = {"temperature": 0.7, "eos_id": 2, "min_new_tokens": 4, "repetition_penalty": 1.3, "max_new_tokens": 4}
+    seen, result = seen_by_filter(model, prompts, **settings_)
+    assert len(seen) == 4
+    for step, logits in enumerate(seen):
+        for row, prompt in enumerate(prompts):
+            ids = torch.cat((prompt, result.tokens[row, :step]))
+            expected = next_logits(model, ids)
+            for token in set(ids.tolist()):
+                expected[token] = expected[token] * 1.3 if expected[token] < 0 else expected[token] / 1.3
+            expected[2] = -math.inf
+            torch.testing.assert_close(logits[row], expected / 0.7, rtol=1e-9, atol=1e-9)
+    assert not result.tokens.eq(2).any()
+
+
+def test_the_nucleus_is_cut_after_the_temperature(models, next_log_probs):
+    model = models.history(VOCABULARY, 0)
+
+    def nucleus(temperature):
+        probabilities, order = next_log_probs(model, [1, 2], temperature).exp().sort(descending=True)
+        size = int((probabilities.cumsum(0) < 0.6).sum()) + 1
+        return set(order[:size].tolist())
+
+    prompt, generator = torch.tensor([[1, 2]]).expand(400, 2), torch.Generator().manual_seed(0)
+    result = generate(
+        model, prompt, max_new_tokens=1, temperature=5.0, filters=[partial(top_p, p=0.6)], generator=generator
+    )
+    assert set(result.tokens.flatten().tolist()) == nucleus(5.0)
+    assert nucleus(1.0) < nucleus(5.0)  # the wrong order would keep fewer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filters", [(), (partial(top_k, k=3), partial(top_p, p=0.8))])
+def test_log_probs_are_those_of_the_sampled_distribution(models, next_log_probs, kind, filters):
+    model = getattr(models, kind)(VOCABULARY, 2)
+    prompts = drawn_prompts(torch.Generator().manual_seed(2), 4)
+    generator = torch.Generator().manual_seed(0)
+    result = generate(model, prompts, max_new_tokens=6, temperature=1.4, filters=filters, eos_id=3, generator=generator)
+    for row, prompt in enumerate(prompts):
+        ids = prompt.tolist()
+        for step in range(int(result.lengths[row])):
+            logits = next_log_probs(model, ids, temperature=1.4)[None]
+            for filter_ in filters:
+                logits = filter_(logits)
+            token = int(result.tokens[row, step])
+            exact = float(logits[0, token] - logits[0].exp().sum().log())
+            assert float(result.log_probs[row, step]) == pytest.approx(exact, abs=1e-6)
+            ids.append(token)
+
+
+def test_log_probs_at_temperature_zero_are_unfiltered_and_at_temperature_one(models, next_log_probs):
+    model = models.cached(VOCABULARY, 2)
+    result = generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, temperature=0.0, filters=[partial(top_k, k=1)])
+    exact = next_log_probs(model, [1, 2]).max()
+    assert float(result.log_probs) == pytest.approx(float(exact), abs=1e-6)
+    assert float(result.log_probs) < -0.01
+
+
+def test_a_filtered_token_is_not_taken_at_temperature_zero_either(models, next_log_probs):
+    model = models.cached(VOCABULARY, 2)
+    scores = next_log_probs(model, [1, 2])
+    best, second = scores.argsort(descending=True)[:2].tolist()
+    banned = lambda logits: logits.index_fill(-1, torch.tensor([best]), -math.inf)  # noqa: E731
+    result = generate(model, torch.tensor([[1, 2]]), max_new_tokens=1, temperature=0.0, filters=[banned])
+    assert result.tokens.tolist() == [[second]]
+    assert float(result.log_probs) == pytest.approx(float(scores[second]), abs=1e-6)
+
+
+@pytest.mark.parametrize("filters", [(), (partial(top_k, k=4),)])
+def test_sampled_tokens_follow_the_softmax(models, next_log_probs, filters):
+    model, draws = models.cached(VOCABULARY, 4, sharpness=1.0), 20_000
+    generator = torch.Generator().manual_seed(0)
+    result = generate(
+        model,
+        torch.tensor([[3, 1]]).expand(draws, 2),
+        max_new_tokens=1,
+        temperature=1.5,
+        filters=filters,
+        generator=generator,
+    )
+    logits = next_log_probs(model, [3, 1], temperature=1.5)[None]
+    for filter_ in filters:
+        logits = filter_(logits)
+    expected = logits[0].softmax(-1) * draws
+    counts = torch.bincount(result.tokens.flatten(), minlength=VOCABULARY)
+    possible = expected > 0
+    assert counts[~possible].eq(0).all()
+    assert expected[possible].min() > 5
+    chi_square = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
+    # the 0.999 quantiles of chi-square with 6 and 3 degrees of freedom
+    assert chi_square < {6: 22.46, 3: 16.27}[int(possible.sum()) - 1]
+
+
+def test_equal_generators_give_equal_results_and_the_global_one_is_not_used(models):
+    model, prompt = models.cached(VOCABULARY, 0, sharpness=0.5), torch.tensor([[1, 2], [3, 4]])
+    before = torch.get_rng_state()
+    first, again, other = (
+        generate(model, prompt, max_new_tokens=20, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
+    )
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+    generate(model, prompt, max_new_tokens=5, temperature=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_models_modes_are_restored_also_after_an_exception(models):
+    model = models.cached(VOCABULARY, 0).train()
+    frozen = model.add_module("frozen", torch.nn.Dropout(0.5)) or model.frozen.eval()
+    modes = []
+    model.dropout.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    generate(model, torch.tensor([[1, 2]]), max_new_tokens=2, temperature=0.0)
+    assert modes == [False, False]
+    assert (model.training, model.dropout.training, frozen.training) == (True, True, False)
+
+    def failing(logits):
+        raise RuntimeError("filter failed")
+
+    with pytest.raises(RuntimeError, match="filter failed"):
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=2, filters=[failing])
+    assert (model.training, model.dropout.training, frozen.training) == (True, True, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_kwargs_come_with_the_prompt_only_where_the_rest_is_cached(models, kind):
+    model = getattr(models, kind)(VOCABULARY, 0)
+    shift = torch.zeros(3, 1)
+    generate(model, torch.tensor([[1, 2], [3, 4], [5, 6]]), max_new_tokens=3, temperature=0.0, shift=shift)
+    given_ = [call.kwargs.get("shift") is not None for call in model.calls]
+    assert given_ == ([True, False, False] if kind != "history" else [True] * 3)
+
+
+@pytest.mark.parametrize("eos_id", [None, *range(VOCABULARY)])
+def test_rows_keep_their_own_kwargs_when_others_leave_the_batch(models, eos_id):
+    model = models.history(VOCABULARY, 0)
+    prompts, shift = torch.tensor([[1, 2]]).expand(6, 2), torch.linspace(-2, 2, 6, dtype=torch.float64)
+    # neither is of one entry a row: they must stay as they are
+    others = {"scalar": torch.tensor(2.0), "per_feature": torch.zeros(5)}
+    together = generate(model, prompts, max_new_tokens=9, temperature=0.0, eos_id=eos_id, shift=shift, **others)
+    assert all(call.kwargs["per_feature"].shape == (5,) for call in model.calls)
+    for row in range(6):
+        alone = generate(
+            model, prompts[:1], max_new_tokens=9, temperature=0.0, eos_id=eos_id, shift=shift[row : row + 1]
+        )
+        length = int(alone.lengths[0])
+        assert together.tokens[row, :length].tolist() == alone.tokens[0].tolist()
+        assert int(together.lengths[row]) == length
+
+
+def test_no_mask_is_made_where_no_row_is_padded(models):
+    model = models.cached(VOCABULARY, 0)
+    mask = torch.tensor([[False, True, True], [False, True, True]])
+    generate(model, torch.tensor([[9, 1, 2], [9, 3, 4]]), mask=mask, max_new_tokens=2, temperature=0.0)
+    assert [call.mask for call in model.calls] == [None, None]
+    assert [call.ids.shape for call in model.calls] == [(2, 2), (2, 1)]
+
+
+def test_the_repetition_penalty_does_not_see_padding():
+    ids, mask = left_padded([torch.tensor([3]), torch.tensor([1, 2])], None)
+    penalised = apply_repetition_penalty(torch.ones(2, 4), ids, 2.0, mask)
+    assert penalised.tolist() == [[1.0, 1.0, 1.0, 0.5], [1.0, 0.5, 0.5, 1.0]]
+
+
+def test_a_progress_bar_is_shown_on_request_only(models, capsys):
+    model = models.cached(VOCABULARY, 0)
+    generate(model, torch.tensor([[1]]), max_new_tokens=3, temperature=0.0)
+    assert capsys.readouterr().err == ""
+    generate(model, torch.tensor([[1]]), max_new_tokens=3, temperature=0.0, progress=True)
+    shown = capsys.readouterr().err
+    assert "generate" in shown
+    assert "3/3" in shown

@@ -1,0 +1,87 @@
+"""PaLM beside the original package (PaLM-rlhf-pytorch), the same sizes in turns in one run.
+
+    nox -s bench_peers -- palm
+
+The original decodes without a cache, so few tokens are asked of it. It is looked for in $BENCH_PEERS/palm-rlhf.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from bench_training import operations, stepped
+from measure import arguments, in_turns, matmul_flops, median, ratio, report
+
+from lm_core.generation import generate
+from palm_rlhf import PaLM
+
+SIZES = {"dim": 512, "depth": 6, "num_tokens": 256}
+
+
+def original_package() -> type:
+    """The original's PaLM class."""
+    folder = Path(os.environ.get("BENCH_PEERS", ""), "palm-rlhf")
+    if not folder.is_dir():
+        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
+    sys.path.append(str(folder))
+    from palm_rlhf_pytorch import PaLM as Original
+
+    return Original
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0], new_tokens={"type": int, "nargs": "+", "default": [32, 64]})
+    warnings.simplefilter("ignore")
+    Original = original_package()
+    generation, training = [], []
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        palm, original = PaLM(**SIZES), Original(**SIZES)
+        prompt = torch.randint(256, (1, 128))
+        for new in options.new_tokens:
+            seconds = in_turns(
+                {
+                    "palm": lambda new=new: generate(palm, prompt, max_new_tokens=new),
+                    "original": lambda new=new: original.generate(128 + new, prompt),
+                },
+                min(options.rounds, 3),
+            )
+            generation.append(
+                {
+                    "new tokens": new,
+                    "threads": threads,
+                    "PaLM tokens/s": new / median(seconds["palm"]),
+                    "original tokens/s": new / median(seconds["original"]),
+                    "PaLM / original": ratio(seconds["original"], seconds["palm"]),
+                }
+            )
+        ids = torch.randint(1, 256, (4, 513))
+        peaks: list[float] = []
+        seconds = in_turns(
+            {
+                "peak": lambda: peaks.append(matmul_flops()),
+                "palm": lambda: stepped(palm, palm(ids, return_loss=True)),
+                "original": lambda: stepped(original, original(ids, return_loss=True)),
+            },
+            options.rounds,
+        )
+        work = operations(palm, 4, 512)
+        training.append(
+            {
+                "batch": "4 x 512",
+                "threads": threads,
+                "PaLM tokens/s": 2048 / median(seconds["palm"]),
+                "original tokens/s": 2048 / median(seconds["original"]),
+                "PaLM / original": ratio(seconds["original"], seconds["palm"]),
+                "PaLM of matmul peak": work / median(seconds["palm"]) / median(peaks),
+                "original of matmul peak": work / median(seconds["original"]) / median(peaks),
+            }
+        )
+    report("Generation beside the original, 22.5 M parameters, prompt 128", generation, options.json)
+    report("Training step beside the original, 22.5 M parameters", training, options.json)
+
+
+if __name__ == "__main__":
+    main()

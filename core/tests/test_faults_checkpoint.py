@@ -194,7 +194,7 @@ print(json.dumps(outcomes))
 RANKS = """
 import torch.distributed as dist
 from lm_core.rng import restore_rng
-from lm_core.training import RunDirectory
+from lm_core.training import InterruptHandler, NonFiniteGuard, RunDirectory
 
 def at_rank(rank, work):
     def run():
@@ -238,7 +238,16 @@ def locked(rank):
     else:
         raise AssertionError("nothing was raised")
 
-statuses = [both(save_and_load), both(main_rank_fails)]
+def decide_alike(rank):
+    guard, interrupt = NonFiniteGuard(), InterruptHandler()
+    assert not guard.allows(1, float("nan") if rank == 1 else 1.0)
+    assert guard.allows(2, 1.0)
+    assert guard.state_dict() == {"skipped": 1, "consecutive": 0}
+    assert not interrupt.should_stop()
+    interrupt.requested = rank == 1
+    assert interrupt.should_stop()
+
+statuses = [both(save_and_load), both(main_rank_fails), both(decide_alike)]
 with RunDirectory(folder / "locked"):
     statuses.append(both(locked))
 try:
@@ -294,9 +303,9 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint_alone(run):
 
 
 @pytest.mark.distributed
-def test_each_rank_has_its_random_states_and_hears_of_a_failure_of_rank_0(run):
+def test_ranks_keep_their_own_random_states_and_decide_and_fail_together(run):
     statuses, files, refusal = run(RANKS)
-    assert statuses == [[0, 0]] * 3
+    assert statuses == [[0, 0]] * 4
     assert {"rng-0.pt", "rng-1.pt"} <= set(files)
     assert "was written by 2 processes and can only be resumed by as many, got 1" in refusal
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lm_core._checks import typed
+from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.durable import new_directory, remove_directory, remove_leftovers
 from lm_core.manifest import (
     CheckpointError,
@@ -84,31 +85,22 @@ class Checkpoint:
     model_state: dict[str, Tensor] | None
 
 
-def _process() -> tuple[int, int]:
-    """Rank and number of processes."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def on_main_process(work: Callable[[], Any]) -> Any:
     """Runs ``work`` on rank 0; its result, or its error, reaches every rank, so that none waits for ever."""
-    rank, world_size = _process()
-    outcome: list[Any] = [None, None]
-    error: BaseException | None = None
-    if rank == 0:
+    result: Any = None
+    failure: str | None = None
+    error: Exception | None = None
+    if rank() == 0:
         try:
-            outcome = [work(), None]
+            result = work()
         except Exception as raised:
-            error = raised
-            outcome = [None, f"{type(raised).__name__}: {raised}"]
-    if world_size > 1:
-        dist.broadcast_object_list(outcome, src=0)
+            error, failure = raised, f"{type(raised).__name__}: {raised}"
+    result, failure = broadcast_object((result, failure))
     if error is not None:
         raise error
-    if outcome[1] is not None:
-        raise RuntimeError(f"rank 0 failed, so this process stops too: {outcome[1]}")
-    return outcome[0]
+    if failure is not None:
+        raise RuntimeError(f"rank 0 failed, so this process stops too: {failure}")
+    return result
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
@@ -190,8 +182,8 @@ def save_checkpoint(
             with new_directory(target) as temporary:
                 _write_model(temporary, model, config)
                 save_tensors(temporary / TRAINER_FILE, state, "trainer_state")
-                for rank, rank_rng in enumerate(all_rng):
-                    save_tensors(temporary / f"rng-{rank}.pt", rank_rng, "rng")
+                for number, rank_rng in enumerate(all_rng):
+                    save_tensors(temporary / f"rng-{number}.pt", rank_rng, "rng")
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary / TOKENIZER_FOLDER)
                 sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(directory)), default=0)
@@ -208,10 +200,9 @@ def save_checkpoint(
 
 
 def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    rank, world_size = _process()
-    if world_size == 1:
+    if world_size() == 1:
         return [own]
-    gathered: list[Any] | None = [None] * world_size if rank == 0 else None
+    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(own, gathered, dst=0)
     return [own] if gathered is None else gathered
 
@@ -280,21 +271,20 @@ def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, st
             classes and keys are named.
     """
     path = Path(on_main_process(lambda: str(_choose(Path(directory), step))))
-    rank, world_size = _process()
     manifest = read_manifest(path)
     for name in (WEIGHTS_FILE, TRAINER_FILE):
         if name not in manifest["files"]:
             raise CheckpointError(f"{path} is no checkpoint of a training run: its manifest does not name {name}")
-    if manifest.get("world_size") != world_size:
+    if manifest.get("world_size") != world_size():
         raise CheckpointError(
             f"{path} was written by {manifest.get('world_size')} processes and can only be resumed by as many, "
-            f"got {world_size}; from_pretrained loads its weights anywhere"
+            f"got {world_size()}; from_pretrained loads its weights anywhere"
         )
     config = read_json(path / CONFIG_FILE) if CONFIG_FILE in manifest["files"] else {}
     if isinstance(model, PretrainedMixin) and config:
         check_config(type(model), config, path / CONFIG_FILE)
     trainer_state = load_tensors(path / TRAINER_FILE)
-    rng = load_tensors(path / f"rng-{rank}.pt")
+    rng = load_tensors(path / f"rng-{rank()}.pt")
     state = read_weights(path / WEIGHTS_FILE)
     if model is not None:
         load_weights(model, state, where=str(path))

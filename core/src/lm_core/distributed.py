@@ -59,6 +59,15 @@ def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[T
     return total
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is True on any rank; what all ranks have to decide alike, such as to stop or to skip."""
+    if _alone(None):
+        return flag
+    # a group of NCCL alone reduces only what is on the GPU
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
+
+
 def broadcast_object(value: T, source: int = 0, group: Group = None) -> T:
     """The value that rank ``source`` of the group passed; what the other ranks passed is ignored.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lm_core._checks import typed
+from lm_core.distributed import any_rank
 
 NO_DECAY = ("bias", "norm", "embedding")
 
@@ -220,12 +220,8 @@ class NonFiniteGuard:
         """
         values = [loss] if grad_norm is None else [loss, grad_norm]
         tensors = [torch.as_tensor(value).detach().float().mean() for value in values]
-        finite = torch.stack([torch.isfinite(tensor.to(tensors[0].device)) for tensor in tensors]).all().float()
-        if dist.is_available() and dist.is_initialized():
-            if dist.get_backend() == "nccl":
-                finite = finite.cuda()
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if bool(finite):
+        finite = torch.stack([torch.isfinite(tensor.to(tensors[0].device)) for tensor in tensors]).all()
+        if not any_rank(not bool(finite)):
             self.consecutive = 0
             return True
         self.skipped += 1

@@ -19,9 +19,9 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from lm_core._checks import typed
+from lm_core.distributed import any_rank
 from lm_core.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
 from lm_core.optimization import (
     LearningRateSchedule,
@@ -148,12 +148,7 @@ class InterruptHandler:
 
     def should_stop(self) -> bool:
         """Whether any process was asked to stop; every process has to ask at the same time."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.requested
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor(int(self.requested), device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return any_rank(self.requested)
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():

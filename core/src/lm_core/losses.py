@@ -59,7 +59,7 @@ def _check_layer(hidden: Tensor, weight: Tensor) -> None:
 
 
 def _check_temperature(temperature: float | int) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, float | int):
+    if isinstance(temperature, bool) or not isinstance(temperature, (float, int)):
         raise TypeError(f"temperature must be a number above 0, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature}")

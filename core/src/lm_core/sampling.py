@@ -31,7 +31,7 @@ def _check_number(
     value: float | int, name: str, *, low: int, high: float | int = math.inf, open_low: bool = False
 ) -> None:
     expected = f"a number in {'(' if open_low else '['}{low}, {high}{')' if high == math.inf else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     # the comparisons are written so that NaN fails them
     above = value > low if open_low else value >= low

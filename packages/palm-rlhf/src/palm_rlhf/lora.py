@@ -48,6 +48,7 @@ class LoRA(nn.Module):
         check_positive(dim_out, "dim_out")
         check_positive(r, "r")
         check_probability(dropout, "dropout")
+        _check_alpha(alpha, "alpha")
         self.r = r
         self.alpha = float(r if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(r) if rank_stabilized else r)
@@ -71,6 +72,10 @@ class BlockLoRA(nn.ModuleDict):
     def maybe(self, target: str, x: Tensor, out: Tensor) -> Tensor:
         """``out`` plus the adapter's contribution, where this target has one."""
         return out + self[target](x) if target in self else out
+
+    def by_target(self) -> dict[str, LoRA]:
+        """The adapters with their own type."""
+        return dict(self.items())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class LoRAScope(nn.ModuleList):
             }
             self.append(BlockLoRA(adapters))
 
+    def blocks(self) -> list[BlockLoRA]:
+        """The adapters of each block of the model, in order."""
+        return list(self)  # type: ignore[arg-type]
+
 
 def lora_settings(
     *, r: int, alpha: float | None, dropout: float, rank_stabilized: bool, targets: Sequence[str]
@@ -120,7 +129,13 @@ def lora_settings(
     """
     check_positive(r, "lora_r")
     check_probability(dropout, "lora_dropout")
+    _check_alpha(alpha, "lora_alpha")
     unknown = [target for target in targets if target not in TARGETS]
     if unknown or not targets or len(set(targets)) != len(targets):
         raise ValueError(f"lora_targets must be distinct names out of {TARGETS}, got {tuple(targets)}")
     return LoRASettings(r, float(r if alpha is None else alpha), dropout, rank_stabilized, tuple(targets))
+
+
+def _check_alpha(alpha: float | None, name: str) -> None:
+    if alpha is not None and not 0.0 < alpha < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {alpha}")

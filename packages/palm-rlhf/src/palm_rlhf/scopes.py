@@ -5,14 +5,15 @@ with its scopes off, so that the base is held once.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lm_core._checks import typed
 from palm_rlhf.block import ParallelBlock
-from palm_rlhf.lora import ATTENTION_TARGETS, LoRAScope, lora_settings
+from palm_rlhf.lora import ATTENTION_TARGETS, LoRAScope, LoRASettings, lora_settings
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,6 @@ class FinetuneScopes(nn.Module):
         Raises:
             ValueError: the scope exists, or a setting is out of range.
         """
-        if scope in self.finetune_modules:
-            raise ValueError(f"finetune scope {scope!r} exists already; there are {self._scope_names()}")
-        if not scope or "." in scope:
-            raise ValueError(f"scope must be a non-empty name without dots, got {scope!r}")
         settings = lora_settings(
             r=self.lora_r if lora_r is None else lora_r,
             alpha=lora_alpha,
@@ -66,9 +63,7 @@ class FinetuneScopes(nn.Module):
             rank_stabilized=lora_rank_stabilized,
             targets=lora_targets,
         )
-        first = next(self.blocks())
-        modules = LoRAScope(depth=len(self.layers), dims=first.lora_dims(), settings=settings)
-        self.finetune_modules[scope] = modules.to(self.token_emb.weight)
+        self._add_scope(scope, settings)
 
     def remove_finetune_params(self, scope: str) -> LoRAScope:
         """Takes a scope away and returns its modules.
@@ -102,7 +97,7 @@ class FinetuneScopes(nn.Module):
         if merged.scope in self.finetune_modules:
             raise ValueError(f"finetune scope {merged.scope!r} exists already; remove it before unmerging")
         self._add_deltas(merged.modules, -1.0)
-        self.finetune_modules[merged.scope] = merged.modules
+        self.finetune_modules[merged.scope] = merged.modules.train(self.training)
 
     def palm_parameters(self) -> list[nn.Parameter]:
         """The base's parameters, without any scope's, in a fixed order."""
@@ -127,8 +122,35 @@ class FinetuneScopes(nn.Module):
         modules: LoRAScope = self.finetune_modules[scope]  # type: ignore[assignment]
         return modules
 
+    def config_state(self) -> dict[str, Any]:
+        """The scopes and their settings, for checkpoints; their weights are in the state dict."""
+        settings = {scope: asdict(self.scope_modules(scope).settings) for scope in self._scope_names()}
+        entries = [{"scope": scope, **entry, "targets": list(entry["targets"])} for scope, entry in settings.items()]
+        return {"finetune_scopes": entries}
+
+    def apply_config_state(self, state: dict[str, Any]) -> None:
+        """Makes the scopes those that ``config_state`` told, with weights still to be loaded."""
+        if "finetune_scopes" not in state:
+            return
+        for scope in self._scope_names():
+            self.remove_finetune_params(scope)
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+            for entry in state["finetune_scopes"]:
+                settings = dict(entry)
+                self._add_scope(settings.pop("scope"), lora_settings(**settings))
+
     def _scope_names(self) -> list[str]:
         return list(self.finetune_modules)
+
+    def _add_scope(self, scope: str, settings: LoRASettings) -> None:
+        if scope in self.finetune_modules:
+            raise ValueError(f"finetune scope {scope!r} exists already; there are {self._scope_names()}")
+        # torch keeps submodules and methods of a module under one namespace
+        if not scope or "." in scope or hasattr(self.finetune_modules, scope):
+            raise ValueError(f"scope must be a non-empty name without dots and no attribute of modules, got {scope!r}")
+        first = next(self.blocks())
+        modules = LoRAScope(depth=len(self.layers), dims=first.lora_dims(), settings=settings)
+        self.finetune_modules[scope] = modules.to(self.token_emb.weight).train(self.training)
 
     def blocks(self) -> Iterator[ParallelBlock]:
         """The model's blocks in order."""
@@ -136,10 +158,16 @@ class FinetuneScopes(nn.Module):
 
     @torch.no_grad()
     def _add_deltas(self, modules: LoRAScope, sign: float) -> None:
-        for block, adapters in zip(self.blocks(), modules, strict=True):
-            qk_dim, kv_dim, ff_in_dim = block.in_dims
-            sizes = (block.attn_dim, qk_dim - block.attn_dim, kv_dim, ff_in_dim)
-            parts = dict(zip(("q", "k", "v", "ff_in"), block.proj_in.weight.detach().split(sizes), strict=True))
-            parts["o"], parts["ff_out"] = block.proj_out.weight.detach().split((block.attn_dim, block.ff_dim), dim=1)
-            for target, adapter in adapters.items():
-                parts[target] += sign * adapter.delta()
+        for block, adapters in zip(self.blocks(), modules.blocks(), strict=True):
+            weights = target_weights(block)
+            for target, adapter in adapters.by_target().items():
+                weights[target] += sign * adapter.delta()
+
+
+def target_weights(block: ParallelBlock) -> dict[str, Tensor]:
+    """The weight ``(out, in)`` of every LoRA target of a block, as views of its two fused matrices."""
+    qk_dim, kv_dim, ff_in_dim = block.in_dims
+    sizes = (block.attn_dim, qk_dim - block.attn_dim, kv_dim, ff_in_dim)
+    weights = dict(zip(("q", "k", "v", "ff_in"), block.proj_in.weight.detach().split(sizes), strict=True))
+    weights["o"], weights["ff_out"] = block.proj_out.weight.detach().split((block.attn_dim, block.ff_dim), dim=1)
+    return weights

@@ -1,0 +1,112 @@
+"""Single weight files, ours or the original's: loaded into a model, or converted to a checkpoint folder.
+
+Files are read with ``weights_only=True``, so a file from a stranger is refused before anything in it runs.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lm_core._checks import typed
+from lm_core.checkpoint import CheckpointError, load_tensors
+from lm_core.weights import load_weights, read_weights
+from palm_rlhf.interop.original import (
+    NormGain,
+    cleaned,
+    from_palm_rlhf_pytorch,
+    is_original,
+    palm_state_from_original,
+)
+from palm_rlhf.palm import PaLM
+
+
+@typed
+def load_weights_file(palm: PaLM, path: str | Path, *, norm_gain: NormGain = "auto") -> None:
+    """Loads a state dict file into ``palm``, cast to its dtype; after an error ``palm`` is as it was.
+
+    Args:
+        palm: a model of the file's sizes and LoRA scopes.
+        path: ``.safetensors``, or a file of ``torch.save``; of this package or of the original.
+        norm_gain: see ``from_palm_rlhf_pytorch``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged or holds more than tensors, or does not fit, naming the keys.
+        ValueError: ``norm_gain`` must be given.
+    """
+    state = _read_state(Path(path))
+    own = palm.state_dict()
+    if is_original(state):
+        scale = next(palm.blocks()).attention.scale
+        original = palm_state_from_original(state, norm_gain=norm_gain, qk_scale=8.0 if scale is None else scale)
+        state = original.state
+        if state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in own):
+            # Other numbers of heads can have the same shapes.
+            _check_heads(palm, original.arguments)
+    else:
+        state = cleaned(state)
+    state = {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
+    load_weights(palm, state, where=str(path))
+
+
+@typed
+def convert_checkpoint(
+    old: str | Path,
+    directory: str | Path,
+    *,
+    norm_gain: NormGain = "auto",
+    prefix: str | None = None,
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    **constructor_overrides: Any,
+) -> Path:
+    """Turns a file of the original package into a folder that ``PaLM.from_pretrained`` opens.
+
+    Args:
+        old: file with a state dict of ``PaLM``, ``RewardModel`` or ``ActorCritic``.
+        directory: see ``PaLM.save_pretrained``.
+        norm_gain: see ``from_palm_rlhf_pytorch``.
+        prefix: see there.
+        overwrite: see ``PaLM.save_pretrained``.
+        tokenizer: see ``PaLM.save_pretrained``.
+        **constructor_overrides: see ``from_palm_rlhf_pytorch``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged, holds more than tensors, or is not of the original.
+        FileExistsError: the folder has content and ``overwrite`` is False.
+        ValueError: as ``from_palm_rlhf_pytorch``.
+    """
+    state = _read_state(Path(old))
+    palm = from_palm_rlhf_pytorch(state, norm_gain, prefix=prefix, **constructor_overrides)
+    return palm.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; open it with PaLM.from_pretrained")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    content = read_weights(path) if path.suffix == ".safetensors" else load_tensors(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} must hold a state dict, got {type(content).__name__}")
+    try:
+        cleaned(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    return dict(content)
+
+
+def _check_heads(palm: PaLM, arguments: dict[str, Any]) -> None:
+    wrong = [
+        f"{name} {arguments[name]} (model {getattr(palm, name)})"
+        for name in ("heads", "kv_heads", "dim_head")
+        if arguments[name] != getattr(palm, name)
+    ]
+    if wrong:
+        raise CheckpointError(f"the file is of a PaLM with {', '.join(wrong)}")

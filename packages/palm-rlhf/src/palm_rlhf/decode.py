@@ -19,6 +19,11 @@ from lm_core.rotary import apply_rotary
 from palm_rlhf.block import ParallelBlock, Positions
 
 
+def has_hooks(blocks: Iterable[ParallelBlock]) -> bool:
+    """Whether someone listens to a block's own call, which ``decode_token`` does not make (sharding works this way)."""
+    return any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+
+
 def decode_token(blocks: Iterable[ParallelBlock], x: Tensor, positions: Positions, cache: KVCache) -> Tensor:
     """Applies all blocks to the embedding of one new token a row, ``(b, 1, dim)`` to ``(b, 1, dim)``.
 
@@ -41,6 +46,7 @@ def decode_token(blocks: Iterable[ParallelBlock], x: Tensor, positions: Position
             k = k * key_scale
         q = qk[:, : block.heads].reshape(b, k.shape[1], -1, block.dim_head)
         attended = F.scaled_dot_product_attention(q, k, v, scale=block.attention.scale)
-        merged = torch.cat((attended.view(b, -1), swiglu(ff)), dim=-1)
+        # Some backends return a transposed layout, which a view would refuse.
+        merged = torch.cat((attended.reshape(b, -1), swiglu(ff)), dim=-1)
         h = h + F.linear(merged, block.proj_out.weight)
     return h.view(b, 1, -1)

@@ -15,7 +15,7 @@ def check_inputs(
         TypeError: ``x`` holds no integers or ``mask`` is not boolean.
         ValueError: shapes do not fit each other or the cache.
     """
-    if x.dtype.is_floating_point or x.dtype == torch.bool:
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"x must hold integer token ids, got dtype {x.dtype}")
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
@@ -37,6 +37,45 @@ def check_inputs(
             raise ValueError("document_ids are for whole sequences: cache must be None")
         if document_ids.shape != x.shape:
             raise ValueError(f"document_ids must have the shape of x {tuple(x.shape)}, got {tuple(document_ids.shape)}")
+        if document_ids.dtype.is_floating_point:
+            raise TypeError(f"document_ids must be integers, got dtype {document_ids.dtype}")
+
+
+def check_extra_embed(extra_embed: Tensor | None, shape: tuple[int, int, int]) -> None:
+    """Raises unless ``extra_embed`` is of floating point and broadcasts to ``shape``, which is ``(b, n, d)``."""
+    if extra_embed is None:
+        return
+    if not extra_embed.is_floating_point():
+        raise TypeError(f"extra_embed must be floating point, got dtype {extra_embed.dtype}")
+    sizes = (1,) * (3 - extra_embed.ndim) + tuple(extra_embed.shape)
+    if len(sizes) > 3 or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        raise ValueError(f"extra_embed must broadcast to (b, n, d) = {shape}, got shape {tuple(extra_embed.shape)}")
+
+
+def is_same_everywhere(extra_embed: Tensor | None) -> bool:
+    """Whether an extra embedding is the same at every position, so that it holds for later tokens too."""
+    return extra_embed is not None and (extra_embed.ndim < 2 or extra_embed.shape[-2] == 1)
+
+
+def for_all_positions(extra_embed: Tensor, b: int, dim: int) -> Tensor:
+    """An extra embedding for generation, ``(b or 1, 1, d)``.
+
+    Raises:
+        ValueError: it differs between positions, or another size does not fit.
+        TypeError: it is not of floating point.
+    """
+    check_extra_embed(extra_embed, (b, 1, dim))
+    return extra_embed.reshape((1,) * (3 - extra_embed.ndim) + tuple(extra_embed.shape))
+
+
+def as_indices(x: Tensor) -> Tensor:
+    """Ids in a dtype that an embedding takes: bytes of a corpus come as uint8."""
+    return x if x.dtype in (torch.int64, torch.int32) else x.long()
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """``(..., n)`` with any leading dimensions as ``(b, n)``."""
+    return t.unsqueeze(0) if t.ndim < 2 else t.flatten(0, -2)
 
 
 def new_token_count(seq_len: int | None, max_new_tokens: int | None, prompt_length: int) -> int:

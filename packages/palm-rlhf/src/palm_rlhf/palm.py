@@ -6,6 +6,7 @@ that share one frozen base, and non-causal use as an encoder. The output layer i
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,16 +30,20 @@ from lm_core.norms import LayerNorm
 from lm_core.rotary import RotaryEmbedding
 from lm_core.sampling import top_k
 from palm_rlhf.block import ParallelBlock, Positions
-from palm_rlhf.decode import decode_token
-from palm_rlhf.inputs import check_inputs, new_token_count
+from palm_rlhf.cache import PaLMCache
+from palm_rlhf.decode import decode_token, has_hooks
+from palm_rlhf.inputs import (
+    as_indices,
+    as_matrix,
+    check_extra_embed,
+    check_inputs,
+    for_all_positions,
+    is_same_everywhere,
+    new_token_count,
+)
 from palm_rlhf.scopes import FinetuneScopes
 
-
-class PaLMCache(KVCache):
-    """A key/value cache that keeps the scope and the constant extra embedding it was filled with."""
-
-    finetune_scope: str | None = None
-    extra_embed: Tensor | None = None
+__all__ = ["PaLM", "PaLMCache"]
 
 
 class PaLM(FinetuneScopes, PretrainedMixin):
@@ -84,9 +89,9 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         attn_dropout: float = 0.0,
         ff_dropout: float = 0.0,
         qk_rmsnorm: bool = False,
-        qk_scale: float = 8,
+        qk_scale: float = 8.0,
         lora_r: int = 8,
-        rotary_xpos_scale_base: float = 512,
+        rotary_xpos_scale_base: float = 512.0,
         use_xpos: bool = True,
         flash_attn: bool = True,
         finetune_scopes: Sequence[str] = (),
@@ -107,10 +112,12 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             check_positive(value, name)
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
-        if qk_scale <= 0:
+        if not 0 < qk_scale < math.inf:
             raise ValueError(f"qk_scale must be positive, got {qk_scale}")
         check_probability(attn_dropout, "attn_dropout")
         check_probability(ff_dropout, "ff_dropout")
+        if isinstance(finetune_scopes, str):
+            raise TypeError(f"finetune_scopes must be a list of names, got the text {finetune_scopes!r}")
         self.dim = dim
         self.num_tokens = num_tokens
         self.depth = depth
@@ -123,7 +130,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         self.gradient_checkpointing = gradient_checkpointing
 
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.rotary = RotaryEmbedding(dim_head, use_xpos=use_xpos and causal, scale_base=rotary_xpos_scale_base)
+        self.rotary = RotaryEmbedding(dim_head, use_xpos=use_xpos and causal, scale_base=float(rotary_xpos_scale_base))
         self.layers = nn.ModuleList(
             ParallelBlock(
                 dim=dim,
@@ -135,7 +142,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
                 attn_dropout=attn_dropout,
                 ff_dropout=ff_dropout,
                 qk_rmsnorm=qk_rmsnorm,
-                qk_scale=qk_scale,
+                qk_scale=float(qk_scale),
             )
             for _ in range(depth)
         )
@@ -200,12 +207,13 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             TypeError: ids are no integers, or the mask is not boolean.
         """
         check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
+        check_extra_embed(extra_embed, (*x.shape, self.dim))
         past = 0 if cache is None else cache.length
         scope = None if disable_lora else finetune_scope
+        if cache is not None and past > 0:
+            scope, extra_embed = cache.recalled(scope, disable_lora, extra_embed)
         lora = None if scope is None else self.scope_modules(scope)
-        if cache is not None:
-            scope, extra_embed = self._recalled(cache, scope, extra_embed)
-            lora = None if scope is None else self.scope_modules(scope)
+        x = as_indices(x)
         if not self.causal:
             mask = maybe_and_mask(mask, x >= 0)
             x = x.clamp(min=0)
@@ -215,7 +223,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             h = h + extra_embed.to(h.dtype)
         positions = self._positions(x.shape[1], past, mask, document_ids, h)
         one_token = past > 0 and x.shape[1] == 1 and mask is None and lora is None and not torch.is_grad_enabled()
-        if cache is not None and one_token and not self.training:
+        if cache is not None and one_token and not self.training and not has_hooks(self.blocks()):
             h = decode_token(self.blocks(), h, positions, cache)
         else:
             for layer, block in enumerate(self.blocks()):
@@ -226,6 +234,8 @@ class PaLM(FinetuneScopes, PretrainedMixin):
                 else:
                     h = step(h, positions)
         if cache is not None:
+            if past == 0:
+                cache.remember(scope, extra_embed)
             cache.masked = mask is not None
             cache.advance(x.shape[1])
         gamma = self.norm.gamma.detach() if lora is not None else self.norm.gamma
@@ -264,7 +274,11 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         Raises:
             ValueError: see ``hidden``; also ``return_loss`` with ``causal=False``, with a cache, or of one token.
         """
-        settings = {"disable_lora": disable_lora, "finetune_scope": finetune_scope, "extra_embed": extra_embed}
+        settings: dict[str, Any] = {
+            "disable_lora": disable_lora,
+            "finetune_scope": finetune_scope,
+            "extra_embed": extra_embed,
+        }
         if return_loss:
             return self._loss(x, mask, cache, document_ids, loss_normalizer, settings)
         features = self.hidden(x, mask=mask, cache=cache, document_ids=document_ids, **settings)
@@ -340,14 +354,17 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         if prompt is None:
             prompt = torch.randint(self.num_tokens, (1, 1), device=self.device, generator=generator)
             return_seq_without_prompt = False
+        if not self.causal:
+            raise ValueError("generation needs a causal model, got causal=False")
         leading: tuple[int, ...] | None = None
-        if isinstance(prompt, Tensor):
+        if isinstance(prompt, Tensor) and prompt.ndim > 0:
             leading = tuple(prompt.shape[:-1])
-            prompt = prompt.reshape(-1, prompt.shape[-1]) if prompt.ndim else prompt
+            prompt, mask = as_matrix(prompt), None if mask is None else as_matrix(mask)
+            prompt_lengths = None if prompt_lengths is None else prompt_lengths.reshape(-1)
         rows = prompt_rows(prompt, mask, prompt_lengths)
-        for row in rows:
-            check_ids(row, self.num_tokens, "prompt")
-        longest = max((row.shape[-1] for row in rows), default=0)
+        longest = max(row.shape[0] for row in rows)
+        if kwargs.get("extra_embed") is not None:
+            kwargs["extra_embed"] = for_all_positions(kwargs["extra_embed"], len(rows), self.dim)
         result = generate(
             self,
             rows,
@@ -409,7 +426,13 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         if x.ndim != 2 or x.shape[1] < 2:
             raise ValueError(f"return_loss needs at least two tokens a row, got shape {tuple(x.shape)}")
         check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
-        labels = x[:, 1:]
+        if not x.is_cuda:
+            check_ids(x, self.num_tokens, "x")
+        extra_embed = settings["extra_embed"]
+        if extra_embed is not None and not is_same_everywhere(extra_embed):
+            check_extra_embed(extra_embed, (*x.shape, self.dim))
+            settings = {**settings, "extra_embed": extra_embed[..., :-1, :]}
+        labels = x[:, 1:].long()
         counts = None if mask is None else mask[:, 1:] & mask[:, :-1]
         if document_ids is not None:
             counts = maybe_and_mask(counts, document_ids[:, 1:] == document_ids[:, :-1])
@@ -456,15 +479,3 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
             mask = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
         return Positions(cos, sin, xpos, mask)
-
-    def _recalled(
-        self, cache: PaLMCache, scope: str | None, extra_embed: Tensor | None
-    ) -> tuple[str | None, Tensor | None]:
-        """Generation names scope and extra embedding with the prompt only; the cache carries them on."""
-        if cache.length == 0:
-            cache.finetune_scope = scope
-            constant = extra_embed is not None and extra_embed.numel() == self.dim
-            cache.extra_embed = extra_embed if constant else None
-        elif scope is not None and scope != cache.finetune_scope:
-            raise ValueError(f"cache was filled with finetune_scope {cache.finetune_scope!r}, got {scope!r}")
-        return cache.finetune_scope, cache.extra_embed if extra_embed is None else extra_embed

@@ -257,6 +257,17 @@ def test_our_own_state_dict_loads_in_the_dtype_of_the_model(tmp_path, dtype):
     assert next(target.blocks()).proj_in.weight.stride() == strides
 
 
+@pytest.mark.cuda
+@torch.no_grad()
+def test_a_file_loads_into_a_model_on_a_gpu(golden, tmp_path):
+    state, values = golden["causal"]
+    torch.save(state, tmp_path / "palm.pt")
+    palm = fitting_palm().eval().cuda()
+    palm.load(tmp_path / "palm.pt")
+    assert palm.device.type == "cuda"
+    assert_same(palm(values["ids"].cuda(), finetune_scope="actor").cpu(), values["logits-actor"], tolerance=1e-4)
+
+
 @pytest.mark.plain
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):

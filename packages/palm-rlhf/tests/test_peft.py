@@ -12,7 +12,11 @@ from lm_core.checkpoint import CheckpointError
 from palm_rlhf import LoRA, PaLM
 from palm_rlhf.interop import export_lora, import_lora, to_cohere
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+# What peft says when it saves an adapter of a model without a folder, and uses of transformers that will go.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
+]
 
 SIZES = {"dim": 24, "num_tokens": 40, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "use_xpos": False}
 ALL_TARGETS = ("q", "k", "v", "o", "ff_in", "ff_out")
@@ -180,6 +184,20 @@ def test_an_adapter_made_by_peft_becomes_a_scope_with_its_logits(palm, ids, tmp_
     expected = model(ids).logits
     assert (expected - palm(ids)).abs().max() > 0.1
     torch.testing.assert_close(palm(ids, finetune_scope="actor"), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_a_scope_and_its_twin_travel_to_and_from_a_gpu(palm, ids, tmp_path):
+    from peft import PeftModel
+
+    palm, ids = with_scope(palm).cuda(), ids.cuda()
+    expected = palm(ids, finetune_scope="actor")
+    folder = export_lora(palm, "actor", tmp_path / "adapter")
+    model = PeftModel.from_pretrained(to_cohere(palm), folder).cuda().eval()
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-3, rtol=0)
+    import_lora(palm, "copy", folder)
+    assert torch.equal(palm(ids, finetune_scope="copy"), expected)
 
 
 # ------------------------------------------------------------------ refusals

@@ -127,6 +127,22 @@ def test_every_distribution_declares_the_promised_bounds(workspace: ModuleType) 
             assert asked["lm-core"].contains(workspace.CORE.version, prereleases=True)
 
 
+def test_every_distribution_names_what_its_tests_need(workspace: ModuleType) -> None:
+    for distribution in workspace.DISTRIBUTIONS.values():
+        needed = {Requirement(line).name for line in distribution.group("test")}
+
+        assert {"pytest", "pytest-timeout"} <= needed, distribution.name
+        assert not needed & set(workspace.DISTRIBUTIONS), f"{distribution.name} would take a sibling from an index"
+
+
+def test_the_front_page_names_every_distribution(workspace: ModuleType, root: Path) -> None:
+    page = (root / "README.md").read_text("utf-8")
+    for name, distribution in workspace.DISTRIBUTIONS.items():
+        readme = (distribution.folder / "README.md").relative_to(root).as_posix()
+
+        assert f"| [`{name}`]({readme}) | `{distribution.import_name}` |" in page
+
+
 def test_every_distribution_has_what_a_release_needs(workspace: ModuleType, root: Path) -> None:
     licence = (root / "LICENSE").read_text("utf-8")
     for distribution in workspace.DISTRIBUTIONS.values():

@@ -1,0 +1,245 @@
+"""What every adapter shares: checks at the door, padding, and the bookkeeping of a cache.
+
+An adapter supplies only how its library is called with rows whose padding is already in place.
+
+Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lm_core._checks import check_ids, check_positive
+from lm_core.adapters.padding import has_gap, moved_back, with_padding_first, with_padding_last
+
+
+class AdapterCache(ABC):
+    """Keys and values of another library's model, with the padding its positions depend on.
+
+    Attributes:
+        length: positions held.
+        batch_size: rows held.
+        mask: ``(b, length)`` True at real tokens, None while no row has padding.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.length = 0
+        self.batch_size = batch_size
+        self.mask: Tensor | None = None
+
+    def reorder(self, index: Int[Tensor, " rows"]) -> None:
+        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
+        self._select(index)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index)
+        self.batch_size = index.shape[0]
+
+    def clone(self) -> "AdapterCache":
+        """An independent copy: what is appended to one is not seen by the other."""
+        copy = self._clone()
+        copy.length, copy.mask = self.length, self.mask
+        return copy
+
+    def extended_mask(self, new: Tensor | None, n: int) -> Tensor | None:
+        """Mask of the positions held and ``n`` new ones, of which ``new (b, n)`` says which are real (None: all)."""
+        if self.mask is None and new is None:
+            return None
+        some = self.mask if new is None else new
+        assert some is not None
+        held = some.new_ones(self.batch_size, self.length) if self.mask is None else self.mask
+        return torch.cat((held, some.new_ones(self.batch_size, n) if new is None else new), dim=1)
+
+    @abstractmethod
+    def _select(self, index: Tensor) -> None:
+        """Selects rows of the keys and values."""
+
+    @abstractmethod
+    def _clone(self) -> "AdapterCache":
+        """A copy of the keys and values in a new cache."""
+
+
+class Adapter(nn.Module, ABC):
+    """A causal language model on top of another one, which it shares, not copies.
+
+    Attributes:
+        model: the adapted model.
+        vocab_size: ids must be below it; None if unknown.
+        max_length: positions the model knows; None if it has no table of positions, or none is known.
+    """
+
+    def __init__(self, model: Any, *, vocab_size: int | None, max_length: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+
+    def extra_repr(self) -> str:
+        """The settings shown by ``repr``."""
+        return f"vocab_size={self.vocab_size}, max_length={self.max_length}"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter or buffer; the CPU for a model without any."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+    def forward(
+        self,
+        ids: Int[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b m"] | None = None,
+        cache: AdapterCache | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "b n v"]:
+        """Logits at every given position; at padding they mean nothing.
+
+        Args:
+            ids: token ids; with a cache, the new ones. Ids at padding are never read.
+            mask: True at real tokens of the cached and the new positions.
+            cache: from ``init_cache``; grows by the new positions.
+            **kwargs: go to the adapted model.
+
+        Raises:
+            TypeError: ids are not integers, mask is not boolean, or cache was not made by ``init_cache``.
+            ValueError: shapes do not fit, an id is outside the vocabulary (looked for on the CPU only), the sequence
+                is longer than ``max_length``, or with a cache a row has padding between real tokens.
+        """
+        return self._states(ids, mask, cache, kwargs, hidden=False)
+
+    @abstractmethod
+    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        """Logits or hidden states of rows whose padding comes last."""
+
+    def _described(self) -> str:
+        return type(self.model).__name__
+
+    def _check_cache(self, cache: Any) -> None:
+        if cache is not None:
+            raise TypeError(f"cache must be None: an adapted {self._described()} has no init_cache")
+
+    def _states(self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        self._check_cache(cache)
+        ids, mask = self._checked(ids, mask, cache)
+        if mask is None:
+            return self._whole(ids, None, kwargs, hidden=hidden)
+        last = with_padding_last(ids, mask)
+        return moved_back(self._whole(last.ids, last.mask, kwargs, hidden=hidden), last)
+
+    def _checked(self, ids: Tensor, mask: Tensor | None, cache: AdapterCache | None) -> tuple[Tensor, Tensor | None]:
+        """Int64 ids with 0 at padding, and the mask of the new positions."""
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must hold integer token ids, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have shape (b, n), got {tuple(ids.shape)}")
+        if cache is not None and cache.batch_size != ids.shape[0]:
+            raise ValueError(f"cache holds {cache.batch_size} rows, got ids of {ids.shape[0]}")
+        length = 0 if cache is None else cache.length
+        total = length + ids.shape[1]
+        if self.max_length is not None and total > self.max_length:
+            raise ValueError(f"ids must end within {self.max_length} positions, got {total}")
+        # Some models view their ids in another shape.
+        ids = ids.long().contiguous()
+        new = None
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            if mask.shape != (ids.shape[0], total):
+                raise ValueError(f"mask must have shape {(ids.shape[0], total)}, got {tuple(mask.shape)}")
+            new = mask[:, length:]
+            ids = ids.masked_fill(~new, 0)
+        if self.vocab_size is not None and ids.device.type == "cpu":
+            check_ids(ids, self.vocab_size, "ids")
+        return ids, new
+
+
+class LibraryAdapter(Adapter):
+    """An adapter that may know more of its model: how to continue a cache, and its states before the output layer.
+
+    ``init_cache``, ``hidden`` and ``output_weight`` exist only where they are exact: ask with ``hasattr``.
+    """
+
+    _cache_type: type[AdapterCache]
+    # What a subclass finds out about its model: why it cannot continue a cache (None: it can), and whether its logits
+    # are nothing but hidden states times a weight.
+    _why_not_cached: str | None
+    _offers_hidden: bool
+
+    def extra_repr(self) -> str:
+        """The settings shown by ``repr``."""
+        decoding = "cached" if self._why_not_cached is None else f"uncached ({self._why_not_cached})"
+        return f"{super().extra_repr()}, hidden={self._offers_hidden}, decoding={decoding}"
+
+    @property
+    def init_cache(self) -> Callable[[int, int], AdapterCache]:
+        """``init_cache(batch_size, max_length)``: an empty cache for ``forward`` and ``hidden``."""
+        if self._why_not_cached is not None:
+            raise AttributeError(self._why_not_cached)
+        return self._init_cache
+
+    @property
+    def hidden(self) -> Callable[..., Tensor]:
+        """``hidden(ids, *, mask=None, cache=None, **kwargs)``: states ``(b, n, d)``; arguments as of ``forward``."""
+        if not self._offers_hidden:
+            raise AttributeError("logits are not hidden @ output_weight.T")
+        return self._hidden
+
+    @property
+    def output_weight(self) -> Float[Tensor, "v d"]:
+        """The output layer: ``logits == hidden @ output_weight.T``."""
+        if not self._offers_hidden:
+            raise AttributeError("logits are not hidden @ output_weight.T")
+        return self._weight()
+
+    @abstractmethod
+    def _incremental(
+        self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
+    ) -> Tensor:
+        """Logits or hidden states of new tokens; ``mask (b, m)`` has its padding first. Grows keys and values."""
+
+    @abstractmethod
+    def _weight(self) -> Tensor:
+        """The weight of the output layer."""
+
+    def _init_cache(self, batch_size: int, max_length: int) -> AdapterCache:
+        # The libraries' keys and values grow by concatenation, so there is nothing to reserve for max_length.
+        check_positive(batch_size, "batch_size")
+        check_positive(max_length, "max_length")
+        return self._cache_type(batch_size)
+
+    def _hidden(
+        self,
+        ids: Int[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b m"] | None = None,
+        cache: AdapterCache | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "b n d"]:
+        return self._states(ids, mask, cache, kwargs, hidden=True)
+
+    def _check_cache(self, cache: Any) -> None:
+        if self._why_not_cached is not None:
+            super()._check_cache(cache)
+        elif cache is not None and not isinstance(cache, self._cache_type):
+            raise TypeError(f"cache must come from this model's init_cache, got {type(cache).__name__}")
+
+    def _states(self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        if cache is None:
+            return super()._states(ids, mask, None, kwargs, hidden=hidden)
+        self._check_cache(cache)
+        ids, new = self._checked(ids, mask, cache)
+        n = ids.shape[1]
+        # A prompt may come with its padding anywhere; what follows it is appended.
+        first = with_padding_first(ids, new) if cache.length == 0 and new is not None else None
+        if first is not None:
+            ids, new = first.ids, first.mask
+        whole_mask = cache.extended_mask(new, n)
+        if whole_mask is not None and whole_mask.device.type == "cpu" and has_gap(whole_mask):
+            raise ValueError("mask must not have padding between the real tokens of a row when a cache is used")
+        states = self._incremental(ids, whole_mask, cache, kwargs, hidden=hidden)
+        cache.length, cache.mask = cache.length + n, whole_mask
+        return states if first is None else moved_back(states, first)

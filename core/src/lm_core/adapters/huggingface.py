@@ -1,0 +1,274 @@
+"""A Hugging Face causal language model, also one wrapped by peft, in the protocol of this package.
+
+transformers has hundreds of architectures, and what one of them does exactly is not written in its configuration. So
+each is tried on a few tokens when it is wrapped (``undisturbed``: no gradient, mode and random state as before):
+
+- It must be causal, or it is refused.
+- ``hidden`` is offered where the output layer is a bias-free ``nn.Linear`` and nothing is done to its result. Soft
+  caps and scales change small logits by less than rounding, so that layer's result is replaced by large numbers.
+- ``init_cache`` is offered where the model returns a cache that only holds keys and values of each position, and a
+  left-padded row decoded in steps equals the row alone. Recurrent and hybrid models are decoded without a cache.
+
+Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm_core.adapters.base import AdapterCache, LibraryAdapter
+from lm_core.decoding import eval_mode
+from lm_core.masking import positions_from_mask
+
+# Layers that hold one key and one value a position, without in-place writes: rows can be selected, and a shallow copy
+# is an independent one.
+_LAYERS_OF_KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer"})
+
+# Error, relative to the spread of the logits, above which two ways to compute them count as different: well above
+# rounding (TF32 matrix products included), well below what a wrong position or mask does to a trained model.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
+_TOLERANCE_HALF_PRECISION = 0.1
+
+
+class HuggingFaceCache(AdapterCache):
+    """transformers' own cache object with the padding beside it."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        # The model makes it in the first call, because only the model knows which of its layers slide.
+        self.past: Any = None
+
+    def _select(self, index: Tensor) -> None:
+        if self.past is not None:
+            self.past.reorder_cache(index)
+
+    def _clone(self) -> "HuggingFaceCache":
+        clone = HuggingFaceCache(self.batch_size)
+        if self.past is not None:
+            # Tensors are never written to, each call makes longer ones: only what holds them is copied.
+            clone.past = copy.copy(self.past)
+            for name, value in vars(self.past).items():
+                if isinstance(value, list):
+                    entries = [entry if isinstance(entry, Tensor) else copy.copy(entry) for entry in value]
+                    setattr(clone.past, name, entries)
+        return clone
+
+
+class HuggingFaceLM(LibraryAdapter):
+    """A transformers causal language model that returns logits only.
+
+    Args:
+        model: a ``PreTrainedModel`` with a language-modelling head, or a ``PeftModel`` around one.
+
+    Raises:
+        TypeError: the model is an encoder-decoder, is not causal, or has no language-modelling head.
+        ValueError: the model's weights are on the meta device.
+    """
+
+    _cache_type = HuggingFaceCache
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = _base_model(model)
+        _refuse_what_is_no_causal_lm(inner)
+        super().__init__(model, vocab_size=_vocab_size(inner), max_length=_number_of_positions(model, inner))
+        self._changes_input = _changes_input(model)
+        self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
+        self._offers_hidden = False
+        self._why_not_cached: str | None = None
+        with undisturbed(model):
+            self._refuse_what_is_not_causal()
+            self._offers_hidden = not self._changes_input and self._hidden_is_exact()
+            self._why_not_cached = self._reason_not_to_cache()
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def _inner(self) -> Any:
+        return _base_model(self.model)
+
+    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        settings: dict[str, Any] = {"use_cache": False, "return_dict": True}
+        if mask is not None:
+            settings["attention_mask"] = mask.long()
+        if hidden:
+            states: Tensor = self._inner.base_model(input_ids=ids, **settings, **kwargs)[0]
+            return states
+        logits: Tensor = self.model(input_ids=ids, **settings, **kwargs).logits
+        # A learned prompt before the ids has logits too.
+        return logits[:, -ids.shape[1] :]
+
+    def _incremental(
+        self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
+    ) -> Tensor:
+        inner = self._inner
+        if inner.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+            raise ValueError("cache must be None in training mode with gradient checkpointing, which disables caching")
+        settings: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if cache.past is not None:
+            settings["past_key_values"] = cache.past
+        if mask is not None:
+            settings["attention_mask"] = mask.long()
+            if self._takes_positions:
+                settings["position_ids"] = positions_from_mask(mask)[:, -ids.shape[1] :].contiguous()
+        module = inner.base_model if hidden else self.model
+        output = module(input_ids=ids, **settings, **kwargs)
+        cache.past = output.past_key_values
+        states: Tensor = output[0] if hidden else output.logits
+        return states
+
+    def _weight(self) -> Tensor:
+        weight: Tensor = self._inner.get_output_embeddings().weight
+        return weight
+
+    def _described(self) -> str:
+        return type(self._inner).__name__
+
+    def _trial_ids(self, length: int) -> Tensor:
+        """``(1, length)`` ids from the middle of the vocabulary, where no special tokens are."""
+        v = self.vocab_size or length
+        return (torch.arange(length, device=self.device) + v // 2).remainder(v).unsqueeze(0)
+
+    def _refuse_what_is_not_causal(self) -> None:
+        ids = self._trial_ids(4).repeat(2, 1)
+        ids[1, -1] = ids[0, 0]
+        output = self.model(input_ids=ids, use_cache=False, return_dict=True)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] < ids.shape[1]:
+            raise TypeError(f"{self._described()} has no language-modelling head: its output has no logits (b, n, v)")
+        if not _equal(logits[0, :-1], logits[1, :-1]):
+            raise TypeError(f"{self._described()} is not causal: its logits depend on later tokens")
+
+    def _hidden_is_exact(self) -> bool:
+        inner = self._inner
+        head = inner.get_output_embeddings()
+        # Subclasses (quantised, offloaded, with a low-rank update) compute something else than weight @ hidden.
+        if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+            return False
+        if head.weight.device.type == "meta" or inner.base_model is inner:
+            return False
+        ids = self._trial_ids(3)
+        large = torch.linspace(-96, 96, steps=head.out_features, device=head.weight.device).round()
+        handle = head.register_forward_hook(lambda module, inputs, output: large.to(output.dtype).expand_as(output))
+        try:
+            unchanged = self._whole(ids, None, {}, hidden=False)
+        finally:
+            handle.remove()
+        if unchanged.shape[-1] != large.shape[0] or not torch.equal(unchanged.float(), large.expand_as(unchanged)):
+            return False
+        logits = self._whole(ids, None, {}, hidden=False)
+        hidden = self._whole(ids, None, {}, hidden=True)
+        return hidden.shape[-1] == head.in_features and _equal(F.linear(hidden, head.weight), logits)
+
+    def _reason_not_to_cache(self) -> str | None:
+        if self._changes_input:
+            return "peft changes its input"
+        if getattr(self._inner, "_is_stateful", False):
+            return "it is recurrent"
+        try:
+            return self._try_to_cache()
+        except Exception as error:
+            # Some architectures cannot read a cache back, or not with these arguments: each in a way of its own.
+            return f"its cache fails with {type(error).__name__}: {error}"
+
+    def _try_to_cache(self) -> str | None:
+        ids = self._trial_ids(5)
+        output = self.model(input_ids=ids, use_cache=True, return_dict=True)
+        reason = _reason_not_to_keep(getattr(output, "past_key_values", None), ids.shape[1])
+        if reason is not None:
+            return reason
+        alone = self._whole(ids[:, 2:].contiguous(), None, {}, hidden=False)
+        rows = torch.cat((ids, ids))
+        mask = torch.ones_like(rows, dtype=torch.bool)
+        mask[1, :2] = False
+        cache = HuggingFaceCache(2)
+        steps = [self._states(rows[:, :3], mask[:, :3], cache, {}, hidden=False)]
+        steps.append(self._states(rows[:, 3:], mask, cache, {}, hidden=False))
+        stepped = torch.cat(steps, dim=1)
+        if not _equal(stepped[:1], output.logits) or not _equal(stepped[1:, 2:], alone):
+            return "its cached logits differ from its uncached ones"
+        return None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random states are as before on leaving."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices), eval_mode(model):
+        yield
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(a.dtype, _TOLERANCE_HALF_PRECISION)
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= tolerance * b.std())
+
+
+def _base_model(model: Any) -> Any:
+    """The transformers model itself, without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _peft_configs(model: Any) -> list[Any]:
+    return [] if _base_model(model) is model else list(model.peft_config.values())
+
+
+def _changes_input(model: Any) -> bool:
+    """Whether peft puts learned tokens before the input, or reads the whole input to decide what to adapt."""
+    return any(
+        config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None) for config in _peft_configs(model)
+    )
+
+
+def _refuse_what_is_no_causal_lm(inner: Any) -> None:
+    name = type(inner).__name__
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder: as_causal_lm needs a causal language model without an encoder")
+    # Weights that accelerate offloads are on the meta device too, but come when their module is called.
+    present = [module for module in inner.modules() if not hasattr(module, "_hf_hook")]
+    if any(p.device.type == "meta" for module in present for p in module.parameters(recurse=False)):
+        raise ValueError(f"{name} must have its weights loaded, some are on the meta device")
+
+
+def _reason_not_to_keep(past: Any, length: int) -> str | None:
+    layers = getattr(past, "layers", None)
+    if layers is None:
+        # Before transformers 4.54 the cache held lists of tensors.
+        layers_known = type(past).__name__ == "DynamicCache"
+        held = type(past).__name__
+    else:
+        names = sorted({type(layer).__name__ for layer in layers})
+        layers_known = type(past).__name__ == "DynamicCache" and _LAYERS_OF_KEYS_AND_VALUES.issuperset(names)
+        held = f"{type(past).__name__} of {', '.join(names)}"
+    if not layers_known:
+        return f"its cache ({held}) is not of keys and values only"
+    if past.get_seq_length() != length:
+        return "its cache does not hold every position"
+    return None
+
+
+def _vocab_size(inner: Any) -> int | None:
+    size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
+    return size if size is not None else getattr(inner.config, "vocab_size", None)
+
+
+def _number_of_positions(model: Any, inner: Any) -> int | None:
+    """Rows of a learned table of positions; None for models that compute their positions."""
+    limit = getattr(inner.config, "max_position_embeddings", None)
+    words = inner.get_input_embeddings()
+    for name, module in inner.named_modules():
+        learned = isinstance(module, nn.Embedding) and module is not words and ("pos" in name or "wpe" in name)
+        if limit is not None and learned and limit <= module.num_embeddings:
+            # RoBERTa and its family start counting behind the padding id.
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            virtual = max((getattr(config, "num_virtual_tokens", 0) for config in _peft_configs(model)), default=0)
+            return min(limit, module.num_embeddings - skipped) - virtual
+    return None

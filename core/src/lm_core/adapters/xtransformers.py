@@ -1,0 +1,198 @@
+"""An x-transformers ``TransformerWrapper`` around a ``Decoder`` in the protocol of this package.
+
+Not every option of that library survives its own cache: token shift, memory tokens, hybrid modules and others look at
+neighbours that a cached call does not have, and nothing says so. Many start as the identity, so trying a new model
+would not find them either. Hence a list of the parts known to treat each token by itself or by its distance to
+others; a model with any other part is decoded without a cache.
+
+Calls without a cache move padding behind the real tokens. Cached ones keep it in front and tell by ``seq_start_pos``,
+which masks keys and shifts the table of positions; all other position schemes of the list depend on distances only.
+
+Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm_core.adapters.base import AdapterCache, LibraryAdapter
+
+_EXACT_WITH_CACHE = frozenset(
+    {
+        # x-transformers: structure, embeddings and positions
+        *("TransformerWrapper", "Decoder", "Attention", "Attend", "FeedForward", "GLU", "ReluSquared", "SoLU"),
+        *("TokenEmbedding", "AbsolutePositionalEmbedding", "RotaryEmbedding", "AlibiPositionalBias"),
+        *("LearnedAlibiPositionalBias", "RelativePositionBias", "DynamicPositionBias", "PolarEmbedding"),
+        # x-transformers: norms and residuals
+        *("LayerNorm", "RMSNorm", "SimpleRMSNorm", "ScaleNorm", "MultiheadRMSNorm", "DynamicTanh", "Derf"),
+        *("Residual", "GRUGating", "LayerScale", "Scale", "ConcatCombine", "LoRALinear"),
+        # torch and einops
+        *("Linear", "Embedding", "GRUCell", "Dropout", "Identity", "Sequential", "ModuleList", "Rearrange"),
+        *("GELU", "SiLU", "ReLU", "Sigmoid", "Tanh"),
+    }
+)
+
+
+class XTransformersCache(AdapterCache):
+    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.layers: list[tuple[Tensor | None, ...]] = []
+
+    def _select(self, index: Tensor) -> None:
+        self.layers = [
+            tuple(None if tensor is None else tensor.index_select(0, index) for tensor in layer)
+            for layer in self.layers
+        ]
+
+    def _clone(self) -> "XTransformersCache":
+        clone = XTransformersCache(self.batch_size)
+        # The tensors are never written to: each call makes longer ones.
+        clone.layers = list(self.layers)
+        return clone
+
+
+class XTransformersLM(LibraryAdapter):
+    """An x-transformers decoder that returns logits only.
+
+    Args:
+        model: a ``TransformerWrapper``, or an ``AutoregressiveWrapper`` around one (its network is taken out).
+
+    Raises:
+        TypeError: the wrapper holds no causal layers, or gives something else than one tensor of logits a token.
+    """
+
+    _cache_type = XTransformersCache
+
+    def __init__(self, model: nn.Module) -> None:
+        wrapped = any(cls.__name__ == "AutoregressiveWrapper" for cls in type(model).__mro__)
+        net: Any = model.net if wrapped else model
+        _refuse_what_is_no_causal_lm(net)
+        table: Any = getattr(net, "pos_emb", None)
+        limit = table.max_seq_len if type(table).__name__ == "AbsolutePositionalEmbedding" else None
+        super().__init__(net, vocab_size=net.num_tokens, max_length=limit)
+        self._why_not_cached = _reason_not_to_cache(net)
+        self._offers_hidden = _hidden_gives_logits(net)
+
+    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        states: Tensor = self.model(ids, return_embeddings=hidden, **kwargs)
+        return states
+
+    def _incremental(
+        self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
+    ) -> Tensor:
+        from x_transformers.attend import Intermediates
+        from x_transformers.x_transformers import LayerIntermediates
+
+        settings: dict[str, Any] = {}
+        if cache.layers:
+            layers = [Intermediates(cached_kv=layer, layer_type="a") for layer in cache.layers]
+            settings = {
+                "cache": LayerIntermediates(attn_intermediates=layers, cache_length=cache.length),
+                "input_not_include_cache": True,
+                "cache_age": ids.shape[1],
+            }
+        if mask is not None:
+            # The first real token of each row; a row without any starts at its end.
+            start = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
+            settings["seq_start_pos"] = start
+        states: Tensor
+        states, after = self.model(
+            ids, return_embeddings_and_intermediates=hidden, return_intermediates=not hidden, **settings, **kwargs
+        )
+        cache.layers = [tuple(layer.cached_kv) for layer in after.attn_intermediates]
+        return states
+
+    def _weight(self) -> Tensor:
+        return _output_weight(self.model)
+
+
+def _refuse_what_is_no_causal_lm(net: Any) -> None:
+    name = type(net).__name__
+    layers = getattr(net, "attn_layers", None)
+    if layers is None or not hasattr(net, "to_logits") or not hasattr(net, "num_tokens"):
+        raise TypeError(f"{name} of x-transformers is no language model: as_causal_lm takes a TransformerWrapper")
+    if not layers.causal:
+        raise TypeError(f"{type(layers).__name__} of x-transformers is not causal: as_causal_lm takes a Decoder")
+    for module in net.modules():
+        # These take a mean or a projection over the whole sequence, later tokens included.
+        looks_ahead = type(module).__name__ in ("OrthogonalResidualUpdate", "MVSplitResidualUpdate")
+        for option in ("orthog_projected_values", "orthog_projected_values_per_head"):
+            looks_ahead = looks_ahead or getattr(module, option, False)
+        if looks_ahead:
+            raise TypeError(f"{name} is not causal: its {type(module).__name__} mixes in later tokens")
+    if _has_memory_keys(net) and getattr(layers.rotary_pos_emb, "scale", None) is not None:
+        # xPos scales queries by their distance to the middle of the sequence, and these keys not at all.
+        raise TypeError(f"{name} is not causal: attn_num_mem_kv with rotary_xpos makes logits depend on the length")
+    if net.to_logits is None:
+        raise TypeError(f"{name} with return_only_embed=True has no logits")
+    if getattr(net, "has_multiple_heads", False):
+        raise TypeError(f"{name} with num_output_heads > 1 gives several logits a token")
+    if getattr(net, "average_pool_embed", False) or getattr(net, "cls_token", None) is not None:
+        raise TypeError(f"{name} with average_pool_embed or use_cls_token gives logits a sequence, not a token")
+
+
+def _reason_not_to_cache(net: Any) -> str | None:
+    parameters = inspect.signature(net.forward).parameters
+    if not {"cache", "input_not_include_cache", "seq_start_pos"} <= parameters.keys():
+        return "this version of x-transformers cannot continue a cache"
+    unknown = sorted({type(module).__name__ for module in net.modules()} - _EXACT_WITH_CACHE)
+    if unknown:
+        return f"{', '.join(unknown)} may look at other tokens"
+    present = ["looped"] if getattr(net, "looped", False) else []
+    # These need an argument in every call, but whoever decodes with a cache gives arguments with the prompt only.
+    present += ["embed_num_tokens"] if getattr(net, "embeds", None) is not None else []
+    present += ["cross_attend"] if net.attn_layers.cross_attend else []
+    if present:
+        return f"it has {', '.join(present)}"
+    rotated = net.attn_layers.rotary_pos_emb is not None or getattr(net.attn_layers, "polar_pos_emb", None) is not None
+    if rotated and _has_memory_keys(net):
+        return "its rotated queries meet memory keys without a position"
+    if not net.can_cache_kv:
+        return "x-transformers cannot cache it"
+    attends = (module for module in net.modules() if type(module).__name__ == "Attend")
+    if not all(_is_softmax(attend.attn_fn) for attend in attends):
+        return "its attention is no softmax"
+    return None
+
+
+def _has_memory_keys(net: Any) -> bool:
+    return any(getattr(module, "num_mem_kv", 0) > 0 for module in net.modules())
+
+
+def _is_softmax(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    return function in (F.softmax, torch.softmax)
+
+
+def _hidden_gives_logits(net: Any) -> bool:
+    if getattr(net, "to_mixture", None) is not None or getattr(net, "sigsoftmax_logits", False):
+        return False
+    if getattr(net, "squeeze_out_last_dim", False):
+        return False
+    if isinstance(net.to_logits, nn.Module):
+        return type(net.to_logits) is nn.Linear and net.to_logits.bias is None
+    if type(net.token_emb).__name__ != "TokenEmbedding":
+        return False
+    # A function: either the product with the embedding or the user's own.
+    weight = _output_weight(net).detach()
+    hidden = torch.arange(weight.shape[1], device=weight.device, dtype=weight.dtype).cos().view(1, 1, -1)
+    with torch.no_grad():
+        logits = net.to_logits(hidden)
+    expected = hidden @ weight.t()
+    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3)
+
+
+def _output_weight(net: Any) -> Tensor:
+    head: Any = net.to_logits
+    if isinstance(head, nn.Linear):
+        return head.weight
+    # Tied to the embedding, which newer versions scale.
+    embedding: Tensor = net.token_emb.emb.weight
+    return embedding * getattr(net, "tie_embedding_scale", 1.0)

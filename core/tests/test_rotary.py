@@ -97,6 +97,8 @@ def test_half_precision_is_finite_and_right_at_position_32768(dtype, xpos_score)
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(len(positions), 64, generator=generator) for _ in range(2))
     p = positions.tolist()
+    q16, k16 = (turned(rotary, t.to(dtype), positions)[None, None] for t in (q, k))
+    assert causal_xpos(rotary, q16[..., -5:, :], k16, k16, positions, i=5).isfinite().all()
     for block in rotary.xpos_blocks(positions[-5:], positions, dtype=dtype, block=1024):
         rotated_q, rotated_k = (turned(rotary, t.to(dtype), positions) for t in (q, k))
         scaled_q = rotated_q[-5:][block.start : block.stop] * block.query_scale.to(dtype)
@@ -111,7 +113,7 @@ def test_half_precision_is_finite_and_right_at_position_32768(dtype, xpos_score)
 
 
 @pytest.mark.parametrize(("dtype", "powers"), [(torch.float16, 2), (torch.bfloat16, 8), (torch.float32, 8)])
-@pytest.mark.parametrize("scale_base", [512, 16, 0.3])
+@pytest.mark.parametrize("scale_base", [512.0, 16.0, 0.3])
 @pytest.mark.parametrize("start", [0, 1, 31_744])
 def test_scales_of_the_default_blocks_stay_small(dtype, powers, scale_base, start):
     rotary = RotaryEmbedding(4, use_xpos=True, scale_base=scale_base)

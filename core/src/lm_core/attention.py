@@ -48,8 +48,9 @@ def attend(
         raise ValueError(f"causal attention needs at least as many keys as queries, got {j} and {i}")
     if mask is not None:
         mask = _four_dimensional(mask, q.shape[0], h, i, j)
-    # The last position sees every key, and one query needs no causal mask.
-    causal = causal and i > 1
+    # The last position sees every key: one query needs no causal mask. (An `and` would be symbolic in a graph.)
+    if i == 1:
+        causal = False
     if causal and (mask is not None or i != j):
         triangle = torch.ones(i, j, dtype=torch.bool, device=q.device).tril(j - i)
         mask = triangle if mask is None else mask & triangle

@@ -33,7 +33,7 @@ def rotate_half(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
 
 
 def apply_rotary(
-    x: Float[Tensor, "... n d"], cos: Float[Tensor, "... n d"], sin: Float[Tensor, "... n d"]
+    x: Float[Tensor, "... n d"], cos: Float[Tensor, "... #n d"], sin: Float[Tensor, "... #n d"]
 ) -> Float[Tensor, "... n d"]:
     """Rotates ``x``: ``x * cos(angle) + rotate_half(x) * sin(angle)``.
 
@@ -138,8 +138,9 @@ class RotaryEmbedding(nn.Module):
         i, j = query_positions.shape[-1], key_positions.shape[-1]
         log_zeta = self._log_zeta(query_positions.device, dtype)
         blocks = []
-        for start in range(0, i, block):
-            stop = min(i, start + block)
+        # One block needs no range, which would make torch.compile take the length for a constant.
+        for start in range(0, i, block) if i > block else (0,):
+            stop = start + block if start + block < i else i
             key_stop = j - i + stop
             origin = query_positions[..., start : start + 1]
             # The only query of a block sits at the origin: its scale is one.

@@ -138,9 +138,9 @@ def random_model(make_palm):
             "dim_head": choose(2, 4, 10),
             "ff_mult": choose(1, 3),
             "qk_rmsnorm": choose(False, True),
-            "qk_scale": choose(8, 3.5),
+            "qk_scale": choose(8.0, 3.5),
             "use_xpos": choose(False, True),
-            "rotary_xpos_scale_base": choose(512, 16, 2.5),
+            "rotary_xpos_scale_base": choose(512.0, 16.0, 2.5),
         }
         return SimpleNamespace(palm=make_palm(seed, **settings), settings=settings, generator=generator, choose=choose)
 

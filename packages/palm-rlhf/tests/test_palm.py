@@ -92,9 +92,7 @@ def test_an_encoder_masks_negative_ids_and_sees_both_sides(seed, random_model, m
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_loss_is_the_cross_entropy_of_shifted_logits_over_real_tokens(
-    side, make_palm, naive_logits, small_settings
-):
+def test_the_loss_is_the_cross_entropy_of_the_next_real_token(side, make_palm, naive_logits, small_settings):
     palm, generator = make_palm(), torch.Generator().manual_seed(0)
     rows = [torch.randint(13, (n,), generator=generator) for n in (6, 2, 4)]
     ids, mask = padded_to(rows, side, generator, 13)
@@ -218,7 +216,8 @@ import json, torch
 from palm_rlhf import PaLM
 palm = PaLM(dim=8, num_tokens=5, depth=3, heads=2, dim_head=4, qk_rmsnorm=True, finetune_scopes=("actor", "critic"))
 names = {id(parameter): name for name, parameter in palm.named_parameters()}
-print(json.dumps([[names[id(p)] for p in palm.palm_parameters()], [names[id(p)] for p in palm.finetune_parameters("actor")]]))
+groups = (palm.palm_parameters(), palm.finetune_parameters("actor"))
+print(json.dumps([[names[id(parameter)] for parameter in group] for group in groups]))
 """
     orders = []
     for seed in ("1", "2"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,7 +181,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
 
     def hidden(
         self,
-        x: Int[Tensor, "b n"],
+        x: Integer[Tensor, "b n"],
         *,
         mask: Bool[Tensor, "b total"] | None = None,
         cache: PaLMCache | None = None,
@@ -243,7 +243,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
 
     def forward(
         self,
-        x: Int[Tensor, "b n"],
+        x: Integer[Tensor, "b n"],
         return_loss: bool = False,
         disable_lora: bool = False,
         finetune_scope: str | None = None,
@@ -308,7 +308,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         temperature: float = 1.0,
         filter_logits_fn: Callable[..., Tensor] | None = top_k,
         filter_thres: float = 0.9,
-        pad_value: float = 0,
+        pad_value: float | int = 0,
         eos_token: int | None = None,
         return_seq_without_prompt: bool = True,
         use_tqdm: bool = False,

@@ -1,5 +1,6 @@
 """lm_core: the parts every language model needs, one concept a module."""
 
+from lm_core.adapters import as_causal_lm
 from lm_core.attention import Attention, attend
 from lm_core.cache import KVCache
 from lm_core.checkpoint import (
@@ -85,6 +86,7 @@ __all__ = [
     "all_reduce_sum",
     "apply_repetition_penalty",
     "apply_rotary",
+    "as_causal_lm",
     "attend",
     "beam_search",
     "bits_per_byte",

@@ -1,0 +1,75 @@
+"""Weights, gradients and optimizer state spread over processes (FSDP, arXiv 2304.11277), with whole checkpoints.
+
+Uses ``torch.distributed``'s ``fully_shard``: each block is gathered for its own forward and backward. What is saved and
+loaded are FULL state dicts, so that a checkpoint opens on one process with ``from_pretrained``.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _fully_shard() -> Callable[..., Any]:
+    import torch.distributed.fsdp as fsdp
+
+    if hasattr(fsdp, "fully_shard"):
+        return fsdp.fully_shard
+    import torch.distributed._composable.fsdp as before  # torch 2.5
+
+    return before.fully_shard  # type: ignore[attr-defined]
+
+
+def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
+    """Spreads a module over all processes, in place.
+
+    Args:
+        module: what is called in training; its parameters become DTensors.
+        blocks: parts of it that are gathered one at a time.
+    """
+    for parameter in module.parameters():
+        # blocks store their weights transposed, and only contiguous weights can be sharded
+        parameter.data = parameter.data.contiguous()
+    fully_shard = _fully_shard()
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(module)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences a warning about in-place changes of a block's output; nothing changes ours in place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        yield
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict, on the CPU of rank 0; other ranks get nothing. Every rank calls it."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(model, options=_options())
+    return state
+
+
+def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole optimizer state by parameter name, on the CPU of rank 0. Every rank calls it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    return dict(get_optimizer_state_dict(model, optimizer, options=_options()))
+
+
+def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Gives each rank its part of a whole optimizer state, which every rank has read."""
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    set_optimizer_state_dict(model, optimizer, dict(state), options=_options())
+
+
+def _options() -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+_INSTEAD = "start with torchrun (DDP), with fsdp=True where the trainer has it"
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported; start with torchrun (DDP), with fsdp=True where the trainer has it",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; start with torchrun (DDP), with fsdp=True where the trainer has it",
-    "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin is not used; start with torchrun, with fsdp=True where the trainer has it",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin",
 }
 
 
@@ -31,9 +32,9 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
             or not installed.
         RuntimeError: the launcher started several processes, but they did not find each other.
     """
-    for variable, reason in _REFUSED.items():
+    for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
-            raise ValueError(f"{reason}; got {variable}={os.environ[variable]}")
+            raise ValueError(f"{name} is not supported: {_INSTEAD}; got {variable}={os.environ[variable]}")
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin

@@ -78,14 +78,20 @@ def test_xpos_attention_equals_the_papers_formula_for_every_block_size(seed, n, 
 
 
 @many
-@given(seed=st.integers(0, 10_000), n=st.integers(2, 12), block=st.integers(1, 5), masked=st.booleans())
-def test_blocks_of_queries_equal_one_block(seed, n, block, masked):
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(2, 12),
+    block=st.integers(1, 5),
+    kind=st.sampled_from([None, "keys", "pairs", "heads"]),
+)
+def test_blocks_of_queries_equal_one_block(seed, n, block, kind):
     generator = torch.Generator().manual_seed(seed)
     rotary = RotaryEmbedding(8, use_xpos=True, scale_base=4.0)
     i = int(torch.randint(1, n + 1, (1,), generator=generator))
     q, k, v = (torch.randn(2, 4, length, 8, generator=generator, dtype=torch.float64) for length in (i, n, n))
-    mask = torch.rand(2, n, generator=generator) < 0.7 if masked else None
-    positions = (mask.cumsum(-1) - 1).clamp(min=0) if masked else torch.arange(n)
+    shapes = {"keys": (2, n), "pairs": (2, i, n), "heads": (2, 4, i, n)}
+    mask = None if kind is None else torch.rand(shapes[kind], generator=generator) < 0.7
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) if kind == "keys" else torch.arange(n)
     whole, split = (causal_xpos(rotary, q, k, v, positions, block=size, mask=mask, i=i) for size in (n, block))
     torch.testing.assert_close(split, whole, rtol=1e-10, atol=1e-10)
 

@@ -105,7 +105,7 @@ def test_parts_refuse_bad_input(case):
     ],
 )
 def test_a_cache_refuses_and_stays_as_it_was(call, message):
-    used = cache()
+    used = cache(max_length=3)  # no room is left uninitialised
     for layer in range(2):
         used.update(layer, torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
     used.advance(3)
@@ -155,7 +155,12 @@ PROMPTS = {
         "give mask or prompt_lengths, not both",
     ),
     "a list with a mask": (list(IDS), {"mask": IDS > 0}, ValueError, "mask and prompt_lengths go with a tensor"),
-    "mask of numbers": (IDS, {"mask": IDS}, TypeError, "mask must be boolean (True at real tokens), got dtype torch.int64"),
+    "mask of numbers": (
+        IDS,
+        {"mask": IDS},
+        TypeError,
+        "mask must be boolean (True at real tokens), got dtype torch.int64",
+    ),
     "mask of another shape": (
         IDS,
         {"mask": IDS[:, :2] > 0},
@@ -202,7 +207,11 @@ SETTINGS = {
     "penalty not a number": ({"repetition_penalty": NAN}, ValueError, "repetition_penalty must be positive, got nan"),
     "a negative eos": ({"eos_id": -1}, ValueError, "eos_id must not be negative, got -1"),
     "a negative eos among others": ({"eos_id": [2, -1]}, ValueError, "eos_id must not be negative, got [2, -1]"),
-    "an eos beyond the vocabulary": ({"eos_id": 9}, ValueError, "eos_id must be below the vocabulary's size 9, got (9,)"),
+    "an eos beyond the vocabulary": (
+        {"eos_id": 9},
+        ValueError,
+        "eos_id must be below the vocabulary's size 9, got (9,)",
+    ),
     "eos as text": ({"eos_id": "end"}, TypeError, "eos_id='end'"),
     "too long for the model": (
         {"max_new_tokens": 10},

@@ -216,7 +216,7 @@ CACHED = {
 def test_a_refused_forward_leaves_the_cache_as_it_was(case, make_palm):
     ids, named, error, message = CACHED[case]
     palm = make_palm(finetune_scopes=("actor", "critic"))
-    cache = palm.init_cache(2, 10)
+    cache = palm.init_cache(2, 3)  # no room is left uninitialised
     with torch.no_grad():
         palm(IDS, mask=REAL, cache=cache, finetune_scope="actor")
     before = copy.deepcopy(vars(cache))

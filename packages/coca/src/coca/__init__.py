@@ -1,0 +1,36 @@
+"""coca: Contrastive Captioners, image-text models that contrast and caption.
+
+>>> import torch
+>>> from coca import CoCa, VisionTransformer
+>>> vit = VisionTransformer(image_size=32, patch_size=8, dim=64, depth=2)
+>>> coca = CoCa(dim=64, num_tokens=256, unimodal_depth=1, multimodal_depth=1, img_encoder=vit, bos_id=1)
+>>> text, images = torch.randint(1, 256, (4, 16)), torch.randn(4, 3, 32, 32)
+>>> coca(text, images, return_loss=True).backward()
+>>> coca.generate(images, max_new_tokens=8).shape
+torch.Size([4, 8])
+"""
+
+from coca.captions import encode_captions
+from coca.coca import CoCa, CoCaLoss
+from coca.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from coca.image_encoders import ImageEncoder
+from coca.preprocessing import ImagePreprocessing
+from coca.retrieval import retrieval_metrics
+from coca.vit import VisionTransformer
+from coca.zero_shot import classify, zero_shot_classifier
+
+__all__ = [
+    "CoCa",
+    "CoCaLoss",
+    "ImageEncoder",
+    "ImagePreprocessing",
+    "VisionTransformer",
+    "classify",
+    "encode_captions",
+    "retrieval_metrics",
+    "sigmoid_contrastive_loss",
+    "softmax_contrastive_loss",
+    "zero_shot_classifier",
+]
+
+__version__ = "2.0.0"

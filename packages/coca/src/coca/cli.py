@@ -1,0 +1,184 @@
+"""The command ``coca``: ``train``, ``caption``, ``embed``, ``zero-shot``, ``retrieve`` and ``convert``.
+
+Each command is a typed function, from whose signature and docstring its flags and their help are made.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from coca.captioned_images import CaptionedImages
+from coca.commands import COMMANDS, tell_unreadable
+from coca.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
+from coca.image_files import load_images
+from coca.model_settings import ModelSettings, build_model
+from coca.preprocessing import ImagePreprocessing
+from coca.training_settings import TrainingSettings
+from lm_core.tokenizers import load_tokenizer
+from lm_core.training import seed_everything
+
+if TYPE_CHECKING:
+    from lm_core.command_parser import CommandParser
+
+INTERRUPTED = 130
+
+TRAIN = """Trains a CoCa on images with captions; without arguments, on handwritten digits (about two minutes on two CPU
+cores).
+
+  coca train                                               the quickstart, into runs/coca-quickstart
+  coca train --data photos/captions.csv --dim 512 --heads 8 --dim_head 64 --vit_dim 384 --vit_depth 12 \\
+      --unimodal_depth 6 --multimodal_depth 6 --num_img_queries 256 --batch_size 512 --shift 0 \\
+      --max_steps 50000 --checkpoint_dir runs/photos
+  coca train --data photos.tar --encoder FOLDER --freeze_encoder --checkpoint_dir runs/frozen
+  coca train --print_config > run.yaml; coca train --config run.yaml --seed 1
+  torchrun --nproc_per_node 8 -m coca train --compile
+
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command goes on from it,
+as it does after a kill."""
+
+
+def train(
+    *,
+    model: ModelSettings,
+    settings: TrainingSettings,
+    data: str = "digits",
+    held_out: str | float = 0.2,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    label_column: str = "label",
+    templates: list[str] | None = None,
+    max_unreadable: float = 0.05,
+    tokenizer: str = "bytes",
+    checkpoint_dir: str = "runs/coca-quickstart",
+    resume: bool | Literal["auto"] = "auto",
+    trackers: list[str] | None = None,
+) -> int:
+    """Trains a CoCa on images with captions.
+
+    Args:
+        model: sizes of the model.
+        settings: of the training.
+        data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
+        held_out: part of the images to hold out, or a further source of images.
+        image_column: of a table, the path of an image.
+        caption_column: of a table, a caption.
+        label_column: of a table, the class of an image, if it has one; held-out images are then classified.
+        templates: captions with one {} for a class name.
+        max_unreadable: part of the images that may be unreadable; they are named and counted.
+        tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
+        checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
+        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: of accelerate, such as [tensorboard].
+
+    Returns:
+        The exit status.
+    """
+    from coca.trainer import CoCaTrainer
+    from lm_core.distributed import rank, world_size
+
+    encoder = load_tokenizer(tokenizer)
+    preprocessing = _preprocessing(model, data)
+    columns = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
+    reading: dict[str, Any] = {"templates": tuple(templates or ()), "max_unreadable": max_unreadable, **columns}
+    train_data, held_out_data = _data(data, held_out, preprocessing, settings.seed, reading)
+    seed_everything(settings.seed)
+    coca = build_model(model, encoder, preprocessing)
+    trainer = CoCaTrainer(
+        model=coca,
+        data=train_data,
+        held_out=held_out_data,
+        preprocessing=preprocessing,
+        tokenizer=encoder,
+        checkpoint_dir=checkpoint_dir,
+        settings=settings,
+        resume=resume,
+        trackers=trackers or (),
+    )
+    say: Callable[..., None] = print if rank() == 0 else (lambda *_, **__: None)
+    millions = sum(parameter.numel() for parameter in coca.parameters()) / 1e6
+    say(f"model       CoCa, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
+    say(f"data        {data}: {len(train_data):,} images to learn from, {len(held_out_data):,} held out")
+    tell_unreadable(train_data, say)
+    say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
+    result = trainer.train()
+    if result.first_step == settings.max_steps:
+        say("            finished before; another --checkpoint_dir trains anew")
+    for name, value in result.metrics.items():
+        say(f"held out    {name:22} {value:.3f}")
+    say(f"checkpoint  {result.checkpoints / f'step-{result.step}'}")
+    say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
+    say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
+    say(f"grid        {result.grid}: held-out images, their generated captions and the nearest texts")
+    if result.outcome != "finished":
+        say(f"\nStopped ({result.outcome}) after {result.step} of {settings.max_steps} updates. To go on:")
+        say(f"  {_command()}")
+        return INTERRUPTED if result.outcome == "interrupted" else 0
+    return 0
+
+
+def _preprocessing(model: ModelSettings, data: str) -> ImagePreprocessing:
+    if data == "digits":
+        size, channels = model.image_size or IMAGE_SIZE, model.channels or 1
+        if (size, channels) != (IMAGE_SIZE, 1):
+            raise ValueError(f"the digits have image_size 8 and channels 1, got {size} and {channels}")
+        return ImagePreprocessing(image_size=size, channels=1, mean=(MEAN,), std=(STD,))
+    return ImagePreprocessing(image_size=model.image_size or 224, channels=model.channels or 3)
+
+
+def _data(
+    source: str, held_out: str | float, preprocessing: ImagePreprocessing, seed: int, reading: dict[str, Any]
+) -> tuple[CaptionedImages, CaptionedImages]:
+    images = (
+        handwritten_digits() if source == "digits" else load_images(source, preprocessing, progress=True, **reading)
+    )
+    if isinstance(held_out, str):
+        return images, load_images(held_out, preprocessing, progress=True, **reading)
+    return images.split(held_out)
+
+
+def build_parser() -> "CommandParser":
+    """The parser of the whole command."""
+    from lm_core.command_parser import CommandParser
+
+    parser = CommandParser(prog="coca", description="CoCa image-text models: train, caption, classify, retrieve.")
+    training = parser.add_command("train", TRAIN)
+    training.add_function(train, skip=("model", "settings"))
+    training.add_class(ModelSettings)
+    training.add_class(TrainingSettings)
+    for name, function in COMMANDS.items():
+        parser.add_command(name, (function.__doc__ or "").split("\n", 1)[0]).add_function(function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status, 1 for an error that is the input's, 130 after Ctrl-C."""
+    chosen = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
+    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
+    try:
+        if chosen.command == "train":
+            settings = {one.name: arguments.pop(one.name) for one in fields(TrainingSettings)}
+            model = {one.name: arguments.pop(one.name) for one in fields(ModelSettings)}
+            return train(model=ModelSettings(**model), settings=TrainingSettings(**settings), **arguments)
+        return COMMANDS[chosen.command](**arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"coca {chosen.command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {_command()}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _command() -> str:
+    return shlex.join(["coca", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

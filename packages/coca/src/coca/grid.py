@@ -1,0 +1,101 @@
+"""A picture of what a model says: images, each with its generated caption and the nearest texts.
+
+Drawn with Pillow alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CELL, _MARGIN, _LINE, _FONT = 132, 12, 17, 13
+_WIDTH = 2 * _CELL + 150
+
+
+def save_grid(
+    path: str | Path,
+    images: Sequence[NDArray[np.uint8]],
+    captions: Sequence[str],
+    nearest: Sequence[Sequence[tuple[str, float]]],
+    *,
+    title: str = "",
+    columns: int = 3,
+) -> Path:
+    """Writes the picture.
+
+    Args:
+        path: a ``.png``.
+        images: pixels ``(c, height, width)``.
+        captions: the generated caption of each image.
+        nearest: for each image texts with their similarity, the most similar first.
+        title: written above.
+        columns: images beside each other.
+
+    Raises:
+        ValueError: there is no image, or the lists have different lengths.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not images or len({len(images), len(captions), len(nearest)}) != 1:
+        raise ValueError(
+            f"images, captions and nearest must be as many, at least one, got {len(images)}, {len(captions)} and "
+            f"{len(nearest)}"
+        )
+    font, bold = ImageFont.load_default(_FONT), ImageFont.load_default(_FONT + 1)
+    columns = min(columns, len(images))
+    lines = max(len(texts) for texts in nearest)
+    height = max(_CELL, _LINE * (3 + lines) + 24) + _MARGIN
+    top = 34 if title else _MARGIN
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * (_WIDTH + _MARGIN) + _MARGIN, top + rows * height + _MARGIN), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((_MARGIN, 9), title, fill="black", font=bold)
+    for number, (pixels, caption, texts) in enumerate(zip(images, captions, nearest, strict=True)):
+        row, column = divmod(number, columns)
+        left, upper = _MARGIN + column * (_WIDTH + _MARGIN), top + row * height
+        canvas.paste(_picture(pixels), (left, upper))
+        place = left + _CELL + 10
+        room = _WIDTH - _CELL - 10
+        cursor = upper
+        for line in _wrapped(draw, caption or "(empty caption)", bold, room, 2):
+            draw.text((place, cursor), line, fill=(0, 70, 160), font=bold)
+            cursor += _LINE + 2
+        cursor += 6
+        for text, similarity in texts:
+            shown = _wrapped(draw, f"{similarity:.2f}  {text}", font, room, 1)[0]
+            draw.text((place, cursor), shown, fill=(60, 60, 60), font=font)
+            cursor += _LINE
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(target, format="PNG")
+    return target
+
+
+def _picture(pixels: NDArray[np.uint8]) -> Any:
+    from PIL import Image
+
+    array = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    # Small images keep their pixels visible.
+    method = Image.Resampling.NEAREST if max(array.shape[:2]) < _CELL else Image.Resampling.LANCZOS
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB").resize((_CELL, _CELL), method)
+
+
+def _wrapped(draw: Any, text: str, font: Any, room: int, lines: int) -> list[str]:
+    """The text in at most so many lines, the last one cut if it has to be."""
+    result, current = [], ""
+    for word in text.replace("\n", " ").split(" "):
+        longer = f"{current} {word}".strip()
+        if current and draw.textlength(longer, font=font) > room:
+            result.append(current)
+            current = word
+        else:
+            current = longer
+    result.append(current)
+    if len(result) > lines:
+        result = [*result[: lines - 1], " ".join(result[lines - 1 :])]
+    last = result[-1]
+    while last and draw.textlength(last, font=font) > room:
+        last = last[:-2] + "…" if last.endswith("…") else last[:-1] + "…"
+    return [*result[:-1], last]

@@ -1,0 +1,149 @@
+"""Anything that sees, as an image encoder: images to tokens ``(b, m, d)``.
+
+``ImageEncoder`` tells by shape and attributes (no library is imported) what a module returns:
+
+| module | taken as tokens |
+|---|---|
+| our ``VisionTransformer``, any module that returns ``(b, m, d)`` | the result |
+| a Hugging Face vision model (``last_hidden_state``) | ``last_hidden_state``; CNNs' maps as below |
+| a timm model (``forward_features``) | the features before its head |
+| a CNN that returns a map ``(b, c, h, w)``, or ``(b, h, w, c)`` of the declared width | its ``h * w`` places |
+| vit-pytorch's ``Extractor`` | embeddings of its layer (the second of the pair it returns) |
+
+Legend: b batch, m tokens, d feature.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+_WIDTHS = ("dim", "embed_dim", "num_features", "hidden_size")
+
+
+def token_width(encoder: Any) -> int | None:
+    """Features of the tokens that an encoder says it returns, or None if it does not say.
+
+    Asked in turn: ``dim``, ``embed_dim``, ``num_features`` of the module, then ``hidden_size`` or the last of
+    ``hidden_sizes`` of its ``config`` (or of the ``vision_config`` in it), then the wrapped ``vit`` of an Extractor.
+    """
+    for name in _WIDTHS:
+        value = getattr(encoder, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    config = getattr(encoder, "config", None)
+    config = getattr(config, "vision_config", config)
+    sizes = getattr(config, "hidden_sizes", None)
+    if sizes:
+        return int(sizes[-1])
+    value = getattr(config, "hidden_size", None)
+    if isinstance(value, int):
+        return value
+    inner = getattr(encoder, "vit", None)
+    if inner is None:
+        return None
+    norm = next((module for module in reversed(list(inner.modules())) if isinstance(module, nn.LayerNorm)), None)
+    return None if norm is None else int(norm.normalized_shape[0])
+
+
+class ImageEncoder(nn.Module):
+    """A module that is called on images and whatever it returns, as tokens.
+
+    Args:
+        encoder: the module.
+        width: features of its tokens; None if not known before the first call.
+        frozen: its parameters take no gradient and it stays in evaluation mode.
+    """
+
+    def __init__(self, encoder: nn.Module, *, width: int | None, frozen: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.width = width
+        self.frozen = frozen
+        self._told = False
+        if frozen:
+            encoder.requires_grad_(False)
+            encoder.eval()
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """As ``nn.Module.train``, but a frozen encoder stays in evaluation mode (its batch norms must not move)."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b m d"]:
+        """Tokens of the images.
+
+        Raises:
+            ValueError: the encoder's result has no tokens, or tokens of another width than it was made for.
+            TypeError: the result is no tensor and holds none.
+        """
+        if self.frozen:
+            with torch.no_grad():
+                tokens = self._tokens(images)
+        else:
+            tokens = self._tokens(images)
+        if self.width is not None and tokens.shape[-1] != self.width:
+            raise ValueError(
+                f"img_encoder must return tokens of image_dim = {self.width} features, got {tokens.shape[-1]}"
+            )
+        if not torch.compiler.is_compiling():
+            self._tell_if_detached(tokens)
+        return tokens
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        encoder: Any = self.encoder
+        features = encoder.forward_features(images) if hasattr(encoder, "forward_features") else encoder(images)
+        return tokens_of(features, self.width)
+
+    def _tell_if_detached(self, tokens: Tensor) -> None:
+        if self._told or tokens.requires_grad or self.frozen or not (self.training and torch.is_grad_enabled()):
+            return
+        if any(parameter.requires_grad for parameter in self.encoder.parameters()):
+            self._told = True
+            warnings.warn(
+                f"img_encoder {type(self.encoder).__name__} returns tokens without gradient although it has trainable "
+                "parameters, so it will not be trained. vit-pytorch's Extractor detaches unless it is made with "
+                "detach=False; freeze_img_encoder=True says that no training is wanted",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]:
+    """The tokens in what an encoder returned; see the module.
+
+    Args:
+        features: a tensor, an output with ``last_hidden_state``, or a tuple.
+        width: features of a token, which tells a map ``(b, h, w, c)`` from ``(b, c, h, w)``.
+
+    Raises:
+        ValueError: the tensor has neither three nor four dimensions.
+        TypeError: there is no tensor.
+    """
+    if not isinstance(features, Tensor):
+        hidden = getattr(features, "last_hidden_state", None)
+        if hidden is None and isinstance(features, tuple | list) and features:
+            # vit-pytorch's Extractor returns (prediction, embeddings); others put the tokens first.
+            tensors = [entry for entry in features if isinstance(entry, Tensor) and entry.ndim >= 3]
+            hidden = tensors[-1] if tensors else None
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"img_encoder must return a tensor of tokens (b, m, d) or a map (b, c, h, w), got "
+                f"{type(features).__name__}"
+            )
+        features = hidden
+    if features.ndim == 4 and features.shape[-1] == width != features.shape[1]:
+        return rearrange(features, "b h w c -> b (h w) c")
+    if features.ndim == 4:
+        return rearrange(features, "b c h w -> b (h w) c")
+    if features.ndim != 3:
+        raise ValueError(
+            f"img_encoder must return tokens (b, m, d) or a map (b, c, h, w), got shape {tuple(features.shape)}; a "
+            "classifier's head has to be removed"
+        )
+    return features

@@ -1,0 +1,166 @@
+"""Weights of the original ``CoCa-pytorch`` 0.1.0 in this package's layout, and back from its file.
+
+| original | here |
+|---|---|
+| ``fused_attn_ff_proj``; ``attn_out`` and ``ff_out.1`` | ``proj_in``; side by side in ``proj_out`` |
+| ``to_q`` and ``ff.0``; ``to_out`` and ``ff.2`` | one under the other in ``proj_in``; side by side in ``proj_out`` |
+| ``img_queries``, ``img_attn_pool``, ``img_attn_pool_norm`` | ``pooling.caption`` (``pooling="shared"``) |
+| ``temperature``, of shape (1,) | ``log_logit_scale``: both are the logarithm |
+| ``img_encoder.*`` | ``img_encoder.encoder.*`` |
+| ``beta``, ``inv_freq`` buffers, ``to_logits.1.weight`` | nothing: zero, computed, tied |
+
+Logits of texts without padding and the captioning loss are then the original's. Text embeddings are too where no row is
+padded; behind padding the original put CLS elsewhere.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coca.coca import CoCa
+from lm_core._checks import typed
+
+_ORIGINAL_KEYS = ("token_emb.weight", "text_cls_token", "img_queries", "temperature", "unimodal_layers.0.fn.norm.gamma")
+
+
+@typed
+def from_coca_pytorch(
+    state_dict: Mapping[str, Tensor],
+    *,
+    img_encoder: nn.Module | None = None,
+    dim_head: int | None = None,
+    **arguments: Any,
+) -> CoCa:
+    """A ``CoCa`` with the weights of an original model; its sizes are read from the shapes.
+
+    Args:
+        state_dict: of the original model.
+        img_encoder: a module of the kind the original was made with; takes the weights under ``img_encoder.``.
+        dim_head: only to check: it is read from the weights.
+        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight tells.
+
+    Raises:
+        ValueError: the state dict is not one of the original, or has an image encoder's weights and none is given (or
+            the other way round), or ``dim_head`` is another.
+    """
+    missing = [key for key in _ORIGINAL_KEYS if key not in state_dict]
+    if missing:
+        raise ValueError(f"state_dict must be of CoCa-pytorch's CoCa, got one without {', '.join(missing)}")
+    encoder_state = {key: value for key, value in state_dict.items() if key.startswith("img_encoder.")}
+    if encoder_state and img_encoder is None:
+        raise ValueError(f"state_dict has {len(encoder_state)} weights of an image encoder: pass img_encoder=")
+    if img_encoder is not None and not encoder_state:
+        raise ValueError("img_encoder was given, but state_dict has no weights of an image encoder")
+    sizes = _sizes(state_dict)
+    if dim_head not in (None, sizes["dim_head"]):
+        raise ValueError(f"dim_head is {sizes['dim_head']} in these weights, got {dim_head}")
+    model = CoCa(**sizes, img_encoder=img_encoder, pooling="shared", **arguments)
+    converted = convert_state_dict(state_dict)
+    own = model.state_dict()
+    unexpected, absent = sorted(set(converted) - set(own)), sorted(set(own) - set(converted))
+    shapes = [key for key in set(own) & set(converted) if own[key].shape != converted[key].shape]
+    if unexpected or absent or shapes:
+        raise ValueError(
+            f"state_dict does not fit: unexpected {unexpected[:8]}, missing {absent[:8]}, other shapes {shapes[:8]}"
+        )
+    model.load_state_dict(converted)
+    return model.to(state_dict["token_emb.weight"].dtype)
+
+
+@typed
+def load_coca_pytorch(path: str | Path, *, img_encoder: nn.Module | None = None, **arguments: Any) -> CoCa:
+    """As ``from_coca_pytorch``, from a ``.pt`` file, of which nothing is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no state dict, or see ``from_coca_pytorch``.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its readers raise
+        raise ValueError(f"{path} cannot be read as weights, nothing was executed: {error}") from error
+    for name in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} must hold a state dict of tensors, got {type(content).__name__}")
+    return from_coca_pytorch(content, img_encoder=img_encoder, **arguments)
+
+
+def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The original's tensors under our names."""
+    result: dict[str, Tensor] = {
+        "token_emb.weight": state_dict["token_emb.weight"],
+        "text_cls": state_dict["text_cls_token"],
+        "text_cls_norm.gamma": state_dict["text_cls_norm.gamma"],
+        "norm.gamma": state_dict["to_logits.0.gamma"],
+        "text_to_latents.weight": state_dict["text_to_latents.to_latents.weight"],
+        "image_to_latents.weight": state_dict["img_to_latents.to_latents.weight"],
+        "log_logit_scale": state_dict["temperature"].reshape(()),
+        "pooling.caption.queries": state_dict["img_queries"],
+        "pooling.caption.norm.gamma": state_dict["img_attn_pool_norm.gamma"],
+        **_cross_attention(state_dict, "img_attn_pool", "pooling.caption.attention"),
+    }
+    for layer in range(_depth(state_dict, "unimodal_layers")):
+        result |= _block(state_dict, f"unimodal_layers.{layer}.fn", f"unimodal_layers.{layer}")
+    for layer in range(_depth(state_dict, "multimodal_layers")):
+        old, new = f"multimodal_layers.{layer}", f"multimodal_layers.{layer}"
+        result |= _block(state_dict, f"{old}.0.fn", f"{new}.block")
+        result |= _cross_attention(state_dict, f"{old}.1.fn", f"{new}.cross_attention")
+    for key, value in state_dict.items():
+        if key.startswith("img_encoder."):
+            result["img_encoder.encoder." + key.removeprefix("img_encoder.")] = value
+    return result
+
+
+def _block(state: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {
+        f"{new}.norm.gamma": state[f"{old}.norm.gamma"],
+        f"{new}.proj_in.weight": state[f"{old}.fused_attn_ff_proj.weight"],
+        f"{new}.proj_out.weight": torch.cat((state[f"{old}.attn_out.weight"], state[f"{old}.ff_out.1.weight"]), dim=1),
+    }
+
+
+def _cross_attention(state: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    queries, out = state[f"{old}.to_q.weight"], state[f"{old}.to_out.weight"]
+    if f"{old}.ff.0.weight" in state:
+        queries = torch.cat((queries, state[f"{old}.ff.0.weight"]), dim=0)
+        out = torch.cat((out, state[f"{old}.ff.2.weight"]), dim=1)
+    result = {
+        f"{new}.norm.gamma": state[f"{old}.norm.gamma"],
+        f"{new}.proj_in.weight": queries,
+        f"{new}.to_kv.weight": state[f"{old}.to_kv.weight"],
+        f"{new}.proj_out.weight": out,
+    }
+    if f"{old}.context_norm.gamma" in state:
+        result[f"{new}.context_norm.gamma"] = state[f"{old}.context_norm.gamma"]
+    return result
+
+
+def _depth(state: Mapping[str, Tensor], name: str) -> int:
+    numbers = {int(match[1]) for key in state if (match := re.match(rf"{name}\.(\d+)\.", key))}
+    return len(numbers)
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    num_tokens, dim = state["token_emb.weight"].shape
+    image_dim = state["img_attn_pool.to_kv.weight"].shape[1]
+    dim_head = state["img_attn_pool.to_kv.weight"].shape[0] // 2
+    return {
+        "dim": dim,
+        "num_tokens": num_tokens,
+        "unimodal_depth": _depth(state, "unimodal_layers"),
+        "multimodal_depth": _depth(state, "multimodal_layers"),
+        "dim_latents": state["text_to_latents.to_latents.weight"].shape[0],
+        "image_dim": image_dim,
+        "num_img_queries": state["img_queries"].shape[0] - 1,
+        "dim_head": dim_head,
+        "heads": state["img_attn_pool.to_q.weight"].shape[0] // dim_head,
+        "ff_mult": state["unimodal_layers.0.fn.ff_out.1.weight"].shape[1] // dim,
+    }

@@ -1,0 +1,107 @@
+"""From a picture to the tensor an encoder sees: size, crop, channels, scale. It travels with every checkpoint.
+
+Legend: c channels.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+PREPROCESS_FILE = "preprocess.json"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePreprocessing:
+    """Resizes the shorter side, cuts out the centre, and normalises.
+
+    Args:
+        image_size: height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        mean: of each channel, subtracted from values in [0, 1].
+        std: of each channel, divided by.
+
+    Raises:
+        ValueError: a size or standard deviation is not positive, or the number of channels does not fit.
+    """
+
+    image_size: int
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {self.channels}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if len(values) not in (1, self.channels) or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} must have 1 or {self.channels} finite values, got {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    def pixels(self, picture: Any) -> NDArray[np.uint8]:
+        """A ``PIL.Image`` resized and cropped, ``(c, size, size)``.
+
+        Transparent parts are laid on white. Larger pictures are averaged down, smaller ones interpolated.
+        """
+        from PIL import Image
+
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            ground = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(ground, picture)
+        picture = picture.convert("L" if self.channels == 1 else "RGB")
+        size, (width, height) = self.image_size, picture.size
+        if (width, height) != (size, size):
+            scale = size / min(width, height)
+            resized = (max(size, round(width * scale)), max(size, round(height * scale)))
+            picture = picture.resize(resized, Image.Resampling.BICUBIC)
+            left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
+            picture = picture.crop((left, top, left + size, top + size))
+        array = np.asarray(picture, dtype=np.uint8)
+        return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+    def normalised(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "*b c height width"]:
+        """Pixels as the encoder sees them."""
+        values = torch.from_numpy(pixels).float() / 255
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+        return (values - mean) / std
+
+    def __call__(self, picture: Any) -> Float[Tensor, "c height width"]:
+        """A ``PIL.Image`` as the encoder sees it."""
+        return self.normalised(self.pixels(picture))
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``preprocess.json``."""
+        content = {"format_version": _FORMAT_VERSION, **asdict(self)}
+        (Path(directory) / PREPROCESS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_if_present(cls, directory: str | Path) -> "ImagePreprocessing | None":
+        """Reads what ``save`` wrote; None if there is no such file.
+
+        Raises:
+            ValueError: the file is damaged or of a later format.
+        """
+        path = Path(directory) / PREPROCESS_FILE
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format_version") != _FORMAT_VERSION:
+                raise ValueError("it is of another format version")
+            mean, std = (tuple(float(value) for value in content.pop(name)) for name in ("mean", "std"))
+            return cls(mean=mean, std=std, **content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error

@@ -33,7 +33,8 @@ def as_causal_lm(x: Any, *, vocab_size: int | None = None) -> Any:
 
     - What already has ``init_cache``, and what this function returned: itself.
     - A transformers ``PreTrainedModel`` with a language-modelling head, or a ``PeftModel`` of one: ``HuggingFaceLM``.
-      The model is tried on a few tokens; its mode, gradients and the random state stay as they are.
+      The model is tried on a few tokens, so wrap it once and keep the result, after peft and with its final output
+      layer; its mode, gradients and the random state stay as they are.
     - An x-transformers ``TransformerWrapper`` of a ``Decoder``, or an ``AutoregressiveWrapper`` of that:
       ``XTransformersLM``.
     - Any other ``nn.Module`` or callable from ids ``(b, n)`` to logits ``(b, n, v)``: ``PlainLM``, without a cache.

@@ -37,7 +37,7 @@ _TOLERANCE_HALF_PRECISION = 0.1
 
 
 class HuggingFaceCache(AdapterCache):
-    """transformers' own cache object with the padding beside it."""
+    """What transformers keeps, with the padding beside it: its cache object or, in older versions, nested tuples."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
@@ -45,14 +45,16 @@ class HuggingFaceCache(AdapterCache):
         self.past: Any = None
 
     def _select(self, index: Tensor) -> None:
-        if self.past is not None:
+        if isinstance(self.past, (tuple, list)):
+            self.past = _rows_of_tuples(self.past, index)
+        elif self.past is not None:
             self.past.reorder_cache(index)
 
     def _clone(self) -> "HuggingFaceCache":
         clone = HuggingFaceCache(self.batch_size)
-        if self.past is not None:
-            # Tensors are never written to, each call makes longer ones: only what holds them is copied.
-            clone.past = copy.copy(self.past)
+        # Tensors are never written to, each call makes longer ones: only what holds them is copied.
+        clone.past = copy.copy(self.past)
+        if self.past is not None and not isinstance(self.past, (tuple, list)):
             for name, value in vars(self.past).items():
                 if isinstance(value, list):
                     entries = [entry if isinstance(entry, Tensor) else copy.copy(entry) for entry in value]
@@ -190,9 +192,11 @@ class HuggingFaceLM(LibraryAdapter):
         mask = torch.ones_like(rows, dtype=torch.bool)
         mask[1, :2] = False
         cache = HuggingFaceCache(2)
-        steps = [self._states(rows[:, :3], mask[:, :3], cache, {}, hidden=False)]
-        steps.append(self._states(rows[:, 3:], mask, cache, {}, hidden=False))
-        stepped = torch.cat(steps, dim=1)
+        prompt = self._states(rows[:, :3], mask[:, :3], cache, {}, hidden=False)
+        swap = torch.tensor([1, 0], device=ids.device)
+        cache.reorder(swap)
+        after = self._states(rows[:, 3:], mask[swap], cache, {}, hidden=False)
+        stepped = torch.cat((prompt, after[swap]), dim=1)
         if not _equal(stepped[:1], output.logits) or not _equal(stepped[1:, 2:], alone):
             return "its cached logits differ from its uncached ones"
         return None
@@ -239,20 +243,27 @@ def _refuse_what_is_no_causal_lm(inner: Any) -> None:
 
 
 def _reason_not_to_keep(past: Any, length: int) -> str | None:
+    if isinstance(past, (tuple, list)):
+        return None
+    held = type(past).__name__
+    known = held == "DynamicCache"
     layers = getattr(past, "layers", None)
-    if layers is None:
-        # Before transformers 4.54 the cache held lists of tensors.
-        layers_known = type(past).__name__ == "DynamicCache"
-        held = type(past).__name__
-    else:
-        names = sorted({type(layer).__name__ for layer in layers})
-        layers_known = type(past).__name__ == "DynamicCache" and _LAYERS_OF_KEYS_AND_VALUES.issuperset(names)
-        held = f"{type(past).__name__} of {', '.join(names)}"
-    if not layers_known:
+    # Before transformers 4.54 the cache had no layers, but lists of tensors.
+    if known and layers is not None:
+        names = {type(layer).__name__ for layer in layers}
+        held = f"{held} of {', '.join(sorted(names))}"
+        known = names <= _LAYERS_OF_KEYS_AND_VALUES
+    if not known:
         return f"its cache ({held}) is not of keys and values only"
     if past.get_seq_length() != length:
         return "its cache does not hold every position"
     return None
+
+
+def _rows_of_tuples(nested: Any, index: Tensor) -> Any:
+    if isinstance(nested, (tuple, list)):
+        return type(nested)(_rows_of_tuples(entry, index) for entry in nested)
+    return nested.index_select(0, index.to(nested.device))
 
 
 def _vocab_size(inner: Any) -> int | None:

@@ -11,7 +11,6 @@ which masks keys and shifts the table of positions; all other position schemes o
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ _EXACT_WITH_CACHE = frozenset(
         # x-transformers: structure, embeddings and positions
         *("TransformerWrapper", "Decoder", "Attention", "Attend", "FeedForward", "GLU", "ReluSquared", "SoLU"),
         *("TokenEmbedding", "AbsolutePositionalEmbedding", "RotaryEmbedding", "AlibiPositionalBias"),
-        *("LearnedAlibiPositionalBias", "RelativePositionBias", "DynamicPositionBias", "PolarEmbedding"),
+        *("LearnedAlibiPositionalBias", "RelativePositionBias", "PolarEmbedding"),
         # x-transformers: norms and residuals
         *("LayerNorm", "RMSNorm", "SimpleRMSNorm", "ScaleNorm", "MultiheadRMSNorm", "DynamicTanh", "Derf"),
         *("Residual", "GRUGating", "LayerScale", "Scale", "ConcatCombine", "LoRALinear"),
@@ -38,13 +37,16 @@ _EXACT_WITH_CACHE = frozenset(
 
 
 class XTransformersCache(AdapterCache):
-    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each."""
+    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each, and the ids they come from."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
+        # The library wants the whole sequence beside its cache; that it takes new ids alone is a late addition.
+        self.ids: Tensor | None = None
         self.layers: list[tuple[Tensor | None, ...]] = []
 
     def _select(self, index: Tensor) -> None:
+        self.ids = None if self.ids is None else self.ids.index_select(0, index)
         self.layers = [
             tuple(None if tensor is None else tensor.index_select(0, index) for tensor in layer)
             for layer in self.layers
@@ -53,7 +55,7 @@ class XTransformersCache(AdapterCache):
     def _clone(self) -> "XTransformersCache":
         clone = XTransformersCache(self.batch_size)
         # The tensors are never written to: each call makes longer ones.
-        clone.layers = list(self.layers)
+        clone.ids, clone.layers = self.ids, list(self.layers)
         return clone
 
 
@@ -90,22 +92,16 @@ class XTransformersLM(LibraryAdapter):
         from x_transformers.x_transformers import LayerIntermediates
 
         settings: dict[str, Any] = {}
-        if cache.layers:
+        if cache.length > 0:
             layers = [Intermediates(cached_kv=layer, layer_type="a") for layer in cache.layers]
-            settings = {
-                "cache": LayerIntermediates(attn_intermediates=layers, cache_length=cache.length),
-                "input_not_include_cache": True,
-                "cache_age": ids.shape[1],
-            }
+            settings = {"cache": LayerIntermediates(attn_intermediates=layers), "cache_age": ids.shape[1]}
+            ids = torch.cat((cache.ids, ids), dim=1)
         if mask is not None:
             # The first real token of each row; a row without any starts at its end.
-            start = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
-            settings["seq_start_pos"] = start
+            settings["seq_start_pos"] = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
         states: Tensor
-        states, after = self.model(
-            ids, return_embeddings_and_intermediates=hidden, return_intermediates=not hidden, **settings, **kwargs
-        )
-        cache.layers = [tuple(layer.cached_kv) for layer in after.attn_intermediates]
+        states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
+        cache.ids, cache.layers = ids, [tuple(layer.cached_kv) for layer in after.attn_intermediates]
         return states
 
     def _weight(self) -> Tensor:
@@ -138,9 +134,6 @@ def _refuse_what_is_no_causal_lm(net: Any) -> None:
 
 
 def _reason_not_to_cache(net: Any) -> str | None:
-    parameters = inspect.signature(net.forward).parameters
-    if not {"cache", "input_not_include_cache", "seq_start_pos"} <= parameters.keys():
-        return "this version of x-transformers cannot continue a cache"
     unknown = sorted({type(module).__name__ for module in net.modules()} - _EXACT_WITH_CACHE)
     if unknown:
         return f"{', '.join(unknown)} may look at other tokens"

@@ -1,0 +1,274 @@
+"""Training through its public entry points: resumed bit for bit, killed at any moment, spread over processes.
+
+This file is also the program of the processes that are killed or spread.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coca import CoCa, ImagePreprocessing, VisionTransformer
+from coca.captioned_images import CaptionedImages
+from coca.pair_batches import PairBatches
+from coca.trainer import CoCaTrainer
+from coca.training_settings import TrainingSettings
+from lm_core.checkpoint import list_checkpoints
+from lm_core.tokenizers import ByteTokenizer
+from lm_core.weights import read_weights
+
+NAMES = ("dark", "bright", "left", "right")
+TINY = TrainingSettings(
+    max_steps=6,
+    batch_size=6,
+    max_length=12,
+    learning_rate=1e-2,
+    validate_every=3,
+    validation_captions=2,
+    checkpoint_every=2,
+    keep_checkpoints=None,
+    device="cpu",
+)
+PREPROCESSING = ImagePreprocessing(image_size=4, channels=1)
+
+
+def four_kinds(count=20):
+    """Small pictures that are dark, bright, or bright on one side."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 40, (count, 1, 4, 4)).astype(np.uint8)
+    labels = tuple(number % 4 for number in range(count))
+    for image, label in zip(pixels, labels, strict=True):
+        image[:, :, {0: slice(0, 0), 1: slice(0, 4), 2: slice(0, 2), 3: slice(2, 4)}[label]] += 200
+    return CaptionedImages(
+        names=tuple(f"picture {number}" for number in range(count)),
+        captions=tuple((NAMES[label], f"it is {NAMES[label]}") for label in labels),
+        read=lambda index: pixels[index],
+        labels=labels,
+        class_names=NAMES,
+        templates=("{}", "it is {}"),
+    )
+
+
+def tiny_trainer(folder, settings=TINY, resume="auto", trackers=(), **changes):
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    vit = VisionTransformer(image_size=4, patch_size=2, channels=1, dim=8, depth=1, dim_head=4, heads=2)
+    arguments = {
+        "dim": 8,
+        "num_tokens": tokenizer.vocab_size,
+        "unimodal_depth": 1,
+        "multimodal_depth": 1,
+        "num_img_queries": 2,
+        "dim_head": 4,
+        "heads": 2,
+        "img_encoder": vit,
+        "pad_id": tokenizer.pad_id,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+    data, held_out = four_kinds().split(0.2)
+    return CoCaTrainer(
+        model=CoCa(**{**arguments, **changes}),
+        data=data,
+        held_out=held_out,
+        preprocessing=PREPROCESSING,
+        checkpoint_dir=folder,
+        settings=settings,
+        resume=resume,
+        trackers=trackers,
+    )
+
+
+def weights(folder, step):
+    return read_weights(Path(folder) / "checkpoints" / f"step-{step}" / "model.safetensors")
+
+
+def rows_of(folder):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+
+
+class StopAt:
+    """A tracker that presses Ctrl-C when an update's metrics arrive."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, values, step):
+        if step == self.step and "loss" in values:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, tiny_trainer(folder).train()
+
+
+def test_a_run_writes_what_it_says(whole_run):
+    folder, result = whole_run
+
+    assert (result.outcome, result.step, result.first_step) == ("finished", 6, 0)
+    assert {"zero_shot_accuracy", "caption_accuracy", "caption_loss"} <= result.metrics.keys()
+    assert result.grid.is_file()
+    assert result.curves.is_file()
+    step = folder / "checkpoints" / "step-6"
+    assert {"preprocess.json", "tokenizer", "config.json", "trainer.pt", "rng-0.pt"} <= set(os.listdir(step))
+    model = CoCa.from_pretrained(step)
+    assert model.preprocessing == PREPROCESSING
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "zero_shot_accuracy" in row] == [0, 3, 6]
+
+
+@pytest.mark.plain
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a process itself there")
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step, capfd):
+    stopped = tiny_trainer(tmp_path, trackers=[StopAt(step)]).train()
+    resumed = tiny_trainer(tmp_path).train()
+
+    assert (stopped.outcome, stopped.step, resumed.first_step) == ("interrupted", step, step)
+    for name, value in weights(whole_run[0], 6).items():
+        assert torch.equal(weights(tmp_path, 6)[name], value), name
+    assert rows_of(tmp_path) == rows_of(whole_run[0])
+
+
+def test_training_stops_in_time_and_goes_on(whole_run, tmp_path):
+    first = tiny_trainer(tmp_path, replace(TINY, max_seconds=1e-6)).train()
+    second = tiny_trainer(tmp_path).train()
+
+    assert (first.outcome, first.step) == ("out of time", 1)
+    assert (second.outcome, second.step) == ("finished", 6)
+    assert all(torch.equal(weights(tmp_path, 6)[name], value) for name, value in weights(whole_run[0], 6).items())
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("changes", "settings", "message"),
+    [
+        ({"dim": 16}, TINY, "is of another model: dim is 16, but was 8"),
+        ({}, replace(TINY, seed=1), "was made with seed 0, it cannot go on with 1"),
+    ],
+)
+def test_a_run_does_not_go_on_with_something_else(whole_run, tmp_path, changes, settings, message):
+    import shutil
+
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    trainer = tiny_trainer(tmp_path / "run", settings, **changes)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_batches_do_not_depend_on_the_number_of_processes():
+    data, _ = four_kinds().split(0.2)
+    settings = {"tokenizer": ByteTokenizer(), "preprocessing": PREPROCESSING, "pad_id": 258, "shift": 1, "seed": 3}
+
+    def seen(world):
+        parts = [PairBatches(data=data, batch_size=7, rank=rank, world_size=world, **settings) for rank in range(world)]
+        pairs = []
+        for _ in range(5):
+            for part in parts:
+                batch = next(part)
+                texts = [ByteTokenizer().decode(row) for row in batch.text]
+                pairs += list(zip(texts, batch.images.flatten(1).tolist(), strict=True))
+        return pairs
+
+    assert seen(1) == seen(2) == seen(3)
+
+
+def test_batches_go_on_where_they_were():
+    data, _ = four_kinds().split(0.2)
+    settings = {"data": data, "tokenizer": ByteTokenizer(), "preprocessing": PREPROCESSING, "pad_id": 258}
+    batches, other = (PairBatches(batch_size=7, shift=1, **settings) for _ in range(2))
+    for _ in range(3):
+        next(batches)
+    other.load_state_dict(batches.state_dict())
+
+    first, second = next(batches), next(other)
+
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.text, second.text)
+
+
+def start(folder, *more, **environ):
+    command = [sys.executable, *more, __file__, str(folder)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.plain
+def test_two_processes_train_as_one_does(whole_run, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    process = start(tmp_path, *launcher, EXPECTED_WORLD_SIZE="2")
+    errors = process.communicate(timeout=300)[1]
+
+    assert process.returncode == 0, errors
+    for name, value in weights(whole_run[0], 6).items():
+        torch.testing.assert_close(weights(tmp_path, 6)[name], value, atol=1e-5, rtol=1e-4)
+    losses = [[row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (tmp_path, whole_run[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.plain
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(whole_run, tmp_path):
+    """Twice here; LM_FAULT_KILLS=20 for the long form."""
+    chance, kills = random.Random(0), int(os.environ.get("LM_FAULT_KILLS", "2"))
+    done = 0
+    while done < kills:
+        process = start(tmp_path, TINY_PAUSE="0.15" if kills <= 2 else "0.6")
+        metrics = tmp_path / "metrics.jsonl"
+        before = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size == before):
+            time.sleep(0.01)  # into the loop, not into imports
+        time.sleep(chance.uniform(0, 0.4))
+        if process.poll() is not None:  # it was done sooner: its end is checked all the same
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        done += 1
+    tiny_trainer(tmp_path).train()
+
+    for name, value in weights(whole_run[0], 6).items():
+        assert torch.equal(weights(tmp_path, 6)[name], value), name
+    assert rows_of(tmp_path) == rows_of(whole_run[0])
+    assert all(path.name.startswith("step-") for path in list_checkpoints(tmp_path / "checkpoints"))
+
+
+class Slow:
+    """A tracker that leaves time for a kill."""
+
+    def log(self, values, step):
+        time.sleep(float(os.environ.get("TINY_PAUSE", "0")))
+
+
+if __name__ == "__main__":
+    assert int(os.environ.get("WORLD_SIZE", "1")) == int(os.environ.get("EXPECTED_WORLD_SIZE", "1"))
+    tiny_trainer(sys.argv[1], trackers=[Slow()]).train()
+    if torch.distributed.is_initialized():
+        assert torch.distributed.get_world_size() == int(os.environ["EXPECTED_WORLD_SIZE"])
+        torch.distributed.destroy_process_group()

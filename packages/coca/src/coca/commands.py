@@ -29,7 +29,7 @@ from lm_core.training import pick_device
 
 def caption(
     checkpoint: str,
-    images: list[str],
+    images: str | list[str],
     *,
     prefix: str | None = None,
     beams: int = 1,
@@ -45,7 +45,7 @@ def caption(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: files, or folders of images.
+        images: a file or a folder of images, or a list of them, as [a.png, b.png].
         prefix: how captions begin.
         beams: above 1 searches with so many beams.
         temperature: 0 takes the most likely token each time.
@@ -87,7 +87,7 @@ def embed_command(
     checkpoint: str,
     output: str,
     *,
-    images: list[str] | None = None,
+    images: str | list[str] | None = None,
     texts: list[str] | None = None,
     device: str = "auto",
 ) -> int:
@@ -96,7 +96,7 @@ def embed_command(
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         output: the .npz to write.
-        images: files, or folders of images.
+        images: a file or a folder of images, or a list of them, as [a.png, b.png].
         texts: captions; one of the two is given.
         device: auto takes CUDA, then MPS, then the CPU.
 
@@ -125,7 +125,7 @@ def embed_command(
 
 def zero_shot(
     checkpoint: str,
-    images: list[str],
+    images: str | list[str],
     *,
     classes: list[str],
     templates: list[str] | None = None,
@@ -136,7 +136,7 @@ def zero_shot(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: files, or folders of images.
+        images: a file or a folder of images, or a list of them, as [a.png, b.png].
         classes: names to choose among, as [cat, dog].
         templates: captions with one {} for a class name, as ["a photo of a {}"].
         top: classes to print.
@@ -165,7 +165,7 @@ def zero_shot(
 
 def retrieve(
     checkpoint: str,
-    images: list[str],
+    images: str | list[str],
     *,
     text: list[str] | None = None,
     captions: bool = False,
@@ -176,7 +176,7 @@ def retrieve(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: files or folders of images; with captions, one source of images with captions (or digits).
+        images: a file or a folder of images, or a list of them; with captions, one source as for train (or digits).
         text: queries; the nearest images of each are printed.
         captions: measures losses, recall and classification on a source of images with captions instead.
         top: images to print for a query.
@@ -192,9 +192,10 @@ def retrieve(
     loaded = _load(checkpoint, device)
     model = loaded.model
     if captions:
-        if len(images) != 1:
+        source = images if isinstance(images, str) else images[0] if len(images) == 1 else None
+        if source is None:
             raise ValueError(f"images must be one source with captions, got {len(images)}")
-        data = handwritten_digits() if images[0] == "digits" else load_images(images[0], loaded.preprocessing)
+        data = handwritten_digits() if source == "digits" else load_images(source, loaded.preprocessing)
         tell_unreadable(data, print)
         for name, value in evaluate(model, data, loaded.tokenizer, loaded.preprocessing).items():
             print(f"{name:22} {value:.3f}")
@@ -287,12 +288,14 @@ def _load(checkpoint: str, device: str) -> _Loaded:
     return _Loaded(model, load_tokenizer(folder), model.preprocessing)
 
 
-def _read_images(sources: Sequence[str], preprocessing: ImagePreprocessing) -> tuple[list[str], torch.Tensor, int]:
+def _read_images(
+    sources: str | Sequence[str], preprocessing: ImagePreprocessing
+) -> tuple[list[str], torch.Tensor, int]:
     """Paths and tensors of the readable images; unreadable ones are named on standard error and counted."""
     from PIL import Image
 
     paths: list[Path] = []
-    for source in map(Path, sources):
+    for source in map(Path, [sources] if isinstance(sources, str) else sources):
         if source.is_dir():
             inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
             if not inside:

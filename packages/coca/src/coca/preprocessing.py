@@ -69,7 +69,7 @@ class ImagePreprocessing:
             picture = picture.resize(resized, Image.Resampling.BICUBIC)
             left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
             picture = picture.crop((left, top, left + size, top + size))
-        array = np.asarray(picture, dtype=np.uint8)
+        array = np.array(picture, dtype=np.uint8)  # a copy that torch may hold
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def normalised(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "*b c height width"]:

@@ -1,0 +1,204 @@
+"""The command: the quickstart in small, what is asked of the trained model, and errors that help."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coca import CoCa
+from coca.cli import main
+from coca.digits import CLASS_NAMES, handwritten_digits
+from coca.image_files import load_images
+from coca.interop import load_coca_pytorch
+
+pytestmark = pytest.mark.plain
+
+TRAIN = ["train", "--device", "cpu", "--max_steps", "3", "--batch_size", "8", "--validate_every", "3", "--dim", "16"]
+TRAIN += ["--vit_dim", "16", "--dim_head", "8", "--heads", "2", "--validation_captions", "2", "--max_length", "12"]
+
+
+@pytest.fixture(scope="module")
+def digit_files(tmp_path_factory):
+    """Forty digits as a newcomer would bring them: files and a table."""
+    folder = tmp_path_factory.mktemp("digits")
+    data = handwritten_digits().select(range(40))
+    rows = ["image,caption,label"]
+    for number in range(len(data)):
+        Image.fromarray(data.read(number)[0]).save(folder / f"{number}.png")
+        name = CLASS_NAMES[data.labels[number]]
+        rows.append(f"{number}.png,the digit {name},{name}")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, digit_files):
+    """A run on those files, with one that cannot be read among them."""
+    folder = tmp_path_factory.mktemp("run")
+    source = folder / "images"
+    shutil.copytree(digit_files, source)
+    (source / "7.png").write_bytes(b"damaged")
+    sizes = ["--image_size", "8", "--channels", "1"]
+    assert main([*TRAIN, *sizes, "--data", str(source), "--checkpoint_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def test_the_quickstart_trains_on_the_digits(tmp_path, capsys):
+    assert main([*TRAIN, "--checkpoint_dir", str(tmp_path / "run")]) == 0
+
+    out = capsys.readouterr().out
+    assert "digits: 1,438 images to learn from, 359 held out" in out
+    assert "zero_shot_accuracy" in out
+    assert (tmp_path / "run" / "grid.png").is_file()
+    assert main([*TRAIN, "--checkpoint_dir", str(tmp_path / "run")]) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_a_run_names_and_counts_unreadable_images(run):
+    record = json.loads((run / "run.json").read_text("utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+    assert [name.split(":")[0] for name in record["settings"]["unreadable_images"]] == ["7.png"]
+    assert record["settings"]["images"] + record["settings"]["held_out_images"] == 39
+    assert rows[-1]["unreadable_images"] == 1
+
+
+def test_captions_are_printed_for_files_and_folders(run, digit_files, capsys):
+    paths = [str(digit_files / "3.png"), str(digit_files / "4.png")]
+    assert main(["caption", str(run), json.dumps(paths), "--max_new_tokens", "6", "--prefix", "the"]) == 0
+    few = capsys.readouterr().out.splitlines()
+    assert main(["caption", str(run), str(digit_files), "--beams", "2", "--max_new_tokens", "3"]) == 0
+    many = capsys.readouterr().out.splitlines()
+
+    assert [line.split("\t")[0] for line in few] == paths
+    assert all(line.split("\t")[1].startswith("the") for line in few)
+    assert len(many) == 40
+
+
+def test_an_unreadable_file_is_named_and_the_others_are_captioned(run, digit_files, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    status = main(["caption", str(run), json.dumps([str(digit_files / "3.png"), str(tmp_path / "bad.png")])])
+    captured = capsys.readouterr()
+
+    assert status == 1
+    assert len(captured.out.splitlines()) == 1
+    assert "bad.png" in captured.err
+    assert "unreadable  1 of 2 images" in captured.err
+
+
+def test_latents_are_written(run, digit_files, tmp_path):
+    paths = [str(digit_files / f"{number}.png") for number in range(3)]
+    assert main(["embed", str(run), str(tmp_path / "images.npz"), "--images", json.dumps(paths)]) == 0
+    assert main(["embed", str(run), str(tmp_path / "texts.npz"), "--texts", '["the digit one", "two"]']) == 0
+
+    images, texts = np.load(tmp_path / "images.npz"), np.load(tmp_path / "texts.npz")
+    assert images["names"].tolist() == paths
+    np.testing.assert_allclose(np.linalg.norm(images["latents"], axis=1), 1, rtol=1e-5)
+    checkpoint = run / "checkpoints" / "step-3"
+    model = CoCa.from_pretrained(checkpoint).eval()
+    pixels = load_images(digit_files, model.preprocessing).read(0)
+    expected = model.encode_image(model.preprocessing.normalised(pixels[None])).detach().numpy()
+    np.testing.assert_allclose(images["latents"][:1], expected, atol=1e-5)
+    assert texts["latents"].shape == (2, 16)
+
+
+def test_classes_and_neighbours_are_printed(run, digit_files, capsys):
+    path = str(digit_files / "3.png")
+    assert main(["zero-shot", str(run), json.dumps([path]), "--classes", '["one", "two"]', "--top", "2"]) == 0
+    classes = capsys.readouterr().out.strip().split("\t")
+    assert (
+        main(["retrieve", str(run), json.dumps([str(digit_files)]), "--text", '["the digit one"]', "--top", "3"]) == 0
+    )
+    neighbours = capsys.readouterr().out.splitlines()
+    assert main(["retrieve", str(run), str(digit_files), "--captions"]) == 0
+    measured = capsys.readouterr().out
+
+    probabilities = {entry.split()[0]: float(entry.split()[1]) for entry in classes[1:]}
+    assert probabilities.keys() == {"one", "two"}
+    assert sum(probabilities.values()) == pytest.approx(1, abs=2e-3)
+    assert neighbours[0] == "the digit one"
+    assert len(neighbours) == 4
+    assert "zero_shot_accuracy" in measured
+
+
+def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
+    source = ["--data", str(digit_files), "--image_size", "16", "--checkpoint_dir", str(tmp_path / "run")]
+    assert main([*TRAIN, *source, "--encoder", str(tmp_path / "vit"), "--freeze_encoder"]) == 0
+
+    before = transformers.ViTModel.from_pretrained(tmp_path / "vit").state_dict()
+    model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
+    for name, value in model.img_encoder.encoder.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_an_originals_file_is_converted(tmp_path, capsys):
+    from pathlib import Path
+
+    golden = json.loads((Path(__file__).parent / "golden" / "original.json").read_text("utf-8"))
+    state = {name: torch.zeros(shape) for name, shape in golden["shapes"].items() if "inv_freq" not in name}
+    torch.save(state, tmp_path / "old.pt")
+    assert main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "new"), "--eos_id", "2"]) == 0
+
+    expected = load_coca_pytorch(tmp_path / "old.pt", eos_id=2)
+    converted = CoCa.from_pretrained(tmp_path / "new")
+    assert converted.eos_id == 2
+    assert converted.state_dict().keys() == expected.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--dims", "16"], "unknown argument --dims; the nearest known one is --dim"),
+        (["captoin"], "unknown command 'captoin'; the nearest known one is caption"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest(argv, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "--data", "nowhere"], "there is no nowhere"),
+        (["train", "--batch_size", "2000"], "batch_size must be at most the number of images, 1438, got 2000"),
+        (["train", "--image_size", "9"], "the digits have image_size 8 and channels 1, got 9 and 1"),
+        (["train", "--tokenizer", "nowhere"], 'source must be "bytes"'),
+        (["caption", "nowhere", "[a.png]"], "checkpoint must be a folder with a model"),
+        (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
+        (["embed", "nowhere", "x.npz"], "give images or texts"),
+        (["retrieve", "nowhere", "[a.png]"], "give text, or captions"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    assert main(argv) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"coca {argv[0]}: error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_is_printed_and_read(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--dim", "24", "--print_config"])
+    config = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(config.replace("dim: 24", "dim: 25"), "utf-8")
+
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "run.yaml"), "--print_config"])
+    assert "\ndim: 25\n" in "\n" + capsys.readouterr().out

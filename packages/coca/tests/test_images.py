@@ -1,0 +1,259 @@
+"""Reading pictures, and encoders of every kind as tokens."""
+
+import io
+import json
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from coca import CoCa, ImagePreprocessing, VisionTransformer
+from coca.grid import save_grid
+from coca.image_encoders import ImageEncoder, token_width, tokens_of
+from coca.image_files import load_images
+from coca.vit import waves
+
+GREY = ImagePreprocessing(image_size=4, channels=1)
+SIZES = {"dim": 16, "num_tokens": 23, "unimodal_depth": 1, "multimodal_depth": 1, "dim_head": 8, "heads": 2}
+
+
+# --------------------------------------------------------------------------------------------------- preparation
+
+
+def test_a_picture_is_cut_to_its_centre_and_scaled():
+    array = np.zeros((4, 8, 3), np.uint8)
+    array[:, 2:6] = 255
+
+    pixels = ImagePreprocessing(image_size=4).pixels(Image.fromarray(array))
+
+    assert pixels.shape == (3, 4, 4)
+    assert bool((pixels == 255).all())
+
+
+def test_normalisation_subtracts_the_mean_and_divides_by_the_deviation():
+    preprocessing = ImagePreprocessing(image_size=1, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
+
+    found = preprocessing(Image.new("RGB", (1, 1), (255, 0, 51)))
+
+    torch.testing.assert_close(found.flatten(), torch.tensor([1.8, -0.2, -0.05]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
+def test_pictures_of_every_mode_are_read(mode):
+    pixels = ImagePreprocessing(image_size=4).pixels(Image.new(mode, (5, 7)))
+
+    assert pixels.shape == (3, 4, 4)
+    assert pixels.dtype == np.uint8
+
+
+def test_transparent_parts_are_white():
+    assert int(GREY.pixels(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).min()) == 255
+
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+
+def picture_bytes(shade):
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def written_folder(folder):
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture_bytes(number * 10))
+        (folder / f"{number}.txt").write_text(f"shade {number}\ngrey {number}\n", "utf-8")
+    return folder
+
+
+def written_csv(folder):
+    written_folder(folder)
+    rows = [f"{number}.png,{word} {number},{'ab'[number % 2]}" for number in range(3) for word in ("shade", "grey")]
+    (folder / "captions.csv").write_text("\n".join(["image,caption,label", *rows]) + "\n", "utf-8")
+    return folder
+
+
+def written_jsonl(folder):
+    written_folder(folder)
+    rows = [
+        {"image": f"{number}.png", "caption": [f"shade {number}", f"grey {number}"], "label": "ab"[number % 2]}
+        for number in range(3)
+    ]
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", "utf-8")
+    return folder / "x.jsonl"
+
+
+def written_tar(folder):
+    with tarfile.open(folder / "x.tar", "w") as archive:
+        for number in range(3):
+            caption = {"caption": [f"shade {number}", f"grey {number}"], "label": "ab"[number % 2]}
+            for name, data in ((f"{number}.png", picture_bytes(number * 10)), (f"{number}.json", json.dumps(caption))):
+                content = data if isinstance(data, bytes) else data.encode()
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return folder / "x.tar"
+
+
+@pytest.mark.parametrize("write", [written_folder, written_csv, written_jsonl, written_tar])
+def test_images_are_read_with_all_their_captions(write, tmp_path):
+    data = load_images(write(tmp_path), GREY)
+
+    assert data.names == ("0.png", "1.png", "2.png")
+    assert data.captions == tuple((f"shade {number}", f"grey {number}") for number in range(3))
+    assert [int(data.read(number).mean()) for number in range(3)] == [0, 10, 20]
+    if write is not written_folder:
+        assert data.class_names == ("a", "b")
+        assert data.labels == (0, 1, 0)
+    assert data.unreadable == ()
+
+
+def test_a_split_keeps_every_image_once(tmp_path):
+    data = load_images(written_csv(tmp_path), GREY)
+    train, held_out = data.split(0.34, seed=1)
+
+    assert sorted(train.names + held_out.names) == ["0.png", "1.png", "2.png"]
+    for part in (train, held_out):
+        for number, name in enumerate(part.names):
+            assert int(part.read(number).mean()) == 10 * int(name[0])
+
+
+def test_a_grid_is_a_picture_of_all_images(tmp_path):
+    images = [np.full((1, 8, 8), 40 * number, np.uint8) for number in range(5)]
+    captions = ["a caption that is much too long for the room beside its image, and then some", "", "b", "c", "d"]
+
+    path = save_grid(tmp_path / "grid.png", images, captions, [[("near", 0.5)]] * 5, title="five", columns=2)
+
+    with Image.open(path) as picture:
+        assert picture.width > 2 * 132
+        assert picture.height > 3 * 132
+
+
+# ------------------------------------------------------------------------------------------------------ encoders
+
+
+class Extractor(nn.Module):
+    """As vit-pytorch's: returns (prediction, embeddings), detached unless told otherwise."""
+
+    def __init__(self, detach=True):
+        super().__init__()
+        self.vit = nn.Sequential(nn.Conv2d(1, 12, 4, 4), nn.Flatten(2), nn.LayerNorm(4))
+        self.dim, self.detach = 12, detach
+
+    def forward(self, images):
+        tokens = self.vit(images).transpose(1, 2)
+        return torch.zeros(len(images), 5), tokens.detach() if self.detach else tokens
+
+
+class Timm(nn.Module):
+    """As timm's models: ``forward`` classifies, ``forward_features`` does not."""
+
+    num_features = 12
+
+    def __init__(self, channels_last=False):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 4, 4)
+        self.channels_last = channels_last
+
+    def forward_features(self, images):
+        features = self.stem(images)
+        return features.permute(0, 2, 3, 1) if self.channels_last else features
+
+    def forward(self, images):
+        return self.forward_features(images).mean(dim=(1, 2))
+
+
+def hugging_face(kind):
+    import transformers
+
+    if kind == "vit":
+        config = transformers.ViTConfig(
+            hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+            patch_size=4, num_channels=1,
+        )  # fmt: skip
+        return transformers.ViTModel(config)
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"
+    )
+    return transformers.ResNetModel(config)
+
+
+ENCODERS = {
+    "our ViT": (lambda: VisionTransformer(image_size=8, patch_size=4, channels=1, dim=12, depth=1), 4),
+    "Extractor": (lambda: Extractor(detach=False), 4),
+    "timm map": (Timm, 4),
+    "timm map, channels last": (lambda: Timm(channels_last=True), 4),
+    "Hugging Face ViT": (lambda: hugging_face("vit"), 5),
+    "Hugging Face ResNet": (lambda: hugging_face("resnet"), 1),
+    "CNN": (lambda: nn.Sequential(nn.Conv2d(1, 12, 4, 4), nn.ReLU()), 4),
+}
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_an_encoder_gives_tokens_and_is_trained(name):
+    make, count = ENCODERS[name]
+    encoder = make()
+    width = token_width(encoder)
+    model = CoCa(**SIZES, image_dim=12 if width is None else None, img_encoder=encoder)
+    images, text = torch.randn(2, 1, 8, 8), torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+    tokens = model.img_encoder(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(text, images, return_loss=True).backward()
+
+    assert tokens.shape == (2, count, 12)
+    assert width == (None if name == "CNN" else 12)
+    used = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+    assert any(bool(gradient.abs().sum() > 0) for gradient in used)
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("CNN",)])
+def test_a_frozen_encoder_does_not_move(name):
+    encoder = ENCODERS[name][0]()
+    model = CoCa(**SIZES, img_encoder=encoder, freeze_img_encoder=True).train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    images, text = torch.randn(2, 1, 8, 8), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(text, images, return_loss=True).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+
+    assert not encoder.training
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_an_extractor_that_detaches_is_told_of_once():
+    model = CoCa(**SIZES, img_encoder=Extractor())
+    images, text = torch.randn(2, 1, 8, 8), torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+    with pytest.warns(UserWarning, match=r"Extractor returns tokens without gradient .*detach=False"):
+        model(text, images, return_loss=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(text, images, return_loss=True)
+
+
+def test_maps_become_their_places_row_by_row():
+    features = torch.arange(2 * 3 * 2 * 2.0).view(2, 3, 2, 2)
+
+    assert torch.equal(tokens_of(features)[0, 1], features[0, :, 0, 1])
+    assert torch.equal(tokens_of(features.permute(0, 2, 3, 1), 3), tokens_of(features))
+
+
+@pytest.mark.plain
+def test_an_encoder_that_returns_no_tensor_is_refused():
+    with pytest.raises(TypeError, match="must return a tensor of tokens"):
+        ImageEncoder(nn.Identity(), width=None)._tokens({"a": 1})
+
+
+def test_positions_start_distinct():
+    for side, dim in ((2, 8), (4, 64), (14, 30)):
+        start = waves(side, dim)
+        assert start.shape == (side * side, dim)
+        assert len(start.unique(dim=0)) == side * side

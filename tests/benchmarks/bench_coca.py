@@ -1,0 +1,80 @@
+"""CoCa alone: memory of the contrastive losses at a large batch, and how cost grows with batch and caption length.
+
+Memory is the growth of a subprocess's peak resident set over the latents and their gradients; open_clip's formulas hold
+the matrix of similarities.
+"""
+
+import json
+import subprocess
+import sys
+
+import torch
+from measure import arguments, in_turns, median, report
+
+from coca import CoCa
+
+MEMORY = """
+import json, resource, sys, time, torch, torch.nn.functional as F
+kind, b, d, threads = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+from coca import softmax_contrastive_loss, sigmoid_contrastive_loss
+def latents(b):
+    return [F.normalize(torch.randn(b, d), dim=-1).requires_grad_() for _ in range(2)]
+scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+def plain_softmax(x, y):
+    logits = scale * x @ y.T
+    labels = torch.arange(len(x))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+def plain_sigmoid(x, y):
+    logits = scale * x @ y.T + bias
+    return -F.logsigmoid((2 * torch.eye(len(x)) - 1) * logits).sum() / len(x)
+loss = {"softmax, open_clip's formula": plain_softmax, "sigmoid, open_clip's formula": plain_sigmoid,
+        "softmax, ours": lambda x, y: softmax_contrastive_loss(x, y, scale),
+        "sigmoid, ours": lambda x, y: sigmoid_contrastive_loss(x, y, scale, bias)}[kind]
+loss(*latents(64)).backward()
+x, y = latents(b)
+x.grad, y.grad = torch.zeros_like(x), torch.zeros_like(y)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, started = peak(), time.perf_counter()
+loss(x, y).backward()
+print(json.dumps([peak() - before, time.perf_counter() - started]))
+"""
+
+parsed = arguments(
+    __doc__ or "",
+    batch={"type": int, "default": 8192, "help": "pairs"},
+    dim={"type": int, "default": 512, "help": "features of a latent"},
+)
+for threads in parsed.threads:
+    torch.set_num_threads(threads)
+    rows = []
+    for loss in ("softmax", "sigmoid"):
+        for whose in ("open_clip's formula", "ours"):
+            sizes = (str(parsed.batch), str(parsed.dim), str(threads))
+            command = [sys.executable, "-c", MEMORY, f"{loss}, {whose}", *sizes]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            megabytes, seconds = json.loads(done.stdout)
+            rows.append({"loss": f"{loss}, {whose}", "threads": threads, "extra MiB": megabytes, "seconds": seconds})
+    report(f"Contrastive loss, forward and backward, {parsed.batch} pairs x {parsed.dim}", rows, parsed.json)
+
+    torch.manual_seed(0)
+    model = CoCa(dim=128, num_tokens=1024, unimodal_depth=2, multimodal_depth=2, dim_head=32, heads=4, bos_id=1)
+    rows = []
+    for batch, length in ((8, 32), (32, 32), (128, 32), (8, 128), (8, 512)):
+        image, text = torch.randn(batch, 64, 128), torch.randint(1, 1024, (batch, length))
+
+        def train() -> None:
+            model(text, image_tokens=image, return_loss=True).backward()
+
+        def caption() -> None:
+            model.generate(image_tokens=image, max_new_tokens=length)
+
+        seconds = in_turns({"train": train, "caption": caption}, parsed.rounds)
+        row = {
+            "batch": batch,
+            "tokens": length,
+            "threads": threads,
+            "training step, ms": 1e3 * median(seconds["train"]),
+        }
+        rows.append({**row, "captions, tokens/s": batch * length / median(seconds["caption"])})
+    report("Cost by batch and caption length, dim 128, 2 + 2 layers, 64 image tokens", rows, parsed.json)

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from lm_core.feedforward import SwiGLU
+from lm_core.feedforward import SwiGLU, swiglu
 
 
 def test_swiglu_multiplies_the_first_half_by_silu_of_the_second():
@@ -29,3 +29,13 @@ def test_swiglu_keeps_its_input_and_has_no_parameters():
 def test_the_gradient_of_swiglu_is_right():
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SwiGLU(), (x,))
+
+
+def test_swiglu_gradient_is_that_of_the_formula():
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, x)
+    upstream = torch.randn(3, 5, 4, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(swiglu(x), x, upstream)
+    half, gate = x.chunk(2, dim=-1)
+    (reference,) = torch.autograd.grad(torch.nn.functional.silu(gate) * half, x, upstream)
+    assert torch.allclose(ours, reference, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,8 @@ the matrix of similarities.
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from measure import arguments, in_turns, median, report
@@ -45,8 +47,9 @@ parsed = arguments(
     batch={"type": int, "default": 8192, "help": "pairs"},
     dim={"type": int, "default": 512, "help": "features of a latent"},
 )
-for threads in parsed.threads:
-    torch.set_num_threads(threads)
+
+
+def memory_rows(threads: int) -> list[dict[str, Any]]:
     rows = []
     for loss in ("softmax", "sigmoid"):
         for whose in ("open_clip's formula", "ours"):
@@ -55,26 +58,30 @@ for threads in parsed.threads:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             megabytes, seconds = json.loads(done.stdout)
             rows.append({"loss": f"{loss}, {whose}", "threads": threads, "extra MiB": megabytes, "seconds": seconds})
-    report(f"Contrastive loss, forward and backward, {parsed.batch} pairs x {parsed.dim}", rows, parsed.json)
+    return rows
 
+
+def cost_row(model: CoCa, batch: int, length: int, threads: int) -> dict[str, Any]:
+    image, text = torch.randn(batch, 64, 128), torch.randint(1, 1024, (batch, length))
+    variants: dict[str, Callable[[], object]] = {
+        "train": lambda: model(text, image_tokens=image, return_loss=True).backward(),
+        "caption": lambda: model.generate(image_tokens=image, max_new_tokens=length),
+    }
+    seconds = in_turns(variants, parsed.rounds)
+    return {
+        "batch": batch,
+        "tokens": length,
+        "threads": threads,
+        "training step, ms": 1e3 * median(seconds["train"]),
+        "captions, tokens/s": batch * length / median(seconds["caption"]),
+    }
+
+
+for threads in parsed.threads:
+    torch.set_num_threads(threads)
+    title = f"Contrastive loss, forward and backward, {parsed.batch} pairs x {parsed.dim}"
+    report(title, memory_rows(threads), parsed.json)
     torch.manual_seed(0)
     model = CoCa(dim=128, num_tokens=1024, unimodal_depth=2, multimodal_depth=2, dim_head=32, heads=4, bos_id=1)
-    rows = []
-    for batch, length in ((8, 32), (32, 32), (128, 32), (8, 128), (8, 512)):
-        image, text = torch.randn(batch, 64, 128), torch.randint(1, 1024, (batch, length))
-
-        def train() -> None:
-            model(text, image_tokens=image, return_loss=True).backward()
-
-        def caption() -> None:
-            model.generate(image_tokens=image, max_new_tokens=length)
-
-        seconds = in_turns({"train": train, "caption": caption}, parsed.rounds)
-        row = {
-            "batch": batch,
-            "tokens": length,
-            "threads": threads,
-            "training step, ms": 1e3 * median(seconds["train"]),
-        }
-        rows.append({**row, "captions, tokens/s": batch * length / median(seconds["caption"])})
+    rows = [cost_row(model, *sizes, threads) for sizes in ((8, 32), (32, 32), (128, 32), (8, 128), (8, 512))]
     report("Cost by batch and caption length, dim 128, 2 + 2 layers, 64 image tokens", rows, parsed.json)

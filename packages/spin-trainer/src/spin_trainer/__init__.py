@@ -1,0 +1,51 @@
+"""spin_trainer: self-play fine-tuning (SPIN, arXiv 2401.01335) of any causal language model.
+
+>>> import torch
+>>> from spin_trainer import SPIN
+>>> model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16))
+>>> spin = SPIN(model, lambda_=0.1)
+>>> real, generated = torch.randint(0, 16, (2, 12)), torch.randint(0, 16, (2, 10))
+>>> loss = spin(generated, real, prompt_len=torch.tensor([4, 5]))
+>>> round(loss.item(), 4)  # ln 2: the player still is its opponent
+0.6931
+"""
+
+from spin_trainer.dropout import dropout_of, set_dropout_
+from spin_trainer.losses import self_play_losses, self_play_margins, win_rate
+from spin_trainer.policy_weights import load_original_checkpoint
+from spin_trainer.reference import FrozenReference, MovingReference
+from spin_trainer.response_scores import (
+    log_prob_from_model_and_seq,
+    prompt_mask_from_len,
+    response_log_probs,
+    response_mask,
+)
+from spin_trainer.self_play_settings import SelfPlaySettings
+from spin_trainer.sft_data import Example, SFTDataset, as_sft_dataset
+from spin_trainer.spin import SPIN, Comparison
+from spin_trainer.trainer import SPINResult, SPINTrainer
+
+__all__ = [
+    "SPIN",
+    "Comparison",
+    "Example",
+    "FrozenReference",
+    "MovingReference",
+    "SFTDataset",
+    "SPINResult",
+    "SPINTrainer",
+    "SelfPlaySettings",
+    "as_sft_dataset",
+    "dropout_of",
+    "load_original_checkpoint",
+    "log_prob_from_model_and_seq",
+    "prompt_mask_from_len",
+    "response_log_probs",
+    "response_mask",
+    "self_play_losses",
+    "self_play_margins",
+    "set_dropout_",
+    "win_rate",
+]
+
+__version__ = "0.1.0"

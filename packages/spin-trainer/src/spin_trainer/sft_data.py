@@ -1,0 +1,263 @@
+"""Supervised fine-tuning data in every form it comes in, as prompts and human answers in token ids.
+
+Accepted rows: ``(sequence, prompt_len)`` pairs of ids; ``(prompt, answer)`` texts; dicts with the columns ``prompt``
+and ``response`` (or ``completion``, ``answer``); dicts with ``messages``, whose last one is the answer. A chat goes
+through the tokenizer's own template, and what the template adds in front of an answer is in the prompt, so generation
+and training see the same text.
+
+An answer that the length limit cuts off gets no EOS: the model must not learn that it ended there.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+ANSWER_COLUMNS = ("response", "completion", "answer")
+Overlong = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its human answer.
+
+    Attributes:
+        prompt: token ids, at least one.
+        response: token ids, at least one; ends with EOS unless it was cut off or had none.
+        truncated: whether the length limit cut the answer off.
+    """
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    truncated: bool = False
+
+
+class SFTDataset(Sequence[Example]):
+    """Examples with a fingerprint of their content.
+
+    Args:
+        examples: the rows.
+        dropped: rows that were left out because their prompt was too long.
+    """
+
+    def __init__(self, examples: Sequence[Example], dropped: int = 0) -> None:
+        self.examples, self.dropped = list(examples), dropped
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.examples[index]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids, in order."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.prompt, example.response)).encode())
+        return digest.hexdigest()
+
+
+def as_sft_dataset(
+    source: Any,
+    *,
+    max_seq_len: int,
+    tokenizer: Any = None,
+    eos_id: int | None = None,
+    pad_id: int | None = -1,
+    overlong: Overlong = "error",
+    name: str = "train_sft_dataset",
+) -> SFTDataset:
+    """Reads a dataset whole.
+
+    Args:
+        source: a sequence, a ``torch`` or Hugging Face dataset, or the path of a ``.jsonl`` or ``.jsonl.gz`` file; rows
+            as the module describes them.
+        max_seq_len: longest prompt with answer; longer answers are cut off.
+        tokenizer: in the protocol of ``lm_core.tokenizers``, for texts and chats.
+        eos_id: ends answers; by default the tokenizer's.
+        pad_id: trailing ids of this value are taken off sequences.
+        overlong: what to do with a prompt that leaves no room for an answer.
+        name: names the argument in errors.
+
+    Raises:
+        ValueError, TypeError: naming the row and what is wrong with it.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, SFTDataset):
+        return source
+    if max_seq_len < 2:
+        raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
+    if eos_id is None and tokenizer is not None:
+        eos_id = tokenizer.eos_id
+    columns = getattr(source, "column_names", None)
+    if isinstance(columns, list):
+        _check_columns(columns, name)
+    examples: list[Example] = []
+    dropped = 0
+    for number, row in enumerate(_rows(source, name)):
+        where = f"{name}[{number}]"
+        prompt, response = _encoded(row, tokenizer, eos_id, pad_id, where)
+        if not prompt:
+            raise ValueError(f"{where} must have a prompt of at least one token, got none")
+        if not response:
+            raise ValueError(f"{where} must have an answer of at least one token behind its prompt, got none")
+        if len(prompt) >= max_seq_len:
+            if overlong == "error":
+                raise ValueError(
+                    f"{where} must leave room for an answer below max_seq_len {max_seq_len}, its prompt has "
+                    f'{len(prompt)} tokens (overlong="drop" leaves such rows out)'
+                )
+            dropped += 1
+            continue
+        room = max_seq_len - len(prompt)
+        examples.append(Example(tuple(prompt), tuple(response[:room]), len(response) > room))
+    if not examples:
+        raise ValueError(f"{name} must hold at least one row, got none ({dropped} with a prompt too long)")
+    whole = [example for example in examples if not example.truncated]
+    if eos_id is not None and whole and not any(example.response[-1] == eos_id for example in whole):
+        raise ValueError(
+            f"{name} must have answers that end with eos_id {eos_id}, none does: the opponent ends its own with it, "
+            "so the player would learn nothing but to leave it out"
+        )
+    return SFTDataset(examples, dropped)
+
+
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    if "messages" in columns or ("prompt" in columns and any(answer in columns for answer in ANSWER_COLUMNS)):
+        return
+    raise ValueError(
+        f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
+        f"got {sorted(columns)}"
+    )
+
+
+def _rows(source: Any, name: str) -> Iterator[Any]:
+    if isinstance(source, str | Path):
+        yield from _read_lines(Path(source))
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping):
+        # torch datasets need not be iterable
+        yield from (source[number] for number in range(len(source)))
+    else:
+        raise TypeError(f"{name} must be a sequence or dataset of rows or a path, got {type(source).__name__}")
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"a dataset must be a .jsonl or .jsonl.gz file, got {path}")
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+
+
+def _encoded(
+    row: Any, tokenizer: Any, eos_id: int | None, pad_id: int | None, where: str
+) -> tuple[list[int], list[int]]:
+    if isinstance(row, Mapping):
+        _check_columns(list(row), where)
+        if "messages" in row:
+            return _chat(list(row["messages"]), tokenizer, eos_id, where)
+        answer = next(row[column] for column in ANSWER_COLUMNS if column in row)
+        prompt = row["prompt"]
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+            reply = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else None
+            return _chat([*prompt, *(reply or [{"role": "assistant", "content": answer}])], tokenizer, eos_id, where)
+        return _text(prompt, answer, tokenizer, eos_id, where)
+    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
+        if isinstance(row[0], str):
+            return _text(row[0], row[1], tokenizer, eos_id, where)
+        return _ids(row[0], row[1], pad_id, where)
+    raise TypeError(
+        f"{where} must be (sequence, prompt_len), (prompt, answer) or a dict, "
+        f"got {type(row).__name__} {str(row)[:60]!r}"
+    )
+
+
+def _ids(sequence: Any, prompt_len: Any, pad_id: int | None, where: str) -> tuple[list[int], list[int]]:
+    try:
+        ids = torch.as_tensor(sequence)
+        length = int(prompt_len)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{where} must be (token ids, prompt_len), got {row_kinds(sequence, prompt_len)}") from error
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"{where} must hold 1-D integer ids, got {ids.dtype} of shape {tuple(ids.shape)}")
+    values: list[int] = ids.tolist()
+    while values and values[-1] == pad_id:
+        values.pop()
+    if length < 1:
+        raise ValueError(f"{where} must have a prompt_len of at least 1, got {length}")
+    if any(value < 0 for value in values):
+        raise ValueError(f"{where} must hold ids of at least 0 (pad_id is {pad_id}), got {min(values)}")
+    if length >= len(values):
+        raise ValueError(f"{where} must have answer tokens behind its prompt_len {length}, got {len(values)} tokens")
+    return values[:length], values[length:]
+
+
+def row_kinds(*parts: Any) -> str:
+    """Type names for an error message."""
+    return ", ".join(type(part).__name__ for part in parts)
+
+
+def _needs_tokenizer(tokenizer: Any, where: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"{where} holds text, so a tokenizer is needed, got tokenizer=None")
+
+
+def _needs_eos(eos_id: int | None, where: str) -> int:
+    if eos_id is None:
+        raise ValueError(f"{where} holds text, so answers need an end: the tokenizer has no eos_id, pass eos_id")
+    return eos_id
+
+
+def _text(prompt: Any, answer: Any, tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
+    if not isinstance(prompt, str) or not isinstance(answer, str):
+        raise TypeError(f"{where} must have texts as prompt and answer, got {row_kinds(prompt, answer)}")
+    _needs_tokenizer(tokenizer, where)
+    end = _needs_eos(eos_id, where)
+    if not answer:
+        return tokenizer.encode(prompt), []
+    return tokenizer.encode(prompt), [*tokenizer.encode(answer), end]
+
+
+def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
+    _needs_tokenizer(tokenizer, where)
+    end = _needs_eos(eos_id, where)
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"{where} must end with an answer of the assistant behind a question, got the roles {roles}")
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise ValueError(f"{where} is a chat, but {type(tokenizer).__name__} has no apply_chat_template")
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            f"{where}: the chat template must write a conversation so that it begins with its own prompt, it does not"
+        )
+    response = whole[len(prompt) :]
+    if end not in response:
+        raise ValueError(
+            f"{where}: the chat template must end an answer with eos_id {end}, it does not; pass the id that does"
+        )
+    # what a template writes behind the end of a turn is never generated
+    return prompt, response[: response.index(end) + 1]
+
+
+def to_tensor(ids: Sequence[int]) -> Tensor:
+    """1-D int64."""
+    return torch.tensor(list(ids), dtype=torch.long)

@@ -1,0 +1,278 @@
+"""The whole loop: answers made once, exact resume in both phases, promotion, early stop, what is saved and logged."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from lm_core.checkpoint import list_checkpoints
+from lm_core.training import read_metrics
+from spin_trainer import SPIN, SPINTrainer
+from spin_trainer.opponent_answers import Sampling, answer_prompts
+from spin_trainer.pair_order import Pair, PairOrder
+from spin_trainer.row_store import RowStore
+from spin_trainer.small_decoder import SmallDecoder
+
+
+def weights_of(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.policy_model.parameters()]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def rows_of(folder, kind):
+    files = sorted(folder.glob(f"generations/{kind}-*/rows-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+class StopAt:
+    """A tracker that dies at an update, as a process would, but for the open files."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, values, step):
+        if step == self.step and "loss" in values:
+            raise SystemError("stopped here")
+
+
+def test_self_play_runs_and_every_iteration_begins_at_ln_2(train, tmp_path):
+    trainer, result = train(iterations=2, lambda_=1.0, curves=True)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    first = {}
+    for row in rows:
+        if "loss" in row:
+            first.setdefault(row["iteration"], row["loss"])
+
+    assert (result.outcome, result.iterations, result.steps) == ("finished", 2, 4 + 8)  # the second with both answers
+    assert first == pytest.approx({0: math.log(2), 1: math.log(2)}, abs=1e-6)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert {"margin", "win_rate", "real_log_prob", "generated_log_prob", "truncation_rate"} <= set(rows[-2])
+    assert result.curves.is_file()
+    assert trainer.iteration == 2
+
+
+def test_each_row_is_answered_once_whatever_is_run_again(train, tmp_path, make_rows):
+    train()
+    first = rows_of(tmp_path / "run", "answers-train")
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        shutil.rmtree(checkpoint)
+    train()
+
+    assert sorted(row["row"] for row in first) == list(range(12))
+    assert rows_of(tmp_path / "run", "answers-train") == first
+
+
+def test_an_interrupted_generation_is_finished_row_by_row(train, tmp_path, make_model):
+    trainer, _ = train("whole")
+    folder = tmp_path / "parts" / "generations"
+    folder.mkdir(parents=True)
+    for store in (tmp_path / "whole" / "generations").iterdir():
+        lines = (store / "rows-0.jsonl").read_bytes().splitlines(keepends=True)
+        (folder / store.name).mkdir()
+        (folder / store.name / "description.json").write_bytes((store / "description.json").read_bytes())
+        # a batch cut in two, and a line cut in the middle
+        (folder / store.name / "rows-0.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:7])
+    resumed, _ = train("parts")
+
+    assert equal(weights_of(resumed), weights_of(trainer))
+    for kind in ("answers-train", "scores-train", "answers-valid"):
+        key = {row["row"]: row for row in rows_of(tmp_path / "whole", kind)}
+        again = rows_of(tmp_path / "parts", kind)
+        assert {row["row"]: row for row in again} == key
+        assert len(again) == len(key)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"opponent": "policy"}, {"ref_model_ema_decay": 0.9}])
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(train, settings, step, make_model):
+    common = {"iterations": 2, "epochs": 1, "checkpoint_every": 1, "mix_previous": False, **settings}
+    if "ref_model_ema_decay" in settings:
+        common["spin_kwargs"] = {"ema_kwargs": {"update_after_step": 0, "update_every": 1}}
+    whole, _ = train("whole", model=make_model(dropout=0.1), **common)
+    with pytest.raises(SystemError, match="stopped here"):
+        train("parts", model=make_model(dropout=0.1), trackers=[StopAt(step)], **common)
+    resumed, result = train("parts", model=make_model(dropout=0.1), **common)
+
+    assert result.steps == 8
+    assert equal(weights_of(resumed), weights_of(whole))
+    shown = [
+        [
+            {k: v for k, v in row.items() if "begins" not in row}
+            for row in read_metrics(t.checkpoint_folder / "metrics.jsonl")
+        ]
+        for t in (whole, resumed)
+    ]
+    assert shown[0] == shown[1]
+
+
+def test_precomputed_reference_log_probs_train_as_live_ones_do(train, make_model):
+    runs = [train(f"run-{live}", model=make_model().double(), precompute_reference=not live)[0] for live in (0, 1)]
+
+    for one, other in zip(*map(weights_of, runs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_accumulating_one_row_at_a_time_equals_the_whole_batch(train, make_model):
+    one, _ = train("one", model=make_model().double(), batch_size=1, grad_accum_steps=5, generation_batch_size=4)
+    other, _ = train("other", model=make_model().double(), batch_size=5, generation_batch_size=4)
+
+    for a, b in zip(weights_of(one), weights_of(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_finished_policy_is_saved_and_opens_again(train, tmp_path):
+    # the original asked `checkpoint_every % steps`, and never saved the last model
+    trainer, result = train(iterations=2)
+    opened = SmallDecoder.from_pretrained(result.iterations_folder / "iteration-2")
+
+    assert equal([p.detach() for p in opened.parameters()], weights_of(trainer))
+    assert (result.iterations_folder / "iteration-1").is_dir()
+
+
+def test_save_needs_no_checkpoint_every_and_replaces_nothing_unasked(train):
+    trainer, _ = train()
+    folder = trainer.save("mine")
+
+    assert (folder / "model.safetensors").is_file()
+    with pytest.raises(FileExistsError, match=r"mine exists; overwrite=True replaces it"):
+        trainer.save("mine")
+    assert trainer.save("mine", overwrite=True) == folder
+
+
+def test_validation_comes_every_so_many_updates(train, tmp_path):
+    # the original asked `valid_every % steps`: with 2, at updates 1 and 2 only
+    train(valid_every=2)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
+
+
+def test_early_stop_puts_the_best_iteration_back(train, tmp_path, make_model):
+    # a rate that ruins the model: the start stays the best
+    trainer, result = train(
+        iterations=3, start_learning_rate=3.0, end_learning_rate=3.0, early_stop_patience=1, max_grad_norm=None
+    )
+    start = [parameter.detach() for parameter in make_model().parameters()]
+
+    assert result.outcome == "stopped early"
+    assert result.iterations == 1
+    assert result.best_iteration == 0
+    assert equal(weights_of(trainer), start)
+
+
+def test_dropout_and_mode_are_put_back(train, make_model):
+    model = make_model(dropout=0.3).eval()
+    train(model=model, dropout=0.1)
+
+    assert model.blocks[0].dropout.p == 0.3
+    assert not model.training
+
+
+def test_schedules_reach_each_iteration(train, tmp_path):
+    train(iterations=3, lambdas=[0.1, 5.0], learning_rates=[1e-3, 2e-3], mix_previous=False)
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    first = {row["iteration"]: row["learning_rate"] for row in reversed(rows)}
+
+    assert first == pytest.approx({0: 1e-3, 1: 2e-3, 2: 2e-3})
+
+
+def test_adam_takes_its_arguments(make_model, make_rows, tmp_path):
+    from spin_trainer.self_play_settings import SelfPlaySettings
+    from spin_trainer.updates import optimizer_of
+
+    settings = SelfPlaySettings(max_seq_len=10)
+    optimizer, schedule = optimizer_of(
+        make_model(), settings, iteration=0, updates=10, adam_kwargs={"betas": (0.5, 0.6), "eps": 1e-3}
+    )
+    for _ in range(10):
+        schedule.step()
+
+    assert optimizer.defaults["betas"] == (0.5, 0.6)
+    assert optimizer.defaults["eps"] == 1e-3
+    assert schedule.learning_rate == pytest.approx(1e-7)  # the decay spans the run's length
+
+
+def test_answers_stop_at_eos_and_one_that_is_cut_off_gets_none(make_model):
+    model = make_model()
+    prompts = [(11, 2), (3, 4, 5), (11,)] * 6
+    answers = answer_prompts(
+        model, prompts, Sampling(max_seq_len=8, temperature=9.0, filter_fn=None, filter_kwargs={}, eos_id=11), 0
+    )
+
+    assert any(answer.finished for answer in answers)
+    assert any(not answer.finished for answer in answers)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert (answer.tokens[-1] == 11) is answer.finished
+        assert 11 not in answer.tokens[:-1]
+        assert answer.finished or len(prompt) + len(answer.tokens) == 8
+
+
+def test_a_greedy_answer_in_a_batch_is_that_of_the_prompt_alone(make_model):
+    model, prompts = make_model().double(), [(1, 2), (3, 4, 5, 6), (7,)]
+    sampling = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=11)
+    together = answer_prompts(model, prompts, sampling, 0)
+
+    assert together == [answer_prompts(model, [prompt], sampling, 0)[0] for prompt in prompts]
+
+
+def test_a_limited_models_rows_are_filled_each_to_its_end(make_model):
+    model = make_model()
+    free = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={})
+    prompts = [(1, 2), (3, 4, 5, 6), (7,)]
+    expected = answer_prompts(model, prompts, free, 0)
+    model.max_length = 9
+
+    assert answer_prompts(model, prompts, free, 0) == expected
+    assert [len(answer.tokens) for answer in expected] == [7, 5, 8]
+
+
+def weighed(batch):
+    return zip(batch.pairs, batch.weights, strict=True)
+
+
+def test_every_pair_comes_once_an_epoch_on_any_number_of_processes():
+    pairs = [Pair(row) for row in range(11)]
+    common = {"pairs": pairs, "accumulation": 2, "epochs": 2, "seed": 0, "iteration": 0}
+    one = PairOrder(batch_size=4, **common)
+    two = [PairOrder(batch_size=2, rank=rank, world_size=2, **common) for rank in (0, 1)]
+    for update in range(one.updates):
+        seen = [pair for order in two for b in order.micro_batches(update) for pair, w in weighed(b) if w]
+        assert sorted(p.row for p in seen) == sorted(p.row for p in one.chosen(update))
+        assert len({len(order.micro_batches(update)) for order in two}) == 1
+    epoch = [pair.row for update in range(one.updates_per_epoch) for pair in one.chosen(update)]
+    assert sorted(epoch) == list(range(11))
+
+
+def test_a_store_cuts_a_torn_line_and_never_writes_a_row_twice(tmp_path):
+    store = RowStore(tmp_path, "answers", {"a": 1})
+    store.append([{"row": 0, "x": 1}, {"row": 1, "x": 2}])
+    file = store.folder / "rows-0.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"row": 2, "x')
+    again = RowStore(tmp_path, "answers", {"a": 1})
+    again.append([{"row": 1, "x": 2}, {"row": 2, "x": 3}])
+
+    assert [json.loads(line)["row"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    assert RowStore(tmp_path, "answers", {"a": 2}).rows == {}
+
+
+def test_the_loss_of_a_batch_with_live_answers_is_differentiable(make_model, make_rows, tmp_path):
+    trainer = SPINTrainer(
+        SPIN(make_model(), pad_id=-1, eos_id=11),
+        train_sft_dataset=make_rows(4),
+        max_seq_len=10,
+        eos_id=11,
+        device="cpu",
+        checkpoint_folder=tmp_path,
+    )
+    loss = trainer.calc_spin_loss(
+        torch.tensor([[1, 2, 10, 1, 2, 11, -1], [4, 3, 2, 10, 2, 3, 4]]), torch.tensor([3, 4])
+    )
+    loss.backward()
+
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.model.policy_model.embedding.weight.grad.abs().sum().item() > 0

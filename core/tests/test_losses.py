@@ -495,3 +495,12 @@ def test_wrong_ids_are_refused_before_the_model_works(make_model):
     with pytest.raises(ValueError, match=r"ids must hold token ids in \[0, 13\), got 13"):
         token_log_probs(model, torch.full((1, 3), 13))
     assert model.seen == []
+
+
+def test_hidden_log_probs_pick_the_next_token_as_einx_indexes_it():
+    einx = pytest.importorskip("einx")
+    hidden, weight = torch.randn(2, 7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    ids = torch.randint(11, (2, 7))
+    log_probs = einx.dot("b n d, v d -> b n v", hidden, weight).log_softmax(dim=-1)
+    expected = einx.get_at("b n [v], b n -> b n", log_probs[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(hidden_log_probs(hidden, weight, ids), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,277 @@
+"""PPO: the toy with a known answer, exact resume, global minibatches, metrics by their definitions."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from palm_rlhf import PaLM
+from palm_rlhf.actor_critic import ActorCritic
+from palm_rlhf.experience import judge, with_advantages
+from palm_rlhf.grpo import GRPOTrainer
+from palm_rlhf.ppo import RLHFTrainer
+from palm_rlhf.prompts import load_prompts
+from palm_rlhf.rollouts import draw_rollout, rollout_of
+
+
+def fraction_of_fives(ids, prompt_lengths, lengths):
+    position = torch.arange(ids.shape[1])
+    response = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    return ((ids == 5) & response).sum(dim=1) / response.sum(dim=1)
+
+
+def mixed_prompts(seed=0, count=8):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(13, (n,), generator=generator) for n in (4, 9) * (count // 2)]
+
+
+def trainer(palm, kind=RLHFTrainer, **changes):
+    settings = {"palm": palm, "prompt_token_ids": mixed_prompts(), "reward": fraction_of_fives, "device": "cpu"}
+    return kind(**{**settings, **changes})
+
+
+LONG = pytest.mark.skipif(not os.environ.get("LM_LONG"), reason="a proof of minutes: set LM_LONG=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LONG), pytest.param(2, marks=LONG)])
+@pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
+def test_a_toy_with_a_known_answer_is_learned_at_mixed_prompt_lengths(kind, seed):
+    torch.manual_seed(seed)
+    palm = PaLM(num_tokens=16, dim=64, depth=2, dim_head=16, heads=4)
+    rate = 1e-3 if kind is RLHFTrainer else 2e-3
+    more = {"critic_lora": False, "critic_lr": rate} if kind is RLHFTrainer else {"group_size": 8}
+    toy = trainer(
+        palm, kind, actor_lora=False, actor_lr=rate, kl_div_loss_weight=0.0, seed=seed, epochs=4,
+        minibatch_size=16, **more,
+    )  # fmt: skip
+    result = toy.train(num_episodes=24 * 64, update_timesteps=64, max_new_tokens=8)
+    assert result.phases == 24
+    assert result.metrics[0]["reward"] < 0.15
+    assert result.metrics[-1]["reward"] >= 0.9
+
+
+def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_palm):
+    result = trainer(make_palm(), actor_lr=1e-2).train(num_episodes=48, update_timesteps=16, max_new_tokens=6)
+    for row in result.metrics:
+        assert row["ratio_deviation_at_start"] < 1e-6
+    assert any(row["ratio_max"] > 1.01 for row in result.metrics)
+
+
+def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm):
+    """Gradients of the first update against equation 7 over unpadded rows, one at a time."""
+    palm = make_palm().double()
+    ppo = trainer(palm, kl_div_loss_weight=0.3, max_norm=None, epochs=1, minibatch_size=8, beta_s=0.02)
+    ppo.actor_critic.double()
+    rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=5, eos_token=3), seed=4)
+    rewards = torch.linspace(-1, 2, 8)
+    experience = judge(ppo.actor_critic, rollout, rewards, batch_size=8)
+    tokens = int(rollout.response_mask.sum())
+    advantages = []
+    for row in range(8):
+        start, end = int(rollout.prompt_lengths[row]) - 1, int(rollout.lengths[row]) - 1
+        kl = experience["unfiltered"][row, start:end] - experience["reference"][row, start:end]
+        token_rewards = -0.3 * kl
+        token_rewards[-1] += rewards[row]
+        following, own = 0.0, []
+        for r in reversed(token_rewards.tolist()):  # values are 0 before the first update
+            following = r + 0.95 * following
+            own.append(following)
+        advantages.append(torch.tensor(own[::-1], dtype=torch.float64))
+    flat = torch.cat(advantages)
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, own in enumerate(advantages):
+        start, end = int(rollout.prompt_lengths[row]) - 1, int(rollout.lengths[row]) - 1
+        ids = rollout.ids[row, : end + 1]
+        log_probs = palm(ids[None], finetune_scope="actor")[0].log_softmax(dim=-1)[start:end]
+        chosen = log_probs.gather(-1, ids[start + 1 :, None])[:, 0]
+        whitened = (own - flat.mean()) / flat.std()
+        loss = loss - ((chosen - chosen.detach()).exp() * whitened).sum() / tokens
+        loss = loss + 0.02 * (log_probs.exp() * log_probs).sum() / tokens
+        loss = loss + 0.5 * 0.5 * own.square().sum().detach() / tokens  # the critic's value is 0
+    wanted = torch.autograd.grad(loss, ppo.actor_parameters)
+    seen = []
+    ppo.optimizer.step = lambda: seen.extend(p.grad.clone() for p in ppo.actor_parameters)
+    metrics = ppo.step(rollout, rewards)
+    for got, want in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)  # rewards are float32
+    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_micro_batches_change_nothing(make_palm):
+    outcomes = []
+    for size in (None, 1, 3):
+        palm = make_palm().double()
+        ppo = trainer(palm, micro_batch_size=size, minibatch_size=8, epochs=2, actor_lr=1e-2)
+        ppo.actor_critic.double()
+        ppo.train(num_episodes=16, update_timesteps=8, max_new_tokens=5, eos_token=3)
+        outcomes.append(torch.cat([p.detach().flatten() for p in ppo.actor_parameters]))
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], rtol=1e-7, atol=1e-9)
+
+
+def test_metrics_follow_their_definitions(make_palm):
+    ppo = trainer(make_palm(), minibatch_size=8, epochs=1, kl_div_loss_weight=0.5)
+    with torch.no_grad():
+        for parameter in ppo.actor_parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=6, eos_token=3), seed=1)
+    rewards = torch.linspace(0, 1, 8)
+    old = judge(ppo.actor_critic, rollout, rewards, batch_size=8)
+    mask = rollout.response_mask
+    metrics = ppo.step(rollout, rewards)
+    kl = [(old["unfiltered"][row] - old["reference"][row])[mask[row]].sum().item() for row in range(8)]
+    lengths = [int(mask[row].sum()) for row in range(8)]
+    assert metrics["reward"] == pytest.approx(0.5)
+    assert metrics["kl"] == pytest.approx(sum(kl) / 8, abs=1e-5)
+    assert metrics["reward_with_kl"] == pytest.approx(0.5 - 0.5 * sum(kl) / 8, abs=1e-5)
+    assert metrics["response_length"] == pytest.approx(sum(lengths) / 8)
+    assert metrics["eos_rate"] == pytest.approx(sum(rollout.finished.tolist()) / 8)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
+    assert metrics["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert 0 < metrics["entropy"] < math.log(13)
+
+
+def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm):
+    """The original measured the policy against its own last step, which anchors nothing."""
+    divergences = []
+    for weight in (0.0, 5.0):
+        ppo = trainer(make_palm(), actor_lr=2e-2, kl_div_loss_weight=weight, epochs=2, seed=1)
+        divergences.append(ppo.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics[-1]["kl"])
+    assert divergences[1] < divergences[0] / 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"actor_lora": False, "critic_lora": False}, {"critic_lora": False}, {"actor_lora": False}]
+)
+def test_trains_with_and_without_lora_and_the_reference_stays(make_palm, options):
+    palm = make_palm()
+    before = {name: value.clone() for name, value in palm.state_dict().items()}
+    ppo = trainer(palm, max_norm=0.5, **options)
+    ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    reference = ppo.actor_critic.score(ids, mask, mask[:, 1:], role="reference").log_probs
+    ppo.train(num_episodes=16, update_timesteps=8, max_new_tokens=4)
+    torch.testing.assert_close(ppo.actor_critic.score(ids, mask, mask[:, 1:], role="reference").log_probs, reference)
+    moved = any(not torch.equal(value, palm.state_dict()[name]) for name, value in before.items())
+    assert moved == (options.get("actor_lora") is False)
+
+
+def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm):
+    palm = make_palm()
+    trainer(palm, actor_lr=1e-2).train(num_episodes=8, update_timesteps=8, max_new_tokens=4)
+    learned = [parameter.clone() for parameter in palm.finetune_parameters("actor")]
+    second = trainer(palm)
+    assert all(torch.equal(a, b) for a, b in zip(learned, second.actor_parameters, strict=True))
+    second.train(num_episodes=8, update_timesteps=8, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "group", "reinforce"])
+def test_other_advantages_train_without_a_critic(make_palm, estimator):
+    ppo = trainer(make_palm(), advantage_estimator=estimator, epochs=1, actor_lr=1e-2)
+    assert ppo.critic_parameters == []
+    result = ppo.train(num_episodes=32, update_timesteps=16, max_new_tokens=4)
+    assert result.phases == 2
+    assert math.isfinite(result.metrics[-1]["loss"])
+
+
+def test_a_critic_of_bins_learns_the_returns(make_palm):
+    ppo = trainer(make_palm(), value_range=(0.0, 1.0), value_bins=11, critic_lr=2e-2, kl_div_loss_weight=0.0)
+    result = ppo.train(num_episodes=96, update_timesteps=16, max_new_tokens=4)
+    assert result.metrics[-1]["value_loss"] < result.metrics[0]["value_loss"]
+
+
+@pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
+def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm, tmp_path, kind):
+    more = {"group_size": 4} if kind is GRPOTrainer else {"kl_target": 1.0, "actor_dropout": 0.1}
+    schedule = {"num_episodes": 48, "update_timesteps": 16, "max_new_tokens": 5, "eos_token": 3}
+    options = {"minibatch_size": 4, "epochs": 2, "actor_lr": 1e-2, "checkpoint_every": 3, "keep_checkpoints": None}
+
+    def run(folder):
+        return trainer(make_palm(), kind, checkpoint_dir=folder, **options, **more)
+
+    whole = run(tmp_path / "whole")
+    whole.train(**schedule)
+    broken = run(tmp_path / "broken")
+    real, calls = broken._next_update, 0
+
+    def killed():
+        nonlocal calls
+        calls += 1
+        if calls == 13:  # in the second phase, after a checkpoint in the middle of its first epoch
+            raise KeyboardInterrupt
+        real()
+
+    broken._next_update = killed
+    with pytest.raises(KeyboardInterrupt):
+        broken.train(**schedule)
+    resumed = run(tmp_path / "broken")
+    resumed.train(**schedule)
+    assert resumed.updates == whole.updates == 24
+    for name, value in whole.actor_critic.state_dict().items():
+        assert torch.equal(value, resumed.actor_critic.state_dict()[name]), name
+    dropped = ("tokens_per_second", "rollout_seconds")
+    rows = [
+        [{k: v for k, v in row.items() if k not in dropped} for row in read(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "broken")
+    ]
+    assert rows[0] == rows[1]
+
+
+def read(path):
+    from lm_core.training import read_metrics
+
+    return read_metrics(path)
+
+
+def test_a_checkpoint_opens_as_a_palm_and_answers_as_the_actor(make_palm, tmp_path):
+    from lm_core.checkpoint import latest_checkpoint
+
+    ppo = trainer(make_palm(), checkpoint_dir=tmp_path, actor_lr=1e-2)
+    ppo.train(num_episodes=16, update_timesteps=8, max_new_tokens=4)
+    palm = PaLM.from_pretrained(latest_checkpoint(tmp_path / "checkpoints"))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(palm(ids, finetune_scope="actor"), ppo.actor_critic.palm(ids, finetune_scope="actor"))
+    assert (tmp_path / "curves.png").is_file()
+    assert (tmp_path / "samples.jsonl").is_file()
+
+
+def test_responses_made_elsewhere_are_learned_from(make_palm):
+    ppo = trainer(make_palm(), reward=None, prompt_token_ids=None, actor_lr=1e-2)
+    prompts = load_prompts([torch.tensor([1, 2]), torch.tensor([3, 4, 5])])
+    rollout = rollout_of(prompts, [torch.tensor([6, 7]), torch.tensor([8, 9, 1])])
+    before = ppo.actor_critic.score(rollout.ids, rollout.mask, rollout.response_mask).log_probs.sum(dim=1)
+    for _ in range(5):
+        ppo.step(rollout, torch.tensor([1.0, -1.0]))
+    after = ppo.actor_critic.score(rollout.ids, rollout.mask, rollout.response_mask).log_probs.sum(dim=1)
+    assert after[0] - before[0] > after[1] - before[1]
+
+
+def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm):
+    ppo = trainer(make_palm())
+    ids = ppo.generate(12, torch.tensor([1, 2, 3]), num_samples=16)
+    assert ids.ndim == 1
+    assert ids.shape[0] == 9
+    scores = []
+    real = ppo.score
+    ppo.score = lambda rollout: scores.append(real(rollout)) or scores[-1]
+    best = ppo.generate(12, torch.tensor([1, 2, 3]), num_samples=16)
+    assert (best == 5).float().mean().item() == pytest.approx(scores[0].max().item())
+
+
+def test_a_missing_end_costs_its_penalty(make_palm):
+    policy = ActorCritic(make_palm())
+    prompts = load_prompts(mixed_prompts())
+    ppo = trainer(make_palm())
+    rollout = draw_rollout(policy, prompts, ppo.sampling(max_new_tokens=5, eos_token=3))
+    experience = judge(policy, rollout, torch.ones(8), batch_size=8)
+    options = {
+        "estimator": "gae", "group_size": 1, "gamma": 1.0, "gae_lambda": 1.0, "kl_weight": 0.0, "kl_estimator": "k1",
+        "whiten_rewards": False, "whiten_advantages": False, "group_scale": "group",
+    }  # fmt: skip
+    returns = with_advantages(experience, missing_eos_penalty=0.25, **options)["returns"]
+    for row in range(8):
+        first = int(rollout.prompt_lengths[row]) - 1
+        assert returns[row, first].item() == pytest.approx(1.0 if rollout.finished[row] else 0.75)

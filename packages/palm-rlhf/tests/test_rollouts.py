@@ -1,0 +1,204 @@
+"""Rollouts: the ratio is 1 before the first update however tokens were drawn, and nothing after the end counts."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lm_core.sampling import top_k, top_p
+from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf.actor_critic import ActorCritic
+from palm_rlhf.experience import judge
+from palm_rlhf.prompts import load_prompts
+from palm_rlhf.rollouts import SamplingSettings, draw_rollout, rollout_of
+from palm_rlhf.scoring import pack_kept, unpack_kept
+
+
+def mixed_prompts(vocab=13):
+    generator = torch.Generator().manual_seed(3)
+    return load_prompts([torch.randint(vocab, (n,), generator=generator) for n in (2, 7, 4, 3, 6, 2)])
+
+
+def trained(policy, scale=0.3):
+    """The policy with every trained weight far from its beginning."""
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in [*policy.actor_parameters(), *policy.critic_parameters()]:
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return policy
+
+
+FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}
+
+
+@pytest.mark.parametrize("filters", list(FILTERS))
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float64), (0.7, torch.float64), (0.7, torch.float32)])
+def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperature, dtype):
+    palm = make_palm(num_tokens=13).to(dtype)
+    policy = trained(ActorCritic(palm, actor_lora=lora, critic_lora=lora), 0.3 if lora else 0.01)
+    settings = SamplingSettings(
+        max_new_tokens=6, temperature=temperature, filters=FILTERS[filters], eos_id=5, min_new_tokens=2
+    )
+    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
+    # old ones a few rows at a time, new ones all together: the training forward has other batches than the rollout's
+    old = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=2)
+    new = policy(rollout.ids, rollout.mask, rollout.response_mask, temperature=temperature, kept=rollout.kept)
+    ratio = (new.scores.log_probs - old["log_probs"]).exp()
+    assert bool(rollout.response_mask.any())
+    assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("filters", list(FILTERS))
+def test_log_probs_are_of_the_distribution_that_was_sampled(make_palm, filters):
+    """Against one prompt at a time, without cache, padding or chunks."""
+    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
+    settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=FILTERS[filters])
+    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(1))
+    scores = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
+    for row in range(len(rollout)):
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
+        ids = rollout.ids[row, :end]
+        with torch.no_grad():
+            logits = policy.palm(ids[None], finetune_scope="actor")[0] / 0.7
+            plain = policy.palm(ids[None])[0] / 0.7
+        for position in range(start, end):
+            step = logits[position - 1]
+            filtered = step[None]
+            for function in settings.filters:
+                filtered = function(filtered)
+            token = ids[position]
+            at = (row, position - 1)
+            assert scores["log_probs"][at].item() == pytest.approx(filtered[0].log_softmax(-1)[token].item(), abs=1e-10)
+            assert scores["unfiltered"][at].item() == pytest.approx(step.log_softmax(-1)[token].item(), abs=1e-10)
+            wanted = plain[position - 1].log_softmax(-1)[token].item()
+            assert scores["reference"][at].item() == pytest.approx(wanted, abs=1e-10)
+
+
+def test_a_stored_kept_set_survives_an_update_that_would_change_it(make_palm):
+    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
+    settings = SamplingSettings(max_new_tokens=6, filters=FILTERS["top-p"])
+    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
+    trained(policy, 1.0)
+    scores = policy.score(rollout.ids, rollout.mask, rollout.response_mask, kept=rollout.kept)
+    assert bool(torch.isfinite(scores.log_probs).all())
+    assert bool((scores.log_probs[rollout.response_mask] < 0).any())
+
+
+def test_gradients_through_kept_sets_equal_those_of_masked_logits(make_palm):
+    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
+    settings = SamplingSettings(max_new_tokens=5, filters=FILTERS["top-k"])
+    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
+    parameters = policy.actor_parameters()
+    mask = rollout.response_mask
+    scores = policy.score(rollout.ids, rollout.mask, mask, kept=rollout.kept)
+    got = torch.autograd.grad(scores.log_probs.sum(), parameters)
+    logits = policy.palm(rollout.ids, finetune_scope="actor")[:, :-1][mask]
+    logits = logits.masked_fill(~unpack_kept(rollout.kept[mask], 13), -torch.inf)
+    labels = rollout.ids[:, 1:][mask]
+    wanted = torch.autograd.grad(logits.log_softmax(-1).gather(-1, labels[:, None]).sum(), parameters)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_packed_sets_are_an_eighth_of_a_byte_a_token_and_come_back():
+    kept = torch.rand(3, 4, 13, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = pack_kept(kept)
+    assert packed.shape == (3, 4, 2)
+    assert torch.equal(unpack_kept(packed, 13), kept)
+
+
+def test_nothing_of_vocabulary_size_is_kept_of_a_rollout(make_palm):
+    policy = ActorCritic(make_palm(num_tokens=1000), with_critic=True)
+    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=5))
+    experience = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
+    for value in experience.values():
+        assert value.numel() <= len(rollout) * rollout.ids.shape[1]
+
+
+def test_response_masks_have_the_end_token_and_nothing_after_it(make_palm):
+    policy = trained(ActorCritic(make_palm(num_tokens=7), with_critic=False), 1.0)
+    settings = SamplingSettings(max_new_tokens=12, eos_id=3)
+    rollout = draw_rollout(policy, mixed_prompts(7), settings, generator=torch.Generator().manual_seed(0))
+    ended = 0
+    for row in range(len(rollout)):
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
+        response = rollout.ids[row, start:end].tolist()
+        assert rollout.response_mask[row].nonzero().flatten().tolist() == list(range(start - 1, end - 1))
+        assert 3 not in response[:-1]
+        assert bool(rollout.finished[row]) == (response[-1] == 3)
+        ended += response[-1] == 3
+    assert ended > 0
+
+
+def test_total_length_limits_each_row(make_palm):
+    policy = ActorCritic(make_palm(), with_critic=False)
+    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=99, max_seq_len=9))
+    assert rollout.lengths.tolist() == [9] * 6
+
+
+def test_stop_strings_end_a_response_with_the_token_that_completes_them(make_palm):
+    tokenizer = ByteTokenizer()
+    policy = ActorCritic(make_palm(num_tokens=259), with_critic=False)
+
+    class Vowels:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, ids):
+            return "".join("ab"[int(i) % 2] for i in ids)
+
+    prompts = load_prompts(["xy", "z"], tokenizer=tokenizer)
+    settings = SamplingSettings(max_new_tokens=20, stop_strings=("ab",), eos_id=257, temperature=9.0)
+    rollout = draw_rollout(policy, prompts, settings, tokenizer=Vowels(), generator=torch.Generator().manual_seed(0))
+    for row in range(2):
+        ids = rollout.ids[row, int(rollout.prompt_lengths[row]) : int(rollout.lengths[row])].tolist()
+        text = Vowels().decode(ids)
+        assert text.endswith("ab")
+        assert "ab" not in text[:-1]
+    assert rollout.finished.tolist() == [True, True]
+
+
+def test_a_real_token_zero_is_no_padding(make_palm):
+    """The original stripped every id equal to the pad value."""
+    prompts = load_prompts([torch.tensor([0, 0, 4])])
+    rollout = rollout_of(prompts, [torch.tensor([0, 2, 0])])
+    assert rollout.response_mask.sum() == 3
+    policy = ActorCritic(make_palm())
+    scores = policy.score(rollout.ids, rollout.mask, rollout.response_mask).log_probs
+    assert (scores[0, 2:] < 0).all()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_values_see_only_the_past(make_palm, pooled):
+    policy = trained(ActorCritic(make_palm(), pooled_values=pooled))
+    prompts = load_prompts([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
+    first = rollout_of(prompts, [torch.tensor([6, 7, 8]), torch.tensor([9, 1, 2, 3])])
+    second = rollout_of(prompts, [torch.tensor([6, 2, 5]), torch.tensor([9, 1, 7, 4])])
+    a, b = (policy(r.ids, r.mask, r.response_mask).values for r in (first, second))
+    torch.testing.assert_close(a[0, :4], b[0, :4])  # before the token that differs, and before the one after 6
+    torch.testing.assert_close(a[1, :4], b[1, :4])
+    assert pooled == torch.allclose(a[0, 4], b[0, 4])
+
+
+def test_one_base_serves_actor_critic_reference_and_reward(make_palm):
+    from palm_rlhf.reward_model import RewardModel
+
+    palm = make_palm()
+    base = {id(p) for p in palm.palm_parameters()}
+    policy, reward = ActorCritic(palm), RewardModel(palm)
+    trained_ids = {id(p) for p in [*policy.actor_parameters(), *policy.critic_parameters()]}
+    trained_ids |= {id(p) for p in reward.trainable_parameters()}
+    everything = {id(p) for module in (policy, reward) for p in module.parameters()}
+    assert everything == base | trained_ids
+    assert not base & trained_ids
+
+
+def test_the_base_takes_no_gradient_while_scopes_train(make_palm):
+    palm = make_palm()
+    policy = trained(ActorCritic(palm))
+    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=4))
+    judgement = policy(rollout.ids, rollout.mask, rollout.response_mask)
+    (judgement.scores.log_probs.sum() + judgement.values.sum()).backward()
+    assert all(parameter.grad is None for parameter in palm.palm_parameters())
+    assert all(parameter.grad is not None for parameter in [*policy.actor_parameters(), *policy.critic_parameters()])

@@ -31,7 +31,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Formatter, **kwargs})
+        super().__init__(*args, **{"formatter_class": _Formatter, "allow_abbrev": False, **kwargs})
         self.commands: dict[str, CommandParser] = {}
         self._subcommands_action: Any = None
 

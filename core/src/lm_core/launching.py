@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 _INSTEAD = "start with torchrun (DDP), with fsdp=True where the trainer has it"
 _REFUSED = {
@@ -17,6 +18,19 @@ _REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin",
 }
+
+
+def check_compilable(device: torch.device) -> None:
+    """Raises where a model compiled by ``torch.compile`` would be trained wrongly.
+
+    Raises:
+        ValueError: the device is the CPU and torch older than 2.7, which compiles a wrong gradient of embeddings.
+    """
+    if device.type == "cpu" and TorchVersion(torch.__version__) < "2.7":
+        raise ValueError(
+            f"compile=True on the CPU needs torch 2.7 or newer, got {torch.__version__}, which compiles the gradient "
+            "of an embedding wrongly"
+        )
 
 
 def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = (), folder: str | Path = ".") -> Any:

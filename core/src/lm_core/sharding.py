@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from lm_core.distributed import world_size
 
 
 def _fully_shard() -> Callable[..., Any]:
@@ -21,6 +24,18 @@ def _fully_shard() -> Callable[..., Any]:
     import torch.distributed._composable.fsdp as before  # torch 2.5
 
     return before.fully_shard  # type: ignore[attr-defined]
+
+
+def check_shardable(device: torch.device) -> None:
+    """Raises unless a model on ``device`` can be spread over the processes there are.
+
+    Raises:
+        ValueError: there is one process; or the device is the CPU and torch older than 2.7, which shards on GPUs only.
+    """
+    if world_size() == 1:
+        raise ValueError("fsdp=True needs several processes, got one; start them with torchrun --nproc_per_node N")
+    if device.type == "cpu" and TorchVersion(torch.__version__) < "2.7":
+        raise ValueError(f"fsdp=True on the CPU needs torch 2.7 or newer, got {torch.__version__}")
 
 
 def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:

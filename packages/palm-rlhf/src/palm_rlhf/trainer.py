@@ -1,0 +1,354 @@
+"""Pretraining of a language model on packed documents: one loop over ``accelerate``.
+
+Each update takes ``gradient_accumulation`` micro-batches on every process and divides their summed loss by the number
+of labels they hold TOGETHER, so that an update is the same however its rows are spread over micro-batches and
+processes.
+
+A checkpoint holds all that the next update depends on: a run that was killed and resumed ends with the weights, bit
+for bit, of one that was not (with equal settings, device, torch and number of processes). At step N come first the
+row of metrics, then a validation, then the checkpoint; a resumed run drops rows after its checkpoint, so
+``metrics.jsonl`` tells of every update once.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lm_core import sharding
+from lm_core._checks import check_ids, typed
+from lm_core.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from lm_core.corpora import Corpus
+from lm_core.distributed import all_reduce_sum, broadcast_object, rank, world_size
+from lm_core.launching import check_compilable, start_accelerator
+from lm_core.packing import PackedBatches, ValidationBatches, bits_per_byte
+from lm_core.tokenizers import ByteTokenizer, Tokenizer
+from lm_core.training import (
+    InterruptHandler,
+    LearningRateSchedule,
+    MetricsLog,
+    NonFiniteGuard,
+    RunDirectory,
+    clip_global_norm,
+    optimizer_groups,
+    pick_device,
+    pick_precision,
+    plot_curves,
+    progress_bar,
+    read_metrics,
+    restore_rng,
+    seed_everything,
+)
+from palm_rlhf.evaluation import score, sum_over_processes
+from palm_rlhf.next_token_loss import NextTokenLoss
+from palm_rlhf.palm import PaLM
+from palm_rlhf.training_checks import check_same_run, check_trainable
+from palm_rlhf.training_settings import TrainingSettings
+
+CURVES = ("train_bits_per_byte", "validation_bits_per_byte", "learning_rate", "grad_norm")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        outcome: "finished", "interrupted" (Ctrl-C or SIGTERM) or "out of time" (``max_seconds``).
+        first_step: updates that were done when this call began.
+        step: updates done.
+        first_bits_per_byte: of held-out text, before training.
+        last_bits_per_byte: of held-out text, at the last validation.
+        checkpoints: folder of the checkpoints; the newest one is of ``step``.
+        curves: picture of the metrics; None if matplotlib is not installed.
+    """
+
+    outcome: Literal["finished", "interrupted", "out of time"]
+    first_step: int
+    step: int
+    first_bits_per_byte: float
+    last_bits_per_byte: float
+    checkpoints: Path
+    curves: Path | None
+
+
+class PretrainTrainer:
+    """Trains a PaLM on a corpus, resumably.
+
+    Args:
+        model: trained in place; moved to the device.
+        corpus: documents in the ids of ``tokenizer``; see ``lm_core.corpora``.
+        checkpoint_dir: folder of the run; see ``lm_core.training.RunDirectory``.
+        tokenizer: says which ids end and pad documents, and travels with the checkpoints; bytes by default.
+        settings: everything else.
+        resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        trackers: names of trackers that ``accelerate`` knows ("tensorboard", "wandb"), and objects with
+            ``log(values, step=...)``.
+
+    Raises:
+        ValueError: the model is not causal, has LoRA scopes, or fewer tokens than the tokenizer; the device or the
+            precision is not to be had; a side of the corpus is too small; a tracker is unknown; see also
+            ``lm_core.launching``.
+        TypeError: an argument is of another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        model: PaLM,
+        corpus: Corpus,
+        checkpoint_dir: str | Path,
+        tokenizer: Any = None,
+        settings: TrainingSettings | None = None,
+        resume: bool | Literal["auto"] = "auto",
+        trackers: Sequence[Any] = (),
+    ) -> None:
+        self.settings = TrainingSettings() if settings is None else settings
+        self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        self.corpus, self.checkpoint_dir, self.resume = corpus, Path(checkpoint_dir), resume
+        check_trainable(model, self.tokenizer)
+        self.device = pick_device(self.settings.device)
+        pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
+        self.trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
+        self.tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
+        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_dir)
+        if self.settings.compile:
+            check_compilable(self.device)
+        if self.settings.fsdp:
+            sharding.check_shardable(self.device)
+        packing: dict[str, Any] = {
+            "sequence_length": self.settings.sequence_length,
+            "batch_size": self.settings.batch_size,
+            "eos_id": self.tokenizer.eos_id,
+            "pad_id": self.tokenizer.pad_id or 0,
+            "rank": rank(),
+            "world_size": world_size(),
+        }
+        self.batches = PackedBatches(documents=corpus.train, seed=self.settings.seed, **packing)
+        self.validation_batches = ValidationBatches(
+            documents=corpus.validation, max_tokens=self.settings.validation_tokens, **packing
+        )
+        self.model = model.to(self.device)
+        self.objective = NextTokenLoss(model, precision=self.settings.precision)
+        self.guard = NonFiniteGuard()
+        self.step = 0
+        self.first_bits_per_byte = self.last_bits_per_byte = float("nan")
+        self._parallel: Any = None  # the objective as it is called in training, once `_prepare` has made it
+
+    def train(self) -> TrainingResult:
+        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
+
+        Seeds python's, numpy's and torch's generators, or puts them where the checkpoint had them.
+
+        Raises:
+            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
+            CheckpointError: the checkpoint is of another model or another number of processes, or damaged.
+            ValueError: the checkpoint is of other data, another seed or another sequence length.
+            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
+            OSError: a checkpoint could not be written; earlier ones are untouched.
+        """
+        settings, started = self.settings, time.monotonic()
+        outcome: Literal["finished", "interrupted", "out of time"] = "finished"
+        with self._run_directory() as run, contextlib.ExitStack() as stack:
+            if self._parallel is None:
+                self._prepare(run)
+            first_step = self.step
+            log = self._metrics(run, stack)
+            interrupt = stack.enter_context(InterruptHandler())
+            if self.step == 0:
+                self.first_bits_per_byte = self._validate(log)
+            while self.step < settings.max_steps and outcome == "finished":
+                log.log(self.step + 1, self._update())
+                self.step += 1
+                log.progress.update()
+                last = self.step == settings.max_steps
+                if interrupt.should_stop() and not last:
+                    outcome = "interrupted"
+                elif settings.max_seconds is not None and not last:
+                    # one clock decides, or some processes would go on alone
+                    late = broadcast_object(time.monotonic() - started > settings.max_seconds)
+                    outcome = "out of time" if late else outcome
+                if self.step % settings.validate_every == 0 or last or outcome == "out of time":
+                    self._validate(log)
+                if self.step % settings.checkpoint_every == 0 or last or outcome != "finished":
+                    log.sync()
+                    self._save(run)
+            curves = _draw_curves(run) if rank() == 0 else None
+            return TrainingResult(
+                outcome=outcome,
+                first_step=first_step,
+                step=self.step,
+                first_bits_per_byte=self.first_bits_per_byte,
+                last_bits_per_byte=self.last_bits_per_byte,
+                checkpoints=run.checkpoints,
+                curves=curves,
+            )
+
+    def _update(self) -> dict[str, float]:
+        """One optimizer update; its metrics."""
+        started = time.monotonic()
+        micro_batches = [next(self.batches) for _ in range(self.settings.gradient_accumulation)]
+        for batch in micro_batches:
+            check_ids(batch.ids, self.model.num_tokens, "corpus")
+        labels = sum_over_processes(sum(batch.num_labels for batch in micro_batches), self.device)
+        # DDP and FSDP average gradients over processes, so each divides by its part of the labels
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        normalizer = torch.tensor(labels / world_size(), dtype=dtype, device=self.device)
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            rows = batch.to(self.device)
+            with self._synchronising(number == len(micro_batches)):
+                part = self._parallel(rows.ids, rows.labels, rows.document_ids, normalizer)
+                self.accelerator.backward(part)
+            loss += part.detach() / world_size()
+        loss = all_reduce_sum(loss)
+        learning_rate = self.schedule.learning_rate
+        norm = clip_global_norm(self.objective.parameters(), self.settings.max_grad_norm)
+        if self.guard.allows(self.step + 1, loss, norm):
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return {
+            "loss": float(loss),
+            "train_bits_per_byte": bits_per_byte(float(loss) * labels, max(1, round(labels)), self.corpus.train),
+            "learning_rate": learning_rate,
+            "grad_norm": float(norm),
+            "tokens_per_second": round(labels / (time.monotonic() - started)),
+            "epoch": self.batches.epoch,
+            "skipped": self.guard.skipped,
+        }
+
+    def _synchronising(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Processes exchange gradients in the last micro-batch of an update only."""
+        if self.settings.fsdp:
+            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self._parallel)
+
+    def _validate(self, log: MetricsLog) -> float:
+        held_out = score(self.objective, self.validation_batches)
+        self.last_bits_per_byte = held_out.bits_per_byte
+        log.log(self.step, validation_bits_per_byte=held_out.bits_per_byte, validation_loss=held_out.loss)
+        return held_out.bits_per_byte
+
+    def _run_directory(self) -> RunDirectory:
+        return RunDirectory(
+            self.checkpoint_dir,
+            resume=self.resume if self._parallel is None else "auto",
+            seed=self.settings.seed,
+            device=self.device,
+            settings={**asdict(self.settings), "model": self.model.config["arguments"]},
+            packages=("palm-rlhf", "accelerate"),
+        )
+
+    def _metrics(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
+        """The open log with its bar and trackers, closed with ``stack``, which restores the model's mode as well."""
+        stack.callback(self.model.train, self.model.training)
+        self.objective.train()
+        if self.settings.fsdp:
+            stack.enter_context(sharding.quiet())
+        trackers = list(self.trackers)
+        if self.tracker_names:
+            given = {name: value for name, value in asdict(self.settings).items() if value is not None}
+            self.accelerator.init_trackers("palm-rlhf", config=given)
+            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+            trackers.append(self.accelerator)
+        bar = progress_bar(self.settings.max_steps, initial=self.step, description="train", is_main=rank() == 0)
+        log = MetricsLog(
+            run.metrics_path,
+            resume_step=self.step or -1,
+            is_main=rank() == 0,
+            trackers=trackers,
+            progress=stack.enter_context(bar),
+            shown=("loss", "tokens_per_second"),
+        )
+        return stack.enter_context(log)
+
+    def _prepare(self, run: RunDirectory) -> None:
+        """Spreads the model over processes and makes the optimizer, anew or as the newest checkpoint has them."""
+        settings = self.settings
+        checkpoint = self._read(run) if run.resumes else None
+        if settings.fsdp:
+            sharding.shard(self.objective, self.model.blocks())
+        # only training runs often enough to be worth compiling for: validation stays as it is
+        self._parallel = torch.compile(self.objective) if settings.compile else self.objective
+        if not settings.fsdp:
+            self._parallel = self.accelerator.prepare_model(self._parallel, device_placement=False)
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model, weight_decay=settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+        )
+        self.schedule = LearningRateSchedule(
+            self.optimizer,
+            kind="cosine",
+            warmup_steps=settings.warmup_steps,
+            total_steps=settings.max_steps,
+            final_scale=settings.final_learning_rate,
+        )
+        if checkpoint is None:
+            seed_everything((settings.seed + rank()) % 2**32)
+        else:
+            self._restore(checkpoint)
+
+    def _read(self, run: RunDirectory) -> Checkpoint:
+        """The newest checkpoint, its weights and data cursor put in place; refused before anything is changed."""
+        checkpoint = load_checkpoint(run.checkpoints)
+        check_same_run(checkpoint, self.model, trainer=type(self).__name__, fsdp=self.settings.fsdp)
+        self.batches.load_state_dict(checkpoint.trainer_state["batches"])
+        load_weights(self.model, checkpoint.model_state or {}, where=str(checkpoint.path))
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.trainer_state
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        if self.settings.compile:
+            check_compilable(self.device)
+        if self.settings.fsdp:
+            sharding.load_full_optimizer_state(self.objective, self.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)  # the settings of this run, not of the one that wrote the checkpoint
+        self.schedule.load_state_dict(state["schedule"])
+        self.guard.load_state_dict(state["guard"])
+        self.first_bits_per_byte, self.last_bits_per_byte = state["bits_per_byte"]
+        self.step = checkpoint.step
+        restore_rng(checkpoint.rng)
+
+    def _save(self, run: RunDirectory) -> None:
+        weights: Any = self.model
+        optimizer_state = self.optimizer.state_dict()
+        if self.settings.fsdp:
+            weights = sharding.full_weights(self.model)
+            optimizer_state = sharding.full_optimizer_state(self.objective, self.optimizer)
+        save_checkpoint(
+            run.checkpoints,
+            self.step,
+            model=weights,
+            config=self.model.config,
+            trainer_state={
+                "trainer": type(self).__name__,
+                "fsdp": self.settings.fsdp,
+                "optimizer": optimizer_state,
+                "schedule": self.schedule.state_dict(),
+                "guard": self.guard.state_dict(),
+                "batches": self.batches.state_dict(),
+                "bits_per_byte": (self.first_bits_per_byte, self.last_bits_per_byte),
+            },
+            tokenizer=self.tokenizer,
+            keep=self.settings.keep_checkpoints,
+        )
+
+
+def _draw_curves(run: RunDirectory) -> Path | None:
+    rows = read_metrics(run.metrics_path)
+    try:
+        return plot_curves(
+            run.metrics_path, run.curves_path, names=[n for n in CURVES if any(n in row for row in rows)]
+        )
+    except ImportError:
+        return None

@@ -1,0 +1,49 @@
+"""What a pretraining run accepts: checks made before any state is changed."""
+
+from typing import Any
+
+from lm_core.checkpoint import Checkpoint, CheckpointError
+from lm_core.pretrained import check_config, check_tokenizer
+from lm_core.tokenizers import Tokenizer
+from palm_rlhf.palm import PaLM
+
+# Arguments of PaLM that change what its weights mean; dropout, for one, may differ when a run goes on.
+ARCHITECTURE = (
+    *("dim", "num_tokens", "depth", "dim_head", "heads", "kv_heads", "ff_mult", "causal"),
+    *("qk_rmsnorm", "qk_scale", "use_xpos", "rotary_xpos_scale_base"),
+)
+
+
+def check_trainable(model: PaLM, tokenizer: Any) -> None:
+    """Raises unless ``model`` can be pretrained on the tokens of ``tokenizer``.
+
+    Raises:
+        ValueError: the model is not causal, has LoRA scopes, or fewer tokens than the tokenizer.
+        TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
+    check_tokenizer(tokenizer)
+    if not model.causal:
+        raise ValueError("model must be causal to be trained as a language model, got causal=False")
+    if len(model.finetune_modules):
+        raise ValueError(f"model must have no finetune scopes to be pretrained, got {list(model.finetune_modules)}")
+    if tokenizer.vocab_size > model.num_tokens:
+        raise ValueError(
+            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {model.num_tokens}"
+        )
+
+
+def check_same_run(checkpoint: Checkpoint, model: PaLM, *, trainer: str, fsdp: bool) -> None:
+    """Raises ``CheckpointError`` unless a run of this trainer, with this model, can go on from ``checkpoint``."""
+    state, where = checkpoint.trainer_state, checkpoint.path
+    check_config(type(model), checkpoint.config, where / "config.json")
+    if state.get("trainer") != trainer:
+        raise CheckpointError(f"{where} was not written by {trainer}, got {state.get('trainer')!r}")
+    stored, own = checkpoint.config["arguments"], model.config["arguments"]
+    changed = [name for name in ARCHITECTURE if stored.get(name) != own[name]]
+    if changed:
+        what = ", ".join(f"{name} is {own[name]}, but was {stored.get(name)}" for name in changed)
+        raise CheckpointError(f"{where} is of another architecture: {what}")
+    if state["fsdp"] != fsdp:
+        raise CheckpointError(f"{where} was written with fsdp={state['fsdp']}, got fsdp={fsdp}")

@@ -1,0 +1,319 @@
+"""The command: defaults < YAML < flags, errors that name the nearest known argument, and each command at work."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf import PaLM
+from palm_rlhf.cli import build_parser, main
+from palm_rlhf.evaluation import evaluate
+from palm_rlhf.training_settings import TrainingSettings
+
+TINY = [
+    *("--dim=16", "--depth=1", "--dim_head=8", "--heads=2", "--sequence_length=24", "--batch_size=2"),
+    *("--max_steps=4", "--validate_every=2", "--validation_tokens=100", "--device=cpu", "--sample_tokens=5"),
+]
+
+
+def parsed(*words):
+    return build_parser().parse(["train", *words]).train
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Twenty documents in a JSONL file."""
+    file = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"document {n} " * (n % 5 + 1)}) + "\n" for n in range(20)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """The folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("run") / "palm"
+    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *TINY]) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- parsing
+
+
+def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("dim: 64\nmax_steps: 7\nlearning_rate: 1e-4\n")
+
+    chosen = parsed("--config", str(file), "--max_steps=9")
+
+    assert (chosen.dim, chosen.max_steps, chosen.learning_rate) == (64, 9, 1e-4)
+    assert chosen.sequence_length == TrainingSettings().sequence_length
+
+
+def test_without_arguments_training_is_the_quickstart():
+    chosen = parsed()
+
+    assert (chosen.corpus, chosen.tokenizer, chosen.checkpoint_dir) == ("stdlib", "bytes", "runs/palm-quickstart")
+    assert {one.name: chosen[one.name] for one in fields(TrainingSettings)} == vars(TrainingSettings())
+    assert chosen.use_xpos is True
+
+
+def test_a_printed_configuration_reads_back_as_the_same(tmp_path, capsys):
+    flags = ["--dim=96", "--max_grad_norm=null", "--sample_prompt=def f(x):\n    ", "--trackers=[tensorboard]"]
+    with pytest.raises(SystemExit) as left:
+        build_parser().parse(["train", *flags, "--print_config"])
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out)
+
+    assert left.value.code == 0
+    again, first = parsed("--config", str(file)), parsed(*flags)
+    assert {**vars(again), "config": None} == {**vars(first), "config": None}
+
+
+def test_switches_need_no_value_and_words_may_be_joined_by_dashes():
+    assert parsed("--compile").compile is True
+    assert parsed("--fsdp", "false").fsdp is False
+    assert parsed("--compile", "--fsdp", "--seed=3").fsdp is True
+    assert parsed("--max-steps", "5", "--gradient-accumulation=2").gradient_accumulation == 2
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--learning_rat=1"], "unknown argument --learning_rat; the nearest known one is --learning_rate"),
+        (["train", "--batchsize", "4"], "unknown argument --batchsize; the nearest known one is --batch_size"),
+        (["train", "--heds=4", "--deph=3"], "--heds; the nearest known one is --heads; unknown argument --deph"),
+        (["train", "--deepspeed"], "unknown argument --deepspeed"),
+        (["trian"], "unknown command 'trian'; the nearest known one is train"),
+        (["train", "stray"], "unexpected argument stray"),
+        (["train", "--dim=wide"], "dim"),
+        (["train", "--dim=2.5"], "dim"),
+        (["train", "--precision=fp8"], "precision"),
+        (["train", "--compile=perhaps"], "compile"),
+        (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
+        (["generate"], "prompt"),
+        (["generate", "folder", "prompt", "--temprature=1"], "the nearest known one is --temperature"),
+        (["convert", "old.pt"], "directory"),
+        (["eval", "folder", "--corpsu=x"], "the nearest known one is --corpus"),
+        ([], "train,generate,eval,convert"),
+    ],
+)
+def test_what_cannot_be_parsed_is_answered_by_name_with_status_2(words, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning-rate: 0.1\n", "unknown key 'learning-rate' in the configuration; the nearest known one is learning"),
+        ("warmup_steps: 3\n", "unknown key 'warmup_steps' in the configuration; the nearest known one is warmup"),
+        ("dim: wide\n", "dim"),
+        ("- 3\n", "config"),
+    ],
+)
+def test_a_wrong_configuration_file_is_answered_by_key_with_status_2(content, message, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--config", str(file)])
+
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "eval", "convert"])
+def test_help_explains_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+
+    assert left.value.code == 0
+    parser = build_parser().commands[command]
+    documented = [action for action in parser._actions if action.dest not in ("help", "print_config")]
+    assert documented
+    for action in documented:
+        assert action.dest in printed
+        assert action.help, action.dest
+
+
+# --------------------------------------------------------------------------------------------------------- commands
+
+
+def test_train_prints_what_it_made_and_continues_the_prompt(text, tmp_path, capsys):
+    folder = tmp_path / "run"
+    status = main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *TINY])
+    printed = capsys.readouterr().out
+
+    assert status == 0
+    assert "bits/byte before training" in printed
+    assert "bits/byte at the last validation, 4 updates done" in printed
+    assert f"{folder / 'checkpoints' / 'step-4'}" in printed
+    assert "It continues 'def add(a, b):\\n'" in printed
+    assert "\ndef add(a, b):\n" in printed
+    assert {path.name for path in folder.iterdir()} >= {"checkpoints", "metrics.jsonl", "curves.png", "run.json"}
+
+
+def test_train_again_says_that_the_run_was_finished(run, text, capsys):
+    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(run), *TINY]) == 0
+    assert "finished before; another --checkpoint_dir trains anew" in capsys.readouterr().out
+
+
+def test_train_without_matplotlib_says_how_to_get_the_curves(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+
+    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(tmp_path), *TINY]) == 0
+    assert "not drawn: pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step-4"])
+def test_generate_opens_a_run_its_checkpoints_or_one_of_them(run, where, capsys):
+    assert (
+        main(["generate", str(run / where), "document", "--max_new_tokens=8", "--temperature=0", "--device=cpu"]) == 0
+    )
+    printed = capsys.readouterr().out
+
+    palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
+    prompt = torch.tensor([list(b"document")])
+    tokens = palm.generate(max_new_tokens=8, prompt=prompt, temperature=0.0, filter_logits_fn=None, eos_token=257)
+    assert printed == "document" + ByteTokenizer().decode(tokens[0]) + "\n"
+
+
+def test_generate_draws_samples_that_repeat_with_their_seed(run, capsys):
+    def draw(*flags):
+        words = ["generate", str(run), "document", "--max_new_tokens=20", "--num_samples=2", "--device=cpu", *flags]
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    first = draw("--seed=1")
+    assert first == draw("--seed=1")
+    assert first != draw("--seed=2")
+    assert "--- 2 of 2" in first
+    assert draw("--top_k=1") == draw("--top_k=1", "--seed=5")
+
+
+def test_generate_reads_a_prompt_from_standard_input(run, tmp_path):
+    command = [sys.executable, "-m", "palm_rlhf", "generate", str(run), "-", "--max_new_tokens=3", "--device=cpu"]
+    done = subprocess.run(command, input="two\nlines", capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("two\nlines")
+
+
+def test_eval_prints_the_bits_per_byte_of_a_corpus(run, tmp_path, capsys):
+    file = tmp_path / "held_out.txt"
+    file.write_text("document of another kind\n" * 4)
+    assert main(["eval", str(run), "--corpus", str(file), "--sequence_length=200", "--device=cpu"]) == 0
+    printed = capsys.readouterr().out
+
+    palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
+    ids = torch.tensor([[*file.read_bytes(), 257]])
+    nats = -palm(ids).detach().log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None]).double().sum()
+    expected = float(nats) / math.log(2) / (ids.shape[1] - 1)
+    assert float(printed.split(" ")[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_eval_scores_the_held_out_part_of_the_library_by_default(run, capsys):
+    from lm_core.corpora import stdlib_corpus
+
+    assert main(["eval", str(run), "--max_tokens=300", "--device=cpu"]) == 0
+    palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
+    expected = evaluate(palm, stdlib_corpus().validation, ByteTokenizer(), max_tokens=300)
+    assert capsys.readouterr().out.startswith(f"{expected.bits_per_byte:.4f} bits/byte")
+
+
+def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
+    palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
+    # the original's layout: norm, fused projection and the two outputs of each block under numbered names
+    original = tmp_path / "old.pt"
+    state = {"token_emb.weight": palm.token_emb.weight, "norm.gamma": palm.norm.gamma}
+    for number, block in enumerate(palm.blocks()):
+        attention, feedforward = block.proj_out.weight.split((block.attn_dim, block.ff_dim), dim=1)
+        state |= {
+            f"layers.{number}.fn.norm.gamma": block.norm.gamma,
+            f"layers.{number}.fn.fused_attn_ff_proj.weight": block.proj_in.weight,
+            f"layers.{number}.fn.attn_out.weight": attention,
+            f"layers.{number}.fn.ff_out.2.weight": feedforward,
+            f"layers.{number}.fn.rotary_emb.inv_freq": 10000 ** -(torch.arange(0, 8, 2) / 8),
+            f"layers.{number}.fn.rotary_emb.scale": (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8),
+        }
+    torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, original)
+
+    assert main(["convert", str(original), str(tmp_path / "new"), "--norm_gain=plain", "--tokenizer=bytes"]) == 0
+    assert f"wrote {tmp_path / 'new'}" in capsys.readouterr().out
+    ids = torch.randint(0, 256, (1, 12))
+    assert torch.allclose(PaLM.from_pretrained(tmp_path / "new")(ids), palm(ids), atol=1e-5)
+    assert main(["generate", str(tmp_path / "new"), "document", "--max_new_tokens=3", "--device=cpu"]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--max_steps=0"], "max_steps must be at least 1, got 0"),
+        (["train", "--sequence_length=0"], "sequence_length must be at least 1, got 0"),
+        (["train", "--batch_size=-2"], "batch_size must be at least 1, got -2"),
+        (["train", "--corpus=nowhere.txt"], "corpus path does not exist: nowhere.txt"),
+        (["train", "--corpus=EMPTY"], "is empty: it holds no document with any text"),
+        (["train", "--corpus=FOLDER"], "holds no file ending in"),
+        (["train", "--corpus=TEXT", "--field=body"], "field 'body' is missing"),
+        (["train", "--corpus=TEXT", "--tokenizer=nowhere"], "source must be"),
+        (["train", "--corpus=TEXT", "--validation_fraction=1.5"], "validation_fraction must be between 0 and 1"),
+        (["train", "--corpus=TEXT", "--dim_head=7"], "dim_head must be"),
+        (["train", "--corpus=TEXT", "--heads=3", "--kv_heads=2"], "kv_heads must divide heads = 3, got 2"),
+        (["train", "--corpus=TEXT", "--attn_dropout=1.0"], "attn_dropout must be in [0, 1), got 1.0"),
+        (["train", "--corpus=TEXT", "--device=abacus"], "device must be auto, cpu, cuda"),
+        (["train", "--corpus=TEXT", "--fsdp"], "fsdp=True needs several processes"),
+        (["train", "--corpus=TEXT", "--resume=true"], "resume=True needs a checkpoint"),
+        (["train", "--corpus=TEXT", "--checkpoint_dir=FILE"], "must be a folder, got the file"),
+        (["train", "--corpus=TEXT", "--checkpoint_dir=RUN", "--dim=32"], "another architecture: dim is 32, but was 16"),
+        (["train", "--corpus=TEXT", "--checkpoint_dir=RUN", "--resume=false"], "has a run already"),
+        (["generate", "nowhere", "x"], "checkpoint must be a folder with a model or the folder of a run, got nowhere"),
+        (["generate", "RUN", ""], "prompt must hold at least one token, got ''"),
+        (["generate", "RUN", "x", "--max_new_tokens=0"], "max_new_tokens must be"),
+        (["generate", "RUN", "x", "--temperature=-1"], "temperature must be"),
+        (["generate", "RUN", "x", "--top_p=1.5"], "p must be a number in [0, 1], got 1.5"),
+        (["generate", "RUN", "x", "--num_samples=0"], "num_samples must be at least 1, got 0"),
+        (["eval", "RUN", "--corpus=nowhere"], "corpus path does not exist: nowhere"),
+        (["eval", "RUN", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
+        (["eval", "FOLDER"], "checkpoint must be a folder with a model"),
+        (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
+        (["convert", "FILE", "new"], "was refused and nothing in it was run"),
+    ],
+)
+def test_bad_input_is_answered_by_name_with_status_1(words, message, run, text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "file").write_text("no tensors")
+    places = {
+        "EMPTY": str(tmp_path / "empty.txt"),
+        "FOLDER": str(tmp_path / "folder"),
+        "FILE": str(tmp_path / "file"),
+        "TEXT": str(text),
+        "RUN": str(run),
+    }
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    given = [
+        *words[:1],
+        *(TINY if words[0] == "train" else ["--device=cpu"] if words[0] != "convert" else []),
+        *words[1:],
+    ]
+
+    assert main(given) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "palm-quickstart" / "checkpoints").exists()

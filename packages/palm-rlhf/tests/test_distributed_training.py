@@ -1,0 +1,185 @@
+"""Two gloo processes train PaLM to the weights of one process with the same global batch, with DDP and with FSDP.
+
+Processes are started by torchrun, which ``accelerate launch --cpu`` does not replace: that runs one process in silence.
+Every worker asserts the number of processes it is one of.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.torch_version import TorchVersion
+
+from lm_core.checkpoint import load_tensors
+from palm_rlhf import PaLM
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
+]
+
+needs_sharding = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="FSDP on a CPU needs torch 2.7 or newer"
+)
+
+WORKER = """
+import signal, sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.torch_version import TorchVersion
+
+from lm_core.corpora import split_documents, tokenise
+from palm_rlhf import PaLM
+from palm_rlhf.trainer import PretrainTrainer
+from palm_rlhf.training_settings import TrainingSettings
+
+folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+SHARDS = TorchVersion(torch.__version__) >= "2.7"
+generator = torch.Generator().manual_seed(0)
+texts = [bytes([97 + n % 26]) * int(torch.randint(2, 60, (), generator=generator)) for n in range(50)]
+corpus = split_documents(tokenise(texts), 0.2)
+settings = TrainingSettings(
+    max_steps=5, sequence_length=20, batch_size=4 // processes, gradient_accumulation=2, learning_rate=1e-2,
+    validate_every=5, validation_tokens=100, checkpoint_every=5, max_grad_norm=0.5, device="cpu",
+)
+counts = []
+
+def trainer(name, dtype, fsdp=False, trackers=(), **changes):
+    torch.manual_seed(0)
+    palm = PaLM(dim=16, depth=2, dim_head=8, heads=2, num_tokens=259).to(dtype)
+    return PretrainTrainer(
+        model=palm, corpus=corpus, checkpoint_dir=folder / name,
+        settings=replace(settings, fsdp=fsdp, **changes), trackers=trackers,
+    )
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+# One update in float32, to see its gradient before clipping and before Adam hides its scale.
+gradients = {}
+one = trainer("gradient", torch.float32, max_steps=1, max_grad_norm=None)
+def keep(optimizer, args, kwargs):
+    gradients.update({name: p.grad.clone() for name, p in one.model.named_parameters()})
+handle = register_optimizer_step_pre_hook(keep)
+counts.append(next(trainer("gradient", torch.float32).batches).num_labels)
+one.train()
+handle.remove()
+assert world() == processes, f"{world()} processes, expected {processes}"
+
+plain = trainer("plain", torch.float64)
+plain.train()
+outcome = {"gradients": gradients, "plain": plain.model.state_dict()}
+gathered = [None] * processes
+if processes > 1:
+    dist.all_gather_object(gathered, counts)
+    outcome["counts"] = [count for entry in gathered for count in entry]
+    if SHARDS:
+        sharded = trainer("sharded", torch.float64, fsdp=True)
+        sharded.train()
+        parameter = sharded.model.layers[0].proj_in.weight
+        assert type(parameter).__name__ == "DTensor" and parameter.to_local().numel() < parameter.numel()
+
+    class StopAt:
+        def log(self, values, step):
+            if step == 2 and "loss" in values:
+                signal.raise_signal(signal.SIGINT)
+    # only rank 0 hears of it, and both stop
+    for fsdp in (False, True) if SHARDS else (False,):
+        name = f"parts-{fsdp}"
+        result = trainer(name, torch.float64, fsdp, trackers=[StopAt()]).train()
+        assert (result.outcome, result.step) == ("interrupted", 2), result
+        result = trainer(name, torch.float64, fsdp).train()
+        assert (result.outcome, result.first_step, result.step) == ("finished", 2, 5), result
+if not dist.is_initialized() or dist.get_rank() == 0:
+    torch.save(outcome, folder / "outcome.pt")
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Weights and gradients of one process and of two."""
+    script = tmp_path_factory.mktemp("script") / "worker.py"
+    script.write_text(WORKER)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folders = {}
+    for processes in (1, 2):
+        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
+        done = subprocess.run(
+            [*command, str(folders[processes]), str(processes)],
+            capture_output=True,
+            text=True,
+            env=environ,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return {processes: (folder, load_tensors(folder / "outcome.pt")) for processes, folder in folders.items()}
+
+
+def greatest_difference(state, reference):
+    assert state.keys() == reference.keys()
+    return max(float((state[name] - weight).abs().max()) for name, weight in reference.items())
+
+
+def test_two_processes_hold_different_numbers_of_labels(outcomes):
+    first, second = outcomes[2][1]["counts"]
+    assert first != second  # so a mean of the processes' means would be wrong
+
+
+def test_two_processes_train_to_the_weights_of_one(outcomes):
+    assert greatest_difference(outcomes[2][1]["plain"], outcomes[1][1]["plain"]) < 1e-10
+
+
+def test_gradients_of_two_processes_in_float32_are_those_of_one(outcomes):
+    gradients, reference = outcomes[2][1]["gradients"], outcomes[1][1]["gradients"]
+    assert gradients.keys() == reference.keys()
+    for name, gradient in reference.items():
+        error = (gradients[name] - gradient).norm() / gradient.norm()
+        assert error < 1e-5, f"{name}: {error}"
+
+
+@needs_sharding
+def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(outcomes):
+    opened = PaLM.from_pretrained(outcomes[2][0] / "sharded" / "checkpoints" / "step-5")
+    assert greatest_difference(opened.state_dict(), outcomes[1][1]["plain"]) < 1e-10
+
+
+@pytest.mark.parametrize(("fsdp", "whole"), [(False, "plain"), pytest.param(True, "sharded", marks=needs_sharding)])
+def test_two_processes_stopped_and_resumed_end_as_the_uninterrupted_bit_for_bit(outcomes, fsdp, whole):
+    folder = outcomes[2][0]
+    uninterrupted = PaLM.from_pretrained(folder / whole / "checkpoints" / "step-5").state_dict()
+    resumed = PaLM.from_pretrained(folder / f"parts-{fsdp}" / "checkpoints" / "step-5").state_dict()
+    assert all(torch.equal(weight, uninterrupted[name]) for name, weight in resumed.items())
+
+
+@pytest.mark.plain
+def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path):
+    script = """
+import sys
+from palm_rlhf.cli import main
+sys.exit(main(["train", "--corpus", sys.argv[2], "--checkpoint_dir", sys.argv[1], "--dim=16", "--depth=2",
+    "--dim_head=8", "--heads=2", "--sequence_length=20", "--max_steps=9"]))
+"""
+    (tmp_path / "text.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n')
+    command = [sys.executable, "-c", script, str(outcomes[2][0] / "plain"), str(tmp_path / "text.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.returncode == 1, done.stderr
+    assert "was written by 2 processes and can only be resumed by as many, got 1" in done.stderr

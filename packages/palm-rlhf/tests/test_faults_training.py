@@ -1,0 +1,330 @@
+"""Kills, Ctrl-C, damaged checkpoints, a full disk, a dying rank: a run goes on, to the weights it would have had.
+
+``LM_FAULT_KILLS`` sets the number of random kills (5 by default). Runs that are killed at random are forked from one
+interpreter that has everything imported, so that kills land in training and not in imports.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lm_core.checkpoint import latest_checkpoint, list_checkpoints
+from palm_rlhf.cli import main
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tested with fork, which this system lacks")
+
+FLAGS = [
+    *("--dim=16", "--depth=2", "--dim_head=8", "--heads=2", "--attn_dropout=0.1", "--learning_rate=1e-2"),
+    *("--sequence_length=24", "--batch_size=2", "--validate_every=5", "--validation_tokens=100"),
+    *("--sample_tokens=0", "--device=cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Sixty short documents."""
+    generator = torch.Generator().manual_seed(0)
+    file = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    with file.open("w") as stream:
+        for _ in range(60):
+            length = int(torch.randint(3, 90, (), generator=generator))
+            letters = torch.randint(97, 105, (length,), generator=generator).tolist()
+            stream.write(json.dumps({"text": "".join(map(chr, letters))}) + "\n")
+    return file
+
+
+@pytest.fixture
+def train(text):
+    """``train(folder, *flags)`` runs the command in this process and returns its exit status."""
+
+    def run(folder, *flags):
+        return main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags])
+
+    return run
+
+
+def final_weights(folder, step):
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    assert newest.name.split("-")[1] == str(step)
+    return (newest / "model.safetensors").read_bytes()
+
+
+def updates_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def wait_for_updates(process, folder, count):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        file = folder / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") > count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run did not come to update {count}: {process.communicate(timeout=10)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ kills
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+
+import accelerate, jsonargparse, matplotlib.figure, matplotlib.backends.backend_agg, safetensors.torch, torch
+from lm_core.checkpoint import latest_checkpoint
+from palm_rlhf import trainer
+from palm_rlhf.cli import main
+
+folder, kills, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every run would import
+
+def start(path):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(os.devnull, "w") as sink:
+                os.dup2(sink.fileno(), 1)
+                code = main(["train", "--checkpoint_dir", str(path), *flags])
+        finally:
+            os._exit(code)
+    return pid
+
+def finish(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def result(path):
+    newest = latest_checkpoint(path / "checkpoints")
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return newest.name.split("-")[1], (newest / "model.safetensors").read_bytes(), kept
+
+begun = time.monotonic()
+assert finish(start(folder / "whole")) == 0
+duration = time.monotonic() - begun
+whole = result(folder / "whole")
+chance, done, torn, rounds, equal = random.Random(0), 0, 0, 0, []
+while done < kills:
+    path, status = folder / f"killed-{rounds}", None
+    rounds += 1
+    while status != 0:
+        pid = start(path)
+        if done < kills:
+            time.sleep(chance.uniform(0.02, 0.9) * duration)
+            os.kill(pid, signal.SIGKILL)
+        status = finish(pid)
+        assert status in (0, -signal.SIGKILL), status
+        done += status != 0
+        torn += status != 0 and any((path / "checkpoints").glob(".tmp-*"))
+    equal.append(result(path) == whole)
+print(json.dumps({"kills": done, "torn": torn, "runs": rounds, "equal": equal}))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_the_uninterrupted_one(text, tmp_path):
+    kills = int(os.environ.get("LM_FAULT_KILLS", "5"))
+    flags = ["--corpus", str(text), *FLAGS, "--max_steps=40", "--checkpoint_every=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path), str(kills), *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120 + 20 * kills,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+
+    assert outcome["kills"] == kills
+    assert outcome["equal"] == [True] * outcome["runs"]
+    if kills >= 20:
+        assert outcome["torn"] > 0  # some kills came while a checkpoint was being written
+
+
+# ----------------------------------------------------------------------------------------------- Ctrl-C, two runs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(train, text, tmp_path, number):
+    folder, flags = tmp_path / "stopped", ["--max_steps=300", "--checkpoint_every=1000"]
+    arguments = ["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "palm_rlhf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_updates(process, folder, 5)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 130, errors
+    assert "Stopping after this update and saving a checkpoint" in errors
+    (saved,) = list_checkpoints(folder / "checkpoints")
+    assert f"Stopped (interrupted) after {saved.name.split('-')[1]} of 300 updates" in printed
+    assert shlex.join(["palm-rlhf", *arguments]) in printed
+
+    assert train(folder, *flags) == 0
+    assert train(tmp_path / "whole", *flags) == 0
+    assert final_weights(folder, 300) == final_weights(tmp_path / "whole", 300)
+    assert updates_of(folder) == updates_of(tmp_path / "whole")
+
+
+def test_a_second_run_in_one_folder_is_refused_and_the_first_is_not_disturbed(train, text, tmp_path, capsys):
+    arguments = ["train", "--corpus", str(text), "--checkpoint_dir", str(tmp_path), *FLAGS, "--max_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "palm_rlhf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for_updates(process, tmp_path, 3)
+        status = train(tmp_path, "--max_steps=100000")
+        assert status == 1
+        assert f"another run is using {tmp_path}" in capsys.readouterr().err
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    steps = [step for step, _ in updates_of(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+# --------------------------------------------------------------------------------------- damaged files, full disk
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(train, tmp_path):
+    flags = ["--max_steps=20", "--checkpoint_every=5", "--keep_checkpoints=3"]
+    assert train(tmp_path / "whole", *flags) == 0
+    assert train(tmp_path / "damaged", *flags) == 0
+    newest = tmp_path / "damaged" / "checkpoints" / "step-20"
+    file = newest / "trainer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+    with pytest.warns(UserWarning, match=r"skipped a damaged checkpoint, using step-15 instead. step-20: .*trainer.pt"):
+        assert train(tmp_path / "damaged", *flags) == 0
+    assert final_weights(tmp_path / "damaged", 20) == final_weights(tmp_path / "whole", 20)
+    assert updates_of(tmp_path / "damaged") == updates_of(tmp_path / "whole")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_by_name(train, tmp_path, capsys):
+    flags = ["--max_steps=4", "--checkpoint_every=2"]
+    assert train(tmp_path, *flags) == 0
+    for checkpoint in list_checkpoints(tmp_path / "checkpoints"):
+        (checkpoint / "model.safetensors").unlink()
+
+    assert train(tmp_path, *flags) == 1
+    message = capsys.readouterr().err
+    assert "every checkpoint in" in message
+    assert "step-2" in message
+    assert "step-4" in message
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # the next checkpoint's weights do not fit
+from palm_rlhf.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(train, text, tmp_path):
+    size = ["--dim=32", "--checkpoint_every=3", "--keep_checkpoints=1"]
+    assert train(tmp_path, *size, "--max_steps=3") == 0
+    before = final_weights(tmp_path, 3)
+    assert len(before) > 30_000
+    flags = ["--corpus", str(text), "--checkpoint_dir", str(tmp_path), *FLAGS, *size, "--max_steps=9"]
+    command = [sys.executable, "-c", FULL_DISK, "train", *flags]
+    full = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert full.returncode == 1, full.stderr
+    assert "step-6 could not be written" in full.stderr
+    assert "earlier checkpoints are untouched" in full.stderr
+    assert final_weights(tmp_path, 3) == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+    assert train(tmp_path, *size, "--max_steps=9") == 0
+
+
+# ------------------------------------------------------------------------------------------------------- dying rank
+
+DYING_RANK = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lm_core.corpora import load_corpus
+from palm_rlhf import PaLM
+from palm_rlhf.trainer import PretrainTrainer
+from palm_rlhf.training_settings import TrainingSettings
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+settings = TrainingSettings(
+    max_steps=8, sequence_length=24, batch_size=2, checkpoint_every=2, validation_tokens=100, device="cpu"
+)
+
+def train(place, die):
+    torch.manual_seed(0)
+    palm = PaLM(dim=16, depth=2, dim_head=8, heads=2, num_tokens=259, attn_dropout=0.1)
+    trainer = PretrainTrainer(
+        model=palm, corpus=load_corpus(sys.argv[3]), checkpoint_dir=folder / place, settings=settings
+    )
+    assert dist.get_world_size() == 2
+    calls = []
+    def kill(module, inputs):
+        calls.append(module.training)
+        if sum(calls) == 6 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if die:
+        trainer.objective.register_forward_pre_hook(kill)
+    return trainer.train(), palm
+
+if name == "die":
+    train("killed", True)
+else:
+    result, resumed = train("killed", False)
+    assert (result.first_step, result.step) == (4, 8), result
+    _, whole = train("whole", False)
+    pairs = zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    print("EQUAL", dist.get_rank())
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_rank_that_dies_is_reported_and_the_run_goes_on(text, tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(DYING_RANK)
+
+    def launch(name):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        return subprocess.run(
+            [sys.executable, *launcher, str(script), str(tmp_path), name, str(text)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+            check=False,
+        )
+
+    died, resumed = launch("die"), launch("resume")
+
+    assert died.returncode != 0
+    assert "Signal 9 (SIGKILL)" in died.stderr
+    assert "(local_rank: 1)" in died.stderr
+    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    assert "EQUAL 0" in resumed.stdout
+    assert "EQUAL 1" in resumed.stdout

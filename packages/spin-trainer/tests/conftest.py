@@ -74,3 +74,64 @@ def train(make_model, make_rows, tmp_path, monkeypatch):
         return trainer, trainer()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A real transformers tokenizer with a chat template, made here: bytes, merged a little, and special tokens."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["sort 3 1 2", "1 2 3"] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=(
+            "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        ),
+    )
+
+
+@pytest.fixture
+def hugging_face_folder(chat_tokenizer, tmp_path):
+    """A tiny Llama with its tokenizer, saved as transformers saves them, and chats to learn from."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(chat_tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=chat_tokenizer.eos_token_id,
+        pad_token_id=chat_tokenizer.pad_token_id,
+    )
+    folder = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    import json
+
+    for name, count in (("train", 6), ("valid", 3)):
+        lines = []
+        for number in range(count):
+            digits = f"{number % 5 + 2} {number % 3}"
+            answer = " ".join(sorted(digits.split()))
+            messages = [{"role": "user", "content": f"sort {digits}"}, {"role": "assistant", "content": answer}]
+            lines.append(json.dumps({"messages": messages}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -53,4 +53,4 @@ def fine_tune(
         clip_global_norm(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield float(loss)
+        yield float(loss.detach())

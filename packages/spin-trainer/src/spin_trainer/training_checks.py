@@ -101,17 +101,19 @@ def check_accelerator(
         raise ValueError(f"accelerate_kwargs must be None beside an accelerator, got {dict(accelerate_kwargs)}")
     if accelerator is None and not accelerate_kwargs:
         return start_accelerator(device, folder=folder)
+    chosen = dict(accelerate_kwargs or {})
+    steps = chosen.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
+    if steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is grad_accum_steps here and must be 1 in accelerate, got {steps}"
+        )
+    mixed = chosen.get("mixed_precision", getattr(accelerator, "mixed_precision", None))
+    if mixed not in ("no", None):
+        raise ValueError(f"mixed_precision is precision= here, got {mixed!r} in accelerate")
     if accelerator is None:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(**{"cpu": device.type == "cpu", **(accelerate_kwargs or {})})
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            "gradient_accumulation_steps is grad_accum_steps here and must be 1 in accelerate, "
-            f"got {accelerator.gradient_accumulation_steps}"
-        )
-    if accelerator.mixed_precision not in ("no", None):
-        raise ValueError(f"mixed_precision is precision= here, got {accelerator.mixed_precision!r} in accelerate")
+        accelerator = Accelerator(**{"cpu": device.type == "cpu", **chosen})
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"self-play generates between updates, which {kind} does not allow here: use DDP (torchrun)")

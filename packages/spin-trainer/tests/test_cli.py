@@ -1,0 +1,138 @@
+"""The command, end to end: a YAML over a tiny Hugging Face model with its chat template, with LoRA and without."""
+
+import json
+
+import pytest
+import torch
+
+from spin_trainer.cli import main
+from spin_trainer.small_decoder import SmallDecoder
+
+# peft asks transformers for a name that newer transformers call otherwise
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+FLAGS = [
+    *("--max_seq_len=40", "--iterations=2", "--epochs=1", "--batch_size=3", "--grad_accum_steps=1"),
+    *("--start_learning_rate=1e-3", "--end_learning_rate=1e-4", "--device=cpu", "--temperature=1.0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_path, capsys, lora):
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config = tmp_path / "run.yaml"
+    settings = {flag.split("=")[0][2:]: json.loads(flag.split("=")[1]) for flag in FLAGS if "device" not in flag}
+    settings |= {
+        "model": str(hugging_face_folder),
+        "data": str(tmp_path / "train.jsonl"),
+        "validation_data": str(tmp_path / "valid.jsonl"),
+        "checkpoint_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        **({"lora_r": 4} if lora else {}),
+    }
+    config.write_text(json.dumps(settings))  # JSON is YAML
+
+    assert main(["train", "--config", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "finished after 2 iterations" in printed
+    folder = tmp_path / "run" / "iterations" / "iteration-2"
+    kind = peft.AutoPeftModelForCausalLM if lora else transformers.AutoModelForCausalLM
+    trained = kind.from_pretrained(folder)
+    before = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert (trained(ids).logits - before(ids).logits).abs().max().item() > 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    assert (folder / "adapter_config.json").exists() is lora
+
+    assert main(["train", "--config", str(config)]) == 0  # finished before: nothing is done again
+    arguments = [str(folder), "--data", str(tmp_path / "valid.jsonl"), "--max_seq_len=40", "--device=cpu"]
+    assert main(["eval", *arguments, "--opponent", str(hugging_face_folder)]) == 0
+    assert "win rate over" in capsys.readouterr().out
+
+
+def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = [str(hugging_face_folder), str(tmp_path / "train.jsonl"), str(output), "--max_seq_len=40"]
+    assert main(["generate", *arguments, "--device=cpu"]) == 0
+    first = output.read_text()
+    assert main(["generate", *arguments, "--device=cpu"]) == 0
+    rows = [json.loads(line) for line in first.splitlines()]
+
+    assert output.read_text() == first
+    assert len(rows) == 6
+    assert rows[0]["real"] == "0 2"
+    assert {"prompt", "generated", "finished"} <= set(rows[0])
+
+
+def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("spin_trainer.cli.quickstart.SUPERVISED_UPDATES", 2)
+    monkeypatch.setattr("spin_trainer.cli.quickstart.ROWS", 8)
+    monkeypatch.setattr("spin_trainer.cli.quickstart.HELD_OUT", 4)
+    assert main(["train", "--checkpoint_dir", str(tmp_path / "quick"), "--batch_size=4", "--device=cpu"]) == 0
+    table = (tmp_path / "quick" / "table.md").read_text().splitlines()
+
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "supervised start",
+        *(f"self-play iteration {number}" for number in range(3)),
+        "supervised, continued",
+    ]
+    assert main(["eval", str(tmp_path / "quick" / "start"), "--device=cpu"]) == 0
+    assert "exact match over 500" in capsys.readouterr().out
+
+
+def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
+    peft = pytest.importorskip("peft")
+    from spin_trainer import SPIN
+    from spin_trainer.loading import load_model, with_lora
+
+    model = with_lora(load_model(str(hugging_face_folder)), r=4)
+    assert isinstance(model, peft.PeftModel)
+    spin = SPIN(model, lambda_=1.0)
+    ids, prompt_len = torch.tensor([[5, 6, 7, 8]]), torch.tensor([2])
+    other = torch.tensor([[5, 6, 9, 9]])
+    with torch.no_grad():
+        for parameter in spin.trainable_parameters():
+            parameter.add_(0.3)
+        moved = model(ids).logits.clone()
+    with model.disable_adapter(), torch.no_grad():
+        off = model(ids).logits.clone()
+
+    torch.testing.assert_close(spin.ref_model(ids), off)  # theta_0
+    spin.update_reference_model_with_policy()
+    with torch.no_grad():
+        for parameter in spin.trainable_parameters():
+            parameter.sub_(0.2)
+    torch.testing.assert_close(spin.ref_model(ids), moved)  # theta_1, which adapters off would not be
+    assert (spin.ref_model(ids) - off).abs().max().item() > 1e-3
+    assert abs(spin(other, ids, prompt_len).item() - 0.693147) > 1e-4
+    held = sum(tensor.numel() for tensor in spin.ref_model.exported().values())
+    assert held < 0.6 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_small_decoder_decodes_with_a_cache_as_without():
+    from lm_core.generation import generate
+
+    torch.manual_seed(0)
+    model = SmallDecoder(num_tokens=12).double()
+    with torch.no_grad():
+        model.embedding.weight.mul_(25)
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    one = generate(model, prompts, max_new_tokens=9, temperature=0.0)
+    other = generate(model, prompts, max_new_tokens=9, temperature=0.0, use_cache=False)
+
+    assert one.tokens.equal(other.tokens)
+    torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.plain
+def test_an_unknown_flag_is_answered_with_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--iteration=3"])
+    assert "--iterations" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""SIGKILL in the generation phase and in the training phase: the run goes on, to the weights it would have had.
+
+``LM_FAULT_KILLS`` sets the number of random kills in EACH phase (3 by default). Runs are forked from one interpreter
+that has everything imported, so that kills land in the work and not in imports; a child watches for its phase and is
+killed a random time into it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tested with fork, which this system lacks")
+
+KILLS = """
+import json, os, random, shutil, signal, sys, time
+from pathlib import Path
+
+import accelerate, safetensors.torch, torch
+import spin_trainer.trainer
+from lm_core.checkpoint import latest_checkpoint
+from spin_trainer import SFTDataset, SPINTrainer
+from spin_trainer.sft_data import Example
+from spin_trainer.small_decoder import SmallDecoder
+
+spin_trainer.trainer.draw_curves = lambda *_: None
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+generator = torch.Generator().manual_seed(0)
+rows = []
+for _ in range(24):
+    digits = torch.randint(0, 10, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
+    rows.append(Example((*digits.tolist(), 10), (*digits.sort().values.tolist(), 11)))
+
+def train(path):
+    torch.manual_seed(0)
+    model = SmallDecoder(num_tokens=12, dim=16, heads=2, dim_head=8, dropout=0.1)
+    SPINTrainer(
+        model, train_sft_dataset=SFTDataset(rows), valid_sft_dataset=SFTDataset(rows[:6]), max_seq_len=24, eos_id=11,
+        iterations=2, epochs=1, batch_size=3, grad_accum_steps=1, generation_batch_size=2, start_learning_rate=1e-2,
+        end_learning_rate=1e-3, checkpoint_every=1, dropout=0.1, device="cpu", checkpoint_folder=path,
+    )()
+
+def start(path):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, 1); os.dup2(sink, 2)
+            train(path)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+def finish(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def result(path):
+    weights = (path / "iterations" / "iteration-2" / "model.safetensors").read_bytes()
+    stored = {}
+    for store in sorted((path / "generations").iterdir()):
+        numbers = [json.loads(line) for line in (store / "rows-0.jsonl").read_text().splitlines()]
+        assert len({row["row"] for row in numbers}) == len(numbers), "a row came twice"
+        stored[store.name] = sorted(json.dumps(row) for row in numbers)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return weights, stored, metrics
+
+def lines(path):
+    return sum(file.read_bytes().count(b"\\n") for file in path.glob("generations/*/rows-*.jsonl"))
+
+def steps(path):
+    checkpoints = path / "checkpoints"
+    return max((int(p.name.split("-")[1]) for p in checkpoints.glob("step-*")), default=0) if checkpoints.exists() else 0
+
+assert finish(start(folder / "whole")) == 0
+whole = result(folder / "whole")
+total_lines, chance = lines(folder / "whole"), random.Random(0)
+done = {"generation": 0, "training": 0}
+equal, rounds = [], 0
+while min(done.values()) < kills:
+    path = folder / f"killed-{rounds}"
+    rounds += 1
+    assert rounds < 60 * kills
+    status = None
+    while status != 0:
+        pid = start(path)
+        phase = min(done, key=done.get)
+        wait_lines = lines(path) if path.exists() else 0
+        goal = wait_lines + chance.randrange(1, 30)
+        goal_step = (steps(path) if path.exists() else 0) + chance.randrange(1, 4)
+        killed = False
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            reached = lines(path) >= goal if phase == "generation" else steps(path) >= goal_step
+            if done[phase] < kills and path.exists() and reached:
+                time.sleep(chance.uniform(0, 0.02))
+                before = steps(path)
+                os.kill(pid, signal.SIGKILL)
+                status = finish(pid)
+                killed = True
+                done[phase] += status != 0
+                break
+            time.sleep(0.0005)
+        else:
+            status = 0  # its exit status was taken by waitpid; result() checks what it wrote
+    equal.append(result(path) == whole)
+    shutil.rmtree(path)
+print(json.dumps({"kills": done, "runs": rounds, "equal": equal, "rows": total_lines}))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_either_phase_ends_with_the_weights_of_the_uninterrupted_one(tmp_path):
+    kills = int(os.environ.get("LM_FAULT_KILLS", "3"))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path), str(kills)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240 + 60 * kills,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+
+    assert min(outcome["kills"].values()) >= kills
+    assert outcome["equal"] == [True] * outcome["runs"]

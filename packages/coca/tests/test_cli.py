@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coca import CoCa
+from coca import CoCa, ImagePreprocessing
 from coca.cli import main
 from coca.digits import CLASS_NAMES, handwritten_digits
 from coca.image_files import load_images
@@ -132,13 +132,16 @@ def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
         hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
     )
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
-    source = ["--data", str(digit_files), "--image_size", "16", "--checkpoint_dir", str(tmp_path / "run")]
+    preparation = {"size": {"height": 16, "width": 16}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preparation), "utf-8")
+    source = ["--data", str(digit_files), "--checkpoint_dir", str(tmp_path / "run")]
     assert main([*TRAIN, *source, "--encoder", str(tmp_path / "vit"), "--freeze_encoder"]) == 0
 
     before = transformers.ViTModel.from_pretrained(tmp_path / "vit").state_dict()
     model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
     for name, value in model.img_encoder.encoder.state_dict().items():
         assert torch.equal(value, before[name])
+    assert model.preprocessing == ImagePreprocessing(image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
 
 
 def test_an_originals_file_is_converted(tmp_path, capsys):

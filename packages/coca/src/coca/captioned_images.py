@@ -97,6 +97,6 @@ class CaptionedImages:
             raise ValueError(f"held_out must be in (0, 1), got {held_out}")
         if len(self) < 2:
             raise ValueError("a split needs at least two images, got one")
-        order = np.random.default_rng(seed).permutation(len(self))
+        order = np.random.default_rng(seed).permutation(len(self)).tolist()
         count = min(len(self) - 1, max(1, round(held_out * len(self))))
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))

@@ -16,7 +16,7 @@ from coca.captioned_images import CaptionedImages
 from coca.commands import COMMANDS, tell_unreadable
 from coca.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
 from coca.image_files import load_images
-from coca.model_settings import ModelSettings, build_model
+from coca.model_settings import ModelSettings, build_model, encoder_preprocessing
 from coca.preprocessing import ImagePreprocessing
 from coca.training_settings import TrainingSettings
 from lm_core.tokenizers import load_tokenizer
@@ -127,6 +127,8 @@ def _preprocessing(model: ModelSettings, data: str) -> ImagePreprocessing:
         if (size, channels) != (IMAGE_SIZE, 1):
             raise ValueError(f"the digits have image_size 8 and channels 1, got {size} and {channels}")
         return ImagePreprocessing(image_size=size, channels=1, mean=(MEAN,), std=(STD,))
+    if model.encoder is not None:
+        return encoder_preprocessing(model.encoder, model.image_size, model.channels)
     return ImagePreprocessing(image_size=model.image_size or 224, channels=model.channels or 3)
 
 

@@ -1,6 +1,8 @@
 """From flags to a model: the decoder's sizes, our ViT or somebody else's encoder, and the tokenizer's ids."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -32,7 +34,8 @@ class ModelSettings:
         contrastive_loss_weight: factor of the contrastive loss.
         encoder: folder of a Hugging Face vision model, or organisation/name on the hub, instead of the own ViT.
         freeze_encoder: trains everything but the encoder.
-        image_size: pixels; images are resized and cropped to a square. 0 takes 8 for the digits, 224 for others.
+        image_size: pixels; images are resized and cropped to a square. 0 takes 8 for the digits, what the encoder was
+            made for, else 224.
         channels: 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
         patch_size: of the own ViT; 0 takes a quarter or a fourteenth of image_size.
         vit_dim: features of the own ViT.
@@ -113,6 +116,37 @@ def _encoder(settings: ModelSettings, preprocessing: ImagePreprocessing) -> nn.M
         heads=settings.vit_heads,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def encoder_preprocessing(source: str, image_size: int, channels: int) -> ImagePreprocessing:
+    """How a Hugging Face vision model wants its images: mean, deviation and size of its ``preprocessor_config.json``.
+
+    Args:
+        source: folder or ``organisation/name``.
+        image_size: instead of the model's own; 0 takes that, or 224 where it says none.
+        channels: instead of 3; 0 takes that.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the file is there and cannot be read.
+    """
+    try:
+        from transformers.utils import cached_file
+    except ImportError as error:
+        raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
+    name = "preprocessor_config.json"
+    try:
+        path = cached_file(source, name)
+    except OSError:  # an encoder without it
+        path = None
+    try:
+        content: dict[str, Any] = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        size = content.get("crop_size") or content.get("size") or {}
+        own = size if isinstance(size, int) else int(size.get("height") or size.get("shortest_edge") or 224)
+        mean, std = (tuple(map(float, content.get(f"image_{key}") or (0.5,))) for key in ("mean", "std"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error
+    return ImagePreprocessing(image_size=image_size or own, channels=channels or 3, mean=mean, std=std)
 
 
 def load_encoder(source: str) -> nn.Module:

@@ -41,6 +41,7 @@ from lm_core.training import (
 )
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.experience import Experience, experience_metrics, gathered, joined, judge, rows_of, with_advantages
+from palm_rlhf.gradient_sums import sum_gradients
 from palm_rlhf.kl import KLCoefficient, kl_estimate
 from palm_rlhf.objectives import clipped_surrogate, clipped_value_loss, reinforce_surrogate, token_weights
 from palm_rlhf.policy_settings import PolicySettings
@@ -551,21 +552,6 @@ class PolicyTrainer:
         self.kl.load_state_dict(state["kl"])
         self.guard.load_state_dict(state["guard"])
         restore_rng(checkpoint.rng)
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Adds up gradients over processes; a parameter that a process did not use counts as 0 there."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if world_size() == 1:
-        return
-    for dtype in {parameter.dtype for parameter in parameters}:
-        gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
 
 
 def _over_processes(sums: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:

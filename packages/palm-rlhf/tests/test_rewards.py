@@ -1,0 +1,202 @@
+"""Rewards of every form, reward models, prompts of every form."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf.actor_critic import ActorCritic
+from palm_rlhf.prompts import PromptOrder, load_prompts
+from palm_rlhf.reward_model import RewardModel
+from palm_rlhf.rewards import ClassifierReward, as_reward, check_scores
+from palm_rlhf.rollouts import SamplingSettings, draw_rollout, rollout_of
+
+
+def example():
+    prompts = load_prompts(
+        [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}], tokenizer=ByteTokenizer()
+    )
+    from dataclasses import replace
+
+    return replace(rollout_of(prompts, [torch.tensor([52]), torch.tensor([51, 50])]), texts=["4", "32"])
+
+
+def exact(prompts, completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def sometimes(prompts, completions, **columns):
+    return [None if "2" in prompt else 1.0 for prompt in prompts]
+
+
+def test_text_callables_get_prompts_completions_and_columns():
+    assert as_reward(exact)(example()).tolist() == [1.0, 0.0]
+
+
+def test_token_callables_get_padded_ids_and_prompt_lengths():
+    def length(sequences, prompt_lengths):
+        assert sequences.shape == (2, 6)
+        return prompt_lengths * 1.5
+
+    assert as_reward(length)(example()).tolist() == [6.0, 6.0]
+
+
+def test_weighted_rewards_add_up_and_leave_none_out():
+    assert as_reward([(2.0, exact), (0.5, sometimes)])(example()).tolist() == [2.0, 0.5]
+    assert math.isnan(as_reward(sometimes)(example())[0].item())
+
+
+def test_module_and_function_name_a_reward():
+    assert as_reward("math:dist").function is math.dist
+
+
+def test_a_reward_model_is_deterministic_scores_rows_alone_and_reads_its_mask(make_palm):
+    reward = RewardModel(make_palm(), dropout=0.5)
+    torch.nn.init.normal_(reward.prompt_embed)
+    reward.train()
+    rollout = rollout_of(
+        load_prompts([torch.tensor([1, 2]), torch.tensor([3])]), [torch.tensor([4, 5, 6]), torch.tensor([7])]
+    )
+    whole = as_reward(reward)(rollout)
+    assert torch.equal(whole, as_reward(reward)(rollout))
+    assert reward.training
+    reward.eval()
+    for row, (ids, prompt) in enumerate((([1, 2, 4, 5, 6], 2), ([3, 7], 1))):
+        alone = reward(torch.tensor([ids]), prompt_lengths=torch.tensor([prompt]))
+        torch.testing.assert_close(whole[row], alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_reward_models_average_the_response_only(make_palm):
+    reward = RewardModel(make_palm()).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    features = reward.palm.hidden(ids, finetune_scope="reward")
+    wanted = reward.head(features[:, 2:].mean(dim=1))[:, 0]
+    torch.testing.assert_close(reward(ids, prompt_lengths=torch.tensor([2])), wanted)
+    mask = torch.tensor([[True, True, False, False]])
+    torch.testing.assert_close(reward(ids, prompt_mask=mask), wanted)
+
+
+def test_binned_rewards_are_expectations_and_drawn_only_when_asked(make_palm):
+    reward = RewardModel(make_palm(), num_binned_output=5).eval()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    chances = reward.logits(ids).softmax(dim=-1)
+    torch.testing.assert_close(reward(ids), (chances * torch.arange(5.0)).sum(dim=-1))
+    drawn = reward(ids, sample=True, generator=torch.Generator().manual_seed(0))
+    assert drawn.dtype == torch.int64
+    loss = reward(ids, labels=torch.tensor([0, 4]))
+    torch.testing.assert_close(loss, -(chances[0, 0].log() + chances[1, 4].log()) / 2)
+
+
+def test_prompt_and_response_embeddings_are_trained(make_palm):
+    reward = RewardModel(make_palm())
+    reward(torch.tensor([[1, 2, 3]]), prompt_lengths=torch.tensor([1]), labels=torch.tensor([2.0])).backward()
+    trained = list(reward.trainable_parameters())
+    for parameter in (reward.prompt_embed, reward.response_embed):
+        assert any(parameter is other for other in trained)
+        assert parameter.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in reward.palm.palm_parameters())
+
+
+def test_a_saved_reward_model_comes_back_with_its_scopes(make_palm, tmp_path):
+    palm = make_palm()
+    reward = RewardModel(palm).eval()
+    ActorCritic(palm)
+    torch.nn.init.normal_(reward.head.weight)
+    reward.save_pretrained(tmp_path / "reward")
+    ids = torch.tensor([[1, 2, 3]])
+    again = RewardModel.from_pretrained(tmp_path / "reward").eval()
+    torch.testing.assert_close(again(ids), reward(ids))
+
+
+def test_a_hugging_face_classifier_scores_with_its_own_tokenizer(make_palm):
+    transformers = pytest.importorskip("transformers")
+
+    class Words:
+        pad_token_id = 0
+
+        def __call__(self, texts, padding, truncation, return_tensors):
+            ids = [[ord(c) % 30 + 1 for c in text] for text in texts]
+            width = max(map(len, ids))
+            tensors = {
+                "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in ids]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+            }
+            return transformers.BatchEncoding(tensors)
+
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=1
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    scores = ClassifierReward(model, Words())(example())
+    alone = torch.cat([model(**Words()([text], True, True, "pt")).logits[:, 0] for text in ("2+2=4", "1+1=32")])
+    torch.testing.assert_close(scores, alone.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (torch.zeros(3), r"must return shape \(2,\)"),
+        (torch.zeros(2, 1), r"must return shape \(2,\)"),
+        (torch.tensor([0.0, math.nan]), "rewards must be finite, got nan for response 1"),
+        ([math.inf, 0.0], "rewards must be finite, got inf for response 0"),
+    ],
+)
+def test_wrong_rewards_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        check_scores(values, 2)
+
+
+def test_prompts_of_every_form_have_the_same_ids(tmp_path):
+    tokenizer = ByteTokenizer()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "ab", "answer": 1}) + "\n\n" + json.dumps({"prompt": "c", "answer": 2}) + "\n"
+    )
+    forms = [
+        ["ab", "c"],
+        [torch.tensor([97, 98]), torch.tensor([99])],
+        [[97, 98], [99]],
+        [{"prompt": "ab"}, {"text": "c"}],
+        path,
+        str(path),
+    ]
+    for form in forms:
+        prompts = load_prompts(form, tokenizer=tokenizer)
+        assert [prompt.ids.tolist() for prompt in prompts] == [[97, 98], [99]]
+        assert [prompt.text for prompt in prompts] == ["ab", "c"]
+    assert load_prompts(path, tokenizer=tokenizer)[1].columns == {"answer": 2}
+
+
+def test_chats_go_through_the_template():
+    chat = [{"role": "user", "content": "hi"}]
+    tokenizer = ByteTokenizer()
+    (prompt,) = load_prompts([chat], tokenizer=tokenizer)
+    assert prompt.ids.tolist() == tokenizer.apply_chat_template(chat)
+
+
+def test_each_pass_over_the_prompts_is_a_permutation_of_its_own():
+    order = PromptOrder(5, seed=0)
+    taken = order.take(0, 20)
+    passes = [taken[k : k + 5] for k in range(0, 20, 5)]
+    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert order.take(7, 9) == taken[7:16]
+
+
+def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
+    tokenizer = ByteTokenizer()
+    prompts = load_prompts([{"prompt": "ab", "answer": "x"}], tokenizer=tokenizer)
+    policy = ActorCritic(make_palm(num_tokens=259), with_critic=False)
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=3), tokenizer=tokenizer)
+    seen = {}
+
+    def spy(prompts, completions, **columns):
+        seen.update(prompts=prompts, **columns)
+        return [0.0]
+
+    as_reward(spy)(rollout)
+    assert seen == {"prompts": ["ab"], "answer": ["x"]}

@@ -3,6 +3,8 @@
 Beyond the paper: xPos (arXiv 2212.10554) by default, grouped key/value heads, normalised queries and keys, LoRA scopes
 that share one frozen base, and non-causal use as an encoder. The output layer is tied to the embedding.
 
+Long because its public methods explain every argument; what they do is in the modules they call.
+
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 

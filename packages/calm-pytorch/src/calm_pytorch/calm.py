@@ -1,0 +1,411 @@
+"""CALM, Composition to Augment Language Models (arXiv 2401.02412): a frozen anchor reads frozen augments.
+
+A few cross-attentions between layers of the augments and layers of the anchor are the only weights that are trained.
+An augment reads a prompt of its own once (the original implementation's way), or the anchor's own growing sequence (the
+paper's), in which case position t of the anchor sees positions up to t of the augment and no later one.
+
+Nothing is attached to the models outside a forward of the composition: hooks live as long as the call.
+
+Legend: b batch, n sequence, m prompt positions, v vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from calm_pytorch import adapter_files
+from calm_pytorch.augment import Augment, AugmentParams, device_of, running_order
+from calm_pytorch.blocks import BlocksFunction, attention_heads, find_blocks, freeze_all_layers_
+from calm_pytorch.composed_lm import AugmentStates, ComposedLM, compose
+from calm_pytorch.cross_attention import CrossAttentionBlock
+from calm_pytorch.hidden_states import HiddenPosition, one_each, read_hiddens, unchanged_buffers
+from calm_pytorch.inputs import IGNORED, each_augment, labels_of, real_tokens
+from lm_core._checks import check_ids, typed
+from lm_core.adapters import as_causal_lm
+from lm_core.adapters.huggingface import undisturbed
+from lm_core.generation import eval_mode, sample
+from lm_core.losses import linear_cross_entropy
+from lm_core.sampling import top_p
+
+
+class CALM(nn.Module):
+    """An anchor language model composed with augments.
+
+    Args:
+        anchor_llm: a Hugging Face causal language model, an x-transformers decoder, or any causal module from ids to
+            logits. Its parameters are frozen.
+        augment_llms: the models it reads, and how.
+        attn_kwargs: of ``CrossAttentionBlock``; what is not given keeps its default (projection, RMSNorm, flash, and
+            the anchor's heads).
+        anchor_extract_blocks_fn: a function from the anchor to its blocks.
+        anchor_transformer_blocks: the anchor's blocks, modules or names, in any order; or the name of a container.
+        anchor_hidden_position: whether the stream is changed behind a block or before it; one for all, or one each.
+        pad_id: marks padding in sequences and prompts; no model sees it.
+
+    Attributes:
+        cross_attns: the learned part, for each augment one ``CrossAttentionBlock`` for each connection.
+        connections: for each augment its 1-indexed ``(augment_layer, anchor_layer)`` pairs.
+        gradient_checkpointing: whether the anchor's blocks compute their activations again in the backward pass.
+
+    Raises:
+        ValueError: blocks, connections or positions do not fit the models, or models are on different devices.
+        TypeError: the anchor is no causal language model, or an argument has another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        anchor_llm: nn.Module,
+        augment_llms: AugmentParams | Sequence[AugmentParams],
+        *,
+        attn_kwargs: dict[str, Any] | None = None,
+        anchor_extract_blocks_fn: BlocksFunction | None = None,
+        anchor_transformer_blocks: str | Sequence[nn.Module | str] | None = None,
+        anchor_hidden_position: HiddenPosition | Sequence[HiddenPosition] = "output",
+        pad_id: int = -1,
+    ) -> None:
+        super().__init__()
+        params = [augment_llms] if isinstance(augment_llms, AugmentParams) else list(augment_llms)
+        if not params:
+            raise ValueError("augment_llms must hold at least one AugmentParams, got none")
+        devices = [device_of(anchor_llm), *(device_of(one.model) for one in params)]
+        if len(set(devices)) > 1:
+            raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
+        self.pad_id = pad_id
+        self.gradient_checkpointing = False
+        # in tuples, so that the anchor is registered once, under its own name
+        self._anchor = (as_causal_lm(anchor_llm),)
+        blocks = find_blocks(anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, "anchor")
+        positions = one_each(anchor_hidden_position, len(blocks), "anchor_hidden_position")
+        probe = torch.zeros(1, 2, dtype=torch.long, device=devices[0])
+        order = running_order(lambda: self.anchor(probe), anchor_llm, blocks, positions, "anchor")
+        self.anchor_blocks = tuple(blocks[i] for i in order)
+        self.anchor_positions = tuple(positions[i] for i in order)
+        dims = self._probe_anchor(anchor_llm, probe)
+
+        modules = [Augment(one, number, len(blocks)) for number, one in enumerate(params)]
+        self.connections = [augment.connections for augment in modules]
+        self.anchor_layers = sorted({anchor_layer for pairs in self.connections for _, anchor_layer in pairs})
+        options: dict[str, Any] = {"flash": True}
+        heads = attention_heads(anchor_llm)
+        if heads is not None:
+            options |= {"heads": heads[0], "dim_head": heads[1]}
+        options |= attn_kwargs or {}
+        for pairs in self.connections:
+            for _, anchor_layer in pairs:
+                if dims[anchor_layer - 1] < 1:
+                    raise ValueError(f"anchor: layer {anchor_layer} has no features")
+        self.attn_kwargs = options
+        self.anchor_llm = anchor_llm
+        self.augment_llms = nn.ModuleList(one.model for one in params)
+        self._augments = tuple(modules)
+        self.cross_attns = nn.ModuleList(
+            nn.ModuleList(
+                CrossAttentionBlock(dim=dims[anchor_layer - 1], dim_context=augment.dims[augment_layer - 1], **options)
+                for augment_layer, anchor_layer in augment.connections
+            )
+            for augment in modules
+        ).to(devices[0])
+        self.anchor_dims = dims
+        freeze_all_layers_(self.anchor_llm)
+        freeze_all_layers_(self.augment_llms)
+
+    def _probe_anchor(self, model: nn.Module, probe: Tensor) -> tuple[int, ...]:
+        """Widths of the blocks; finds out whether they also run when the anchor decodes from a cache."""
+        with undisturbed(model):
+            hiddens = read_hiddens(
+                lambda: self.anchor(probe), self.anchor_blocks, self.anchor_positions, where="anchor"
+            )
+            for layer, hidden in enumerate(hiddens, start=1):
+                if hidden.ndim != 3:
+                    raise ValueError(f"anchor: layer {layer} must give (b, n, d), got shape {tuple(hidden.shape)}")
+            self._anchor_caches = hasattr(self.anchor, "init_cache")
+            if self._anchor_caches:
+                cache = self.anchor.init_cache(1, 3)
+                try:
+                    for ids in (probe, probe[:, :1]):
+                        read_hiddens(
+                            partial(self.anchor, ids, cache=cache),
+                            self.anchor_blocks,
+                            self.anchor_positions,
+                            where="anchor",
+                        )
+                except RuntimeError:
+                    self._anchor_caches = False
+        return tuple(hidden.shape[-1] for hidden in hiddens)
+
+    # ----------------------------------------------------------------------------------------------------- the parts
+
+    @property
+    def anchor(self) -> Any:
+        """The anchor in the protocol of ``lm_core.generation.CausalLM``."""
+        return self._anchor[0]
+
+    @property
+    def augments(self) -> tuple[Augment, ...]:
+        """The reading side of each augment."""
+        return self._augments
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether generation uses caches; otherwise every token runs over the whole sequence."""
+        return self._anchor_caches and all(augment.can_decode for augment in self.augments)
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What is learned: the parameters of the cross-attentions."""
+        return self.cross_attns.parameters()
+
+    def as_causal_lm(self) -> ComposedLM:
+        """This composition for ``lm_core.generate`` and its like."""
+        return ComposedLM(self)
+
+    def describe(self) -> str:
+        """The wiring and the share of added parameters, as text."""
+        added = sum(parameter.numel() for parameter in self.trainable_parameters())
+        anchor = sum(parameter.numel() for parameter in self.anchor_llm.parameters())
+        lines = [f"anchor: {type(self.anchor_llm).__name__}, {len(self.anchor_blocks)} layers, {anchor:,} parameters"]
+        for number, augment in enumerate(self.augments):
+            count = sum(parameter.numel() for parameter in augment.model.parameters())
+            reads = "the anchor's sequence" if augment.shared_sequence else "a prompt"
+            lines.append(f"{augment.name}: {augment.depth} layers, {count:,} parameters, reads {reads}")
+            for (augment_layer, anchor_layer), attention in zip(
+                augment.connections,
+                self.cross_attns[number],
+                strict=True,  # type: ignore[call-overload]
+            ):
+                position = self.anchor_positions[anchor_layer - 1]
+                lines.append(
+                    f"  layer {augment_layer:>3} ({attention.dim_context}) -> anchor layer {anchor_layer:>3} "
+                    f"({attention.dim}, {position})"
+                )
+        lines.append(f"added: {added:,} parameters, {added / max(anchor, 1):.1%} of the anchor's")
+        lines.append(f"generation: {'cached' if self.can_decode else 'uncached'}")
+        return "\n".join(lines)
+
+    @typed
+    def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the learned part and the wiring into a folder; see ``adapter_files.save_adapter``."""
+        return adapter_files.save_adapter(self, directory, overwrite=overwrite)
+
+    @typed
+    def load_adapter(self, directory: str | Path) -> None:
+        """Loads the learned part, strictly; see ``adapter_files.load_adapter``."""
+        adapter_files.load_adapter(self, directory)
+
+    # --------------------------------------------------------------------------------------------------- reading, loss
+
+    @typed
+    def augment_states(
+        self,
+        prompt: Tensor | Sequence[Tensor | None] | None,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> AugmentStates:
+        """Hidden states of prompts, to be given to ``forward`` any number of times.
+
+        Args:
+            prompt: as for ``forward``.
+            prompt_mask: as for ``forward``.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        count = len(self.augments)
+        return self.read_prompts(
+            each_augment(prompt, self.augments, "prompt"),
+            each_augment(prompt_mask, self.augments, "prompt_mask") if prompt_mask is not None else [None] * count,
+        )
+
+    def read_prompts(self, prompts: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> AugmentStates:
+        """``augment_states`` of one prompt and mask for each augment, None for those that share the sequence."""
+        hiddens: list[tuple[Tensor, ...]] = []
+        kept: list[Tensor | None] = []
+        for augment, prompt, mask in zip(self.augments, prompts, masks, strict=True):
+            if augment.shared_sequence:
+                if prompt is not None:
+                    raise ValueError(f"{augment.name} reads the anchor's sequence: its prompt must be None")
+                hiddens.append(())
+                kept.append(None)
+                continue
+            if prompt is None:
+                raise ValueError(f"{augment.name} reads a prompt: prompt must be given, got None")
+            read, real = augment.read(prompt, real_tokens(prompt, mask, self.pad_id))
+            hiddens.append(read)
+            kept.append(real)
+        return AugmentStates(tuple(hiddens), tuple(kept))
+
+    @typed
+    def forward(
+        self,
+        seq: Int[Tensor, "b n"],
+        *,
+        prompt: Tensor | Sequence[Tensor | None] | None = None,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        mask: Tensor | None = None,
+        return_loss: bool = True,
+        anchor_llm_in_train_mode: bool = True,
+        alignment: Tensor | Sequence[Tensor | None] | None = None,
+        augment_states: AugmentStates | None = None,
+        reduction: str = "mean",
+    ) -> Float[Tensor, "..."]:
+        """The mean cross-entropy of next tokens, or the logits.
+
+        Args:
+            seq: token ids; ``pad_id`` marks padding.
+            prompt: what the augments read, one for all that read prompts, or one for each augment (None for those
+                that share the sequence): ids ``(b, m)``, or floating point ``(b, *input_shape)``.
+            prompt_mask: True at real positions of a prompt; by default where ids are not ``pad_id``.
+            mask: ``(b, n)``, True at tokens that count in the loss; the others are read all the same.
+            return_loss: False returns logits ``(b, n, v)``.
+            anchor_llm_in_train_mode: False keeps the anchor in evaluation mode while the composition trains.
+            alignment: ``(b, n, m)``, True where an anchor position may look (``align_by_offsets``); one for all
+                augments, or one each.
+            augment_states: of ``augment_states``, instead of ``prompt``.
+            reduction: of the loss, "mean" or "sum".
+
+        Raises:
+            ValueError: a shape, a number of prompts, or an id does not fit; it is named.
+            TypeError: ids are not integers, or a mask is not boolean.
+        """
+        b, n = seq.shape
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if return_loss and n < 2:
+            raise ValueError(f"seq must hold at least 2 tokens a row for a loss, got shape {tuple(seq.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != seq.shape):
+            raise ValueError(f"mask must be boolean of shape {(b, n)}, got {mask.dtype} of {tuple(mask.shape)}")
+        real = real_tokens(seq, None, self.pad_id)
+        vocab_size = getattr(self.anchor, "vocab_size", None)
+        if vocab_size is not None and seq.device.type == "cpu":
+            check_ids(seq if real is None else seq.masked_fill(~real, 0), vocab_size, "seq")
+        if augment_states is not None and (prompt is not None or prompt_mask is not None):
+            raise ValueError("give prompt or augment_states, not both")
+        states = self.augment_states(prompt, prompt_mask) if augment_states is None else augment_states
+        for augment, hiddens in zip(self.augments, states.hiddens, strict=True):
+            if hiddens and hiddens[0].shape[0] != b:
+                raise ValueError(f"{augment.name}: prompt must have {b} rows, as seq has, got {hiddens[0].shape[0]}")
+        pairs = self._alignment(alignment, states, b, n)
+        inputs, labels = seq, None
+        if return_loss:
+            inputs, labels = seq[:, :-1], labels_of(seq, mask, self.pad_id)
+            real = None if real is None else real[:, :-1]
+            pairs = [None if one is None else one[:, :-1] for one in pairs]
+        with contextlib.ExitStack() as stack:
+            if not anchor_llm_in_train_mode:
+                stack.enter_context(eval_mode(self.anchor_llm))
+            stack.enter_context(unchanged_buffers(self.anchor_llm))
+            through_hidden = labels is not None and hasattr(self.anchor, "hidden")
+            out = compose(self, inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
+        if labels is None:
+            return out
+        if through_hidden:
+            weight = self.anchor.output_weight
+            total = linear_cross_entropy(out, weight, labels, ignore_index=IGNORED, reduction="sum")
+        else:
+            logits = rearrange(out, "b n v -> (b n) v").float()
+            total = F.cross_entropy(logits, rearrange(labels, "b n -> (b n)"), ignore_index=IGNORED, reduction="sum")
+        return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
+
+    def _alignment(self, alignment: Any, states: AugmentStates, b: int, n: int) -> list[Tensor | None]:
+        if alignment is None:
+            return [None] * len(self.augments)
+        each = each_augment(alignment, self.augments, "alignment")
+        for augment, pairs, hiddens in zip(self.augments, each, states.hiddens, strict=True):
+            if pairs is None:
+                continue
+            if augment.shared_sequence:
+                raise ValueError(f"{augment.name} shares the anchor's sequence: its alignment must be None")
+            expected = (b, n, hiddens[0].shape[1])
+            if pairs.dtype != torch.bool or tuple(pairs.shape) != expected:
+                raise ValueError(
+                    f"alignment must be boolean of shape {expected}, got {pairs.dtype} of {tuple(pairs.shape)}"
+                )
+        return each
+
+    @torch.no_grad()
+    @typed
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor | None],
+        seq_len: int,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        filter_fn: Callable[..., Tensor] | None = top_p,
+        filter_kwargs: dict[str, Any] | None = None,
+        *,
+        anchor_prompt: Tensor | None = None,
+        temperature: float = 1.0,
+        eos_id: int | Sequence[int] | None = None,
+        pad_id: int | None = None,
+        output_keep_prompt: bool = False,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Int[Tensor, "b n"]:
+        """Continues prompts.
+
+        Args:
+            prompt: as for ``forward``; rows of different lengths are padded with ``pad_id`` or told by ``prompt_mask``.
+            seq_len: length of the longest row, prompt included.
+            prompt_mask: True at real positions.
+            filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+            filter_kwargs: ``thres=0.9`` by default.
+            anchor_prompt: ids ``(b, n)`` the anchor continues, padded with ``pad_id``; by default the first prompt of
+                token ids.
+            temperature: 0 takes the most likely token.
+            eos_id: token or tokens that end a row.
+            pad_id: written behind the end of a row; by default this model's.
+            output_keep_prompt: whether rows begin with their prompt.
+            use_cache: False runs over the whole sequence for each token.
+            generator: source of randomness.
+            **kwargs: further arguments of ``lm_core.generate``.
+
+        Returns:
+            Right-padded ids.
+
+        Raises:
+            ValueError: as ``forward`` and ``lm_core.sample``.
+        """
+        prompts = each_augment(prompt, self.augments, "prompt", shared_too=anchor_prompt is None)
+        masks: list[Tensor | None] = [None] * len(self.augments)
+        if prompt_mask is not None:
+            masks = each_augment(prompt_mask, self.augments, "prompt_mask", shared_too=anchor_prompt is None)
+        start, start_mask = anchor_prompt, None
+        if start is None:
+            found = [(p, m) for p, m in zip(prompts, masks, strict=True) if p is not None and not p.is_floating_point()]
+            if not found:
+                raise ValueError("anchor_prompt must be given where no augment reads token ids, got None")
+            start, start_mask = found[0]
+        real = real_tokens(start, start_mask, self.pad_id)
+        rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
+        inputs: dict[str, Tensor] = {}
+        for number, (augment, one, its_mask) in enumerate(zip(self.augments, prompts, masks, strict=True)):
+            if augment.shared_sequence or one is None:
+                continue
+            if one.shape[0] != len(rows):
+                raise ValueError(f"{augment.name}: prompt must have {len(rows)} rows, got {one.shape[0]}")
+            inputs[f"prompt_{number}"] = one
+            its_mask = real_tokens(one, its_mask, self.pad_id)
+            if its_mask is not None:
+                inputs[f"prompt_mask_{number}"] = its_mask
+        return sample(
+            self.as_causal_lm(),
+            rows,
+            seq_len,
+            temperature=temperature,
+            filter_fn=filter_fn,
+            filter_kwargs=filter_kwargs,
+            pad_id=self.pad_id if pad_id is None else pad_id,
+            eos_id=eos_id,
+            output_keep_prompt=output_keep_prompt,
+            use_cache=use_cache,
+            generator=generator,
+            **inputs,
+            **kwargs,
+        )

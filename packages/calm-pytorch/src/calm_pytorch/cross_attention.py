@@ -1,0 +1,172 @@
+"""The learned part: an anchor's hidden states read those of an augment (arXiv 2401.02412, section 3.1).
+
+``H_B <- H_B + CrossAttention(queries = H_B, keys and values = W_proj H_A)``. Beyond the paper: an RMSNorm before the
+queries, a gate for each head's values (arXiv 2306.12929), and an output that starts at zero, so that composition
+begins as the anchor alone.
+
+The parameters are those of an x-transformers ``Attention``, under its names. Keys and values are computed apart from
+the queries, once for all tokens that are decoded. That holds for the options in ``PLAIN_OPTIONS``; with any other
+option the x-transformers module runs as a whole.
+
+Legend: b batch, n anchor positions, m augment positions, d anchor and c augment features, h heads, e head features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lm_core._checks import check_positive, typed
+from lm_core.attention import attend
+
+PLAIN_OPTIONS = frozenset(
+    {
+        *("dim_head", "heads", "kv_heads", "one_kv_head", "flash", "dropout", "value_dim_head"),
+        *("gate_value_heads", "zero_init_output", "project_out"),
+    }
+)
+Context = tuple[Tensor, Tensor]
+
+
+class CrossAttentionBlock(nn.Module):
+    """``x + attention(norm(x), project(context))``.
+
+    Args:
+        dim: features of the anchor.
+        dim_context: features of the augment.
+        linear_project_context: projects the context to the anchor's width first, as the paper does.
+        pre_rmsnorm: normalises the queries' side.
+        attention_options: of x-transformers' ``Attention``; by default a zero-initialised output and gated heads.
+
+    Raises:
+        ValueError: a width is below 1, or x-transformers refuses an option.
+        TypeError: x-transformers knows no such option.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_context: int,
+        linear_project_context: bool = True,
+        pre_rmsnorm: bool = True,
+        **attention_options: Any,
+    ) -> None:
+        super().__init__()
+        from x_transformers.x_transformers import Attention, RMSNorm
+
+        check_positive(dim, "dim")
+        check_positive(dim_context, "dim_context")
+        options = {"zero_init_output": True, "gate_value_heads": True, **attention_options}
+        if options.get("heads") == 1:
+            options.setdefault("project_out", True)  # or there is no output to start at zero
+        for name in ("heads", "dim_head"):
+            if name in options:
+                check_positive(options[name], name)
+        self.dim, self.dim_context = dim, dim_context
+        self.pre_rmsnorm: nn.Module = RMSNorm(dim) if pre_rmsnorm else nn.Identity()
+        self.context_proj = nn.Linear(dim_context, dim) if linear_project_context else None
+        try:
+            self.attn = Attention(dim=dim, dim_context=dim if linear_project_context else dim_context, **options)
+        except TypeError as error:
+            raise TypeError(f"attn_kwargs must be options of x-transformers' Attention: {error}") from error
+        except AssertionError as error:
+            raise ValueError(f"attn_kwargs must fit together, got {options}: {error}") from error
+        self.dropout = float(options.get("dropout", 0.0))
+        self._is_plain = set(options) <= PLAIN_OPTIONS
+
+    def context(self, hidden: Float[Tensor, "b m c"]) -> Context:
+        """Keys and values ``(b, h, m, e)`` of an augment's hidden states, for ``attend_to``."""
+        dtype = self.attn.to_q.weight.dtype
+        states = hidden.to(dtype) if hidden.dtype != dtype else hidden
+        if self.context_proj is not None:
+            states = self.context_proj(states)
+        if not self._is_plain:
+            return states.unsqueeze(1), states.new_empty(states.shape[0], 1, states.shape[1], 0)
+        h, attention = self.attn.kv_heads, self.attn
+        keys = rearrange(attention.to_k(states), "b m (h e) -> b h m e", h=h)
+        return keys, rearrange(attention.to_v(states), "b m (h e) -> b h m e", h=h)
+
+    def attend_to(
+        self,
+        x: Float[Tensor, "b n d"],
+        context: Context,
+        *,
+        mask: Bool[Tensor, "..."] | None = None,
+        causal: bool = False,
+    ) -> Float[Tensor, "b n d"]:
+        """Anchor states with what they read of a context.
+
+        Args:
+            x: hidden states of the anchor.
+            context: from ``context``.
+            mask: True where a query may look, ``(b, m)`` or ``(b, n, m)``; a query that may look nowhere reads zeros.
+            causal: queries are the last ``n`` of the ``m`` positions and see no later one.
+        """
+        normed = self.pre_rmsnorm(x.to(self.attn.to_q.weight.dtype))
+        if self._is_plain:
+            keys, values = context
+            queries = rearrange(self.attn.to_q(normed), "b n (h e) -> b h n e", h=self.attn.heads)
+            dropout = self.dropout if self.training else 0.0
+            read = attend(queries, keys, values, mask=mask, causal=causal, dropout=dropout)
+            if self.attn.to_v_head_gate is not None:
+                gate = self.attn.to_v_head_gate(normed).sigmoid()
+                read = read * rearrange(gate, "b n h -> b h n 1")
+            out = self.attn.to_out(rearrange(read, "b h n e -> b n (h e)"))
+        else:
+            out = self._whole_module(normed, context[0].squeeze(1), mask, causal)
+        return x + out.to(x.dtype)
+
+    def _whole_module(self, normed: Tensor, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        n, m = normed.shape[1], states.shape[1]
+        if causal:
+            triangle = torch.ones(1, n, m, dtype=torch.bool, device=states.device).tril(m - n)
+            mask = (
+                triangle if mask is None else triangle & (rearrange(mask, "b m -> b 1 m") if mask.ndim == 2 else mask)
+            )
+        if mask is None:
+            return self.attn(normed, states)
+        pairs = rearrange(mask, "b m -> b 1 m") if mask.ndim == 2 else mask
+        pairs = pairs.expand(normed.shape[0], n, m)
+        visible = pairs.any(dim=-1, keepdim=True)
+        # memory keys stand before the context and are always seen
+        allowed = F.pad(pairs | ~visible, (self.attn.num_mem_kv, 0), value=True)
+        out: Tensor = self.attn(normed, states, attn_mask=rearrange(allowed, "b n m -> b 1 n m"))
+        return out.masked_fill(~visible, 0.0)
+
+    def weights(
+        self, x: Float[Tensor, "b n d"], context: Context, *, mask: Tensor | None = None, causal: bool = False
+    ) -> Float[Tensor, "b h n m"]:
+        """Attention weights of each head, times its gate: how strongly each position is read.
+
+        Raises:
+            ValueError: the block has options beyond ``PLAIN_OPTIONS``.
+        """
+        if not self._is_plain:
+            raise ValueError("attention weights are known for plain attention options only")
+        normed = self.pre_rmsnorm(x.to(self.attn.to_q.weight.dtype))
+        keys = context[0]
+        queries = rearrange(self.attn.to_q(normed), "b n (h e) -> b h n e", h=self.attn.heads)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        if causal:
+            visible = visible.tril(scores.shape[-1] - scores.shape[-2])
+        visible = visible[None, None]
+        if mask is not None:
+            visible = visible & (mask[:, None, None] if mask.ndim == 2 else mask[:, None])
+        weights = F.softmax(scores.float().masked_fill(~visible, -torch.inf), dim=-1)
+        weights = torch.where(visible.any(dim=-1, keepdim=True), weights, 0.0)
+        if self.attn.to_v_head_gate is not None:
+            weights = weights * rearrange(self.attn.to_v_head_gate(normed).sigmoid(), "b n h -> b h n 1")
+        return weights
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], hidden: Float[Tensor, "b m c"], *, mask: Tensor | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """``attend_to`` the ``context`` of an augment's hidden states."""
+        return self.attend_to(x, self.context(hidden), mask=mask)

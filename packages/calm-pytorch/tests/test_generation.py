@@ -1,0 +1,217 @@
+"""Cached generation equals uncached, a batch equals each row alone, and a shared sequence shows no future."""
+
+import math
+
+import pytest
+import torch
+
+from calm_pytorch import AugmentParams
+from lm_core.generation import beam_search
+
+KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["prompt", "shared"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alone(
+    model_of, compose, ids, kind, shared
+):
+    augment = "x-transformers" if kind == "bloom" else kind
+    calm = compose(model_of(kind), model_of(augment, seed=1), trained=True, shared=shared)
+    assert calm.can_decode == (kind != "plain")
+    prompt = ids(3, 7)
+    prompt[0, 4:] = -1
+    prompt[2, 2:] = -1
+    settings = {"temperature": 0.0, "filter_fn": None}
+    cached = calm.generate(prompt, 14, **settings)
+    assert torch.equal(cached, calm.generate(prompt, 14, use_cache=False, **settings))
+    for row, length in zip(range(3), (4, 7, 2), strict=True):
+        alone = calm.generate(prompt[row : row + 1, :length], 14, **settings)
+        assert torch.equal(cached[row, : 14 - length], alone[0, : 14 - length])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["prompt", "shared"])
+@pytest.mark.parametrize("kind", ["x-transformers", "gpt2", "llama"])
+def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, shared):
+    calm = compose(model_of(kind), model_of("llama", seed=1), trained=True, shared=shared)
+    model = calm.as_causal_lm()
+    seq, inputs = ids(2, 9), {} if shared else {"prompt_0": ids(2, 5, seed=1)}
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :3] = False
+    whole = model(seq, mask=mask, **inputs)
+    cache = model.init_cache(2, 9)
+    pieces = [model(seq[:, :5], mask=mask[:, :5], cache=cache, **inputs)]
+    pieces += [model(seq[:, i : i + 1], mask=mask[:, : i + 1], cache=cache) for i in range(5, 9)]
+    stepped = torch.cat(pieces, dim=1)
+    assert torch.allclose(stepped[mask], whole[mask], atol=2e-4, rtol=1e-4)
+    assert cache.length == 9
+
+
+@pytest.mark.parametrize("options", [{"num_mem_kv": 2}, {"qk_norm": True}])
+def test_cached_and_uncached_agree_with_any_attention_option(options, model_of, compose, ids):
+    """Options beyond the plain ones run x-transformers' module as a whole."""
+    for shared in (False, True):
+        calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True, shared=shared, attn_kwargs=options)
+        assert not calm.cross_attns[0][0]._is_plain
+        outs = [calm.generate(ids(2, 5), 12, temperature=0.0, use_cache=use) for use in (True, False)]
+        assert torch.equal(*outs)
+
+
+def test_beams_reorder_all_caches(model_of, compose, ids):
+    for shared in (False, True):
+        calm = compose(model_of("x-transformers"), model_of("llama", seed=1), trained=True, shared=shared)
+        inputs = {} if shared else {"prompt_0": ids(2, 4)}
+        results = [
+            beam_search(calm.as_causal_lm(), ids(2, 4), beams=3, max_new_tokens=6, use_cache=use, **inputs)
+            for use in (True, False)
+        ]
+        assert torch.equal(results[0].tokens, results[1].tokens)
+
+
+def test_rows_that_end_leave_the_batch_without_harm(model_of, compose, ids):
+    calm = compose(model_of("gpt2"), model_of("gpt2", seed=1), trained=True)
+    prompt = ids(4, 5)
+    free = calm.generate(prompt, 20, temperature=0.0)
+    eos = int(free[0, 2])
+    ended = calm.generate(prompt, 20, temperature=0.0, eos_id=eos)
+    for row, whole in zip(ended, free, strict=True):
+        stop = (whole == eos).nonzero()
+        length = int(stop[0]) + 1 if len(stop) else len(whole)
+        assert torch.equal(row[:length], whole[:length])
+        assert bool((row[length:] == -1).all())
+
+
+def test_a_generator_makes_samples_reproducible_and_filters_hold(model_of, compose, ids):
+    from lm_core.sampling import top_k
+
+    calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True)
+    one, two = (calm.generate(ids(2, 4), 12, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two)
+    greedy = calm.generate(ids(2, 4), 12, temperature=0.0)
+    assert torch.equal(calm.generate(ids(2, 4), 12, filter_fn=top_k, filter_kwargs={"k": 1}), greedy)
+
+
+def test_the_anchor_may_continue_another_text_than_the_augment_reads(model_of, compose, ids):
+    calm = compose(model_of("llama"), AugmentParams(model_of("vit", seed=1), input_shape=(3, 8, 8)), trained=True)
+    out = calm.generate(torch.randn(2, 3, 8, 8), 9, anchor_prompt=ids(2, 3), temperature=0.0, output_keep_prompt=True)
+    assert out.shape == (2, 9)
+    assert torch.equal(out[:, :3], ids(2, 3))
+
+
+# -------------------------------------------------------------------------------------------------------- no future
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_editing_a_token_never_changes_logits_before_it(model_of, compose, ids, kind, trained):
+    calm = compose(model_of(kind), model_of(kind, seed=1), trained=trained, shared=True)
+    seq = ids(1, 12)
+    logits = calm(seq, return_loss=False)
+    for t in range(12):
+        edited = seq.clone()
+        edited[0, t] = (edited[0, t] + 7) % 40
+        other = calm(edited, return_loss=False)
+        assert torch.equal(other[:, :t], logits[:, :t])
+        assert not torch.equal(other[:, t:], logits[:, t:])
+
+
+def test_random_tokens_are_not_learned_beyond_chance(model_of, compose):
+    """A leak of the next token would bring the loss on fresh random tokens below ln V."""
+    torch.manual_seed(0)
+    calm = compose(model_of("llama"), model_of("gpt2", seed=1), shared=True).train()
+    optimizer = torch.optim.AdamW(list(calm.trainable_parameters()), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(150):
+        loss = calm(torch.randint(40, (8, 12), generator=generator))
+        if step >= 100:
+            losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(losses) / len(losses) >= math.log(40)
+
+
+# ---------------------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("kind", ["x-transformers", "llama", "bert", "plain"])
+def test_padding_of_prompts_changes_nothing(model_of, compose, ids, kind):
+    """Also for models that are told nothing about padding, and wherever the padding is."""
+    calm = compose(model_of("gpt2"), model_of(kind, seed=1), trained=True)
+    seq, prompt = ids(3, 6), ids(3, 5, seed=2)
+    lengths = [5, 3, 4]
+    alone = [calm(seq[i : i + 1], prompt=prompt[i : i + 1, :n], return_loss=False) for i, n in enumerate(lengths)]
+    right = prompt.clone()
+    left = torch.full((3, 7), -1)
+    for i, n in enumerate(lengths):
+        right[i, n:] = -1
+        left[i, 7 - n :] = prompt[i, :n]
+    for padded in (right, left):
+        together = calm(seq, prompt=padded, return_loss=False)
+        assert torch.allclose(together, torch.cat(alone), atol=2e-4)
+    mask = right != -1
+    junk = right.masked_fill(~mask, 39)
+    assert torch.equal(
+        calm(seq, prompt=junk, prompt_mask=mask, return_loss=False), calm(seq, prompt=right, return_loss=False)
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["prompt", "shared"])
+def test_padding_of_sequences_changes_no_logits_at_real_tokens(model_of, compose, ids, shared):
+    for kind in ("x-transformers", "llama", "plain"):
+        calm = compose(model_of(kind), model_of("gpt2", seed=1), trained=True, shared=shared)
+        seq, prompt = ids(2, 6), None if shared else ids(2, 4)
+        expected = calm(seq[:1, :4], prompt=None if shared else prompt[:1], return_loss=False)
+        for padded in (
+            torch.cat((seq[0, :4], torch.tensor([-1, -1]))),
+            torch.cat((torch.tensor([-1, -1]), seq[0, :4])),
+        ):
+            rows = torch.stack((padded, seq[1]))
+            logits = calm(rows, prompt=prompt, return_loss=False)
+            assert torch.allclose(logits[0][padded != -1], expected[0], atol=2e-4)
+
+
+def test_a_row_whose_prompt_is_all_padding_is_the_anchor_alone(model_of, compose, ids):
+    anchor = model_of("llama")
+    calm = compose(anchor, model_of("bert", seed=1), trained=True).train()
+    prompt = ids(2, 4)
+    prompt[0] = -1
+    logits = calm(ids(2, 5), prompt=prompt, return_loss=False)
+    assert torch.allclose(logits[0], anchor(ids(2, 5)).logits[0], atol=1e-5)
+    logits.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in calm.trainable_parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- alignment
+
+
+def test_alignment_by_offsets_shows_text_already_read_only():
+    from calm_pytorch import align_by_offsets
+
+    anchor = [[(0, 3), (3, 5), (5, 9)]]
+    augment = [[(0, 0), (0, 2), (2, 4), (4, 5), (5, 9)]]
+    expected = torch.tensor([[[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]]).bool()
+    assert torch.equal(align_by_offsets(anchor, augment), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "plain"])
+def test_an_aligned_augment_with_other_tokens_does_not_leak_the_future(model_of, compose, ids, kind):
+    """Two characters a token in the anchor, three in the augment."""
+    from calm_pytorch import align_by_offsets
+
+    calm = compose(model_of(kind), AugmentParams(model_of("gpt2", seed=1)), trained=True)
+    pairs = align_by_offsets([[(2 * i, 2 * i + 2) for i in range(6)]], [[(3 * i, 3 * i + 3) for i in range(4)]])
+    seq, prompt = ids(1, 6), ids(1, 4, seed=1)
+    logits = calm(seq, prompt=prompt, alignment=pairs, return_loss=False)
+    for token in range(4):
+        edited = prompt.clone()
+        edited[0, token] = (edited[0, token] + 7) % 40
+        other = calm(seq, prompt=edited, alignment=pairs, return_loss=False)
+        first = math.ceil((3 * token + 3) / 2) - 1  # the first anchor token that ends no earlier
+        assert torch.equal(other[:, :first], logits[:, :first])
+        assert not torch.equal(other[:, first:], logits[:, first:])
+    calm(seq, prompt=prompt, alignment=pairs)
+    left = torch.cat((torch.full((1, 2), -1), seq), dim=1)
+    moved = torch.cat((torch.zeros(1, 2, 4, dtype=torch.bool), pairs), dim=1)
+    assert torch.allclose(calm(left, prompt=prompt, alignment=moved, return_loss=False)[:, 2:], logits, atol=2e-4)

@@ -54,6 +54,7 @@ def results(module, text, tokens):
 
 
 def run_rank(own, world, folder):
+    early = Towers("softmax", torch.float64)  # made before there is a group: what counts is the time of the call
     dist.init_process_group(
         "gloo", init_method=(folder / "store").as_uri(), rank=own, world_size=world, timeout=timedelta(seconds=120)
     )
@@ -66,6 +67,9 @@ def run_rank(own, world, folder):
                 rows = slice(sum(split[:own]), sum(split[: own + 1]))
                 module = DistributedDataParallel(Towers(loss, dtype))
                 found[loss, name, split] = results(module, text[rows], tokens[rows])
+    text, tokens = batch(torch.float64)
+    rows = slice(8 * own // world, 8 * (own + 1) // world)
+    found["early"] = results(DistributedDataParallel(early), text[rows], tokens[rows])
     # A group of this process alone, and no gathering, are the local loss.
     alone = [dist.new_group([number]) for number in range(world)][own]
     model, (text, tokens) = Towers("softmax", torch.float64).model, batch(torch.float64)
@@ -105,6 +109,14 @@ def test_loss_and_every_gradient_equal_one_process_with_the_whole_batch(ranks, l
                 torch.testing.assert_close(
                     found["gradients"][name], gradient, **close, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+@pytest.mark.distributed
+def test_a_model_made_before_the_group_has_the_loss_of_all_processes(ranks):
+    expected = results(Towers("softmax", torch.float64), *batch(torch.float64))
+
+    for found in ranks:
+        torch.testing.assert_close(found["early"], expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.distributed

@@ -50,6 +50,13 @@ def test_pictures_of_every_mode_are_read(mode):
     assert pixels.dtype == np.uint8
 
 
+def test_pictures_of_sixteen_bits_are_scaled():
+    picture = Image.fromarray(np.full((4, 4), 32896, np.uint16))
+
+    assert picture.mode.startswith("I")
+    assert set(GREY.pixels(picture).flatten().tolist()) == {128}
+
+
 def test_transparent_parts_are_white():
     assert int(GREY.pixels(Image.new("RGBA", (4, 4), (0, 0, 0, 0))).min()) == 255
 

@@ -57,6 +57,9 @@ class ImagePreprocessing:
         """
         from PIL import Image
 
+        if picture.mode == "I" or picture.mode.startswith("I;16"):
+            # Sixteen bits: Pillow would cut at 255 instead of scaling.
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             ground = Image.new("RGBA", picture.size, "white")

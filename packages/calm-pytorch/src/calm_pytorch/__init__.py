@@ -11,6 +11,7 @@ from calm_pytorch.blocks import (
 from calm_pytorch.calm import CALM
 from calm_pytorch.composed_lm import AugmentStates, ComposedLM
 from calm_pytorch.cross_attention import CrossAttentionBlock
+from calm_pytorch.finetuner import FineTuner
 from calm_pytorch.hidden_states import ExtractHiddensWrapper
 from calm_pytorch.planner import plan_connections
 
@@ -21,6 +22,7 @@ __all__ = [
     "ComposedLM",
     "CrossAttentionBlock",
     "ExtractHiddensWrapper",
+    "FineTuner",
     "align_by_offsets",
     "freeze_all_layers_",
     "hugging_face_blocks",

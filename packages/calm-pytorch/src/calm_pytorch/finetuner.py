@@ -1,0 +1,402 @@
+"""Training the cross-attentions of a composition: one loop over ``accelerate``, resumed bit for bit.
+
+Each update takes ``grad_accum_steps`` micro-batches on every process and divides their summed loss by the number of
+tokens they count TOGETHER, so that an update is the same however its examples are spread. A checkpoint holds the
+learned part only, beside optimizer, schedule and random states; the frozen models are not written again.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from calm_pytorch.adapter_files import check_wiring, wiring
+from calm_pytorch.calm import CALM
+from calm_pytorch.example_order import ExampleOrder
+from calm_pytorch.inputs import IGNORED, labels_of
+from calm_pytorch.state_cache import StateCache
+from calm_pytorch.warmup_schedule import WarmupSchedule
+from lm_core._checks import check_positive, typed
+from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from lm_core.distributed import all_reduce_sum, rank, world_size
+from lm_core.generation import eval_mode
+from lm_core.launching import start_accelerator
+from lm_core.training import (
+    InterruptHandler,
+    LearningRateSchedule,
+    MetricsLog,
+    NonFiniteGuard,
+    RunDirectory,
+    autocast,
+    clip_global_norm,
+    optimizer_groups,
+    pick_precision,
+    plot_curves,
+    progress_bar,
+    restore_rng,
+    seed_everything,
+)
+
+
+class SummedLoss(nn.Module):
+    """The composition with its loss over one micro-batch, as DistributedDataParallel needs it: one forward."""
+
+    def __init__(self, calm: CALM, precision: Any) -> None:
+        super().__init__()
+        self.calm, self.precision = calm, precision
+
+    def forward(self, batch: dict[str, Any], normalizer: Tensor) -> Tensor:
+        """Summed cross-entropy over ``normalizer``."""
+        seq: Tensor = batch["seq"]
+        with autocast(self.precision, seq.device):
+            total = self.calm(**batch, reduction="sum")
+        return total / normalizer.to(total.dtype)
+
+
+class FineTuner:
+    """Trains the learned part of a CALM.
+
+    Args:
+        calm: trained in place, on the device it is on.
+        num_train_steps: optimizer updates of the whole run.
+        learning_rate: at its peak.
+        weight_decay: of matrices; norms, gains and biases do not decay.
+        batch_size: examples of a micro-batch on each process.
+        dataset: with ``len`` and ``dataset[i]``: dicts of arguments of ``CALM.forward``, or tuples of them.
+        data_kwarg_names: names of what a tuple holds.
+        accelerate_kwargs: "log_with": names of trackers.
+        checkpoint_every: updates between checkpoints; there is always one at the end.
+        checkpoint_path: folder of the run (``lm_core.training.RunDirectory``).
+        scheduler: a torch scheduler class; None keeps the peak after the warmup.
+        scheduler_kwargs: of the scheduler.
+        warmup_steps: updates over which the learning rate rises.
+        max_grad_norm: bound of the gradients' global norm; None only measures it.
+        grad_accum_steps: micro-batches of an update.
+        valid_dataset: held-out examples.
+        validate_every: updates between validations; there is one before and one after training too.
+        collate_fn: makes a batch of examples; torch's default stacks tensors.
+        cache_augment_states: reads each example's static prompt once and keeps its states in memory.
+        gradient_checkpointing: the anchor's blocks compute their activations again in the backward pass.
+        precision: "auto" is bf16 on a GPU that has it and fp32 elsewhere.
+        seed: of the order of examples and of dropout.
+        resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        keep_checkpoints: how many stay; None for all.
+        trackers: objects with ``log(values, step=...)``.
+
+    Raises:
+        ValueError: a number is out of range, or the dataset is smaller than an update.
+        TypeError: an argument is of another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        calm: CALM,
+        *,
+        num_train_steps: int,
+        learning_rate: float,
+        weight_decay: float,
+        batch_size: int,
+        dataset: Any,
+        data_kwarg_names: Sequence[str] = ("seq", "mask", "prompt"),
+        accelerate_kwargs: dict[str, Any] | None = None,
+        checkpoint_every: int = 1000,
+        checkpoint_path: str | Path = "./checkpoints",
+        scheduler: type[LRScheduler] | None = None,
+        scheduler_kwargs: dict[str, Any] | None = None,
+        warmup_steps: int = 1000,
+        max_grad_norm: float | None = 0.5,
+        grad_accum_steps: int = 1,
+        valid_dataset: Any = None,
+        validate_every: int = 100,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        cache_augment_states: bool = False,
+        gradient_checkpointing: bool = False,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        seed: int = 0,
+        resume: bool | Literal["auto"] = "auto",
+        keep_checkpoints: int | None = 2,
+        trackers: Sequence[Any] = (),
+    ) -> None:
+        for name, value in (
+            *(("num_train_steps", num_train_steps), ("batch_size", batch_size)),
+            *(("checkpoint_every", checkpoint_every), ("validate_every", validate_every)),
+            ("grad_accum_steps", grad_accum_steps),
+        ):
+            check_positive(value, name)
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate}")
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+        for name, data in (("dataset", dataset), ("valid_dataset", valid_dataset)):
+            if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+                raise TypeError(f"{name} must have a length and items, got {type(data).__name__}")
+        if valid_dataset is not None and len(valid_dataset) == 0:
+            raise ValueError("valid_dataset must hold at least one example, got none")
+        unknown = sorted(set(accelerate_kwargs or {}) - {"log_with"})
+        if unknown:
+            raise ValueError(
+                f"accelerate_kwargs may hold log_with, got {unknown}: other arguments are the trainer's own"
+            )
+        self.calm, self.model = calm, calm
+        self.device = next(calm.trainable_parameters()).device
+        pick_precision(precision, self.device)  # refuses what the device cannot do
+        self.cache = StateCache(calm) if cache_augment_states else None
+        names = (accelerate_kwargs or {}).get("log_with") or []
+        self.tracker_names = [names] if isinstance(names, str) else list(names)
+        self.checkpoint_path = Path(checkpoint_path)
+        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_path)
+        self.order = ExampleOrder(
+            length=len(dataset),
+            batch_size=batch_size,
+            micro_batches=grad_accum_steps,
+            seed=seed,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        self.dataset, self.valid_dataset, self.collate_fn = dataset, valid_dataset, collate_fn
+        self.data_kwarg_names = tuple(data_kwarg_names)
+        self.num_train_steps, self.batch_size, self.seed = num_train_steps, batch_size, seed
+        self.checkpoint_every, self.validate_every, self.keep_checkpoints = (
+            checkpoint_every,
+            validate_every,
+            keep_checkpoints,
+        )
+        self.max_grad_norm, self.resume, self.trackers = max_grad_norm, resume, list(trackers)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.objective = SummedLoss(calm, precision)
+        groups = optimizer_groups(calm, weight_decay=weight_decay, parameters=list(calm.trainable_parameters()))
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+        self.schedule: Any
+        if scheduler is None:
+            self.schedule = LearningRateSchedule(self.optimizer, kind="constant", warmup_steps=warmup_steps)
+        else:
+            self.schedule = WarmupSchedule(self.optimizer, scheduler, scheduler_kwargs or {}, warmup_steps)
+        self.guard = NonFiniteGuard()
+        self.step, self.interrupted = 0, False
+        self.valid_loss = float("nan")
+        self._parallel: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process."""
+        return rank() == 0
+
+    def print(self, message: Any) -> None:
+        """Prints in the first process only."""
+        if self.is_main:
+            print(message)
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def __call__(self, forward_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Trains up to ``num_train_steps``, or until Ctrl-C; a checkpoint is written in any case.
+
+        Args:
+            forward_kwargs: further arguments of every ``CALM.forward``.
+
+        Raises:
+            CheckpointError: the folder's checkpoint is of another wiring, other data or another number of processes.
+            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
+            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
+        """
+        extra = dict(forward_kwargs or {})
+        with self._run_directory() as run, contextlib.ExitStack() as stack:
+            if self._parallel is None:
+                self._start(run)
+            log = self._metrics(run, stack)
+            interrupt = stack.enter_context(InterruptHandler())
+            if self.step == 0:
+                self._validate(log, extra)
+            self.interrupted = False
+            while self.step < self.num_train_steps and not self.interrupted:
+                log.log(self.step + 1, self._update(extra))
+                self.step += 1
+                log.progress.update()
+                last = self.step == self.num_train_steps
+                self.interrupted = interrupt.should_stop() and not last
+                if self.step % self.validate_every == 0 or last:
+                    self._validate(log, extra)
+                if self.step % self.checkpoint_every == 0 or last or self.interrupted:
+                    log.sync()
+                    self._write(run.checkpoints)
+            if self.is_main:
+                with contextlib.suppress(ImportError, ValueError):
+                    plot_curves(run.metrics_path, run.curves_path)
+
+    def _update(self, extra: dict[str, Any]) -> dict[str, float]:
+        micro_batches = [self._batch(self.dataset, indices) for indices in self.order.micro_batches_of(self.step)]
+        counts = sum(self._count(batch) for batch in micro_batches)
+        labels = float(all_reduce_sum(torch.tensor(float(counts), device=self.device)))
+        # DDP averages gradients over processes, so each divides by its part of the labels
+        normalizer = torch.tensor(max(labels, 1.0) / world_size(), device=self.device)
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._parallel):
+                part = self._parallel({**batch, **extra}, normalizer)
+                self.accelerator.backward(part)
+            loss += part.detach().float() / world_size()
+        loss = all_reduce_sum(loss)
+        learning_rate = self.schedule.learning_rate
+        norm = clip_global_norm(self.calm.trainable_parameters(), self.max_grad_norm)
+        if self.guard.allows(self.step + 1, loss, norm):
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        return {
+            "train_loss": float(loss),
+            "learning_rate": learning_rate,
+            "grad_norm": float(norm),
+            "epoch": self.step // self.order.updates_per_epoch,
+            "skipped": self.guard.skipped,
+        }
+
+    def _batch(self, dataset: Any, indices: Sequence[int]) -> dict[str, Any]:
+        from torch.utils.data import default_collate
+
+        examples = [dataset[index] for index in indices]
+        batch = (self.collate_fn or default_collate)(examples)
+        if not isinstance(batch, dict):
+            if len(batch) != len(self.data_kwarg_names):
+                raise ValueError(
+                    f"data_kwarg_names must name what an example holds, got {self.data_kwarg_names} for {len(batch)}"
+                )
+            batch = dict(zip(self.data_kwarg_names, batch, strict=True))
+        batch = {name: _moved(value, self.device) for name, value in batch.items()}
+        if self.cache is not None and dataset is self.dataset:
+            prompt, mask = batch.pop("prompt", None), batch.pop("prompt_mask", None)
+            batch["augment_states"] = self.cache.states(indices, prompt, mask)
+        return batch
+
+    def _count(self, batch: Mapping[str, Any]) -> int:
+        return int((labels_of(batch["seq"], batch.get("mask"), self.calm.pad_id) != IGNORED).sum())
+
+    @torch.no_grad()
+    def validate(self, forward_kwargs: Mapping[str, Any] | None = None) -> float:
+        """Mean loss a token over ``valid_dataset``; every process calls it and gets the result of all."""
+        one, totals = torch.ones((), device=self.device), torch.zeros(2, device=self.device)
+        with eval_mode(self.calm):
+            count = len(self.valid_dataset)
+            for start in range(rank() * self.batch_size, count, self.batch_size * world_size()):
+                batch = self._batch(self.valid_dataset, range(start, min(start + self.batch_size, count)))
+                totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, one)
+                totals[1] += self._count(batch)
+        total, labels = all_reduce_sum(totals).tolist()
+        self.valid_loss = total / max(labels, 1.0)
+        return self.valid_loss
+
+    def _validate(self, log: MetricsLog, extra: dict[str, Any]) -> None:
+        if self.valid_dataset is not None:
+            log.log(self.step, valid_loss=self.validate(extra))
+
+    # ----------------------------------------------------------------------------------- beginning and going on
+
+    def _run_directory(self) -> RunDirectory:
+        return RunDirectory(
+            self.checkpoint_path,
+            resume=self.resume if self._parallel is None else "auto",
+            seed=self.seed,
+            device=self.device,
+            settings={"num_train_steps": self.num_train_steps, "wiring": wiring(self.calm)},
+            packages=("calm-pytorch", "accelerate", "x-transformers"),
+        )
+
+    def _start(self, run: RunDirectory) -> None:
+        if run.resumes:
+            self._restore(load_checkpoint(run.checkpoints))
+        else:
+            seed_everything((self.seed + rank()) % 2**32)
+        self._parallel = self.accelerator.prepare_model(self.objective, device_placement=False)
+
+    def _metrics(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
+        modes = {module: module.training for module in self.objective.modules()}
+        stack.callback(_set_modes, modes)
+        checkpointing = self.calm.gradient_checkpointing
+        stack.callback(setattr, self.calm, "gradient_checkpointing", checkpointing)
+        self.calm.gradient_checkpointing = self.gradient_checkpointing
+        self.objective.train()
+        trackers = list(self.trackers)
+        if self.tracker_names:
+            self.accelerator.init_trackers("calm-pytorch")
+            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+            trackers.append(self.accelerator)
+        bar = progress_bar(self.num_train_steps, initial=self.step, description="train", is_main=self.is_main)
+        return stack.enter_context(
+            MetricsLog(
+                run.metrics_path,
+                resume_step=self.step or -1,
+                is_main=self.is_main,
+                trackers=trackers,
+                progress=stack.enter_context(bar),
+                shown=("train_loss", "valid_loss"),
+            )
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, where = checkpoint.trainer_state, str(checkpoint.path)
+        check_wiring(self.calm, checkpoint.config.get("wiring", {}), where)
+        if state["order"] != self.order.fingerprint():
+            raise CheckpointError(f"{where} is of other data: {state['order']}, now {self.order.fingerprint()}")
+        load_weights(self.calm.cross_attns, checkpoint.model_state or {}, where=where)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.guard.load_state_dict(state["guard"])
+        self.step = checkpoint.step
+        restore_rng(checkpoint.rng)
+
+    def _write(self, directory: Path, keep: int | None = None) -> Path:
+        return save_checkpoint(
+            directory,
+            self.step,
+            model=dict(self.calm.cross_attns.state_dict()),
+            config={"wiring": wiring(self.calm)},
+            trainer_state={
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "guard": self.guard.state_dict(),
+                "order": self.order.fingerprint(),
+            },
+            keep=keep or self.keep_checkpoints,
+        )
+
+    def save(self, filename: str, overwrite: bool = True) -> Path:
+        """Writes all that training depends on into the folder ``checkpoint_path / filename``; all processes call it.
+
+        Raises:
+            FileExistsError: there is one and ``overwrite`` is False.
+        """
+        target = self.checkpoint_path / filename
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"filename must be new unless overwrite=True, got {target}")
+        return self._write(target, keep=1)
+
+    def load(self, filename: str) -> None:
+        """Goes on from what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is nothing of this name.
+            CheckpointError: it is of another wiring, other data or another number of processes.
+        """
+        self._restore(load_checkpoint(self.checkpoint_path / filename))
+
+
+def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return [_moved(entry, device) for entry in value]
+    return value

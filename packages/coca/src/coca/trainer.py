@@ -239,6 +239,7 @@ class CoCaTrainer:
         """Rank 0 evaluates, the others wait."""
         last = self.step >= self.settings.max_steps
         found: dict[str, float] = {}
+        sample = ""
         if rank() == 0:
             with autocast(self.settings.precision, self.device):
                 found = evaluate(
@@ -250,10 +251,12 @@ class CoCaTrainer:
                     max_new_tokens=self.settings.max_length,
                     captions=None if last else self.settings.validation_captions,
                 )
+                first, length = self.held_out.select([0]), self.settings.max_length
+                (sample,) = caption_images(self.model, first, self.tokenizer, self.preprocessing, max_new_tokens=length)
         self.metrics = broadcast_object(found)
         losses = ("caption_loss", "contrastive_loss")
         row = {(f"validation_{name}" if name in losses else name): value for name, value in self.metrics.items()}
-        log.log(self.step, row, unreadable_images=len(self.data.unreadable))
+        log.log(self.step, row, sample_caption=sample, unreadable_images=len(self.data.unreadable))
 
     # ------------------------------------------------------------------------------------- beginning and going on
 

@@ -1,0 +1,73 @@
+"""A training run killed again and again ends, bit for bit, as one that was not. Its program is test_trainer.py.
+
+Two kills here; LM_FAULT_KILLS=20 for the long form.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm_core.checkpoint import list_checkpoints
+from lm_core.weights import read_weights
+
+pytestmark = [pytest.mark.plain, pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")]
+PROGRAM = Path(__file__).with_name("test_trainer.py")
+
+
+def start(folder, pause=0.0):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TINY_PAUSE": str(pause)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder):
+    process = start(folder)
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    timeless = [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+    return read_weights(folder / "checkpoints" / "step-6" / "model.safetensors"), timeless
+
+
+def kill(folder, chance, pause):
+    """Starts a run, or goes on with it, and kills it after its first update; False if it was done sooner."""
+    metrics = folder / "metrics.jsonl"
+    before = metrics.stat().st_size if metrics.exists() else 0
+    process = start(folder, pause)
+    while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= before):
+        time.sleep(0.01)  # into the loop, not into imports
+    time.sleep(chance.uniform(0, 2 * pause))
+    if process.poll() is not None:
+        process.communicate()
+        return False
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    expected, expected_rows = finish(tmp_path / "whole")
+    chance, left, runs = random.Random(0), int(os.environ.get("LM_FAULT_KILLS", "2")), 0
+    while left > 0:
+        folder = tmp_path / f"killed-{runs}"
+        while left > 0 and kill(folder, chance, pause=0.3):
+            left -= 1
+        runs += 1
+        weights, rows = finish(folder)
+        for name, value in expected.items():
+            assert torch.equal(weights[name], value), name
+        assert rows == expected_rows
+        assert all(path.name.startswith("step-") for path in list_checkpoints(folder / "checkpoints"))

@@ -51,7 +51,8 @@ def run(name, **changes):
     trainer = SPINTrainer(
         model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11, iterations=2, epochs=1,
         batch_size=4 // processes, grad_accum_steps=1, generation_batch_size=3, start_learning_rate=1e-2, lambda_=1.0,
-        end_learning_rate=1e-3, valid_every=2, checkpoint_every=1, device="cpu", checkpoint_folder=folder / name, **changes
+        end_learning_rate=1e-3, valid_every=2, checkpoint_every=1, device="cpu",
+        checkpoint_folder=folder / name, **changes
     )
     assert (dist.get_world_size() if dist.is_initialized() else 1) == processes
     return model, trainer()

@@ -74,8 +74,7 @@ def lines(path):
     return sum(file.read_bytes().count(b"\\n") for file in path.glob("generations/*/rows-*.jsonl"))
 
 def steps(path):
-    checkpoints = path / "checkpoints"
-    return max((int(p.name.split("-")[1]) for p in checkpoints.glob("step-*")), default=0) if checkpoints.exists() else 0
+    return max((int(p.name.split("-")[1]) for p in path.glob("checkpoints/step-*")), default=0)
 
 assert finish(start(folder / "whole")) == 0
 whole = result(folder / "whole")

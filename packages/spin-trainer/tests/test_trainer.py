@@ -276,3 +276,16 @@ def test_the_loss_of_a_batch_with_live_answers_is_differentiable(make_model, mak
 
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.model.policy_model.embedding.weight.grad.abs().sum().item() > 0
+
+
+def test_a_policy_is_read_from_the_originals_checkpoint(make_model, tmp_path):
+    from spin_trainer import load_original_checkpoint
+
+    source, target = make_model(1), make_model(2)
+    # the layout its save() writes: the policy, and the moving average with its online model and counters
+    state = {f"policy_model.{name}": value for name, value in source.state_dict().items()}
+    state |= {f"ref_model.ema_model.{name}": value for name, value in make_model(3).state_dict().items()}
+    torch.save({"model": {**state, "ref_model.initted": torch.tensor(True)}}, tmp_path / "spin.ckpt.1.pt")
+    target.load_state_dict(load_original_checkpoint(tmp_path / "spin.ckpt.1.pt"))
+
+    assert equal(list(source.parameters()), list(target.parameters()))

@@ -27,13 +27,13 @@ DEFAULTS: dict[str, Any] = {
     "epochs": 1,
     "batch_size": 64,
     "grad_accum_steps": 1,
-    "generation_batch_size": 256,
+    "generation_batch_size": 500,
     "lambda_": 1.0,
-    "start_learning_rate": 3e-5,
-    "end_learning_rate": 3e-6,
+    "start_learning_rate": 1e-4,
+    "end_learning_rate": 1e-5,
     "temperature": 1.0,
 }
-SUPERVISED_UPDATES = 500
+SUPERVISED_UPDATES = 200
 ROWS = 4000
 HELD_OUT = 500
 

@@ -1,0 +1,37 @@
+"""Self-play in a page: a small decoder learns to sort digits, then plays two iterations against itself."""
+
+import tempfile
+
+import torch
+
+from spin_trainer import SPINTrainer
+from spin_trainer.evaluation import evaluate
+from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.sorting_task import EOS, MAX_SEQ_LEN, VOCABULARY, sorting_examples
+from spin_trainer.supervised import fine_tune
+
+torch.manual_seed(0)
+train, held_out = sorting_examples(256, seed=1), sorting_examples(64, seed=2)
+model = SmallDecoder(num_tokens=VOCABULARY, dim=32)
+for loss in fine_tune(model, train, updates=60, learning_rate=5e-3):  # noqa: B007
+    pass
+print(f"supervised: {loss:.3f} nats/token, {evaluate(model, held_out, max_seq_len=MAX_SEQ_LEN, eos_id=EOS)}")
+
+with tempfile.TemporaryDirectory() as folder:
+    trainer = SPINTrainer(
+        model,
+        train_sft_dataset=train,
+        valid_sft_dataset=held_out,
+        max_seq_len=MAX_SEQ_LEN,
+        eos_id=EOS,
+        iterations=2,
+        epochs=1,
+        batch_size=32,
+        grad_accum_steps=1,
+        lambda_=1.0,
+        start_learning_rate=1e-4,
+        end_learning_rate=1e-5,
+        checkpoint_folder=folder,
+    )
+    for number, measures in enumerate(trainer().history):
+        print(f"after {number} iterations: {measures['nll']:.3f} nats/answer, win rate {measures['win_rate']:.3f}")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from coca import CoCa, ImagePreprocessing
-from coca.cli import main
+from coca.cli import build_parser, main
 from coca.digits import CLASS_NAMES, handwritten_digits
 from coca.image_files import load_images
 from coca.interop import load_coca_pytorch
@@ -205,3 +205,10 @@ def test_the_configuration_is_printed_and_read(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(tmp_path / "run.yaml"), "--print_config"])
     assert "\ndim: 25\n" in "\n" + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "meant"), [("0.1", 0.1), ("other.csv", "other.csv")])
+def test_held_out_is_a_part_or_a_source(given, meant):
+    chosen = build_parser().parse(["train", "--held_out", given])
+
+    assert chosen.train.held_out == meant

@@ -47,7 +47,7 @@ def train(
     model: ModelSettings,
     settings: TrainingSettings,
     data: str = "digits",
-    held_out: str | float = 0.2,
+    held_out: float | str = 0.2,
     image_column: str = "image",
     caption_column: str = "caption",
     label_column: str = "label",
@@ -133,7 +133,7 @@ def _preprocessing(model: ModelSettings, data: str) -> ImagePreprocessing:
 
 
 def _data(
-    source: str, held_out: str | float, preprocessing: ImagePreprocessing, seed: int, reading: dict[str, Any]
+    source: str, held_out: float | str, preprocessing: ImagePreprocessing, seed: int, reading: dict[str, Any]
 ) -> tuple[CaptionedImages, CaptionedImages]:
     images = (
         handwritten_digits() if source == "digits" else load_images(source, preprocessing, progress=True, **reading)

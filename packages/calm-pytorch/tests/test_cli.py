@@ -1,0 +1,78 @@
+"""The command, from two local folders to text; its quickstart, cut short; examples from configs, without a download."""
+
+import json
+
+import pytest
+import torch
+
+from calm_pytorch.cli import main
+from lm_core.checkpoint import list_checkpoints
+
+
+@pytest.fixture(scope="module")
+def folders(model_of, tmp_path_factory):
+    """An anchor and an augment with a tokenizer of words, and texts."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("models")
+    words = [f"w{number}" for number in range(39)]
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{word: i for i, word in enumerate(words, start=1)}}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    for name, kind in (("anchor", "llama"), ("augment", "gpt2")):
+        model_of(kind).save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    with (root / "texts.jsonl").open("w") as stream:
+        for _ in range(8):
+            chosen = torch.randint(0, 39, (30,), generator=generator).tolist()
+            stream.write(json.dumps({"text": " ".join(words[number] for number in chosen)}) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("mode", ["shared", "prompt"])
+def test_two_local_folders_are_composed_trained_and_asked(folders, tmp_path, capsys, mode):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"anchor: {folders / 'anchor'}\naugments: [{folders / 'augment'}]\n"
+        f"data: {folders / 'texts.jsonl'}\nmode: {mode}\n"
+        f"length: 8\ntrain_steps: 3\ntrain_batch_size: 2\ncheckpoint_dir: {tmp_path / 'run'}\ndevice: cpu\n"
+    )
+    assert main(["train", "--config", str(config)]) == 0
+    assert "layer   4 (32) -> anchor layer   4" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
+    both = ["--augments", f"[{folders / 'augment'}]", "--adapter", str(tmp_path / "run" / "adapter"), "--mode", mode]
+    arguments = [str(folders / "anchor"), "w1 w2 w3", *both, "--max_new_tokens", "4", "--temperature", "0"]
+    assert main(["generate", *arguments, "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.split()) > 3
+    assert main(["describe", str(folders / "anchor"), *both, "--device", "cpu"]) == 0
+    assert "added:" in capsys.readouterr().out
+
+
+def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    short = ["--augment_steps", "2", "--anchor_steps", "2", "--steps", "20", "--batch_size", "4"]
+    assert main(["train", *short, "--checkpoint_dir", str(tmp_path / "run")]) == 0
+    assert "right on expressions over keys it never trained on" in capsys.readouterr().out
+    for name in ("adapter/adapter.safetensors", "attention.png", "metrics.jsonl"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--anchr", "x"], "--anchor"),
+        (["train", "--anchor", "/nowhere", "--data", "x", "--augments", "[a]"], "anchor must be a folder"),
+        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["describ"], "describe"),
+    ],
+)
+def test_wrong_arguments_are_answered_in_one_line(arguments, message, capsys):
+    try:
+        status = main(arguments)
+    except SystemExit as leaving:
+        status = leaving.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err

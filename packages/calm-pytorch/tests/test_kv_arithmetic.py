@@ -1,0 +1,52 @@
+"""The key-value task is what it says; strengths in the picture are attention weights."""
+
+import torch
+
+from calm_pytorch.attention_picture import read_strengths
+from calm_pytorch.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy
+
+
+def test_expressions_are_right_and_of_the_keys_asked_for():
+    task = KeyValueTask(keys=30, held_out=10, operands=3)
+    known, held_out = task.split
+    assert sorted(torch.cat((known, held_out)).tolist()) == list(range(30))
+    rows = task.expressions(200, torch.Generator().manual_seed(0), held_out)
+    for row in rows.tolist():
+        total = 0
+        for place in (0, 2, 4):
+            key = row[place] - FIRST_KEY
+            assert key in held_out.tolist()
+            sign = 1 if place == 0 or row[place - 1] == PLUS else -1
+            total += sign * int(task.values[key])
+        assert row[5] == EQUALS
+        assert row[6] == total % MODULUS
+
+
+def test_every_number_has_about_as_many_keys():
+    counts = torch.bincount(KeyValueTask().values, minlength=MODULUS)
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_accuracy_counts_last_tokens():
+    rows = torch.tensor([[1, 2, 3], [1, 2, 4]])
+
+    def always_three(ids):
+        return torch.nn.functional.one_hot(torch.full_like(ids, 3), 20).float()
+
+    assert accuracy(always_three, rows) == 0.5
+
+
+def test_read_strengths_are_weights_of_each_connection(model_of, compose, ids):
+    calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True)
+    strengths = read_strengths(calm, ids(2, 5), ids(2, 4))
+    assert [name for name, _ in strengths] == [
+        "augment 0, layer 2 → anchor layer 2",
+        "augment 0, layer 4 → anchor layer 4",
+    ]
+    for _, strength in strengths:
+        assert strength.shape == (5, 4)
+        assert bool((strength >= 0).all())
+        assert float(strength.sum(dim=1).max()) <= 1 + 1e-5
+    shared = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True, shared=True)
+    for _, strength in read_strengths(shared, ids(1, 5)):
+        assert torch.equal(strength, strength.tril())

@@ -1,4 +1,4 @@
-"""Hugging Face policies: actor, critic and reference are peft adapters on one base, and everything holds as for PaLM."""
+"""Hugging Face policies: actor, critic and reference are peft adapters on one base, and all holds as for PaLM."""
 
 import pytest
 import torch

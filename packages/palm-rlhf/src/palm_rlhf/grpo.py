@@ -103,15 +103,17 @@ class GRPOTrainer(RLHFTrainer):
             device=device,
         )
         self.pad_value = pad_value
+        network = only_one(palm=palm, policy=policy)
         PolicyTrainer.__init__(
             self,
-            actor_critic=ActorCritic(
-                only_one(palm=palm, policy=policy),
+            make_policy=lambda: ActorCritic(
+                network,
                 actor_lora=actor_lora,
                 actor_lora_r=actor_lora_r,
                 actor_dropout=actor_dropout,
                 with_critic=False,
             ),
+            vocab_size=getattr(network, "num_tokens", None),
             prompts=only_one(
                 allow_none=True, prompts=prompts, prompts_path=prompts_path, prompt_token_ids=prompt_token_ids
             ),

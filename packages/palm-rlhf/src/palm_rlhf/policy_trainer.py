@@ -12,7 +12,7 @@ carries the scopes of several models has parameters that a given loss does not t
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,8 @@ class PolicyTrainer:
     """Trains an ``ActorCritic``; see ``RLHFTrainer`` and ``GRPOTrainer`` for what users call.
 
     Args:
-        actor_critic: trained in place.
+        make_policy: makes what is trained, once everything else has been found right: adapters are added then.
+        vocab_size: bound of the prompts' ids, where it is known beforehand.
         prompts: see ``load_prompts``; None where ``step`` is called with rollouts made elsewhere.
         reward: see ``as_reward``; None where rewards are given to ``step``.
         tokenizer: see ``lm_core.tokenizers.Tokenizer``; a Hugging Face tokenizer is wrapped.
@@ -90,7 +91,8 @@ class PolicyTrainer:
     def __init__(
         self,
         *,
-        actor_critic: ActorCritic,
+        make_policy: Callable[[], ActorCritic],
+        vocab_size: int | None,
         prompts: Any,
         reward: Any,
         tokenizer: Any,
@@ -103,18 +105,20 @@ class PolicyTrainer:
         self.tokenizer = tokenizer
         self.prompts: list[Prompt] = [] if prompts is None else load_prompts(prompts, tokenizer=tokenizer)
         if prompts is not None:
-            check_prompts(self.prompts, actor_critic.vocab_size)
+            check_prompts(self.prompts, vocab_size)
         self.reward = None if reward is None else as_reward(reward)
         self.device = pick_device(settings.device)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.resume, self.trackers = resume, list(trackers)
+        self.kl = KLCoefficient(settings.kl_div_loss_weight, target=settings.kl_target, horizon=settings.kl_horizon)
+        self.guard = NonFiniteGuard()
         self.accelerator = start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
-        self.actor_critic = actor_critic.to(self.device)
+        self.actor_critic = actor_critic = make_policy().to(self.device)
+        if self.prompts:
+            check_prompts(self.prompts, actor_critic.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
         self.order = PromptOrder(max(1, len(self.prompts)), seed=settings.seed)
-        self.kl = KLCoefficient(settings.kl_div_loss_weight, target=settings.kl_target, horizon=settings.kl_horizon)
-        self.guard = NonFiniteGuard()
         self.actor_parameters = actor_critic.actor_parameters()
         self.critic_parameters = actor_critic.critic_parameters()
         self.optimizer = torch.optim.AdamW(self._groups(), betas=settings.betas)

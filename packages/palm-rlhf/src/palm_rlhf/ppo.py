@@ -176,9 +176,14 @@ class RLHFTrainer(PolicyTrainer):
             seed=seed,
             device=device,
         )
-        policy = only_one(allow_none=actor_critic is not None, palm=palm, policy=policy, actor_critic=actor_critic)
-        if actor_critic is None:
-            actor_critic = ActorCritic(
+        policy = only_one(palm=palm, policy=policy, actor_critic=actor_critic)
+        if actor_critic is not None and advantage_estimator == "gae" and actor_critic.value_head is None:
+            raise ValueError("actor_critic must have a critic for advantage_estimator 'gae', got with_critic=False")
+
+        def make_policy() -> ActorCritic:
+            if actor_critic is not None:
+                return actor_critic
+            return ActorCritic(
                 policy,
                 critic,
                 critic_pooled_values,
@@ -192,11 +197,11 @@ class RLHFTrainer(PolicyTrainer):
                 value_bins=value_bins,
                 with_critic=advantage_estimator == "gae",
             )
-        elif advantage_estimator == "gae" and actor_critic.value_head is None:
-            raise ValueError("actor_critic must have a critic for advantage_estimator 'gae', got with_critic=False")
+
         self.pad_value = pad_value
         super().__init__(
-            actor_critic=actor_critic,
+            make_policy=make_policy,
+            vocab_size=getattr(policy, "num_tokens", None),
             prompts=only_one(
                 allow_none=True, prompts=prompts, prompts_path=prompts_path, prompt_token_ids=prompt_token_ids
             ),

@@ -1,4 +1,4 @@
-"""The command ``palm-rlhf``: ``train``, ``generate``, ``eval`` and ``convert``."""
+"""The command ``palm-rlhf``: language models (``train`` ...) and reinforcement learning (``reward``, ``ppo`` ...)."""
 
 import inspect
 import sys
@@ -12,6 +12,7 @@ import torch
 
 import lm_core
 from palm_rlhf.cli.commands import INTERRUPTED, command_line, convert, evaluate_checkpoint, generate, train
+from palm_rlhf.cli.reinforcement import grpo, ppo, reward, sample
 from palm_rlhf.palm import PaLM
 from palm_rlhf.training_settings import TrainingSettings
 
@@ -34,14 +35,23 @@ Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a check
 as it does after a kill."""
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "eval": evaluate_checkpoint, "convert": convert}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "generate": generate,
+    "eval": evaluate_checkpoint,
+    "convert": convert,
+    "reward": reward,
+    "ppo": ppo,
+    "grpo": grpo,
+    "sample": sample,
+}
 
 
 def build_parser() -> "CommandParser":
     """The parser of the whole command."""
     from lm_core.command_parser import CommandParser
 
-    parser = CommandParser(prog="palm-rlhf", description="PaLM language models: train, generate, eval, convert.")
+    description = "PaLM language models: training, generation, and reinforcement learning from human feedback."
+    parser = CommandParser(prog="palm-rlhf", description=description)
     training = parser.add_command("train", TRAIN)
     training.add_function(train, skip=("model", "settings"))
     training.add_class(PaLM, skip=SETTLED, defaults=QUICKSTART_MODEL)

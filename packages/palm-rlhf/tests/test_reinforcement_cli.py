@@ -1,0 +1,56 @@
+"""The commands ``reward``, ``ppo``, ``grpo`` and ``sample``, from one to the next."""
+
+import json
+
+import pytest
+import torch
+
+from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf import PaLM
+from palm_rlhf.cli import main
+from palm_rlhf.corrupted_pairs import corrupted_pairs, document_prompts
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    PaLM(num_tokens=259, dim=16, depth=1, dim_head=8, heads=2).save_pretrained("base", tokenizer=ByteTokenizer())
+    rows = [{"prompt": "ab", "chosen": "cc", "rejected": "dd"}, {"prompt": "b", "chosen": "cd", "rejected": "dc"}] * 10
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in ("ab", "b", "abc", "c")))
+    return tmp_path
+
+
+def test_reward_then_ppo_and_grpo_then_sample(folder, capsys):
+    given = ["--pairs", "pairs.jsonl", "--max_steps", "4", "--checkpoint_dir", "reward", "--device", "cpu"]
+    assert main(["reward", "--checkpoint", "base", *given]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    learn = ["--prompts", "prompts.jsonl", "--num_episodes", "16", "--update_timesteps", "8", "--max_new_tokens", "4"]
+    for command in ("ppo", "grpo"):
+        more = ["--group_size", "4"] if command == "grpo" else []
+        place = ["--reward", "reward", "--checkpoint_dir", command, "--device", "cpu"]
+        assert main([command, *learn, *place, *more]) == 0
+        assert "reward" in capsys.readouterr().out
+        assert (folder / command / "metrics.jsonl").is_file()
+    assert main(["sample", "ppo", "ab", "--num_samples", "2", "--reward", "reward", "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out.count("--- reward") == 2
+
+
+def test_what_is_missing_is_said_in_one_line(folder, capsys):
+    assert main(["ppo", "--reward", "nowhere", "--checkpoint_dir", "x"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["ppo", "--reward", "base", "--checkpoint_dir", "x"]) == 1
+    assert "reward must be the folder of a RewardModel" in capsys.readouterr().err
+
+
+def test_corrupted_pairs_have_the_same_tokens_in_another_order():
+    documents = [list(range(200)), list(range(50, 150)), [1, 2]]
+    pairs = corrupted_pairs(documents, count=20, prompt_tokens=10, response_tokens=24, run=8)
+    for pair in pairs:
+        assert pair.prompt.shape == (10,)
+        whole = torch.cat((pair.prompt, pair.chosen))
+        assert torch.equal(whole, torch.arange(int(whole[0]), int(whole[0]) + 34))
+        for chosen, rejected in zip(pair.chosen.split(8), pair.rejected.split(8), strict=True):
+            assert torch.equal(chosen, rejected.sort().values)
+    assert all(5 <= prompt.shape[0] <= 10 for prompt in document_prompts(documents, count=20, prompt_tokens=10))

@@ -96,7 +96,7 @@ def test_switches_need_no_value_and_words_may_be_joined_by_dashes():
         (["train", "--precision=fp8"], "precision"),
         (["train", "--compile=perhaps"], "compile"),
         (["train", "--config=nowhere.yaml"], "nowhere.yaml"),
-        (["generate"], "prompt"),
+        (["generate"], "required"),
         (["generate", "folder", "prompt", "--temprature=1"], "the nearest known one is --temperature"),
         (["convert", "old.pt"], "directory"),
         (["eval", "folder", "--corpsu=x"], "the nearest known one is --corpus"),

@@ -158,7 +158,9 @@ def test_gradients_of_two_processes_in_float32_are_those_of_one(outcomes):
 @needs_sharding
 def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(outcomes):
     opened = PaLM.from_pretrained(outcomes[2][0] / "sharded" / "checkpoints" / "step-5")
-    assert greatest_difference(opened.state_dict(), outcomes[1][1]["plain"]) < 1e-10
+    # older versions of torch (seen in 2.7) take the norm of sharded gradients, for clipping, in float32
+    tolerance = 1e-10 if TorchVersion(torch.__version__) >= "2.13" else 1e-8
+    assert greatest_difference(opened.state_dict(), outcomes[1][1]["plain"]) < tolerance
 
 
 @pytest.mark.parametrize(("fsdp", "whole"), [(False, "plain"), pytest.param(True, "sharded", marks=needs_sharding)])

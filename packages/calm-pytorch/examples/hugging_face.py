@@ -13,7 +13,9 @@ torch.manual_seed(0)
 anchor = LlamaForCausalLM(
     LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 )
-reads_prompt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=48, n_layer=8, n_head=4, n_positions=128))
+reads_prompt = GPT2LMHeadModel(
+    GPT2Config(vocab_size=64, n_embd=48, n_layer=8, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0)
+)
 reads_along = TransformerWrapper(num_tokens=64, max_seq_len=128, attn_layers=Decoder(dim=32, depth=4, heads=2))
 
 calm = CALM(anchor, [AugmentParams(reads_prompt), AugmentParams(reads_along, shared_sequence=True)])

@@ -36,18 +36,18 @@ class QuickstartSettings:
         steps: updates of the composition.
         batch_size: expressions an update.
         learning_rate: of the composition, at its peak.
-        keys_share: the part of operands that are keys in composition's training.
+        keys_share: the part of the rows of an update that are over keys; the others are over numbers.
         connect: "embedding" reads the augment's last layer from the embedding on, "layers" layer by layer.
         random_augment: leaves the augment untrained, as a baseline.
         seed: of weights, keys and expressions.
     """
 
-    augment_steps: int = 100
-    anchor_steps: int = 260
+    augment_steps: int = 150
+    anchor_steps: int = 300
     steps: int = 900
     batch_size: int = 64
-    learning_rate: float = 3e-3
-    keys_share: float = 0.7
+    learning_rate: float = 2e-3
+    keys_share: float = 0.75
     connect: str = "embedding"
     random_augment: bool = False
     seed: int = 0
@@ -94,7 +94,7 @@ def small_models(task: KeyValueTask, settings: QuickstartSettings) -> tuple[Any,
             every_other=True,
             weight_decay=0.01,
         )
-    train_alone(anchor, lambda step: task.expressions(192, generator), steps=settings.anchor_steps, learning_rate=2e-3)
+    train_alone(anchor, lambda step: task.expressions(256, generator), steps=settings.anchor_steps, learning_rate=1e-3)
     return anchor, augment.eval()
 
 
@@ -122,7 +122,7 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
         list(calm.trainable_parameters()), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)
     )
     schedule = LearningRateSchedule(
-        optimizer, kind="cosine", warmup_steps=min(30, settings.steps // 4), total_steps=settings.steps
+        optimizer, kind="cosine", warmup_steps=max(1, settings.steps * 3 // 10), total_steps=settings.steps
     )
 
     def composed(rows: torch.Tensor) -> float:
@@ -132,9 +132,15 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
         progress_bar(settings.steps, description="compose") as bar,
         MetricsLog(target / "metrics.jsonl", progress=bar) as log,
     ):
+        over_keys = round(settings.batch_size * settings.keys_share)
         calm.train()
         for step in range(1, settings.steps + 1):
-            rows = task.expressions(settings.batch_size, generator, train_keys, settings.keys_share)
+            rows = torch.cat(
+                (
+                    task.expressions(over_keys, generator, train_keys),
+                    task.expressions(settings.batch_size - over_keys, generator),
+                )
+            )
             counted = torch.zeros_like(rows, dtype=torch.bool)
             counted[:, -1] = True
             loss = calm(rows, mask=counted, prompt=rows[:, :-1])

@@ -1,0 +1,101 @@
+"""A folder that one process at a time keeps its memories in: locked with a timeout, never waiting for ever.
+
+``parent/NAME`` is kept and opened again later; without a name a scratch folder of its own is made, which goes when it
+is closed, so any number of runs can use one parent. Scratch folders that killed processes left are removed.
+"""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+_SCRATCH = "scratch-"
+_LOCK_FILE = ".lock"
+_OWNER_FILE = "owner"
+# Folders this process holds: a second lock of the same process would wait for itself.
+_held: set[Path] = set()
+
+
+class MemoryDirectory:
+    """The folder, held from construction until ``close``; also a context manager.
+
+    Args:
+        parent: made if needed.
+        name: of a folder that is kept; None for a scratch folder.
+        timeout: seconds to wait for another process that holds the folder.
+
+    Raises:
+        TimeoutError: another process still holds it after ``timeout`` seconds.
+        RuntimeError: this process itself holds it.
+        ValueError: the name is no plain folder name.
+    """
+
+    def __init__(self, parent: str | Path, name: str | None = None, *, timeout: float = 10.0) -> None:
+        if name is not None and (name in ("", ".", "..") or Path(name).name != name or name.startswith(_SCRATCH)):
+            raise ValueError(f"name must be a plain folder name that does not begin with {_SCRATCH!r}, got {name!r}")
+        if timeout < 0:
+            raise ValueError(f"timeout must be at least 0 seconds, got {timeout}")
+        parent = Path(parent)
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"knn_memories_directory must be a folder, got the file {parent}")
+        parent.mkdir(parents=True, exist_ok=True)
+        self.is_scratch = name is None
+        self.path = (parent / (f"{_SCRATCH}{os.getpid()}-{uuid.uuid4().hex[:12]}" if name is None else name)).resolve()
+        if self.path in _held:
+            raise RuntimeError(f"this process already uses the memories in {self.path}; close them first")
+        self.path.mkdir(exist_ok=True)
+        self._lock: FileLock | None = FileLock(self.path / _LOCK_FILE)
+        try:
+            self._lock.acquire(timeout=timeout)
+        except Timeout as error:
+            self._lock = None
+            raise TimeoutError(
+                f"another process ({self._owner()}) has used the memories in {self.path} for the {timeout:g} seconds "
+                "waited; wait for it to end or choose another name"
+            ) from error
+        _held.add(self.path)
+        (self.path / _OWNER_FILE).write_text(f"process {os.getpid()}\n", encoding="utf-8")
+        if self.is_scratch:
+            _remove_abandoned(parent)
+
+    def _owner(self) -> str:
+        try:
+            return (self.path / _OWNER_FILE).read_text(encoding="utf-8").strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def close(self) -> None:
+        """Releases the folder; a scratch folder is removed."""
+        if self._lock is None:
+            return
+        lock, self._lock = self._lock, None
+        _held.discard(self.path)
+        if self.is_scratch and os.name != "nt":
+            shutil.rmtree(self.path, ignore_errors=True)
+        lock.release()
+        if self.is_scratch:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def __enter__(self) -> "MemoryDirectory":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{_SCRATCH}*"):
+        if folder.resolve() in _held or not (folder / _OWNER_FILE).exists():
+            continue  # ours, or one that is being made at this moment
+        lock = FileLock(folder / _LOCK_FILE)
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()

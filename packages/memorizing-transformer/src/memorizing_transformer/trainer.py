@@ -1,0 +1,426 @@
+"""Training on documents in order: one loop over ``accelerate``.
+
+Each batch row reads one document after another, a segment an update (or several with gradient accumulation); the XL
+window and the memories go on from segment to segment and are emptied where a document ends. An update divides the
+summed loss by the labels of ALL processes together, so it does not depend on how rows are spread over them.
+
+A checkpoint holds all that the next update depends on, of each process: memories, XL window, place in the documents,
+random states. A run that was killed and resumed ends with the weights, bit for bit, of one that was not (with equal
+settings, device, torch and number of processes).
+
+Long because the loop and what a checkpoint must hold of it are read together.
+"""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lm_core._checks import check_ids, typed
+from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from lm_core.corpora import Corpus
+from lm_core.distributed import all_reduce_sum, broadcast_object, rank, world_size
+from lm_core.launching import start_accelerator
+from lm_core.losses import linear_cross_entropy
+from lm_core.packing import bits_per_byte
+from lm_core.pretrained import check_config, check_tokenizer
+from lm_core.tokenizers import ByteTokenizer, Tokenizer
+from lm_core.training import (
+    InterruptHandler,
+    LearningRateSchedule,
+    MetricsLog,
+    NonFiniteGuard,
+    Precision,
+    RunDirectory,
+    autocast,
+    capture_rng,
+    clip_global_norm,
+    optimizer_groups,
+    pick_device,
+    pick_precision,
+    plot_curves,
+    progress_bar,
+    read_metrics,
+    restore_rng,
+    seed_everything,
+)
+from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
+from memorizing_transformer.evaluation import Evaluation, score
+from memorizing_transformer.memory_list import KNNMemoryList
+from memorizing_transformer.training_settings import TrainingSettings
+from memorizing_transformer.transformer import MemorizingTransformer, XLMemories
+
+CURVES = (
+    "train_bits_per_byte",
+    "validation_bits_per_byte",
+    "validation_bits_per_byte_without_memory",
+    "memory_gain_far",
+    "learning_rate",
+    "grad_norm",
+    "memories",
+)
+# Memory is worth most where a document is long: the gain of tokens with so many before them has a curve of its own.
+FAR = 2048
+# What may differ when a run goes on.
+_FREE = ("attn_dropout", "ff_dropout", "segment_length", "knn_memories_directory")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        outcome: "finished", "interrupted" (Ctrl-C or SIGTERM) or "out of time" (``max_seconds``).
+        step: updates done.
+        first_bits_per_byte: of held-out documents, before training.
+        last: of held-out documents, at the last validation.
+        without_memory: of the same weights without kNN memories.
+        checkpoints: folder of the checkpoints; the newest one is of ``step``.
+        curves: picture of the metrics; None if matplotlib is not installed.
+    """
+
+    outcome: Literal["finished", "interrupted", "out of time"]
+    step: int
+    first_bits_per_byte: float
+    last: Evaluation | None
+    without_memory: Evaluation | None
+    checkpoints: Path
+    curves: Path | None
+
+
+class SegmentLoss(nn.Module):
+    """The model with its loss and what it remembers between segments.
+
+    Args:
+        model: the model.
+        precision: that it computes in.
+    """
+
+    def __init__(self, model: MemorizingTransformer, *, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+        # not arguments of forward: DDP would rebuild them as plain lists
+        self.memories: KNNMemoryList | None = None
+        self.window: XLMemories | None = None
+
+    def forward(self, ids: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:
+        """Summed loss of a segment over ``normalizer``; memories and window then go on behind it."""
+        with autocast(self.precision, ids.device):
+            features, self.window = self.model.read(ids, knn_memories=self.memories, xl_memories=self.window)
+            return linear_cross_entropy(features, self.model.output_weight, labels, normalizer=normalizer)
+
+
+class MemoryTrainer:
+    """Trains a MemorizingTransformer on documents in order, resumably.
+
+    Args:
+        model: trained in place; moved to the device.
+        corpus: documents in the ids of ``tokenizer``; see ``lm_core.corpora``.
+        checkpoint_dir: folder of the run; see ``lm_core.training.RunDirectory``.
+        tokenizer: says which id ends documents, and travels with the checkpoints; bytes by default.
+        settings: everything else.
+        resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
+
+    Raises:
+        ValueError: the model does not clear its memories at the tokenizer's EOS, or has fewer tokens than the
+            tokenizer; the device or the precision is not to be had; a side of the corpus is too small.
+        TypeError: an argument is of another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        model: MemorizingTransformer,
+        corpus: Corpus,
+        checkpoint_dir: str | Path,
+        tokenizer: Any = None,
+        settings: TrainingSettings | None = None,
+        resume: bool | Literal["auto"] = "auto",
+        trackers: Sequence[Any] = (),
+    ) -> None:
+        self.settings = TrainingSettings() if settings is None else settings
+        self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        self.corpus, self.checkpoint_dir, self.resume = corpus, Path(checkpoint_dir), resume
+        eos_id = _check_trainable(model, self.tokenizer)
+        self.device = pick_device(self.settings.device)
+        pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
+        self.trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
+        self.tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
+        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_dir)
+        reading: dict[str, Any] = {
+            "segment_length": self.settings.segment_length,
+            "batch_size": self.settings.batch_size,
+            "eos_id": eos_id,
+            "rank": rank(),
+            "world_size": world_size(),
+        }
+        self.streams = DocumentStreams(documents=corpus.train, seed=self.settings.seed, **reading)
+        self.held_out = DocumentSegments(
+            documents=corpus.validation, max_documents=self.settings.validation_documents, **reading
+        )
+        self.model = model.to(self.device)
+        self.objective = SegmentLoss(model, precision=self.settings.precision)
+        self.guard = NonFiniteGuard()
+        self.step = 0
+        self.first_bits_per_byte = float("nan")
+        self.last: Evaluation | None = None
+        self.without_memory: Evaluation | None = None
+        self._parallel: Any = None  # the objective as it is called in training, once `_prepare` has made it
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> TrainingResult:
+        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
+
+        Raises:
+            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
+            CheckpointError: the checkpoint is of another model or another number of processes, or damaged.
+            ValueError: the checkpoint is of other data, another seed or another segment length.
+            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
+            OSError: a checkpoint could not be written; earlier ones are untouched.
+        """
+        settings, started = self.settings, time.monotonic()
+        outcome: Literal["finished", "interrupted", "out of time"] = "finished"
+        with self._run_directory() as run, contextlib.ExitStack() as stack:
+            if self._parallel is None:
+                self._prepare(run)
+            log = self._metrics(run, stack)
+            interrupt = stack.enter_context(InterruptHandler())
+            if self.step == 0:
+                self.first_bits_per_byte = self._validate(log).bits_per_byte
+            while self.step < settings.max_steps and outcome == "finished":
+                log.log(self.step + 1, self._update())
+                self.step += 1
+                log.progress.update()
+                last = self.step == settings.max_steps
+                if interrupt.should_stop() and not last:
+                    outcome = "interrupted"
+                elif settings.max_seconds is not None and not last:
+                    late = broadcast_object(time.monotonic() - started > settings.max_seconds)
+                    outcome = "out of time" if late else outcome
+                if self.step % settings.validate_every == 0 or last or outcome == "out of time":
+                    self._validate(log)
+                if self.step % settings.checkpoint_every == 0 or last or outcome != "finished":
+                    log.sync()
+                    self._save(run)
+            curves = _draw_curves(run) if rank() == 0 else None
+            return TrainingResult(
+                outcome, self.step, self.first_bits_per_byte, self.last, self.without_memory, run.checkpoints, curves
+            )
+
+    def _update(self) -> dict[str, float]:
+        """One optimizer update; its metrics."""
+        started = time.monotonic()
+        segments = [next(self.streams) for _ in range(self.settings.gradient_accumulation)]
+        for segment in segments:
+            check_ids(segment.ids, self.model.num_tokens, "corpus")
+        count = torch.tensor(sum(segment.num_labels for segment in segments), dtype=torch.float64)
+        labels = float(all_reduce_sum(count.to(self.device) if self.device.type == "cuda" else count))
+        # DDP averages gradients over processes, so each divides by its part of the labels
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        normalizer = torch.tensor(labels / world_size(), dtype=dtype, device=self.device)
+        loss = torch.zeros((), device=self.device)
+        for number, segment in enumerate(segments, start=1):
+            last = number == len(segments)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._parallel):
+                part = self._parallel(segment.ids.to(self.device), segment.labels.to(self.device), normalizer)
+                self.accelerator.backward(part)
+            loss += part.detach() / world_size()
+        loss = all_reduce_sum(loss)
+        learning_rate = self.schedule.learning_rate
+        norm = clip_global_norm(self.objective.parameters(), self.settings.max_grad_norm)
+        if self.guard.allows(self.step + 1, loss, norm):
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad()
+        held = self.objective.memories
+        return {
+            "loss": float(loss),
+            "train_bits_per_byte": bits_per_byte(float(loss) * labels, max(1, round(labels)), self.corpus.train),
+            "learning_rate": learning_rate,
+            "grad_norm": float(norm),
+            "memories": 0 if not held else len(held[0]) / self.settings.batch_size,
+            "tokens_per_second": round(labels / (time.monotonic() - started)),
+            "epoch": self.streams.epoch,
+            "skipped": self.guard.skipped,
+        }
+
+    def _validate(self, log: MetricsLog) -> Evaluation:
+        precision = self.settings.precision
+        self.last = score(self.model, self.held_out, use_memory=self.settings.use_memory, precision=precision)
+        rows: dict[str, float] = {
+            "validation_bits_per_byte": self.last.bits_per_byte,
+            "validation_loss": self.last.loss,
+        }
+        self.without_memory = None
+        if self.settings.use_memory and self.model.memorizing_layers:
+            self.without_memory = score(self.model, self.held_out, use_memory=False, precision=precision)
+            rows["validation_bits_per_byte_without_memory"] = self.without_memory.bits_per_byte
+            far = _mean_from(self.without_memory, FAR) - _mean_from(self.last, FAR)
+            rows["memory_gain_far"] = far
+        log.log(self.step, rows)
+        return self.last
+
+    # ------------------------------------------------------------------------------------- beginning and going on
+
+    def _run_directory(self) -> RunDirectory:
+        return RunDirectory(
+            self.checkpoint_dir,
+            resume=self.resume if self._parallel is None else "auto",
+            seed=self.settings.seed,
+            device=self.device,
+            settings={
+                **asdict(self.settings),
+                "model": self.model.config["arguments"],
+                "corpus_fingerprint": self.corpus.fingerprint,
+            },
+            packages=("memorizing-transformer", "accelerate"),
+        )
+
+    def _metrics(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
+        """The open log with its bar and trackers, closed with ``stack``, which restores the model's mode as well."""
+        stack.callback(self.objective.train, self.objective.training)
+        self.objective.train()
+        trackers = list(self.trackers)
+        if self.tracker_names:
+            self.accelerator.init_trackers("memorizing-transformer", config=asdict(self.settings))
+            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+            trackers.append(self.accelerator)
+        is_main = rank() == 0
+        bar = progress_bar(self.settings.max_steps, initial=self.step, description="train", is_main=is_main)
+        return stack.enter_context(
+            MetricsLog(
+                run.metrics_path,
+                resume_step=self.step or -1,
+                is_main=is_main,
+                trackers=trackers,
+                progress=stack.enter_context(bar),
+                shown=("loss", "tokens_per_second"),
+            )
+        )
+
+    def _prepare(self, run: RunDirectory) -> None:
+        settings = self.settings
+        if settings.use_memory and self.model.memorizing_layers:
+            self.objective.memories = self.model.create_knn_memories(batch_size=settings.batch_size)
+        checkpoint = self._read(run) if run.resumes else None
+        self._parallel = self.accelerator.prepare_model(self.objective, device_placement=False)
+        self.optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model, weight_decay=settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+        )
+        self.schedule = LearningRateSchedule(
+            self.optimizer,
+            kind="cosine",
+            warmup_steps=settings.warmup_steps,
+            total_steps=settings.max_steps,
+            final_scale=settings.final_learning_rate,
+        )
+        if checkpoint is None:
+            seed_everything((settings.seed + rank()) % 2**32)
+        else:
+            self._restore(checkpoint)
+
+    def _read(self, run: RunDirectory) -> Checkpoint:
+        """The newest checkpoint, its weights put in place; refused before anything is changed."""
+        checkpoint = load_checkpoint(run.checkpoints)
+        where, own = checkpoint.path, checkpoint.rng
+        if checkpoint.trainer_state.get("trainer") != type(self).__name__:
+            raise CheckpointError(f"{where} was not written by {type(self).__name__}")
+        check_config(type(self.model), checkpoint.config, where / "config.json")
+        stored, mine = checkpoint.config["arguments"], self.model.config["arguments"]
+        changed = [name for name in mine if name not in _FREE and stored.get(name) != mine[name]]
+        if changed:
+            what = ", ".join(f"{name} is {mine[name]}, but was {stored.get(name)}" for name in changed)
+            raise CheckpointError(f"{where} is of another architecture: {what}")
+        memories = self.objective.memories
+        if (memories is None) != (own["memories"] is None):
+            raise CheckpointError(f"{where} was written with use_memory={memories is None}")
+        self.streams.check_state(own["streams"])
+        if memories is not None:
+            memories.load_state_dict(own["memories"])
+        self.streams.load_state_dict(own["streams"])
+        load_weights(self.model, checkpoint.model_state or {}, where=str(where))
+        return checkpoint
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, own = checkpoint.trainer_state, checkpoint.rng
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)  # the settings of this run, not of the one that wrote the checkpoint
+        self.schedule.load_state_dict(state["schedule"])
+        self.guard.load_state_dict(state["guard"])
+        self.first_bits_per_byte = state["first_bits_per_byte"]
+        self.step = checkpoint.step
+        if own["window"] is not None:
+            self.objective.window = XLMemories(one.to(self.device) for one in own["window"]["kv"])
+            mask = own["window"]["mask"]
+            self.objective.window.mask = None if mask is None else mask.to(self.device)
+        restore_rng(own["rng"])
+
+    def _save(self, run: RunDirectory) -> None:
+        memories, window = self.objective.memories, self.objective.window
+        save_checkpoint(
+            run.checkpoints,
+            self.step,
+            model=self.model,
+            trainer_state={
+                "trainer": type(self).__name__,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "guard": self.guard.state_dict(),
+                "first_bits_per_byte": self.first_bits_per_byte,
+            },
+            # what each process has of its own goes where the random states go
+            rng={
+                "rng": capture_rng(),
+                "streams": self.streams.state_dict(),
+                "memories": None if memories is None else memories.state_dict(),
+                "window": None if window is None else {"kv": list(window), "mask": window.mask},
+            },
+            tokenizer=self.tokenizer,
+            keep=self.settings.keep_checkpoints,
+        )
+
+
+def _check_trainable(model: MemorizingTransformer, tokenizer: Any) -> int:
+    """The id that ends documents."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
+    check_tokenizer(tokenizer)
+    if tokenizer.vocab_size > model.num_tokens:
+        raise ValueError(
+            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {model.num_tokens}"
+        )
+    if tokenizer.eos_id is None or model.eos_id != tokenizer.eos_id:
+        raise ValueError(
+            f"model must have clear_memories_on_eos_token_id = {tokenizer.eos_id}, the tokenizer's eos_id, "
+            f"got {model.eos_id}"
+        )
+    return tokenizer.eos_id
+
+
+def _mean_from(evaluation: Evaluation, position: int) -> float:
+    """Mean loss in bits of the tokens with at least ``position`` before them; NaN if there are none."""
+    far = [(number, loss) for first, number, loss in evaluation.by_position if first >= position]
+    total = sum(number for number, _ in far)
+    return sum(number * loss for number, loss in far) / total / 0.6931471805599453 if total else float("nan")
+
+
+def _draw_curves(run: RunDirectory) -> Path | None:
+    rows = read_metrics(run.metrics_path)
+    try:
+        return plot_curves(
+            run.metrics_path, run.curves_path, names=[n for n in CURVES if any(row.get(n) is not None for row in rows)]
+        )
+    except ImportError:
+        return None

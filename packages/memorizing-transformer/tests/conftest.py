@@ -1,0 +1,55 @@
+"""Independent references: dense attention over memory and segment, written from the paper's formulas."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what needs a GPU where there is none; with REQUIRE_CUDA=1 it runs, and fails."""
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked and os.environ.get("REQUIRE_CUDA") != "1" and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A small model in float64 whose weights are large enough that everything matters."""
+    from memorizing_transformer import MemorizingTransformer
+
+    def make(seed=0, **settings):
+        torch.manual_seed(seed)
+        defaults = {
+            "num_tokens": 20,
+            "dim": 32,
+            "depth": 3,
+            "dim_head": 8,
+            "heads": 4,
+            "num_retrieved_memories": 4,
+            "segment_length": 8,
+            "max_knn_memories": 24,
+        }
+        model = MemorizingTransformer(**{**defaults, **settings}).double().eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def read_in_segments():
+    """Logits of a teacher-forced pass, segment by segment, with the memories and XL memories behind it."""
+
+    def read(model, ids, memories, length=8, xl=None):
+        logits = []
+        for segment in ids.split(length, dim=1):
+            out = model(segment, knn_memories=memories, xl_memories=xl)
+            if isinstance(out, tuple):
+                out, xl = out
+            logits.append(out)
+        return torch.cat(logits, dim=1), xl
+
+    return read

@@ -1,0 +1,203 @@
+"""Bad input: each case names its argument, and what was refused changed nothing."""
+
+import pytest
+import torch
+
+from memorizing_transformer import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
+from memorizing_transformer.memory_directory import MemoryDirectory
+from memorizing_transformer.training_settings import TrainingSettings
+
+pytestmark = pytest.mark.plain
+
+SIZES = {"num_tokens": 20, "dim": 16, "depth": 2, "dim_head": 8, "heads": 2}
+
+
+def model(**settings):
+    return MemorizingTransformer(**{**SIZES, **settings})
+
+
+def ids(b=2, n=4):
+    return torch.zeros(b, n, dtype=torch.long)
+
+
+def memory(**settings):
+    return KNNMemory(**{"dim": 4, "max_memories": 8, "num_indices": 2, **settings})
+
+
+def documents():
+    from lm_core.documents import tokenise
+
+    return tokenise(["one", "two"])
+
+
+CASES = {
+    "zero dim": (lambda: model(dim=0), ValueError, "dim must"),
+    "zero depth": (lambda: model(depth=0), ValueError, "depth must"),
+    "zero heads": (lambda: model(heads=0), ValueError, "heads must"),
+    "zero tokens": (lambda: model(num_tokens=0), ValueError, "num_tokens must"),
+    "zero knn heads": (lambda: model(knn_attn_heads=0), ValueError, "knn_attn_heads must"),
+    "dim as text": (lambda: model(dim="16"), TypeError, "dim"),
+    "dropout of one": (lambda: model(attn_dropout=1.0), ValueError, "attn_dropout must"),
+    "negative dropout": (lambda: model(ff_dropout=-0.1), ValueError, "ff_dropout must"),
+    "layer out of range": (lambda: model(memorizing_layers=3), ValueError, "memorizing_layers must be in 1 to 2"),
+    "layer zero": (lambda: model(memorizing_layers=[0]), ValueError, "memorizing_layers must"),
+    "layer twice": (lambda: model(memorizing_layers=[1, 1]), ValueError, "memorizing_layers must be different"),
+    "xl layer out of range": (
+        lambda: model(xl_max_memories=4, xl_memory_layers=9),
+        ValueError,
+        "xl_memory_layers must",
+    ),
+    "negative window": (lambda: model(xl_max_memories=-1), ValueError, "xl_max_memories must"),
+    "half a shift": (lambda: model(shift_knn_memories_down=0.5), ValueError, "shift_knn_memories_down must"),
+    "negative shift": (lambda: model(shift_xl_memories_down=-1), ValueError, "shift_xl_memories_down must"),
+    "sos out of range": (lambda: model(clear_memories_on_sos_token_id=20), ValueError, "sos_token_id must"),
+    "pad out of range": (lambda: model(pad_id=-1), ValueError, "pad_id must"),
+    "unknown gate": (lambda: model(gate="tanh"), TypeError, "gate"),
+    "unknown backend": (lambda: model(knn_backend="annoy"), TypeError, "knn_backend"),
+    "unknown storage": (lambda: model(knn_storage="int4"), TypeError, "knn_storage"),
+    "no memories": (lambda: model(max_knn_memories=0), ValueError, "max_knn_memories must"),
+    "no neighbours": (lambda: model(num_retrieved_memories=0), ValueError, "num_retrieved_memories must"),
+    "empty segment": (lambda: model(segment_length=0), ValueError, "segment_length must"),
+    "id out of range": (lambda: model()(ids() + 20), ValueError, r"x must hold token ids in \[0, 20\)"),
+    "negative id": (lambda: model()(ids() - 1), ValueError, "x must hold token ids"),
+    "float ids": (lambda: model()(torch.zeros(2, 4)), TypeError, "x must hold integer"),
+    "ids of one dimension": (lambda: model()(torch.zeros(4, dtype=torch.long)), ValueError, "x must have shape"),
+    "no tokens": (lambda: model()(ids(2, 0)), ValueError, "x must have shape"),
+    "mask of floats": (lambda: model()(ids(), mask=torch.ones(2, 4)), TypeError, "mask must be boolean"),
+    "mask of another shape": (
+        lambda: model()(ids(), mask=torch.ones(2, 5, dtype=torch.bool)),
+        ValueError,
+        "mask must have shape",
+    ),
+    "labels of another shape": (lambda: model()(ids(), labels=ids(2, 5)), ValueError, "labels must have the shape"),
+    "label out of range": (lambda: model()(ids(), labels=ids() + 20), ValueError, "labels must hold token ids"),
+    "float labels": (lambda: model()(ids(), labels=torch.zeros(2, 4)), TypeError, "labels must be integers"),
+    "memories of another batch": (
+        lambda: model()(ids(), knn_memories=model().create_knn_memories(batch_size=3)),
+        ValueError,
+        "3 rows in scope",
+    ),
+    "too few memories": (lambda: model()(ids(), knn_memories=KNNMemoryList()), ValueError, "must have 1 memories"),
+    "memories of another dim": (
+        lambda: model()(ids(), knn_memories=KNNMemoryList([memory()])),
+        ValueError,
+        "must have dim 8",
+    ),
+    "windows of another number": (
+        lambda: model(xl_max_memories=4)(ids(), xl_memories=XLMemories([torch.zeros(2, 4, 2, 8)])),
+        ValueError,
+        "xl_memories must have one entry",
+    ),
+    "windows of another shape": (
+        lambda: model(xl_max_memories=4)(ids(), xl_memories=[torch.zeros(2, 4, 2, 7)] * 2),
+        ValueError,
+        r"xl_memories\[0\] must",
+    ),
+    "cache of another batch": (
+        lambda: model()(ids(), cache=model().init_cache(3, 9)),
+        ValueError,
+        "cache holds 3 rows",
+    ),
+    "cache and windows": (
+        lambda: model(xl_max_memories=4)(ids(), cache=model().init_cache(2, 9), xl_memories=[]),
+        ValueError,
+        "xl_memories must be None",
+    ),
+    "cache of no rows": (lambda: model().init_cache(0, 9), ValueError, "batch_size must"),
+    "name without a folder": (
+        lambda: model().create_knn_memories(batch_size=1, name="mine"),
+        ValueError,
+        "knn_memories_directory",
+    ),
+    "memories of no rows": (lambda: model().create_knn_memories(batch_size=0), ValueError, "batch_size must"),
+    "retrofit of a memorizing model": (lambda: retrofit(model()), ValueError, "no memorizing layers"),
+    "temperature of zero": (lambda: KNNAttention(dim=8, attn_scale_init=0.0), ValueError, "attn_scale_init must"),
+    "memory of no features": (lambda: memory(dim=0), ValueError, "dim must"),
+    "memory of no rows": (lambda: memory(num_indices=0), ValueError, "num_indices must"),
+    "unknown index": (lambda: memory(backend="faiss", index="Nonsense"), ValueError, "index must be a factory string"),
+    "added shape": (lambda: memory().add(torch.zeros(2, 3, 4)), ValueError, "memories must have shape"),
+    "added batch": (lambda: memory().add(torch.zeros(3, 3, 2, 4)), ValueError, "memories must have shape"),
+    "added integers": (lambda: memory().add(ids().view(2, 1, 2, 2)), TypeError, "memories must be floating"),
+    "added NaN": (lambda: memory().add(torch.full((2, 1, 2, 4), torch.nan)), ValueError, "memories must be finite"),
+    "added mask": (
+        lambda: memory().add(torch.zeros(2, 3, 2, 4), mask=torch.ones(2, 2, dtype=torch.bool)),
+        ValueError,
+        "mask must have shape",
+    ),
+    "query shape": (lambda: memory().search(torch.zeros(2, 3, 5), 1), ValueError, "queries must have shape"),
+    "no neighbour": (lambda: memory().search(torch.zeros(2, 3, 4), 0), ValueError, "topk must"),
+    "scope twice": (lambda: memory().set_scoped_indices([0, 0]), ValueError, "different from each other"),
+    "scope out of range": (lambda: memory().set_scoped_indices([2]), ValueError, r"must be in \[0, 2\)"),
+    "clear out of range": (lambda: memory().clear([-1]), ValueError, r"must be in \[0, 2\)"),
+    "state of another shape": (
+        lambda: memory().load_state_dict(memory(max_memories=9).state_dict()),
+        ValueError,
+        "capacity = 9, not 8",
+    ),
+    "state of another format": (
+        lambda: memory().load_state_dict(memory(storage="int8").state_dict()),
+        ValueError,
+        "storage",
+    ),
+    "memory index": (lambda: KNNMemoryList([memory()]).clear_memory(memory_indices=[1]), ValueError, "memory_indices"),
+    "too few documents": (
+        lambda: DocumentStreams(documents=documents(), segment_length=4, batch_size=3, eos_id=0),
+        ValueError,
+        "a document for each of 3 rows",
+    ),
+    "segment of nothing": (
+        lambda: DocumentSegments(documents=documents(), segment_length=0, batch_size=1, eos_id=0),
+        ValueError,
+        "segment_length must",
+    ),
+    "no steps": (lambda: TrainingSettings(max_steps=0), ValueError, "max_steps must"),
+    "endless learning rate": (lambda: TrainingSettings(learning_rate=float("inf")), ValueError, "learning_rate must"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused_by_name(name):
+    call, kind, message = CASES[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_there_are_cases_enough():
+    assert len(CASES) >= 40
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "scratch-x"])
+def test_a_folder_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="name must be a plain folder name"):
+        MemoryDirectory(tmp_path, name)
+
+
+def test_a_folder_with_another_memory_is_refused_and_kept(tmp_path):
+    first = memory(memmap_filename=tmp_path / "memory")
+    first.add(torch.ones(2, 3, 2, 4))
+    first.close()
+    with pytest.raises(ValueError, match="capacity = 8, not 9"):
+        memory(memmap_filename=tmp_path / "memory", max_memories=9)
+    again = memory(memmap_filename=tmp_path / "memory")
+    assert again.sizes == [3, 3]
+    again.close()
+
+
+def test_a_memory_that_refused_is_as_it_was():
+    one = memory()
+    one.add(torch.ones(2, 3, 2, 4))
+    for wrong in (torch.full((2, 1, 2, 4), torch.inf), torch.zeros(1, 1, 2, 4)):
+        with pytest.raises(ValueError, match="memories must"):
+            one.add(wrong)
+    with pytest.raises(ValueError, match="capacity"):
+        one.load_state_dict(memory(max_memories=9).state_dict())
+    assert one.sizes == [3, 3]
+
+
+def test_a_file_that_is_no_memory_is_refused(tmp_path):
+    (tmp_path / "memory.pt").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="damaged"):
+        memory().load(tmp_path / "memory.pt")
+    with pytest.raises(FileNotFoundError):
+        memory().load(tmp_path / "none.pt")

@@ -1,0 +1,66 @@
+"""The command, on a tiny corpus."""
+
+import pytest
+
+from memorizing_transformer.cli import main
+
+TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim_head", "8", "--max_knn_memories", "64"]
+TINY += ["--xl_max_memories", "8", "--segment_length", "16", "--batch_size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "texts").mkdir()
+    for number in range(12):
+        (folder / "texts" / f"{number:02}.txt").write_text(
+            f"document {number}: " + "the same words again and again " * 12
+        )
+    settings = ["--max_steps", "8", "--validate_every", "8", "--checkpoint_every", "8", "--sample_tokens", "6"]
+    command = [
+        "train",
+        "--corpus",
+        str(folder / "texts"),
+        "--validation_fraction",
+        "0.3",
+        "--checkpoint_dir",
+        str(folder / "run"),
+    ]
+    assert main([*command, *TINY, *settings]) == 0
+    return folder
+
+
+def test_training_leaves_curves_a_page_and_a_checkpoint(run):
+    assert (run / "run" / "checkpoints" / "step-8" / "model.safetensors").is_file()
+    assert (run / "run" / "curves.png").is_file()
+    assert "What the memory gave" in (run / "run" / "retrieved.html").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_generates_evaluates_and_is_inspected(run, capsys, tmp_path):
+    assert main(["generate", str(run / "run"), "the same", "--max_new_tokens", "5", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("the same")
+    assert main(["eval", str(run / "run"), "--corpus", str(run / "texts" / "00.txt"), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "bits/byte without memory" in out
+    assert "from      0" in out
+    page = str(tmp_path / "page.html")
+    arguments = ["--prompt", f"@{run / 'texts' / '01.txt'}", "--page", page, "--max_new_tokens", "4", "--device", "cpu"]
+    assert main(["inspect", str(run / "run"), *arguments]) == 0
+    assert "max_knn_memories" in capsys.readouterr().out
+
+
+def test_a_run_is_retrofitted_from_another(run, capsys):
+    texts = str(run / "texts")
+    command = ["train", "--corpus", texts, "--start_from", str(run / "run"), "--checkpoint_dir", str(run / "more")]
+    settings = ["--max_steps", "2", "--validate_every", "2", "--checkpoint_every", "2", "--sample_tokens", "0"]
+    assert main([*command, *TINY, *settings]) == 0
+    assert "held out" in capsys.readouterr().out
+
+
+@pytest.mark.plain
+def test_errors_say_what_to_do(run, capsys, tmp_path):
+    assert main(["generate", str(tmp_path), "x"]) == 1
+    assert "checkpoint must be" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--max_knn_memory", "3"])
+    assert "--max_knn_memories" in capsys.readouterr().err

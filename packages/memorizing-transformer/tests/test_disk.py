@@ -1,0 +1,190 @@
+"""Memories in files: what a kill leaves, who may use a folder, what survives a restart."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from memorizing_transformer import KNNMemory
+from memorizing_transformer.memory_directory import MemoryDirectory
+
+KILLS = int(os.environ.get("LM_FAULT_KILLS", "6"))
+
+# Token t of row r has key t + r / 10 and value -t - r / 10 in every feature; rows are cleared now and then.
+WRITER = """
+import sys, torch
+from memorizing_transformer import KNNMemory
+storage, folder = sys.argv[1:]
+memory = KNNMemory(4, 40, 2, folder, storage=storage)
+generator = torch.Generator().manual_seed(int.from_bytes(__import__("os").urandom(4), "big"))
+print("ready", flush=True)
+while True:
+    counts = torch.randint(1, 60, (1,), generator=generator).item()
+    for row in range(2):
+        start = memory.store.written[row]
+        if start > 4000:
+            memory.clear([row]); start = 0
+        t = torch.arange(start, start + counts).float() + row / 10
+        with memory.at_batch_indices([row]):
+            memory.add(torch.stack((t, -t)).T[None, :, :, None].expand(1, -1, -1, 4).contiguous())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is for POSIX")
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_killed_writer_leaves_a_committed_prefix_with_matching_values(tmp_path, storage):
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    delays = np.random.default_rng(0).uniform(0.0, 0.05, KILLS)
+    seen = set()
+    for delay in delays:
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, storage, str(tmp_path / "memory")],
+            stdout=subprocess.PIPE,
+            env=environ,
+        )
+        assert writer.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        memory = KNNMemory(4, 40, 2, tmp_path / "memory", storage=storage)
+        for row in range(2):
+            first, written = memory.store.first[row], memory.store.written[row]
+            assert 0 <= first <= written <= first + 40
+            kv = memory.store.read(row, memory.store.in_order(row), torch.float32)
+            expected = torch.arange(first, written).float() + row / 10
+            error = 0.0 if storage == "float32" else 0.02 * (1 + written)
+            torch.testing.assert_close(kv[:, 0], expected[:, None].expand(-1, 4), atol=error, rtol=0)
+            assert torch.equal(kv[:, 1], -kv[:, 0])
+            found = memory.retrieve(torch.ones(2, 1, 4), 40)
+            assert int(found.mask[row].sum()) == written - first
+            seen.add(written)
+        memory.close()
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("interrupted", ["before the data", "within the data"])
+def test_what_is_about_to_be_overwritten_is_given_up_first(tmp_path, monkeypatch, interrupted):
+    memory = KNNMemory(1, 8, 1, tmp_path / "memory")
+    memory.add(torch.arange(10.0)[None, :, None, None].expand(1, -1, 2, 1).contiguous())
+    write = memory.store._write
+
+    def stops(row, position, new):
+        if interrupted == "within the data":
+            write(row, position, new[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory.store, "_write", stops)
+    with pytest.raises(KeyboardInterrupt):
+        memory.add(torch.full((1, 3, 2, 1), 99.0))
+    memory.close()
+
+    again = KNNMemory(1, 8, 1, tmp_path / "memory")
+    assert again.store.read(0, again.store.in_order(0), torch.float32)[:, 0, 0].tolist() == [5, 6, 7, 8, 9]
+    assert again.retrieve(torch.ones(1, 1, 1), 8).positions[0, 0].tolist() == [9, 8, 7, 6, 5, -1, -1, -1]
+    again.add(torch.arange(10.0, 16.0)[None, :, None, None].expand(1, -1, 2, 1).contiguous())
+    assert again.retrieve(torch.ones(1, 1, 1), 8).positions[0, 0].tolist() == [15, 14, 13, 12, 11, 10, 9, 8]
+    again.close()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_named_memory_survives_a_restart(tmp_path, tiny_model, storage):
+    model = tiny_model(knn_memories_directory=str(tmp_path), knn_storage=storage)
+    ids = torch.randint(0, 20, (2, 16))
+    memories = model.create_knn_memories(batch_size=2, name="mine")
+    model(ids[:, :8], knn_memories=memories)
+    expected = model(ids[:, 8:], knn_memories=memories, add_knn_memory=False)
+    memories.cleanup()
+
+    with model.knn_memories_context(batch_size=2, name="mine") as again:
+        assert again.sizes == [[8, 8]]
+        assert torch.equal(model(ids[:, 8:], knn_memories=again, add_knn_memory=False), expected)
+
+
+def test_a_memory_on_disk_finds_what_one_in_memory_finds(tmp_path):
+    disk, held = KNNMemory(4, 10, 2, tmp_path / "memory"), KNNMemory(4, 10, 2)
+    for count in (3, 9, 25, 1):
+        kv = torch.randn(2, count, 2, 4)
+        disk.add(kv)
+        held.add(kv)
+        queries = torch.randn(2, 5, 4)
+        assert torch.equal(disk.retrieve(queries, 4).positions, held.retrieve(queries, 4).positions)
+        assert torch.equal(disk.retrieve(queries, 4).kv, held.retrieve(queries, 4).kv)
+    disk.store.sync()
+    disk.close()
+
+
+def test_a_damaged_header_copy_is_passed_over(tmp_path):
+    memory = KNNMemory(1, 8, 1, tmp_path / "memory")
+    for _ in range(3):
+        memory.add(torch.ones(1, 1, 2, 1))
+    memory.close()
+    header = tmp_path / "memory" / "header.bin"
+    content = bytearray(header.read_bytes())
+    half = len(content) // 2
+    newest = 3 % 2
+    content[newest * half + 10] ^= 255
+    header.write_bytes(content)
+    again = KNNMemory(1, 8, 1, tmp_path / "memory")
+    assert again.sizes == [2]
+    again.close()
+    header.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match="damaged"):
+        KNNMemory(1, 8, 1, tmp_path / "memory")
+
+
+HOLDER = """
+import sys, time
+from memorizing_transformer.memory_directory import MemoryDirectory
+held = MemoryDirectory(sys.argv[1], "mine")
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+held.close()
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_within_its_timeout_and_waits_if_that_is_enough(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "3"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline().strip() == b"held"
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match=rf"process {holder.pid}"):
+            MemoryDirectory(tmp_path, "mine", timeout=0.3)
+        assert time.monotonic() - started < 2.5
+        MemoryDirectory(tmp_path).close()  # another run in the same parent needs no waiting
+        MemoryDirectory(tmp_path, "mine", timeout=60).close()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_one_process_does_not_wait_for_itself(tmp_path, tiny_model):
+    model = tiny_model(knn_memories_directory=str(tmp_path))
+    with model.knn_memories_context(batch_size=1, name="mine"):
+        with model.knn_memories_context(batch_size=1) as nested:
+            nested[0].add(torch.ones(1, 1, 2, 8))
+        with pytest.raises(RuntimeError, match="already uses"):
+            model.create_knn_memories(batch_size=1, name="mine")
+
+
+def test_a_context_cleans_up_after_an_error(tmp_path, tiny_model):
+    model = tiny_model(knn_memories_directory=str(tmp_path))
+    with pytest.raises(KeyError, match="1"), model.knn_memories_context(batch_size=1):
+        raise KeyError(len(list(tmp_path.iterdir())))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_folder_of_a_killed_process_is_removed(tmp_path):
+    code = "import sys, os; from memorizing_transformer.memory_directory import MemoryDirectory\n"
+    code += "held = MemoryDirectory(sys.argv[1]); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    with MemoryDirectory(tmp_path) as mine:
+        assert list(tmp_path.iterdir()) == [tmp_path / mine.path.name]

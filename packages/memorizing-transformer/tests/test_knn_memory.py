@@ -1,0 +1,232 @@
+"""The memory: exact search, first in first out, formats, saved states."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memorizing_transformer import KNNMemory, KNNMemoryList
+from memorizing_transformer.exact_search import exact_top_k
+from memorizing_transformer.ring_storage import quantise
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+@PROPERTY
+@given(st.integers(1, 700), st.integers(1, 40), st.integers(1, 300), st.integers(1, 200), st.integers(0, 2**16))
+def test_exact_search_equals_torch_topk_for_every_chunk_size(n, k, chunk, queries, seed):
+    keys, q = unit(n, 8, seed=seed), unit(queries, 8, seed=seed + 1)
+    scores, numbers = exact_top_k(q, [(i, keys[i : i + chunk]) for i in range(0, n, chunk)], k)
+    found = min(k, n)
+    expected = (q @ keys.T).topk(found).values
+
+    torch.testing.assert_close(scores[:, :found], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close((q.unsqueeze(1) @ keys[numbers].mT).squeeze(1)[:, :found], expected, atol=1e-6, rtol=0)
+    assert bool((scores[:, found:] == -math.inf).all())
+    assert all(len(set(row[:found].tolist())) == found for row in numbers)
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 23), min_size=1, max_size=8), st.integers(1, 17), st.integers(1, 5))
+def test_a_row_holds_its_last_tokens_at_every_wrap(counts, capacity, k):
+    memory = KNNMemory(4, capacity, 2)
+    history = torch.zeros(2, 0, 2, 4)
+    for step, count in enumerate(counts):
+        new = torch.stack((unit(2, count, 4, seed=step), unit(2, count, 4, seed=step + 100)), dim=-2)
+        memory.add(new)
+        history = torch.cat((history, new), dim=1)
+        held = history[:, -capacity:]
+        assert memory.sizes == [held.shape[1]] * 2
+        for row in range(2):
+            kept = memory.store.read(row, memory.store.in_order(row), torch.float32)
+            assert torch.equal(kept, held[row])
+        queries = unit(2, 3, 4, seed=step + 7)
+        found = memory.retrieve(queries, k)
+        size = min(k, held.shape[1])
+        expected = torch.einsum("bqd,bnd->bqn", queries, held[:, :, 0]).topk(size).values
+        torch.testing.assert_close(found.scores[..., :size], expected, atol=1e-6, rtol=0)
+        assert bool(found.mask[..., :size].all())
+        assert not bool(found.mask[..., size:].any())
+        if size:
+            rows = torch.arange(2)[:, None, None]
+            assert torch.equal(found.kv[..., :size, :, :], history[rows, found.positions[..., :size]])
+
+
+def test_an_empty_memory_finds_nothing():
+    kv, mask = KNNMemory(4, 8, 2).search(unit(2, 3, 5, 4), 6)
+
+    assert kv.shape == (2, 3, 5, 6, 2, 4)
+    assert not bool(mask.any())
+    assert not bool(kv.any())
+
+
+def test_clearing_a_row_leaves_the_others_alone():
+    memory, kv, queries = KNNMemory(4, 8, 3), torch.randn(3, 6, 2, 4), unit(3, 5, 4)
+    memory.add(kv)
+    before = memory.retrieve(queries, 3)
+    memory.clear([1])
+    after = memory.retrieve(queries, 3)
+
+    assert memory.sizes == [6, 0, 6]
+    assert torch.equal(before.kv[[0, 2]], after.kv[[0, 2]])
+    assert not bool(after.mask[1].any())
+
+
+def test_rows_out_of_scope_are_neither_moved_nor_searched():
+    memory = KNNMemory(4, 8, 3)
+    memory.add(torch.randn(3, 2, 2, 4))
+    with memory.at_batch_indices([2, 0]):
+        new = torch.randn(2, 3, 2, 4)
+        memory.add(new)
+        found = memory.retrieve(new[..., 0, :], 1)
+    assert memory.sizes == [5, 2, 5]
+    assert memory.scoped_indices == [0, 1, 2]
+    assert found.kv.shape[0] == 2
+    assert torch.equal(memory.store.read(2, memory.store.in_order(2), torch.float32)[-3:], new[0])
+
+
+def test_the_scope_comes_back_after_an_error():
+    memory = KNNMemory(4, 8, 3)
+    with pytest.raises(KeyError), memory.at_batch_indices([1]):
+        raise KeyError
+    assert memory.scoped_indices == [0, 1, 2]
+
+
+def test_a_mask_says_which_tokens_are_added():
+    memory, kv = KNNMemory(4, 8, 2), torch.randn(2, 3, 2, 4)
+    memory.add(kv, mask=torch.tensor([[True, False, True], [False, False, False]]))
+
+    assert memory.sizes == [2, 0]
+    assert torch.equal(memory.store.read(0, torch.arange(2), torch.float32), kv[0, [0, 2]])
+
+
+@pytest.mark.parametrize(("storage", "goal"), [("float32", 512), ("bfloat16", 256), ("int8", 140)])
+def test_bytes_of_a_stored_token_meet_their_goal(storage, goal):
+    memory = KNNMemory(64, 1000, 2, storage=storage)
+    memory.add(torch.randn(2, 1500, 2, 64))
+
+    assert memory.nbytes / len(memory) <= goal
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_narrow_formats_keep_numbers_to_their_precision(storage, tolerance):
+    kv = torch.randn(1, 50, 2, 16)
+    memory = KNNMemory(16, 64, 1, storage=storage)
+    memory.add(kv)
+    stored = memory.store.read(0, torch.arange(50), torch.float32)
+
+    assert float((stored - kv[0]).abs().max() / kv.abs().max()) <= tolerance
+    found = memory.retrieve(kv[..., 0, :], 1)
+    assert torch.equal(found.positions.flatten(), (stored[:, 0] @ kv[0, :, 0].T).argmax(dim=0))
+
+
+def test_quantising_is_exact_for_multiples_of_the_scale():
+    numbers, scales = quantise(torch.tensor([[127.0, -64.0, 0.0, 1.0]]))
+    assert numbers.tolist() == [[127, -64, 0, 1]]
+    assert scales.tolist() == [1.0]
+
+
+def test_memory_grows_on_demand():
+    memory = KNNMemory(64, 250_000, 1)
+    memory.add(torch.randn(1, 10, 2, 64))
+    assert memory.nbytes < 2**20
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("count", [0, 5, 8, 21])
+def test_a_saved_memory_is_loaded_as_it_was(tmp_path, storage, count):
+    memory, kv = KNNMemory(4, 8, 2, storage=storage), torch.randn(2, count, 2, 4)
+    memory.add(kv)
+    memory.clear([1])
+    memory.save(tmp_path / "memory.pt")
+    other = KNNMemory(4, 8, 2, storage=storage)
+    other.add(torch.randn(2, 3, 2, 4))
+    other.load(tmp_path / "memory.pt")
+    queries = unit(2, 6, 4)
+
+    for mine, theirs in zip(
+        vars(memory.retrieve(queries, 3)).values(), vars(other.retrieve(queries, 3)).values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    memory.add(kv)
+    other.add(kv)
+    assert torch.equal(memory.retrieve(queries, 3).kv, other.retrieve(queries, 3).kv)
+
+
+def test_selected_rows_are_copies():
+    memory = KNNMemory(4, 8, 3)
+    memory.add(torch.randn(3, 5, 2, 4))
+    twin, queries = memory.selected([2, 2, 0]), unit(3, 4, 4)
+    before = memory.retrieve(queries, 2).kv.clone()
+    with memory.at_batch_indices([2]):
+        assert torch.equal(memory.retrieve(queries[:1], 2).kv, twin.retrieve(queries, 2).kv[:1])
+    twin.add(torch.randn(3, 6, 2, 4))
+    assert torch.equal(memory.retrieve(queries, 2).kv, before)
+
+
+def test_several_key_heads_search_their_own_keys():
+    memory, kv = KNNMemory(4, 16, 2, heads=3), torch.randn(2, 3, 9, 2, 4)
+    memory.add(kv)
+    queries = unit(2, 3, 5, 4)
+    found = memory.retrieve(queries, 2)
+    expected = torch.einsum("bhqd,bhnd->bhqn", queries, kv[..., 0, :]).topk(2).values
+
+    torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=0)
+    assert memory.sizes == [9, 9]
+
+
+def test_options_without_effect_are_said_once(recwarn):
+    from memorizing_transformer import knn_memory
+
+    knn_memory._said.clear()
+    memory = KNNMemory(4, 8, 1, multiprocessing=True)
+    memory.search(unit(1, 2, 4), 1, nprobe=8, increment_hits=True)
+    memory.search(unit(1, 2, 4), 1, nprobe=8, increment_hits=True)
+    names = [str(warning.message).split()[0] for warning in recwarn]
+    assert names == ["multiprocessing", "nprobe", "increment_hits"]
+
+
+def test_a_list_clears_the_memories_it_is_told_to():
+    memories = KNNMemoryList.create_memories(batch_size=2, num_memory_layers=2)(4, max_memories=8)
+    for memory in memories:
+        memory.add(torch.randn(2, 3, 2, 4))
+    memories.clear_memory([0], memory_indices=[1])
+    assert memories.sizes == [[3, 3], [0, 3]]
+    with memories.at_batch_indices([1]) as scoped:
+        assert scoped.batch_size == 1
+    memories.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("index", "recall", "options"),
+    [("Flat", 1.0, {}), ("IVF64,Flat", 0.9, {"nprobe": 40}), ("HNSW32", 0.9, {"ef_search": 512})],
+)
+def test_a_faiss_index_has_its_stated_recall(index, recall, options):
+    pytest.importorskip("faiss")
+    n, capacity = 9000, 6000
+    kv, queries = torch.stack((unit(1, n, 64), unit(1, n, 64, seed=1)), dim=-2), unit(1, 100, 64, seed=2)
+    memory, exact = KNNMemory(64, capacity, 1, backend="faiss", index=index, **options), KNNMemory(64, capacity, 1)
+    for part in kv.split(1500, dim=1):
+        memory.add(part)
+        exact.add(part)
+    found, truth = (one.retrieve(queries, 32).positions[0] for one in (memory, exact))
+    hits = [len(set(a.tolist()) & set(b.tolist())) / 32 for a, b in zip(found, truth, strict=True)]
+
+    assert sum(hits) / len(hits) >= recall
+    assert int(found.min()) >= n - capacity
+    torch.testing.assert_close(memory.retrieve(queries, 1).kv, kv[:, memory.retrieve(queries, 1).positions[0]])
+
+
+def test_without_faiss_the_error_names_the_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"memorizing-transformer\[faiss\]"):
+        KNNMemory(4, 8, 1, backend="faiss")

@@ -1,0 +1,288 @@
+"""The model against dense attention, its boundaries, windows and gates."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer.relative_position import RelativePositionBias
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_with_room_for_all_memories_the_layer_is_dense_attention(gate):
+    torch.manual_seed(0)
+    layer = KNNAttention(dim=16, heads=2, dim_head=8, num_retrieved_memories=64, gate=gate)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    memory, past, x = KNNMemory(8, 100, 2), torch.randn(2, 40, 2, 8), torch.randn(2, 6, 16)
+    past[..., 0, :] = normalize(past[..., 0, :], dim=-1)
+    memory.add(past)
+    out, _ = layer(x, knn_memory=memory, add_knn_memory=False)
+
+    weights = layer.projections
+    q = normalize((x @ weights.to_q.weight.T).view(2, 6, 2, 8), dim=-1)
+    k, v = (x @ weights.to_kv.weight.T).chunk(2, dim=-1)
+    k = normalize(k, dim=-1)
+    expected = torch.zeros(2, 6, 2, 8)
+    for b in range(2):
+        for h in range(2):
+            scale = layer.log_scale[h, 0, 0].exp()
+            for i in range(6):
+                far = past[b, :, 0] @ q[b, i, h] * scale
+                near = k[b, : i + 1] @ q[b, i, h] * scale
+                if gate == "softmax":
+                    p = torch.cat((far, near)).softmax(0)
+                    expected[b, i, h] = p @ torch.cat((past[b, :, 1], v[b, : i + 1]))
+                else:
+                    g = torch.sigmoid(layer.gate[h, 0, 0])
+                    expected[b, i, h] = g * far.softmax(0) @ past[b, :, 1] + (1 - g) * near.softmax(0) @ v[b, : i + 1]
+    torch.testing.assert_close(out, expected.flatten(2) @ weights.to_out.weight.T, atol=1e-5, rtol=1e-5)
+
+
+def test_two_segments_with_an_xl_window_are_one_pass_under_a_band(tiny_model, read_in_segments):
+    model = tiny_model(xl_max_memories=8, memorizing_layers=())
+    ids = torch.randint(0, 20, (2, 16))
+    in_segments, _ = read_in_segments(model, ids, None)
+
+    # one pass over 16 tokens in which the second half sees keys of the first as they were, layer by layer
+    attended, _ = model(ids)[0], None
+    assert torch.allclose(in_segments[:, :8], attended[:, :8], atol=1e-12)
+    torch.testing.assert_close(in_segments, attended, atol=1e-12, rtol=0)
+
+
+def test_segments_longer_than_the_window_see_a_band(tiny_model, read_in_segments):
+    """Windows of 5 behind segments of 8: what leaves the window is not seen."""
+    model = tiny_model(xl_max_memories=5, memorizing_layers=(), depth=1)
+    ids = torch.randint(0, 20, (1, 16))
+    logits, _ = read_in_segments(model, ids, None)
+    changed = ids.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 20  # left the window of the second segment
+    other, _ = read_in_segments(model, changed, None)
+    assert torch.equal(logits[:, 8:], other[:, 8:])
+    changed[:, 3] = (changed[:, 3] + 1) % 20  # the oldest that stays
+    other, _ = read_in_segments(model, changed, None)
+    assert bool((logits[:, 8:] != other[:, 8:]).any(dim=-1).all())
+
+
+def test_distance_zero_is_the_query_itself_with_keys_before_it():
+    bias = RelativePositionBias(heads=2, scale=1.0)
+    from memorizing_transformer.attention import causal_distances
+
+    distances = causal_distances(3, 7, torch.device("cpu"))
+    assert distances.diagonal(4).tolist() == [0, 0, 0]
+    assert bias.bucket(distances)[0].tolist() == [4, 3, 2, 1, 0, 0, 0]
+
+
+def test_buckets_are_those_of_t5():
+    bias = RelativePositionBias(heads=1, scale=1.0)
+    distances = torch.arange(300)
+    # distance < 16 one bucket each; then 16 + floor(log(d / 16) / log(8) * 16), at most 31
+    expected = [
+        d if d < 16 else min(31, 16 + int(float(torch.log(torch.tensor(d / 16.0))) / 2.0794415 * 16))
+        for d in range(300)
+    ]
+    assert bias.bucket(distances).tolist() == expected
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_memory_changes_nothing_before_something_left_the_window(tiny_model, gate):
+    model = tiny_model(xl_max_memories=8, gate=gate)
+    ids = torch.randint(0, 20, (2, 8))
+    memories = model.create_knn_memories(batch_size=2)
+    first, window = model(ids, knn_memories=memories)
+    assert memories.sizes == [[0, 0]]
+    second, _ = model(ids, knn_memories=memories, xl_memories=window)
+    assert memories.sizes == [[8, 8]]
+
+    plain, window = model(ids)
+    assert torch.equal(first, plain)
+    assert torch.equal(second, model(ids, xl_memories=window)[0])
+
+
+def test_a_segment_does_not_find_itself(tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 20, (2, 8))
+    memories = model.create_knn_memories(batch_size=2)
+    assert torch.equal(model(ids, knn_memories=memories), model(ids))
+    assert memories.sizes == [[8, 8]]
+
+
+@pytest.mark.parametrize("boundary", ["sos", "eos"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_tokens_behind_a_boundary_see_nothing_of_before_it(tiny_model, read_in_segments, boundary, window):
+    model = tiny_model(**{f"clear_memories_on_{boundary}_token_id": 19}, xl_max_memories=window)
+    torch.manual_seed(1)
+    old, new = torch.randint(0, 19, (1, 13)), torch.randint(0, 19, (1, 14))
+    mark = torch.tensor([[19]])
+    memories = model.create_knn_memories(batch_size=1)
+    logits, _ = read_in_segments(model, torch.cat((old, mark, new), dim=1), memories)
+    start = 13 if boundary == "sos" else 14
+    alone = torch.cat((mark, new), dim=1) if boundary == "sos" else new
+    # the same segment ends: a first segment as long as what is left of the boundary's segment
+    first = 16 - start
+    memories_alone = model.create_knn_memories(batch_size=1)
+    out = model(alone[:, :first], knn_memories=memories_alone)
+    out, xl = out if window else (out, None)
+    rest, _ = read_in_segments(model, alone[:, first:], memories_alone, xl=xl)
+
+    torch.testing.assert_close(logits[:, start:], torch.cat((out, rest), dim=1), atol=1e-12, rtol=0)
+    assert memories.sizes == memories_alone.sizes
+
+
+def test_only_flagged_rows_are_emptied(tiny_model):
+    model = tiny_model(clear_memories_on_eos_token_id=19, xl_max_memories=4)
+    ids = torch.randint(0, 19, (2, 16))
+    memories = model.create_knn_memories(batch_size=2)
+    _, window = model(ids[:, :8], knn_memories=memories)
+    flagged = ids[:, 8:].clone()
+    flagged[0, 2] = 19
+    _, new = model(flagged, knn_memories=memories, xl_memories=window)
+
+    assert memories.sizes == [[1, 12]]
+    assert new.mask.tolist() == [[True] * 4, [True] * 4]
+    plain = tiny_model(xl_max_memories=4)
+    both = plain.create_knn_memories(batch_size=2)
+    _, window = plain(ids[:, :8], knn_memories=both)
+    plain(ids[:, 8:], knn_memories=both, xl_memories=window)
+    assert torch.equal(memories[0].state_dict()["kv"][1], both[0].state_dict()["kv"][1])
+
+
+def test_padding_is_neither_seen_nor_stored(tiny_model, read_in_segments):
+    model = tiny_model(xl_max_memories=5)
+    ids = torch.randint(0, 20, (2, 20))
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, [1, 2, 9, 17]] = False
+    memories, window, logits = model.create_knn_memories(batch_size=2), None, []
+    for segment, part in zip(ids.split(10, 1), mask.split(10, 1), strict=True):
+        out, window = model(segment, knn_memories=memories, xl_memories=window, mask=part)
+        logits.append(out)
+    alone, window, expected = model.create_knn_memories(batch_size=1), None, []
+    for segment, part in zip(ids[:1].split(10, 1), mask[:1].split(10, 1), strict=True):
+        out, window = model(segment[part].unsqueeze(0), knn_memories=alone, xl_memories=window)
+        expected.append(out)
+
+    torch.testing.assert_close(torch.cat(logits, 1)[0][mask[0]], torch.cat(expected, 1)[0], atol=1e-12, rtol=0)
+    assert memories[0].sizes[0] == alone[0].sizes[0] == 11
+    assert not bool(torch.isnan(torch.cat(logits, 1)).any())
+
+
+def test_a_pad_id_is_padding_in_ids_and_labels(tiny_model):
+    model = tiny_model(pad_id=0)
+    ids, labels = torch.randint(1, 20, (1, 6)), torch.randint(1, 20, (1, 6))
+    loss = model(ids, labels=labels)
+    padded = model(torch.nn.functional.pad(ids, (0, 3)), labels=torch.nn.functional.pad(labels, (0, 3)))
+    torch.testing.assert_close(loss, padded, atol=1e-12, rtol=0)
+
+
+def test_token_zero_counts_in_the_loss_by_default(tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 20, (1, 6))
+    labels = torch.zeros(1, 6, dtype=torch.long)
+    expected = torch.nn.functional.cross_entropy(model(ids).transpose(1, 2), labels)
+    torch.testing.assert_close(model(ids, labels=labels), expected, atol=1e-12, rtol=0)
+
+
+def test_a_shifted_window_reads_what_the_layer_above_kept(tiny_model):
+    plain, shifted = tiny_model(xl_max_memories=4), tiny_model(xl_max_memories=4, shift_xl_memories_down=1)
+    ids = torch.randint(0, 20, (2, 16))
+    first, window = plain(ids[:, :8])
+    first_shifted, window_shifted = shifted(ids[:, :8])
+    assert torch.equal(first, first_shifted)
+    by_hand = XLMemories([window[1], window[2], window[2]])
+    # a model without shift that is handed the windows of the layers above
+    expected = plain(ids[:, 8:], xl_memories=by_hand)[0]
+    out = shifted(ids[:, 8:], xl_memories=window_shifted)[0]
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(out, plain(ids[:, 8:], xl_memories=window)[0], atol=1e-3)
+
+
+def test_a_shifted_memory_is_searched_in_place_of_the_layers_own(tiny_model):
+    plain = tiny_model(memorizing_layers=(1, 2))
+    shifted = tiny_model(memorizing_layers=(1, 2), shift_knn_memories_down=1)
+    ids = torch.randint(0, 20, (1, 16))
+    mine, theirs = (model.create_knn_memories(batch_size=1) for model in (plain, shifted))
+    plain(ids[:, :8], knn_memories=mine)
+    shifted(ids[:, :8], knn_memories=theirs)
+    assert torch.equal(mine[0].state_dict()["kv"][0], theirs[0].state_dict()["kv"][0])
+    swapped = type(mine)([mine[1], mine[1]])
+    expected = plain(ids[:, 8:], knn_memories=swapped, add_knn_memory=False)
+    out = shifted(ids[:, 8:], knn_memories=theirs, add_knn_memory=False)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert not torch.allclose(out, plain(ids[:, 8:], knn_memories=mine), atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, [1, 3], (2,)])
+def test_memorizing_layers_may_be_a_number_a_list_or_a_tuple(tiny_model, layers):
+    model = tiny_model(memorizing_layers=layers, knn_attn_heads=2)
+    count = 1 if isinstance(layers, int) else len(layers)
+    memories = model.create_knn_memories(batch_size=1)
+    assert len(memories) == count == len(model.memory_attentions())
+    assert model(torch.randint(0, 20, (1, 5)), knn_memories=memories).shape == (1, 5, 20)
+
+
+def test_a_scoped_sub_batch_works_through_the_model(tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 20, (4, 16))
+    together, apart = model.create_knn_memories(batch_size=4), model.create_knn_memories(batch_size=4)
+    for segment in ids.split(8, 1):
+        whole = model(segment, knn_memories=together)
+        parts = []
+        for rows in ([0, 1], [2, 3]):
+            with apart.at_batch_indices(rows):
+                parts.append(model(segment[rows], knn_memories=apart))
+        torch.testing.assert_close(torch.cat(parts), whole, atol=1e-12, rtol=0)
+    assert apart.sizes == together.sizes
+
+
+def test_queries_learn_through_retrieved_keys(tiny_model):
+    model = tiny_model()
+    memories = model.create_knn_memories(batch_size=1)
+    ids = torch.randint(0, 20, (1, 16))
+    model(ids[:, :8], knn_memories=memories)
+    model(ids[:, 8:], knn_memories=memories, labels=ids[:, 8:]).backward()
+    layer = model.memory_attentions()[0]
+    assert float(layer.log_scale.grad.abs().sum()) > 0
+    assert float(layer.projections.to_q.weight.grad.abs().sum()) > 0
+
+
+def test_a_refused_call_changes_no_memory(tiny_model):
+    model = tiny_model()
+    memories = model.create_knn_memories(batch_size=2)
+    with pytest.raises(ValueError, match="20"):
+        model(torch.full((2, 8), 20), knn_memories=memories)
+    with pytest.raises(ValueError, match="rows in scope"):
+        model(torch.zeros(3, 8, dtype=torch.long), knn_memories=memories)
+    assert memories.sizes == [[0, 0]]
+
+
+def test_hidden_and_output_weight_give_the_logits(tiny_model):
+    model, ids = tiny_model(), torch.randint(0, 20, (2, 8))
+    torch.testing.assert_close(model.hidden(ids) @ model.output_weight.T, model(ids), atol=1e-12, rtol=0)
+
+
+def test_a_retrofitted_model_computes_the_same_until_it_is_trained(tiny_model):
+    model, ids = tiny_model(memorizing_layers=()), torch.randint(0, 20, (2, 16))
+    twin = retrofit(model, memorizing_layers=2)
+    memories = twin.create_knn_memories(batch_size=2)
+    for segment in ids.split(8, 1):
+        assert torch.equal(twin(segment, knn_memories=memories), model(segment))
+    gate = twin.memory_attentions()[0].output_gate
+    twin(ids[:, :8], knn_memories=memories, labels=ids[:, 8:]).backward()
+    assert float(gate.grad.abs()) > 0
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_in_bfloat16_have_a_memory_too(storage, dtype):
+    model = MemorizingTransformer(
+        num_tokens=20, dim=16, depth=2, dim_head=8, heads=2, knn_storage=storage, num_retrieved_memories=4
+    ).to(dtype)
+    memories = model.create_knn_memories(batch_size=1)
+    for segment in torch.randint(0, 20, (1, 24)).split(8, 1):
+        logits = model(segment, knn_memories=memories)
+    assert logits.dtype == dtype
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_a_saved_model_is_loaded_as_it_was(tiny_model, tmp_path):
+    model, ids = tiny_model(xl_max_memories=4, gate="sigmoid"), torch.randint(0, 20, (1, 8))
+    model.save_pretrained(tmp_path / "model")
+    twin = MemorizingTransformer.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(twin(ids)[0], model(ids)[0])

@@ -7,6 +7,8 @@ functions of the seed and of counters, so a run that was killed and resumed ends
 Processes share each minibatch, weigh their tokens by the GLOBAL minibatch and add up their gradients once, after the
 last backward: two processes make the update that one would make. (``DistributedDataParallel`` is not used: a base that
 carries the scopes of several models has parameters that a given loss does not touch.)
+
+Long because the loop and all that it resumes from are read together.
 """
 
 import contextlib

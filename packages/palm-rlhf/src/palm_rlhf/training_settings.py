@@ -61,7 +61,7 @@ class TrainingSettings:
     seed: int = 0
     device: str = "auto"
     validate_every: int = 100
-    validation_tokens: int | None = 65_536
+    validation_tokens: int | None = 32_768
     checkpoint_every: int = 100
     keep_checkpoints: int | None = 2
 

@@ -1,6 +1,8 @@
 """The commands ``reward``, ``ppo``, ``grpo`` and ``sample``: typed functions that flags and help are made from.
 
 Without arguments they go on from one another: ``train``, ``reward`` and ``ppo`` on Python's own library.
+
+Long because the help of four commands is made from the documentation of their arguments.
 """
 
 from functools import partial

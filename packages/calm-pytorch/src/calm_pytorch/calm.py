@@ -6,6 +6,8 @@ paper's), in which case position t of the anchor sees positions up to t of the a
 
 Nothing is attached to the models outside a forward of the composition: hooks live as long as the call.
 
+Long because its public methods explain every argument; what they do is in the modules they call.
+
 Legend: b batch, n sequence, m prompt positions, v vocabulary.
 """
 

@@ -3,6 +3,8 @@
 Each update takes ``grad_accum_steps`` micro-batches on every process and divides their summed loss by the number of
 tokens they count TOGETHER, so that an update is the same however its examples are spread. A checkpoint holds the
 learned part only, beside optimizer, schedule and random states; the frozen models are not written again.
+
+Long because the loop and all that it resumes from are read together.
 """
 
 import contextlib

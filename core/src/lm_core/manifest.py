@@ -8,6 +8,7 @@ from a stranger cannot execute code.
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -181,10 +182,11 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        first_line = str(error).split("\n", 1)[0]
+        # torch's own message goes on to advise weights_only=False, which is just what a bomb needs.
+        found = re.search(r"Unsupported [^\n]*?(?=\. |\n|$)", str(error))
+        detail = f" ({found[0]})" if found else ""
         raise CheckpointError(
-            f"{path} holds more than tensors and numbers, or is damaged; it was refused and nothing in it was run "
-            f"({first_line})"
+            f"{path} holds more than tensors and numbers, or is damaged; it was refused and nothing in it was run{detail}"
         ) from error
     except Exception as error:  # zip reader, unpickler and tensor code each raise their own kinds on damaged bytes
         raise CheckpointError(f"{path} is damaged or is no file of torch.save: {error}") from error

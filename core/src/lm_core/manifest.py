@@ -186,7 +186,8 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
         found = re.search(r"unsupported (?:global|class|operand):? [\w. ]+", str(error), re.IGNORECASE)
         detail = f" ({found[0].strip()})" if found else ""
         raise CheckpointError(
-            f"{path} holds more than tensors and numbers, or is damaged; it was refused and nothing was run{detail}"
+            f"{path} holds more than tensors and numbers, or is damaged; "
+            f"it was refused and nothing in it was run{detail}"
         ) from error
     except Exception as error:  # zip reader, unpickler and tensor code each raise their own kinds on damaged bytes
         raise CheckpointError(f"{path} is damaged or is no file of torch.save: {error}") from error

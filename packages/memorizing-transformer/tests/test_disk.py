@@ -158,7 +158,7 @@ def test_a_second_process_is_told_within_its_timeout_and_waits_if_that_is_enough
             MemoryDirectory(tmp_path, "mine", timeout=0.3)
         assert time.monotonic() - started < 2.5
         MemoryDirectory(tmp_path).close()  # another run in the same parent needs no waiting
-        MemoryDirectory(tmp_path, "mine", timeout=60).close()
+        MemoryDirectory(tmp_path, "mine", timeout=60.0).close()
     finally:
         holder.kill()
         holder.wait()

@@ -49,6 +49,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "PretrainedMixin",
+    "checkpoint_folder",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
@@ -252,6 +253,23 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     if damages:
         raise CheckpointError(f"every checkpoint in {directory} is damaged: {'; '.join(damages)}")
     return None
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder with a model at or below ``path``: itself, or a run's newest whole checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: all checkpoints of the run are damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    for place in (folder / "checkpoints", folder):
+        newest = latest_checkpoint(place)
+        if newest is not None:
+            return newest
+    raise FileNotFoundError(f"checkpoint must be a folder with a model or the folder of a run, got {path}")
 
 
 @typed

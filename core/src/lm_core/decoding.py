@@ -140,6 +140,7 @@ class Decoder:
 
 
 def language_model(model: Any) -> Any:
+    """``model`` itself where it decodes incrementally, else what ``as_causal_lm`` makes of it."""
     if hasattr(model, "init_cache"):
         return model
     from lm_core.adapters import as_causal_lm
@@ -205,6 +206,7 @@ def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | No
 
 
 def check_settings(max_new_tokens: int, min_new_tokens: int, temperature: float, repetition_penalty: float) -> None:
+    """Raises ``ValueError`` naming the first setting that is out of range."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= min_new_tokens <= max_new_tokens:
@@ -230,6 +232,7 @@ def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens
 
 
 def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The end tokens as a tuple, whichever way they were given."""
     if eos_id is None:
         return ()
     eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
@@ -239,6 +242,7 @@ def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def is_any(token: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """True where ``token`` is one of ``ids``."""
     result = torch.zeros_like(token, dtype=torch.bool)
     for id_ in ids:
         result = result | (token == id_)
@@ -246,6 +250,7 @@ def is_any(token: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 
 def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """The logits with those of ``ids`` at minus infinity."""
     if not ids:
         return logits
     logits = logits.clone()
@@ -254,6 +259,7 @@ def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 
 def device_of(model: Any) -> torch.device | None:
+    """Where the model's parameters are; None if it has none."""
     if not isinstance(model, nn.Module):
         return None
     parameter = next(model.parameters(), None)

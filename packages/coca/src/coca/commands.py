@@ -21,7 +21,7 @@ from coca.image_files import SUFFIXES, load_images
 from coca.model_settings import load_encoder
 from coca.preprocessing import ImagePreprocessing
 from coca.zero_shot import zero_shot_classifier
-from lm_core.checkpoint import latest_checkpoint
+from lm_core.checkpoint import checkpoint_folder
 from lm_core.generation import eval_mode
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device
@@ -261,23 +261,6 @@ class _Loaded:
     model: CoCa
     tokenizer: Any
     preprocessing: ImagePreprocessing
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder with a model at or below ``path``: itself, or a run's newest whole checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: all checkpoints of the run are damaged.
-    """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    for place in (folder / "checkpoints", folder):
-        newest = latest_checkpoint(place)
-        if newest is not None:
-            return newest
-    raise FileNotFoundError(f"checkpoint must be a folder with a model or the folder of a run, got {path}")
 
 
 def _load(checkpoint: str, device: str) -> _Loaded:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from lm_core.checkpoint import latest_checkpoint
+from lm_core.checkpoint import checkpoint_folder
 from lm_core.corpora import load_corpus
 from lm_core.decoding import Filter
 from lm_core.distributed import rank, world_size
@@ -252,23 +252,6 @@ def convert(
     )
     print(f"wrote {folder}")
     return 0
-
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder with a model at or below ``path``: itself, or a run's newest whole checkpoint.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: all checkpoints of the run are damaged.
-    """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    for place in (folder / "checkpoints", folder):
-        newest = latest_checkpoint(place)
-        if newest is not None:
-            return newest
-    raise FileNotFoundError(f"checkpoint must be a folder with a model or the folder of a run, got {path}")
 
 
 def command_line() -> str:

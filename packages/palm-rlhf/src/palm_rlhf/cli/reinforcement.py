@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from lm_core.checkpoint import checkpoint_folder
 from lm_core.corpora import load_corpus
 from lm_core.decoding import Filter
 from lm_core.distributed import rank
@@ -19,7 +20,7 @@ from lm_core.sampling import top_k as keep_best
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device
-from palm_rlhf.cli.commands import INTERRUPTED, checkpoint_folder, command_line
+from palm_rlhf.cli.commands import INTERRUPTED, command_line
 from palm_rlhf.palm import PaLM
 
 BASE = "runs/palm-quickstart"

@@ -86,7 +86,8 @@ def layer(name: str) -> int:
     """How high a module of a package stands: model code below trainers, trainers below the command line."""
     if name in {"cli", "commands", "__main__"}:
         return 2
-    return 1 if "train" in name else 0
+    # trainers that are named for their algorithm
+    return 1 if "train" in name or name in {"ppo", "grpo", "finetuner"} else 0
 
 
 def test_models_import_no_trainer_and_nothing_imports_the_command_line(workspace: ModuleType) -> None:

@@ -43,10 +43,10 @@ class TrainingSettings:
         TypeError: a value is of another type.
     """
 
-    max_steps: int = 300
+    max_steps: int = 1000
     max_seconds: float | None = None
     sequence_length: int = 256
-    batch_size: int = 8
+    batch_size: int = 4
     gradient_accumulation: int = 1
     learning_rate: float = 3e-3
     warmup: float = 0.05
@@ -60,9 +60,9 @@ class TrainingSettings:
     fsdp: bool = False
     seed: int = 0
     device: str = "auto"
-    validate_every: int = 100
+    validate_every: int = 250
     validation_tokens: int | None = 32_768
-    checkpoint_every: int = 100
+    checkpoint_every: int = 250
     keep_checkpoints: int | None = 2
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import lm_core
 from calm_pytorch.cli.commands import INTERRUPTED, describe, generate, settings_names, train
 from calm_pytorch.quickstart import QuickstartSettings
 
-TRAIN = """Composes frozen models; without arguments, the key-value arithmetic of the paper (two minutes on a CPU).
+TRAIN = """Composes frozen models; without arguments, the key-value arithmetic of the paper.
 
   calm-pytorch train                                     the quickstart, into runs/calm-quickstart
   calm-pytorch train --config run.yaml                   two local folders, named in the file

@@ -105,7 +105,7 @@ def train(
         The exit status.
     """
     if anchor is None:
-        print("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; two minutes, no download")
+        print("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
         result = run_quickstart(settings, checkpoint_dir)
         print(f"composed      {result.composed:.1%} right on expressions over keys it never trained on")
         print(f"anchor alone  {result.anchor_alone:.1%} (chance 9.1%)")

@@ -307,6 +307,7 @@ def _read_images(
 
 
 def tell_unreadable(data: CaptionedImages, say: Callable[..., None]) -> None:
+    """Names the first images that could not be read, and counts them all."""
     for entry in data.unreadable[:20]:
         say(f"unreadable  {entry}")
     if data.unreadable:

@@ -16,7 +16,8 @@ from memorizing_transformer.knn_attention import KNNAttention
 from memorizing_transformer.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.memory_list import KNNMemoryList
 from memorizing_transformer.retrofit import retrofit
-from memorizing_transformer.transformer import MemorizingTransformer, XLMemories
+from memorizing_transformer.transformer import MemorizingTransformer
+from memorizing_transformer.xl_memories import XLMemories
 
 __all__ = [
     "KNNAttention",

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from memorizing_transformer.block import Attention
 from memorizing_transformer.knn_attention import as_memories, packed
 from memorizing_transformer.memory_list import KNNMemoryList
 from memorizing_transformer.segment import Documents, remembered_columns, split_columns
@@ -34,6 +35,16 @@ class Kept:
     xl: bool
     reads_xl: int
     memory: int | None
+
+
+def kept_of(attentions: Sequence[Attention], shift_xl: int) -> list[Kept]:
+    """What each attention keeps, in a model whose XL windows are shifted down by ``shift_xl``."""
+    windows = [number for number, one in enumerate(attentions) if one.xl is not None]
+    kept = []
+    for number, one in enumerate(attentions):
+        reads = number if one.xl is None else windows[min(one.xl + shift_xl, len(windows) - 1)]
+        kept.append(Kept(one.key_heads, one.xl is not None, reads, one.memory))
+    return kept
 
 
 class MemoryCache:
@@ -70,6 +81,22 @@ class MemoryCache:
         self.windows: list[Tensor | None] = []  # (b, g, m, 2, d) of each attention that has one
         self.documents: Tensor | None = None  # (b, s)
         self.open_documents: Tensor | None = None  # (b,)
+
+    def check_next(self, x: Tensor, mask: Tensor | None, memories: KNNMemoryList | None) -> None:
+        """Raises ``ValueError`` unless new tokens ``(b, n)`` with these settings can follow."""
+        if self.batch_size != x.shape[0]:
+            raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {x.shape[0]}")
+        if mask is None and self.masked:
+            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
+        if memories is not None and self.length:
+            raise ValueError("knn_memories go with the first tokens of a cache")
+
+    def take_up(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Counts new tokens; the part of ``mask`` that is theirs, or None if all of them are real."""
+        fresh = None if mask is None else mask[:, self.length :]
+        self.masked = self.masked or mask is not None
+        self.length += x.shape[1]
+        return None if fresh is None or bool(fresh.all()) else fresh
 
     def begin(self, like: Tensor, memories: KNNMemoryList | None, adds: bool) -> None:
         """Takes the room it needs, in the dtype and on the device of ``like``; ``memories`` are copied."""

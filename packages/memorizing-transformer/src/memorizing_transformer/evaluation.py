@@ -17,7 +17,8 @@ from lm_core.losses import linear_cross_entropy
 from lm_core.training import Precision, autocast
 from memorizing_transformer.document_streams import IGNORE_INDEX, DocumentSegments, Segment
 from memorizing_transformer.memory_list import KNNMemoryList
-from memorizing_transformer.transformer import MemorizingTransformer, XLMemories
+from memorizing_transformer.transformer import MemorizingTransformer
+from memorizing_transformer.xl_memories import XLMemories
 
 # First position of each range of positions.
 RANGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -20,8 +20,8 @@ from memorizing_transformer.transformer import MemorizingTransformer
 
 _SIMPLE = {
     "token_emb.weight": "token_emb.weight",
-    "rel_pos_bias.relative_attention_bias.weight": "position_bias.bias.weight",
-    "knn_rel_pos_bias.relative_attention_bias.weight": "knn_position_bias.bias.weight",
+    "rel_pos_bias.relative_attention_bias.weight": "layers.position_bias.bias.weight",
+    "knn_rel_pos_bias.relative_attention_bias.weight": "layers.knn_position_bias.bias.weight",
     "to_logits.0.weight": "norm.weight",
     "to_logits.0.bias": "norm.bias",
     "to_logits.1.weight": "to_logits.weight",
@@ -104,7 +104,7 @@ def _renamed(name: str) -> str | None:
         return None
     layer, part, rest = match.groups()
     table, place = (_ATTENTION, "attentions.0.") if part == "0" else (_FEED_FORWARD, "")
-    return f"blocks.{layer}.{place}{table[rest]}" if rest in table else None
+    return f"layers.blocks.{layer}.{place}{table[rest]}" if rest in table else None
 
 
 @typed

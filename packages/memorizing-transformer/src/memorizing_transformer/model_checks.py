@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lm_core._checks import check_ids
+from memorizing_transformer.memory_list import KNNMemoryList
 
 
 def whole_number(value: int | float, name: str) -> int:
@@ -38,6 +39,12 @@ def layer_numbers(
     return tuple(sorted(chosen))
 
 
+def check_token(token: int | None, num_tokens: int, name: str) -> None:
+    """Raises ``ValueError`` unless ``token`` is None or in the vocabulary."""
+    if token is not None and not 0 <= token < num_tokens:
+        raise ValueError(f"{name} must be a token in [0, {num_tokens}), got {token}")
+
+
 def check_inputs(x: Tensor, *, mask: Tensor | None, past: int, num_tokens: int) -> None:
     """Checks ids and mask.
 
@@ -59,25 +66,36 @@ def check_inputs(x: Tensor, *, mask: Tensor | None, past: int, num_tokens: int) 
         check_ids(x, num_tokens, "x")
 
 
-def check_window(
-    xl_memories: Sequence[Tensor] | None, layers: int, b: int, heads_and_dim: tuple[int, ...]
-) -> list[Tensor]:
-    """XL memories as ``(b, g, m, 2, d)``; none given is an empty list.
+def check_labels(labels: Tensor, x: Tensor, *, num_tokens: int, ignore_index: int) -> None:
+    """Checks labels.
 
     Raises:
-        ValueError: their number or a shape does not fit.
+        TypeError: they are no integers.
+        ValueError: they have another shape than ``x``, or (on the CPU) one is out of range.
     """
-    if xl_memories is None:
-        return []
-    if len(xl_memories) != layers:
-        raise ValueError(f"xl_memories must have one entry for each of {layers} XL layers, got {len(xl_memories)}")
-    windows = [one if one.ndim == 5 else one.unsqueeze(1) for one in xl_memories]
-    width = windows[0].shape[2] if windows else 0
-    for number, one in enumerate(windows):
-        heads = one.shape[1]
-        if one.ndim != 5 or one.shape != (b, heads, width, 2, heads_and_dim[1]):
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+    if labels.shape != x.shape:
+        raise ValueError(f"labels must have the shape of x {tuple(x.shape)}, got {tuple(labels.shape)}")
+    if not labels.is_cuda:
+        check_ids(labels[labels != ignore_index], num_tokens, "labels")
+
+
+def check_memories(memories: KNNMemoryList | None, b: int, *, layers: int, dim_head: int, key_heads: int) -> None:
+    """Checks memories against the model and a batch of ``b`` rows.
+
+    Raises:
+        ValueError: their number, rows in scope, features or key heads do not fit.
+    """
+    if memories is None:
+        return
+    if len(memories) != layers:
+        raise ValueError(f"knn_memories must have {layers} memories, got {len(memories)}")
+    for number, memory in enumerate(memories):
+        if len(memory.scoped_indices) != b:
+            raise ValueError(f"knn_memories have {len(memory.scoped_indices)} rows in scope, x has a batch of {b}")
+        if (memory.dim, memory.heads) != (dim_head, key_heads):
             raise ValueError(
-                f"xl_memories[{number}] must have shape (b, m, 2, d) with b = {b}, one m for all and "
-                f"d = {heads_and_dim[1]}, got {tuple(xl_memories[number].shape)}"
+                f"knn_memories[{number}] must have dim {dim_head} and {key_heads} key heads, "
+                f"got {memory.dim} and {memory.heads}"
             )
-    return windows

@@ -53,7 +53,8 @@ from memorizing_transformer.document_streams import DocumentSegments, DocumentSt
 from memorizing_transformer.evaluation import Evaluation, score
 from memorizing_transformer.memory_list import KNNMemoryList
 from memorizing_transformer.training_settings import TrainingSettings
-from memorizing_transformer.transformer import MemorizingTransformer, XLMemories
+from memorizing_transformer.transformer import MemorizingTransformer
+from memorizing_transformer.xl_memories import XLMemories
 
 CURVES = (
     "train_bits_per_byte",

@@ -1,8 +1,9 @@
-"""Two gloo processes train, validate and save as one process with the same global batch does.
+"""Two gloo processes train, validate and save as one process with the same global batch does, with DDP and with FSDP.
 
 Processes are started by torchrun; every worker asserts the number of processes it is one of.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lm_core.checkpoint import load_tensors
 
@@ -18,12 +20,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
 ]
 
+needs_sharding = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="FSDP on a CPU needs torch 2.7 or newer"
+)
+
 WORKER = """
-import sys
+import signal, sys, warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
+
 import spin_trainer.trainer
 from spin_trainer import SFTDataset, SPINTrainer
 from spin_trainer.sft_data import Example
@@ -43,26 +51,73 @@ def rows(count):
 
 train, valid = rows(11), rows(5)
 
-def run(name, **changes):
+def decoder():
     torch.manual_seed(0)
     model = SmallDecoder(num_tokens=12, dim=16, heads=2, dim_head=8).double()
     with torch.no_grad():
         model.embedding.weight.mul_(25)
+    return model
+
+def with_adapters():
+    import transformers
+    from spin_trainer.loading import with_lora
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
+    config = transformers.LlamaConfig(vocab_size=12, tie_word_embeddings=True, initializer_range=0.5, **sizes, **ends)
+    return with_lora(transformers.LlamaForCausalLM(config).double(), r=4)
+
+def run(name, model, **changes):
     trainer = SPINTrainer(
-        model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11, iterations=2, epochs=1,
-        batch_size=4 // processes, grad_accum_steps=1, generation_batch_size=3, start_learning_rate=1e-2, lambda_=1.0,
-        end_learning_rate=1e-3, valid_every=2, checkpoint_every=1, device="cpu",
-        checkpoint_folder=folder / name, **changes
+        model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11, checkpoint_folder=folder / name,
+        **{
+            "iterations": 2, "epochs": 1, "batch_size": 4 // processes, "grad_accum_steps": 1,
+            "generation_batch_size": 3, "start_learning_rate": 1e-2, "end_learning_rate": 1e-3, "lambda_": 1.0,
+            "valid_every": 2, "checkpoint_every": 1, "device": "cpu", **changes,
+        },
     )
     assert (dist.get_world_size() if dist.is_initialized() else 1) == processes
-    return model, trainer()
+    return trainer, trainer()
 
-model, result = run("plain")
+class StopAt:
+    def log(self, values, step):
+        if step == 6 and "loss" in values:
+            signal.raise_signal(signal.SIGINT)
+
+model = decoder()
+_, result = run("plain", model)
 assert (result.outcome, result.steps) == ("finished", 9), result
 outcome = {"weights": dict(model.state_dict()), "nll": [entry["nll"] for entry in result.history]}
+# peft asks transformers for a name that newer transformers call otherwise
+warnings.filterwarnings("ignore", category=FutureWarning)
+adapted = with_adapters()
+run("adapters", adapted, grad_accum_steps=2, batch_size=2 // processes)
+outcome["adapters"] = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
 if processes == 2:
-    resumed, _ = run("plain")  # finished: loads the last checkpoint
+    resumed = decoder()
+    run("plain", resumed)  # finished: loads the last checkpoint
     outcome["resumed"] = dict(resumed.state_dict())
+if processes == 2 and TorchVersion(torch.__version__) >= "2.7":
+    trainer, result = run("sharded", decoder(), fsdp=True)
+    parameter = trainer.model.policy_model.blocks[0].into.weight
+    assert type(parameter).__name__ == "DTensor" and parameter.to_local().numel() < parameter.numel()
+    outcome["sharded_nll"] = [entry["nll"] for entry in result.history]
+    assert trainer().steps == 9  # finished: loads the last checkpoint into shards
+    run("sharded-adapters", with_adapters(), grad_accum_steps=2, batch_size=2 // processes, fsdp=True)
+    # only rank 0 hears of the interrupt, and both stop
+    result = run("parts", decoder(), fsdp=True, trackers=[StopAt()])[1]
+    assert (result.outcome, result.steps) == ("interrupted", 6), result
+    result = run("parts", decoder(), fsdp=True)[1]
+    assert (result.outcome, result.steps) == ("finished", 9), result
+    # a rate that ruins the model, so the start is put back, into shards
+    settings = {"start_learning_rate": 3.0, "end_learning_rate": 3.0, "max_grad_norm": None}
+    trainer, result = run("ruined", decoder(), fsdp=True, early_stop_patience=1, **settings)
+    assert (result.outcome, result.best_iteration) == ("stopped early", 0), result
+    back = trainer.save("back")
+    try:
+        run("sharded", decoder())
+    except Exception as error:
+        outcome["refused"] = str(error)
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save(outcome, folder / "outcome.pt")
 if dist.is_initialized():
@@ -107,8 +162,6 @@ def test_two_processes_train_to_the_weights_of_one(outcomes):
 
 
 def test_two_processes_give_the_answers_of_one_each_row_once(outcomes):
-    import json
-
     answers = {}
     for processes, (folder, _) in outcomes.items():
         files = sorted((folder / "plain" / "generations").glob("answers-train-0-*/rows-*.jsonl"))
@@ -130,3 +183,70 @@ def test_what_two_processes_saved_is_what_they_trained(outcomes):
     opened = SmallDecoder.from_pretrained(folder / "plain" / "iterations" / "iteration-2")
     assert greatest_difference(opened.state_dict(), outcome["weights"]) == 0
     assert greatest_difference(outcome["resumed"], outcome["weights"]) == 0
+
+
+@needs_sharding
+def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(outcomes):
+    from spin_trainer.small_decoder import SmallDecoder
+
+    folder, outcome = outcomes[2]
+    opened = SmallDecoder.from_pretrained(folder / "sharded" / "iterations" / "iteration-2")
+    assert greatest_difference(opened.state_dict(), outcomes[1][1]["weights"]) < 1e-10
+    newest = SmallDecoder.from_pretrained(folder / "sharded" / "checkpoints" / "step-9")
+    assert greatest_difference(newest.state_dict(), opened.state_dict()) == 0
+    assert outcome["sharded_nll"] == pytest.approx(outcomes[1][1]["nll"], abs=1e-10)
+
+
+@needs_sharding
+def test_a_sharded_opponent_gives_the_answers_of_one_process(outcomes):
+    answers = []
+    for folder in (outcomes[1][0] / "plain", outcomes[2][0] / "sharded"):
+        files = sorted((folder / "generations").glob("answers-train-0-*/rows-*.jsonl"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        assert sorted(row["row"] for row in rows) == list(range(11))
+        answers.append({row["row"]: row for row in rows})
+    assert answers[0] == answers[1]
+
+
+def adapters_of(folder):
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "iterations" / "iteration-2" / "adapter_model.safetensors")
+    return {name.replace(".weight", ".default.weight"): value for name, value in stored.items()}
+
+
+def test_adapters_of_two_processes_are_those_of_one(outcomes):
+    assert greatest_difference(outcomes[2][1]["adapters"], outcomes[1][1]["adapters"]) < 1e-10
+
+
+@needs_sharding
+def test_sharded_adapters_are_those_of_one_process(outcomes):
+    found = adapters_of(outcomes[2][0] / "sharded-adapters")
+    assert greatest_difference(found, outcomes[1][1]["adapters"]) < 1e-10
+
+
+@needs_sharding
+def test_a_sharded_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit(outcomes):
+    from lm_core.checkpoint import read_weights
+
+    parts, whole = (
+        read_weights(outcomes[2][0] / name / "iterations" / "iteration-2" / "model.safetensors")
+        for name in ("parts", "sharded")
+    )
+    assert all(torch.equal(weight, whole[name]) for name, weight in parts.items())
+
+
+@needs_sharding
+def test_the_best_iteration_is_put_back_into_shards(outcomes):
+    from lm_core.checkpoint import read_weights
+
+    folder = outcomes[2][0] / "ruined"
+    best = read_weights(folder / "best" / "iteration-0" / "model.safetensors")
+    back = read_weights(folder / "back" / "model.safetensors")
+    assert best.keys() == back.keys()
+    assert all(torch.equal(weight, back[name]) for name, weight in best.items())
+
+
+@needs_sharding
+def test_a_sharded_run_is_not_gone_on_with_unsharded(outcomes):
+    assert "is of another run, which differs in fsdp; train into another folder" in outcomes[2][1]["refused"]

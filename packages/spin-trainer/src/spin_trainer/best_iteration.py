@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from lm_core.checkpoint import on_main_process
 from spin_trainer.policy_weights import load_stored_weights, read_stored_weights, write_stored_weights
 
 
@@ -33,11 +32,11 @@ class BestIteration:
         return self.patience is not None and self.number is not None and self._since(self.number) >= self.patience
 
     def add(self, measures: dict[str, Any], policy: nn.Module) -> None:
-        """Notes the measures, and keeps the policy's weights if it is the best so far."""
+        """Notes the measures, and keeps the policy's weights if it is the best so far; every process calls it."""
         self.history.append(measures)
         number = len(self.history) - 1
         if self.patience is not None and self.number == number:
-            on_main_process(lambda: write_stored_weights(self.folder / f"iteration-{number}", policy))
+            write_stored_weights(self.folder / f"iteration-{number}", policy)
 
     def put_back(self, policy: nn.Module) -> None:
         """Gives the policy the best weights, if any are kept."""

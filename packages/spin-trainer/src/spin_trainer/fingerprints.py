@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from spin_trainer.policy_weights import whole
+
 
 @torch.no_grad()
 def fingerprint_of_weights(model: nn.Module, *, trainable: bool | None = None) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a model's parameters.
+    """SHA-256 over names, dtypes, shapes and values of a model's parameters, the same whether they are spread or not.
 
     Args:
         model: whose parameters and buffers.
@@ -23,7 +25,7 @@ def fingerprint_of_weights(model: nn.Module, *, trainable: bool | None = None) -
         if trainable is not None and tensor.requires_grad is not trainable:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = tensor.detach().cpu().contiguous().flatten()
+        content = whole(tensor.detach()).cpu().contiguous().flatten()
         digest.update(content.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -47,6 +47,8 @@ class SelfPlaySettings:
             the best iteration's weights are put back at the end.
         checkpoint_every: updates between checkpoints; there is one at the end of each iteration anyway.
         keep_checkpoints: how many stay; null for all.
+        fsdp: spreads weights and optimizer state over the processes; needs a frozen reference whose log-probabilities
+            are precomputed.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         seed: of answers, order and dropout.
         device: auto takes CUDA, then MPS, then the CPU.
@@ -83,6 +85,7 @@ class SelfPlaySettings:
     early_stop_patience: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int | None = 2
+    fsdp: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     device: str = "auto"
@@ -119,6 +122,11 @@ class SelfPlaySettings:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         if not 0 <= self.ref_model_ema_decay <= 1:
             raise ValueError(f"ref_model_ema_decay must be in [0, 1], got {self.ref_model_ema_decay}")
+        if self.fsdp and self.live_reference:
+            raise ValueError(
+                "fsdp=True needs precompute_reference=True, opponent='reference' and ref_model_ema_decay=1, got "
+                f"{self.precompute_reference}, {self.opponent!r} and {self.ref_model_ema_decay}"
+            )
         check_probability(self.dropout, "dropout")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")

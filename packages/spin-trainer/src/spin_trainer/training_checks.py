@@ -90,7 +90,6 @@ def check_accelerator(
     accelerate_kwargs: Mapping[str, Any] | None,
     device: torch.device,
     folder: Path,
-    settings: SelfPlaySettings,
 ) -> Any:
     """The accelerator to use; one that would change losses or precision silently is refused.
 
@@ -116,7 +115,7 @@ def check_accelerator(
         accelerator = Accelerator(**{"cpu": device.type == "cpu", **chosen})
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"self-play generates between updates, which {kind} does not allow here: use DDP (torchrun)")
+        raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to spread the weights")
     return accelerator
 
 

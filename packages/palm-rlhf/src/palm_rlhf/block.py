@@ -67,8 +67,8 @@ class ParallelBlock(nn.Module):
         self.attn_dim, self.ff_dim = heads * dim_head, dim * ff_mult
         self.in_dims = ((heads + kv_heads) * dim_head, kv_heads * dim_head, 2 * self.ff_dim)
         self.norm = LayerNorm(dim)
-        self.proj_in = stored_transposed(nn.Linear(dim, sum(self.in_dims), bias=False))
-        self.proj_out = stored_transposed(nn.Linear(self.attn_dim + self.ff_dim, dim, bias=False))
+        self.proj_in = stored_by_columns(nn.Linear(dim, sum(self.in_dims), bias=False))
+        self.proj_out = nn.Linear(self.attn_dim + self.ff_dim, dim, bias=False)
         self.attention = Attention(causal=causal, dropout=attn_dropout, scale=float(qk_scale) if qk_rmsnorm else None)
         self.ff_dropout = ff_dropout
         self.q_scale = nn.Parameter(torch.ones(dim_head)) if qk_rmsnorm else None
@@ -131,11 +131,11 @@ class ParallelBlock(nn.Module):
         return out
 
 
-def stored_transposed(linear: nn.Linear) -> nn.Linear:
+def stored_by_columns(linear: nn.Linear) -> nn.Linear:
     """The same layer with its weight ``(out, in)`` laid out column by column.
 
-    A product with one row then reads the weight in the order of the sum, which decoding on a CPU does faster; shapes,
-    checkpoints and large products do not notice.
+    A product with one row, which is all that decoding does, reads a weight fastest along its longer side: for a layer
+    with more outputs than inputs that is a column. Shapes, checkpoints and large products do not notice.
     """
     linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
     return linear

@@ -9,6 +9,8 @@ hold everywhere:
   the lowest versions are what is tested.
 
 Where CI is set, an environment is deleted after use: one takes about 1.8 GB.
+
+Long because it is the list of every task: what a task decides is in .ci/, where it can be tested.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
 
+from summaries import changed_since, find_summaries, summary_table
 from workspace import (
     CORE,
     DISTRIBUTIONS,
@@ -38,6 +41,7 @@ from workspace import (
     group_of,
     lowest_versions,
     missing_from_archive,
+    oldest_release,
     parse_release_tag,
     quickstart_order,
     select_sessions,
@@ -108,6 +112,24 @@ def run_tests(session: nox.Session, distribution: Distribution) -> None:
     session.run(*plain, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
 
 
+def run_readme(session: nox.Session, distribution: Distribution) -> None:
+    """Runs what a distribution's README shows, as written, with nothing of ours beside it but the core."""
+    readme = (distribution.folder / "README.md").relative_to(ROOT).as_posix()
+    proofs = ("test_python_blocks_run_as_written", "test_runnable_commands_run_as_written")
+    chosen = [f"tests/test_readmes.py::{proof}[{readme}]" for proof in proofs]
+    session.run(*PYTEST, *chosen, env=TEST_ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def released(session: nox.Session, tag: str, folder: Path) -> Iterator[Path]:
+    """A checkout of a release's tag."""
+    session.run("git", "worktree", "add", "--force", "--detach", str(folder), tag, external=True, silent=True)
+    try:
+        yield folder
+    finally:
+        session.run("git", "worktree", "remove", "--force", str(folder), external=True, silent=True)
+
+
 def gpu_is_listed() -> bool:
     """Whether the driver lists a GPU, or the torch beside nox sees one."""
     if shutil.which("nvidia-smi"):
@@ -146,6 +168,8 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         prove_installed_alone(session, with_core(package))
         if device == "cpu":
             run_tests(session, distribution)
+            if not session.posargs:
+                run_readme(session, distribution)
             return
         sees_gpu = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
         if "True" not in str(sees_gpu):
@@ -167,6 +191,23 @@ def tests_min(session: nox.Session, package: str) -> None:
         run_tests(session, DISTRIBUTIONS[package])
 
 
+@nox.session(name="tests-oldest-core")
+@nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
+def tests_oldest_core(session: nox.Session, package: str) -> None:
+    """Tests a package of this checkout on the oldest released core that its bound allows."""
+    with deleted_after_use(session) as environment:
+        tags = str(session.run("git", "tag", "--list", f"{CORE.name}-v*", external=True, silent=True)).split()
+        oldest = oldest_release(tags, DISTRIBUTIONS[package].core_bound)
+        if oldest is None:
+            session.skip(f"no release of {CORE.name} is within {package}'s bound; `tests` takes this checkout's")
+        with released(session, oldest, environment / "released") as checkout:
+            core = Distribution(checkout / CORE.folder.relative_to(ROOT))
+            distributions = [core, DISTRIBUTIONS[package]]
+            install_wheels(session, distributions, *DISTRIBUTIONS[package].group("test"))
+            prove_installed_alone(session, distributions)
+            run_tests(session, DISTRIBUTIONS[package])
+
+
 @nox.session(name="tests-last-release")
 @nox.parametrize("package", [nox.param(name, id=name) for name in PACKAGES])
 def tests_last_release(session: nox.Session, package: str) -> None:
@@ -176,19 +217,14 @@ def tests_last_release(session: nox.Session, package: str) -> None:
         tags = str(session.run(*list_tags, external=True, silent=True)).split()
         if not tags:
             session.skip(f"{package} has no release yet")
-        checkout = environment / "released"
-        session.run("git", "worktree", "add", "--force", "--detach", str(checkout), tags[0], external=True, silent=True)
-        try:
-            released = Distribution(checkout / DISTRIBUTIONS[package].folder.relative_to(ROOT))
-            (bound,) = (one.specifier for one in released.requirements(extras=False) if one.name == CORE.name)
-            if not bound.contains(CORE.version, prereleases=True):
-                session.skip(f"{tags[0]} asks for {CORE.name}{bound}, this is {CORE.version}")
-            install_wheels(session, [CORE, released], *released.group("test"))
-            prove_installed_alone(session, [CORE, released])
+        with released(session, tags[0], environment / "released") as checkout:
+            last = Distribution(checkout / DISTRIBUTIONS[package].folder.relative_to(ROOT))
+            if not last.core_bound.contains(CORE.version, prereleases=True):
+                session.skip(f"{tags[0]} asks for {CORE.name}{last.core_bound}, this is {CORE.version}")
+            install_wheels(session, [CORE, last], *last.group("test"))
+            prove_installed_alone(session, [CORE, last])
             with session.chdir(checkout):
-                run_tests(session, released)
-        finally:
-            session.run("git", "worktree", "remove", "--force", str(checkout), external=True, silent=True)
+                run_tests(session, last)
 
 
 @nox.session
@@ -218,7 +254,9 @@ def faults(session: nox.Session) -> None:
 # ------------------------------------------------------------------------------------------------- quickstart
 
 COMMANDS_FOLDER = "commands"
-QUICKSTART: dict[str, str] = {}  # where the commands are, then how each package's quickstart went
+RUNS = ROOT / "runs"
+QUICKSTART: dict[str, str] = {}  # where the commands are, then how each command went
+SUMMARIES: dict[str, list[Path]] = {}  # what each command wrote about its result
 
 
 @nox.session(default=False)
@@ -228,7 +266,7 @@ def quickstart_environment(session: nox.Session) -> None:
         "Sets up one environment for every quickstart. Downloads: about 0.3 GB where pip finds a CPU build of torch\n"
         "(1.2 GB on disk), about 2.7 GB where it takes the CUDA build of Linux. Expect one to five minutes.\n"
         "Then each quickstart takes about two minutes on two CPU cores and downloads nothing: its data is the source\n"
-        "of Python's own standard library.\n",
+        "of Python's own standard library, or made on the spot. All five take at most twelve minutes.\n",
         flush=True,
     )
     install_wheels(session, EVERY, *group_of(EVERY, "quickstart"))
@@ -240,13 +278,15 @@ def quickstart_environment(session: nox.Session) -> None:
 def quickstart(session: nox.Session, package: str) -> None:
     """Runs a package's main job on the embedded data, as a newcomer would: `<command> train`."""
     session.notify("quickstart_summary")
-    started = time.monotonic()
-    QUICKSTART[package] = "failed"
     command = shutil.which(package, path=QUICKSTART[COMMANDS_FOLDER])
     if command is None:
         session.error(f"the command {package} was not installed")
-    session.run(command, "train", *session.posargs, external=True, env=RUN_ENVIRONMENT)
-    QUICKSTART[package] = f"done in {time.monotonic() - started:.0f} s"
+    for part in DISTRIBUTIONS[package].quickstart:
+        name, started, before = f"{package} {part}", time.monotonic(), find_summaries(RUNS)
+        QUICKSTART[name] = "failed"
+        session.run(command, part, *session.posargs, external=True, env=RUN_ENVIRONMENT)
+        QUICKSTART[name] = f"{time.monotonic() - started:.0f} s"
+        SUMMARIES[name] = changed_since(before, RUNS)
 
 
 @nox.session(python=False, default=False)
@@ -255,10 +295,9 @@ def quickstart_summary(session: nox.Session) -> None:
     if COMMANDS_FOLDER not in QUICKSTART:
         session.skip("no quickstart has run")
     commands = Path(QUICKSTART.pop(COMMANDS_FOLDER))
-    print("\nQuickstarts:")
-    for package, outcome in QUICKSTART.items():
-        print(f"  {package:24} {outcome}")
-    print(f"The commands are installed in {commands}, what they wrote is in {ROOT / 'runs'}.", flush=True)
+    print("\nQuickstarts:\n")
+    print(summary_table(QUICKSTART, SUMMARIES, ROOT))
+    print(f"\nThe commands are installed in {commands}, what they wrote is in {RUNS}.", flush=True)
     if os.environ.get("CI"):
         shutil.rmtree(commands.parent, ignore_errors=True)
 
@@ -302,33 +341,66 @@ def build(session: nox.Session) -> None:
         (output / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the documentation site into site/ from the docstrings and the READMEs; any warning is an error.
+
+    `nox -s docs -- serve` shows it, and again after each change.
+    """
+    with deleted_after_use(session):
+        # the sources are read, not imported: nothing of ours is installed
+        session.install("-c", CONSTRAINTS, "mkdocs-material", "mkdocstrings[python]", "mkdocs-gen-files", "packaging")
+        arguments = session.posargs or ["build", "--strict"]
+        session.run("python", "-m", "mkdocs", *arguments, "--config-file", ".github/mkdocs.yml")
+
+
 # ------------------------------------------------------------------------------------------------- benchmarks
 
 
-def run_benchmarks(session: nox.Session, pattern: str, environ: dict[str, str | None]) -> None:
-    """Runs the scripts that match: words after -- choose among them, what follows the first --flag goes to each."""
+def run_benchmarks(session: nox.Session, pattern: str, environ: dict[str, str | None], results: Path) -> None:
+    """Runs the scripts that match: words after -- choose among them, what follows the first --flag goes to each.
+
+    Each writes its rows into a file of its own in ``results``.
+    """
     words = list(itertools.takewhile(lambda argument: not argument.startswith("-"), session.posargs))
     scripts = sorted(ROOT.glob(f"tests/benchmarks/{pattern}"))
     chosen = [script for script in scripts if not words or any(word in script.stem for word in words)]
     if not chosen:
         session.error(f"no script of {[script.name for script in scripts]} matches {words}")
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    started = time.monotonic()
     for script in chosen:
-        session.run("python", str(script), *session.posargs[len(words) :], env={**RUN_ENVIRONMENT, **environ})
+        one, options = time.monotonic(), session.posargs[len(words) :]
+        written = ("--json", str(results / f"{script.stem}.json"))
+        session.run("python", str(script), *written, *options, env={**RUN_ENVIRONMENT, **environ})
+        session.log(f"{script.name} took {time.monotonic() - one:.0f} s")
+    session.log(f"{len(chosen)} scripts took {time.monotonic() - started:.0f} s; their rows are in {results}")
+
+
+def benchmark_session(session: nox.Session, pattern: str) -> None:
+    with deleted_after_use(session):
+        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
+        run_benchmarks(session, pattern, {}, RUNS / session.name)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Runs tests/benchmarks/bench_*.py: `nox -s bench -- generation --threads 1` takes one, with its options."""
-    with deleted_after_use(session):
-        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
-        run_benchmarks(session, "bench_*.py", {})
+    benchmark_session(session, "bench_*.py")
+
+
+@nox.session
+def studies(session: nox.Session) -> None:
+    """Runs tests/benchmarks/study_*.py, which train for hours: `nox -s studies -- coca_digits` takes one."""
+    benchmark_session(session, "study_*.py")
 
 
 @nox.session
 def bench_peers(session: nox.Session) -> None:
-    """Runs tests/benchmarks/peers_*.py beside other people's packages, kept in a folder of their own."""
+    """Runs tests/benchmarks/peers_*.py beside other people's packages, and puts all their rows into one table."""
     with deleted_after_use(session) as environment:
-        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"))
+        install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"), "matplotlib")
         # A peer may bear one of our names, so it never goes beside ours: a script puts $BENCH_PEERS/<distribution>
         # on the path of a subprocess. Without dependencies, or each folder would get a torch of its own.
         peers = environment / "peers"
@@ -337,7 +409,10 @@ def bench_peers(session: nox.Session) -> None:
             if wanted:
                 target = ("--upgrade", "--target", str(peers / distribution.name))
                 session.install("-c", CONSTRAINTS, "--no-deps", *target, *wanted)
-        run_benchmarks(session, "peers_*.py", {"BENCH_PEERS": str(peers)})
+        environ: dict[str, str | None] = {**RUN_ENVIRONMENT, "BENCH_PEERS": str(peers)}
+        results = RUNS / session.name
+        run_benchmarks(session, "peers_*.py", environ, results)
+        session.run("python", "tests/benchmarks/one_table.py", str(results), env=environ)
 
 
 # ------------------------------------------------------------------------------------ for developers and for CI

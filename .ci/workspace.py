@@ -15,6 +15,7 @@ from typing import Any
 
 import nox.project
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -65,6 +66,17 @@ class Distribution:
         if name not in self.pyproject.get("dependency-groups", {}):
             return ()
         return tuple(nox.project.dependency_groups(self.pyproject, name))
+
+    @property
+    def quickstart(self) -> list[str]:
+        """The subcommands that make up its quickstart: ``train``, unless its pyproject.toml says more."""
+        return list(self.pyproject.get("tool", {}).get("quickstart", {}).get("commands", ["train"]))
+
+    @property
+    def core_bound(self) -> SpecifierSet:
+        """The versions of the core that a package allows."""
+        (bound,) = (one.specifier for one in self.requirements(extras=False) if one.name == "lm-core")
+        return bound
 
     def requirements(self, *, extras: bool) -> list[Requirement]:
         """What the distribution asks for, its own siblings included."""
@@ -121,6 +133,13 @@ def lowest_versions(requirements: Iterable[Requirement]) -> list[str]:
         name = canonicalize_name(wanted.name)
         lowest[name] = max([*bounds, lowest.get(name, bounds[0])])
     return [f"{name}=={version}" for name, version in sorted(lowest.items())]
+
+
+def oldest_release(tags: Iterable[str], bound: SpecifierSet) -> str | None:
+    """Of the core's release tags, the oldest that a bound allows; None where there is none."""
+    versions = {tag: Version(tag.removeprefix(f"{CORE.name}-v")) for tag in tags}
+    allowed = [tag for tag, version in versions.items() if bound.contains(version, prereleases=True)]
+    return min(allowed, key=lambda tag: versions[tag], default=None)
 
 
 def missing_from_archive(archive: Path, import_name: str) -> list[str]:

@@ -48,6 +48,12 @@ def workspace() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def summaries() -> ModuleType:
+    """The module that reads what finished runs say about themselves."""
+    return load_from_file("summaries", ROOT / ".ci" / "summaries.py")
+
+
+@pytest.fixture(scope="session")
 def tracked_files() -> list[Path]:
     """Every file of the checkout that git knows."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)

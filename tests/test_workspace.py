@@ -111,6 +111,30 @@ def test_lowest_versions_take_the_highest_of_the_lower_bounds(workspace: ModuleT
     assert workspace.lowest_versions(asked) == ["pinned==2.0.1", "some-thing==1.4", "torch==2.5"]
 
 
+def test_the_oldest_core_is_the_lowest_release_within_the_bound(workspace: ModuleType) -> None:
+    tags = ["lm-core-v0.0.9", "lm-core-v0.10.0", "lm-core-v0.1.1", "lm-core-v0.1.0", "lm-core-v1.0.0"]
+
+    assert workspace.oldest_release(tags, SpecifierSet(">=0.1,<0.2")) == "lm-core-v0.1.0"
+    assert workspace.oldest_release(tags, SpecifierSet(">=0.2,<1")) == "lm-core-v0.10.0"
+    assert workspace.oldest_release([], SpecifierSet(">=0.1,<0.2")) is None
+
+
+def test_every_package_allows_this_core_and_not_the_next_minor(workspace: ModuleType) -> None:
+    major, minor, *_ = (int(part) for part in workspace.CORE.version.split("."))
+    for name in workspace.PACKAGES:
+        bound = workspace.DISTRIBUTIONS[name].core_bound
+
+        assert bound.contains(workspace.CORE.version, prereleases=True), name
+        assert not bound.contains(f"{major}.{minor + 1}.0"), name
+
+
+def test_a_quickstart_is_the_train_command_unless_the_package_says_more(workspace: ModuleType) -> None:
+    parts = {name: workspace.DISTRIBUTIONS[name].quickstart for name in workspace.PACKAGES}
+
+    assert all(commands[0] == "train" for commands in parts.values()), parts
+    assert parts["coca"] == ["train"]
+
+
 def test_a_requirement_without_a_lower_bound_is_refused(workspace: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"must have a lower bound, got numpy<3"):
         workspace.lowest_versions([Requirement("numpy<3")])

@@ -5,6 +5,7 @@ Machines drift, so variants take turns round by round and a ratio is the median 
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -77,7 +78,7 @@ def machine() -> dict[str, Any]:
     """Where a number was measured."""
     return {
         "processor": processor(),
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -95,16 +96,24 @@ def processor() -> str:
 
 def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
     """Prints the rows as a Markdown table and writes them, with the machine, as JSON."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     print(f"\n## {title}\n")
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(_cell(row.get(name)) for name in columns) + " |")
+    print(table(rows))
     if path is not None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         found[title] = {"machine": machine(), "rows": rows}
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; a column that no row fills is left out."""
+    columns = [
+        name
+        for name in dict.fromkeys(name for row in rows for name in row)
+        if any(row.get(name) is not None for row in rows)
+    ]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:

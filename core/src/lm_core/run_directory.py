@@ -1,8 +1,8 @@
 """The folder of a training run: one run at a time in it, and a record of how it was started.
 
 ``checkpoints/`` has the checkpoints, ``metrics.jsonl`` the rows, ``curves.png`` the picture, ``run.json`` command line,
-seed, versions and device of the first start and of every resume. A lock of the operating system keeps a second run
-out; it is gone with its process, however that ended.
+seed, versions and device of the first start and of every resume, ``summary.json`` what a finished run came to. A lock
+of the operating system keeps a second run out; it is gone with its process, however that ended.
 """
 
 import datetime
@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,6 +25,42 @@ from lm_core._checks import typed
 from lm_core.checkpoint import list_checkpoints, on_main_process
 from lm_core.durable import remove_leftovers, write_file
 from lm_core.manifest import CheckpointError, read_json, to_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number that a run came to.
+
+    Attributes:
+        name: what, and on what: "held-out bits/byte".
+        after: the number.
+        before: the same before training, or of the baseline; None where that has no meaning.
+        better: which way it should go.
+    """
+
+    name: str
+    after: float
+    before: float | None = None
+    better: Literal["lower", "higher"] = "lower"
+
+
+def write_summary(folder: str | Path, results: Sequence[Result], *, steps: int, seconds: float | None = None) -> Path:
+    """Writes ``summary.json`` of a finished run, whole or not at all; the first result is the run's key number.
+
+    Args:
+        folder: of the run.
+        results: at least one, the most important first.
+        steps: updates of the run.
+        seconds: that this process worked; None where the run was found finished.
+
+    Raises:
+        ValueError: there is no result.
+    """
+    if not results:
+        raise ValueError("results must hold at least one number, got none")
+    path = Path(folder) / "summary.json"
+    write_file(path, to_json({"results": [asdict(one) for one in results], "steps": steps, "seconds": seconds}))
+    return path
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -69,7 +69,8 @@ def with_adapters():
 
 def run(name, model, **changes):
     trainer = SPINTrainer(
-        model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11, checkpoint_folder=folder / name,
+        model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11,
+        checkpoint_folder=folder / name,
         **{
             "iterations": 2, "epochs": 1, "batch_size": 4 // processes, "grad_accum_steps": 1,
             "generation_batch_size": 3, "start_learning_rate": 1e-2, "end_learning_rate": 1e-3, "lambda_": 1.0,

@@ -1,8 +1,8 @@
 """A policy's weights on disk: what a checkpoint keeps, and a folder that its own library opens again.
 
-Where part of a model is frozen (LoRA), a checkpoint keeps the trained part alone, with a fingerprint of the rest. What is
-stored is whole: weights that are spread over processes (FSDP) are gathered one at a time, so every process calls these
-functions.
+Where part of a model is frozen (LoRA), a checkpoint keeps the trained part alone, with a fingerprint of the rest. What
+is stored is whole: weights that are spread over processes (FSDP) are gathered one at a time, so every process calls
+these functions.
 """
 
 from collections.abc import Mapping, Sequence

@@ -202,31 +202,3 @@ def test_a_list_clears_the_memories_it_is_told_to():
     with memories.at_batch_indices([1]) as scoped:
         assert scoped.batch_size == 1
     memories.cleanup()
-
-
-@pytest.mark.parametrize(
-    ("index", "recall", "options"),
-    [("Flat", 1.0, {}), ("IVF64,Flat", 0.9, {"nprobe": 40}), ("HNSW32", 0.9, {"ef_search": 512})],
-)
-def test_a_faiss_index_has_its_stated_recall(index, recall, options):
-    pytest.importorskip("faiss")
-    n, capacity = 9000, 6000
-    kv, queries = torch.stack((unit(1, n, 64), unit(1, n, 64, seed=1)), dim=-2), unit(1, 100, 64, seed=2)
-    memory, exact = KNNMemory(64, capacity, 1, backend="faiss", index=index, **options), KNNMemory(64, capacity, 1)
-    for part in kv.split(1500, dim=1):
-        memory.add(part)
-        exact.add(part)
-    found, truth = (one.retrieve(queries, 32).positions[0] for one in (memory, exact))
-    hits = [len(set(a.tolist()) & set(b.tolist())) / 32 for a, b in zip(found, truth, strict=True)]
-
-    assert sum(hits) / len(hits) >= recall
-    assert int(found.min()) >= n - capacity
-    torch.testing.assert_close(memory.retrieve(queries, 1).kv, kv[:, memory.retrieve(queries, 1).positions[0]])
-
-
-def test_without_faiss_the_error_names_the_extra(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"memorizing-transformer\[faiss\]"):
-        KNNMemory(4, 8, 1, backend="faiss")

@@ -5,6 +5,7 @@ something to remember: the same weights read the same segments with memory and w
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ def score(
     use_memory: bool = True,
     precision: Precision = "auto",
     progress: bool = False,
+    ranges: Sequence[int] = RANGES,
 ) -> Evaluation:
     """Reads every segment in evaluation mode, each document with memories that begin empty.
 
@@ -60,18 +62,21 @@ def score(
         use_memory: False reads without kNN memories (the XL window stays).
         precision: "auto", "fp32" or "bf16".
         progress: shows a progress bar.
+        ranges: first position of each range of positions to tell apart, ascending from 0.
 
     Raises:
-        ValueError: the model does not clear its memories at the documents' EOS.
+        ValueError: the model does not clear its memories at the documents' EOS, or the ranges are in disorder.
     """
+    if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
+        raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
     if model.eos_id != segments.eos_id:
         raise ValueError(
             f"model must have clear_memories_on_eos_token_id = {segments.eos_id}, which ends the documents, "
             f"got {model.eos_id}"
         )
     device = model.device
-    sums = torch.zeros(len(RANGES), 2, dtype=torch.float64)
-    edges = torch.tensor(RANGES[1:])
+    sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
+    edges = torch.tensor(ranges[1:], dtype=torch.long)
     memories = model.create_knn_memories(batch_size=len(segments.queues)) if use_memory else None
     window: XLMemories | None = None
     try:
@@ -92,7 +97,7 @@ def score(
     count, nats = float(sums[:, 0].sum()), float(sums[:, 1].sum())
     by_position = [
         (first, int(number), total / number)
-        for first, (number, total) in zip(RANGES, sums.tolist(), strict=True)
+        for first, (number, total) in zip(ranges, sums.tolist(), strict=True)
         if number
     ]
     bits = nats / math.log(2) / (count * num_bytes / num_tokens)
@@ -127,6 +132,7 @@ def evaluate(
     use_memory: bool = True,
     precision: Precision = "auto",
     progress: bool = False,
+    ranges: Sequence[int] = RANGES,
 ) -> Evaluation:
     """Bits per byte of a model on documents, read in order.
 
@@ -140,6 +146,7 @@ def evaluate(
         use_memory: False reads without kNN memories.
         precision: "auto", "fp32" or "bf16".
         progress: shows a progress bar.
+        ranges: first position of each range of positions to tell apart, ascending from 0.
     """
     segments = DocumentSegments(
         documents=documents,
@@ -148,4 +155,4 @@ def evaluate(
         eos_id=eos_id,
         max_documents=max_documents,
     )
-    return score(model, segments, use_memory=use_memory, precision=precision, progress=progress)
+    return score(model, segments, use_memory=use_memory, precision=precision, progress=progress, ranges=ranges)

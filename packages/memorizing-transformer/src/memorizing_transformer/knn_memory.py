@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -110,6 +109,7 @@ class KNNMemory:
             _say_without_effect("multiprocessing")
         self.dim, self.max_memories, self.num_indices, self.heads = dim, max_memories, num_indices, heads
         self.backend, self.index, self.nprobe, self.ef_search = backend, index, nprobe, ef_search
+        self._device = place
         shape: dict[str, Any] = {"rows": num_indices * heads, "capacity": max_memories, "dim": dim, "storage": storage}
         # made first: a wrong factory string must not leave files behind
         self._indexes = [self._new_index() for _ in range(num_indices * heads)] if backend == "faiss" else None
@@ -121,7 +121,9 @@ class KNNMemory:
             self._update_index(row)
 
     def _new_index(self) -> FaissRow:
-        return FaissRow(dim=self.dim, factory=self.index, nprobe=self.nprobe, ef_search=self.ef_search)
+        return FaissRow(
+            dim=self.dim, factory=self.index, nprobe=self.nprobe, ef_search=self.ef_search, device=self._device
+        )
 
     # ----------------------------------------------------------------------------------------------------- sizes
 
@@ -241,9 +243,9 @@ class KNNMemory:
         elif index.stop < written:
             index.add(self._keys_in_order(row, index.stop))
 
-    def _keys_in_order(self, row: int, first: int) -> Any:
+    def _keys_in_order(self, row: int, first: int) -> Tensor:
         slots = torch.arange(first, self.store.written[row], device=self.store.device) % self.max_memories
-        return np.ascontiguousarray(self.store.read(row, slots, torch.float32)[:, 0].cpu().numpy())
+        return self.store.read(row, slots, torch.float32)[:, 0]
 
     # --------------------------------------------------------------------------------------------------- searching
 
@@ -305,9 +307,7 @@ class KNNMemory:
             return kv, torch.full((q, k), -math.inf, dtype=queries.dtype, device=store.device), positions
         index = None if self._indexes is None else self._indexes[row]
         if index is not None and index.is_ready(size):
-            found, numbers = index.search(queries.float().cpu().numpy(), k, store.first[row])
-            scores = torch.from_numpy(found).to(queries)
-            positions = torch.from_numpy(numbers).to(store.device)
+            scores, positions = index.search(queries, k, store.first[row])
             mask = positions >= 0
             slots = positions.clamp(min=0) % self.max_memories
             scores = scores.masked_fill(~mask, -math.inf)

@@ -2,6 +2,10 @@
 
 The distance of a query at position p to a key at position q is p - q, whatever stands before them: with remembered keys
 in front, the first query of a segment is not at distance 0 of the first key.
+
+The numbers begin far apart (standard deviation 1 before scaling), so that each head prefers other distances from the
+start. Nothing else tells a layer about order: with numbers near 0 all heads begin alike, and a byte model took about
+twice as many updates to a given loss.
 """
 
 import math
@@ -34,7 +38,7 @@ class RelativePositionBias(nn.Module):
             check_positive(value, name)
         self.scale, self.num_buckets, self.max_distance = scale, num_buckets, max_distance
         self.bias = nn.Embedding(num_buckets, heads)
-        nn.init.normal_(self.bias.weight, std=0.02)
+        nn.init.normal_(self.bias.weight, std=1.0)
 
     def bucket(self, distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """The bucket of each distance; keys ahead of the query share that of distance 0."""

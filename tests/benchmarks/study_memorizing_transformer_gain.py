@@ -1,0 +1,302 @@
+"""What the memory is worth on held-out standard-library files, read in order: same parameters, same steps, same data.
+
+    nox -s studies -- memorizing_transformer_gain --folder runs/gain
+
+For each seed one model is trained four times on the embedded corpus: without any memory, with a Transformer-XL
+window, and with that window and a kNN memory of 8k and of 32k tokens. The XL model is then trained on for a few steps,
+once with a memory (retrofit) and once without (what the further steps alone are worth).
+
+All are judged on held-out files of more than 32k bytes, where a memory of 32k has something to hold; those with a kNN
+memory twice, with the memory on and off, by position in the file. Written to the folder: one JSON file a run, as soon
+as it is done, ``results.json`` with all of them, and ``curves.png``. What is there already is not made again, so the
+study can be stopped and continued; ``--minutes`` begins no further run after so long.
+
+About 50 minutes on one core with the defaults; ``--dim``, ``--depth`` and ``--steps`` make it larger.
+"""
+
+import json
+import shutil
+import statistics
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import arguments, machine, report
+
+from lm_core.checkpoint import latest_checkpoint
+from lm_core.corpora import Corpus, load_corpus
+from lm_core.documents import tokenise
+from lm_core.training import read_metrics, seed_everything
+from memorizing_transformer import MemorizingTransformer
+from memorizing_transformer.evaluation import Evaluation, evaluate
+from memorizing_transformer.trainer import MemoryTrainer
+from memorizing_transformer.training_settings import TrainingSettings
+
+EOS = 257
+LONG = 32768
+NONE, XL, RETROFIT, CONTROL = "no memory", "XL", "XL, then memory", "XL, then the same steps without"
+
+
+def knn(size: int) -> str:
+    return f"XL + kNN {size}"
+
+
+def settings_of(options: Namespace, seed: int, **changes: Any) -> TrainingSettings:
+    return TrainingSettings(
+        **{
+            "max_steps": options.steps,
+            "segment_length": options.segment,
+            "batch_size": options.batch,
+            "learning_rate": options.learning_rate,
+            "seed": seed,
+            "validate_every": 10**9,
+            "checkpoint_every": 10**9,
+            "validation_documents": 1,
+            "device": "cpu",
+            **changes,
+        }
+    )
+
+
+def new_model(options: Namespace, seed: int, *, window: int, memories: int) -> MemorizingTransformer:
+    seed_everything(seed)
+    return MemorizingTransformer(
+        num_tokens=259,
+        dim=options.dim,
+        depth=options.depth,
+        dim_head=options.dim_head,
+        heads=options.heads,
+        knn_attn_heads=options.knn_heads,
+        memorizing_layers=options.layer,
+        max_knn_memories=memories,
+        xl_max_memories=window,
+        clear_memories_on_eos_token_id=EOS,
+        segment_length=options.segment,
+    )
+
+
+def trained(folder: Path, model: MemorizingTransformer, corpus: Corpus, settings: TrainingSettings) -> float:
+    """Trains ``model`` in place, leaves it in ``folder/model``; the seconds that took."""
+    started = time.monotonic()
+    MemoryTrainer(model=model, corpus=corpus, checkpoint_dir=folder, settings=settings).train()
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    model.save_pretrained(folder / "model", overwrite=True)
+    shutil.rmtree(folder / "checkpoints")  # with their memories they take a hundred megabytes each
+    return time.monotonic() - started
+
+
+def judged(options: Namespace, documents: Any, model: MemorizingTransformer, use_memory: bool) -> Evaluation:
+    return evaluate(
+        model,
+        documents,
+        eos_id=EOS,
+        segment_length=options.segment,
+        batch_size=options.judged_rows,
+        use_memory=use_memory,
+        # whatever a segment a file begins in, nothing has left the window before position segment + 1
+        ranges=(0, options.segment + 1, 512, 2048, 8192, 16384, LONG, 2 * LONG),
+    )
+
+
+def bits(evaluation: Evaluation) -> dict[int, float]:
+    """Bits a byte by first position of the range."""
+    return {first: loss / 0.6931471805599453 for first, _, loss in evaluation.by_position}
+
+
+def found(options: Namespace, documents: Any, model: MemorizingTransformer, memory: bool) -> dict[str, Any]:
+    """What a model is judged to be, with memory and without."""
+    on = judged(options, documents, model, memory)
+    result: dict[str, Any] = {"bits_per_byte": on.bits_per_byte, "by_position": bits(on)}
+    if memory:
+        off = judged(options, documents, model, use_memory=False)
+        result["memory_off"] = off.bits_per_byte
+        result["gain_by_position"] = {first: bits(off)[first] - value for first, value in bits(on).items()}
+    return result
+
+
+def run(options: Namespace, label: str, seed: int, folder: Path, corpus: Corpus, documents: Any) -> dict[str, Any]:
+    """Trains and judges one variant."""
+    uses_memory = label not in (NONE, XL, CONTROL)
+    settings = settings_of(options, seed, use_memory=uses_memory)
+    if label in (RETROFIT, CONTROL):
+        base = folder.parent / folder_name(XL) / "model"
+        model = MemorizingTransformer.from_pretrained(base, max_knn_memories=options.sizes[-1])
+        # other documents than the base began with
+        rate = options.learning_rate * options.retrofit_rate
+        settings = replace(settings, max_steps=options.retrofit_steps, learning_rate=rate, seed=seed + 1000)
+    else:
+        size = next((size for size in options.sizes if label == knn(size)), options.sizes[0])
+        model = new_model(options, seed, window=0 if label == NONE else options.segment, memories=size)
+    seconds = trained(folder, model, corpus, settings)
+    return {
+        "seed": seed,
+        "variant": label,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": settings.max_steps,
+        "training_seconds": round(seconds),
+        "machine": machine(),
+        **found(options, documents, model, uses_memory),
+    }
+
+
+def folder_name(label: str) -> str:
+    return label.replace(",", "").replace(" ", "-").replace("+", "and").lower()
+
+
+def summary(results: list[dict[str, Any]], sizes: list[int], path: Path | None) -> None:
+    """Three tables: bits/byte by variant and seed, the retrofit, and gains by position."""
+    by_seed: dict[int, dict[str, dict[str, Any]]] = {}
+    for one in results:
+        by_seed.setdefault(one["seed"], {})[one["variant"]] = one
+    rows, retrofits, gains = [], [], []
+    for seed, variants in sorted(by_seed.items()):
+        rows.append({"seed": seed, **{label: one["bits_per_byte"] for label, one in variants.items()}})
+        best = knn(sizes[-1])
+        if all(label in variants for label in (XL, best, RETROFIT, CONTROL)):
+            value = {label: variants[label]["bits_per_byte"] for label in (XL, best, RETROFIT, CONTROL)}
+            whole = value[XL] - value[best]
+            retrofits.append(
+                {
+                    "seed": seed,
+                    "gain of a memory from the start": whole,
+                    "steps, part of the base's": variants[RETROFIT]["steps"] / variants[XL]["steps"],
+                    "recovered": (value[XL] - value[RETROFIT]) / whole,
+                    "of it by the steps alone": (value[XL] - value[CONTROL]) / whole,
+                    "by the memory, same weights on and off": (
+                        (variants[RETROFIT]["memory_off"] - value[RETROFIT])
+                        / (variants[best]["memory_off"] - value[best])
+                    ),
+                }
+            )
+        for label, one in variants.items():
+            if "gain_by_position" in one:
+                by_position = {f"from {first}": gain for first, gain in one["gain_by_position"].items()}
+                gains.append({"seed": seed, "variant": label, "all": one["memory_off"] - one["bits_per_byte"]})
+                gains[-1] |= by_position
+    if len(rows) > 1:
+        labels = [label for label in rows[0] if label != "seed" and all(label in row for row in rows)]
+        rows.append({"seed": "mean", **{label: statistics.mean(row[label] for row in rows) for label in labels}})
+    report("Bits per byte of held-out files past 32k bytes", rows, path)
+    report("Retrofit", retrofits, path)
+    report("Same weights, memory off minus on, bits per byte by position in the file", gains, path)
+
+
+def draw(results: list[dict[str, Any]], folder: Path) -> Path | None:
+    """``curves.png``: training, and the gain by position of every seed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
+    labels = list(dict.fromkeys(one["variant"] for one in results))
+    for number, label in enumerate(labels):
+        runs = [one for one in results if one["variant"] == label]
+        if label not in (RETROFIT, CONTROL):
+            series = [training_curve(folder / f"seed-{one['seed']}" / folder_name(label)) for one in runs]
+            length = min(len(values) for values in series)
+            mean = [statistics.mean(values[at] for values in series) for at in range(length)]
+            left.plot([25 * (at + 1) for at in range(length)], mean, color=f"C{number}", label=label)
+        for one in runs:
+            if "gain_by_position" in one and label != RETROFIT:
+                positions = [int(first) for first in one["gain_by_position"]]
+                right.plot(
+                    range(len(positions)),
+                    list(one["gain_by_position"].values()),
+                    color=f"C{number}",
+                    marker="o",
+                    alpha=0.7,
+                    label=label if one is runs[0] else None,
+                )
+                right.set_xticks(range(len(positions)), [f"{position:,}" for position in positions])
+    left.set(xlabel="update", ylabel="bits/byte in training (mean of 25 updates and of seeds)", title="Training")
+    right.axhline(0, color="grey", linewidth=0.8)
+    right.set(
+        xlabel="position in the file, from",
+        ylabel="bits/byte, memory off minus on",
+        title="Held-out files past 32k bytes: gain of the same weights, a line a seed",
+    )
+    for one in (left, right):
+        one.legend(frameon=False)
+        one.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+    return folder / "curves.png"
+
+
+def training_curve(folder: Path, width: int = 25) -> list[float]:
+    values = [
+        row["train_bits_per_byte"] for row in read_metrics(folder / "metrics.jsonl") if "train_bits_per_byte" in row
+    ]
+    return [statistics.mean(values[at : at + width]) for at in range(0, len(values) - width + 1, width)]
+
+
+def main() -> None:
+    options = arguments(
+        (__doc__ or "").split("\n")[0],
+        folder={"type": Path, "default": Path("runs/memorizing-gain")},
+        minutes={"type": float, "default": 1e9},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        variants={"nargs": "+", "default": ["none", "xl", "knn", "retrofit"]},
+        sizes={"type": int, "nargs": "+", "default": [8192, 32768]},
+        steps={"type": int, "default": 800},
+        retrofit_steps={"type": int, "default": 120},
+        retrofit_rate={"type": float, "default": 0.5, "help": "peak learning rate over that of the base"},
+        learning_rate={"type": float, "default": 3e-3},
+        dim={"type": int, "default": 128},
+        depth={"type": int, "default": 2},
+        layer={"type": int, "default": 2},
+        heads={"type": int, "default": 4},
+        knn_heads={"type": int, "default": 2},
+        dim_head={"type": int, "default": 32},
+        segment={"type": int, "default": 64},
+        batch={"type": int, "default": 16},
+        documents={
+            "type": int,
+            "default": None,
+            "help": "held-out files to judge by; all by default",
+        },
+        judged_rows={"type": int, "default": 5},
+    )
+    torch.set_num_threads(options.threads[0])
+    started = time.monotonic()
+    corpus = load_corpus("stdlib", validation_fraction=0.15)
+    held_out = corpus.validation
+    chosen = [number for number in range(len(held_out)) if int(held_out.lengths[number]) > LONG][: options.documents]
+    documents = tokenise([bytes(held_out[number].astype("uint8")) for number in chosen])
+    print(
+        f"corpus fingerprint {corpus.fingerprint[:16]}: {corpus.train.num_bytes:,} bytes to learn from, judged on "
+        f"{len(documents)} files of {documents.num_bytes:,} bytes"
+    )
+    labels = [NONE] if "none" in options.variants else []
+    labels += [XL] if "xl" in options.variants else []
+    labels += [knn(size) for size in options.sizes] if "knn" in options.variants else []
+    labels += [RETROFIT, CONTROL] if "retrofit" in options.variants else []
+    for seed in options.seeds:
+        for label in labels:
+            folder = options.folder / f"seed-{seed}" / folder_name(label)
+            target = folder / "result.json"
+            if target.is_file() or time.monotonic() - started > 60 * options.minutes:
+                continue
+            result = run(options, label, seed, folder, corpus, documents)
+            target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(f"seed {seed}, {label}: {result['bits_per_byte']:.4f} bits/byte", flush=True)
+    results = []
+    for seed in options.seeds:
+        for label in (NONE, XL, *map(knn, options.sizes), RETROFIT, CONTROL):
+            file = options.folder / f"seed-{seed}" / folder_name(label) / "result.json"
+            if file.is_file():
+                results.append(json.loads(file.read_text(encoding="utf-8")))
+    (options.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    summary(results, options.sizes, options.json)
+    print(f"\ncurves {draw(results, options.folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -218,6 +218,9 @@ def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm,
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
+    assert samples[0] == samples[1]
+    assert samples[0].count("\n") == 3
 
 
 def read(path):

@@ -6,8 +6,9 @@ number, or to a distribution over bins whose expectation is the reward. Learned 
 Legend: b batch, n sequence, d feature, k bins.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,8 @@ class RewardModel(PretrainedMixin):
         use_lora: trains a scope on the frozen base instead of the base.
         lora_r: rank of the scope.
         reward_lora_scope: its name; one that exists is used.
+        pooling: "response" averages the features of the response, where the prompt is told apart; "sequence" those of
+            prompt and response.
 
     Raises:
         ValueError: a number is out of range.
@@ -47,6 +50,8 @@ class RewardModel(PretrainedMixin):
         use_lora: bool = True,
         lora_r: int = 8,
         reward_lora_scope: str = REWARD,
+        *,
+        pooling: Literal["response", "sequence"] = "response",
     ) -> None:
         super().__init__()
         check_probability(dropout, "dropout")
@@ -55,7 +60,7 @@ class RewardModel(PretrainedMixin):
         self.palm = palm
         self.num_binned_output = num_binned_output
         self.scope = reward_lora_scope if use_lora else None
-        self.dropout = dropout
+        self.dropout, self.pooling = dropout, pooling
         if self.scope is not None and self.scope not in palm.finetune_modules:
             palm.add_finetune_params(self.scope, lora_r, lora_dropout=dropout)
         weight = palm.output_weight
@@ -87,6 +92,23 @@ class RewardModel(PretrainedMixin):
         """The same under the original's name."""
         return self.trainable_parameters()
 
+    @torch.no_grad()
+    def standardize(self, *, mean: float, deviation: float) -> None:
+        """Makes rewards ``(reward - mean) / deviation`` from now on, by changing the head.
+
+        Pairs say nothing of where rewards lie, and little of how far apart: a fixed scale is what makes weights of the
+        divergence, value losses and clipping comparable between reward models (arXiv 1909.08593, section 2.2).
+
+        Raises:
+            ValueError: outputs are bins, or a number is out of range.
+        """
+        if self.num_binned_output:
+            raise ValueError(f"num_binned_output must be 0 to standardize rewards, got {self.num_binned_output}")
+        if not math.isfinite(mean) or not 0 < deviation < math.inf:
+            raise ValueError(f"deviation must be a finite number above 0, got {deviation}, and mean finite, got {mean}")
+        self.head.bias.sub_(mean).div_(deviation)
+        self.head.weight.div_(deviation)
+
     def logits(
         self,
         x: Int[Tensor, "b n"],
@@ -113,7 +135,8 @@ class RewardModel(PretrainedMixin):
         counted = mask
         if prompt_mask is not None:
             extra = torch.where(prompt_mask[..., None], self.prompt_embed, self.response_embed)
-            counted = maybe_and_mask(mask, ~prompt_mask)
+            if self.pooling == "response":
+                counted = maybe_and_mask(mask, ~prompt_mask)
         embed = self.palm.hidden(
             x, mask=None if mask is None or bool(mask.all()) else mask, finetune_scope=self.scope, extra_embed=extra
         )

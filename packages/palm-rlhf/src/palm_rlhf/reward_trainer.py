@@ -70,6 +70,8 @@ class RewardModelTrainer:
         learning_rate: at its peak.
         weight_decay: of matrices.
         max_norm: clips the gradient's global norm.
+        normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
+            chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
         validate_every: updates between validations.
         checkpoint_dir: folder of the run; None writes nothing.
         checkpoint_every: updates between checkpoints.
@@ -95,6 +97,7 @@ class RewardModelTrainer:
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
         max_norm: float | None = 1.0,
+        normalize: bool = True,
         validate_every: int = 50,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 100,
@@ -129,6 +132,7 @@ class RewardModelTrainer:
         self.model = reward_model.to(self.device)
         self.tokenizer, self.resume = tokenizer, resume
         self.max_steps, self.batch_size, self.max_norm, self.seed = max_steps, batch_size, max_norm, seed
+        self.normalize = normalize and isinstance(examples[0], Preference)
         self.validate_every, self.checkpoint_every, self.keep = validate_every, checkpoint_every, keep_checkpoints
         self.parameters = list(reward_model.trainable_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -171,6 +175,8 @@ class RewardModelTrainer:
                 if log is not None:
                     log.log(self.step, row)
                     log.progress.update()
+                if last and self.normalize:
+                    self._normalize()
                 if interrupt.should_stop() and not last:
                     outcome = "interrupted"
                 if run is not None and (self.step % self.checkpoint_every == 0 or last or outcome == "interrupted"):
@@ -181,22 +187,33 @@ class RewardModelTrainer:
         checkpoints = None if run is None else run.checkpoints
         return RewardResult(outcome, self.step, self.first_accuracy, self.last_accuracy, checkpoints)
 
-    @torch.no_grad()
+    def _normalize(self) -> None:
+        chosen, rejected = self._predictions(self.held_out or self.examples[:256])
+        deviation = float(torch.cat((chosen, rejected)).double().std())
+        if deviation > 0:
+            self.model.standardize(mean=float(chosen.double().mean()), deviation=deviation)
+
     def accuracy(self, examples: Sequence[Preference | Labelled] | None = None) -> float:
         """On held-out examples, or those given; see ``RewardResult``."""
         examples = self.held_out if examples is None else examples
         if not examples:
             return float("nan")
-        with eval_mode(self.model):
-            parts = [
-                [tensor.cpu() for tensor in self._scored(examples[k : k + 64])] for k in range(0, len(examples), 64)
-            ]
-        first, second = (torch.cat(column) for column in zip(*parts, strict=True))
+        first, second = self._predictions(examples)
         if isinstance(examples[0], Preference):
             return float(((first > second).float() + 0.5 * (first == second).float()).mean())
         if self.model.num_binned_output:
             return float((first.argmax(dim=-1) == second).float().mean())
         return float(1 - (first - second).square().mean() / second.var(correction=0).clamp(min=1e-12))
+
+    @torch.no_grad()
+    def _predictions(self, examples: Sequence[Preference | Labelled]) -> tuple[Tensor, Tensor]:
+        """``_scored`` of any number of examples, in evaluation mode, on the host."""
+        with eval_mode(self.model):
+            parts = [
+                [tensor.cpu() for tensor in self._scored(examples[k : k + 64])] for k in range(0, len(examples), 64)
+            ]
+        first, second = (torch.cat(column) for column in zip(*parts, strict=True))
+        return first, second
 
     def _scored(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected; or predictions (logits with bins) and labels."""

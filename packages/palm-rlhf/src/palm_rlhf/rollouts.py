@@ -69,6 +69,20 @@ class Rollout:
         """Tokens of each response."""
         return self.lengths - self.prompt_lengths
 
+    def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
+        """The first responses with their prompts and scores, for a log: texts, or ids where there is no tokenizer."""
+        chosen = []
+        for row in range(min(max(number, 0), len(self))):
+            ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
+            chosen.append(
+                {
+                    "prompt": None if self.prompt_texts is None else self.prompt_texts[row],
+                    "response": ids if self.texts is None else self.texts[row],
+                    "reward": round(float(scores[row]), 4),
+                }
+            )
+        return chosen
+
     def to(self, device: torch.device) -> "Rollout":
         """The same on another device."""
         moved: dict[str, Any] = {

@@ -12,7 +12,9 @@ import torch
 
 import lm_core
 from palm_rlhf.cli.commands import INTERRUPTED, command_line, convert, evaluate_checkpoint, generate, train
-from palm_rlhf.cli.reinforcement import grpo, ppo, reward, sample
+from palm_rlhf.cli.policies import grpo, ppo
+from palm_rlhf.cli.reward import reward
+from palm_rlhf.cli.sample import sample
 from palm_rlhf.palm import PaLM
 from palm_rlhf.training_settings import TrainingSettings
 

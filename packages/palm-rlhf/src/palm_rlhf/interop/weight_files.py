@@ -19,7 +19,9 @@ from palm_rlhf.interop.original import (
     is_original,
     palm_state_from_original,
 )
+from palm_rlhf.interop.original_rlhf import is_original_reward_model, reward_model_from_palm_rlhf_pytorch
 from palm_rlhf.palm import PaLM
+from palm_rlhf.reward_model import RewardModel
 
 
 @typed
@@ -64,6 +66,8 @@ def convert_checkpoint(
 ) -> Path:
     """Turns a file of the original package into a folder that ``PaLM.from_pretrained`` opens.
 
+    A reward model becomes a folder for ``RewardModel.from_pretrained``, unless ``prefix`` asks for its PaLM.
+
     Args:
         old: file with a state dict of ``PaLM``, ``RewardModel`` or ``ActorCritic``.
         directory: see ``PaLM.save_pretrained``.
@@ -83,8 +87,12 @@ def convert_checkpoint(
         ValueError: as ``from_palm_rlhf_pytorch``.
     """
     state = _read_state(Path(old))
-    palm = from_palm_rlhf_pytorch(state, norm_gain, prefix=prefix, **constructor_overrides)
-    return palm.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
+    model: PaLM | RewardModel
+    if prefix is None and is_original_reward_model(state):
+        model = reward_model_from_palm_rlhf_pytorch(state, norm_gain, **constructor_overrides)
+    else:
+        model = from_palm_rlhf_pytorch(state, norm_gain, prefix=prefix, **constructor_overrides)
+    return model.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,96 @@
+"""The command ``reward``: a typed function that flags and help are made from."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lm_core.checkpoint import checkpoint_folder
+from lm_core.corpora import load_corpus
+from lm_core.distributed import rank
+from lm_core.tokenizers import load_tokenizer
+from palm_rlhf.cli.sources import BASE, REWARD, ended
+from palm_rlhf.palm import PaLM
+
+
+def reward(
+    *,
+    checkpoint: str = BASE,
+    pairs: str = "stdlib",
+    validation_pairs: str | None = None,
+    tokenizer: str | None = None,
+    num_binned_output: int = 0,
+    lora_r: int = 8,
+    dropout: float = 0.05,
+    stdlib_pairs: int = 1600,
+    max_steps: int = 100,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    normalize: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    checkpoint_dir: str = REWARD,
+    checkpoint_every: int = 100,
+    resume: bool | Literal["auto"] = "auto",
+) -> int:
+    """Trains a reward model on pairs; by default, real continuations of Python source against shuffled ones.
+
+    Args:
+        checkpoint: folder of a PaLM or of the run that trained it.
+        pairs: "stdlib", or a .jsonl file with prompt, chosen, rejected (and margin), or prompt, response, label.
+        validation_pairs: the same, held out; by default a tenth of the pairs.
+        tokenizer: instead of the one in the checkpoint.
+        num_binned_output: bins of labels; 0 for pairs and numbers.
+        lora_r: rank of the reward scope.
+        dropout: of the reward scope.
+        stdlib_pairs: how many pairs are cut out of the library.
+        max_steps: updates.
+        batch_size: examples an update.
+        learning_rate: at its peak.
+        normalize: gives held-out chosen responses mean reward 0, and all held-out responses deviation 1.
+        seed: of order and dropout.
+        device: auto takes CUDA, then MPS, then the CPU.
+        checkpoint_dir: folder of the run.
+        checkpoint_every: updates between checkpoints.
+        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
+
+    Returns:
+        The exit status.
+    """
+    from palm_rlhf.corrupted_pairs import corrupted_pairs
+    from palm_rlhf.reward_model import RewardModel
+    from palm_rlhf.reward_trainer import RewardModelTrainer
+
+    folder = checkpoint_folder(checkpoint)
+    encoder = load_tokenizer(tokenizer or folder)
+    examples: Any = pairs
+    held_out: Any = validation_pairs
+    if pairs == "stdlib":
+        corpus = load_corpus("stdlib", tokenizer=encoder)
+        examples = corrupted_pairs(corpus.train, count=stdlib_pairs, seed=0)
+        held_out = held_out or corrupted_pairs(corpus.validation, count=300, seed=1)
+    torch.manual_seed(seed)
+    model = RewardModel(
+        PaLM.from_pretrained(folder), num_binned_output=num_binned_output, lora_r=lora_r, dropout=dropout
+    )
+    trainer = RewardModelTrainer(
+        reward_model=model,
+        pairs=examples,
+        validation_pairs=held_out,
+        tokenizer=encoder,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        normalize=normalize,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        seed=seed,
+        device=device,
+    )
+    say = print if rank() == 0 else (lambda *_: None)
+    say(f"reward model on {folder}: {len(trainer.examples)} examples, {len(trainer.held_out)} held out")
+    result = trainer.train()
+    say(f"held out    accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
+    say(f"checkpoint  {Path(checkpoint_dir) / 'checkpoints' / f'step-{result.step}'}")
+    return ended(result.outcome)

@@ -349,7 +349,8 @@ def docs(session: nox.Session) -> None:
     """
     with deleted_after_use(session):
         # the sources are read, not imported: nothing of ours is installed
-        session.install("-c", CONSTRAINTS, "mkdocs-material", "mkdocstrings[python]", "mkdocs-gen-files", "packaging")
+        tools = ("mkdocs-material", "mkdocstrings[python]", "mkdocs-gen-files", "nox", "packaging", "ruff")
+        session.install("-c", CONSTRAINTS, *tools)
         arguments = session.posargs or ["build", "--strict"]
         session.run("python", "-m", "mkdocs", *arguments, "--config-file", ".github/mkdocs.yml")
 

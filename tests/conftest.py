@@ -54,6 +54,12 @@ def summaries() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def traps() -> ModuleType:
+    """The module that reads the READMEs' tables of traps."""
+    return load_from_file("traps", ROOT / ".ci" / "traps.py")
+
+
+@pytest.fixture(scope="session")
 def tracked_files() -> list[Path]:
     """Every file of the checkout that git knows."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)

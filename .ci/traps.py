@@ -1,0 +1,51 @@
+"""Which trap of an original is guarded by which test, as the packages' READMEs say it.
+
+A README's tables of differences say what the original does, what happens here, and in a column "guarded by" the tests
+that hold it so, in backticks. The documentation's page of traps is made from these, and tests/test_traps.py asserts
+that every test named there exists.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+GUARD_COLUMN = "guarded by"
+
+
+@dataclass(frozen=True)
+class Trap:
+    """One row: the original's behaviour, ours, and the names of the tests that guard it."""
+
+    cells: dict[str, str]
+    guards: tuple[str, ...]
+
+
+def cells_of(line: str) -> list[str]:
+    """The cells of a Markdown table's line; a bar in backticks does not divide."""
+    parts = re.split(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)", line.strip().removeprefix("|").removesuffix("|"))
+    return [part.strip().replace("\\|", "|") for part in parts]
+
+
+def traps_of(readme: str) -> list[Trap]:
+    """Every row of a table that has a column "guarded by"."""
+    traps, header = [], None
+    for line in readme.splitlines():
+        if not line.startswith("|"):
+            header = None
+        elif header is None:
+            header = cells_of(line)
+        elif GUARD_COLUMN in header and not set(line) <= set("|-: "):
+            row = dict(zip(header, cells_of(line), strict=True))
+            guards = tuple(re.findall(r"`(test_\w+)`", row.pop(GUARD_COLUMN)))
+            traps.append(Trap(row, guards))
+    return traps
+
+
+def tests_under(*folders: Path) -> dict[str, list[Path]]:
+    """The files in which each test function is defined."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("test_*.py")):
+            for name in re.findall(r"^\s*(?:async )?def (test_\w+)", file.read_text("utf-8"), re.MULTILINE):
+                found.setdefault(name, []).append(file)
+    return found

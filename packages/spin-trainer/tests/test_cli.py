@@ -5,16 +5,35 @@ import json
 import pytest
 import torch
 
+from lm_core.tokenizers import load_tokenizer
+from lm_core.training import read_metrics
 from spin_trainer.cli import main
 from spin_trainer.small_decoder import SmallDecoder
 
 # peft asks transformers for a name that newer transformers call otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
-FLAGS = [
-    *("--max_seq_len=40", "--iterations=2", "--epochs=1", "--batch_size=3", "--grad_accum_steps=1"),
-    *("--start_learning_rate=1e-3", "--end_learning_rate=1e-4", "--device=cpu", "--temperature=1.0"),
-]
+YAML = """
+# as a user writes it
+model: {model}
+data: {folder}/train.jsonl
+validation_data: {folder}/valid.jsonl
+checkpoint_dir: {folder}/run
+max_seq_len: 40
+iterations: 2
+epochs: 1
+batch_size: 3
+grad_accum_steps: 1
+learning_rates: [1.0e-3, 5.0e-4]
+start_learning_rate: 1.0e-3
+end_learning_rate: 1.0e-4
+lambdas:
+  - 0.1
+  - 5.0
+temperature: 1.0
+device: cpu
+{lora}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +41,14 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_path, capsys, lora):
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     config = tmp_path / "run.yaml"
-    settings = {flag.split("=")[0][2:]: json.loads(flag.split("=")[1]) for flag in FLAGS if "device" not in flag}
-    settings |= {
-        "model": str(hugging_face_folder),
-        "data": str(tmp_path / "train.jsonl"),
-        "validation_data": str(tmp_path / "valid.jsonl"),
-        "checkpoint_dir": str(tmp_path / "run"),
-        "device": "cpu",
-        **({"lora_r": 4} if lora else {}),
-    }
-    config.write_text(json.dumps(settings))  # JSON is YAML
+    config.write_text(
+        YAML.format(folder=tmp_path, model=hugging_face_folder, lora="lora_r: 4\nlora_targets: [q_proj, v_proj]" * lora)
+    )
 
     assert main(["train", "--config", str(config)]) == 0
     printed = capsys.readouterr().out
@@ -50,11 +62,56 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
         assert (trained(ids).logits - before(ids).logits).abs().max().item() > 1e-4
     assert transformers.AutoTokenizer.from_pretrained(folder).chat_template
     assert (folder / "adapter_config.json").exists() is lora
+    (answers,) = (tmp_path / "run").glob("generations/answers-train-1-*/rows-0.jsonl")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert sorted(row["row"] for row in rows) == list(range(6))
+    rates = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in row]
+    assert {row["iteration"]: row["learning_rate"] for row in reversed(rates)} == pytest.approx({0: 1e-3, 1: 5e-4})
 
     assert main(["train", "--config", str(config)]) == 0  # finished before: nothing is done again
     arguments = [str(folder), "--data", str(tmp_path / "valid.jsonl"), "--max_seq_len=40", "--device=cpu"]
     assert main(["eval", *arguments, "--opponent", str(hugging_face_folder)]) == 0
     assert "win rate over" in capsys.readouterr().out
+
+
+def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(hugging_face_folder, tmp_path):
+    pytest.importorskip("peft")
+    from spin_trainer import SPINTrainer
+    from spin_trainer.loading import load_model, with_lora
+
+    class Dies:
+        def log(self, values, step):
+            if step == 3 and "loss" in values:
+                raise SystemError("stopped here")
+
+    def train(folder, **changes):
+        torch.manual_seed(0)
+        trainer = SPINTrainer(
+            with_lora(load_model(str(hugging_face_folder)), r=4),
+            train_sft_dataset=tmp_path / "train.jsonl",
+            valid_sft_dataset=tmp_path / "valid.jsonl",
+            tokenizer=load_tokenizer(str(hugging_face_folder)),
+            checkpoint_folder=tmp_path / folder,
+            max_seq_len=40,
+            iterations=2,
+            epochs=1,
+            batch_size=3,
+            grad_accum_steps=1,
+            start_learning_rate=1e-2,
+            end_learning_rate=1e-3,
+            checkpoint_every=1,
+            dropout=0.1,
+            device="cpu",
+            **changes,
+        )
+        trainer()
+        return [parameter.detach().clone() for parameter in trainer.model.trainable_parameters()]
+
+    whole = train("whole")
+    with pytest.raises(SystemError, match="stopped here"):
+        train("parts", trackers=[Dies()])
+
+    assert all(torch.equal(a, b) for a, b in zip(train("parts"), whole, strict=True))
 
 
 def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, tmp_path):

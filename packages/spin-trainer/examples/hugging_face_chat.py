@@ -1,8 +1,8 @@
 """Self-play of a Hugging Face chat model from a YAML file, all weights and with LoRA, then what the command prints.
 
 The model is a tiny Llama with a tokenizer and a chat template of its own, made and briefly fine-tuned here, so nothing
-is downloaded; its fourteen held-out rows show the mechanism, not a gain. With a model of yours, write its folder or name
-as ``model`` in the YAML.
+is downloaded; its fourteen held-out rows show the mechanism, not a gain. With a model of yours, write its folder or
+name as ``model`` in the YAML.
 """
 
 import json
@@ -89,8 +89,8 @@ def write_model(folder: Path) -> None:
 warnings.filterwarnings("ignore", category=FutureWarning)  # peft about a name in transformers
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    for file, numbers in (("train", range(0, 100)), ("held_out", range(3, 100, 7))):
-        rows = [n for n in numbers if (n % 7 == 3) == (file == "held_out")]
+    for file in ("train", "held_out"):
+        rows = [n for n in range(100) if (n % 7 == 3) == (file == "held_out")]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in rows))
     write_model(folder / "model")
     for kind, rate, lora in (("all-weights", 1e-4, ""), ("lora", 1e-3, "lora_r: 8")):

@@ -56,7 +56,7 @@ def test_a_killed_writer_leaves_a_committed_prefix_with_matching_values(tmp_path
         for row in range(2):
             first, written = memory.store.first[row], memory.store.written[row]
             assert 0 <= first <= written <= first + 40
-            kv = memory.store.read(row, memory.store.in_order(row), torch.float32)
+            kv = memory.store.tokens(row)
             expected = torch.arange(first, written).float() + row / 10
             error = 0.0 if storage == "float32" else 0.02 * (1 + written)
             torch.testing.assert_close(kv[:, 0], expected[:, None].expand(-1, 4), atol=error, rtol=0)
@@ -85,7 +85,7 @@ def test_what_is_about_to_be_overwritten_is_given_up_first(tmp_path, monkeypatch
     memory.close()
 
     again = KNNMemory(1, 8, 1, tmp_path / "memory")
-    assert again.store.read(0, again.store.in_order(0), torch.float32)[:, 0, 0].tolist() == [5, 6, 7, 8, 9]
+    assert again.store.tokens(0)[:, 0, 0].tolist() == [5, 6, 7, 8, 9]
     assert again.retrieve(torch.ones(1, 1, 1), 8).positions[0, 0].tolist() == [9, 8, 7, 6, 5, -1, -1, -1]
     again.add(torch.arange(10.0, 16.0)[None, :, None, None].expand(1, -1, 2, 1).contiguous())
     assert again.retrieve(torch.ones(1, 1, 1), 8).positions[0, 0].tolist() == [15, 14, 13, 12, 11, 10, 9, 8]

@@ -45,7 +45,7 @@ def test_a_row_holds_its_last_tokens_at_every_wrap(counts, capacity, k):
         held = history[:, -capacity:]
         assert memory.sizes == [held.shape[1]] * 2
         for row in range(2):
-            kept = memory.store.read(row, memory.store.in_order(row), torch.float32)
+            kept = memory.store.tokens(row)
             assert torch.equal(kept, held[row])
         queries = unit(2, 3, 4, seed=step + 7)
         found = memory.retrieve(queries, k)
@@ -89,7 +89,7 @@ def test_rows_out_of_scope_are_neither_moved_nor_searched():
     assert memory.sizes == [5, 2, 5]
     assert memory.scoped_indices == [0, 1, 2]
     assert found.kv.shape[0] == 2
-    assert torch.equal(memory.store.read(2, memory.store.in_order(2), torch.float32)[-3:], new[0])
+    assert torch.equal(memory.store.tokens(2)[-3:], new[0])
 
 
 def test_the_scope_comes_back_after_an_error():
@@ -104,7 +104,7 @@ def test_a_mask_says_which_tokens_are_added():
     memory.add(kv, mask=torch.tensor([[True, False, True], [False, False, False]]))
 
     assert memory.sizes == [2, 0]
-    assert torch.equal(memory.store.read(0, torch.arange(2), torch.float32), kv[0, [0, 2]])
+    assert torch.equal(memory.store.tokens(0), kv[0, [0, 2]])
 
 
 @pytest.mark.parametrize(("storage", "goal"), [("float32", 512), ("bfloat16", 256), ("int8", 140)])
@@ -120,7 +120,7 @@ def test_narrow_formats_keep_numbers_to_their_precision(storage, tolerance):
     kv = torch.randn(1, 50, 2, 16)
     memory = KNNMemory(16, 64, 1, storage=storage)
     memory.add(kv)
-    stored = memory.store.read(0, torch.arange(50), torch.float32)
+    stored = memory.store.tokens(0)
 
     assert float((stored - kv[0]).abs().max() / kv.abs().max()) <= tolerance
     found = memory.retrieve(kv[..., 0, :], 1)

@@ -239,13 +239,9 @@ class KNNMemory:
         if not index.is_ready(written - first):
             return
         if index.stop == index.base or index.stop < first or index.needs_rebuild(first, written):
-            index.rebuild(self._keys_in_order(row, first), first)
+            index.rebuild(self.store.tokens(row)[:, 0], first)
         elif index.stop < written:
-            index.add(self._keys_in_order(row, index.stop))
-
-    def _keys_in_order(self, row: int, first: int) -> Tensor:
-        slots = torch.arange(first, self.store.written[row], device=self.store.device) % self.max_memories
-        return self.store.read(row, slots, torch.float32)[:, 0]
+            index.add(self.store.tokens(row, index.stop)[:, 0])
 
     # --------------------------------------------------------------------------------------------------- searching
 
@@ -285,41 +281,37 @@ class KNNMemory:
             names = "(b, h, ..., d)" if self.heads > 1 else "(b, ..., d)"
             raise ValueError(f"queries must have shape {names} with {(*lead, self.dim)}, got {tuple(queries.shape)}")
         flat = queries.detach().to(self.store.device).reshape(b * self.heads, -1, self.dim)
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        parts = []
-        for number in range(b * self.heads):
+        shape, place = (*flat.shape[:2], topk), self.store.device
+        # rows are searched one by one, and each writes what it found here
+        kv = torch.zeros(*shape, 2, self.dim, dtype=queries.dtype, device=place)
+        scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
+        positions = torch.full(shape, -1, dtype=torch.long, device=place)
+        for number in range(b * self.heads if flat.shape[1] else 0):
             row = self.scoped_indices[number // self.heads] * self.heads + number % self.heads
-            parts.append(self._search_row(row, flat[number].to(dtype), topk, queries.dtype))
-        shape = (*queries.shape[:-1], topk)
+            if size := self.store.size(row):
+                scores[number], positions[number], slots = self._search_row(row, flat[number].to(scores.dtype), topk)
+                self.store.read(row, slots, out=kv[number])
+                if size < topk or self._indexes is not None:
+                    kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
         kv, scores, positions = (
-            torch.stack(part).to(queries.device).reshape(*shape, *part[0].shape[2:])
-            for part in zip(*parts, strict=True)
+            part.to(queries.device).reshape(*queries.shape[:-1], topk, *part.shape[3:])
+            for part in (kv, scores, positions)
         )
         return Retrieved(kv=kv, mask=positions >= 0, scores=scores, positions=positions)
 
-    def _search_row(self, row: int, queries: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        store = self.store
-        size = store.size(row)
-        if size == 0 or queries.shape[0] == 0:
-            q = queries.shape[0]
-            kv = torch.zeros(q, k, 2, self.dim, dtype=dtype, device=store.device)
-            positions = torch.full((q, k), -1, dtype=torch.long, device=store.device)
-            return kv, torch.full((q, k), -math.inf, dtype=queries.dtype, device=store.device), positions
+    def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, positions and slots of the nearest tokens of a row that holds some."""
+        store, size = self.store, self.store.size(row)
         index = None if self._indexes is None else self._indexes[row]
         if index is not None and index.is_ready(size):
             scores, positions = index.search(queries, k, store.first[row])
-            mask = positions >= 0
-            slots = positions.clamp(min=0) % self.max_memories
-            scores = scores.masked_fill(~mask, -math.inf)
-        else:
-            chunks = store.key_chunks(row, chunk_size_for(store.device), queries.dtype)
-            scores, slots = exact_top_k(queries, chunks, k)
-            mask = (torch.arange(k, device=store.device) < size).expand_as(scores)
-            positions = store.positions(row, slots).masked_fill(~mask, -1)
-        kv = store.read(row, slots, dtype)
-        if not bool(mask.all()) if index is not None else size < k:
-            kv = kv.masked_fill(~rearrange(mask, "q k -> q k 1 1"), 0.0)
-        return kv, scores, positions
+            return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
+        chunks = store.key_chunks(row, chunk_size_for(store.device), queries.dtype)
+        scores, slots = exact_top_k(queries, chunks, k)
+        positions = store.positions(row, slots)
+        if size < k:
+            positions[:, size:] = -1
+        return scores, positions, slots
 
     # ------------------------------------------------------------------------------------------ copies, saved states
 

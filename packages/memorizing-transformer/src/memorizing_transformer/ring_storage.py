@@ -163,13 +163,23 @@ class RingStorage:
                     keys = keys * self.scales[row, low:high, 0].to(dtype).unsqueeze(-1)
                 yield low, keys
 
-    def read(self, row: int, slots: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape 2 d"]:
-        """Keys and values of slots, widened to ``dtype``."""
-        flat = slots.reshape(-1)
-        kv = self.data[row].index_select(0, flat).to(dtype)
+    def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
+        """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
+        flat, target = slots.reshape(-1), out.view(-1, 2, self.dim)
+        if self.data.dtype == out.dtype:
+            torch.index_select(self.data[row], 0, flat, out=target)
+            return
+        target.copy_(self.data[row].index_select(0, flat))
         if self.scales is not None:
-            kv = kv * self.scales[row].index_select(0, flat).to(dtype).unsqueeze(-1)
-        return kv.view(*slots.shape, 2, self.dim)
+            target.mul_(self.scales[row].index_select(0, flat).unsqueeze(-1).to(out.dtype))
+
+    def tokens(self, row: int, first: int | None = None) -> Float[Tensor, "n 2 d"]:
+        """Keys and values of a row's tokens from position ``first`` on (all by default), in order, in float32."""
+        begin = self.first[row] if first is None else first
+        slots = torch.arange(begin, self.written[row], device=self.device) % self.capacity
+        out = torch.empty(len(slots), 2, self.dim, device=self.device)
+        self.read(row, slots, out=out)
+        return out
 
     def in_order(self, row: int) -> Int[Tensor, " n"]:
         """Slots of the tokens of a row, oldest first."""

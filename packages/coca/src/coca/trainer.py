@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from coca.captioned_images import CaptionedImages
@@ -25,27 +24,32 @@ from coca.pair_batches import PairBatches
 from coca.preprocessing import ImagePreprocessing
 from coca.training_settings import TrainingSettings
 from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from lm_core.checkpoint import load_checkpoint, load_weights, on_main_process, save_checkpoint
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.launching import start_accelerator
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
 from lm_core.training import (
     InterruptHandler,
-    LearningRateSchedule,
     MetricsLog,
     NonFiniteGuard,
     Precision,
     RunDirectory,
     autocast,
     clip_global_norm,
-    optimizer_groups,
     pick_device,
     pick_precision,
-    plot_curves,
-    progress_bar,
-    read_metrics,
     restore_rng,
     seed_everything,
+)
+from lm_core.training_run import (
+    Outcome,
+    Stopping,
+    adamw,
+    check_goes_on,
+    draw_curves,
+    open_metrics,
+    own_settings,
+    split_trackers,
 )
 
 CURVES = (
@@ -70,7 +74,7 @@ class TrainingResult:
         grid: picture of held-out images with their generated captions and nearest texts.
     """
 
-    outcome: Literal["finished", "interrupted", "out of time"]
+    outcome: Outcome
     first_step: int
     step: int
     metrics: dict[str, float]
@@ -143,9 +147,9 @@ class CoCaTrainer:
         self.checkpoint_dir, self.resume = Path(checkpoint_dir), resume
         self.device = pick_device(self.settings.device)
         pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
-        self.trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
-        self.tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
-        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_dir)
+        self.trackers = list(trackers)
+        names, _ = split_trackers(trackers)
+        self.accelerator = start_accelerator(self.device, tracker_names=names, folder=self.checkpoint_dir)
         self.batches = PairBatches(
             data=data,
             tokenizer=self.tokenizer,
@@ -180,14 +184,14 @@ class CoCaTrainer:
             FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
-        settings, started = self.settings, time.monotonic()
-        outcome: Literal["finished", "interrupted", "out of time"] = "finished"
+        settings = self.settings
+        outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
                 self._prepare(run)
             first_step = self.step
             log = self._metrics_log(run, stack)
-            interrupt = stack.enter_context(InterruptHandler())
+            stopping = Stopping(stack.enter_context(InterruptHandler()), settings.max_seconds)
             if self.step == 0:
                 self._validate(log)
             while self.step < settings.max_steps and outcome == "finished":
@@ -195,11 +199,7 @@ class CoCaTrainer:
                 self.step += 1
                 log.progress.update()
                 last = self.step == settings.max_steps
-                if interrupt.should_stop() and not last:
-                    outcome = "interrupted"
-                late = settings.max_seconds is not None and time.monotonic() - started >= settings.max_seconds
-                if broadcast_object(late) and outcome == "finished" and not last:
-                    outcome = "out of time"
+                outcome = stopping.outcome(last=last)
                 stops = last or outcome != "finished"
                 if last or outcome == "out of time" or self.step % settings.validate_every == 0:
                     self._validate(log)
@@ -207,7 +207,8 @@ class CoCaTrainer:
                     log.sync()
                     self._save(run)
             grid = run.path / "grid.png"
-            curves = broadcast_object(self._draw(run, grid) if rank() == 0 else None)
+            on_main_process(lambda: self._draw(grid))
+            curves = draw_curves(run, CURVES)
         return TrainingResult(outcome, first_step, self.step, self.metrics, run.checkpoints, curves, grid)
 
     def _update(self) -> dict[str, Any]:
@@ -277,72 +278,45 @@ class CoCaTrainer:
         )
 
     def _metrics_log(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
-        """The open log with its bar and trackers, closed with ``stack``, which restores the model's mode as well."""
-        stack.callback(self.objective.train, self.objective.training)
-        self.objective.train()
-        trackers = list(self.trackers)
-        if self.tracker_names:
-            self.accelerator.init_trackers("coca", config=asdict(self.settings))
-            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
-            trackers.append(self.accelerator)
-        is_main = rank() == 0
-        bar = progress_bar(self.settings.max_steps, initial=self.step, description="train", is_main=is_main)
-        return stack.enter_context(
-            MetricsLog(
-                run.metrics_path,
-                resume_step=self.step or -1,
-                is_main=is_main,
-                trackers=trackers,
-                progress=stack.enter_context(bar),
-                shown=("caption_loss", "contrastive_loss", "zero_shot_accuracy"),
-            )
+        """The open log, closed with ``stack``, which restores the model's mode as well."""
+        metrics = open_metrics(
+            run,
+            objective=self.objective,
+            accelerator=self.accelerator,
+            trackers=self.trackers,
+            project="coca",
+            settings=asdict(self.settings),
+            step=self.step,
+            max_steps=self.settings.max_steps,
+            shown=("caption_loss", "contrastive_loss", "zero_shot_accuracy"),
         )
+        return stack.enter_context(metrics)
 
     def _prepare(self, run: RunDirectory) -> None:
         """Spreads the model over processes and makes the optimizer, anew or as the newest checkpoint has them."""
         settings = self.settings
         checkpoint = load_checkpoint(run.checkpoints) if run.resumes else None
         if checkpoint is not None:
-            self._check_same_run(checkpoint)
+            own = self.model.config["arguments"]
+            free = ("gradient_checkpointing",)
+            names = [name for name in own if name not in free]
+            check_goes_on(checkpoint, trainer=type(self).__name__, arguments=own, names=names)
             self.batches.load_state_dict(checkpoint.trainer_state["batches"])
             load_weights(self.model, checkpoint.model_state or {}, where=str(checkpoint.path))
         if settings.compile:
             self.objective.compile()
         self._parallel = self.accelerator.prepare_model(self.objective, device_placement=False)
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model, weight_decay=settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-        )
-        self.schedule = LearningRateSchedule(
-            self.optimizer,
-            kind="cosine",
-            warmup_steps=settings.warmup_steps,
-            total_steps=settings.max_steps,
-            final_scale=settings.final_learning_rate,
-        )
+        self.optimizer, self.schedule = adamw(self.model, settings)
         if checkpoint is None:
             seed_everything((settings.seed + rank()) % 2**32)
             return
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)  # the settings of this run, not of the one that wrote the checkpoint
+        with own_settings(self.optimizer):
+            self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
         self.schedule.load_state_dict(checkpoint.trainer_state["schedule"])
         self.guard.load_state_dict(checkpoint.trainer_state["guard"])
         self.metrics = dict(checkpoint.trainer_state["metrics"])
         self.step = checkpoint.step
         restore_rng(checkpoint.rng)
-
-    def _check_same_run(self, checkpoint: Any) -> None:
-        state, where = checkpoint.trainer_state, checkpoint.path
-        if state.get("trainer") != type(self).__name__:
-            raise CheckpointError(f"{where} was not written by {type(self).__name__}, got {state.get('trainer')!r}")
-        stored, own = checkpoint.config.get("arguments", {}), self.model.config["arguments"]
-        changed = [name for name in own if stored.get(name) != own[name] and name != "gradient_checkpointing"]
-        if changed:
-            what = ", ".join(f"{name} is {own[name]}, but was {stored.get(name)}" for name in changed)
-            raise CheckpointError(f"{where} is of another model: {what}")
 
     def _save(self, run: RunDirectory) -> None:
         save_checkpoint(
@@ -361,7 +335,7 @@ class CoCaTrainer:
             keep=self.settings.keep_checkpoints,
         )
 
-    def _draw(self, run: RunDirectory, grid: Path) -> Path | None:
+    def _draw(self, grid: Path) -> None:
         draw_grid(
             self.model,
             self.held_out,
@@ -371,14 +345,6 @@ class CoCaTrainer:
             max_length=self.settings.max_length,
             title=f"Held-out images after {self.step} updates: generated caption, and the nearest texts",
         )
-        rows = read_metrics(run.metrics_path)
-        names = [name for name in CURVES if sum(name in row for row in rows) > 1]
-        if not names:
-            return None
-        try:
-            return plot_curves(run.metrics_path, run.curves_path, names=names)
-        except ImportError:
-            return None
 
 
 def check_tokens(model: CoCa, tokenizer: Any) -> None:

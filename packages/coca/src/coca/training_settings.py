@@ -3,91 +3,39 @@
 The same names are the flags of ``coca train`` and the keys of its YAML file.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
-from lm_core._checks import check_positive, typed
+from lm_core._checks import typed
+from lm_core.training_settings import CommonSettings
 
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingSettings(CommonSettings):
     """Training: batches, optimizer, schedule, precision, what is written when.
 
     Args:
-        max_steps: optimizer updates of the whole run; the learning rate's schedule is laid over them.
-        max_seconds: stops earlier, with a checkpoint to resume from, once training has taken so many seconds.
         batch_size: pairs an update, over all processes together; all are contrasted with each other.
         max_length: tokens at which captions are cut, BOS and EOS included.
         shift: images are moved by up to so many pixels each way.
-        learning_rate: at its peak.
-        warmup: part of the updates over which it rises from zero.
-        final_learning_rate: at the end of the cosine, as a fraction of the peak.
-        weight_decay: of matrices; norms and embeddings do not decay.
-        beta1: decay of AdamW's mean of gradients.
-        beta2: decay of AdamW's mean of squared gradients.
-        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
-        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         compile: compiles the model with its losses (torch.compile).
-        seed: of weights, data order and shifts.
-        device: auto takes CUDA, then MPS, then the CPU.
-        validate_every: updates between validations; there is always one before and one after training.
         validation_captions: held-out images to caption at a validation; null for all. The last one takes all.
-        checkpoint_every: updates between checkpoints; there is always one at the end.
-        keep_checkpoints: how many stay; null for all.
 
     Raises:
         ValueError: a value is out of range; it is named.
         TypeError: a value is of another type.
     """
 
-    max_steps: int = 1000
-    max_seconds: float | None = None
     batch_size: int = 64
     max_length: int = 64
     shift: int = 1
-    learning_rate: float = 3e-3
-    warmup: float = 0.05
-    final_learning_rate: float = 0.05
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float | None = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
-    seed: int = 0
-    device: str = "auto"
-    validate_every: int = 200
     validation_captions: int | None = 64
-    checkpoint_every: int = 200
-    keep_checkpoints: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "validate_every", "checkpoint_every"):
-            check_positive(getattr(self, name), name)
-        for name, least in (("max_length", 3), ("shift", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, least in (("validation_captions", 0), ("keep_checkpoints", 1)):
+        super().__post_init__()
+        self.check_counts("batch_size")
+        for name, least in (("max_length", 3), ("shift", 0), ("validation_captions", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("max_seconds", "learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
-        for name in ("beta1", "beta2", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.final_learning_rate <= 1:
-            raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
-
-    @property
-    def warmup_steps(self) -> int:
-        """Updates over which the learning rate rises."""
-        return int(self.warmup * self.max_steps)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lm_core._checks import check_ids, typed
 from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from lm_core.corpora import Corpus
-from lm_core.distributed import all_reduce_sum, broadcast_object, rank, world_size
+from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.launching import start_accelerator
 from lm_core.losses import linear_cross_entropy
 from lm_core.packing import bits_per_byte
@@ -32,7 +32,6 @@ from lm_core.pretrained import check_config, check_tokenizer
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
 from lm_core.training import (
     InterruptHandler,
-    LearningRateSchedule,
     MetricsLog,
     NonFiniteGuard,
     Precision,
@@ -40,14 +39,20 @@ from lm_core.training import (
     autocast,
     capture_rng,
     clip_global_norm,
-    optimizer_groups,
     pick_device,
     pick_precision,
-    plot_curves,
-    progress_bar,
-    read_metrics,
     restore_rng,
     seed_everything,
+)
+from lm_core.training_run import (
+    Outcome,
+    Stopping,
+    adamw,
+    check_goes_on,
+    draw_curves,
+    open_metrics,
+    own_settings,
+    split_trackers,
 )
 from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
 from memorizing_transformer.evaluation import Evaluation, score
@@ -85,7 +90,7 @@ class TrainingResult:
         curves: picture of the metrics; None if matplotlib is not installed.
     """
 
-    outcome: Literal["finished", "interrupted", "out of time"]
+    outcome: Outcome
     step: int
     first_bits_per_byte: float
     last: Evaluation | None
@@ -152,9 +157,9 @@ class MemoryTrainer:
         eos_id = _check_trainable(model, self.tokenizer)
         self.device = pick_device(self.settings.device)
         pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
-        self.trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
-        self.tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
-        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_dir)
+        self.trackers = list(trackers)
+        names, _ = split_trackers(trackers)
+        self.accelerator = start_accelerator(self.device, tracker_names=names, folder=self.checkpoint_dir)
         reading: dict[str, Any] = {
             "segment_length": self.settings.segment_length,
             "batch_size": self.settings.batch_size,
@@ -187,13 +192,13 @@ class MemoryTrainer:
             FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
-        settings, started = self.settings, time.monotonic()
-        outcome: Literal["finished", "interrupted", "out of time"] = "finished"
+        settings = self.settings
+        outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
                 self._prepare(run)
             log = self._metrics(run, stack)
-            interrupt = stack.enter_context(InterruptHandler())
+            stopping = Stopping(stack.enter_context(InterruptHandler()), settings.max_seconds)
             if self.step == 0:
                 self.first_bits_per_byte = self._validate(log).bits_per_byte
             while self.step < settings.max_steps and outcome == "finished":
@@ -201,17 +206,13 @@ class MemoryTrainer:
                 self.step += 1
                 log.progress.update()
                 last = self.step == settings.max_steps
-                if interrupt.should_stop() and not last:
-                    outcome = "interrupted"
-                elif settings.max_seconds is not None and not last:
-                    late = broadcast_object(time.monotonic() - started > settings.max_seconds)
-                    outcome = "out of time" if late else outcome
+                outcome = stopping.outcome(last=last)
                 if self.step % settings.validate_every == 0 or last or outcome == "out of time":
                     self._validate(log)
                 if self.step % settings.checkpoint_every == 0 or last or outcome != "finished":
                     log.sync()
                     self._save(run)
-            curves = _draw_curves(run) if rank() == 0 else None
+            curves = draw_curves(run, CURVES)
             return TrainingResult(
                 outcome, self.step, self.first_bits_per_byte, self.last, self.without_memory, run.checkpoints, curves
             )
@@ -286,26 +287,18 @@ class MemoryTrainer:
         )
 
     def _metrics(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
-        """The open log with its bar and trackers, closed with ``stack``, which restores the model's mode as well."""
-        stack.callback(self.objective.train, self.objective.training)
-        self.objective.train()
-        trackers = list(self.trackers)
-        if self.tracker_names:
-            self.accelerator.init_trackers("memorizing-transformer", config=asdict(self.settings))
-            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
-            trackers.append(self.accelerator)
-        is_main = rank() == 0
-        bar = progress_bar(self.settings.max_steps, initial=self.step, description="train", is_main=is_main)
-        return stack.enter_context(
-            MetricsLog(
-                run.metrics_path,
-                resume_step=self.step or -1,
-                is_main=is_main,
-                trackers=trackers,
-                progress=stack.enter_context(bar),
-                shown=("loss", "tokens_per_second"),
-            )
+        """The open log, closed with ``stack``, which restores the model's mode as well."""
+        metrics = open_metrics(
+            run,
+            objective=self.objective,
+            accelerator=self.accelerator,
+            trackers=self.trackers,
+            project="memorizing-transformer",
+            settings=asdict(self.settings),
+            step=self.step,
+            max_steps=self.settings.max_steps,
         )
+        return stack.enter_context(metrics)
 
     def _prepare(self, run: RunDirectory) -> None:
         settings = self.settings
@@ -313,18 +306,7 @@ class MemoryTrainer:
             self.objective.memories = self.model.create_knn_memories(batch_size=settings.batch_size)
         checkpoint = self._read(run) if run.resumes else None
         self._parallel = self.accelerator.prepare_model(self.objective, device_placement=False)
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model, weight_decay=settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-        )
-        self.schedule = LearningRateSchedule(
-            self.optimizer,
-            kind="cosine",
-            warmup_steps=settings.warmup_steps,
-            total_steps=settings.max_steps,
-            final_scale=settings.final_learning_rate,
-        )
+        self.optimizer, self.schedule = adamw(self.model, settings)
         if checkpoint is None:
             seed_everything((settings.seed + rank()) % 2**32)
         else:
@@ -334,14 +316,10 @@ class MemoryTrainer:
         """The newest checkpoint, its weights put in place; refused before anything is changed."""
         checkpoint = load_checkpoint(run.checkpoints)
         where, own = checkpoint.path, checkpoint.rng
-        if checkpoint.trainer_state.get("trainer") != type(self).__name__:
-            raise CheckpointError(f"{where} was not written by {type(self).__name__}")
         check_config(type(self.model), checkpoint.config, where / "config.json")
-        stored, mine = checkpoint.config["arguments"], self.model.config["arguments"]
-        changed = [name for name in mine if name not in _FREE and stored.get(name) != mine[name]]
-        if changed:
-            what = ", ".join(f"{name} is {mine[name]}, but was {stored.get(name)}" for name in changed)
-            raise CheckpointError(f"{where} is of another architecture: {what}")
+        mine = self.model.config["arguments"]
+        names = [name for name in mine if name not in _FREE]
+        check_goes_on(checkpoint, trainer=type(self).__name__, arguments=mine, names=names)
         memories = self.objective.memories
         if (memories is None) != (own["memories"] is None):
             raise CheckpointError(f"{where} was written with use_memory={memories is None}")
@@ -354,10 +332,8 @@ class MemoryTrainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, own = checkpoint.trainer_state, checkpoint.rng
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)  # the settings of this run, not of the one that wrote the checkpoint
+        with own_settings(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.first_bits_per_byte = state["first_bits_per_byte"]
@@ -415,13 +391,3 @@ def _mean_from(evaluation: Evaluation, position: int) -> float:
     far = [(number, loss) for first, number, loss in evaluation.by_position if first >= position]
     total = sum(number for number, _ in far)
     return sum(number * loss for number, loss in far) / total / 0.6931471805599453 if total else float("nan")
-
-
-def _draw_curves(run: RunDirectory) -> Path | None:
-    rows = read_metrics(run.metrics_path)
-    try:
-        return plot_curves(
-            run.metrics_path, run.curves_path, names=[n for n in CURVES if any(row.get(n) is not None for row in rows)]
-        )
-    except ImportError:
-        return None

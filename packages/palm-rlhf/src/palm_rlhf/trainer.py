@@ -23,26 +23,22 @@ from lm_core import sharding
 from lm_core._checks import check_ids, typed
 from lm_core.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from lm_core.corpora import Corpus
-from lm_core.distributed import all_reduce_sum, broadcast_object, rank, world_size
+from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.launching import check_compilable, start_accelerator
 from lm_core.packing import PackedBatches, ValidationBatches, bits_per_byte
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
 from lm_core.training import (
     InterruptHandler,
-    LearningRateSchedule,
     MetricsLog,
     NonFiniteGuard,
     RunDirectory,
     clip_global_norm,
-    optimizer_groups,
     pick_device,
     pick_precision,
-    plot_curves,
-    progress_bar,
-    read_metrics,
     restore_rng,
     seed_everything,
 )
+from lm_core.training_run import Outcome, Stopping, adamw, draw_curves, open_metrics, own_settings, split_trackers
 from palm_rlhf.evaluation import score, sum_over_processes
 from palm_rlhf.next_token_loss import NextTokenLoss
 from palm_rlhf.palm import PaLM
@@ -66,7 +62,7 @@ class TrainingResult:
         curves: picture of the metrics; None if matplotlib is not installed.
     """
 
-    outcome: Literal["finished", "interrupted", "out of time"]
+    outcome: Outcome
     first_step: int
     step: int
     first_bits_per_byte: float
@@ -113,9 +109,9 @@ class PretrainTrainer:
         check_trainable(model, self.tokenizer)
         self.device = pick_device(self.settings.device)
         pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
-        self.trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
-        self.tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
-        self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_dir)
+        self.trackers = list(trackers)
+        names, _ = split_trackers(trackers)
+        self.accelerator = start_accelerator(self.device, tracker_names=names, folder=self.checkpoint_dir)
         if self.settings.compile:
             check_compilable(self.device)
         if self.settings.fsdp:
@@ -151,14 +147,14 @@ class PretrainTrainer:
             FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
-        settings, started = self.settings, time.monotonic()
-        outcome: Literal["finished", "interrupted", "out of time"] = "finished"
+        settings = self.settings
+        outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
                 self._prepare(run)
             first_step = self.step
             log = self._metrics(run, stack)
-            interrupt = stack.enter_context(InterruptHandler())
+            stopping = Stopping(stack.enter_context(InterruptHandler()), settings.max_seconds)
             if self.step == 0:
                 self.first_bits_per_byte = self._validate(log)
             while self.step < settings.max_steps and outcome == "finished":
@@ -166,18 +162,13 @@ class PretrainTrainer:
                 self.step += 1
                 log.progress.update()
                 last = self.step == settings.max_steps
-                if interrupt.should_stop() and not last:
-                    outcome = "interrupted"
-                elif settings.max_seconds is not None and not last:
-                    # one clock decides, or some processes would go on alone
-                    late = broadcast_object(time.monotonic() - started > settings.max_seconds)
-                    outcome = "out of time" if late else outcome
+                outcome = stopping.outcome(last=last)
                 if self.step % settings.validate_every == 0 or last or outcome == "out of time":
                     self._validate(log)
                 if self.step % settings.checkpoint_every == 0 or last or outcome != "finished":
                     log.sync()
                     self._save(run)
-            curves = _draw_curves(run) if rank() == 0 else None
+            curves = draw_curves(run, CURVES)
             return TrainingResult(
                 outcome=outcome,
                 first_step=first_step,
@@ -245,27 +236,20 @@ class PretrainTrainer:
         )
 
     def _metrics(self, run: RunDirectory, stack: contextlib.ExitStack) -> MetricsLog:
-        """The open log with its bar and trackers, closed with ``stack``, which restores the model's mode as well."""
-        stack.callback(self.model.train, self.model.training)
-        self.objective.train()
+        """The open log, closed with ``stack``, which restores the model's mode as well."""
         if self.settings.fsdp:
             stack.enter_context(sharding.quiet())
-        trackers = list(self.trackers)
-        if self.tracker_names:
-            given = {name: value for name, value in asdict(self.settings).items() if value is not None}
-            self.accelerator.init_trackers("palm-rlhf", config=given)
-            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
-            trackers.append(self.accelerator)
-        bar = progress_bar(self.settings.max_steps, initial=self.step, description="train", is_main=rank() == 0)
-        log = MetricsLog(
-            run.metrics_path,
-            resume_step=self.step or -1,
-            is_main=rank() == 0,
-            trackers=trackers,
-            progress=stack.enter_context(bar),
-            shown=("loss", "tokens_per_second"),
+        metrics = open_metrics(
+            run,
+            objective=self.objective,
+            accelerator=self.accelerator,
+            trackers=self.trackers,
+            project="palm-rlhf",
+            settings=asdict(self.settings),
+            step=self.step,
+            max_steps=self.settings.max_steps,
         )
-        return stack.enter_context(log)
+        return stack.enter_context(metrics)
 
     def _prepare(self, run: RunDirectory) -> None:
         """Spreads the model over processes and makes the optimizer, anew or as the newest checkpoint has them."""
@@ -277,18 +261,7 @@ class PretrainTrainer:
         self._parallel = torch.compile(self.objective) if settings.compile else self.objective
         if not settings.fsdp:
             self._parallel = self.accelerator.prepare_model(self._parallel, device_placement=False)
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(self.model, weight_decay=settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-        )
-        self.schedule = LearningRateSchedule(
-            self.optimizer,
-            kind="cosine",
-            warmup_steps=settings.warmup_steps,
-            total_steps=settings.max_steps,
-            final_scale=settings.final_learning_rate,
-        )
+        self.optimizer, self.schedule = adamw(self.model, settings)
         if checkpoint is None:
             seed_everything((settings.seed + rank()) % 2**32)
         else:
@@ -304,15 +277,11 @@ class PretrainTrainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.trainer_state
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        if self.settings.compile:
-            check_compilable(self.device)
-        if self.settings.fsdp:
-            sharding.load_full_optimizer_state(self.objective, self.optimizer, state["optimizer"])
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(values)  # the settings of this run, not of the one that wrote the checkpoint
+        with own_settings(self.optimizer):
+            if self.settings.fsdp:
+                sharding.load_full_optimizer_state(self.objective, self.optimizer, state["optimizer"])
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.guard.load_state_dict(state["guard"])
         self.first_bits_per_byte, self.last_bits_per_byte = state["bits_per_byte"]
@@ -342,13 +311,3 @@ class PretrainTrainer:
             tokenizer=self.tokenizer,
             keep=self.settings.keep_checkpoints,
         )
-
-
-def _draw_curves(run: RunDirectory) -> Path | None:
-    rows = read_metrics(run.metrics_path)
-    try:
-        return plot_curves(
-            run.metrics_path, run.curves_path, names=[n for n in CURVES if any(n in row for row in rows)]
-        )
-    except ImportError:
-        return None

@@ -5,6 +5,7 @@ from typing import Any
 from lm_core.checkpoint import Checkpoint, CheckpointError
 from lm_core.pretrained import check_config, check_tokenizer
 from lm_core.tokenizers import Tokenizer
+from lm_core.training_run import check_goes_on
 from palm_rlhf.palm import PaLM
 
 # Arguments of PaLM that change what its weights mean; dropout, for one, may differ when a run goes on.
@@ -38,12 +39,6 @@ def check_same_run(checkpoint: Checkpoint, model: PaLM, *, trainer: str, fsdp: b
     """Raises ``CheckpointError`` unless a run of this trainer, with this model, can go on from ``checkpoint``."""
     state, where = checkpoint.trainer_state, checkpoint.path
     check_config(type(model), checkpoint.config, where / "config.json")
-    if state.get("trainer") != trainer:
-        raise CheckpointError(f"{where} was not written by {trainer}, got {state.get('trainer')!r}")
-    stored, own = checkpoint.config["arguments"], model.config["arguments"]
-    changed = [name for name in ARCHITECTURE if stored.get(name) != own[name]]
-    if changed:
-        what = ", ".join(f"{name} is {own[name]}, but was {stored.get(name)}" for name in changed)
-        raise CheckpointError(f"{where} is of another architecture: {what}")
+    check_goes_on(checkpoint, trainer=trainer, arguments=model.config["arguments"], names=ARCHITECTURE)
     if state["fsdp"] != fsdp:
         raise CheckpointError(f"{where} was written with fsdp={state['fsdp']}, got fsdp={fsdp}")

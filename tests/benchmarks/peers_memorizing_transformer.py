@@ -1,14 +1,14 @@
-"""A memory and a training step beside the original `memorizing-transformers-pytorch` 0.4.1, with the same weights.
+"""Searches and a training step beside faiss and the original `memorizing-transformers-pytorch` 0.4.1, in one run.
 
-    nox -s bench_peers -- memorizing_transformer --sizes 8192 65536
+    nox -s bench_peers -- memorizing_transformer --sizes 8192 65536 262144 --queries 512 4096
 
-Searches: the same unit vectors are put into both memories, the original's through its own `KNNMemory` (an HNSW graph
-of faiss), and the same queries asked; recall@32 of both against `torch.topk` over all keys. Training: one forward and
-backward of a batch of 2 x 512 tokens with 8 heads of 64 in one memorizing layer, at filled memories, of the same
-weights in both (`interop`); the memory then grows by the segment. "share of limit" is the time of the matrix products
-alone that score every query with every key, over ours: an exact search cannot be faster.
+Searches: the same unit vectors are put into our exact memory, into memories of ours that faiss searches, and into the
+original's `KNNMemory` (an HNSW graph of faiss); the same queries are asked of all; recall@32 against `topk` over all
+keys. Training: one forward and backward of a batch of 2 x 512 tokens with 8 heads of 64 in one memorizing layer, at
+filled memories, of the same weights in both (`interop`); the memory then grows by the segment. "share of limit" is the
+time of the matrix products alone that score every query with every key, over ours: an exact search cannot be faster.
 
-Cost by size of the memory: a row a size. The original is looked for in $BENCH_PEERS/memorizing-transformer.
+Cost by size of the memory: rows of each size. The original is looked for in $BENCH_PEERS/memorizing-transformer.
 """
 
 import math
@@ -16,13 +16,20 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, in_turns, matmul_flops, median, ratio, report
 
+INDEXES: dict[str, dict[str, Any]] = {
+    "faiss Flat": {"index": "Flat"},
+    "faiss IVF256, nprobe 128": {"index": "IVF256,Flat", "nprobe": 128},
+    "faiss HNSW32, ef 512": {"index": "HNSW32", "ef_search": 512},
+}
 DIM_HEAD, NEIGHBOURS, ROWS, SEGMENT, HEADS = 64, 32, 2, 512, 8
 
 
@@ -43,39 +50,64 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 def recall(kv: torch.Tensor, found: torch.Tensor, mask: torch.Tensor, queries: torch.Tensor) -> float:
-    """The part of the true 32 nearest keys that is among those found: scores at least that of the 32nd."""
-    worst = (queries @ kv[:, 0].T).topk(NEIGHBOURS, dim=-1).values[:, -1:]
+    """The part of what was found that is among the true 32 nearest keys: that scores at least as much as the 32nd."""
+    parts = [(part @ kv[:, 0].T).topk(NEIGHBOURS, dim=-1).values[:, -1:] for part in queries.split(256)]
+    worst = torch.cat(parts)
     scores = torch.einsum("qd,qkd->qk", queries, found[..., 0, :])
     return float(((scores >= worst - 1e-5) & mask).float().mean())
 
 
-def search_row(original: Any, size: int, count: int, threads: int, rounds: int, folder: str) -> dict[str, Any]:
+def search_rows(
+    original: Any, size: int, counts: list[int], threads: int, rounds: int, folder: str, indexes: list[str]
+) -> list[dict[str, Any]]:
+    """Our exact search beside each peer, for each number of queries."""
     from memorizing_transformer import KNNMemory
 
-    kv, queries = torch.stack((unit(1, size, DIM_HEAD), unit(1, size, DIM_HEAD)), dim=-2), unit(1, count, DIM_HEAD)
-    ours = KNNMemory(DIM_HEAD, size, 1)
-    theirs = original(DIM_HEAD, size, 1, memmap_filename=f"{folder}/{size}.memmap", multiprocessing=False)
-    for memory in (ours, theirs):
-        memory.add(kv)
+    kv = torch.stack((unit(1, size, DIM_HEAD), unit(1, size, DIM_HEAD)), dim=-2)
+    memories: dict[str, Any] = {"exact": KNNMemory(DIM_HEAD, size, 1)}
+    memories |= {name: KNNMemory(DIM_HEAD, size, 1, backend="faiss", **INDEXES[name]) for name in indexes}
+    file = f"{folder}/{size}.memmap"
+    memories["original"] = original(DIM_HEAD, size, 1, memmap_filename=file, multiprocessing=False)
+    with all_cores_in_faiss():  # building graphs is not what is timed
+        for memory in memories.values():
+            memory.add(kv)
     keys = kv[0, :, 0].contiguous()
-    seconds = in_turns(
-        {
-            "ours": lambda: ours.search(queries, NEIGHBOURS),
-            "original": lambda: theirs.search(queries, NEIGHBOURS),
-            "product": lambda: queries[0] @ keys.T,
-        },
-        rounds,
-    )
-    found = {name: memory.search(queries, NEIGHBOURS) for name, memory in (("ours", ours), ("original", theirs))}
-    return {
-        "what": f"search, {size:,} keys, {count} queries",
-        "threads": threads,
-        "original": f"{1000 * median(seconds['original']):.0f} ms",
-        "ours": f"{1000 * median(seconds['ours']):.0f} ms",
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-        "share of limit": ratio(seconds["product"], seconds["ours"]),
-        **{f"recall of {name}": recall(kv[0], kv_[0], mask[0], queries[0]) for name, (kv_, mask) in found.items()},
-    }
+    rows = []
+    for count in counts:
+        queries = unit(1, count, DIM_HEAD)
+        variants = {name: partial(memory.search, queries, NEIGHBOURS) for name, memory in memories.items()}
+        seconds = in_turns({**variants, "product": lambda: queries[0] @ keys.T}, rounds)  # noqa: B023
+        peak = matmul_flops()
+        found = {name: recall(kv[0], *(part[0] for part in search()), queries[0]) for name, search in variants.items()}
+        for name in [*indexes, "original"]:
+            rows.append(
+                {
+                    "what": f"search, {size:,} keys, {count} queries, {name}",
+                    "threads": threads,
+                    "peer": f"{1000 * median(seconds[name]):.0f} ms",
+                    "ours": f"{1000 * median(seconds['exact']):.0f} ms",
+                    "times as fast": ratio(seconds[name], seconds["exact"]),
+                    "share of limit": ratio(seconds["product"], seconds["exact"]),
+                    "recall of the peer": found[name],
+                    "recall of ours": found["exact"],
+                    "matmul alone": f"{1000 * median(seconds['product']):.0f} ms",
+                    "ours, ps a query and key": 1e12 * median(seconds["exact"]) / size / count,
+                    "of the matmul peak": 2 * size * count * DIM_HEAD / median(seconds["exact"]) / peak,
+                }
+            )
+    return rows
+
+
+@contextmanager
+def all_cores_in_faiss() -> Iterator[None]:
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def filled(memories: Any, size: int) -> None:
@@ -113,8 +145,9 @@ def training_row(module: Any, size: int, threads: int, rounds: int, folder: str)
         "ours": ours.create_knn_memories(batch_size=ROWS),
         "original": theirs.create_knn_memories(batch_size=ROWS),
     }
-    for one in memories.values():
-        filled(one, size)
+    with all_cores_in_faiss():
+        for one in memories.values():
+            filled(one, size)
     ids, labels = torch.randint(0, 256, (2, ROWS, SEGMENT))
 
     def step(name: str, model: Any) -> None:
@@ -141,17 +174,18 @@ def training_row(module: Any, size: int, threads: int, rounds: int, folder: str)
         queries, kv = queries.flatten(1, -2)[:, ::16], kv.flatten(1, -4)[:, ::16]
         worst = (queries @ held[:, :used].mT).topk(NEIGHBOURS, dim=-1).values[..., -1:]
         scores = torch.einsum("bqd,bqkd->bqk", queries, kv[..., 0, :])
-        recalls[f"recall of {name}"] = float((scores >= worst - 1e-5).float().mean())
+        recalls[name] = float((scores >= worst - 1e-5).float().mean())
     for one in memories.values():
         one.cleanup()
     return {
         "what": f"training step, {ROWS} x {SEGMENT} tokens, {HEADS} heads, {size:,} memories a row",
         "threads": threads,
-        "original": f"{median(seconds['original']):.2f} s",
+        "peer": f"{median(seconds['original']):.2f} s",
         "ours": f"{median(seconds['ours']):.2f} s",
         "times as fast": ratio(seconds["original"], seconds["ours"]),
         "share of limit": ratio(seconds["product"], seconds["ours"]),
-        **recalls,
+        "recall of the peer": recalls["original"],
+        "recall of ours": recalls["ours"],
     }
 
 
@@ -160,6 +194,8 @@ def main() -> None:
         (__doc__ or "").split("\n")[0],
         sizes={"type": int, "nargs": "+", "default": [8192, 65536]},
         queries={"type": int, "nargs": "+", "default": [512]},
+        training_sizes={"type": int, "nargs": "*", "default": [65536]},
+        indexes={"nargs": "*", "default": list(INDEXES)},
     )
     module, original = original_package()
     rows = []
@@ -172,10 +208,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the original's
             for size in options.sizes:
-                rows += [
-                    search_row(original, size, count, threads, options.rounds, folder) for count in options.queries
-                ]
-                rows.append(training_row(module, size, threads, options.rounds, folder))
+                given = (size, options.queries, threads, options.rounds, folder, options.indexes)
+                rows += search_rows(original, *given)
+                if size in options.training_sizes:
+                    rows.append(training_row(module, size, threads, options.rounds, folder))
     assert all(math.isfinite(row["times as fast"]) for row in rows)
     report("The memory beside the original's", rows, options.json)
 

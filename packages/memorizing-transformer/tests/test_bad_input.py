@@ -5,6 +5,7 @@ import torch
 
 from memorizing_transformer import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories, retrofit
 from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
+from memorizing_transformer.evaluation import evaluate
 from memorizing_transformer.memory_directory import MemoryDirectory
 from memorizing_transformer.training_settings import TrainingSettings
 
@@ -150,6 +151,16 @@ CASES = {
         lambda: DocumentSegments(documents=documents(), segment_length=0, batch_size=1, eos_id=0),
         ValueError,
         "segment_length must",
+    ),
+    "ranges in disorder": (
+        lambda: evaluate(model(), documents(), eos_id=19, segment_length=4, batch_size=1, ranges=(0, 8, 4)),
+        ValueError,
+        "ranges must ascend from 0",
+    ),
+    "another end of documents": (
+        lambda: evaluate(model(), documents(), eos_id=19, segment_length=4, batch_size=1),
+        ValueError,
+        "clear_memories_on_eos_token_id = 19",
     ),
     "no steps": (lambda: TrainingSettings(max_steps=0), ValueError, "max_steps must"),
     "endless learning rate": (lambda: TrainingSettings(learning_rate=float("inf")), ValueError, "learning_rate must"),

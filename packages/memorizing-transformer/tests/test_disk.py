@@ -174,6 +174,21 @@ def test_one_process_does_not_wait_for_itself(tmp_path, tiny_model):
             model.create_knn_memories(batch_size=1, name="mine")
 
 
+def test_a_second_memory_in_the_same_folder_leaves_the_first_as_it_was(tmp_path, tiny_model):
+    model, ids = tiny_model(knn_memories_directory=str(tmp_path)), torch.randint(0, 20, (1, 8))
+    first = model.create_knn_memories(batch_size=1, name="first")
+    model(ids, knn_memories=first)
+    before = first[0].state_dict()["kv"][0].clone()
+    second = model.create_knn_memories(batch_size=1, name="second")
+    model((ids + 1) % 20, knn_memories=second)
+    with model.knn_memories_context(batch_size=1) as third:
+        assert third.sizes == [[0]]
+    assert torch.equal(first[0].state_dict()["kv"][0], before)
+    assert not torch.equal(second[0].state_dict()["kv"][0], before)
+    first.cleanup()
+    second.cleanup()
+
+
 def test_a_context_cleans_up_after_an_error(tmp_path, tiny_model):
     model = tiny_model(knn_memories_directory=str(tmp_path))
     with pytest.raises(KeyError, match="1"), model.knn_memories_context(batch_size=1):

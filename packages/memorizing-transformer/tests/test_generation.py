@@ -96,3 +96,12 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on(tiny_model):
         length = int(alone.lengths[0])
         assert int(together.lengths[number]) == length
         assert torch.equal(together.tokens[number, :length], alone.tokens[0, :length])
+
+
+def test_a_pad_id_is_padding_behind_a_cache_as_well(tiny_model, read_in_segments):
+    model, ids = tiny_model(pad_id=0, xl_max_memories=5), torch.randint(1, 20, (1, 30))
+    expected, _ = read_in_segments(model, ids, model.create_knn_memories(batch_size=1))
+    padded = torch.cat((ids[:, :7], torch.zeros(1, 3, dtype=torch.long), ids[:, 7:]), dim=1)
+    cache = model.init_cache(1, 64)
+    got = torch.cat([model(piece, cache=cache) for piece in padded.split([9, 4, 20], dim=1)], dim=1)
+    torch.testing.assert_close(got[padded != 0], expected[0], atol=1e-10, rtol=0)

@@ -84,6 +84,12 @@ def test_buckets_are_those_of_t5():
     assert bias.bucket(distances).tolist() == expected
 
 
+def test_heads_of_plain_layers_begin_by_looking_back_each_at_another_distance():
+    model = MemorizingTransformer(num_tokens=20, dim=16, depth=2, dim_head=64, heads=4)
+    distances = torch.arange(100).view(1, 100)
+    assert model.layers.position_bias(distances).argmax(dim=-1).flatten().tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_memory_changes_nothing_before_something_left_the_window(tiny_model, gate):
     model = tiny_model(xl_max_memories=8, gate=gate)
@@ -242,6 +248,26 @@ def test_queries_learn_through_retrieved_keys(tiny_model):
     assert float(layer.projections.to_q.weight.grad.abs().sum()) > 0
 
 
+def test_temperatures_begin_at_twenty_and_are_learned_by_head():
+    model = MemorizingTransformer(num_tokens=20, dim=16, depth=2, dim_head=8, heads=2, knn_attn_heads=3)
+    scale = model.memory_attentions()[0].log_scale
+    torch.testing.assert_close(scale.exp().flatten(), torch.full((3,), 20.0))
+    assert scale.requires_grad
+
+
+def test_the_originals_call_form_works(tiny_model):
+    """Positions and keyword names of its README."""
+    model = tiny_model(xl_max_memories=4)
+    ids, labels = torch.randint(0, 20, (2, 8)), torch.randint(0, 20, (2, 8))
+    with model.knn_memories_context(batch_size=2) as knn_memories:
+        logits, xl_memories = model(ids, knn_memories)
+        loss, xl_memories = model(ids, knn_memories, xl_memories, labels, add_knn_memory=False)
+        assert logits.shape == (2, 8, 20)
+        assert loss.ndim == 0
+        assert len(xl_memories) == 3
+        assert knn_memories.sizes == [[4, 4]]
+
+
 def test_a_refused_call_changes_no_memory(tiny_model):
     model = tiny_model()
     memories = model.create_knn_memories(batch_size=2)
@@ -269,8 +295,8 @@ def test_a_retrofitted_model_computes_the_same_until_it_is_trained(tiny_model):
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_in_bfloat16_have_a_memory_too(storage, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_models_in_half_precision_have_a_memory_too(storage, dtype):
     model = MemorizingTransformer(
         num_tokens=20, dim=16, depth=2, dim_head=8, heads=2, knn_storage=storage, num_retrieved_memories=4
     ).to(dtype)

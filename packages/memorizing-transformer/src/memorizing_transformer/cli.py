@@ -1,19 +1,12 @@
 """The command ``memorizing-transformer``: ``train``, ``generate``, ``eval``, ``inspect`` and ``convert``."""
 
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import lm_core
+from lm_core.command_line import run_command, summary_of, taken_out
+from lm_core.text_generation import TextGeneration
 from memorizing_transformer.commands import (
-    INTERRUPTED,
-    command_line,
     convert,
     evaluate_checkpoint,
     generate,
@@ -32,10 +25,11 @@ QUICKSTART_MODEL = {
     "depth": 3,
     "dim_head": 32,
     "heads": 4,
+    "knn_attn_heads": 2,
     "memorizing_layers": 2,
     "max_knn_memories": 8192,
-    "xl_max_memories": 128,
-    "segment_length": 128,
+    "xl_max_memories": 64,
+    "segment_length": 64,
 }
 # Arguments of the model that the commands settle themselves.
 SETTLED = ("num_tokens", "clear_memories_on_eos_token_id", "knn_memory_multiprocessing", "cross_entropy_ignore_index")
@@ -54,7 +48,6 @@ as it does after a kill."""
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "generate": generate,
     "eval": evaluate_checkpoint,
     "inspect": inspect_checkpoint,
     "convert": convert,
@@ -70,41 +63,27 @@ def build_parser() -> "CommandParser":
     training.add_function(train, skip=("model", "settings"))
     training.add_class(MemorizingTransformer, skip=SETTLED, defaults=QUICKSTART_MODEL)
     training.add_class(TrainingSettings, skip=("segment_length",))  # the model has it
+    generation = parser.add_command("generate", summary_of(generate))
+    generation.add_function(generate, skip=("settings",))
+    generation.add_class(TextGeneration)
     for name, function in COMMANDS.items():
-        parser.add_command(name, (function.__doc__ or "").split("\n", 1)[0]).add_function(function)
+        parser.add_command(name, summary_of(function)).add_function(function)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 1 for an error that is the input's, 130 after Ctrl-C."""
-    chosen = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
-    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
-    try:
-        if chosen.command == "train":
-            names = inspect.signature(MemorizingTransformer).parameters
-            model = {name: arguments.pop(name) for name in names if name in arguments}
-            settings = {one.name: arguments.pop(one.name) for one in fields(TrainingSettings) if one.name in arguments}
-            settings["segment_length"] = model["segment_length"]
-            return train(model=model, settings=TrainingSettings(**settings), **arguments)
-        return COMMANDS[chosen.command](**arguments)
-    except Exception as error:
-        if not _is_expected(error):
-            raise
-        print(f"memorizing-transformer {chosen.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {command_line()}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    commands = {"train": _train, "generate": _generate, **COMMANDS}
+    return run_command(build_parser(), argv, commands, package="memorizing_transformer")
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the message says all: the system's own errors, and those that our code raises."""
-    if isinstance(error, OSError | ImportError):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent) or Path(raised_in).is_relative_to(
-        Path(lm_core.__file__).parent
-    )
+def _generate(**arguments: Any) -> int:
+    return generate(settings=taken_out(arguments, TextGeneration), **arguments)
+
+
+def _train(**arguments: Any) -> int:
+    names = inspect.signature(MemorizingTransformer).parameters
+    model = {name: arguments.pop(name) for name in names if name in arguments}
+    arguments["segment_length"] = model["segment_length"]
+    settings = taken_out(arguments, TrainingSettings)
+    return train(model=model, settings=settings, **arguments)

@@ -4,31 +4,23 @@ Each returns the exit status.
 """
 
 import json
-import shlex
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lm_core.checkpoint import checkpoint_folder
-from lm_core.corpora import load_corpus
-from lm_core.decoding import Filter
+from lm_core.command_line import say, say_how_to_go_on
+from lm_core.corpora import held_out_documents, load_corpus
 from lm_core.distributed import rank, world_size
-from lm_core.documents import Documents, load_documents
-from lm_core.generation import generate as continue_prompts
-from lm_core.sampling import min_p as keep_likely
-from lm_core.sampling import top_k as keep_best
-from lm_core.sampling import top_p as keep_nucleus
+from lm_core.documents import Documents
+from lm_core.text_generation import TextGeneration, open_prompt, print_continuations
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
 from memorizing_transformer.evaluation import Evaluation, evaluate
 from memorizing_transformer.retrieved import retrieved_while_generating, write_page
 from memorizing_transformer.training_settings import TrainingSettings
 from memorizing_transformer.transformer import MemorizingTransformer
-
-INTERRUPTED = 130
 
 
 def train(
@@ -89,11 +81,10 @@ def train(
         resume=resume,
         trackers=trackers or (),
     )
-    say = print if rank() == 0 else (lambda *_, **__: None)
     millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
     say(f"model       {millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
     say(f"memory      {memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
-    say(f"corpus      {corpus}: {_size(data.train)} to learn from, {_size(data.validation)} held out")
+    say(f"corpus      {corpus}: {data.train.size} to learn from, {data.validation.size} held out")
     say(f"            fingerprint {data.fingerprint[:16]}")
     say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
@@ -107,9 +98,7 @@ def train(
     say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome != "finished":
-        say(f"\nStopped ({result.outcome}) after {result.step} of {settings.max_steps} updates. To go on:")
-        say(f"  {command_line()}")
-        return INTERRUPTED if result.outcome == "interrupted" else 0
+        return say_how_to_go_on("memorizing-transformer", result.outcome, result.step, settings.max_steps)
     if sample_tokens and rank() == 0 and memorizing.memorizing_layers:
         _show_retrieval(memorizing.eval(), data.validation, encoder, sample_tokens, Path(checkpoint_dir))
     return 0
@@ -130,67 +119,18 @@ def _show_retrieval(
     print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([one.token for one in generated]))
 
 
-def generate(
-    checkpoint: str,
-    prompt: str,
-    *,
-    max_new_tokens: int = 200,
-    temperature: float = 0.7,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 0,
-    tokenizer: str | None = None,
-    device: str = "auto",
-    progress: bool = False,
-) -> int:
+def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
     """Continues a prompt, which goes into the memory as far as it is long, and prints it.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
-        max_new_tokens: at most; the end-of-document token ends earlier.
-        temperature: 0 takes the most likely token each time.
-        top_k: keeps the k most likely tokens.
-        top_p: keeps the most likely tokens up to this probability together.
-        min_p: keeps tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: above 1, tokens already there become less likely.
-        num_samples: how many continuations.
-        seed: of the draws.
-        tokenizer: instead of the one in the checkpoint.
-        device: auto takes CUDA, then MPS, then the CPU.
-        progress: shows a progress bar.
+        settings: of the generation.
 
     Returns:
         The exit status.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    model, encoder, ids, text = _opened(checkpoint, prompt, tokenizer, device)
-    filters: list[Filter] = []
-    if top_k is not None:
-        filters.append(partial(keep_best, k=top_k))
-    if top_p is not None:
-        filters.append(partial(keep_nucleus, p=top_p))
-    if min_p is not None:
-        filters.append(partial(keep_likely, min_p=min_p))
-    result = continue_prompts(
-        model,
-        [ids] * num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        filters=filters,
-        eos_id=encoder.eos_id,
-        repetition_penalty=repetition_penalty,
-        generator=torch.Generator(model.device).manual_seed(seed),
-        progress=progress,
-    )
-    for number, (tokens, length) in enumerate(zip(result.tokens.cpu(), result.lengths.tolist(), strict=True)):
-        if num_samples > 1:
-            print(f"--- {number + 1} of {num_samples}")
-        print(text + encoder.decode(tokens[:length]))
+    print_continuations(MemorizingTransformer, checkpoint, prompt, settings)
     return 0
 
 
@@ -226,10 +166,7 @@ def evaluate_checkpoint(
     """
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
-    if corpus == "stdlib":
-        documents = load_corpus(corpus, tokenizer=encoder).validation
-    else:
-        documents = load_documents(corpus, tokenizer=encoder, field=field)
+    documents = held_out_documents(corpus, tokenizer=encoder, field=field)
     sizes: dict[str, Any] = {} if max_knn_memories is None else {"max_knn_memories": max_knn_memories}
     model = MemorizingTransformer.from_pretrained(folder, **sizes).to(pick_device(device))
     if encoder.eos_id is None:
@@ -286,7 +223,8 @@ def inspect_checkpoint(
         print(f"layer {number}: temperature of each head {scales}")
     if prompt is None:
         return 0
-    model, encoder, ids, _ = _opened(checkpoint, prompt, tokenizer, device)
+    opened = open_prompt(MemorizingTransformer, checkpoint, prompt, tokenizer=tokenizer, device=device)
+    model, encoder, ids = opened.model, opened.tokenizer, opened.ids
     generator = torch.Generator(model.device).manual_seed(seed)
     generated = retrieved_while_generating(
         model,
@@ -323,31 +261,9 @@ def convert(
     return 0
 
 
-def command_line() -> str:
-    """The command as it was given."""
-    return shlex.join(["memorizing-transformer", *sys.argv[1:]])
-
-
-def _opened(checkpoint: str, prompt: str, tokenizer: str | None, device: str) -> tuple[Any, Any, Any, str]:
-    folder = checkpoint_folder(checkpoint)
-    encoder = load_tokenizer(tokenizer or folder)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if prompt.startswith("@"):
-        text = Path(prompt[1:]).read_text(encoding="utf-8")
-    ids = torch.tensor(encoder.encode(text), dtype=torch.long)
-    if len(ids) == 0:
-        raise ValueError(f"prompt must hold at least one token, got {text!r}")
-    place = pick_device(device)
-    return MemorizingTransformer.from_pretrained(folder).to(place).eval(), encoder, ids.to(place), text
-
-
 def _positions(on: Evaluation, off: Evaluation) -> str:
     lines = ["            position in document: bits a token without memory - with memory = gain"]
     for (first, number, with_memory), (_, _, without) in zip(on.by_position, off.by_position, strict=True):
         a, b = without / 0.6931471805599453, with_memory / 0.6931471805599453
         lines.append(f"            from {first:6,}: {a:.4f} - {b:.4f} = {a - b:+.4f}   ({number:,} tokens)")
     return "\n".join(lines)
-
-
-def _size(documents: Documents) -> str:
-    return f"{documents.num_bytes / 1e6:.1f} MB in {len(documents):,} documents"

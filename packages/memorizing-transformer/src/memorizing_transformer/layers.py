@@ -54,7 +54,8 @@ class Layers(nn.Module):
         super().__init__()
         self.shift_knn = shift_knn
         scale = plain["dim_head"] ** 0.5
-        self.position_bias = RelativePositionBias(heads=plain["heads"], scale=scale)
+        self.position_bias = RelativePositionBias(heads=plain["heads"], scale=scale, look_back=True)
+        # here a head that looked back from the start would drown what the memory finds
         self.knn_position_bias = RelativePositionBias(heads=memorizing["heads"], scale=scale)
         # unused without memorizing layers, and processes that train together expect a gradient of all that needs one
         self.knn_position_bias.requires_grad_(bool(memorizing_layers))

@@ -1,25 +1,29 @@
-"""Self-play: generation, log-probability steps at a large vocabulary beside DPO's formula, precomputed references."""
+"""Self-play: generation, log-probability steps at a large vocabulary beside DPO's formula, precomputed references.
 
+The limit of generation is reading all weights once a token ("share of limit"); costs are shown as the length of the
+answers and the vocabulary grow. Memory is the growth of a process's peak in its first step, measured in a process each.
+"""
+
+import argparse
 import json
+import resource
 import subprocess
 import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, in_turns, median, ratio, read_bandwidth, report, timed
 from torch import Tensor
 
-from lm_core.distributed import world_size
-from spin_trainer import SPIN, SPINTrainer
+from spin_trainer import SPIN
 from spin_trainer.opponent_answers import Sampling, answer_prompts
-from spin_trainer.response_scores import collate
-from spin_trainer.sft_data import Example, SFTDataset
+from spin_trainer.response_scores import collate, response_log_probs
 from spin_trainer.small_decoder import SmallDecoder
 
-VOCABULARY = 32_000
+VOCABULARY, LENGTH = 32_000, 168
+SPIN_LIVE, SPIN_STORED, DPO = "SPIN", "SPIN, reference precomputed", "DPO formula"
+STEPS = (SPIN_LIVE, SPIN_STORED, DPO)
 
 
 def small(vocabulary: int = 256) -> SmallDecoder:
@@ -27,23 +31,33 @@ def small(vocabulary: int = 256) -> SmallDecoder:
     return SmallDecoder(num_tokens=vocabulary, dim=256, depth=4, heads=8, dim_head=32)
 
 
-def pairs(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Four prompts of 16 to 40 tokens, 168 tokens with their answers."""
+def pairs(vocabulary: int, length: int = LENGTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Four prompts of 16 to 40 tokens, ``length`` tokens with their answers."""
     generator = torch.Generator().manual_seed(0)
-    real, generated = (torch.randint(0, vocabulary, (4, 168), generator=generator) for _ in range(2))
+    real, generated = (torch.randint(0, vocabulary, (4, length), generator=generator) for _ in range(2))
     prompt_len = torch.tensor([16, 24, 32, 40])
-    for row, length in enumerate(prompt_len.tolist()):
-        generated[row, :length] = real[row, :length]
+    for row, own in enumerate(prompt_len.tolist()):
+        generated[row, :own] = real[row, :own]
     return generated, real, prompt_len
 
 
-def generation_row(rounds: int) -> dict[str, object]:
-    model, sampling = small(), Sampling(max_seq_len=168)
-    _, real, prompt_len = pairs(256)
-    prompts = [row[:length].tolist() for row, length in zip(real, prompt_len.tolist(), strict=True)]
-    tokens = sum(168 - len(prompt) for prompt in prompts)
-    seconds = in_turns({"cached": partial(answer_prompts, model, prompts, sampling, 0)}, rounds)
-    return {"model": "4 x 256", "prompts": 4, "new tokens": tokens, "tokens/s": tokens / median(seconds["cached"])}
+def generation_row(length: int, rounds: int) -> dict[str, object]:
+    model, sampling = small(), Sampling(max_seq_len=length)
+    _, real, prompt_len = pairs(256, length)
+    prompts = [row[:own].tolist() for row, own in zip(real, prompt_len.tolist(), strict=True)]
+    tokens = sum(length - len(prompt) for prompt in prompts)
+    seconds = in_turns({"cached": partial(answer_prompts, model, prompts, sampling, 0)}, min(rounds, 3))
+    matrices = [parameter.detach() for parameter in model.parameters() if parameter.ndim == 2]
+    size = sum(weight.numel() * weight.element_size() for weight in matrices)
+    steps = length - min(len(prompt) for prompt in prompts)
+    limit = steps * size / read_bandwidth(matrices)
+    return {
+        "tokens with prompt": length,
+        "prompts": 4,
+        "new tokens": tokens,
+        "tokens/s": tokens / median(seconds["cached"]),
+        "share of limit": limit / median(seconds["cached"]),
+    }
 
 
 def dpo_formula(
@@ -64,95 +78,102 @@ def dpo_formula(
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
-def one_step(kind: str) -> None:
-    """A step at vocabulary 32k in a process of its own; prints the growth of its peak memory in MB."""
-    import resource
+class Step:
+    """A loss with its gradient, one of ``STEPS``."""
 
-    model = small(VOCABULARY)
-    generated, real, lengths = pairs(VOCABULARY)
-    reference = small(VOCABULARY) if kind == "DPO formula" else None
-    spin = None if reference else SPIN(model)
+    def __init__(self, kind: str, vocabulary: int, length: int) -> None:
+        self.kind, self.batch = kind, pairs(vocabulary, length)
+        self.model = small(vocabulary)
+        self.reference = small(vocabulary) if kind == DPO else None
+        self.spin = None if kind == DPO else SPIN(self.model)
+        generated, real, lengths = self.batch
+        if self.spin is not None and kind == SPIN_STORED:
+            prompts, real_answers, generated_answers = zip(
+                *(
+                    (r[:own].tolist(), r[own:].tolist(), g[own:].tolist())
+                    for r, g, own in zip(real, generated, lengths.tolist(), strict=True)
+                ),
+                strict=True,
+            )
+            self.ids, self.answer, _ = collate([*prompts, *prompts], [*real_answers, *generated_answers])
+            self.spin.ref_model.release()
+            self.known = torch.zeros(8)
+
+    def __call__(self) -> float:
+        generated, real, lengths = self.batch
+        self.model.zero_grad()
+        if self.reference is not None:
+            loss = dpo_formula(self.model, self.reference, generated, real, lengths)
+        elif self.kind == SPIN_LIVE:
+            loss = self.spin(generated, real, lengths)
+        else:
+            policy = response_log_probs(self.spin.policy, self.ids, self.answer)
+            loss = self.spin.comparison(policy, self.known).losses.mean()
+        loss.backward()
+        return float(loss)
+
+
+def measure_one(kind: str, vocabulary: int, length: int) -> None:
+    """In a process of its own: seconds of a step, and the growth of the peak memory in the first one, in MB."""
+    step = Step(kind, vocabulary, length)
     small(64)(torch.zeros(2, 8, dtype=torch.long)).sum().backward()  # what any first step takes
+    unit = 1024 if sys.platform != "darwin" else 1024**2
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if reference is not None:
-        dpo_formula(model, reference, generated, real, lengths).backward()
-    elif spin is not None:
-        spin(generated, real, lengths).backward()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    step()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    print(json.dumps([grown, min(timed(step) for _ in range(2))]))
+
+
+def measured(kind: str, vocabulary: int, length: int, threads: int) -> tuple[float, float]:
+    """What ``measure_one`` found: MB and seconds."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--measure", kind, str(vocabulary), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    memory, seconds = json.loads(done.stdout.splitlines()[-1])
+    return memory, seconds
 
 
 def step_rows(threads: int, rounds: int) -> list[dict[str, object]]:
-    model, reference = small(VOCABULARY), small(VOCABULARY)
-    spin = SPIN(model)
-    generated, real, lengths = pairs(VOCABULARY)
-    known: list[Tensor] = []
-    ids, answer, _ = collate(
-        [row[:length].tolist() for row, length in zip(real, lengths.tolist(), strict=True)] * 2,
-        [
-            row[length:].tolist()
-            for rows in (real, generated)
-            for row, length in zip(rows, lengths.tolist(), strict=True)
-        ],
-    )
+    steps = {kind: Step(kind, VOCABULARY, LENGTH) for kind in STEPS}
+    seconds = in_turns(dict(steps), min(rounds, 4))
+    return [
+        {
+            "step at vocabulary 32k": kind,
+            "s": median(seconds[kind]),
+            "time / DPO formula": ratio(seconds[kind], seconds[DPO]),
+            "share saved by precomputing": 1 - ratio(seconds[kind], seconds[SPIN_LIVE])
+            if kind == SPIN_STORED
+            else None,
+            "growth of peak memory, MB": measured(kind, VOCABULARY, LENGTH, threads)[0],
+            "full logits, MB": 8 * LENGTH * VOCABULARY * 4 / 1e6,
+        }
+        for kind in STEPS
+    ]
 
-    def precomputed() -> None:
-        from spin_trainer.response_scores import response_log_probs
 
-        policy = response_log_probs(spin.policy, ids, answer)
-        if not known:
-            known.append(policy.detach())
-        spin.comparison(policy, known[0]).losses.mean().backward()
-
-    variants = {
-        "SPIN": lambda: spin(generated, real, lengths).backward(),
-        "SPIN, reference precomputed": precomputed,
-        "DPO formula": lambda: dpo_formula(model, reference, generated, real, lengths).backward(),
-    }
-    seconds = in_turns(variants, rounds)
+def growth_rows(threads: int) -> list[dict[str, object]]:
     rows = []
-    for name in variants:
-        row: dict[str, object] = {"step": name, "vocabulary": VOCABULARY, "threads": threads}
-        row |= {"s": median(seconds[name]), "time / DPO formula": ratio(seconds[name], seconds["DPO formula"])}
-        if name != "SPIN, reference precomputed":
-            measured = subprocess.run(
-                [sys.executable, __file__, "--measure", name], capture_output=True, text=True, check=True
-            )
-            row["peak memory, MB"] = float(json.loads(measured.stdout.splitlines()[-1]))
+    for vocabulary, length in ((8_000, 168), (32_000, 84), (32_000, 168), (32_000, 336), (64_000, 168)):
+        ours, formula = (measured(kind, vocabulary, length, threads) for kind in (SPIN_STORED, DPO))
+        row = {"vocabulary": vocabulary, "tokens": length}
+        row |= {"SPIN, MB": ours[0], "DPO formula, MB": formula[0], "memory / DPO formula": ours[0] / formula[0]}
+        row |= {"SPIN, s": ours[1], "DPO formula, s": formula[1], "time / DPO formula": ours[1] / formula[1]}
         rows.append(row)
     return rows
 
 
-def iteration_seconds() -> None:
-    """One whole iteration of the trainer on four prompts; for the comparison with the original package."""
-    generated, real, lengths = pairs(256)
-    del generated
-    rows = [
-        Example(tuple(row[:length].tolist()), tuple(row[length:].tolist()))
-        for row, length in zip(real, lengths.tolist(), strict=True)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        SPINTrainer(
-            small(),
-            train_sft_dataset=SFTDataset(rows),
-            max_seq_len=168,
-            batch_size=4,
-            grad_accum_steps=1,
-            epochs=1,
-            device="cpu",
-            checkpoint_folder=Path(folder) / "run",
-        )()
-    assert world_size() == 1
-
-
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0], measure={"default": None, "help": "used by the script itself"})
+    hidden = {"nargs": 3, "default": None, "help": argparse.SUPPRESS}
+    options = arguments(__doc__.splitlines()[0], measure=hidden)
     if options.measure is not None:
-        one_step(options.measure)
+        torch.set_num_threads(options.threads[0])
+        measure_one(options.measure[0], *map(int, options.measure[1:]))
         return
     for threads in options.threads:
         torch.set_num_threads(threads)
-        report(f"The opponent's answers, {threads} thread(s)", [generation_row(options.rounds)], options.json)
+        rows = [generation_row(length, options.rounds) for length in (84, 168, 336)]
+        report(f"The opponent's answers, 4 x 256 model, {threads} thread(s)", rows, options.json)
         report(f"A step at vocabulary 32k, {threads} thread(s)", step_rows(threads, options.rounds), options.json)
+        report(f"A step as vocabulary and length grow, {threads} thread(s)", growth_rows(threads), options.json)
 
 
 if __name__ == "__main__":

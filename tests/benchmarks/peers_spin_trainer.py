@@ -1,9 +1,15 @@
 """One whole self-play iteration beside self-rewarding-lm-pytorch's SPINTrainer, at equal work.
 
-The original needs a model whose forward takes ids alone, and it generates without a cache. Both do one update on four
-prompts of 16 to 40 tokens, 168 tokens with their answers: generate, score by policy and reference, one optimizer step.
+Both do one update of a 4 x 256 decoder on four prompts of 16 to 40 tokens: generate up to the given number of tokens,
+score by policy and reference, one optimizer step; ours writes answers, scores, policy and checkpoint as well. The
+original needs a model whose forward takes ids alone, and generates without a cache, so its cost grows with the square
+of the length. It is looked for in $BENCH_PEERS/spin-trainer.
+
+    nox -s bench_peers -- spin_trainer
 """
 
+import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -16,44 +22,54 @@ import torch
 from bench_spin_trainer import pairs, small
 from measure import arguments, in_turns, median, ratio, report
 
-from spin_trainer import SPINTrainer
+from spin_trainer import SPIN, SPINTrainer
+from spin_trainer.opponent_answers import Sampling, answer_prompts
 from spin_trainer.sft_data import Example, SFTDataset
 
+VOCABULARY = 256
+PEER = "self-rewarding-lm-pytorch"
 
-def original_trainer() -> Any:
-    """The original's SPINTrainer, from $BENCH_PEERS/spin-trainer."""
-    sys.path.append(str(Path(os.environ["BENCH_PEERS"]) / "spin-trainer"))
+
+def original_modules() -> tuple[Any, Any]:
+    """The original's modules ``spin`` and ``sampling_utils``."""
+    folder = Path(os.environ.get("BENCH_PEERS", ""), "spin-trainer")
+    if not folder.is_dir():
+        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
+    sys.path.append(str(folder))
     # an annotation library that its modules import and nothing here needs; it does not install beside current torch
     stand_in = types.ModuleType("torchtyping")
     stand_in.TensorType = type("TensorType", (), {"__class_getitem__": classmethod(lambda cls, _: Any)})  # type: ignore[attr-defined]
     sys.modules.setdefault("torchtyping", stand_in)
     # the folder's other modules, of another method, need more
     package = types.ModuleType("self_rewarding_lm_pytorch")
-    package.__path__ = [str(Path(os.environ["BENCH_PEERS"]) / "spin-trainer" / "self_rewarding_lm_pytorch")]
+    package.__path__ = [str(folder / "self_rewarding_lm_pytorch")]
     sys.modules["self_rewarding_lm_pytorch"] = package
-    from self_rewarding_lm_pytorch.spin import SPINTrainer as Original
+    from self_rewarding_lm_pytorch import sampling_utils, spin
 
-    return Original
-
-
-class Silent:
-    """Where the original prints."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+    return spin, sampling_utils
 
 
-def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
-    warnings.simplefilter("ignore")
-    original = original_trainer()
-    _, real, lengths = pairs(256)
+def row_of(
+    what: str, threads: int, seconds: dict[str, list[float]], text: Any, tokens: int | None = None
+) -> dict[str, object]:
+    row: dict[str, object] = {
+        "what": what,
+        "threads": threads,
+        PEER: text(median(seconds["original"])),
+        "ours": text(median(seconds["ours"])),
+        "times as fast": ratio(seconds["original"], seconds["ours"]),
+    }
+    if tokens is not None:
+        row |= {"axis": "tokens", "size": tokens, "unit": "s"}
+        row |= {"cost": median(seconds["ours"]), "peer cost": median(seconds["original"])}
+    return row
+
+
+def iteration_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+    _, real, lengths = pairs(VOCABULARY, length)
     rows = [
-        Example(tuple(row[:length].tolist()), tuple(row[length:].tolist()))
-        for row, length in zip(real, lengths.tolist(), strict=True)
+        Example(tuple(row[:own].tolist()), tuple(row[own:].tolist()))
+        for row, own in zip(real, lengths.tolist(), strict=True)
     ]
 
     def ours() -> None:
@@ -61,7 +77,7 @@ def main() -> None:
             SPINTrainer(
                 small(),
                 train_sft_dataset=SFTDataset(rows),
-                max_seq_len=168,
+                max_seq_len=length,
                 batch_size=4,
                 grad_accum_steps=1,
                 epochs=1,
@@ -69,37 +85,58 @@ def main() -> None:
                 checkpoint_folder=folder,
             )()
 
-    def theirs() -> None:
-        dataset = torch.utils.data.TensorDataset(real, lengths)
-        trainer = original(
+    def original() -> None:
+        spin.SPINTrainer(
             small(),
-            train_sft_dataset=dataset,
-            max_seq_len=168,
+            train_sft_dataset=torch.utils.data.TensorDataset(real, lengths),
+            max_seq_len=length,
             batch_size=4,
             grad_accum_steps=1,
             epochs=1,
             accelerate_kwargs={"cpu": True},
-        )
-        trainer()
+        )()
 
-    result = []
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        seconds = in_turns({"ours": ours, "original": original}, rounds)
+    return row_of(f"one whole iteration, {length} tokens", threads, seconds, "{:.2f} s".format, length)
+
+
+def sampling_row(sampling_utils: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+    _, real, lengths = pairs(VOCABULARY, length)
+    prompts = [row[:own] for row, own in zip(real, lengths.tolist(), strict=True)]
+    model = small()
+    seconds = in_turns(
+        {
+            "ours": lambda: answer_prompts(model, [prompt.tolist() for prompt in prompts], Sampling(length), 0),
+            "original": lambda: sampling_utils.sample(
+                model, prompts=prompts, seq_len=length, temperature=0.7, filter_kwargs={"thres": 0.9}
+            ),
+        },
+        rounds,
+    )
+    tokens = sum(length - int(own) for own in lengths)
+    return row_of(f"answers, {length} tokens", threads, seconds, lambda s: f"{tokens / s:.0f} tokens/s")
+
+
+def loss_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+    batch = pairs(VOCABULARY, length)
+    losses = {"ours": SPIN(small()), "original": spin.SPIN(small())}
+    losses["original"].update_reference_model_with_policy()
+    seconds = in_turns({name: lambda loss=loss: loss(*batch).backward() for name, loss in losses.items()}, rounds)
+    return row_of(f"loss and gradient, {length} tokens", threads, seconds, "{:.2f} s".format)
+
+
+def main() -> None:
+    options = arguments(__doc__.splitlines()[0])
+    warnings.simplefilter("ignore")
+    spin, sampling_utils = original_modules()
+    rounds = min(options.rounds, 3)
+    rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
-        out, err = sys.stdout, sys.stderr
-        sys.stdout = sys.stderr = Silent()  # type: ignore[assignment]
-        try:
-            seconds = in_turns({"spin-trainer": ours, "original": theirs}, min(options.rounds, 3))
-        finally:
-            sys.stdout, sys.stderr = out, err
-        result.append(
-            {
-                "threads": threads,
-                "spin-trainer, s": median(seconds["spin-trainer"]),
-                "original, s": median(seconds["original"]),
-                "spin-trainer / original": ratio(seconds["original"], seconds["spin-trainer"]),
-            }
-        )
-    report("One iteration beside the original, 4 x 256 model, 4 prompts, 168 tokens", result, options.json)
+        rows += [iteration_row(spin, length, threads, rounds) for length in (84, 168)]
+        rows += [sampling_row(sampling_utils, 168, threads, 1), loss_row(spin, 168, threads, rounds)]
+    report("Beside the original, 4 x 256 model, 4 prompts of 16 to 40 tokens", rows, options.json)
 
 
 if __name__ == "__main__":

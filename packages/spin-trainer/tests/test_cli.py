@@ -1,5 +1,6 @@
 """The command, end to end: a YAML over a tiny Hugging Face model with its chat template, with LoRA and without."""
 
+import functools
 import json
 
 import pytest
@@ -132,6 +133,7 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spin_trainer.cli.quickstart.SUPERVISED_UPDATES", 2)
     monkeypatch.setattr("spin_trainer.cli.quickstart.ROWS", 8)
     monkeypatch.setattr("spin_trainer.cli.quickstart.HELD_OUT", 4)
+    monkeypatch.setattr("spin_trainer.cli.quickstart.JUDGED", 6)
     assert main(["train", "--checkpoint_dir", str(tmp_path / "quick"), "--batch_size=4", "--device=cpu"]) == 0
     table = (tmp_path / "quick" / "table.md").read_text().splitlines()
 
@@ -141,7 +143,7 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
         "supervised, continued",
     ]
     assert main(["eval", str(tmp_path / "quick" / "start"), "--device=cpu"]) == 0
-    assert "exact match over 500" in capsys.readouterr().out
+    assert "exact match over 6 " in capsys.readouterr().out
 
 
 def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
@@ -186,6 +188,30 @@ def test_small_decoder_decodes_with_a_cache_as_without():
 
     assert one.tokens.equal(other.tokens)
     torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=1e-6)
+
+
+def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value(monkeypatch):
+    from spin_trainer.cli import train
+
+    seen = []
+    # flags are made of the function's signature, so what stands in for it has the same
+    stand_in = functools.wraps(train)(lambda *, settings, **_: seen.append(settings) or 0)
+    monkeypatch.setattr("spin_trainer.cli.train", stand_in)
+    main(["train"])
+    main(["train", "--mix_previous=true", "--batch_size=16"])
+
+    assert [(one.mix_previous, one.batch_size, one.lambda_) for one in seen] == [(False, 64, 1.0), (True, 16, 1.0)]
+
+
+def test_the_quickstarts_three_sets_share_no_prompt():
+    from spin_trainer.cli.quickstart import quickstart_data
+
+    prompts = [example.prompt for part in quickstart_data()[1:] for example in part]
+    trained = {example.prompt for example in quickstart_data()[0]}
+
+    assert len(prompts) == 2500
+    assert not trained & set(prompts)
+    assert not set(prompts[:500]) & set(prompts[500:])
 
 
 @pytest.mark.plain

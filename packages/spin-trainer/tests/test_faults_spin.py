@@ -1,8 +1,8 @@
 """SIGKILL in the generation phase and in the training phase: the run goes on, to the weights it would have had.
 
 ``LM_FAULT_KILLS`` sets the number of random kills in EACH phase (3 by default). Runs are forked from one interpreter
-that has everything imported, so that kills land in the work and not in imports; a child watches for its phase and is
-killed a random time into it.
+that has everything imported, so that kills land in the work and not in imports. A run is killed a random time after it
+has written a random row of answers, or a random checkpoint; which phase that was is told by what it left behind.
 """
 
 import json
@@ -79,6 +79,12 @@ def steps(path):
 assert finish(start(folder / "whole")) == 0
 whole = result(folder / "whole")
 total_lines, chance = lines(folder / "whole"), random.Random(0)
+first_lines = sum(len(rows) for name, rows in whole[1].items() if name.split("-")[2] == "0")
+
+def phase_of(path):
+    complete = sum(place.is_dir() for place in path.glob("iterations/iteration-*"))
+    return "generation" if lines(path) < (first_lines, total_lines, 0)[complete] else "training"
+
 done = {"generation": 0, "training": 0}
 equal, rounds = [], 0
 while min(done.values()) < kills:
@@ -92,16 +98,13 @@ while min(done.values()) < kills:
         wait_lines = lines(path) if path.exists() else 0
         goal = wait_lines + chance.randrange(1, 30)
         goal_step = (steps(path) if path.exists() else 0) + chance.randrange(1, 4)
-        killed = False
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             reached = lines(path) >= goal if phase == "generation" else steps(path) >= goal_step
             if done[phase] < kills and path.exists() and reached:
                 time.sleep(chance.uniform(0, 0.02))
-                before = steps(path)
                 os.kill(pid, signal.SIGKILL)
                 status = finish(pid)
-                killed = True
-                done[phase] += status != 0
+                done[phase_of(path)] += status != 0
                 break
             time.sleep(0.0005)
         else:

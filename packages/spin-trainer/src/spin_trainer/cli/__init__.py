@@ -1,16 +1,11 @@
 """The command ``spin-trainer``: ``train``, ``generate`` and ``eval``."""
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import lm_core
-from spin_trainer.cli.commands import INTERRUPTED, command_line, evaluate_model, generate, train
+from lm_core.command_line import run_command, summary_of, taken_out
+from spin_trainer.cli.commands import evaluate_model, generate, train
 from spin_trainer.cli.quickstart import DEFAULTS
 from spin_trainer.self_play_settings import SelfPlaySettings
 
@@ -31,49 +26,29 @@ MAX_SEQ_LEN = 512
 COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "eval": evaluate_model}
 
 
-def build_parser() -> "CommandParser":
-    """The parser of the whole command."""
+def build_parser(**settings: Any) -> "CommandParser":
+    """The parser of the whole command, with other defaults for these settings."""
     from lm_core.command_parser import CommandParser
 
     parser = CommandParser(prog="spin-trainer", description="Self-play fine-tuning: train, generate, eval.")
     training = parser.add_command("train", TRAIN)
     training.add_function(train, skip=("settings",))
-    training.add_class(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN})
+    training.add_class(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN, **settings})
     for name, function in COMMANDS.items():
-        parser.add_command(name, (function.__doc__ or "").split("\n", 1)[0]).add_function(function)
+        parser.add_command(name, summary_of(function)).add_function(function)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 1 for an error that is the input's, 130 after Ctrl-C."""
-    chosen = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
-    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
-    try:
-        if chosen.command == "train":
-            settings = {one.name: arguments.pop(one.name) for one in fields(SelfPlaySettings)}
-            if arguments["model"] is None:
-                usual = {"max_seq_len": MAX_SEQ_LEN, **{one.name: one.default for one in fields(SelfPlaySettings)[1:]}}
-                settings |= {name: value for name, value in DEFAULTS.items() if settings[name] == usual[name]}
-            return train(settings=SelfPlaySettings(**settings), **arguments)
-        return COMMANDS[chosen.command](**arguments)
-    except Exception as error:
-        if not _is_expected(error):
-            raise
-        print(f"spin-trainer {chosen.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {command_line()}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    chosen = parser.parse(given)
+    if chosen.command == "train" and chosen.train.model is None:
+        parser = build_parser(**DEFAULTS)
+    return run_command(parser, given, {"train": _train, **COMMANDS}, package="spin_trainer")
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the message says all: the system's own errors, and those that our code raises."""
-    if isinstance(error, OSError | ImportError):
-        return True
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return raised_in.is_relative_to(Path(__file__).parents[1]) or raised_in.is_relative_to(
-        Path(lm_core.__file__).parent
-    )
+def _train(**arguments: Any) -> int:
+    settings = taken_out(arguments, SelfPlaySettings)
+    return train(settings=settings, **arguments)

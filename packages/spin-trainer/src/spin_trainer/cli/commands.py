@@ -4,19 +4,19 @@ Each returns the exit status.
 """
 
 import json
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.adapters import as_causal_lm
+from lm_core.command_line import INTERRUPTED, command_line
 from lm_core.distributed import rank, world_size
 from lm_core.durable import write_file
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
 from spin_trainer import sorting_task
+from spin_trainer.cli.quickstart import quickstart, quickstart_data, table_lines
 from spin_trainer.evaluation import evaluate, win_rate_over
 from spin_trainer.fingerprints import fingerprint_of_weights
 from spin_trainer.iteration_data import IterationData
@@ -25,8 +25,6 @@ from spin_trainer.opponent_answers import Sampling
 from spin_trainer.self_play_settings import SelfPlaySettings
 from spin_trainer.sft_data import as_sft_dataset
 from spin_trainer.trainer import SPINResult, SPINTrainer
-
-INTERRUPTED = 130
 
 
 def train(
@@ -102,15 +100,13 @@ def train(
 
 
 def _quickstart(settings: SelfPlaySettings, folder: Path, resume: Any, say: Any) -> int:
-    from spin_trainer.cli.quickstart import quickstart, table_lines
-
     say("downloads   nothing; about two minutes on two CPU cores")
     result, table = quickstart(settings, folder, resume=resume, say=say)
     if table:
         lines = table_lines(table)
         say("\n" + "\n".join(lines) + "\n")
         write_file(folder / "table.md", "\n".join(lines) + "\n")
-        say("More supervised training often wins on a toy this small; what is shown is that self-play learns from it.")
+        say("On a toy this small more supervised training wins; what is shown is that self-play learns from the data.")
     return _ended(result, settings, str(folder), say)
 
 
@@ -118,7 +114,8 @@ def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any
     say(f"metrics     {result.iterations_folder.parent / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome == "interrupted":
-        say(f"\nStopped in iteration {result.iterations} of {settings.iterations}. To go on:\n  {command_line()}")
+        say(f"\nStopped in iteration {result.iterations} of {settings.iterations}. To go on:")
+        say(f"  {command_line('spin-trainer')}")
         return INTERRUPTED
     say(f"policies    {result.iterations_folder} ({result.outcome} after {result.iterations} iterations)")
     if result.best_iteration is not None:
@@ -216,7 +213,7 @@ def evaluate_model(
 
     Args:
         model: a folder or organisation/name on the hub.
-        data: a .jsonl or .jsonl.gz file; null is the quickstart's held-out rows.
+        data: a .jsonl or .jsonl.gz file; null is the rows that the quickstart's table is about.
         opponent: another model; its answers, and its likelihoods, are what the win rate is over.
         tokenizer: instead of the model's own.
         max_seq_len: longest prompt with answer, in tokens.
@@ -232,7 +229,7 @@ def evaluate_model(
     """
     eos_id: int | None = sorting_task.EOS
     if data is None:
-        dataset, max_seq_len = sorting_task.sorting_examples(500, seed=2), sorting_task.MAX_SEQ_LEN
+        dataset, max_seq_len = quickstart_data()[2], sorting_task.MAX_SEQ_LEN
     else:
         encoder = load_tokenizer(tokenizer or model)
         dataset = as_sft_dataset(data, max_seq_len=max_seq_len, tokenizer=encoder, name="data")
@@ -258,8 +255,3 @@ def evaluate_model(
         other = as_causal_lm(load_model(opponent).to(place))
         print(f"{win_rate_over(policy, other, dataset, sampling, seed=seed):.4f} win rate over {opponent}")
     return 0
-
-
-def command_line() -> str:
-    """What this process was started with, to be typed again."""
-    return shlex.join(["spin-trainer", *sys.argv[1:]])

@@ -84,6 +84,11 @@ def say_how_to_go_on(program: str, outcome: str, step: int, max_steps: int) -> i
     return INTERRUPTED if outcome == "interrupted" else 0
 
 
+def summary_of(function: Callable[..., Any]) -> str:
+    """The first line of a function's docstring, which describes its command."""
+    return (function.__doc__ or "").split("\n", 1)[0]
+
+
 def taken_out(arguments: MutableMapping[str, Any], kind: Callable[..., S]) -> S:
     """An object of the dataclass ``kind`` from those ``arguments`` that are its fields, which are taken out."""
     names = [one.name for one in fields(kind)]  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ __all__ = [
     "Document",
     "Documents",
     "Encoder",
+    "held_out_documents",
     "load_corpus",
     "load_documents",
     "read_texts",
@@ -187,3 +188,14 @@ def load_corpus(
         return stdlib_corpus(tokenizer=tokenizer, validation_fraction=validation_fraction)
     documents = load_documents(source, tokenizer=tokenizer, field=field, cache_dir=cache_dir)
     return split_documents(documents, validation_fraction)
+
+
+def held_out_documents(source: Any, *, tokenizer: Encoder | None = None, field: str = "text") -> Documents:
+    """Documents to judge a model by: the held-out part of "stdlib", and all of any other source.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as ``load_documents``.
+    """
+    if isinstance(source, str) and source == "stdlib":
+        return stdlib_corpus(tokenizer=tokenizer).validation
+    return load_documents(source, tokenizer=tokenizer, field=field)

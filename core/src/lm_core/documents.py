@@ -102,6 +102,11 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
             byte_lengths=self.byte_lengths[chosen],
         )
 
+    @property
+    def size(self) -> str:
+        """For people: megabytes and number of documents."""
+        return f"{self.num_bytes / 1e6:.1f} MB in {len(self):,} documents"
+
     def __repr__(self) -> str:
         return f"Documents({len(self)} documents, {self.num_tokens} tokens of {self.ids.dtype})"
 

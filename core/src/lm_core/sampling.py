@@ -19,6 +19,8 @@ Legend: b batch, n sequence, v vocabulary.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -123,6 +125,25 @@ def min_p(logits: Float[Tensor, "*b v"], min_p: float | int = 0.1) -> Float[Tens
     probabilities = logits.softmax(dim=-1, dtype=_statistics_dtype(logits))
     floor = min_p * probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < floor, -math.inf)
+
+
+_FILTERS: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "top_k": (top_k, "k"),
+    "top_p": (top_p, "p"),
+    "min_p": (min_p, "min_p"),
+}
+
+
+def filters_of(
+    *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> list[Callable[[Tensor], Tensor]]:
+    """The filters that these numbers ask for, in this order; None asks for nothing."""
+    values = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    return [
+        partial(filter_, **{argument: values[name]})
+        for name, (filter_, argument) in _FILTERS.items()
+        if values[name] is not None
+    ]
 
 
 def apply_repetition_penalty(

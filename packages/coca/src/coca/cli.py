@@ -3,14 +3,10 @@
 Each command is a typed function, from whose signature and docstring its flags and their help are made.
 """
 
-import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from coca.captioned_images import CaptionedImages
 from coca.commands import COMMANDS, tell_unreadable
@@ -19,13 +15,12 @@ from coca.image_files import load_images
 from coca.model_settings import ModelSettings, build_model, encoder_preprocessing
 from coca.preprocessing import ImagePreprocessing
 from coca.training_settings import TrainingSettings
+from lm_core.command_line import run_command, say, say_how_to_go_on, summary_of, taken_out
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import seed_everything
 
 if TYPE_CHECKING:
     from lm_core.command_parser import CommandParser
-
-INTERRUPTED = 130
 
 TRAIN = """Trains a CoCa on images with captions; without arguments, on handwritten digits (about two minutes on two CPU
 cores).
@@ -79,7 +74,7 @@ def train(
         The exit status.
     """
     from coca.trainer import CoCaTrainer
-    from lm_core.distributed import rank, world_size
+    from lm_core.distributed import world_size
 
     encoder = load_tokenizer(tokenizer)
     preprocessing = _preprocessing(model, data)
@@ -99,7 +94,6 @@ def train(
         resume=resume,
         trackers=trackers or (),
     )
-    say: Callable[..., None] = print if rank() == 0 else (lambda *_, **__: None)
     millions = sum(parameter.numel() for parameter in coca.parameters()) / 1e6
     say(f"model       CoCa, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
     say(f"data        {data}: {len(train_data):,} images to learn from, {len(held_out_data):,} held out")
@@ -115,9 +109,7 @@ def train(
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     say(f"grid        {result.grid}: held-out images, their generated captions and the nearest texts")
     if result.outcome != "finished":
-        say(f"\nStopped ({result.outcome}) after {result.step} of {settings.max_steps} updates. To go on:")
-        say(f"  {_command()}")
-        return INTERRUPTED if result.outcome == "interrupted" else 0
+        return say_how_to_go_on("coca", result.outcome, result.step, settings.max_steps)
     return 0
 
 
@@ -153,33 +145,18 @@ def build_parser() -> "CommandParser":
     training.add_class(ModelSettings)
     training.add_class(TrainingSettings)
     for name, function in COMMANDS.items():
-        parser.add_command(name, (function.__doc__ or "").split("\n", 1)[0]).add_function(function)
+        parser.add_command(name, summary_of(function)).add_function(function)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 1 for an error that is the input's, 130 after Ctrl-C."""
-    chosen = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
-    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
-    try:
-        if chosen.command == "train":
-            settings = {one.name: arguments.pop(one.name) for one in fields(TrainingSettings)}
-            model = {one.name: arguments.pop(one.name) for one in fields(ModelSettings)}
-            return train(model=ModelSettings(**model), settings=TrainingSettings(**settings), **arguments)
-        return COMMANDS[chosen.command](**arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"coca {chosen.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {_command()}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    return run_command(build_parser(), argv, {"train": _train, **COMMANDS}, package="coca")
 
 
-def _command() -> str:
-    return shlex.join(["coca", *sys.argv[1:]])
+def _train(**arguments: Any) -> int:
+    settings, model = taken_out(arguments, TrainingSettings), taken_out(arguments, ModelSettings)
+    return train(model=model, settings=settings, **arguments)
 
 
 if __name__ == "__main__":

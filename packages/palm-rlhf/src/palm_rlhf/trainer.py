@@ -58,6 +58,7 @@ class TrainingResult:
         step: updates done.
         first_bits_per_byte: of held-out text, before training.
         last_bits_per_byte: of held-out text, at the last validation.
+        seconds: that this call trained; None where nothing was left to do.
         checkpoints: folder of the checkpoints; the newest one is of ``step``.
         curves: picture of the metrics; None if matplotlib is not installed.
     """
@@ -67,6 +68,7 @@ class TrainingResult:
     step: int
     first_bits_per_byte: float
     last_bits_per_byte: float
+    seconds: float | None
     checkpoints: Path
     curves: Path | None
 
@@ -175,6 +177,7 @@ class PretrainTrainer:
                 step=self.step,
                 first_bits_per_byte=self.first_bits_per_byte,
                 last_bits_per_byte=self.last_bits_per_byte,
+                seconds=None if self.step == first_step else round(stopping.seconds, 1),
                 checkpoints=run.checkpoints,
                 curves=curves,
             )

@@ -10,11 +10,10 @@ from calm_pytorch.augment import AugmentParams
 from calm_pytorch.calm import CALM
 from calm_pytorch.finetuner import FineTuner
 from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
+from lm_core.command_line import INTERRUPTED
 from lm_core.documents import read_texts
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.training import pick_device
-
-INTERRUPTED = 130
 
 
 def load_composition(
@@ -107,9 +106,9 @@ def train(
     if anchor is None:
         print("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
         result = run_quickstart(settings, checkpoint_dir)
-        print(f"composed      {result.composed:.1%} right on expressions over keys it never trained on")
+        print(f"{settings.learner:<13} {result.held_out:.1%} right on expressions over keys it never trained on")
         print(f"anchor alone  {result.anchor_alone:.1%} (chance 9.1%)")
-        print(f"numbers       {result.numbers_before:.1%} before, {result.numbers_after:.1%} composed")
+        print(f"numbers       {result.numbers_before:.1%} before, {result.numbers_after:.1%} after")
         print(f"files         {checkpoint_dir}: adapter/, attention.png, metrics.jsonl   ({result.seconds:.0f} s)")
         return 0
     if data is None:

@@ -1,17 +1,12 @@
 """The command ``palm-rlhf``: language models (``train`` ...) and reinforcement learning (``reward``, ``ppo`` ...)."""
 
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-import lm_core
-from palm_rlhf.cli.commands import INTERRUPTED, command_line, convert, evaluate_checkpoint, generate, train
+from lm_core.command_line import run_command, summary_of, taken_out
+from lm_core.text_generation import TextGeneration
+from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, train
 from palm_rlhf.cli.policies import grpo, ppo
 from palm_rlhf.cli.reward import reward
 from palm_rlhf.cli.sample import sample
@@ -38,7 +33,6 @@ as it does after a kill."""
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
-    "generate": generate,
     "eval": evaluate_checkpoint,
     "convert": convert,
     "reward": reward,
@@ -58,39 +52,24 @@ def build_parser() -> "CommandParser":
     training.add_function(train, skip=("model", "settings"))
     training.add_class(PaLM, skip=SETTLED, defaults=QUICKSTART_MODEL)
     training.add_class(TrainingSettings)
+    generation = parser.add_command("generate", summary_of(generate))
+    generation.add_function(generate, skip=("settings",))
+    generation.add_class(TextGeneration)
     for name, function in COMMANDS.items():
-        parser.add_command(name, (function.__doc__ or "").split("\n", 1)[0]).add_function(function)
+        parser.add_command(name, summary_of(function)).add_function(function)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status, 1 for an error that is the input's, 130 after Ctrl-C."""
-    chosen = build_parser().parse(sys.argv[1:] if argv is None else list(argv))
-    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
-    try:
-        if chosen.command == "train":
-            settings = {one.name: arguments.pop(one.name) for one in fields(TrainingSettings)}
-            model = {name: arguments.pop(name) for name in inspect.signature(PaLM).parameters if name in arguments}
-            return train(model=model, settings=TrainingSettings(**settings), **arguments)
-        return COMMANDS[chosen.command](**arguments)
-    except Exception as error:
-        if not _is_expected(error):
-            raise
-        print(f"palm-rlhf {chosen.command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {command_line()}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    return run_command(build_parser(), argv, {"train": _train, "generate": _generate, **COMMANDS}, package="palm_rlhf")
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the message says all: the system's own errors, and those that our code raises."""
-    if isinstance(error, OSError | ImportError):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parents[1]) or Path(raised_in).is_relative_to(
-        Path(lm_core.__file__).parent
-    )
+def _generate(**arguments: Any) -> int:
+    return generate(settings=taken_out(arguments, TextGeneration), **arguments)
+
+
+def _train(**arguments: Any) -> int:
+    settings = taken_out(arguments, TrainingSettings)
+    model = {name: arguments.pop(name) for name in inspect.signature(PaLM).parameters if name in arguments}
+    return train(model=model, settings=settings, **arguments)

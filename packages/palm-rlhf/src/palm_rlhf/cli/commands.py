@@ -3,30 +3,20 @@
 Each returns the exit status.
 """
 
-import shlex
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lm_core.checkpoint import checkpoint_folder
-from lm_core.corpora import load_corpus
-from lm_core.decoding import Filter
+from lm_core.command_line import say, say_how_to_go_on
+from lm_core.corpora import held_out_documents, load_corpus
 from lm_core.distributed import rank, world_size
-from lm_core.documents import Documents, load_documents
-from lm_core.generation import generate as continue_prompts
-from lm_core.sampling import min_p as keep_likely
-from lm_core.sampling import top_k as keep_best
-from lm_core.sampling import top_p as keep_nucleus
+from lm_core.run_directory import Result, write_summary
+from lm_core.text_generation import TextGeneration, print_continuations
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
 from palm_rlhf.evaluation import evaluate
 from palm_rlhf.palm import PaLM
 from palm_rlhf.training_settings import TrainingSettings
-
-INTERRUPTED = 130
 
 
 def train(
@@ -80,10 +70,9 @@ def train(
         resume=resume,
         trackers=trackers or (),
     )
-    say = print if rank() == 0 else (lambda *_, **__: None)
     millions = sum(parameter.numel() for parameter in palm.parameters()) / 1e6
     say(f"model       PaLM, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
-    say(f"corpus      {corpus}: {_size(data.train)} to learn from, {_size(data.validation)} held out")
+    say(f"corpus      {corpus}: {data.train.size} to learn from, {data.validation.size} held out")
     say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
     if result.first_step == settings.max_steps:
@@ -94,83 +83,29 @@ def train(
     say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome != "finished":
-        say(f"\nStopped ({result.outcome}) after {result.step} of {settings.max_steps} updates. To go on:")
-        say(f"  {command_line()}")
-        return INTERRUPTED if result.outcome == "interrupted" else 0
+        return say_how_to_go_on("palm-rlhf", result.outcome, result.step, settings.max_steps)
+    if rank() == 0:
+        held_out = Result("held-out bits/byte", result.last_bits_per_byte, before=result.first_bits_per_byte)
+        write_summary(checkpoint_dir, [held_out], steps=result.step, seconds=result.seconds)
     if sample_prompt and sample_tokens and rank() == 0:
         say(f"\nIt continues {sample_prompt!r}:\n")
-        generate(checkpoint_dir, sample_prompt, max_new_tokens=sample_tokens, device=settings.device)
+        generation = TextGeneration(max_new_tokens=sample_tokens, device=settings.device)
+        print_continuations(PaLM, checkpoint_dir, sample_prompt, generation)
     return 0
 
 
-def generate(
-    checkpoint: str,
-    prompt: str,
-    *,
-    max_new_tokens: int = 200,
-    temperature: float = 0.7,
-    top_k: int | None = None,
-    top_p: float | None = 0.95,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    num_samples: int = 1,
-    seed: int = 0,
-    tokenizer: str | None = None,
-    device: str = "auto",
-    progress: bool = False,
-) -> int:
+def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
     """Continues a prompt and prints it.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        prompt: the text to continue; "-" reads it from standard input.
-        max_new_tokens: at most; the end-of-document token ends earlier.
-        temperature: 0 takes the most likely token each time.
-        top_k: keeps the k most likely tokens.
-        top_p: keeps the most likely tokens up to this probability together.
-        min_p: keeps tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: above 1, tokens already there become less likely.
-        num_samples: how many continuations.
-        seed: of the draws.
-        tokenizer: instead of the one in the checkpoint.
-        device: auto takes CUDA, then MPS, then the CPU.
-        progress: shows a progress bar.
+        prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
+        settings: of the generation.
 
     Returns:
         The exit status.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    folder = checkpoint_folder(checkpoint)
-    encoder = load_tokenizer(tokenizer or folder)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    ids = torch.tensor(encoder.encode(text), dtype=torch.long)
-    if len(ids) == 0:
-        raise ValueError(f"prompt must hold at least one token, got {text!r}")
-    place = pick_device(device)
-    palm = PaLM.from_pretrained(folder).to(place)
-    filters: list[Filter] = []
-    if top_k is not None:
-        filters.append(partial(keep_best, k=top_k))
-    if top_p is not None:
-        filters.append(partial(keep_nucleus, p=top_p))
-    if min_p is not None:
-        filters.append(partial(keep_likely, min_p=min_p))
-    result = continue_prompts(
-        palm,
-        [ids.to(place)] * num_samples,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        filters=filters,
-        eos_id=encoder.eos_id,
-        repetition_penalty=repetition_penalty,
-        generator=torch.Generator(place).manual_seed(seed),
-        progress=progress,
-    )
-    for number, (tokens, length) in enumerate(zip(result.tokens.cpu(), result.lengths.tolist(), strict=True)):
-        if num_samples > 1:
-            print(f"--- {number + 1} of {num_samples}")
-        print(text + encoder.decode(tokens[:length]))
+    print_continuations(PaLM, checkpoint, prompt, settings)
     return 0
 
 
@@ -204,13 +139,9 @@ def evaluate_checkpoint(
     """
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
-    if corpus == "stdlib":
-        documents = load_corpus(corpus, tokenizer=encoder).validation
-    else:
-        documents = load_documents(corpus, tokenizer=encoder, field=field)
     held_out = evaluate(
         PaLM.from_pretrained(folder).to(pick_device(device)),
-        documents,
+        held_out_documents(corpus, tokenizer=encoder, field=field),
         encoder,
         sequence_length=sequence_length,
         batch_size=batch_size,
@@ -252,12 +183,3 @@ def convert(
     )
     print(f"wrote {folder}")
     return 0
-
-
-def command_line() -> str:
-    """What this process was started with, to be typed again."""
-    return shlex.join(["palm-rlhf", *sys.argv[1:]])
-
-
-def _size(documents: Documents) -> str:
-    return f"{documents.num_bytes / 1e6:.1f} MB in {len(documents):,} documents"

@@ -1,9 +1,10 @@
 """The commands ``ppo`` and ``grpo``: typed functions that flags and help are made from."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from lm_core.distributed import rank
-from palm_rlhf.cli.sources import PPO, REWARD, ended, find_filters, find_reward, find_sources
+from lm_core.sampling import filters_of
+from palm_rlhf.cli.learning import learn
+from palm_rlhf.cli.sources import PPO, REWARD, find_reward, find_sources
 from palm_rlhf.palm import PaLM
 
 
@@ -12,6 +13,7 @@ def ppo(
     reward: str = REWARD,
     checkpoint: str | None = None,
     prompts: str = "stdlib",
+    validation_prompts: str | None = None,
     tokenizer: str | None = None,
     num_episodes: int = 1280,
     update_timesteps: int = 64,
@@ -41,6 +43,7 @@ def ppo(
     max_norm: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     checkpoint_dir: str = PPO,
     checkpoint_every: int = 40,
     resume: bool | Literal["auto"] = "auto",
@@ -51,6 +54,8 @@ def ppo(
         reward: folder of a reward model or of its run, or module:function.
         checkpoint: folder of the policy; by default the base the reward model was trained on, which both then share.
         prompts: "stdlib", or a .jsonl file with a column prompt; other columns reach text rewards.
+        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
+            for a file the first of ``prompts``.
         tokenizer: instead of the one in the checkpoint.
         num_episodes: responses over the whole run.
         update_timesteps: responses drawn before learning from them.
@@ -80,6 +85,7 @@ def ppo(
         max_norm: clips gradients.
         seed: of everything.
         device: auto takes CUDA, then MPS, then the CPU.
+        precision: of matrix products; auto is bf16 on a GPU that has it and fp32 elsewhere.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -90,7 +96,7 @@ def ppo(
     from palm_rlhf.ppo import RLHFTrainer
 
     judge, base = find_reward(reward)
-    folder, encoder, asked = find_sources(checkpoint, base, tokenizer, prompts)
+    folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
     trainer = RLHFTrainer(
         palm=judge.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
         reward=judge,
@@ -117,17 +123,19 @@ def ppo(
         max_norm=max_norm,
         seed=seed,
         device=device,
+        precision=precision,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         resume=resume,
     )
-    return _learn(
+    return learn(
         trainer,
+        held_out,
         num_episodes=num_episodes,
         update_timesteps=update_timesteps,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        filters=find_filters(top_k, top_p),
+        filters=filters_of(top_k=top_k, top_p=top_p),
         stop_strings=stop_strings or [],
     )
 
@@ -137,6 +145,7 @@ def grpo(
     reward: str = REWARD,
     checkpoint: str | None = None,
     prompts: str = "stdlib",
+    validation_prompts: str | None = None,
     tokenizer: str | None = None,
     num_episodes: int = 1280,
     update_timesteps: int = 64,
@@ -158,6 +167,7 @@ def grpo(
     max_norm: float = 1.0,
     seed: int = 0,
     device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
     checkpoint_dir: str = "runs/palm-grpo",
     checkpoint_every: int = 40,
     resume: bool | Literal["auto"] = "auto",
@@ -168,6 +178,8 @@ def grpo(
         reward: folder of a reward model or of its run, or module:function.
         checkpoint: folder of the policy; by default the base the reward model was trained on.
         prompts: "stdlib", or a .jsonl file with a column prompt; other columns reach text rewards.
+        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
+            for a file the first of ``prompts``.
         tokenizer: instead of the one in the checkpoint.
         num_episodes: responses over the whole run.
         update_timesteps: responses drawn before learning from them; whole groups.
@@ -189,6 +201,7 @@ def grpo(
         max_norm: clips gradients.
         seed: of everything.
         device: auto takes CUDA, then MPS, then the CPU.
+        precision: of matrix products; auto is bf16 on a GPU that has it and fp32 elsewhere.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -199,7 +212,7 @@ def grpo(
     from palm_rlhf.grpo import GRPOTrainer
 
     judge, base = find_reward(reward)
-    folder, encoder, asked = find_sources(checkpoint, base, tokenizer, prompts)
+    folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
     trainer = GRPOTrainer(
         palm=judge.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
         reward=judge,
@@ -218,31 +231,18 @@ def grpo(
         max_norm=max_norm,
         seed=seed,
         device=device,
+        precision=precision,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         resume=resume,
     )
-    return _learn(
+    return learn(
         trainer,
+        held_out,
         num_episodes=num_episodes,
         update_timesteps=update_timesteps,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        filters=find_filters(top_k, top_p),
+        filters=filters_of(top_k=top_k, top_p=top_p),
         stop_strings=stop_strings or [],
     )
-
-
-def _learn(trainer: Any, **schedule: Any) -> int:
-    say = print if rank() == 0 else (lambda *_: None)
-    result = trainer.train(**schedule)
-    if result.metrics:
-        first, last = result.metrics[0], result.metrics[-1]
-        say(f"reward      {first['reward']:.3f} in the first phase of this call, {last['reward']:.3f} in the last")
-        say(f"kl          {last['kl']:.2f} nats a response from the reference, entropy {last['entropy']:.2f} a token")
-        say(f"ratio       within {last['ratio_deviation_at_start']:.1e} of 1 before the first update of a phase")
-    say(
-        f"updates     {result.updates} in {result.phases} phases; samples in {trainer.checkpoint_dir / 'samples.jsonl'}"
-    )
-    say(f"curves      {result.curves or 'not drawn: pip install matplotlib'}")
-    return ended(result.outcome)

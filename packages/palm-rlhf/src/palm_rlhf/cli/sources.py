@@ -3,23 +3,20 @@
 Without arguments the commands go on from one another: ``train``, ``reward`` and ``ppo`` on Python's own library.
 """
 
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lm_core.checkpoint import checkpoint_folder
+from lm_core.command_line import INTERRUPTED, command_line
 from lm_core.corpora import load_corpus
-from lm_core.decoding import Filter
 from lm_core.distributed import rank
 from lm_core.manifest import read_json
-from lm_core.sampling import top_k as keep_best
-from lm_core.sampling import top_p as keep_nucleus
 from lm_core.tokenizers import load_tokenizer
-from palm_rlhf.cli.commands import INTERRUPTED, command_line
 
 BASE = "runs/palm-quickstart"
 REWARD = "runs/palm-reward"
 PPO = "runs/palm-ppo"
+VALIDATION_PROMPTS = 128
 
 
 def find_reward(reward: str) -> tuple[Any, Path | None]:
@@ -35,27 +32,25 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
 
 
 def find_sources(
-    checkpoint: str | None, base: Path | None, tokenizer: str | None, prompts: str
-) -> tuple[Path, Any, Any]:
-    """The policy's folder, its tokenizer, and prompts."""
-    from palm_rlhf.corrupted_pairs import document_prompts
-
+    checkpoint: str | None, base: Path | None, tokenizer: str | None, prompts: str, validation_prompts: str | None
+) -> tuple[Path, Any, Any, Any]:
+    """The policy's folder, its tokenizer, prompts to learn from and prompts to compare on."""
     folder = base if checkpoint is None and base is not None else checkpoint_folder(checkpoint or BASE)
     encoder = load_tokenizer(tokenizer or folder)
-    asked: Any = prompts
+    asked = _prompts(prompts, encoder, "train", count=512, seed=2)
+    held_out = validation_prompts or ("stdlib" if prompts == "stdlib" else prompts)
+    return folder, encoder, asked, _prompts(held_out, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
+
+
+def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:
+    from palm_rlhf.corrupted_pairs import document_prompts
+
     if prompts == "stdlib":
-        asked = document_prompts(load_corpus("stdlib", tokenizer=encoder).train, count=512, seed=2)
-    elif not Path(prompts).is_file():
+        corpus = load_corpus("stdlib", tokenizer=encoder)
+        return document_prompts(getattr(corpus, side), count=count, seed=seed)
+    if not Path(prompts).is_file():
         raise FileNotFoundError(f'prompts must be "stdlib" or a .jsonl file, got {prompts}')
-    else:
-        asked = Path(prompts)
-    return folder, encoder, asked
-
-
-def find_filters(top_k: int | None, top_p: float | None) -> list[Filter]:
-    """Filters of logits for the flags of this name."""
-    filters: list[Filter] = [] if top_k is None else [partial(keep_best, k=top_k)]
-    return filters if top_p is None else [*filters, partial(keep_nucleus, p=top_p)]
+    return Path(prompts)
 
 
 def ended(outcome: str) -> int:
@@ -63,5 +58,5 @@ def ended(outcome: str) -> int:
     if outcome == "finished":
         return 0
     if rank() == 0:
-        print(f"\nStopped ({outcome}). To go on:\n  {command_line()}")
+        print(f"\nStopped ({outcome}). To go on:\n  {command_line('palm-rlhf')}")
     return INTERRUPTED

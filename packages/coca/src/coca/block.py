@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from coca.packed_weights import Products
 from lm_core.attention import attend
 from lm_core.cache import KVCache
 from lm_core.feedforward import swiglu
@@ -74,17 +75,29 @@ class ParallelBlock(nn.Module):
         # Added outside the product, so that under autocast the residual stream stays in float32.
         return x + self.proj_out(torch.cat((attended, swiglu(ff)), dim=-1))
 
-    def decode(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KVCache, layer: int) -> Tensor:
-        """``forward`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without padding and without gradient."""
+    def decode(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        cache: KVCache,
+        layer: int,
+        products: Products,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient.
+
+        ``products`` multiply with the weights of ``proj_in`` and ``proj_out``; ``mask`` is ``(b, 1, 1, j)`` and True at
+        keys that may be seen, the new one among them.
+        """
         b = x.shape[0]
+        proj_in, proj_out = products
         normed = F.layer_norm(x, x.shape[-1:], self.norm.gamma, None, self.norm.eps)
-        qk, v, ff = F.linear(normed, self.proj_in.weight).split_with_sizes(self.in_dims, -1)
+        qk, v, ff = proj_in(normed).split_with_sizes(self.in_dims, -1)
         qk = apply_rotary(qk.view(b, -1, self.dim_head), *rotation)
         k, v = cache.update(layer, qk[:, None, self.heads :], v.view(b, 1, 1, self.dim_head))
         # One query folds its heads into the sequence: no key is repeated.
-        q = qk[:, None, : self.heads]
-        attended = F.scaled_dot_product_attention(q, k, v).reshape(b, self.attn_dim)
-        return x + F.linear(torch.cat((attended, swiglu(ff)), dim=-1), self.proj_out.weight)
+        attended = F.scaled_dot_product_attention(qk[:, None, : self.heads], k, v, mask).reshape(b, self.attn_dim)
+        return x + proj_out(torch.cat((attended, swiglu(ff)), dim=-1))
 
 
 def joint_output(dim: int, *fan_in: int) -> nn.Linear:

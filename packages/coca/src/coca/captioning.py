@@ -1,19 +1,20 @@
 """Captions: the decoder with its cache, and the search that ``lm_core.generation`` shares with every language model.
 
-The cache holds the text's keys and values, and the image's, which are computed once for a caption. Generation runs the
-text without CLS: no token sees it.
+The cache holds the text's keys and values, the image's, which are computed once for a caption, and the decoder prepared
+for steps of one token. Generation runs the text without CLS: no token sees it.
 
-Legend: b batch, n sequence, q captioning tokens, d feature.
+Legend: b batch, n sequence, q captioning tokens, d feature, v vocabulary.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from coca.decoding_step import DecodingStep, is_plain
 from lm_core._checks import check_ids, typed
 from lm_core.cache import KVCache
 from lm_core.decoding import Filter, prompt_rows
@@ -26,13 +27,33 @@ from lm_core.sampling import top_p as keep_top_p
 class CoCaCache(KVCache):
     """Keys and values of the text, and of the image for each multimodal layer."""
 
-    image: tuple[tuple[Tensor, Tensor], ...] | None = None
+    def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:
+        super().__init__(layers=layers, batch_size=batch_size, max_length=max_length)
+        self.max_length = max_length
+        self.image: tuple[tuple[Tensor, Tensor], ...] | None = None
+        # The decoder for one token a row: None before the first step, False where the model does not allow it.
+        self.step: DecodingStep | Literal[False] | None = None
+        self._image_of_row: Tensor | None = None
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Row ``r`` becomes what row ``index[r]`` was, its image too."""
         super().reorder(index)
-        if self.image is not None:
-            self.image = tuple((keys[index], values[index]) for keys, values in self.image)
+        if self.image is None:
+            return
+        if index.device.type == "cpu":
+            # The beams of an image change places among themselves: their image stays where it is.
+            before = torch.arange(self.image[0][0].shape[0]) if self._image_of_row is None else self._image_of_row
+            self._image_of_row = before[index]
+            if torch.equal(before, self._image_of_row):
+                return
+        self.image = tuple((keys[index], values[index]) for keys, values in self.image)
+
+    def step_of(self, model: Any) -> DecodingStep | None:
+        """The decoder for one token a row, prepared at the first call; None where ``forward`` has to be called."""
+        if self.step is None:
+            steps = self.max_length - self.length
+            self.step = DecodingStep(model, steps=steps) if is_plain(model) else False
+        return self.step or None
 
 
 def decoder_states(
@@ -61,30 +82,55 @@ def decoder_states(
     if mask is None:
         rotation = model.rotary.at_range(past, past + n, device=x.device, dtype=x.dtype)
     else:
-        positions = positions_from_mask(mask)[:, past:]
-        cos, sin = model.rotary(positions, x.dtype)
-        rotation = (rearrange(cos, "b n d -> b 1 n d"), rearrange(sin, "b n d -> b 1 n d"))
-
-    unimodal = len(model.unimodal_layers)
-    if cache is not None and past > 0 and n == 1 and mask is None and not torch.is_grad_enabled():
-        # One token: no submodule calls and no branches, since what Python adds would show beside the weights.
-        h = x[:, 0]
-        for number, layer in enumerate(model.unimodal_layers):
-            h = layer.decode(h, rotation, cache, number)
-        for number, layer in enumerate(model.multimodal_layers):
-            h = layer.block.decode(h, rotation, cache, unimodal + number)
-            h = layer.cross_attention.decode(h, image[number])
-        x = h.unsqueeze(1)
+        rotation = model.rotary(positions_from_mask(mask)[:, past:], x.dtype)
+    one_token = past > 0 and n == 1 and not torch.is_grad_enabled()
+    step = cache.step_of(model) if cache is not None and one_token else None
+    if cache is not None and step is not None:
+        x = step.hidden(x[:, 0], rotation, cache, image, mask).unsqueeze(1)
     else:
+        if mask is not None:
+            rotation = (rotation[0].unsqueeze(1), rotation[1].unsqueeze(1))  # the same for all heads
+        unimodal = len(model.unimodal_layers)
         for number, layer in enumerate(model.unimodal_layers):
             x = layer(x, rotation, mask, cache=cache, layer=number)
         for number, layer in enumerate(model.multimodal_layers):
             place = unimodal + number
             x = layer(x, rotation, mask=mask, keys_values=image[number], cache=cache, layer=place)
+        x = model.norm(x)
     if cache is not None:
         cache.masked = mask is not None
         cache.advance(n)
-    return model.norm(x)
+    return x
+
+
+class _Captioner:
+    """A ``CoCa`` as the language model of its captions: logits of the last position only, and never ``pad_id``.
+
+    Args:
+        model: the ``CoCa``.
+        forbidden: a token that is never generated, or None.
+    """
+
+    def __init__(self, model: Any, forbidden: int | None) -> None:
+        self._model = model
+        self._forbidden = forbidden
+        self.output_weight = model.output_weight  # of which the search reads the vocabulary's size
+        self.init_cache = model.init_cache
+
+    def __call__(
+        self,
+        ids: Int[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: CoCaCache | None = None,
+        pooled: Float[Tensor, "b q d"] | None = None,
+    ) -> Float[Tensor, "b 1 v"]:
+        hidden = decoder_states(self._model, ids, mask=mask, cache=cache, pooled=pooled)[:, -1]
+        step = None if cache is None else cache.step
+        logits = step.logits(hidden) if step else F.linear(hidden, self.output_weight)
+        if self._forbidden is not None:
+            logits[:, self._forbidden] = -torch.inf
+        return logits.unsqueeze(1)
 
 
 def _check(text: Tensor, mask: Tensor | None, cache: CoCaCache | None, pooled: Tensor | None, past: int) -> None:
@@ -159,10 +205,9 @@ def caption(
     end = model.eos_id if eos_id is None else eos_id
     with eval_mode(model):
         pooled = model.embed_image(images, image_tokens)[1]
-    rows = _prefix_rows(model, prefix, prefix_mask, pooled.shape[0])
+    rows = [row.to(model.device) for row in _prefix_rows(model, prefix, prefix_mask, pooled.shape[0])]
+    captioner = _Captioner(model, forbidden=None if end == model.pad_id else model.pad_id)
     filters: list[Filter] = []
-    if end != model.pad_id:
-        filters.append(partial(_without, token=model.pad_id))
     if top_k is not None:
         filters.append(partial(keep_top_k, k=top_k))
     if top_p is not None:
@@ -178,10 +223,11 @@ def caption(
         "progress": progress,
         "pooled": pooled,
     }
-    if beams != 1:
-        result = beam_search(model, rows, beams=beams, length_penalty=length_penalty, **shared)
-    else:
-        result = generate(model, rows, temperature=temperature, generator=generator, **shared)
+    with eval_mode(model):
+        if beams != 1:
+            result = beam_search(captioner, rows, beams=beams, length_penalty=length_penalty, **shared)
+        else:
+            result = generate(captioner, rows, temperature=temperature, generator=generator, **shared)
     if not return_prefix:
         return result.tokens
     whole = [
@@ -204,8 +250,3 @@ def _prefix_rows(model: Any, prefix: Any, mask: Tensor | None, count: int) -> li
     for row in rows:
         check_ids(row, model.num_tokens, "prefix")
     return rows
-
-
-def _without(logits: Tensor, token: int) -> Tensor:
-    # Not in place: a filter leaves its input alone.
-    return logits.index_fill(-1, torch.tensor([token], device=logits.device), -torch.inf)

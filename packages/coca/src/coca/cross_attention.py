@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from coca.block import joint_output
+from coca.packed_weights import Products
 from lm_core.attention import attend
 from lm_core.feedforward import swiglu
 from lm_core.norms import LayerNorm
@@ -58,11 +59,14 @@ class CrossAttention(nn.Module):
         out = attend(q, *keys_values, mask=mask).transpose(1, 2).reshape(b, i, self.attn_dim)
         return self.proj_out(torch.cat((out, swiglu(ff)), dim=-1) if self.ff_dim else out)
 
-    def decode(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        """``x + forward(x)`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient."""
+    def decode(self, x: Tensor, keys_values: tuple[Tensor, Tensor], products: Products) -> Tensor:
+        """``x + forward(x)`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient.
+
+        ``products`` multiply with the weights of ``proj_in`` and ``proj_out``.
+        """
         b = x.shape[0]
+        proj_in, proj_out = products
         normed = F.layer_norm(x, x.shape[-1:], self.norm.gamma, None, self.norm.eps)
-        q, ff = F.linear(normed, self.proj_in.weight).split_with_sizes((self.attn_dim, 2 * self.ff_dim), -1)
-        out = F.scaled_dot_product_attention(q.view(b, 1, self.heads, self.dim_head), *keys_values)
-        merged = torch.cat((out.reshape(b, self.attn_dim), swiglu(ff)), dim=-1)
-        return x + F.linear(merged, self.proj_out.weight)
+        q, ff = proj_in(normed).split_with_sizes((self.attn_dim, 2 * self.ff_dim), -1)
+        attended = F.scaled_dot_product_attention(q.view(b, 1, self.heads, self.dim_head), *keys_values)
+        return x + proj_out(torch.cat((attended.reshape(b, self.attn_dim), swiglu(ff)), dim=-1))

@@ -110,7 +110,7 @@ class Step:
             policy = response_log_probs(self.spin.policy, self.ids, self.answer)
             loss = self.spin.comparison(policy, self.known).losses.mean()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
 
 def measure_one(kind: str, vocabulary: int, length: int) -> None:

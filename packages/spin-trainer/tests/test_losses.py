@@ -106,4 +106,4 @@ def test_the_minimum_over_tables_is_the_papers_optimum(lambda_):
     optimizer.step(expected_loss)
     expected = opponent * (data / opponent) ** (1 / lambda_)
 
-    torch.testing.assert_close(logits.detach().softmax(0), expected / expected.sum(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits.detach().softmax(0), expected / expected.sum(), rtol=0, atol=1e-9)

@@ -151,6 +151,13 @@ SETTINGS = [
     ({"seed": -1}, ValueError, r"seed must be in"),
     ({"max_grad_norm": 0.0}, ValueError, r"max_grad_norm"),
     ({"iteration": 3}, TypeError, r"iteration"),
+    (
+        {"fsdp": True, "opponent": "policy"},
+        ValueError,
+        r"fsdp=True needs precompute_reference=True, opponent='reference'",
+    ),
+    ({"fsdp": True, "precompute_reference": False}, ValueError, r"got False, 'reference' and 1.0"),
+    ({"fsdp": True, "ref_model_ema_decay": 0.9}, ValueError, r"got True, 'reference' and 0.9"),
 ]
 
 
@@ -239,6 +246,7 @@ TRAINERS = [
     ),
     ({"valid_sft_dataset": [([1, 2], 2)]}, ValueError, r"valid_sft_dataset\[0\] must have answer tokens"),
     ({"checkpoint_every": 1.5}, TypeError, r"checkpoint_every"),
+    ({"fsdp": True}, ValueError, r"fsdp=True needs several processes, got one"),
     ({"overlong": "cut"}, TypeError, r"overlong"),
 ]
 

@@ -1,0 +1,239 @@
+"""What is known to go wrong in self-play trainers, at the trainer's door; traps of the loss are in test_spin.py.
+
+Each test is named for what must hold. The README's table says which trap of the original each is about.
+"""
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+
+from lm_core.checkpoint import list_checkpoints
+from lm_core.training import read_metrics
+from spin_trainer import SPIN, SPINTrainer
+from spin_trainer.opponent_answers import Sampling, answer_prompts, batches_by_length, seed_of
+
+LN_2 = torch.tensor(2.0).log().item()
+SAMPLING = Sampling(max_seq_len=10, eos_id=(11,), batch_size=6)
+
+
+def answers_of(folder, iteration):
+    (file,) = folder.glob(f"generations/answers-train-{iteration}-*/rows-0.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [tuple(row["tokens"]) for row in sorted(rows, key=lambda row: row["row"])]
+
+
+def expected_answers(model, dataset, iteration):
+    found = {}
+    prompts = [example.prompt for example in dataset]
+    for number, rows in enumerate(batches_by_length([len(prompt) for prompt in prompts], 6)):
+        seed = seed_of("answers", 0, iteration, "train", number)
+        answers = answer_prompts(model, [prompts[row] for row in rows], SAMPLING, seed)
+        found |= {row: answer.tokens for row, answer in zip(rows, answers, strict=True)}
+    return [found[row] for row in range(len(prompts))]
+
+
+def first_losses(folder):
+    first = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if "loss" in row:
+            first.setdefault(row["iteration"], row["loss"])
+    return first
+
+
+class Counting(torch.nn.Module):
+    """Says the successor of the last token, from ids alone."""
+
+    def __init__(self, vocabulary=12):
+        super().__init__()
+        self.table = torch.nn.Parameter(20.0 * torch.roll(torch.eye(vocabulary), 1, dims=1))
+
+    def forward(self, ids):
+        return self.table[ids]
+
+
+def test_the_sampler_continues_behind_the_last_token_of_each_prompt():
+    # the original read the logits one position late, behind its padding
+    greedy = Sampling(max_seq_len=6, temperature=0.0, filter_fn=None, filter_kwargs={})
+    answers = answer_prompts(SPIN(Counting()).policy, [(3, 4), (7,), (1, 2, 3)], greedy, 0)
+
+    assert [answer.tokens for answer in answers] == [(5, 6, 7, 8), (8, 9, 10, 11, 0), (4, 5, 6)]
+
+
+def test_the_opponents_answers_are_those_of_the_promoted_weights_not_of_the_player(
+    train, tmp_path, make_model, make_rows
+):
+    from spin_trainer.small_decoder import SmallDecoder
+
+    train(iterations=2, mix_previous=False)
+    before = make_model()
+    promoted = SmallDecoder.from_pretrained(tmp_path / "run" / "iterations" / "iteration-1")
+
+    assert answers_of(tmp_path / "run", 0) == expected_answers(before, make_rows(12), 0)
+    assert answers_of(tmp_path / "run", 1) == expected_answers(promoted, make_rows(12), 1)
+    assert answers_of(tmp_path / "run", 1) != expected_answers(before, make_rows(12), 1)
+
+
+def test_a_live_opponent_learns_from_other_answers_than_a_frozen_one(train):
+    frozen, _ = train("frozen", epochs=3)
+    live, _ = train("live", epochs=3, opponent="policy")
+
+    assert not torch.equal(frozen.model.policy_model.embedding.weight, live.model.policy_model.embedding.weight)
+
+
+def test_answers_of_the_iteration_before_are_mixed_in(train, tmp_path):
+    mixed = train("mixed", iterations=2)[1]
+    alone = train("alone", iterations=2, mix_previous=False)[1]
+
+    assert (mixed.steps, alone.steps) == (4 + 8, 4 + 4)
+
+
+def test_the_trainers_reference_stays_bit_identical_throughout_an_iteration(train):
+    seen = []
+
+    class Watch:
+        def log(self, values, step):
+            if "loss" in values:
+                copies = trainer_of[0].model.ref_model.exported().values()
+                seen.append((values["iteration"], [copy.clone() for copy in copies]))
+
+    trainer_of = []
+    original = SPINTrainer.__init__
+
+    def remember(self, *args, **kwargs):
+        trainer_of.append(self)
+        original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SPINTrainer, "__init__", remember)
+        train(iterations=2, epochs=2, precompute_reference=False, trackers=[Watch()])
+
+    for number in (0, 1):
+        copies = [copy for iteration, copy in seen if iteration == number]
+        assert len(copies) >= 8
+        assert all(torch.equal(a, b) for copy in copies for a, b in zip(copy, copies[0], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(seen[0][1], seen[-1][1], strict=True))
+
+
+def test_every_iteration_begins_at_a_loss_of_exactly_ln_2(train, tmp_path):
+    # with the reference called in the same batch, both sides of the margin are the same numbers
+    train(iterations=3, lambda_=1.0, precompute_reference=False)
+
+    assert first_losses(tmp_path / "run") == {0: LN_2, 1: LN_2, 2: LN_2}
+
+
+def test_from_stored_log_probs_every_iteration_begins_at_ln_2_to_rounding(train, tmp_path, make_model):
+    train(iterations=3, lambda_=1.0, model=make_model().double())
+
+    assert first_losses(tmp_path / "run") == pytest.approx(dict.fromkeys(range(3), math.log(2)), abs=1e-12)
+
+
+def test_checkpoints_come_every_so_many_updates_and_at_the_end(train, tmp_path):
+    # the original asked `checkpoint_every % steps`: with 3, at updates 1 and 3 only, and never at the end
+    train(checkpoint_every=3, keep_checkpoints=None, epochs=2)
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+
+    assert names == ["step-3", "step-6", "step-8"]
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_rows, tmp_path, monkeypatch):
+    norms = []
+
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+    for limit in (0.01, None):
+        SPINTrainer(
+            make_model(),
+            train_sft_dataset=make_rows(6),
+            max_seq_len=10,
+            eos_id=11,
+            epochs=1,
+            batch_size=3,
+            grad_accum_steps=1,
+            max_grad_norm=limit,
+            device="cpu",
+            checkpoint_folder=tmp_path / str(limit),
+        )()
+
+    assert norms[:2] == pytest.approx([0.01, 0.01], rel=1e-4)
+    assert min(norms[2:]) > 0.02
+
+
+def test_the_trainer_hands_adams_arguments_on(train):
+    plain, _ = train("plain")
+    other, _ = train("other", adam_kwargs={"eps": 1.0})
+
+    assert not torch.equal(plain.model.policy_model.embedding.weight, other.model.policy_model.embedding.weight)
+
+
+def test_a_spins_parameters_are_its_policys_and_its_state_holds_the_reference(make_model):
+    model = make_model()
+    spin = SPIN(model)
+
+    assert [id(p) for p in spin.parameters()] == [id(p) for p in model.parameters()]
+    assert spin.state_dict().keys() > {f"policy_model.{name}" for name in model.state_dict()}
+
+
+def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+    rows = torch.utils.data.TensorDataset(torch.randint(0, 11, (4, 9)), torch.tensor([2, 3, 4, 3]))
+    trainer = SPINTrainer(
+        make_model(),
+        train_sft_dataset=rows,
+        valid_sft_dataset=rows,
+        max_seq_len=9,
+        accelerate_kwargs={"cpu": True},
+        spin_kwargs={"λ": 0.3},
+        batch_size=2,
+        checkpoint_every=1,
+        checkpoint_folder=str(tmp_path / "spin"),
+    )
+    trainer(overwrite_checkpoints=True)
+    parameters = inspect.signature(SPINTrainer).parameters
+
+    assert trainer.unwrapped_model.lambda_ == 0.3
+    assert trainer.steps == 2
+    assert trainer.is_main
+    trainer.wait()
+    trainer.log(something=1.0)
+    assert (trainer.settings.start_learning_rate, trainer.settings.end_learning_rate) == (1e-6, 1e-7)
+    assert (trainer.settings.temperature, trainer.sampling.filter_kwargs) == (0.7, {"thres": 0.9})
+    assert parameters["pad_id"].default == -1
+
+
+class Bigram(torch.nn.Module):
+    """The smallest language model from ids to logits: no cache, no mask, no hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Sequential(torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12))
+
+    def forward(self, ids):
+        return self.inner(ids)
+
+
+def test_a_plain_module_plays_all_iterations(train, tmp_path):
+    torch.manual_seed(0)
+    _, result = train(model=Bigram(), iterations=2)
+
+    assert (result.outcome, result.iterations) == ("finished", 2)
+    assert (result.iterations_folder / "iteration-2" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+def test_an_x_transformers_decoder_plays_all_iterations(train, tmp_path):
+    x_transformers = pytest.importorskip("x_transformers")
+    torch.manual_seed(0)
+    model = x_transformers.TransformerWrapper(
+        num_tokens=12, max_seq_len=16, attn_layers=x_transformers.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+    )
+    _, result = train(model=model, iterations=2)
+
+    assert (result.outcome, result.iterations) == ("finished", 2)
+    assert (tmp_path / "run" / "iterations" / "iteration-2" / "model.safetensors").is_file()

@@ -44,13 +44,28 @@ def test_what_is_missing_is_said_in_one_line(folder, capsys):
     assert "reward must be the folder of a RewardModel" in capsys.readouterr().err
 
 
-def test_corrupted_pairs_have_the_same_tokens_in_another_order():
+def test_corrupted_pairs_are_shuffled_within_runs_or_get_stuck():
     documents = [list(range(200)), list(range(50, 150)), [1, 2]]
-    pairs = corrupted_pairs(documents, count=20, prompt_tokens=10, response_tokens=24, run=8)
-    for pair in pairs:
+    shuffled, stuck = (
+        corrupted_pairs(documents, count=20, prompt_tokens=10, response_tokens=24, run=8, loops=loops)
+        for loops in (0.0, 1.0)
+    )
+    for pair in [*shuffled, *stuck]:
         assert pair.prompt.shape == (10,)
         whole = torch.cat((pair.prompt, pair.chosen))
         assert torch.equal(whole, torch.arange(int(whole[0]), int(whole[0]) + 34))
+        assert not torch.equal(pair.chosen, pair.rejected)
+    for pair in shuffled:
         for chosen, rejected in zip(pair.chosen.split(8), pair.rejected.split(8), strict=True):
             assert torch.equal(chosen, rejected.sort().values)
+    for pair in stuck:
+        start = int((pair.chosen != pair.rejected).nonzero()[0])
+        period = int(pair.chosen[start] - pair.rejected[start])
+        assert 1 <= period <= 8
+        assert torch.equal(pair.rejected[start:], pair.rejected[start - period : -period])
     assert all(5 <= prompt.shape[0] <= 10 for prompt in document_prompts(documents, count=20, prompt_tokens=10))
+
+
+def test_rows_of_one_token_cannot_be_corrupted_and_are_refused():
+    with pytest.raises(ValueError, match="text that a corruption changes, got 0 such pieces of 4"):
+        corrupted_pairs([[7] * 200], count=4)

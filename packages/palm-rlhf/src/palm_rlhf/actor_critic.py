@@ -7,6 +7,7 @@ the PROMPT only, one for the whole response.
 Legend: b batch, n sequence, v vocabulary.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lm_core._checks import typed
 from lm_core.generation import Generation, generate
 from lm_core.masking import masked_mean
+from lm_core.training import Precision, autocast, pick_precision
 from palm_rlhf.palm import PaLM
 from palm_rlhf.roles import ACTOR, CRITIC, Role, Roles
 from palm_rlhf.scoring import Scores, score_responses
@@ -48,9 +50,11 @@ class ActorCritic(nn.Module):
         value_range: makes the critic a classifier over bins of this range (HL-Gauss) instead of a regressor.
         value_bins: how many.
         with_critic: False is a policy alone.
+        precision: of matrix products, in drawing, judging and learning alike; see ``lm_core.training.pick_precision``.
+            Weights, log-probabilities, values and losses stay in float32.
 
     Raises:
-        ValueError: see ``Roles``; also a critic's network without hidden states.
+        ValueError: see ``Roles``; also a critic's network without hidden states, or a precision the device has not.
     """
 
     @typed
@@ -71,8 +75,10 @@ class ActorCritic(nn.Module):
         value_range: tuple[float, float] | None = None,
         value_bins: int = 51,
         with_critic: bool = True,
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
+        self.precision = precision
         self.bins = None
         if value_range is not None:
             self.bins = ValueBins(low=value_range[0], high=value_range[1], bins=value_bins)
@@ -91,6 +97,7 @@ class ActorCritic(nn.Module):
         )
         self.pooled_values = pooled_values
         self.value_head: nn.Linear | None = None
+        pick_precision(precision, self.device)  # refuses what the device cannot do
         if with_critic:
             weight = getattr(self.roles.critic, "output_weight", None)
             if not isinstance(weight, Tensor) or not hasattr(self.roles.critic, "hidden"):
@@ -109,6 +116,9 @@ class ActorCritic(nn.Module):
         """Where the weights are."""
         device: torch.device = next(self.roles.actor.parameters()).device
         return device
+
+    def _computing(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.precision, self.device)
 
     @property
     def vocab_size(self) -> int | None:
@@ -134,7 +144,7 @@ class ActorCritic(nn.Module):
 
     def generate(self, prompts: Any, *, role: Role = "actor", **settings: Any) -> Generation:
         """Responses of the actor (or the reference); arguments as of ``lm_core.generation.generate``."""
-        with self.roles.playing(role) as (network, arguments):
+        with self._computing(), self.roles.playing(role) as (network, arguments):
             return generate(network, prompts, **settings, **arguments)
 
     def score(
@@ -148,7 +158,7 @@ class ActorCritic(nn.Module):
         kept: Tensor | None = None,
     ) -> Scores:
         """Log-probabilities and entropies of responses under the actor or the reference."""
-        with self.roles.playing(role) as (network, arguments):
+        with self._computing(), self.roles.playing(role) as (network, arguments):
             return score_responses(
                 network,
                 ids,
@@ -166,9 +176,9 @@ class ActorCritic(nn.Module):
     ) -> Float[Tensor, "b m k"]:
         """What the value head says before each token but the first."""
         assert self.value_head is not None
-        with self.roles.playing("critic") as (network, arguments):
+        with self._computing(), self.roles.playing("critic") as (network, arguments):
             padded = {} if isinstance(network, PaLM) or bool(mask.all()) else {"mask": mask}
-            hidden = network.hidden(ids, **padded, **arguments)[:, :-1]
+            hidden = network.hidden(ids, **padded, **arguments)[:, :-1].to(self.value_head.weight)
         if self.pooled_values:
             positions = torch.arange(hidden.shape[1], device=ids.device)
             # the state before the first response token is the last that belongs to the prompt

@@ -71,6 +71,7 @@ class GRPOTrainer(RLHFTrainer):
         resume: bool | Literal["auto"] = "auto",
         seed: int = 0,
         device: str = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
         trackers: Sequence[Any] = (),
     ) -> None:
         check_positive(group_size, "group_size")
@@ -101,6 +102,7 @@ class GRPOTrainer(RLHFTrainer):
             keep_checkpoints=keep_checkpoints,
             seed=seed,
             device=device,
+            precision=precision,
         )
         self.pad_value = pad_value
         network = only_one(palm=palm, policy=policy)

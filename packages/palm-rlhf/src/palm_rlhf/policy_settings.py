@@ -46,6 +46,7 @@ class PolicySettings:
     max_norm: float | None = None
     seed: int = 0
     device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = 50
     keep_checkpoints: int | None = 2
     samples_logged: int = 4

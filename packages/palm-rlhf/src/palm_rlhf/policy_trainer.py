@@ -29,6 +29,7 @@ from lm_core.training import (
     MetricsLog,
     RunDirectory,
     pick_device,
+    pick_precision,
     plot_curves,
     progress_bar,
     read_metrics,
@@ -109,7 +110,9 @@ class PolicyTrainer:
         self.resume, self.trackers = resume, list(trackers)
         self.kl = KLCoefficient(settings.kl_div_loss_weight, target=settings.kl_target, horizon=settings.kl_horizon)
         self.accelerator = start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
+        pick_precision(settings.precision, self.device)  # refuses what the device cannot do
         self.actor_critic = actor_critic = make_policy().to(self.device)
+        actor_critic.precision = settings.precision
         if self.prompts:
             check_prompts(self.prompts, actor_critic.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):

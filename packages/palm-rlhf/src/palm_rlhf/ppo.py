@@ -76,6 +76,7 @@ class RLHFTrainer(PolicyTrainer):
         resume: "auto" goes on if there is a checkpoint, True demands one, False demands a fresh folder.
         seed: of draws, order and shuffles.
         device: auto takes CUDA, then MPS, then the CPU.
+        precision: of matrix products; "auto" is bf16 on a GPU that has it and fp32 elsewhere.
         trackers: objects with ``log(values, step=...)``.
 
     Raises:
@@ -140,6 +141,7 @@ class RLHFTrainer(PolicyTrainer):
         resume: bool | Literal["auto"] = "auto",
         seed: int = 0,
         device: str = "auto",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
         trackers: Sequence[Any] = (),
     ) -> None:
         compares = advantage_estimator in ("group", "rloo")
@@ -175,6 +177,7 @@ class RLHFTrainer(PolicyTrainer):
             keep_checkpoints=keep_checkpoints,
             seed=seed,
             device=device,
+            precision=precision,
         )
         policy = only_one(palm=palm, policy=policy, actor_critic=actor_critic)
         if actor_critic is not None and advantage_estimator == "gae" and actor_critic.value_head is None:

@@ -171,12 +171,11 @@ class RewardModelTrainer:
                 row = {"loss": loss, "learning_rate": self.schedule.learning_rate}
                 last = self.step == self.max_steps
                 if self.step % self.validate_every == 0 or last:
-                    self.last_accuracy = row["validation_accuracy"] = self.accuracy()
+                    self._validate()
+                    row["validation_accuracy"] = self.last_accuracy
                 if log is not None:
                     log.log(self.step, row)
                     log.progress.update()
-                if last and self.normalize:
-                    self._normalize()
                 if interrupt.should_stop() and not last:
                     outcome = "interrupted"
                 if run is not None and (self.step % self.checkpoint_every == 0 or last or outcome == "interrupted"):
@@ -187,23 +186,21 @@ class RewardModelTrainer:
         checkpoints = None if run is None else run.checkpoints
         return RewardResult(outcome, self.step, self.first_accuracy, self.last_accuracy, checkpoints)
 
-    def _normalize(self) -> None:
-        chosen, rejected = self._predictions(self.held_out or self.examples[:256])
-        deviation = float(torch.cat((chosen, rejected)).double().std())
-        if deviation > 0:
-            self.model.standardize(mean=float(chosen.double().mean()), deviation=deviation)
-
     def accuracy(self, examples: Sequence[Preference | Labelled] | None = None) -> float:
         """On held-out examples, or those given; see ``RewardResult``."""
         examples = self.held_out if examples is None else examples
-        if not examples:
-            return float("nan")
-        first, second = self._predictions(examples)
-        if isinstance(examples[0], Preference):
-            return float(((first > second).float() + 0.5 * (first == second).float()).mean())
-        if self.model.num_binned_output:
-            return float((first.argmax(dim=-1) == second).float().mean())
-        return float(1 - (first - second).square().mean() / second.var(correction=0).clamp(min=1e-12))
+        return _accuracy(type(examples[0]), *self._predictions(examples)) if examples else float("nan")
+
+    def _validate(self) -> None:
+        """Sets ``last_accuracy``; after the last update, rewards then get their scale."""
+        normalize = self.normalize and self.step == self.max_steps
+        if self.held_out:
+            first, second = self._predictions(self.held_out)
+            self.last_accuracy = _accuracy(type(self.held_out[0]), first, second)
+        elif normalize:
+            first, second = self._predictions(self.examples[:256])
+        if normalize and float(deviation := torch.cat((first, second)).double().std()) > 0:
+            self.model.standardize(mean=float(first.double().mean()), deviation=float(deviation))
 
     @torch.no_grad()
     def _predictions(self, examples: Sequence[Preference | Labelled]) -> tuple[Tensor, Tensor]:
@@ -333,6 +330,15 @@ class RewardModelTrainer:
             tokenizer=self.tokenizer if callable(saves) else None,
             keep=self.keep,
         )
+
+
+def _accuracy(kind: type, first: Tensor, second: Tensor) -> float:
+    """Of rewards of chosen and rejected, of logits of bins and bins, or of numbers and labels."""
+    if issubclass(kind, Preference):
+        return float(((first > second).float() + 0.5 * (first == second).float()).mean())
+    if first.ndim == 2:
+        return float((first.argmax(dim=-1) == second).float().mean())
+    return float(1 - (first - second).square().mean() / second.var(correction=0).clamp(min=1e-12))
 
 
 def _check(example: Preference | Labelled, model: RewardModel) -> None:

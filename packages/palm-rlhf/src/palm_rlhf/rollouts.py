@@ -19,6 +19,7 @@ from lm_core.generation import eval_mode
 from lm_core.masking import prompt_mask_from_lengths, right_pad
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.prompts import Prompt
+from palm_rlhf.roles import Role
 from palm_rlhf.scoring import pack_kept
 
 
@@ -125,8 +126,9 @@ def draw_rollout(
     *,
     tokenizer: Any = None,
     generator: torch.Generator | None = None,
+    role: Role = "actor",
 ) -> Rollout:
-    """One response of the actor to each prompt.
+    """One response to each prompt, of the actor or the reference.
 
     Raises:
         ValueError: a prompt leaves no room for a response, or a setting is out of range.
@@ -151,6 +153,7 @@ def draw_rollout(
     with torch.no_grad(), eval_mode(policy):
         result = policy.generate(
             [prompt.ids.to(policy.device) for prompt in prompts],
+            role=role,
             max_new_tokens=room,
             temperature=settings.temperature,
             filters=[*settings.filters, *([] if recorder is None else [recorder])],

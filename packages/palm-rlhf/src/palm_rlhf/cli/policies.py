@@ -31,7 +31,7 @@ def ppo(
     eps_clip: float = 0.2,
     value_clip: float | None = None,
     beta_s: float = 0.0,
-    kl_div_loss_weight: float = 0.1,
+    kl_div_loss_weight: float = 0.2,
     kl_in: Literal["reward", "loss"] = "reward",
     kl_estimator: Literal["k1", "k2", "k3"] = "k1",
     kl_target: float | None = None,

@@ -1,5 +1,6 @@
 """The command ``reward``: a typed function that flags and help are made from."""
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ import torch
 from lm_core.checkpoint import checkpoint_folder
 from lm_core.corpora import load_corpus
 from lm_core.distributed import rank
+from lm_core.run_directory import Result, write_summary
 from lm_core.tokenizers import load_tokenizer
 from palm_rlhf.cli.sources import BASE, REWARD, ended
 from palm_rlhf.palm import PaLM
@@ -23,7 +25,7 @@ def reward(
     lora_r: int = 8,
     dropout: float = 0.05,
     stdlib_pairs: int = 1600,
-    max_steps: int = 100,
+    max_steps: int = 80,
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     normalize: bool = True,
@@ -33,7 +35,7 @@ def reward(
     checkpoint_every: int = 100,
     resume: bool | Literal["auto"] = "auto",
 ) -> int:
-    """Trains a reward model on pairs; by default, real continuations of Python source against shuffled ones.
+    """Trains a reward model on pairs; by default, real continuations of Python source against spoilt ones.
 
     Args:
         checkpoint: folder of a PaLM or of the run that trained it.
@@ -68,7 +70,7 @@ def reward(
     if pairs == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)
         examples = corrupted_pairs(corpus.train, count=stdlib_pairs, seed=0)
-        held_out = held_out or corrupted_pairs(corpus.validation, count=300, seed=1)
+        held_out = held_out or corrupted_pairs(corpus.validation, count=256, seed=1)
     torch.manual_seed(seed)
     model = RewardModel(
         PaLM.from_pretrained(folder), num_binned_output=num_binned_output, lora_r=lora_r, dropout=dropout
@@ -82,6 +84,7 @@ def reward(
         batch_size=batch_size,
         learning_rate=learning_rate,
         normalize=normalize,
+        validate_every=max_steps,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -90,7 +93,12 @@ def reward(
     )
     say = print if rank() == 0 else (lambda *_: None)
     say(f"reward model on {folder}: {len(trainer.examples)} examples, {len(trainer.held_out)} held out")
+    started = time.monotonic()
     result = trainer.train()
     say(f"held out    accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
+    say(f"curves      {Path(checkpoint_dir) / 'curves.png'}")
     say(f"checkpoint  {Path(checkpoint_dir) / 'checkpoints' / f'step-{result.step}'}")
+    if result.outcome == "finished" and rank() == 0:
+        key = Result("held-out accuracy of the reward", result.last_accuracy, result.first_accuracy, "higher")
+        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started)
     return ended(result.outcome)

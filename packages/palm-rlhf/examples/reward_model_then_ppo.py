@@ -1,0 +1,49 @@
+"""A reward model trained on pairs of texts, then PPO against it: two models and a reference on ONE base.
+
+The taste to be learned is simple: answers in digits are better than answers in letters.
+"""
+
+import random
+
+import torch
+
+from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf import PaLM, RewardModel, RewardModelTrainer, RLHFTrainer
+
+torch.manual_seed(0)
+chance = random.Random(0)
+tokenizer = ByteTokenizer()
+palm = PaLM(num_tokens=tokenizer.vocab_size, dim=64, depth=2, dim_head=16, heads=4)
+
+
+def word(letters: str) -> str:
+    return "".join(chance.choices(letters, k=6))
+
+
+pairs = [
+    {"prompt": f"{word('abcdef')}: ", "chosen": word("0123456789"), "rejected": word("0123456789ghijklmnop")}
+    for _ in range(300)
+]
+reward_model = RewardModel(palm, dropout=0.0)
+judged = RewardModelTrainer(
+    reward_model=reward_model, pairs=pairs, tokenizer=tokenizer, max_steps=60, learning_rate=5e-3, device="cpu"
+).train()
+print(f"accuracy on held-out pairs: {judged.first_accuracy:.2f} before, {judged.last_accuracy:.2f} after")
+
+trainer = RLHFTrainer(
+    palm=palm,
+    reward_model=reward_model,
+    prompts=[f"{word('abcdef')}: " for _ in range(32)],
+    tokenizer=tokenizer,
+    actor_lr=5e-3,
+    critic_lr=5e-3,
+    kl_div_loss_weight=0.02,
+    epochs=2,
+    device="cpu",
+)
+result = trainer.train(num_episodes=15 * 32, update_timesteps=32, max_new_tokens=6)
+for row in (result.metrics[0], result.metrics[-1]):
+    print(f"reward {row['reward']:.2f}, KL {row['kl']:.2f}, explained variance {row['explained_variance']:.2f}")
+print(trainer.generate(24, "fade: ", num_samples=8).tolist())
+print(sorted(palm.finetune_modules), "share one base of", len(palm.palm_parameters()), "tensors")
+assert result.metrics[-1]["reward"] > result.metrics[0]["reward"]

@@ -1,3 +1,5 @@
+import importlib.metadata
+
 """Training parts: groups, schedule, guard, metrics, run folder, devices and Ctrl-C do what their sentences say."""
 
 import itertools
@@ -264,7 +266,7 @@ def _checkpoint(path: Path) -> None:
 
 
 def test_the_record_of_a_run_keeps_its_start_and_every_resume(tmp_path):
-    with RunDirectory(tmp_path / "run", seed=7, settings={"lr": 0.1, "path": Path("x")}, packages=["torch"]) as run:
+    with RunDirectory(tmp_path / "run", seed=7, settings={"lr": 0.1, "path": Path("x")}, packages=["einops"]) as run:
         assert not run.resumes
         assert run.path == tmp_path / "run"
     _checkpoint(tmp_path / "run")
@@ -274,6 +276,7 @@ def test_the_record_of_a_run_keeps_its_start_and_every_resume(tmp_path):
     assert record["argv"] == sys.argv
     assert (record["seed"], record["settings"]) == (7, {"lr": 0.1, "path": "x"})
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["einops"] == importlib.metadata.version("einops")
     assert record["device"].startswith("cpu")
     assert [entry["seed"] for entry in record["resumed"]] == [8]
 

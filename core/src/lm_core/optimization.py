@@ -110,7 +110,10 @@ class LearningRateSchedule:
 
     Args:
         optimizer: anything with ``param_groups``; their learning rates now are the peaks.
-        kind, warmup_steps, total_steps, final_scale: as for ``learning_rate_scale``.
+        kind: as for ``learning_rate_scale``.
+        warmup_steps: as for ``learning_rate_scale``.
+        total_steps: as for ``learning_rate_scale``.
+        final_scale: as for ``learning_rate_scale``.
 
     Raises:
         ValueError: as ``learning_rate_scale``.

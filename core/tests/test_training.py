@@ -1,7 +1,6 @@
-import importlib.metadata
-
 """Training parts: groups, schedule, guard, metrics, run folder, devices and Ctrl-C do what their sentences say."""
 
+import importlib.metadata
 import itertools
 import json
 import math

@@ -352,7 +352,8 @@ def docs(session: nox.Session) -> None:
         tools = ("mkdocs-material", "mkdocstrings[python]", "mkdocs-gen-files", "nox", "packaging", "ruff")
         session.install("-c", CONSTRAINTS, *tools)
         arguments = session.posargs or ["build", "--strict"]
-        session.run("python", "-m", "mkdocs", *arguments, "--config-file", ".github/mkdocs.yml")
+        quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}  # of news, not of faults
+        session.run("python", "-m", "mkdocs", *arguments, "--config-file", ".github/mkdocs.yml", env=quiet)
 
 
 # ------------------------------------------------------------------------------------------------- benchmarks

@@ -17,9 +17,8 @@ sys.path.insert(0, str(ROOT / ".ci"))
 from traps import tests_under, traps_of  # noqa: E402
 from workspace import CORE, DISTRIBUTIONS, PACKAGES, Distribution  # noqa: E402
 
-
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "tests/examples": "together.md"}
 for one in DISTRIBUTIONS.values():
     folder = one.folder.relative_to(ROOT).as_posix()
     PAGES[f"{folder}/README.md"] = f"{one.name}/index.md"
@@ -148,7 +147,7 @@ def examples_of(folder: Path) -> str:
 
 PAGES_WITH_TRAPS = sorted(PACKAGES, key=lambda name: name != "palm-rlhf")
 
-for source, page in list(PAGES.items()):
+for source, page in [item for item in PAGES.items() if item[0].endswith(".md")]:
     text = turned((ROOT / source).read_text("utf-8"), source, page)
     if page.endswith("/index.md"):
         name = page.partition("/")[0]

@@ -17,11 +17,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from measure import table
+from measure import cell, table
 
 PACKAGES = ("palm-rlhf", "coca", "memorizing-transformer", "calm-pytorch", "spin-trainer")
 KNOWN = {"what", "threads", "ours", "times as fast", "share of limit", "axis", "size", "cost", "peer cost", "unit"}
-COLUMNS = ("package", "what", "threads", "peer", "of the peer", "ours", "times as fast", "share of limit")
+COLUMNS = ("package", "what", "threads", "peer", "of the peer", "ours", "times as fast", "share of limit", "notes")
 
 
 def read_rows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -48,12 +48,16 @@ def package_of(script: str) -> str:
 
 
 def flat(row: dict[str, Any], package: str, title: str) -> dict[str, Any]:
-    peers = [name for name in row if name not in KNOWN]
-    missing = {"what", "threads", "ours", "times as fast"} - set(row)
-    if missing or len(peers) != 1:
-        raise SystemExit(f"{package}, {title!r}: a row must have {sorted(missing)} and one peer, got {row}")
+    """A row with its peer's name and text in columns of one name each; what else it tells goes into ``notes``."""
+    others = {name: value for name, value in row.items() if name not in KNOWN and value is not None}
+    peers = [name for name, value in others.items() if isinstance(value, str)]
+    missing = {"what", "threads", "ours", "times as fast"} - {name for name in row if row[name] is not None}
+    if missing or not peers:
+        raise SystemExit(f"{package}, {title!r}: a row must have {sorted(missing)} and a peer, got {row}")
     shared = {name: row[name] for name in KNOWN if row.get(name) is not None}
-    return {"package": package, "title": title, "peer": peers[0], "of the peer": row[peers[0]], **shared}
+    peer = others.pop(peers[0])
+    notes = ", ".join(f"{name} {cell(value)}" for name, value in others.items())
+    return {"package": package, "title": title, "peer": peers[0], "of the peer": peer, **shared, "notes": notes or None}
 
 
 def versions() -> dict[str, str]:

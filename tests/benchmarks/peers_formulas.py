@@ -1,9 +1,8 @@
-"""Losses beside the formulas of TRL and open_clip, forward and backward: time over vocabulary and batch.
+"""Log-probabilities of tokens beside TRL's formula, forward and backward, over the size of the vocabulary.
 
     nox -s bench_peers -- formulas
 
-TRL scores tokens from the full logits: the chosen logit less the log-sum-exp of its row. open_clip's contrastive loss
-holds the matrix of similarities and takes the cross-entropy of its rows and columns. Both are written out here. The
+TRL scores tokens from the full logits: the chosen logit less the log-sum-exp of its row; that is written out here. The
 limit is three products (scores, and the gradients of both sides), at the matrix-product peak measured in turns.
 """
 
@@ -12,14 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import arguments, in_turns, matmul_flops, median, ratio, report
 from torch import Tensor
 
-from coca.contrastive import softmax_contrastive_loss
 from lm_core.losses import hidden_log_probs
 
-TOKENS, DIM, LATENTS = 1024, 512, 512
+TOKENS, DIM = 1024, 512
 
 
 def trl_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -27,13 +24,6 @@ def trl_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     logits = hidden[:, :-1] @ weight.t()
     chosen = logits.gather(-1, ids[:, 1:, None])[..., 0]
     return chosen - torch.stack([row.logsumexp(-1) for row in logits])
-
-
-def open_clip_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """Mean of the cross-entropies of the similarities' rows and columns."""
-    labels = torch.arange(images.shape[0])
-    to_text = scale * images @ texts.t()
-    return (F.cross_entropy(to_text, labels) + F.cross_entropy(scale * texts @ images.t(), labels)) / 2
 
 
 def stepped(loss: Callable[[], Tensor], leaves: list[Tensor]) -> None:
@@ -84,33 +74,16 @@ def log_probs(vocabulary: int) -> dict[str, Any]:
     return {**found, "axis": "vocabulary", "size": vocabulary}
 
 
-def contrastive(batch: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    images, texts = (F.normalize(torch.randn(batch, LATENTS), dim=-1).requires_grad_() for _ in range(2))
-    scale = torch.tensor(14.0, requires_grad=True)
-    found = row(
-        f"contrastive loss, {batch:,} pairs",
-        "open_clip's formula",
-        lambda: softmax_contrastive_loss(images, texts, scale),
-        lambda: open_clip_loss(images, texts, scale),
-        [images, texts, scale],
-        6.0 * batch * batch * LATENTS,
-    )
-    return {**found, "axis": "batch", "size": batch}
-
-
 def main() -> None:
     options = arguments(
         __doc__.splitlines()[0],
         vocabulary={"type": int, "nargs": "+", "default": [8_192, 32_768, 131_072]},
-        batch={"type": int, "nargs": "+", "default": [512, 1024, 2048, 4096]},
     )
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         rows += [log_probs(vocabulary) for vocabulary in options.vocabulary]
-        rows += [contrastive(batch) for batch in options.batch]
-    report("Losses and the formulas of TRL and open_clip, forward + backward, float32", rows, options.json)
+    report("Log-probabilities and TRL's formula, forward + backward, float32", rows, options.json)
 
 
 if __name__ == "__main__":

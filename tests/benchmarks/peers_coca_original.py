@@ -2,16 +2,21 @@
 
 The original has no captioning; its naive loop here is what its users write: the whole forward for every token.
 `BENCH_PEERS` is the folder that holds `coca/` with the original installed into it.
+
+The share of the limit is that of ours. A training step's limit is its matrix products at the best speed that large
+products reach here; a caption's is reading the decoder's weights once a token at the speed of the memory.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, in_turns, matmul_flops, median, ratio, report, timed
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(os.environ["BENCH_PEERS"]) / "coca"))
 
@@ -28,8 +33,30 @@ parsed = arguments(
 DIM, VOCABULARY, BATCH, TEXT, IMAGE = 256, 8192, 16, 65, 64
 
 
-def training(models: dict[str, torch.nn.Module], threads: int) -> dict[str, Any]:
-    text, image = torch.randint(1, VOCABULARY, (BATCH, TEXT)), torch.randn(BATCH, IMAGE, DIM)
+def row(what: str, threads: int, seconds: dict[str, list[float]], **more: Any) -> dict[str, Any]:
+    return {
+        "what": what,
+        "threads": threads,
+        "original": f"{median(seconds['original']):.3f} s",
+        "ours": f"{median(seconds['ours']):.3f} s",
+        "times as fast": ratio(seconds["original"], seconds["ours"]),
+        "cost": median(seconds["ours"]),
+        "peer cost": median(seconds["original"]),
+        "unit": "s",
+        **more,
+    }
+
+
+def training_flops(model: CoCa, step: Callable[[], object], batch: int) -> float:
+    """Floating-point operations of a step's matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    # The counter does not look into the loss's own operator: three products with the vocabulary.
+    return counter.get_total_flops() + 3 * 2 * batch * (TEXT - 1) * DIM * VOCABULARY
+
+
+def training(models: dict[str, Any], threads: int, batch: int, rounds: int) -> dict[str, Any]:
+    text, image = torch.randint(1, VOCABULARY, (batch, TEXT)), torch.randn(batch, IMAGE, DIM)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
 
     def step(name: str) -> None:
@@ -37,48 +64,54 @@ def training(models: dict[str, torch.nn.Module], threads: int) -> dict[str, Any]
         models[name](text, image_tokens=image, return_loss=True).backward()
         optimizers[name].step()
 
-    seconds = in_turns({name: partial(step, name) for name in models}, parsed.rounds)
-    return {
-        "what": f"training step, batch {BATCH}, text {TEXT}",
-        "threads": threads,
-        "original": f"{median(seconds['original']):.3f} s",
-        "ours": f"{median(seconds['ours']):.3f} s",
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-    }
+    flops = training_flops(models["ours"], partial(step, "ours"), batch)
+    limit = flops / matmul_flops()
+    seconds = in_turns({name: partial(step, name) for name in models}, rounds)
+    share = limit / median(seconds["ours"])
+    what = f"training step, batch {batch}, text {TEXT}"
+    return row(what, threads, seconds, **{"share of limit": share, "axis": "batch, training", "size": batch})
 
 
-def captioning(original: torch.nn.Module, ours: CoCa, threads: int) -> list[dict[str, Any]]:
-    image, start = torch.randn(parsed.captions, IMAGE, DIM), torch.ones(parsed.captions, 1, dtype=torch.long)
+@torch.no_grad()
+def naive(original: Any, image: torch.Tensor, start: torch.Tensor, tokens: int) -> torch.Tensor:
+    ids = start
+    for _ in range(tokens):
+        logits = original(ids, image_tokens=image)[:, -1]
+        logits[:, 0] = -torch.inf
+        ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    return ids[:, 1:]
 
-    @torch.no_grad()
-    def naive() -> torch.Tensor:
-        ids = start
-        for _ in range(parsed.tokens):
-            logits = original(ids, image_tokens=image)[:, -1]
-            logits[:, 0] = -torch.inf
-            ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
-        return ids[:, 1:]
 
-    settings = {"image_tokens": image, "prefix": start, "max_new_tokens": parsed.tokens}
-    variants = {
-        "original": naive,
-        "captioning": partial(ours.generate, **settings),
-        "captioning, uncached": partial(ours.generate, **settings, use_cache=False),
-    }
-    if not torch.equal(naive(), variants["captioning"]()):
+def weights_read(model: CoCa) -> float:
+    """Seconds in which the memory gives the decoder's weights once."""
+    parts = (model.unimodal_layers, model.multimodal_layers, model.token_emb)
+    weights = [p.detach() for part in parts for p in part.parameters() if p.ndim == 2]
+    return min(timed(lambda: [weight.sum() for weight in weights]) for _ in range(20))
+
+
+def captioning(
+    models: dict[str, Any], threads: int, captions: int, tokens: int, rounds: int, axis: str, cached: bool = True
+) -> dict[str, Any]:
+    image, start = torch.randn(captions, IMAGE, DIM), torch.ones(captions, 1, dtype=torch.long)
+    settings = {"image_tokens": image, "prefix": start, "max_new_tokens": tokens, "use_cache": cached}
+    results: dict[str, torch.Tensor] = {}
+
+    def run(name: str) -> None:
+        if name == "ours":
+            results[name] = models["ours"].generate(**settings)
+        else:
+            results[name] = naive(models["original"], image, start, tokens)
+
+    seconds = in_turns({name: partial(run, name) for name in models}, rounds)
+    if not torch.equal(results["original"], results["ours"]):
         raise SystemExit("the original and ours must caption alike")
-    seconds = in_turns(variants, parsed.rounds)
-    count = parsed.captions * parsed.tokens
-    return [
-        {
-            "what": f"{name}, {parsed.captions} x {parsed.tokens} tokens",
-            "threads": threads,
-            "original": f"{count / median(seconds['original']):.0f} tokens/s",
-            "ours": f"{count / median(seconds[name]):.0f} tokens/s",
-            "times as fast": ratio(seconds["original"], seconds[name]),
-        }
-        for name in ("captioning", "captioning, uncached")
-    ]
+    count = captions * tokens
+    speed = {name: f"{count / median(seconds[name]):.0f} tokens/s" for name in models}
+    more: dict[str, Any] = {"axis": axis, "size": tokens if axis == "new tokens" else captions}
+    if cached:
+        more["share of limit"] = weights_read(models["ours"]) * tokens / median(seconds["ours"])
+    what = f"captions{'' if cached else ' without our cache'}, {captions} x {tokens} tokens"
+    return row(what, threads, seconds, **more) | speed
 
 
 rows = []
@@ -86,7 +119,11 @@ for threads in parsed.threads:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     original = Original(dim=DIM, num_tokens=VOCABULARY, unimodal_depth=3, multimodal_depth=3)
-    ours = from_coca_pytorch(original.state_dict())
-    rows += [training({"original": original, "ours": ours}, threads), *captioning(original, ours, threads)]
+    models = {"original": original, "ours": from_coca_pytorch(original.state_dict())}
+    rows += [training(models, threads, BATCH, parsed.rounds), training(models, threads, BATCH // 4, 2)]
+    rows.append(captioning(models, threads, parsed.captions, parsed.tokens, parsed.rounds, "new tokens"))
+    rows.append(captioning(models, threads, parsed.captions, parsed.tokens // 2, 1, "new tokens", cached=False))
+    rows += [captioning(models, threads, parsed.captions, tokens, 1, "new tokens") for tokens in (16, 32)]
+    rows += [captioning(models, threads, captions, 16, 1, "batch, captions") for captions in (1, 16)]
 title = f"CoCa and the original, dim {DIM}, 3 + 3 layers, vocabulary {VOCABULARY}, {IMAGE} image tokens"
 report(title, rows, parsed.json)

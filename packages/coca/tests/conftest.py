@@ -5,8 +5,6 @@ import os
 import pytest
 import torch
 
-from coca import CoCa, VisionTransformer
-
 PAD, BOS, EOS = 0, 1, 2
 
 
@@ -21,6 +19,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def make_coca():
     """A small CoCa over precomputed image tokens of 12 features, or with a ViT over 8 x 8 grey images."""
+
+    # Here, not above: the run-time shape checker must be in place before the package is imported.
+    from coca import CoCa, VisionTransformer
 
     def make(vit=False, seed=0, **changes):
         torch.manual_seed(seed)

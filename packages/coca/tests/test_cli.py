@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from coca import CoCa, ImagePreprocessing
-from coca.cli import build_parser, main
+from coca.cli import main
 from coca.digits import CLASS_NAMES, handwritten_digits
 from coca.image_files import load_images
 from coca.interop import load_coca_pytorch
@@ -53,6 +53,11 @@ def test_the_quickstart_trains_on_the_digits(tmp_path, capsys):
     assert "digits: 1,438 images to learn from, 359 held out" in out
     assert "zero_shot_accuracy" in out
     assert (tmp_path / "run" / "grid.png").is_file()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
+    assert summary["steps"] == 3
+    names = [result["name"] for result in summary["results"]]
+    assert names[:2] == ["zero-shot accuracy, held-out digits", "captions that name the class, held-out digits"]
+    assert all({"before", "after"} <= result.keys() for result in summary["results"])
     assert main([*TRAIN, "--checkpoint_dir", str(tmp_path / "run")]) == 0
     assert "finished before" in capsys.readouterr().out
 
@@ -207,8 +212,9 @@ def test_the_configuration_is_printed_and_read(tmp_path, capsys):
     assert "\ndim: 25\n" in "\n" + capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("given", "meant"), [("0.1", 0.1), ("other.csv", "other.csv")])
-def test_held_out_is_a_part_or_a_source(given, meant):
-    chosen = build_parser().parse(["train", "--held_out", given])
+def test_other_files_are_held_out_if_given(run, digit_files, tmp_path, capsys):
+    sizes = ["--image_size", "8", "--channels", "1", "--checkpoint_dir", str(tmp_path / "run")]
+    sources = ["--data", str(digit_files), "--validation_data", str(run.parent / "images")]
+    assert main([*TRAIN, *sizes, *sources]) == 0
 
-    assert chosen.train.held_out == meant
+    assert "40 images to learn from, 39 held out" in capsys.readouterr().out

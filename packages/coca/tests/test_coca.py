@@ -154,15 +154,19 @@ def test_positions_stay_distinct_in_bfloat16(make_coca):
     assert len(torch.cat((cos, sin), dim=-1).unique(dim=0)) == 600
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_autocast_to_bfloat16_is_near_float32(make_coca, make_batch, loss):
+def test_autocast_to_half_precision_is_near_float32(make_coca, make_batch, loss, dtype):
     model, (text, _) = make_coca(vit=True, loss=loss), make_batch()
     images = torch.randn(4, 1, 8, 8)
     exact = model.loss(text, images)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         rough = model.loss(text, images)
+        captions = model.generate(images, max_new_tokens=10, min_new_tokens=10)
     rough.total.backward()
 
+    assert captions.shape == (4, 10)
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     assert rough.total.dtype == torch.float32
     torch.testing.assert_close(rough.caption, exact.caption, atol=0.1, rtol=0)
     torch.testing.assert_close(rough.contrastive, exact.contrastive, atol=0.3, rtol=0)

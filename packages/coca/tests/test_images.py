@@ -189,6 +189,61 @@ def hugging_face(kind):
     return transformers.ResNetModel(config)
 
 
+def vit_pytorch_extractor(detach=False):
+    vit_pytorch = pytest.importorskip("vit_pytorch", reason="vit-pytorch is not installed")
+    from vit_pytorch.extractor import Extractor as Wrapped
+
+    sizes = {"dim": 12, "depth": 1, "heads": 2, "mlp_dim": 16, "dim_head": 4, "channels": 1, "num_classes": 3}
+    vit = vit_pytorch.ViT(image_size=8, patch_size=4, **sizes)
+    return Wrapped(vit, return_embeddings_only=True, detach=detach)
+
+
+def timm_model(name, **settings):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=1, **settings)
+
+
+LIBRARIES = {
+    "vit-pytorch's Extractor": (vit_pytorch_extractor, 8, (5, 12)),
+    "timm's ViT": (
+        lambda: timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2),
+        32,
+        (5, 12),
+    ),
+    "timm's ResNet": (lambda: timm_model("resnet10t"), 32, (1, 512)),
+    "timm's Swin": (
+        lambda: timm_model(
+            "swin_tiny_patch4_window7_224", img_size=32, embed_dim=12, depths=(1, 1), num_heads=(2, 2), window_size=4
+        ),
+        32,
+        (16, 24),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", list(LIBRARIES))
+def test_an_encoder_of_another_library_gives_tokens_and_is_trained(name):
+    make, size, shape = LIBRARIES[name]
+    model = CoCa(**SIZES, img_encoder=make())
+    images, text = torch.randn(2, 1, size, size), torch.tensor([[3, 4, 5], [6, 7, 8]])
+
+    tokens = model.img_encoder(images)
+    model(text, images, return_loss=True).backward()
+
+    assert tokens.shape == (2, *shape)
+    gradients = [p.grad for p in model.img_encoder.parameters() if p.grad is not None]
+    assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_vit_pytorchs_extractor_that_detaches_is_told_of():
+    model = CoCa(**SIZES, img_encoder=vit_pytorch_extractor(detach=True))
+
+    with pytest.warns(UserWarning, match=r"Extractor returns tokens without gradient .*detach=False"):
+        model(torch.tensor([[3, 4, 5]]), torch.randn(1, 1, 8, 8), return_loss=True)
+
+
 ENCODERS = {
     "our ViT": (lambda: VisionTransformer(image_size=8, patch_size=4, channels=1, dim=12, depth=1), 4),
     "Extractor": (lambda: Extractor(detach=False), 4),

@@ -126,8 +126,11 @@ def test_a_run_writes_what_it_says(whole_run):
     assert model.preprocessing == PREPROCESSING
     rows = rows_of(folder)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows if "zero_shot_accuracy" in row] == [0, 3, 6]
-    assert all(isinstance(row["sample_caption"], str) for row in rows if "zero_shot_accuracy" in row)
+    validations = [row for row in rows if "validation_zero_shot_accuracy" in row]
+    assert [row["step"] for row in validations] == [0, 3, 6]
+    assert all(isinstance(row["sample_caption"], str) for row in validations)
+    assert result.first_metrics["caption_loss"] == pytest.approx(validations[0]["validation_caption_loss"])
+    assert result.metrics["caption_loss"] == pytest.approx(validations[-1]["validation_caption_loss"])
 
 
 @pytest.mark.plain
@@ -141,6 +144,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step, capfd
     for name, value in weights(whole_run[0], 6).items():
         assert torch.equal(weights(tmp_path, 6)[name], value), name
     assert rows_of(tmp_path) == rows_of(whole_run[0])
+    assert resumed.first_metrics == whole_run[1].first_metrics
 
 
 def test_training_stops_in_time_and_goes_on(whole_run, tmp_path):
@@ -156,7 +160,7 @@ def test_training_stops_in_time_and_goes_on(whole_run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"dim": 16}, TINY, "is of another model: dim is 16, but was 8"),
+        ({"dim": 16}, TINY, "another architecture: dim is 16, but was 8"),
         ({}, replace(TINY, seed=1), "was made with seed 0, it cannot go on with 1"),
     ],
 )

@@ -16,10 +16,12 @@ from coca.model_settings import ModelSettings, build_model, encoder_preprocessin
 from coca.preprocessing import ImagePreprocessing
 from coca.training_settings import TrainingSettings
 from lm_core.command_line import run_command, say, say_how_to_go_on, summary_of, taken_out
+from lm_core.run_directory import Result, write_summary
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import seed_everything
 
 if TYPE_CHECKING:
+    from coca.trainer import TrainingResult
     from lm_core.command_parser import CommandParser
 
 TRAIN = """Trains a CoCa on images with captions; without arguments, on handwritten digits (about two minutes on two CPU
@@ -42,7 +44,8 @@ def train(
     model: ModelSettings,
     settings: TrainingSettings,
     data: str = "digits",
-    held_out: float | str = 0.2,
+    validation_data: str | None = None,
+    validation_fraction: float = 0.2,
     image_column: str = "image",
     caption_column: str = "caption",
     label_column: str = "label",
@@ -59,7 +62,8 @@ def train(
         model: sizes of the model.
         settings: of the training.
         data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
-        held_out: part of the images to hold out, or a further source of images.
+        validation_data: the same, held out.
+        validation_fraction: how much of data is held out where validation_data is not given.
         image_column: of a table, the path of an image.
         caption_column: of a table, a caption.
         label_column: of a table, the class of an image, if it has one; held-out images are then classified.
@@ -74,13 +78,13 @@ def train(
         The exit status.
     """
     from coca.trainer import CoCaTrainer
-    from lm_core.distributed import world_size
+    from lm_core.distributed import rank, world_size
 
     encoder = load_tokenizer(tokenizer)
     preprocessing = _preprocessing(model, data)
     columns = {"image_column": image_column, "caption_column": caption_column, "label_column": label_column}
     reading: dict[str, Any] = {"templates": tuple(templates or ()), "max_unreadable": max_unreadable, **columns}
-    train_data, held_out_data = _data(data, held_out, preprocessing, settings.seed, reading)
+    train_data, held_out_data = _data(data, validation_data or validation_fraction, preprocessing, reading)
     seed_everything(settings.seed)
     coca = build_model(model, encoder, preprocessing)
     trainer = CoCaTrainer(
@@ -110,7 +114,32 @@ def train(
     say(f"grid        {result.grid}: held-out images, their generated captions and the nearest texts")
     if result.outcome != "finished":
         return say_how_to_go_on("coca", result.outcome, result.step, settings.max_steps)
+    if rank() == 0:
+        write_summary(checkpoint_dir, _results(result, data), steps=result.step, seconds=result.seconds)
     return 0
+
+
+def _results(result: "TrainingResult", data: str) -> list[Result]:
+    """What the run came to: at most three numbers, accuracies where classes are known, else recall, else losses."""
+    names = {
+        "zero_shot_accuracy": "zero-shot accuracy",
+        "caption_accuracy": "captions that name the class",
+        "image_to_text_r@1": "recall at 1, image to text",
+        "text_to_image_r@1": "recall at 1, text to image",
+        "caption_loss": "caption loss, nats/token",
+        "contrastive_loss": "contrastive loss, nats",
+    }
+    what = "held-out digits" if data == "digits" else "held-out images"
+    found = [
+        Result(f"{words}, {what}", result.metrics[name], result.first_metrics.get(name), _better(name))
+        for name, words in names.items()
+        if name in result.metrics
+    ]
+    return found[:3]
+
+
+def _better(metric: str) -> Literal["lower", "higher"]:
+    return "lower" if metric.endswith("loss") else "higher"
 
 
 def _preprocessing(model: ModelSettings, data: str) -> ImagePreprocessing:
@@ -125,7 +154,7 @@ def _preprocessing(model: ModelSettings, data: str) -> ImagePreprocessing:
 
 
 def _data(
-    source: str, held_out: float | str, preprocessing: ImagePreprocessing, seed: int, reading: dict[str, Any]
+    source: str, held_out: float | str, preprocessing: ImagePreprocessing, reading: dict[str, Any]
 ) -> tuple[CaptionedImages, CaptionedImages]:
     images = (
         handwritten_digits() if source == "digits" else load_images(source, preprocessing, progress=True, **reading)

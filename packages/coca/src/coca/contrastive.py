@@ -6,9 +6,9 @@ whose value is the global one on every rank, and whose gradient, after the mean 
 over ranks, is that of one process with the whole batch, for the towers and for scale and bias alike. Whether there are
 several processes is asked at each call.
 
-Neither loss holds the similarity matrix: the softmax is ``linear_cross_entropy`` with the other side's latents as
-classes, the sigmoid runs in blocks of rows that the backward computes again. Both compute in float32 at least, outside
-autocast, since scores go up to the scale.
+Neither loss holds the similarity matrix (``coca.pair_scores``). On several processes the two directions of the softmax
+have different matrices: each is then ``linear_cross_entropy`` with the other side's latents as classes. All compute in
+float32 at least, outside autocast, since scores go up to the scale.
 
 Legend: b pairs of this process, s pairs of all, d feature.
 """
@@ -16,16 +16,12 @@ Legend: b pairs of this process, s pairs of all, d feature.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from coca.pair_scores import TILE_SCORES, summed_sigmoid, summed_softmax
 from lm_core.distributed import all_gather, all_reduce_sum, rank, world_size
 from lm_core.losses import linear_cross_entropy
-
-# Scores a block of the sigmoid loss holds at a time (32 MiB of float32).
-_BLOCK_SCORES = 8 * 2**20
 
 
 def global_mean(share: Float[Tensor, ""], *, process_group: Any = None, gather: bool = True) -> Float[Tensor, ""]:
@@ -66,6 +62,10 @@ def softmax_contrastive_loss(
     images, texts, scale = _checked(image_latents, text_latents, logit_scale)
     with torch.autocast(images.device.type, enabled=False):
         all_images, all_texts, first, total = _gathered(images, texts, process_group, gather)
+        if not gather or world_size(process_group) == 1:
+            return (
+                summed_softmax(images, texts, scale, _rows(total, chunk_size), _learns(images, texts, scale))[0] / total
+            )
         labels = torch.arange(first, first + images.shape[0], device=images.device)
         to_text, to_image = (
             linear_cross_entropy(own * scale, others, labels, normalizer=total, chunk_size=chunk_size)
@@ -92,23 +92,18 @@ def sigmoid_contrastive_loss(
     bias = logit_bias.to(images.dtype)
     with torch.autocast(images.device.type, enabled=False):
         _, all_texts, first, total = _gathered(images, texts, process_group, gather)
-        size = chunk_size or max(_BLOCK_SCORES // max(total, 1), 1)
-        share = images.new_zeros(())
-        for start in range(0, images.shape[0], size):
-            block = (images[start : start + size], all_texts, scale, bias, first + start)
-            if images.shape[0] <= size:
-                share = share + _sigmoid_block(*block)
-            else:
-                share = share + checkpoint(_sigmoid_block, *block, use_reentrant=False)
+        needed = _learns(images, texts, scale, bias)
+        share = summed_sigmoid(images, all_texts, scale, bias, first, _rows(total, chunk_size), needed)[0]
         return global_mean(share / total, process_group=process_group, gather=gather)
 
 
-def _sigmoid_block(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int) -> Tensor:
-    scores = images @ texts.t() * scale + bias
-    matches = torch.arange(texts.shape[0], device=texts.device) == torch.arange(
-        first, first + images.shape[0], device=texts.device
-    ).unsqueeze(-1)
-    return -F.logsigmoid(torch.where(matches, scores, -scores)).sum()
+def _rows(columns: int, chunk_size: int | None) -> int:
+    """Rows of a tile."""
+    return chunk_size or max(TILE_SCORES // max(columns, 1), 1)
+
+
+def _learns(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 def _checked(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,7 +54,8 @@ from lm_core.training_run import (
 
 CURVES = (
     *("caption_loss", "validation_caption_loss", "contrastive_loss", "validation_contrastive_loss"),
-    *("zero_shot_accuracy", "caption_accuracy", "image_to_text_r@1", "text_to_image_r@1"),
+    *("validation_zero_shot_accuracy", "validation_caption_accuracy"),
+    *("validation_image_to_text_r@1", "validation_text_to_image_r@1"),
     *("logit_scale", "learning_rate", "grad_norm"),
 )
 GRID_IMAGES = 12
@@ -68,7 +69,9 @@ class TrainingResult:
         outcome: "finished", "interrupted" (Ctrl-C or SIGTERM) or "out of time" (``max_seconds``).
         first_step: updates that were done when this call began.
         step: updates done.
-        metrics: of the last validation; see ``coca.evaluation.evaluate``.
+        first_metrics: of the validation before training; see ``coca.evaluation.evaluate``.
+        metrics: of the last validation.
+        seconds: that this call took.
         checkpoints: folder of the checkpoints; the newest one is of ``step``.
         curves: picture of the metrics; None if matplotlib is not installed.
         grid: picture of held-out images with their generated captions and nearest texts.
@@ -77,7 +80,9 @@ class TrainingResult:
     outcome: Outcome
     first_step: int
     step: int
+    first_metrics: dict[str, float]
     metrics: dict[str, float]
+    seconds: float
     checkpoints: Path
     curves: Path | None
     grid: Path
@@ -167,6 +172,7 @@ class CoCaTrainer:
         self.objective = CoCaObjective(model, precision=self.settings.precision)
         self.guard = NonFiniteGuard()
         self.step = 0
+        self.first_metrics: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self._parallel: Any = None  # the objective as it is called in training, once `_prepare` has made it
 
@@ -185,6 +191,7 @@ class CoCaTrainer:
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         settings = self.settings
+        started = time.monotonic()
         outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
@@ -194,6 +201,7 @@ class CoCaTrainer:
             stopping = Stopping(stack.enter_context(InterruptHandler()), settings.max_seconds)
             if self.step == 0:
                 self._validate(log)
+                self.first_metrics = self.metrics
             while self.step < settings.max_steps and outcome == "finished":
                 log.log(self.step + 1, self._update())
                 self.step += 1
@@ -209,7 +217,17 @@ class CoCaTrainer:
             grid = run.path / "grid.png"
             on_main_process(lambda: self._draw(grid))
             curves = draw_curves(run, CURVES)
-        return TrainingResult(outcome, first_step, self.step, self.metrics, run.checkpoints, curves, grid)
+        return TrainingResult(
+            outcome=outcome,
+            first_step=first_step,
+            step=self.step,
+            first_metrics=self.first_metrics,
+            metrics=self.metrics,
+            seconds=time.monotonic() - started,
+            checkpoints=run.checkpoints,
+            curves=curves,
+            grid=grid,
+        )
 
     def _update(self) -> dict[str, Any]:
         """One optimizer update; the values to log."""
@@ -255,8 +273,7 @@ class CoCaTrainer:
                 first, length = self.held_out.select([0]), self.settings.max_length
                 (sample,) = caption_images(self.model, first, self.tokenizer, self.preprocessing, max_new_tokens=length)
         self.metrics = broadcast_object(found)
-        losses = ("caption_loss", "contrastive_loss")
-        row = {(f"validation_{name}" if name in losses else name): value for name, value in self.metrics.items()}
+        row = {f"validation_{name}": value for name, value in self.metrics.items()}
         log.log(self.step, row, sample_caption=sample, unreadable_images=len(self.data.unreadable))
 
     # ------------------------------------------------------------------------------------- beginning and going on
@@ -288,7 +305,7 @@ class CoCaTrainer:
             settings=asdict(self.settings),
             step=self.step,
             max_steps=self.settings.max_steps,
-            shown=("caption_loss", "contrastive_loss", "zero_shot_accuracy"),
+            shown=("caption_loss", "contrastive_loss", "validation_zero_shot_accuracy"),
         )
         return stack.enter_context(metrics)
 
@@ -314,6 +331,7 @@ class CoCaTrainer:
             self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
         self.schedule.load_state_dict(checkpoint.trainer_state["schedule"])
         self.guard.load_state_dict(checkpoint.trainer_state["guard"])
+        self.first_metrics = dict(checkpoint.trainer_state["first_metrics"])
         self.metrics = dict(checkpoint.trainer_state["metrics"])
         self.step = checkpoint.step
         restore_rng(checkpoint.rng)
@@ -329,6 +347,7 @@ class CoCaTrainer:
                 "schedule": self.schedule.state_dict(),
                 "guard": self.guard.state_dict(),
                 "batches": self.batches.state_dict(),
+                "first_metrics": dict(self.first_metrics),
                 "metrics": dict(self.metrics),
             },
             tokenizer=self.tokenizer,

@@ -1,0 +1,145 @@
+"""The scores of all pairs of images and texts, in tiles of rows: the only code that holds them.
+
+A tile's scores become their gradient and are multiplied into the gradients of the latents before the next tile is made.
+The results are scalars, so the gradients are made in the forward and only scaled in the backward:
+
+- ``summed_softmax``: both directions share one matrix. A column's softmax needs every row, so with several tiles the
+  scores are made twice: four matrix products, three where one tile holds them all (as many as the plain formula).
+- ``summed_sigmoid``: three products.
+
+With ``z = scale * image @ text`` (``+ bias``), ``y`` 1 on matches and 0 elsewhere:
+
+    d softmax loss / d z = (softmax over the row + softmax over the column) / 2 - y    (1)
+    d sigmoid loss / d z = sigmoid(z) - y                                              (2)
+
+They are custom operators, so that ``torch.compile`` takes a call whole instead of unrolling its loop. There are no
+second derivatives.
+
+Legend: b images of this process, s texts of all, t rows of a tile, d feature.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+# Scores of a tile (32 MiB of float32).
+TILE_SCORES = 8 * 2**20
+
+
+class _Gradients:
+    """What flows back into latents, scale and bias, gathered tile by tile."""
+
+    def __init__(self, images: Tensor, texts: Tensor, scale: Tensor, needed: bool) -> None:
+        self._inputs = images, texts, scale
+        self.images = torch.empty_like(images) if needed else images.new_empty(0)
+        self.texts = torch.zeros_like(texts) if needed else texts.new_empty(0)
+        self.scale, self.bias = torch.zeros_like(scale), torch.zeros_like(scale)
+
+    def add(self, gradient: Tensor, tile: slice) -> None:
+        """Takes the gradient ``(t, s)`` of a tile's scores."""
+        images, texts, scale = self._inputs
+        unscaled = torch.mm(gradient, texts, out=self.images[tile])
+        self.scale += (unscaled * images[tile]).sum()
+        self.bias += gradient.sum()
+        unscaled.mul_(scale)
+        self.texts.addmm_(gradient.t(), images[tile] * scale)
+
+
+def _tiles(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+@custom_op("coca::summed_softmax", mutates_args=())
+def summed_softmax(
+    images: Tensor, texts: Tensor, scale: Tensor, tile_size: int, need_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum over the pairs of the mean of both cross-entropies, and its gradients in images, texts and scale.
+
+    Row i of both belongs together, and there are no others.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        several = tile_size < images.shape[0]
+        rows, matches = images.new_empty(images.shape[0]), images.new_empty(images.shape[0])
+        columns = images.new_full((images.shape[0],), -torch.inf)
+        scores = images.new_empty(0)
+        for tile in _tiles(images.shape[0], tile_size):
+            scores = torch.mm(images[tile] * scale, texts.t())
+            rows[tile] = scores.logsumexp(dim=1)
+            columns = torch.logaddexp(columns, scores.logsumexp(dim=0))
+            matches[tile] = scores.diagonal(tile.start)
+        gradients = _Gradients(images, texts, scale, need_gradients)
+        if need_gradients:
+            for tile in _tiles(images.shape[0], tile_size):
+                if several:
+                    scores = torch.mm(images[tile] * scale, texts.t())
+                gradient = (scores - rows[tile, None]).exp_().add_(scores.sub_(columns).exp_()).mul_(0.5)
+                gradient.diagonal(tile.start).sub_(1)  # (1)
+                gradients.add(gradient, tile)
+        return ((rows + columns) / 2 - matches).sum(), gradients.images, gradients.texts, gradients.scale
+
+
+@custom_op("coca::summed_sigmoid", mutates_args=())
+def summed_sigmoid(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int, tile_size: int, need_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum over all pairs of the binary cross-entropy, and its gradients in images, texts, scale and bias.
+
+    Image i belongs to text ``first + i``.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        loss = torch.zeros_like(scale)
+        gradients = _Gradients(images, texts, scale, need_gradients)
+        for tile in _tiles(images.shape[0], tile_size):
+            scores = torch.mm(images[tile] * scale, texts.t()).add_(bias)
+            matches = scores.diagonal(first + tile.start)[: tile.stop - tile.start]
+            matches.neg_()  # now each score is that of a mistake
+            loss += F.softplus(scores, threshold=40).sum()  # exact in float64 too; three times as fast as logsigmoid
+            if need_gradients:
+                scores.sigmoid_()
+                matches.neg_()  # (2): sigmoid(z) - 1 is -sigmoid(-z)
+                gradients.add(scores, tile)
+        return loss, gradients.images, gradients.texts, gradients.scale, gradients.bias
+
+
+@summed_softmax.register_fake
+def _(
+    images: Tensor, texts: Tensor, scale: Tensor, tile_size: int, need_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(scale), *_like(images, texts, need_gradients), torch.empty_like(scale)
+
+
+@summed_sigmoid.register_fake
+def _(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int, tile_size: int, need_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scalars = torch.empty_like(scale), torch.empty_like(bias)
+    return torch.empty_like(scale), *_like(images, texts, need_gradients), *scalars
+
+
+def _like(images: Tensor, texts: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(t) if needed else t.new_empty(0) for t in (images, texts))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.others = len(inputs) - len(output[1:])
+
+
+def _scaled(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    if upstream is None:
+        return (None,) * (len(saved) + ctx.others)
+    # not in place, since a retained graph may come here again
+    gradients = (t * upstream if wanted else None for t, wanted in zip(saved, ctx.needs_input_grad, strict=False))
+    return *gradients, *[None] * ctx.others
+
+
+summed_softmax.register_autograd(_scaled, setup_context=_save)
+summed_sigmoid.register_autograd(_scaled, setup_context=_save)

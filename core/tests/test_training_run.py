@@ -35,8 +35,8 @@ def test_the_last_update_finishes_a_run_even_if_someone_interrupts_it():
     assert Stopping(Interrupt(True), None).outcome(last=True) == "finished"
 
 
-def test_a_log_restores_the_mode_and_leaves_out_settings_that_are_none(tmp_path):
-    model, seen = nn.Linear(2, 2).eval(), []
+def test_a_log_restores_every_modules_mode_and_leaves_out_settings_that_are_none(tmp_path):
+    model, seen = nn.Sequential(nn.Linear(2, 2).eval(), nn.Linear(2, 2)), []
 
     class Accelerator:
         trackers = ()
@@ -60,9 +60,9 @@ def test_a_log_restores_the_mode_and_leaves_out_settings_that_are_none(tmp_path)
             max_steps=3,
         ) as log,
     ):
-        assert model.training
+        assert model[0].training
         log.log(1, loss=2.0)
-    assert not model.training
+    assert [module.training for module in model.modules()] == [True, False, True]
     assert seen == [("p", {"a": 1}), ({"loss": 2.0}, 1)]
     assert [json.loads(line) for line in run.metrics_path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
 

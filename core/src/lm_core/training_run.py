@@ -71,7 +71,7 @@ def open_metrics(
     max_steps: int,
     shown: Sequence[str] = ("loss", "tokens_per_second"),
 ) -> Iterator[MetricsLog]:
-    """The run's log with its bar and trackers; ``objective`` is in training mode inside, and as it was afterwards.
+    """The run's log with its bar and trackers; ``objective`` is in training mode inside, afterwards all as it was.
 
     Args:
         run: entered.
@@ -86,7 +86,8 @@ def open_metrics(
     """
     names, objects = split_trackers(trackers)
     with contextlib.ExitStack() as stack:
-        stack.callback(objective.train, objective.training)
+        for module in objective.modules():
+            stack.callback(setattr, module, "training", module.training)
         objective.train()
         if names:
             accelerator.init_trackers(project, config={k: v for k, v in settings.items() if v is not None})

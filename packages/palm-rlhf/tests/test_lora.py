@@ -283,7 +283,8 @@ def test_cached_generation_with_a_scope_equals_uncached(variant):
     arguments = {"max_new_tokens": 10, "prompt": prompts, "temperature": 0.0, "finetune_scope": "actor"}
     cached = palm.generate(**arguments)
     assert torch.equal(cached, palm.generate(**arguments, use_cache=False))
-    assert not torch.equal(cached, palm.generate(**{**arguments, "finetune_scope": None}))
+    # the scope counts, though both may find the same tokens most likely
+    assert not torch.allclose(palm(prompts[0][None], finetune_scope="actor"), palm(prompts[0][None]))
     palm.merge_finetune_params("actor")
     assert torch.equal(cached, palm.generate(**{**arguments, "finetune_scope": None}))
 

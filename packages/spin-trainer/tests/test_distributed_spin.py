@@ -251,3 +251,32 @@ def test_the_best_iteration_is_put_back_into_shards(outcomes):
 @needs_sharding
 def test_a_sharded_run_is_not_gone_on_with_unsharded(outcomes):
     assert "is of another run, which differs in fsdp; train into another folder" in outcomes[2][1]["refused"]
+
+
+@needs_sharding
+def test_the_command_trains_a_chat_model_in_shards_and_tells_so_once(hugging_face_folder, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {hugging_face_folder}\ndata: {tmp_path}/train.jsonl\nvalidation_data: {tmp_path}/valid.jsonl\n"
+        f"checkpoint_dir: {tmp_path}/run\nmax_seq_len: 40\nepochs: 1\nbatch_size: 2\ngrad_accum_steps: 1\n"
+        "device: cpu\nfsdp: true\nearly_stop_patience: 1\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "spin_trainer", "train", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count("2 process(es)") == 1
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "run" / "iterations" / "iteration-1"
+    trained = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    before = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        moved = (trained(ids).logits - before(ids).logits).abs().max().item()
+    assert 0 < moved < 1  # by two small updates, so not by weights in disorder

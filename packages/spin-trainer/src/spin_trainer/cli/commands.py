@@ -12,6 +12,7 @@ from lm_core.adapters import as_causal_lm
 from lm_core.command_line import INTERRUPTED, command_line
 from lm_core.distributed import rank, world_size
 from lm_core.durable import write_file
+from lm_core.launching import start_accelerator
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
@@ -63,13 +64,14 @@ def train(
     Returns:
         The exit status.
     """
+    if model is None and (data is not None or validation_data is not None):
+        raise ValueError(f"model must be given together with data, got data {data!r} and no model")
+    if model is not None and data is None:
+        raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
+    start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # from here on processes know their rank
     say: Any = print if rank() == 0 else (lambda *_: None)
     if model is None:
-        if data is not None or validation_data is not None:
-            raise ValueError(f"model must be given together with data, got data {data!r} and no model")
         return _quickstart(settings, Path(checkpoint_dir), resume, say)
-    if data is None:
-        raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
     seed_everything(settings.seed)
     encoder = load_tokenizer(tokenizer or model)
     policy = load_model(model)

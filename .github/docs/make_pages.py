@@ -76,7 +76,8 @@ def public_modules(distribution: Distribution) -> list[str]:
     names = []
     for file in sorted(distribution.source.rglob("*.py")):
         parts = file.relative_to(distribution.source).with_suffix("").parts
-        if not any(part.startswith("_") or part == "cli" for part in parts):
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts and not any(part.startswith("_") or part == "cli" for part in parts):
             names.append(".".join((distribution.import_name, *parts)))
     return names
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf import PaLM
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.grpo import GRPOTrainer
 from palm_rlhf.ppo import RLHFTrainer
@@ -26,6 +27,10 @@ def zeros(ids, prompt_lengths):
     return torch.zeros(ids.shape[0])
 
 
+def tiny_palm(**changes):
+    return PaLM(**{"dim": 8, "num_tokens": 13, "depth": 1, "dim_head": 4, "heads": 2, **changes})
+
+
 CONSTRUCTION = [
     ({"palm": None}, ValueError, "give one of palm, policy, actor_critic, got none"),
     ({"policy": "PaLM"}, ValueError, "give one of palm, policy, actor_critic, got palm and policy"),
@@ -36,6 +41,7 @@ CONSTRUCTION = [
     ({"prompt_token_ids": [torch.tensor([1.5])]}, TypeError, r"prompts\[0\] must be token ids"),
     ({"prompt_token_ids": [torch.tensor([99])]}, ValueError, r"prompts must hold token ids in \[0, 13\), got 99"),
     ({"prompt_token_ids": None, "prompts": ["text"]}, ValueError, "text, which needs a tokenizer"),
+    ({"tokenizer": object()}, TypeError, "tokenizer must have encode and decode, got object"),
     ({"prompt_token_ids": None, "prompts_path": "missing.jsonl"}, FileNotFoundError, "prompts_path"),
     ({"reward_model": zeros}, ValueError, "give one of reward_model, reward"),
     ({"reward": 5}, TypeError, "reward must be a RewardModel, a callable"),
@@ -85,6 +91,8 @@ TRAINING = [
     ({"max_new_tokens": 4, "eos_token": 13}, r"eos_token must be in \[0, 13\), got 13"),
     ({"max_new_tokens": 4, "num_episodes": 0}, "num_episodes must be at least 1"),
     ({"max_new_tokens": 4, "stop_strings": ["x"]}, "stop_strings need a tokenizer"),
+    ({"max_new_tokens": 4, "update_timesteps": 0}, "update_timesteps must be at least 1"),
+    ({"max_new_tokens": 4, "max_seq_len": 1}, "max_seq_len must be at least 2"),
     ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens must be"),
 ]
 
@@ -112,6 +120,14 @@ def test_wrong_rewards_stop_training_before_an_update(make_palm, reward, message
     assert trainer.updates == 0
 
 
+def test_a_penalty_for_missing_ends_needs_an_end(make_palm):
+    trainer = RLHFTrainer(
+        palm=make_palm(), prompt_token_ids=PROMPTS, reward=zeros, device="cpu", missing_eos_penalty=1.0
+    )
+    with pytest.raises(ValueError, match="missing_eos_penalty needs an end"):
+        trainer.train(num_episodes=4, max_new_tokens=4)
+
+
 def rlhf(palm, **changes):
     return RLHFTrainer(palm=palm, prompt_token_ids=PROMPTS, reward=zeros, device="cpu", **changes)
 
@@ -119,6 +135,7 @@ def rlhf(palm, **changes):
 OTHERS = [
     (lambda palm: GRPOTrainer(palm=palm, group_size=1), "group_size must be at least 2"),
     (lambda palm: GRPOTrainer(palm=palm, group_size=0), "group_size must be at least 1"),
+    (lambda palm: ActorCritic(palm, tiny_palm(num_tokens=12)), "critic must know all 13 tokens of the policy, got 12"),
     (lambda palm: ActorCritic(palm, actor_lora_scope="x", critic_lora_scope="x"), "scopes of different names"),
     (lambda palm: ActorCritic(lambda ids: ids), "palm must have parameters to train"),
     (lambda palm: ActorCritic(torch.nn.Embedding(13, 13)), "actor_lora needs a PaLM or a Hugging Face model"),

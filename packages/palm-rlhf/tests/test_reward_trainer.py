@@ -36,6 +36,18 @@ def test_held_out_pairs_are_judged_rightly_after_training(make_palm):
     assert result.last_accuracy >= 0.95
 
 
+def test_rewards_of_pairs_get_a_fixed_scale_and_keep_their_order(make_palm):
+    plain, scaled = (trainer(make_palm(), pairs(), max_steps=20, normalize=normalize) for normalize in (False, True))
+    assert plain.train().last_accuracy == scaled.train().last_accuracy
+    chosen, rejected = scaled._predictions(scaled.held_out)
+    assert chosen.mean().item() == pytest.approx(0, abs=1e-5)
+    assert torch.cat((chosen, rejected)).std().item() == pytest.approx(1, abs=1e-5)
+    before = torch.cat(plain._predictions(plain.held_out))
+    after = torch.cat((chosen, rejected))
+    difference = (before - before.mean()) / before.std() - (after - after.mean()) / after.std()
+    assert difference.abs().max() < 1e-4
+
+
 def test_numbers_and_bins_are_learned(make_palm):
     sides = ((1, "chosen"), (0, "rejected"))
     rows = [

@@ -200,3 +200,23 @@ def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
 
     as_reward(spy)(rollout)
     assert seen == {"prompts": ["ab"], "answer": ["x"]}
+
+
+def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from palm_rlhf.ppo import RLHFTrainer
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[EOS]": 2, "[UNK]": 3}, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[EOS]", unk_token="[UNK]")
+    trainer = RLHFTrainer(palm=make_palm(), prompts=["a b", "b"], tokenizer=tokenizer, reward=exact, device="cpu")
+    assert [prompt.ids.tolist() for prompt in trainer.prompts] == [[0, 1], [1]]
+    assert trainer.sampling(max_new_tokens=3).eos_id == 2
+
+
+def test_prompts_come_from_plain_files_and_from_functions_of_texts_as_in_the_original(tmp_path):
+    (tmp_path / "prompts.txt").write_text("ab\n\nc\n")
+    read = load_prompts(tmp_path / "prompts.txt", tokenizer=ByteTokenizer())
+    assert [prompt.ids.tolist() for prompt in read] == [[97, 98], [99]]
+    called = load_prompts(["ab", "c"], tokenizer=lambda texts: [list(text.encode()) for text in texts])
+    assert [prompt.ids.tolist() for prompt in called] == [[97, 98], [99]]

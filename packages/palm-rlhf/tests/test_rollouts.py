@@ -202,3 +202,40 @@ def test_the_base_takes_no_gradient_while_scopes_train(make_palm):
     (judgement.scores.log_probs.sum() + judgement.values.sum()).backward()
     assert all(parameter.grad is None for parameter in palm.palm_parameters())
     assert all(parameter.grad is not None for parameter in [*policy.actor_parameters(), *policy.critic_parameters()])
+
+
+def test_values_of_a_row_are_its_own_whatever_else_is_in_the_batch(make_palm):
+    """The original shifted values along the batch: each row was trained on its neighbour's."""
+    policy = trained(ActorCritic(make_palm().double()))
+    policy.double()
+    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=5))
+    together = policy(rollout.ids, rollout.mask, rollout.response_mask).values
+    for row in range(len(rollout)):
+        ids, length = rollout.ids[row : row + 1], int(rollout.lengths[row])
+        mask = torch.ones(1, length, dtype=torch.bool)
+        with policy.roles.playing("critic") as (network, arguments):
+            features = network.hidden(ids[:, :length], **arguments)
+        alone = (features @ policy.value_head.weight.t() + policy.value_head.bias)[0, :-1, 0]
+        place = rollout.response_mask[row, : length - 1]
+        assert mask.all()
+        torch.testing.assert_close(together[row, : length - 1][place], alone[place], rtol=1e-9, atol=1e-12)
+
+
+def test_log_probs_of_hardly_possible_tokens_are_exact(make_palm):
+    """The original clamped probabilities at 1e-20: below, log-probabilities were -46 and without gradient."""
+    palm = make_palm(num_tokens=13).double()
+    with torch.no_grad():
+        palm.token_emb.weight.mul_(60)
+    policy = ActorCritic(palm, with_critic=False)
+    rollout = rollout_of(load_prompts([torch.tensor([1, 2, 3])]), [torch.arange(13)])
+    scores = policy.score(rollout.ids, rollout.mask, rollout.response_mask).log_probs[0, 2:]
+    wanted = palm(rollout.ids)[0, 2:-1].log_softmax(dim=-1).gather(-1, rollout.ids[0, 3:, None])[:, 0]
+    assert wanted.min() < -100
+    torch.testing.assert_close(scores, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_critic_of_another_width_is_its_own_network(make_palm):
+    policy = ActorCritic(make_palm(), make_palm(dim=24))
+    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=3))
+    assert policy.value_head.weight.shape == (1, 24)
+    assert policy(rollout.ids, rollout.mask, rollout.response_mask).values.shape == rollout.response_mask.shape

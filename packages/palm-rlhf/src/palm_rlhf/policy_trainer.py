@@ -43,7 +43,7 @@ from palm_rlhf.phase import Phase, seeds
 from palm_rlhf.policy_checkpoint import restore_policy, save_policy
 from palm_rlhf.policy_settings import PolicySettings
 from palm_rlhf.policy_update import PolicyUpdate, update_metrics
-from palm_rlhf.prompts import Prompt, PromptOrder, check_prompts, load_prompts
+from palm_rlhf.prompts import Prompt, PromptOrder, as_tokenizer, check_prompts, load_prompts
 from palm_rlhf.rewards import as_reward, check_scores
 from palm_rlhf.rollouts import Rollout, SamplingSettings, draw_rollout
 
@@ -79,7 +79,7 @@ class PolicyTrainer:
         vocab_size: bound of the prompts' ids, where it is known beforehand.
         prompts: see ``load_prompts``; None where ``step`` is called with rollouts made elsewhere.
         reward: see ``as_reward``; None where rewards are given to ``step``.
-        tokenizer: see ``lm_core.tokenizers.Tokenizer``; a Hugging Face tokenizer is wrapped.
+        tokenizer: see ``palm_rlhf.prompts.as_tokenizer``.
         settings: everything that is a number or a name.
         checkpoint_dir: folder of the run; None writes nothing.
         resume: as of ``lm_core.training.RunDirectory``.
@@ -100,8 +100,10 @@ class PolicyTrainer:
         trackers: Sequence[Any],
     ) -> None:
         self.settings = settings
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.prompts: list[Prompt] = [] if prompts is None else load_prompts(prompts, tokenizer=tokenizer)
+        if not hasattr(tokenizer, "decode"):
+            self.tokenizer = None
         if prompts is not None:
             check_prompts(self.prompts, vocab_size)
         self.reward = None if reward is None else as_reward(reward)
@@ -286,6 +288,10 @@ class PolicyTrainer:
             raise ValueError("prompts must be given to the trainer for train, got none")
         if self.reward is None:
             raise ValueError("reward must be given to the trainer for train, got None")
+        if self.settings.missing_eos_penalty and sampling.eos_id is None and not sampling.stop_strings:
+            raise ValueError(
+                "missing_eos_penalty needs an end: give eos_token, stop_strings or a tokenizer with an EOS"
+            )
         if count % self.settings.group_size:
             raise ValueError(
                 f"update_timesteps must be a multiple of group_size {self.settings.group_size}, got {count}"

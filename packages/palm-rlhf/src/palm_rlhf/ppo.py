@@ -26,9 +26,9 @@ class RLHFTrainer(PolicyTrainer):
 
     Args:
         prompts: texts, chats, rows or a dataset; see ``palm_rlhf.prompts.load_prompts``.
-        prompts_path: a ``.jsonl`` file of rows, instead.
+        prompts_path: a ``.jsonl`` file of rows, or a file with a text a line, instead.
         prompt_token_ids: ids ``(b, n)`` or a list of different lengths, instead.
-        tokenizer: with ``encode`` and ``decode``; needed for texts.
+        tokenizer: with ``encode`` and ``decode``, or Hugging Face's; needed for texts.
         palm: the policy (alias ``policy``): a PaLM, or a Hugging Face causal model; see ``palm_rlhf.roles.Roles``.
         reward_model: what scores responses (alias ``reward``); see ``palm_rlhf.rewards``.
         critic: another network for the critic.

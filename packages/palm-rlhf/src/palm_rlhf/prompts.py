@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lm_core._checks import check_ids
 from lm_core.decoding import prompt_rows
+from lm_core.tokenizers import HuggingFaceTokenizer
 
 PROMPT_COLUMNS = ("prompt", "messages", "text", "query")
 
@@ -41,8 +42,9 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
     Args:
         source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
             and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
-            ids; the path of a ``.jsonl`` file of such rows; a Hugging Face dataset of them.
-        tokenizer: for texts and chats; see ``lm_core.tokenizers.Tokenizer``.
+            ids; the path of a ``.jsonl`` file of such rows, or of any other file with a text a line; a Hugging Face
+            dataset of rows.
+        tokenizer: for texts and chats; see ``as_tokenizer``.
 
     Raises:
         ValueError: there is no prompt, one is empty, or text or chat comes without a tokenizer for it.
@@ -53,6 +55,11 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
         return [Prompt(row.long().cpu(), _decoded(row, tokenizer)) for row in prompt_rows(source)]
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".jsonl", ".json"))):
         source = _read_rows(Path(source))
+    if tokenizer is not None and not hasattr(tokenizer, "encode"):
+        texts = [source] if isinstance(source, str) else source
+        if texts and all(isinstance(text, str) for text in texts):
+            return load_prompts(tokenizer(list(texts)))
+        tokenizer = None
     if isinstance(source, str):
         source = [source]
     if not isinstance(source, Sequence) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -61,6 +68,24 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     return prompts
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer with ``encode`` and ``decode``; one of Hugging Face is wrapped, so that its EOS is known.
+
+    A function from texts to ids, which is what PaLM-rlhf-pytorch took, is left as it is.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    if any(cls.__name__ == "PreTrainedTokenizerBase" for cls in type(tokenizer).__mro__):
+        return HuggingFaceTokenizer(tokenizer)
+    both = callable(getattr(tokenizer, "encode", None)) and callable(getattr(tokenizer, "decode", None))
+    if not both and not callable(tokenizer):
+        raise TypeError(f"tokenizer must have encode and decode, got {type(tokenizer).__name__}")
+    return tokenizer
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
@@ -131,7 +156,9 @@ def _decoded(ids: Tensor, tokenizer: Any) -> str | None:
 
 def _read_rows(path: Path) -> list[Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"prompts_path must be a .jsonl file, got {path}")
+        raise FileNotFoundError(f"prompts_path must be a .jsonl file or a file with a prompt a line, got {path}")
+    if path.suffix not in (".jsonl", ".json"):
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

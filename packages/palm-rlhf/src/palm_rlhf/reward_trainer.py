@@ -33,6 +33,7 @@ from lm_core.training import (
 )
 from palm_rlhf.gradient_sums import sum_gradients
 from palm_rlhf.preferences import Labelled, Preference, as_batch, load_preferences
+from palm_rlhf.prompts import as_tokenizer
 from palm_rlhf.reward_losses import bin_cross_entropy, bradley_terry_loss, squared_error
 from palm_rlhf.reward_model import RewardModel
 
@@ -115,6 +116,7 @@ class RewardModelTrainer:
             check_positive(value, name)
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate}")
+        tokenizer = as_tokenizer(tokenizer)
         examples = load_preferences(pairs, tokenizer=tokenizer)
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels

@@ -75,6 +75,9 @@ class Roles(nn.Module):
         ):
             if lora and not isinstance(network, PaLM) and not _is_hugging_face(network):
                 raise ValueError(f"{name} needs a PaLM or a Hugging Face model, got {type(network.model).__name__}")
+        tokens, known = _tokens(actor), _tokens(other or actor)
+        if with_critic and tokens is not None and known is not None and known < tokens:
+            raise ValueError(f"critic must know all {tokens} tokens of the policy, got {known}")
         self.actor_scope = actor_lora_scope if actor_lora else None
         self.critic_scope = critic_lora_scope if critic_lora and with_critic else None
         # decided before an adapter is added: what is copied has none of ours yet
@@ -141,6 +144,12 @@ def _language_model(x: Any, name: str) -> Any:
             raise ValueError(f"{name} must have parameters to train, got {type(x).__name__}")
         return network
     raise TypeError(f"{name} must be a PaLM or a causal language model, got {type(x).__name__}")
+
+
+def _tokens(network: Any) -> int | None:
+    """How many ids a network knows, if it tells."""
+    size: int | None = network.num_tokens if isinstance(network, PaLM) else getattr(network, "vocab_size", None)
+    return size
 
 
 def _is_hugging_face(network: Any) -> bool:

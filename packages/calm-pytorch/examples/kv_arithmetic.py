@@ -1,6 +1,6 @@
-"""The paper's key-value arithmetic beside the anchor alone and a random augment; more steps, better.
+"""The paper's key-value arithmetic beside its baselines: the anchor alone, a random augment, LoRA of equal parameters.
 
-python kv_arithmetic.py [--seed 0] [--steps 300]
+python kv_arithmetic.py [--seed 0] [--steps 600] [--augment_steps 600] [--anchor_steps 500]
 """
 
 import argparse
@@ -8,16 +8,17 @@ import dataclasses
 
 from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
 
+defaults = QuickstartSettings()
 parser = argparse.ArgumentParser()
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--steps", type=int, default=300)
-options = parser.parse_args()
-settings = QuickstartSettings(seed=options.seed, steps=options.steps)
-for name, changed in (("trained augment", False), ("random augment", True)):
+for name in ("seed", "steps", "augment_steps", "anchor_steps"):
+    parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
+settings = QuickstartSettings(**vars(parser.parse_args()))
+for learner in ("composition", "random-augment", "low-rank"):
     result = run_quickstart(
-        dataclasses.replace(settings, random_augment=changed), f"runs/kv-{name.replace(' ', '-')}-{options.seed}"
+        dataclasses.replace(settings, learner=learner), f"runs/kv-arithmetic/{learner}-{settings.seed}"
     )
     print(
-        f"{name}: composed {result.composed:.1%}, anchor alone {result.anchor_alone:.1%}, "
-        f"numbers {result.numbers_before:.1%} -> {result.numbers_after:.1%}, {result.seconds:.0f} s"
+        f"{learner}: held-out keys {result.held_out:.1%}, trained keys {result.trained_keys:.1%}, "
+        f"anchor alone {result.anchor_alone:.1%}, numbers {result.numbers_before:.1%} -> {result.numbers_after:.1%}, "
+        f"{result.learned:,} parameters learned, {result.seconds:.0f} s"
     )

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_pytorch import CALM, AugmentParams, ExtractHiddensWrapper, freeze_all_layers_
+from calm_pytorch import (
+    CALM,
+    AugmentParams,
+    ExtractHiddensWrapper,
+    freeze_all_layers_,
+    hugging_face_blocks,
+    x_transformer_blocks,
+)
 
 KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
 
@@ -32,6 +39,21 @@ def test_untrained_composed_logits_are_those_of_the_anchor_bit_for_bit(model_of,
     calm = compose(anchor, augment, shared=shared)
     logits = calm(ids(2, 9), prompt=None if shared else ids(2, 5, seed=1), return_loss=False)
     assert torch.equal(logits, expected)
+
+
+def test_the_architectures_include_layers_that_return_tuples(model_of, ids):
+    kinds = {}
+    for kind in KINDS:
+        model, found = model_of(kind), []
+        blocks = x_transformer_blocks(model) if kind == "x-transformers" else None
+        if blocks is None:
+            blocks = list(model.layers) if kind == "plain" else hugging_face_blocks(model)
+        handle = blocks[0].register_forward_hook(lambda module, args, output, found=found: found.append(output))
+        model(ids(1, 3))
+        handle.remove()
+        kinds[kind] = isinstance(found[0], tuple)
+    assert any(kinds[kind] for kind in ("gpt2", "llama", "neox", "bloom"))
+    assert kinds["plain"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,13 +192,14 @@ def test_outside_a_forward_the_models_behave_as_if_never_composed(model_of, comp
     assert hooks_in(calm) == 0
 
 
-def test_nothing_grows_over_a_hundred_forwards(model_of, compose, ids):
+@pytest.mark.parametrize(("kind", "shared"), [("x-transformers", False), ("x-transformers", True), ("gpt2", False)])
+def test_nothing_grows_over_a_hundred_forwards(model_of, compose, ids, kind, shared):
     import gc
 
-    calm = compose(model_of("x-transformers"), model_of("plain", seed=1), trained=True)
+    calm = compose(model_of(kind), model_of("gpt2" if shared else "plain", seed=1), trained=True, shared=shared)
     counts = []
     for step in range(101):
-        calm(ids(1, 5), prompt=ids(1, 4)).item()
+        calm(ids(1, 5), prompt=None if shared else ids(1, 4)).item()
         if step in (0, 100):
             gc.collect()
             counts.append(sum(1 for entry in gc.get_objects() if issubclass(type(entry), torch.Tensor)))
@@ -437,3 +460,22 @@ def test_gradients_with_activation_checkpointing_are_the_same(model_of, compose,
         gradients.append([parameter.grad for parameter in calm.trainable_parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["x-transformers", "llama"])
+def test_activation_checkpointing_keeps_less_for_the_backward_pass(model_of, compose, ids, kind):
+    calm = compose(model_of(kind), AugmentParams(model_of("gpt2", seed=1), connections=[(4, 1)])).train()
+    kept = []
+    for enabled in (False, True):
+        calm.gradient_checkpointing = enabled
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        frozen = {parameter.data_ptr() for parameter in calm.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            calm(ids(4, 33), prompt=ids(4, 5)).backward()
+        kept.append(sum(size for place, size in sizes.items() if place not in frozen))
+    assert kept[1] < 0.5 * kept[0]

@@ -34,7 +34,9 @@ def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alo
 @pytest.mark.parametrize("kind", ["x-transformers", "gpt2", "llama"])
 def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, shared):
     calm = compose(model_of(kind), model_of("llama", seed=1), trained=True, shared=shared)
-    model = calm.as_causal_lm()
+    # x-transformers fills masks with float64's minimum and then takes a softmax in float32, which makes NaN of padding
+    atol, rtol = (2e-4, 1e-4) if kind == "x-transformers" else (1e-9, 1e-9)
+    model = (calm if kind == "x-transformers" else calm.double()).as_causal_lm()
     seq, inputs = ids(2, 9), {} if shared else {"prompt_0": ids(2, 5, seed=1)}
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, :3] = False
@@ -43,7 +45,7 @@ def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, share
     pieces = [model(seq[:, :5], mask=mask[:, :5], cache=cache, **inputs)]
     pieces += [model(seq[:, i : i + 1], mask=mask[:, : i + 1], cache=cache) for i in range(5, 9)]
     stepped = torch.cat(pieces, dim=1)
-    assert torch.allclose(stepped[mask], whole[mask], atol=2e-4, rtol=1e-4)
+    assert torch.allclose(stepped[mask], whole[mask], atol=atol, rtol=rtol)
     assert cache.length == 9
 
 

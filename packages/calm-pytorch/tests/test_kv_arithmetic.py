@@ -1,9 +1,13 @@
 """The key-value task is what it says; strengths in the picture are attention weights."""
 
+import dataclasses
+
+import pytest
 import torch
 
 from calm_pytorch.attention_picture import read_strengths
-from calm_pytorch.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy
+from calm_pytorch.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy, token_name
+from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
 
 
 def test_expressions_are_right_and_of_the_keys_asked_for():
@@ -34,6 +38,40 @@ def test_accuracy_counts_last_tokens():
         return torch.nn.functional.one_hot(torch.full_like(ids, 3), 20).float()
 
     assert accuracy(always_three, rows) == 0.5
+
+
+def test_tokens_have_names():
+    assert [token_name(token) for token in (3, PLUS, EQUALS, FIRST_KEY + 7)] == ["3", "+", "=", "key 7"]
+
+
+SHORT = QuickstartSettings(augment_steps=2, anchor_steps=2, steps=2, batch_size=4)
+
+
+@pytest.mark.parametrize("models", ["x-transformers", "hugging-face", "mixed"])
+@pytest.mark.parametrize("reads", ["sequence", "prompt"])
+def test_the_quickstart_composes_models_of_any_library_in_both_modes(tmp_path, models, reads):
+    result = run_quickstart(dataclasses.replace(SHORT, models=models, reads=reads), tmp_path / "run")
+    assert 0 <= result.held_out <= 1
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_the_baseline_of_low_rank_learns_as_many_parameters_and_leaves_the_anchor_out_of_the_output(tmp_path):
+    composed = run_quickstart(SHORT, tmp_path / "composed")
+    low_rank = run_quickstart(dataclasses.replace(SHORT, learner="low-rank"), tmp_path / "low-rank")
+    assert low_rank.learned == pytest.approx(composed.learned, rel=0.03)
+    assert not (tmp_path / "low-rank" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_composition_computes_with_keys_it_never_trained_on_and_its_baselines_do_not(tmp_path):
+    """The first seed of tests/benchmarks/study_calm_pytorch_arithmetic.py, cut to half the updates."""
+    short = QuickstartSettings(augment_steps=400, anchor_steps=400, steps=300)
+    composed = run_quickstart(short, tmp_path / "composed")
+    assert composed.held_out >= 0.6
+    assert composed.numbers_after >= composed.numbers_before - 0.02
+    assert abs(composed.anchor_alone - 1 / MODULUS) < 0.03
+    knows_nothing = run_quickstart(dataclasses.replace(short, learner="random-augment"), tmp_path / "random")
+    assert abs(knows_nothing.held_out - 1 / MODULUS) < 0.03
 
 
 def test_read_strengths_are_weights_of_each_connection(model_of, compose, ids):

@@ -89,7 +89,8 @@ def draw_attention(
         image = axes.imshow(strengths.cpu().numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("augment position")
-        axes.set_ylabel("anchor position")
+        if (place - 1) % columns == 0:
+            axes.set_ylabel("anchor position")
         if augment_labels is not None:
             axes.set_xticks(range(len(augment_labels)), augment_labels)
         if anchor_labels is not None:

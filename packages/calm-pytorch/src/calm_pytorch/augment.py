@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from calm_pytorch.blocks import BlocksFunction, find_blocks
-from calm_pytorch.hidden_states import HiddenPosition, one_each, read_hiddens, visiting
+from calm_pytorch.decoder_stack import DecoderStack, PlainDecoderLM, as_fast_causal_lm
+from calm_pytorch.hidden_states import HiddenPosition, one_each, read_hiddens, running_order
 from calm_pytorch.planner import Connection, checked_connections, plan_connections
 from lm_core._checks import check_ids, check_positive, typed
-from lm_core.adapters import as_causal_lm
 from lm_core.adapters.huggingface import undisturbed
 from lm_core.adapters.padding import moved_back, with_padding_last
 from lm_core.generation import eval_mode
@@ -85,6 +85,10 @@ class Augment(nn.Module):
         self._vocab_size = vocabulary_of(self.model)
         parameters = _parameters_of(self.model)
         self._settings = {"use_cache": False} if "use_cache" in parameters else {}
+        self._stack: tuple[DecoderStack, ...] = ()
+        if self._is_causal and type(self.model).__name__ == "TransformerWrapper" and not self._settings:
+            reads = as_fast_causal_lm(self.model)
+            self._stack = (reads.stack,) if isinstance(reads, PlainDecoderLM) else ()
         if not self._returns_hiddens:
             blocks = find_blocks(self.model, params.transformer_blocks, params.extract_blocks_fn, self.name)
             positions = one_each(params.hidden_position, len(blocks), f"{self.name}: hidden_position")
@@ -107,7 +111,7 @@ class Augment(nn.Module):
             self.connections = checked_connections(params.connections, self.depth, anchor_depth, where)
         self.layers = sorted({augment_layer for augment_layer, _ in self.connections})
         if self.shared_sequence:
-            self._language_model = (as_causal_lm(self.model),)
+            self._language_model = (as_fast_causal_lm(self.model),)
             with undisturbed(self.model):
                 self._refuse_what_looks_ahead()
                 self._caches = self._can_cache()
@@ -142,6 +146,8 @@ class Augment(nn.Module):
         return torch.zeros(1, 2, dtype=torch.long, device=self.device)
 
     def _call(self, prompt: Tensor, **kwargs: Any) -> Any:
+        if self._stack and not kwargs and self._stack[0].is_untouched():
+            return self._stack[0].hidden(prompt)
         return self.model(prompt, **self._settings, **kwargs)
 
     def _read(self, prompt: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:
@@ -283,26 +289,6 @@ class Augment(nn.Module):
         except RuntimeError:
             return False  # some models decode without calling their blocks
         return all(part.shape[1] == count for step, count in zip(steps, (2, 1), strict=True) for part in step)
-
-
-def running_order(
-    run: Any, model: nn.Module, blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], where: str
-) -> list[int]:
-    """Indices of ``blocks`` in the order in which they run; the model stays undisturbed.
-
-    Raises:
-        ValueError: a block does not run, or runs more than once.
-    """
-    order: list[int] = []
-    with undisturbed(model), visiting(blocks, positions, lambda index, hidden: order.append(index)):
-        run()
-    silent = sorted(set(range(len(blocks))) - set(order))
-    if silent:
-        raise ValueError(f"{where}: blocks {[i + 1 for i in silent]} do not run in a forward of the model")
-    if len(order) > len(blocks):
-        repeated = sorted({i + 1 for i in order if order.count(i) > 1})
-        raise ValueError(f"{where}: blocks {repeated} run more than once in a forward, give blocks that run once")
-    return order
 
 
 def device_of(model: nn.Module) -> torch.device:

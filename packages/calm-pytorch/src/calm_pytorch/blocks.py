@@ -71,6 +71,20 @@ def hugging_face_blocks(model: nn.Module) -> list[nn.Module]:
     return list(next(layers for layers in found if len(layers) == longest))
 
 
+def recomputed_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """What to compute again in a backward pass to spare the activations of ``blocks``.
+
+    A block is a whole layer in most libraries, and is computed again as such. In x-transformers it is only the sum at
+    a layer's end: there it is the attentions and feedforwards behind the first of ``blocks``, or all of them.
+    """
+    stack: Any = getattr(getattr(model, "net", None) or model, "attn_layers", None)
+    entries: list[Any] = list(getattr(stack, "layers", ()))
+    if not entries:
+        return list(blocks)
+    begin = next((number + 1 for number, entry in enumerate(entries) if entry[-1] is blocks[0]), 0)
+    return [entry[1] for entry in entries[begin:]]
+
+
 @typed
 def find_blocks(
     model: nn.Module,

@@ -13,7 +13,6 @@ Legend: b batch, n sequence, m prompt positions, v vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from calm_pytorch import adapter_files
-from calm_pytorch.augment import Augment, AugmentParams, device_of, running_order
-from calm_pytorch.blocks import BlocksFunction, attention_heads, find_blocks, freeze_all_layers_
+from calm_pytorch.anchor import Anchor
+from calm_pytorch.augment import Augment, AugmentParams, device_of
+from calm_pytorch.blocks import BlocksFunction, attention_heads, freeze_all_layers_
 from calm_pytorch.composed_lm import AugmentStates, ComposedLM, compose
 from calm_pytorch.cross_attention import CrossAttentionBlock
-from calm_pytorch.hidden_states import HiddenPosition, one_each, read_hiddens, unchanged_buffers
-from calm_pytorch.inputs import IGNORED, each_augment, labels_of, real_tokens
+from calm_pytorch.description import describe
+from calm_pytorch.hidden_states import HiddenPosition, unchanged_buffers
+from calm_pytorch.inputs import IGNORED, each_augment, generation_inputs, labels_of, real_tokens
 from lm_core._checks import check_ids, typed
-from lm_core.adapters import as_causal_lm
-from lm_core.adapters.huggingface import undisturbed
 from lm_core.generation import eval_mode, sample
 from lm_core.losses import linear_cross_entropy
 from lm_core.sampling import top_p
@@ -83,17 +82,12 @@ class CALM(nn.Module):
             raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
         self.pad_id = pad_id
         self.gradient_checkpointing = False
-        # in tuples, so that the anchor is registered once, under its own name
-        self._anchor = (as_causal_lm(anchor_llm),)
-        blocks = find_blocks(anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, "anchor")
-        positions = one_each(anchor_hidden_position, len(blocks), "anchor_hidden_position")
-        probe = torch.zeros(1, 2, dtype=torch.long, device=devices[0])
-        order = running_order(lambda: self.anchor(probe), anchor_llm, blocks, positions, "anchor")
-        self.anchor_blocks = tuple(blocks[i] for i in order)
-        self.anchor_positions = tuple(positions[i] for i in order)
-        dims = self._probe_anchor(anchor_llm, probe)
-
-        modules = [Augment(one, number, len(blocks)) for number, one in enumerate(params)]
+        # not a module, so that the anchor is registered once, under its own name
+        self._reader = Anchor(
+            anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
+        )
+        dims, depth = self._reader.dims, len(self._reader.blocks)
+        modules = [Augment(one, number, depth) for number, one in enumerate(params)]
         self.connections = [augment.connections for augment in modules]
         self.anchor_layers = sorted({anchor_layer for pairs in self.connections for _, anchor_layer in pairs})
         options: dict[str, Any] = {"flash": True}
@@ -116,40 +110,30 @@ class CALM(nn.Module):
             )
             for augment in modules
         ).to(devices[0])
-        self.anchor_dims = dims
         freeze_all_layers_(self.anchor_llm)
         freeze_all_layers_(self.augment_llms)
-
-    def _probe_anchor(self, model: nn.Module, probe: Tensor) -> tuple[int, ...]:
-        """Widths of the blocks; finds out whether they also run when the anchor decodes from a cache."""
-        with undisturbed(model):
-            hiddens = read_hiddens(
-                lambda: self.anchor(probe), self.anchor_blocks, self.anchor_positions, where="anchor"
-            )
-            for layer, hidden in enumerate(hiddens, start=1):
-                if hidden.ndim != 3:
-                    raise ValueError(f"anchor: layer {layer} must give (b, n, d), got shape {tuple(hidden.shape)}")
-            self._anchor_caches = hasattr(self.anchor, "init_cache")
-            if self._anchor_caches:
-                cache = self.anchor.init_cache(1, 3)
-                try:
-                    for ids in (probe, probe[:, :1]):
-                        read_hiddens(
-                            partial(self.anchor, ids, cache=cache),
-                            self.anchor_blocks,
-                            self.anchor_positions,
-                            where="anchor",
-                        )
-                except RuntimeError:
-                    self._anchor_caches = False
-        return tuple(hidden.shape[-1] for hidden in hiddens)
 
     # ----------------------------------------------------------------------------------------------------- the parts
 
     @property
     def anchor(self) -> Any:
         """The anchor in the protocol of ``lm_core.generation.CausalLM``."""
-        return self._anchor[0]
+        return self._reader.language_model
+
+    @property
+    def anchor_blocks(self) -> tuple[nn.Module, ...]:
+        """Where the anchor's stream can be changed, in the order they run in."""
+        return self._reader.blocks
+
+    @property
+    def anchor_positions(self) -> tuple[HiddenPosition, ...]:
+        """Of each of these, whether it is changed behind it or before it."""
+        return self._reader.positions
+
+    @property
+    def anchor_dims(self) -> tuple[int, ...]:
+        """Features at each of them."""
+        return self._reader.dims
 
     @property
     def augments(self) -> tuple[Augment, ...]:
@@ -159,7 +143,11 @@ class CALM(nn.Module):
     @property
     def can_decode(self) -> bool:
         """Whether generation uses caches; otherwise every token runs over the whole sequence."""
-        return self._anchor_caches and all(augment.can_decode for augment in self.augments)
+        return self._reader.caches and all(augment.can_decode for augment in self.augments)
+
+    def recomputed_parts(self) -> list[nn.Module]:
+        """The anchor's modules that gradient checkpointing computes again."""
+        return self._reader.recomputed(self.anchor_llm, self.anchor_layers[0])
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What is learned: the parameters of the cross-attentions."""
@@ -171,26 +159,7 @@ class CALM(nn.Module):
 
     def describe(self) -> str:
         """The wiring and the share of added parameters, as text."""
-        added = sum(parameter.numel() for parameter in self.trainable_parameters())
-        anchor = sum(parameter.numel() for parameter in self.anchor_llm.parameters())
-        lines = [f"anchor: {type(self.anchor_llm).__name__}, {len(self.anchor_blocks)} layers, {anchor:,} parameters"]
-        for number, augment in enumerate(self.augments):
-            count = sum(parameter.numel() for parameter in augment.model.parameters())
-            reads = "the anchor's sequence" if augment.shared_sequence else "a prompt"
-            lines.append(f"{augment.name}: {augment.depth} layers, {count:,} parameters, reads {reads}")
-            for (augment_layer, anchor_layer), attention in zip(
-                augment.connections,
-                self.cross_attns[number],
-                strict=True,  # type: ignore[call-overload]
-            ):
-                position = self.anchor_positions[anchor_layer - 1]
-                lines.append(
-                    f"  layer {augment_layer:>3} ({attention.dim_context}) -> anchor layer {anchor_layer:>3} "
-                    f"({attention.dim}, {position})"
-                )
-        lines.append(f"added: {added:,} parameters, {added / max(anchor, 1):.1%} of the anchor's")
-        lines.append(f"generation: {'cached' if self.can_decode else 'uncached'}")
-        return "\n".join(lines)
+        return describe(self)
 
     @typed
     def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -374,28 +343,7 @@ class CALM(nn.Module):
         Raises:
             ValueError: as ``forward`` and ``lm_core.sample``.
         """
-        prompts = each_augment(prompt, self.augments, "prompt", shared_too=anchor_prompt is None)
-        masks: list[Tensor | None] = [None] * len(self.augments)
-        if prompt_mask is not None:
-            masks = each_augment(prompt_mask, self.augments, "prompt_mask", shared_too=anchor_prompt is None)
-        start, start_mask = anchor_prompt, None
-        if start is None:
-            found = [(p, m) for p, m in zip(prompts, masks, strict=True) if p is not None and not p.is_floating_point()]
-            if not found:
-                raise ValueError("anchor_prompt must be given where no augment reads token ids, got None")
-            start, start_mask = found[0]
-        real = real_tokens(start, start_mask, self.pad_id)
-        rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
-        inputs: dict[str, Tensor] = {}
-        for number, (augment, one, its_mask) in enumerate(zip(self.augments, prompts, masks, strict=True)):
-            if augment.shared_sequence or one is None:
-                continue
-            if one.shape[0] != len(rows):
-                raise ValueError(f"{augment.name}: prompt must have {len(rows)} rows, got {one.shape[0]}")
-            inputs[f"prompt_{number}"] = one
-            its_mask = real_tokens(one, its_mask, self.pad_id)
-            if its_mask is not None:
-                inputs[f"prompt_mask_{number}"] = its_mask
+        rows, inputs = generation_inputs(self, prompt, prompt_mask, anchor_prompt)
         return sample(
             self.as_causal_lm(),
             rows,

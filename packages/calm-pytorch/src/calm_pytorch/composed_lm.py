@@ -144,7 +144,7 @@ def reading_anchor(calm: Any, readings: Sequence[Reading]) -> Iterator[None]:
     positions = [calm.anchor_positions[layer - 1] for layer in calm.anchor_layers]
     with contextlib.ExitStack() as stack:
         if calm.gradient_checkpointing and torch.is_grad_enabled() and calm.training:
-            stack.enter_context(checkpointing(calm.anchor_blocks[calm.anchor_layers[0] - 1 :]))
+            stack.enter_context(checkpointing(calm.recomputed_parts()))
         stack.enter_context(changing(blocks, positions, changes, where="anchor"))
         yield
 

@@ -68,7 +68,7 @@ class CrossAttentionBlock(nn.Module):
             if name in options:
                 check_positive(options[name], name)
         self.dim, self.dim_context = dim, dim_context
-        self.pre_rmsnorm: nn.Module = RMSNorm(dim) if pre_rmsnorm else nn.Identity()
+        self.pre_rmsnorm: Any = RMSNorm(dim) if pre_rmsnorm else nn.Identity()
         self.context_proj = nn.Linear(dim_context, dim) if linear_project_context else None
         try:
             self.attn = Attention(dim=dim, dim_context=dim if linear_project_context else dim_context, **options)
@@ -91,6 +91,14 @@ class CrossAttentionBlock(nn.Module):
         keys = rearrange(attention.to_k(states), "b m (h e) -> b h m e", h=h)
         return keys, rearrange(attention.to_v(states), "b m (h e) -> b h m e", h=h)
 
+    def _normed(self, x: Tensor) -> Tensor:
+        x = x.to(self.attn.to_q.weight.dtype)
+        if isinstance(self.pre_rmsnorm, nn.Identity):
+            return x
+        # x-transformers' RMSNorm in one operation
+        gain = self.pre_rmsnorm.g + float(getattr(self.pre_rmsnorm, "unit_offset", False))
+        return F.rms_norm(x, (self.dim,), gain, eps=1e-24)
+
     def attend_to(
         self,
         x: Float[Tensor, "b n d"],
@@ -107,16 +115,16 @@ class CrossAttentionBlock(nn.Module):
             mask: True where a query may look, ``(b, m)`` or ``(b, n, m)``; a query that may look nowhere reads zeros.
             causal: queries are the last ``n`` of the ``m`` positions and see no later one.
         """
-        normed = self.pre_rmsnorm(x.to(self.attn.to_q.weight.dtype))
+        normed = self._normed(x)
         if self._is_plain:
             keys, values = context
-            queries = rearrange(self.attn.to_q(normed), "b n (h e) -> b h n e", h=self.attn.heads)
+            # plain reshapes: this runs once a connection for every generated token
+            queries = self.attn.to_q(normed).view(*normed.shape[:2], self.attn.heads, -1).transpose(1, 2)
             dropout = self.dropout if self.training else 0.0
             read = attend(queries, keys, values, mask=mask, causal=causal, dropout=dropout)
             if self.attn.to_v_head_gate is not None:
-                gate = self.attn.to_v_head_gate(normed).sigmoid()
-                read = read * rearrange(gate, "b n h -> b h n 1")
-            out = self.attn.to_out(rearrange(read, "b h n e -> b n (h e)"))
+                read = read * self.attn.to_v_head_gate(normed).sigmoid().transpose(1, 2).unsqueeze(-1)
+            out = self.attn.to_out(read.transpose(1, 2).reshape(*normed.shape[:2], -1))
         else:
             out = self._whole_module(normed, context[0].squeeze(1), mask, causal)
         return x + out.to(x.dtype)
@@ -148,7 +156,7 @@ class CrossAttentionBlock(nn.Module):
         """
         if not self._is_plain:
             raise ValueError("attention weights are known for plain attention options only")
-        normed = self.pre_rmsnorm(x.to(self.attn.to_q.weight.dtype))
+        normed = self._normed(x)
         keys = context[0]
         queries = rearrange(self.attn.to_q(normed), "b n (h e) -> b h n e", h=self.attn.heads)
         keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from calm_pytorch.adapter_files import check_wiring, wiring
+from calm_pytorch.batches import Batches
 from calm_pytorch.calm import CALM
 from calm_pytorch.example_order import ExampleOrder
-from calm_pytorch.inputs import IGNORED, labels_of
+from calm_pytorch.objective import SummedLoss, check_settings
 from calm_pytorch.state_cache import StateCache
 from calm_pytorch.warmup_schedule import WarmupSchedule
-from lm_core._checks import check_positive, typed
+from lm_core._checks import typed
 from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.generation import eval_mode
@@ -33,7 +34,6 @@ from lm_core.training import (
     MetricsLog,
     NonFiniteGuard,
     RunDirectory,
-    autocast,
     clip_global_norm,
     optimizer_groups,
     pick_precision,
@@ -42,21 +42,6 @@ from lm_core.training import (
     restore_rng,
     seed_everything,
 )
-
-
-class SummedLoss(nn.Module):
-    """The composition with its loss over one micro-batch, as DistributedDataParallel needs it: one forward."""
-
-    def __init__(self, calm: CALM, precision: Any) -> None:
-        super().__init__()
-        self.calm, self.precision = calm, precision
-
-    def forward(self, batch: dict[str, Any], normalizer: Tensor) -> Tensor:
-        """Summed cross-entropy over ``normalizer``."""
-        seq: Tensor = batch["seq"]
-        with autocast(self.precision, seq.device):
-            total = self.calm(**batch, reduction="sum")
-        return total / normalizer.to(total.dtype)
 
 
 class FineTuner:
@@ -124,34 +109,26 @@ class FineTuner:
         keep_checkpoints: int | None = 2,
         trackers: Sequence[Any] = (),
     ) -> None:
-        for name, value in (
-            *(("num_train_steps", num_train_steps), ("batch_size", batch_size)),
-            *(("checkpoint_every", checkpoint_every), ("validate_every", validate_every)),
-            ("grad_accum_steps", grad_accum_steps),
-        ):
-            check_positive(value, name)
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
-        if not 0 < learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate}")
-        if not 0 <= weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
-        for name, data in (("dataset", dataset), ("valid_dataset", valid_dataset)):
-            if data is not None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-                raise TypeError(f"{name} must have a length and items, got {type(data).__name__}")
-        if valid_dataset is not None and len(valid_dataset) == 0:
-            raise ValueError("valid_dataset must hold at least one example, got none")
-        unknown = sorted(set(accelerate_kwargs or {}) - {"log_with"})
-        if unknown:
-            raise ValueError(
-                f"accelerate_kwargs may hold log_with, got {unknown}: other arguments are the trainer's own"
-            )
+        check_settings(
+            counts={
+                "num_train_steps": num_train_steps,
+                "batch_size": batch_size,
+                "checkpoint_every": checkpoint_every,
+                "validate_every": validate_every,
+                "grad_accum_steps": grad_accum_steps,
+            },
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            max_grad_norm=max_grad_norm,
+            datasets={"dataset": dataset, "valid_dataset": valid_dataset},
+            accelerate_kwargs=accelerate_kwargs or {},
+        )
         self.calm, self.model = calm, calm
         self.device = next(calm.trainable_parameters()).device
         pick_precision(precision, self.device)  # refuses what the device cannot do
         self.cache = StateCache(calm) if cache_augment_states else None
+        self.batches = Batches(data_kwarg_names, collate_fn, self.device)
         names = (accelerate_kwargs or {}).get("log_with") or []
         self.tracker_names = [names] if isinstance(names, str) else list(names)
         self.checkpoint_path = Path(checkpoint_path)
@@ -164,8 +141,7 @@ class FineTuner:
             rank=rank(),
             world_size=world_size(),
         )
-        self.dataset, self.valid_dataset, self.collate_fn = dataset, valid_dataset, collate_fn
-        self.data_kwarg_names = tuple(data_kwarg_names)
+        self.dataset, self.valid_dataset = dataset, valid_dataset
         self.num_train_steps, self.batch_size, self.seed = num_train_steps, batch_size, seed
         self.checkpoint_every, self.validate_every, self.keep_checkpoints = (
             checkpoint_every,
@@ -235,8 +211,10 @@ class FineTuner:
                     plot_curves(run.metrics_path, run.curves_path)
 
     def _update(self, extra: dict[str, Any]) -> dict[str, float]:
-        micro_batches = [self._batch(self.dataset, indices) for indices in self.order.micro_batches_of(self.step)]
-        counts = sum(self._count(batch) for batch in micro_batches)
+        micro_batches = [
+            self.batches.of(self.dataset, indices, self.cache) for indices in self.order.micro_batches_of(self.step)
+        ]
+        counts = sum(self.objective.count(batch) for batch in micro_batches)
         labels = float(all_reduce_sum(torch.tensor(float(counts), device=self.device)))
         # DDP averages gradients over processes, so each divides by its part of the labels
         normalizer = torch.tensor(max(labels, 1.0) / world_size(), device=self.device)
@@ -262,26 +240,6 @@ class FineTuner:
             "skipped": self.guard.skipped,
         }
 
-    def _batch(self, dataset: Any, indices: Sequence[int]) -> dict[str, Any]:
-        from torch.utils.data import default_collate
-
-        examples = [dataset[index] for index in indices]
-        batch = (self.collate_fn or default_collate)(examples)
-        if not isinstance(batch, dict):
-            if len(batch) != len(self.data_kwarg_names):
-                raise ValueError(
-                    f"data_kwarg_names must name what an example holds, got {self.data_kwarg_names} for {len(batch)}"
-                )
-            batch = dict(zip(self.data_kwarg_names, batch, strict=True))
-        batch = {name: _moved(value, self.device) for name, value in batch.items()}
-        if self.cache is not None and dataset is self.dataset:
-            prompt, mask = batch.pop("prompt", None), batch.pop("prompt_mask", None)
-            batch["augment_states"] = self.cache.states(indices, prompt, mask)
-        return batch
-
-    def _count(self, batch: Mapping[str, Any]) -> int:
-        return int((labels_of(batch["seq"], batch.get("mask"), self.calm.pad_id) != IGNORED).sum())
-
     @torch.no_grad()
     def validate(self, forward_kwargs: Mapping[str, Any] | None = None) -> float:
         """Mean loss a token over ``valid_dataset``; every process calls it and gets the result of all."""
@@ -289,9 +247,9 @@ class FineTuner:
         with eval_mode(self.calm):
             count = len(self.valid_dataset)
             for start in range(rank() * self.batch_size, count, self.batch_size * world_size()):
-                batch = self._batch(self.valid_dataset, range(start, min(start + self.batch_size, count)))
+                batch = self.batches.of(self.valid_dataset, range(start, min(start + self.batch_size, count)))
                 totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, one)
-                totals[1] += self._count(batch)
+                totals[1] += self.objective.count(batch)
         total, labels = all_reduce_sum(totals).tolist()
         self.valid_loss = total / max(labels, 1.0)
         return self.valid_loss
@@ -394,11 +352,3 @@ class FineTuner:
 def _set_modes(modes: Mapping[nn.Module, bool]) -> None:
     for module, mode in modes.items():
         module.training = mode
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return [_moved(entry, device) for entry in value]
-    return value

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm_core._checks import typed
+from lm_core.adapters.huggingface import undisturbed
 
 HiddenPosition = Literal["input", "output"]
 Change = Callable[[Tensor], Tensor]
@@ -144,6 +145,30 @@ def read_hiddens(
     return [found[index] for index in range(len(blocks))]
 
 
+def running_order(
+    run: Callable[[], Any],
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    positions: Sequence[HiddenPosition],
+    where: str,
+) -> list[int]:
+    """Indices of ``blocks`` in the order in which they run; the model stays undisturbed.
+
+    Raises:
+        ValueError: a block does not run, or runs more than once.
+    """
+    order: list[int] = []
+    with undisturbed(model), visiting(blocks, positions, lambda index, hidden: order.append(index)):
+        run()
+    silent = sorted(set(range(len(blocks))) - set(order))
+    if silent:
+        raise ValueError(f"{where}: blocks {[i + 1 for i in silent]} do not run in a forward of the model")
+    if len(order) > len(blocks):
+        repeated = sorted({i + 1 for i in order if order.count(i) > 1})
+        raise ValueError(f"{where}: blocks {repeated} run more than once in a forward, give blocks that run once")
+    return order
+
+
 @contextlib.contextmanager
 def changing(
     blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], changes: Sequence[Change], *, where: str
@@ -204,6 +229,7 @@ def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
             def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
                 return checkpoint(original, *args, use_reentrant=False, **kwargs)
 
+            forward.recomputes = True  # type: ignore[attr-defined]
             replaced.append((block, own))
             block.__dict__["forward"] = forward
         yield
@@ -213,6 +239,11 @@ def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 del block.__dict__["forward"]
             else:
                 block.__dict__["forward"] = own
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether the module is inside ``checkpointing``."""
+    return getattr(module.__dict__.get("forward"), "recomputes", False)
 
 
 @contextlib.contextmanager

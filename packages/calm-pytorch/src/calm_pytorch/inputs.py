@@ -58,3 +58,45 @@ def labels_of(seq: Tensor, mask: Tensor | None, pad_id: int) -> Tensor:
     if mask is not None:
         counted = counted & mask[:, 1:]
     return labels.masked_fill(~counted, IGNORED)
+
+
+def generation_inputs(
+    calm: Any, prompt: Any, prompt_mask: Any, anchor_prompt: Tensor | None
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """What ``CALM.generate`` was given, as ``lm_core.generate`` takes it.
+
+    Args:
+        calm: the composition.
+        prompt: of ``CALM.generate``, and so the others.
+        prompt_mask: True at real positions.
+        anchor_prompt: what the anchor continues, or None for the first prompt of token ids.
+
+    Returns:
+        The rows the anchor continues, without padding; and the arguments of ``ComposedLM``.
+
+    Raises:
+        ValueError: no ids are given to continue, or a prompt has another number of rows.
+    """
+    prompts = each_augment(prompt, calm.augments, "prompt", shared_too=anchor_prompt is None)
+    masks: list[Tensor | None] = [None] * len(calm.augments)
+    if prompt_mask is not None:
+        masks = each_augment(prompt_mask, calm.augments, "prompt_mask", shared_too=anchor_prompt is None)
+    start, start_mask = anchor_prompt, None
+    if start is None:
+        found = [(p, m) for p, m in zip(prompts, masks, strict=True) if p is not None and not p.is_floating_point()]
+        if not found:
+            raise ValueError("anchor_prompt must be given where no augment reads token ids, got None")
+        start, start_mask = found[0]
+    real = real_tokens(start, start_mask, calm.pad_id)
+    rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
+    inputs: dict[str, Tensor] = {}
+    for number, (augment, one, its_mask) in enumerate(zip(calm.augments, prompts, masks, strict=True)):
+        if augment.shared_sequence or one is None:
+            continue
+        if one.shape[0] != len(rows):
+            raise ValueError(f"{augment.name}: prompt must have {len(rows)} rows, got {one.shape[0]}")
+        inputs[f"prompt_{number}"] = one
+        its_mask = real_tokens(one, its_mask, calm.pad_id)
+        if its_mask is not None:
+            inputs[f"prompt_mask_{number}"] = its_mask
+    return rows, inputs

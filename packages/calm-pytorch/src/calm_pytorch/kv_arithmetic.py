@@ -11,7 +11,7 @@ Legend: b batch, n sequence.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,12 +95,37 @@ class KeyValueTask:
         return torch.cat((torch.stack((tokens, marks), dim=-1).flatten(1), results), dim=1)
 
 
-def small_decoder(task: KeyValueTask, *, dim: int = 128, depth: int = 4, heads: int = 4) -> nn.Module:
-    """An x-transformers decoder over the task's vocabulary."""
+def token_name(token: int) -> str:
+    """A token as a person would write it."""
+    if token < MODULUS:
+        return str(token)
+    signs = {PLUS: "+", MINUS: "-", EQUALS: "="}
+    return signs.get(token, f"key {token - FIRST_KEY}")
+
+
+LENGTH = 32  # tokens the small models know at most
+
+
+def small_decoder(
+    task: KeyValueTask,
+    *,
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    library: Literal["x-transformers", "hugging-face"] = "x-transformers",
+) -> nn.Module:
+    """A decoder over the task's vocabulary: of x-transformers, or a Llama of Hugging Face built from a config."""
+    if library == "hugging-face":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads}
+        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        bounds = {"vocab_size": task.vocab_size, "max_position_embeddings": LENGTH, "intermediate_size": 4 * dim}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **bounds, **ends))
     from x_transformers import Decoder, TransformerWrapper
 
     layers = Decoder(dim=dim, depth=depth, heads=heads, attn_dim_head=dim // heads)
-    return TransformerWrapper(num_tokens=task.vocab_size, max_seq_len=32, attn_layers=layers)
+    return TransformerWrapper(num_tokens=task.vocab_size, max_seq_len=LENGTH, attn_layers=layers)
 
 
 def train_alone(
@@ -111,8 +136,20 @@ def train_alone(
     learning_rate: float,
     every_other: bool = False,
     weight_decay: float = 0.1,
+    progress: Any = None,
 ) -> None:
-    """Trains a model from scratch on ``batch(step)``: on its last token, or on every second one."""
+    """Trains a model from scratch on ``batch(step)``: on its last token, or on every second one.
+
+    Args:
+        model: an x-transformers or Hugging Face decoder.
+        batch: gives the rows ``(b, n)`` of an update.
+        steps: updates.
+        learning_rate: at its peak.
+        every_other: scores the second, fourth, ... token instead of the last.
+        weight_decay: of all parameters. It draws the states of keys with one value together, so that what reads them
+            learns values and not keys.
+        progress: has ``update()``.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     model.train()
@@ -126,6 +163,8 @@ def train_alone(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if progress is not None:
+            progress.update()
     model.eval()
 
 

@@ -1,0 +1,340 @@
+"""x-transformers decoders of the plain kind, with the work of a layer and little beside it.
+
+The library decides anew in every layer and for every token which of its many options are on. For one new token that
+costs several times what the layer itself does. Here a decoder that has none of the options is run directly: the same
+weights and the same modules for embeddings, feedforwards and residual sums (so hooks on these, which is where layers
+end, are called), with normalisation, projections and attention written out, and keys and values in one buffer.
+
+Whether a decoder is plain is found by building a plain one of its sizes (on the meta device, so without weights) and
+comparing every attribute of every part. Logits of whole sequences always come from the library's own code, so that a
+composition begins bit for bit as its anchor; hidden states here differ from it by rounding.
+
+Legend: b batch, n new tokens, m cached and new tokens, h heads, e features of a head, d feature.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from calm_pytorch.hidden_states import is_recomputed
+from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
+from lm_core.attention import attend
+from lm_core.cache import KVCache
+
+FUSED_BYTES = 32 * 2**20  # projections up to this size are joined for decoding; larger ones gain nothing by it
+
+
+class Layer(NamedTuple):
+    """Attention and feedforward with their norms and residual sums."""
+
+    attention_norm: Any
+    attention: Any
+    attention_sum: nn.Module
+    feedforward_norm: Any
+    feedforward: nn.Module
+    feedforward_sum: nn.Module
+    feedforward_parts: tuple[nn.Module, ...]
+
+
+class DecoderStack:
+    """A plain decoder.
+
+    Args:
+        net: a ``TransformerWrapper`` that ``is_plain``.
+    """
+
+    def __init__(self, net: Any) -> None:
+        entries = [(norms[0], block, total) for norms, block, total in net.attn_layers.layers]
+        self.net = net
+        self.layers = [
+            Layer(*one, *two, _parts_in_a_row(two[1].ff)) for one, two in zip(entries[::2], entries[1::2], strict=True)
+        ]
+        called: list[Any] = [net.token_emb, net.emb_dropout, net.post_emb_norm, net.project_emb, net.pos_emb]
+        called += [net.attn_layers.final_norm, net.attn_layers.rotary_pos_emb]
+        called += [part for layer in self.layers for part in (layer.attention_sum, layer.feedforward_sum)]
+        called += [part for layer in self.layers for part in layer.feedforward_parts]
+        inside = {id(part) for module in called if isinstance(module, nn.Module) for part in module.modules()}
+        # what is not called as a module, so that hooks on it would be passed by
+        self._passed_by = [module for module in net.modules() if id(module) not in inside]
+        self._hooks = [
+            hooks for m in self._passed_by for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+        ]
+
+    def is_untouched(self) -> bool:
+        """Whether nothing is attached to the modules that are not called, but for gradient checkpointing."""
+        return not any(self._hooks) and not any(
+            "forward" in vars(module) and not is_recomputed(module) for module in self._passed_by
+        )
+
+    def joined_projections(self) -> list[Tensor] | None:
+        """Of each layer the weights of queries, keys and values in one, for many short calls; None if large."""
+        first = self.layers[0].attention
+        size = len(self.layers) * sum(part.weight.nbytes for part in (first.to_q, first.to_k, first.to_v))
+        return [_joined(layer.attention) for layer in self.layers] if size <= FUSED_BYTES else None
+
+    def hidden(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        joined: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """States ``(b, n, d)`` before the output layer.
+
+        Args:
+            ids: tokens; with a cache, the new ones.
+            mask: ``(b, m)``, True at real tokens, padding first; None without padding, or where it comes last.
+            cache: grows by the new tokens. It holds keys and values in one, ``(b, 2 g, m, e)``; the keys are not
+                rotated, as in the library's own.
+            joined: of ``joined_projections``.
+        """
+        net, stack = self.net, self.net.attn_layers
+        start = 0 if cache is None else cache.length
+        total = start + ids.shape[1]
+        x = net.token_emb(ids)
+        if isinstance(net.pos_emb, nn.Module):
+            # of each row, the first real token; a row without any starts at its end
+            first = None if mask is None else torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
+            x = x + net.pos_emb(ids, pos=torch.arange(start, total, device=ids.device), seq_start_pos=first)
+        x = net.project_emb(net.emb_dropout(net.post_emb_norm(x)))
+        angles = None
+        if stack.rotary_pos_emb is not None:
+            angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
+        for number, layer in enumerate(self.layers):
+            weight = None if joined is None else joined[number]
+            arguments = (layer, number, x, weight, mask, cache, angles)
+            if is_recomputed(layer.attention):
+                read = checkpoint(_attention, *arguments, use_reentrant=False)
+            else:
+                read = _attention(*arguments)
+            x = layer.attention_sum(read, x)
+            if is_recomputed(layer.feedforward):
+                x = layer.feedforward_sum(checkpoint(_feedforward, layer, x, use_reentrant=False), x)
+            else:
+                x = layer.feedforward_sum(_feedforward(layer, x), x)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        out: Tensor = stack.final_norm(x)
+        return out
+
+
+def _attention(
+    layer: Layer,
+    number: int,
+    x: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    angles: Tensor | None,
+) -> Tensor:
+    part = layer.attention
+    b, n, _ = x.shape
+    h, g = part.heads, part.kv_heads
+    normed = _normed(layer.attention_norm, x)
+    projected = F.linear(normed, _joined(part) if weight is None else weight)
+    heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
+    q, held = heads[:, :h], heads[:, h:]
+    if cache is not None:
+        held, _ = cache.update(number, held, held[..., :0])
+    k, v = held[:, :g], held[:, g:]
+    if angles is not None:
+        from x_transformers.x_transformers import apply_rotary_pos_emb
+
+        q, k = apply_rotary_pos_emb(q, angles), apply_rotary_pos_emb(k, angles)
+    dropout = part.attend.attn_dropout.p if part.training else 0.0
+    read = attend(q, k, v, mask=mask, causal=True, dropout=dropout, scale=part.attend.scale)
+    return F.linear(read.transpose(1, 2).reshape(b, n, -1), part.to_out.weight)
+
+
+def _feedforward(layer: Layer, x: Tensor) -> Tensor:
+    x = _normed(layer.feedforward_norm, x)
+    for part in layer.feedforward_parts:
+        x = part(x)
+    return x
+
+
+def _joined(attention: Any) -> Tensor:
+    return torch.cat((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight))
+
+
+def _parts_in_a_row(module: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules a container calls one after the other, without the containers."""
+    if type(module).__name__ != "Sequential":
+        return (module,)
+    return tuple(part for child in module.children() for part in _parts_in_a_row(child))
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    if type(norm).__name__ == "LayerNorm":
+        gamma = norm.gamma + 1.0 if norm.unit_offset else norm.gamma
+        return F.layer_norm(x, gamma.shape, gamma, None, norm.ln.eps)
+    out: Tensor = norm(x)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- what counts as plain
+
+
+def is_plain(net: Any) -> bool:
+    """Whether an x-transformers ``TransformerWrapper`` has sizes and common choices only, and no option beyond."""
+    try:
+        reference = _plain_like(net)
+    except (AttributeError, IndexError, TypeError, AssertionError):
+        return False  # parts are missing, or this version of the library has other arguments
+    return _described(net) == _described(reference)
+
+
+def _plain_like(net: Any) -> nn.Module:
+    from x_transformers import Decoder, TransformerWrapper
+
+    stack = net.attn_layers
+    attention, feedforward = stack.layers[0][1], stack.layers[1][1]
+    has_table = isinstance(net.pos_emb, nn.Module)
+    if attention.kv_heads not in (1, attention.heads) or type(net.token_emb).__name__ != "TokenEmbedding":
+        raise TypeError("its keys are shared in another order")
+    with torch.device("meta"):
+        layers = Decoder(
+            dim=stack.dim,
+            depth=len(stack.layers) // 2,
+            heads=attention.heads,
+            attn_kv_heads=attention.kv_heads,
+            attn_dim_head=attention.to_q.out_features // attention.heads,
+            attn_flash=attention.attend.flash,
+            attn_dropout=attention.attend.attn_dropout.p,
+            ff_dropout=next(m.p for m in feedforward.ff if isinstance(m, nn.Dropout)),
+            ff_mult=_inner_width(feedforward) / stack.dim,
+            ff_glu=any(type(m).__name__ == "GLU" for m in feedforward.modules()),
+            use_rmsnorm=type(stack.final_norm).__name__ == "RMSNorm",
+            rotary_pos_emb=stack.rotary_pos_emb is not None,
+        )
+        return TransformerWrapper(
+            num_tokens=net.num_tokens,
+            max_seq_len=net.max_seq_len,
+            attn_layers=layers,
+            emb_dropout=net.emb_dropout.p,
+            use_abs_pos_emb=has_table,
+            tie_embedding=not isinstance(net.to_logits, nn.Module),
+        )
+
+
+def _inner_width(feedforward: Any) -> int:
+    last = [module for module in feedforward.ff if isinstance(module, nn.Linear)][-1]
+    return int(last.in_features)
+
+
+def _described(net: nn.Module) -> dict[str, Any]:
+    """Of each part its class, its attributes as text without addresses, and the sizes of its tensors."""
+    found: dict[str, Any] = {}
+    for name, part in net.named_modules():
+        texts = {
+            key: re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+            for key, value in vars(part).items()
+            if not key.startswith("_") and key != "training" and not isinstance(value, (Tensor, nn.Module))
+        }
+        tensors = {
+            key: tuple(t.shape) for key, t in (*part._parameters.items(), *part._buffers.items()) if t is not None
+        }
+        absent = sorted(key for key, module in part._modules.items() if module is None)
+        found[name] = (type(part).__qualname__, texts, tensors, absent)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the adapter
+
+
+class StackCache(XTransformersCache):
+    """A cache of the library that keeps its keys and values in one buffer while a ``DecoderStack`` runs."""
+
+    def __init__(self, batch_size: int, max_length: int = 1) -> None:
+        super().__init__(batch_size)
+        self.max_length = max_length
+        self.buffer: KVCache | None = None
+        self.joined: list[Tensor] | None = None
+
+    def to_buffer(self, stack: DecoderStack) -> KVCache:
+        """The buffer, filled with what the library has kept."""
+        if self.buffer is None:
+            self.joined = stack.joined_projections()
+            self.buffer = KVCache(
+                layers=len(stack.layers), batch_size=self.batch_size, max_length=max(self.max_length, 1)
+            )
+            for number, (keys, values) in enumerate(self.layers):
+                assert keys is not None
+                assert values is not None
+                held = torch.cat((keys, values), dim=1)
+                self.buffer.update(number, held, held[..., :0])
+            self.buffer.advance(self.length)
+            self.layers = []
+        return self.buffer
+
+    def to_layers(self, stack: DecoderStack) -> None:
+        """Gives the library what the buffer has kept."""
+        if self.buffer is not None and self.buffer.length > 0:
+            part = stack.layers[0].attention
+            sizes = (self.batch_size, 2 * part.kv_heads, 0, part.to_k.out_features // part.kv_heads)
+            nothing = part.to_k.weight.new_empty(sizes)
+            held = (self.buffer.update(number, nothing, nothing[..., :0])[0] for number in range(self.buffer.layers))
+            self.layers = [(one[:, : part.kv_heads], one[:, part.kv_heads :]) for one in held]
+        self.buffer = self.joined = None
+
+    def _select(self, index: Tensor) -> None:
+        super()._select(index)
+        if self.buffer is not None:
+            self.buffer.reorder(index)
+
+    def _clone(self) -> "StackCache":
+        twin = StackCache(self.batch_size, self.max_length)
+        twin.ids, twin.layers = self.ids, list(self.layers)
+        twin.buffer, twin.joined = None if self.buffer is None else self.buffer.clone(), self.joined
+        return twin
+
+
+class PlainDecoderLM(XTransformersLM):
+    """An x-transformers decoder that runs as a ``DecoderStack`` wherever it may.
+
+    Args:
+        model: a ``TransformerWrapper`` that ``is_plain``.
+    """
+
+    _cache_type = StackCache
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # in a tuple, so that nothing of the model is registered a second time
+        self._stack = (DecoderStack(model),)
+
+    @property
+    def stack(self) -> DecoderStack:
+        """What runs."""
+        return self._stack[0]
+
+    def _init_cache(self, batch_size: int, max_length: int) -> StackCache:
+        super()._init_cache(batch_size, max_length)
+        return StackCache(batch_size, max_length)
+
+    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        if hidden and not kwargs and self.stack.is_untouched():
+            return self.stack.hidden(ids)
+        return super()._whole(ids, mask, kwargs, hidden=hidden)
+
+    def _incremental(
+        self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
+    ) -> Tensor:
+        if hidden and not kwargs and self.stack.is_untouched():
+            cache.ids = ids if cache.ids is None else torch.cat((cache.ids, ids), dim=1)
+            return self.stack.hidden(ids, mask, cache.to_buffer(self.stack), cache.joined)
+        cache.to_layers(self.stack)
+        return super()._incremental(ids, mask, cache, kwargs, hidden=hidden)
+
+
+def as_fast_causal_lm(model: Any) -> Any:
+    """``lm_core.adapters.as_causal_lm``, but for plain x-transformers decoders a ``PlainDecoderLM``."""
+    adapted = as_causal_lm(model)
+    if type(adapted) is XTransformersLM and adapted._offers_hidden and is_plain(adapted.model):
+        return PlainDecoderLM(adapted.model)
+    return adapted

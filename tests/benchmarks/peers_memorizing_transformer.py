@@ -131,7 +131,10 @@ def searched(memory: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return calls
 
 
-def training_row(module: Any, size: int, threads: int, rounds: int, folder: str) -> dict[str, Any]:
+def training_row(
+    module: Any, size: int, threads: int, rounds: int, folder: str, ef_search: int | None = None
+) -> dict[str, Any]:
+    """A step of both; with ``ef_search`` the original's graph is searched more broadly than it can be told to."""
     from memorizing_transformer.interop import from_memorizing_transformers_pytorch
 
     # both memories hold `size` keys at every timed step; the original's is made larger, for it is reset when it is full
@@ -148,6 +151,9 @@ def training_row(module: Any, size: int, threads: int, rounds: int, folder: str)
     with all_cores_in_faiss():
         for one in memories.values():
             filled(one, size)
+    if ef_search is not None:
+        for knn in memories["original"][0].knns:
+            knn.index.hnsw.efSearch = ef_search
     ids, labels = torch.randint(0, 256, (2, ROWS, SEGMENT))
 
     def step(name: str, model: Any) -> None:
@@ -178,7 +184,8 @@ def training_row(module: Any, size: int, threads: int, rounds: int, folder: str)
     for one in memories.values():
         one.cleanup()
     return {
-        "what": f"training step, {ROWS} x {SEGMENT} tokens, {HEADS} heads, {size:,} memories a row",
+        "what": f"training step, {ROWS} x {SEGMENT} tokens, {HEADS} heads, {size:,} memories a row"
+        + ("" if ef_search is None else f", the original at efSearch {ef_search}"),
         "threads": threads,
         "peer": f"{median(seconds['original']):.2f} s",
         "ours": f"{median(seconds['ours']):.2f} s",
@@ -195,6 +202,7 @@ def main() -> None:
         sizes={"type": int, "nargs": "+", "default": [8192, 65536]},
         queries={"type": int, "nargs": "+", "default": [512]},
         training_sizes={"type": int, "nargs": "*", "default": [65536]},
+        ef_search={"type": int, "default": None, "help": "the original's step once more, at a recall like ours"},
         indexes={"nargs": "*", "default": list(INDEXES)},
     )
     module, original = original_package()
@@ -212,6 +220,8 @@ def main() -> None:
                 rows += search_rows(original, *given)
                 if size in options.training_sizes:
                     rows.append(training_row(module, size, threads, options.rounds, folder))
+                    if options.ef_search:
+                        rows.append(training_row(module, size, threads, 1, folder, options.ef_search))
     assert all(math.isfinite(row["times as fast"]) for row in rows)
     report("The memory beside the original's", rows, options.json)
 

@@ -1,11 +1,12 @@
 """Exact nearest neighbours by inner product, in chunks, without ever holding the whole score matrix.
 
-Selecting ``k`` of ``c`` scores costs more than the product that makes them. So each chunk is cut into ``m`` groups, the
-best score of each group is taken (one vectorised pass), and only the ``k`` best groups are looked into: the ``k`` best
-scores of a chunk always lie in the ``k`` groups with the best maxima. Groups are strided, so that the maximum runs over
-an outer dimension.
+Selecting ``k`` of ``c`` scores costs more than the product that makes them. So the scores of a chunk are cut into
+groups and the best of each group is taken (one vectorised pass). Of the first chunk, the ``k`` best groups are looked
+into: the ``k`` best scores always lie in the ``k`` groups with the best maxima. Of later chunks only groups whose best
+score beats the worst of the ``k`` found so far matter; they become few soon. Groups are strided, so that the maximum
+runs over an outer dimension.
 
-Legend: q queries, c keys of a chunk, d feature, k neighbours.
+Legend: q queries, c keys of a chunk, d feature, k neighbours, m groups of a row that are looked into.
 """
 
 import math
@@ -15,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# A tile of scores stays in a CPU's second-level cache; an accelerator wants few large products.
-CPU_CHUNK, CPU_TILE = 8192, 128
+# A tile of scores stays in a CPU's cache; an accelerator wants few large products.
+CPU_CHUNK, CPU_TILE = 4096, 256
 ACCELERATOR_CHUNK, ACCELERATOR_TILE = 65536, 4096
+GROUP = 8  # scores of a group in later chunks
 
 
 def chunk_size_for(device: torch.device) -> int:
@@ -43,9 +45,12 @@ def exact_top_k(
     best: list[tuple[Tensor, Tensor] | None] = [None] * len(tiles)
     for first, keys in chunks:
         for number, part in enumerate(tiles):
-            scores, numbers = _chunk_top_k(part @ keys.t(), k)
+            scores, earlier = part @ keys.t(), best[number]
+            if earlier is not None and earlier[0].shape[1] == k and scores.shape[1] >= GROUP:
+                best[number] = _improved(earlier, scores, first)
+                continue
+            scores, numbers = _chunk_top_k(scores, k)
             numbers = numbers + first
-            earlier = best[number]
             if earlier is not None:
                 scores, numbers = torch.cat((earlier[0], scores), dim=1), torch.cat((earlier[1], numbers), dim=1)
                 if scores.shape[1] > k:
@@ -65,6 +70,31 @@ def exact_top_k(
         scores = torch.nn.functional.pad(scores, (0, missing), value=-math.inf)
         numbers = torch.nn.functional.pad(numbers, (0, missing))
     return scores, numbers
+
+
+def _improved(earlier: tuple[Tensor, Tensor], scores: Float[Tensor, "q c"], first: int) -> tuple[Tensor, Tensor]:
+    """The k best of an ``earlier`` k and a further chunk, whose first key has the number ``first``."""
+    q, k = earlier[0].shape
+    groups = scores.shape[1] // GROUP
+    whole = groups * GROUP
+    # element g + j * groups belongs to group g
+    cube = scores[:, :whole].unflatten(1, (GROUP, groups))
+    row, group = (cube.amax(dim=1) > earlier[0].amin(dim=1, keepdim=True)).nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=q)
+    m, rest = int(counts.max()), scores.shape[1] - whole
+    if m == 0 and rest == 0:
+        return earlier
+    # rows have different numbers of such groups: each row's stand on the left of m places
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    members = torch.arange(GROUP, device=row.device) * groups
+    candidates = scores.new_full((q, m, GROUP), -math.inf)
+    numbers = torch.zeros(q, m, GROUP, dtype=torch.long, device=row.device)
+    candidates[row, place], numbers[row, place] = cube[row, :, group], group.unsqueeze(1) + members + first
+    tail = torch.arange(first + whole, first + scores.shape[1], device=row.device).expand(q, rest)
+    joined = torch.cat((earlier[0], candidates.flatten(1), scores[:, whole:]), dim=1)
+    joined_numbers = torch.cat((earlier[1], numbers.flatten(1), tail), dim=1)
+    best = joined.topk(k, dim=1, sorted=False)
+    return best.values, joined_numbers.gather(1, best.indices)
 
 
 def _chunk_top_k(scores: Float[Tensor, "q c"], k: int) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class GeneratedToken:
 
     Attributes:
         token: its id.
-        positions: remembered tokens, by how many heads retrieved them (most first), with that number.
+        positions: remembered tokens, by how many heads retrieved them (most first, then nearest), with that number.
     """
 
     token: int
@@ -73,8 +73,10 @@ def retrieved_while_generating(
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
     for token, positions in zip(tokens, steps, strict=False):
-        counts = Counter(position for position in positions.flatten().tolist() if position >= 0)
-        out.append(GeneratedToken(token, sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))))
+        # nearest first: a counter keeps the order of first sight, which a stable sort then leaves among equals
+        nearest_first = positions.view(-1, positions.shape[-1]).T.flatten().tolist() if positions.numel() else []
+        counts = Counter(position for position in nearest_first if position >= 0)
+        out.append(GeneratedToken(token, sorted(counts.items(), key=lambda pair: -pair[1])))
     return out
 
 

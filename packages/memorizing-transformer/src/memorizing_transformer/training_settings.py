@@ -26,14 +26,14 @@ class TrainingSettings(CommonSettings):
         TypeError: a value is of another type.
     """
 
-    max_steps: int = 300
-    segment_length: int = 256
-    batch_size: int = 4
+    max_steps: int = 600
+    segment_length: int = 64
+    batch_size: int = 16
     gradient_accumulation: int = 1
     use_memory: bool = True
-    validate_every: int = 100
-    validation_documents: int | None = 16
-    checkpoint_every: int = 100
+    validate_every: int = 300
+    validation_documents: int | None = 4
+    checkpoint_every: int = 300
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,7 @@
 """The command, on a tiny corpus."""
 
+import json
+
 import pytest
 
 from memorizing_transformer.cli import main
@@ -33,6 +35,9 @@ def run(tmp_path_factory):
 def test_training_leaves_curves_a_page_and_a_checkpoint(run):
     assert (run / "run" / "checkpoints" / "step-8" / "model.safetensors").is_file()
     assert (run / "run" / "curves.png").is_file()
+    first, second = json.loads((run / "run" / "summary.json").read_text(encoding="utf-8"))["results"]
+    assert first["after"] < first["before"]
+    assert second["name"] == "held-out bits/byte, without -> with memory"
     assert "What the memory gave" in (run / "run" / "retrieved.html").read_text(encoding="utf-8")
 
 

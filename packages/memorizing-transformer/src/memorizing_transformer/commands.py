@@ -14,6 +14,7 @@ from lm_core.command_line import say, say_how_to_go_on
 from lm_core.corpora import held_out_documents, load_corpus
 from lm_core.distributed import rank, world_size
 from lm_core.documents import Documents
+from lm_core.run_directory import Result, write_summary
 from lm_core.text_generation import TextGeneration, open_prompt, print_continuations
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
@@ -88,6 +89,8 @@ def train(
     say(f"            fingerprint {data.fingerprint[:16]}")
     say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
+    if result.first_step == settings.max_steps:
+        say("            finished before; another --checkpoint_dir trains anew")
     say(f"held out    {result.first_bits_per_byte:.3f} bits/byte before training")
     if result.last is not None:
         say(f"            {result.last.bits_per_byte:.3f} bits/byte at the last validation, {result.step} updates done")
@@ -99,6 +102,12 @@ def train(
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome != "finished":
         return say_how_to_go_on("memorizing-transformer", result.outcome, result.step, settings.max_steps)
+    if rank() == 0 and result.last is not None:  # None: finished before, and summed up then
+        last, without = result.last.bits_per_byte, result.without_memory
+        results = [Result("held-out bits/byte", last, before=result.first_bits_per_byte)]
+        if without is not None:
+            results.append(Result("held-out bits/byte, without -> with memory", last, before=without.bits_per_byte))
+        write_summary(checkpoint_dir, results, steps=result.step, seconds=result.seconds)
     if sample_tokens and rank() == 0 and memorizing.memorizing_layers:
         _show_retrieval(memorizing.eval(), data.validation, encoder, sample_tokens, Path(checkpoint_dir))
     return 0

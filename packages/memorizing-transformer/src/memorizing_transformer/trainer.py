@@ -82,16 +82,20 @@ class TrainingResult:
 
     Attributes:
         outcome: "finished", "interrupted" (Ctrl-C or SIGTERM) or "out of time" (``max_seconds``).
+        first_step: updates that were done when this call began.
         step: updates done.
+        seconds: that this call took.
         first_bits_per_byte: of held-out documents, before training.
-        last: of held-out documents, at the last validation.
+        last: of held-out documents, at the last validation of this call; None if there was none.
         without_memory: of the same weights without kNN memories.
         checkpoints: folder of the checkpoints; the newest one is of ``step``.
         curves: picture of the metrics; None if matplotlib is not installed.
     """
 
     outcome: Outcome
+    first_step: int
     step: int
+    seconds: float
     first_bits_per_byte: float
     last: Evaluation | None
     without_memory: Evaluation | None
@@ -192,13 +196,14 @@ class MemoryTrainer:
             FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
-        settings = self.settings
+        settings, started = self.settings, time.monotonic()
         outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
                 self._prepare(run)
             log = self._metrics(run, stack)
             stopping = Stopping(stack.enter_context(InterruptHandler()), settings.max_seconds)
+            first_step = self.step
             if self.step == 0:
                 self.first_bits_per_byte = self._validate(log).bits_per_byte
             while self.step < settings.max_steps and outcome == "finished":
@@ -214,7 +219,15 @@ class MemoryTrainer:
                     self._save(run)
             curves = draw_curves(run, CURVES)
             return TrainingResult(
-                outcome, self.step, self.first_bits_per_byte, self.last, self.without_memory, run.checkpoints, curves
+                outcome=outcome,
+                first_step=first_step,
+                step=self.step,
+                seconds=time.monotonic() - started,
+                first_bits_per_byte=self.first_bits_per_byte,
+                last=self.last,
+                without_memory=self.without_memory,
+                checkpoints=run.checkpoints,
+                curves=curves,
             )
 
     def _update(self) -> dict[str, float]:

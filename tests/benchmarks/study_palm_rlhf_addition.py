@@ -23,8 +23,8 @@ def main() -> None:
         __doc__.splitlines()[0],
         seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
         supervised_rows={"type": int, "default": 3000},
-        supervised_updates={"type": int, "default": 500},
-        phases={"type": int, "default": 40},
+        supervised_updates={"type": int, "default": 800},
+        phases={"type": int, "default": 100},
     )
     torch.set_num_threads(options.threads[0])
     rows = []

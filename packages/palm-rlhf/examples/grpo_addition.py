@@ -65,7 +65,7 @@ def exact_match(palm: PaLM, rows: Sequence[dict[str, str]]) -> float:
     return sum(exact([], answers, [row["answer"] for row in rows])) / len(rows)
 
 
-def run(*, seed: int, supervised_rows: int, supervised_updates: int, phases: int, group_size: int = 8) -> Outcome:
+def run(*, seed: int, supervised_rows: int, supervised_updates: int, phases: int, group_size: int = 16) -> Outcome:
     """The supervised start and GRPO; held-out sums appear in neither."""
     torch.manual_seed(seed)
     learned, held_out = sums(seed)
@@ -80,7 +80,7 @@ def run(*, seed: int, supervised_rows: int, supervised_updates: int, phases: int
         tokenizer=TOKENIZER,
         group_size=group_size,
         actor_lora=False,
-        actor_lr=5e-4,
+        actor_lr=2e-4,
         kl_div_loss_weight=0.0,
         minibatch_size=256,
         epochs=2,

@@ -20,6 +20,15 @@ def word(letters: str) -> str:
     return "".join(chance.choices(letters, k=6))
 
 
+# a base that writes words of letters and digits alike
+optimizer = torch.optim.AdamW(palm.parameters(), lr=3e-3)
+for _ in range(80):
+    lines = [f"{word('abcdef')}: {word('0123456789ghijklmnop')}" for _ in range(32)]
+    palm(torch.tensor([tokenizer.encode(line) for line in lines]), return_loss=True).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+palm.eval()
+
 pairs = [
     {"prompt": f"{word('abcdef')}: ", "chosen": word("0123456789"), "rejected": word("0123456789ghijklmnop")}
     for _ in range(300)
@@ -35,13 +44,13 @@ trainer = RLHFTrainer(
     reward_model=reward_model,
     prompts=[f"{word('abcdef')}: " for _ in range(32)],
     tokenizer=tokenizer,
-    actor_lr=5e-3,
-    critic_lr=5e-3,
-    kl_div_loss_weight=0.02,
+    actor_lr=1e-2,
+    critic_lr=1e-2,
+    kl_div_loss_weight=0.1,
     epochs=2,
     device="cpu",
 )
-result = trainer.train(num_episodes=15 * 32, update_timesteps=32, max_new_tokens=6)
+result = trainer.train(num_episodes=20 * 32, update_timesteps=32, max_new_tokens=6)
 for row in (result.metrics[0], result.metrics[-1]):
     print(f"reward {row['reward']:.2f}, KL {row['kl']:.2f}, explained variance {row['explained_variance']:.2f}")
 print(trainer.generate(24, "fade: ", num_samples=8).tolist())

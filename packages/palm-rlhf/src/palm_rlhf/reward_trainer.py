@@ -49,6 +49,7 @@ class RewardResult:
         last_accuracy: after it. Of pairs: how often the chosen response has the higher reward (a tie counts half); of
             bins: how often the likeliest is right; of numbers: the part of the variance explained.
         checkpoints: folder of the checkpoints; None without ``checkpoint_dir``.
+        first_step: updates that had been done when this call began.
     """
 
     outcome: Literal["finished", "interrupted"]
@@ -56,6 +57,7 @@ class RewardResult:
     first_accuracy: float
     last_accuracy: float
     checkpoints: Path | None
+    first_step: int = 0
 
 
 class RewardModelTrainer:
@@ -165,6 +167,7 @@ class RewardModelTrainer:
             stack.callback(self.model.train, self.model.training)
             self.model.train()
             interrupt = stack.enter_context(InterruptHandler())
+            first_step = self.step
             if self.step == 0:
                 self.first_accuracy = self.last_accuracy = self.accuracy()
             while self.step < self.max_steps and outcome == "finished":
@@ -186,7 +189,7 @@ class RewardModelTrainer:
                 with contextlib.suppress(ImportError, ValueError):
                     plot_curves(run.metrics_path, run.curves_path)
         checkpoints = None if run is None else run.checkpoints
-        return RewardResult(outcome, self.step, self.first_accuracy, self.last_accuracy, checkpoints)
+        return RewardResult(outcome, self.step, self.first_accuracy, self.last_accuracy, checkpoints, first_step)
 
     def accuracy(self, examples: Sequence[Preference | Labelled] | None = None) -> float:
         """On held-out examples, or those given; see ``RewardResult``."""

@@ -3,9 +3,10 @@
 import time
 from typing import Any
 
+from lm_core.command_line import say, say_how_to_go_on
 from lm_core.distributed import rank
 from lm_core.run_directory import Result, write_summary
-from palm_rlhf.cli.sources import VALIDATION_PROMPTS, ended
+from palm_rlhf.cli.sources import VALIDATION_PROMPTS
 from palm_rlhf.policy_evaluation import PolicyEvaluation, evaluate_policy
 from palm_rlhf.ppo import RLHFTrainer
 from palm_rlhf.prompts import load_prompts
@@ -19,15 +20,19 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
     Args:
         trainer: with a ``checkpoint_dir``.
         held_out: prompts to compare on; see ``load_prompts``.
-        **schedule: as of ``RLHFTrainer.train``.
+        **schedule: as of ``RLHFTrainer.train``, with ``num_episodes`` and ``update_timesteps``.
 
     Returns:
         The exit status.
     """
-    say = print if rank() == 0 else (lambda *_: None)
     started = time.monotonic()
     result = trainer.train(**schedule)
     assert trainer.checkpoint_dir is not None
+    settings = trainer.settings
+    drawn = min(schedule["update_timesteps"], schedule["num_episodes"])
+    planned = schedule["num_episodes"] // drawn * settings.epochs * -(-drawn // settings.minibatch_size)
+    if result.outcome == "finished" and not result.metrics:
+        say("            finished before; another --checkpoint_dir trains anew")
     if result.metrics:
         first, last = result.metrics[0], result.metrics[-1]
         say(f"reward      {first['reward']:.3f} in the first phase of this call, {last['reward']:.3f} in the last")
@@ -39,9 +44,9 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib'}")
     if result.outcome == "finished" and rank() == 0:
         seconds = time.monotonic() - started
-        drawn = {name: value for name, value in schedule.items() if name in SAMPLING}
+        sampling = {name: value for name, value in schedule.items() if name in SAMPLING}
         prompts = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
-        found = evaluate_policy(trainer, prompts, trainer.sampling(**drawn), seed=trainer.settings.seed)
+        found = evaluate_policy(trainer, prompts, trainer.sampling(**sampling), seed=trainer.settings.seed)
         _show(found, len(prompts))
         write_summary(
             trainer.checkpoint_dir,
@@ -52,7 +57,7 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
             steps=result.updates,
             seconds=seconds if result.metrics else None,
         )
-    return ended(result.outcome)
+    return say_how_to_go_on("palm-rlhf", result.outcome, result.updates, planned)
 
 
 SAMPLING = ("max_new_tokens", "max_seq_len", "temperature", "filters", "min_new_tokens", "stop_strings")

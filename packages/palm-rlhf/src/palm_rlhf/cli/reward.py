@@ -7,11 +7,12 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoint import checkpoint_folder
+from lm_core.command_line import say, say_how_to_go_on
 from lm_core.corpora import load_corpus
 from lm_core.distributed import rank
 from lm_core.run_directory import Result, write_summary
 from lm_core.tokenizers import load_tokenizer
-from palm_rlhf.cli.sources import BASE, REWARD, ended
+from palm_rlhf.cli.sources import BASE, REWARD
 from palm_rlhf.palm import PaLM
 
 
@@ -91,14 +92,16 @@ def reward(
         seed=seed,
         device=device,
     )
-    say = print if rank() == 0 else (lambda *_: None)
     say(f"reward model on {folder}: {len(trainer.examples)} examples, {len(trainer.held_out)} held out")
     started = time.monotonic()
     result = trainer.train()
+    worked = result.first_step < max_steps
+    if not worked:
+        say("            finished before; another --checkpoint_dir trains anew")
     say(f"held out    accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
     say(f"curves      {Path(checkpoint_dir) / 'curves.png'}")
     say(f"checkpoint  {Path(checkpoint_dir) / 'checkpoints' / f'step-{result.step}'}")
     if result.outcome == "finished" and rank() == 0:
         key = Result("held-out accuracy of the reward", result.last_accuracy, result.first_accuracy, "higher")
-        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started)
-    return ended(result.outcome)
+        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started if worked else None)
+    return say_how_to_go_on("palm-rlhf", result.outcome, result.step, max_steps)

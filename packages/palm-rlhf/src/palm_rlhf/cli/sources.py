@@ -1,4 +1,4 @@
-"""What the commands of reinforcement learning share: where models, prompts and rewards come from, and how a run ends.
+"""What the commands of reinforcement learning share: where models, prompts and rewards come from.
 
 Without arguments the commands go on from one another: ``train``, ``reward`` and ``ppo`` on Python's own library.
 """
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.checkpoint import checkpoint_folder
-from lm_core.command_line import INTERRUPTED, command_line
 from lm_core.corpora import load_corpus
-from lm_core.distributed import rank
 from lm_core.manifest import read_json
 from lm_core.tokenizers import load_tokenizer
 
@@ -51,12 +49,3 @@ def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *
     if not Path(prompts).is_file():
         raise FileNotFoundError(f'prompts must be "stdlib" or a .jsonl file, got {prompts}')
     return Path(prompts)
-
-
-def ended(outcome: str) -> int:
-    """The exit status; says how to go on after an interruption."""
-    if outcome == "finished":
-        return 0
-    if rank() == 0:
-        print(f"\nStopped ({outcome}). To go on:\n  {command_line('palm-rlhf')}")
-    return INTERRUPTED

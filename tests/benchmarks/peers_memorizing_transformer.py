@@ -218,12 +218,13 @@ def main() -> None:
             for size in options.sizes:
                 given = (size, options.queries, threads, options.rounds, folder, options.indexes)
                 rows += search_rows(original, *given)
+                report("The memory beside the original's and faiss", rows, options.json)
                 if size in options.training_sizes:
                     rows.append(training_row(module, size, threads, options.rounds, folder))
                     if options.ef_search:
                         rows.append(training_row(module, size, threads, 1, folder, options.ef_search))
     assert all(math.isfinite(row["times as fast"]) for row in rows)
-    report("The memory beside the original's", rows, options.json)
+    report("The memory beside the original's and faiss", rows, options.json)
 
 
 if __name__ == "__main__":

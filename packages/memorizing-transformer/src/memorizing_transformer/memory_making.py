@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lm_core._checks import check_positive
 from memorizing_transformer.memory_list import KNNMemoryList
@@ -18,16 +19,18 @@ class MakesMemories:
         memorizing_layers: which layers have one.
         memory_settings: arguments of ``KNNMemory``.
         knn_memories_directory: keeps memories in memory-mapped files there; None keeps them on the model's device.
+        token_emb: the embedding of tokens.
     """
 
     memorizing_layers: tuple[int, ...]
     memory_settings: dict[str, Any]
     knn_memories_directory: str | Path | None
+    token_emb: nn.Embedding
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        raise NotImplementedError
+        return self.token_emb.weight.device
 
     def create_knn_memories(
         self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any

@@ -8,7 +8,9 @@ with a shift of s, the i-th layer that has a window (a memory) reads that of the
 to its own.
 
 Segments are read in ``segment_reading``, new tokens behind a cache in ``cached_reading``, both through one loop in
-``layers``. Long because of the constructor's arguments and what they mean.
+``layers``.
+
+Long because its constructor's arguments are explained one by one.
 
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
@@ -183,11 +185,6 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
         self.to_logits = nn.Linear(dim, num_tokens)
 
     # ---------------------------------------------------------------------------------------------------- structure
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.token_emb.weight.device
 
     @property
     def output_weight(self) -> Float[Tensor, "v d1"]:

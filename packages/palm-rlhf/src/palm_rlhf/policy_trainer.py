@@ -5,8 +5,9 @@ any two updates, in the middle of an epoch too: it holds the experience at hand.
 functions of the seed and of counters, so a run that was killed and resumed ends bit for bit like one that was not.
 
 The parts: ``rollouts`` draws, ``experience`` judges and finds advantages, ``policy_update`` learns, ``phase`` says
-where the run stands, ``policy_checkpoint`` saves it. Long because the loop and all that it begins and goes on with are read
-together.
+where the run stands, ``policy_checkpoint`` saves it.
+
+Long because the loop, and all that it begins and goes on with, are read together.
 """
 
 import contextlib

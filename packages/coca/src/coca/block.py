@@ -7,6 +7,8 @@ takes both outputs back. The original kept two output matrices; side by side in 
 Legend: b batch, n sequence, h query heads, d head feature.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -79,25 +81,32 @@ class ParallelBlock(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        cache: KVCache,
-        layer: int,
+        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         products: Products,
         mask: Tensor | None = None,
     ) -> Tensor:
         """``forward`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient.
 
-        ``products`` multiply with the weights of ``proj_in`` and ``proj_out``; ``mask`` is ``(b, 1, 1, j)`` and True at
-        keys that may be seen, the new one among them.
+        Between two products the weights have swept the processor's caches, so every small operation is slow: they are
+        as few as can be.
+
+        Args:
+            x: residual stream.
+            rotation: as in ``forward``, for the new position.
+            append: adds the new key and value, ``(b, 1, 1, d)`` each, to the earlier ones and returns all.
+            products: with the weights of ``proj_in`` and ``proj_out``.
+            mask: ``(b, 1, 1, j)``, True at keys that may be seen, the new one among them.
         """
         b = x.shape[0]
-        proj_in, proj_out = products
-        normed = F.layer_norm(x, x.shape[-1:], self.norm.gamma, None, self.norm.eps)
-        qk, v, ff = proj_in(normed).split_with_sizes(self.in_dims, -1)
-        qk = apply_rotary(qk.view(b, -1, self.dim_head), *rotation)
-        k, v = cache.update(layer, qk[:, None, self.heads :], v.view(b, 1, 1, self.dim_head))
+        normed = torch.layer_norm(x, self.norm.gamma.shape, self.norm.gamma, None, self.norm.eps)
+        qk, v, ff, gate = products.proj_in(normed).split_with_sizes(
+            (self.attn_dim + self.dim_head, self.dim_head, self.ff_dim, self.ff_dim), -1
+        )
         # One query folds its heads into the sequence: no key is repeated.
-        attended = F.scaled_dot_product_attention(qk[:, None, : self.heads], k, v, mask).reshape(b, self.attn_dim)
-        return x + proj_out(torch.cat((attended, swiglu(ff)), dim=-1))
+        q, k = apply_rotary(qk.view(b, 1, -1, self.dim_head), *rotation).split_with_sizes((self.heads, 1), 2)
+        attended = F.scaled_dot_product_attention(q, *append(k, v.view(b, 1, 1, self.dim_head)), mask)
+        merged = torch.cat((attended.reshape(b, self.attn_dim), F.silu(gate).mul_(ff)), dim=-1)
+        return products.proj_out(merged, x)
 
 
 def joint_output(dim: int, *fan_in: int) -> nn.Linear:

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from coca.decoding_step import DecodingStep, is_plain
+from coca.decoding_step import DecodingStep, TokenCache, is_plain
 from lm_core._checks import check_ids, typed
-from lm_core.cache import KVCache
 from lm_core.decoding import Filter, prompt_rows
 from lm_core.generation import beam_search, eval_mode, generate
 from lm_core.masking import positions_from_mask, right_pad
@@ -24,7 +23,7 @@ from lm_core.sampling import top_k as keep_top_k
 from lm_core.sampling import top_p as keep_top_p
 
 
-class CoCaCache(KVCache):
+class CoCaCache(TokenCache):
     """Keys and values of the text, and of the image for each multimodal layer."""
 
     def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:
@@ -83,7 +82,7 @@ def decoder_states(
         rotation = model.rotary.at_range(past, past + n, device=x.device, dtype=x.dtype)
     else:
         rotation = model.rotary(positions_from_mask(mask)[:, past:], x.dtype)
-    one_token = past > 0 and n == 1 and not torch.is_grad_enabled()
+    one_token = n == 1 and not torch.is_grad_enabled()
     step = cache.step_of(model) if cache is not None and one_token else None
     if cache is not None and step is not None:
         x = step.hidden(x[:, 0], rotation, cache, image, mask).unsqueeze(1)

@@ -49,14 +49,13 @@ class CrossAttention(nn.Module):
         k, v = self.to_kv(self.context_norm(context)).chunk(2, dim=-1)
         return k.unsqueeze(1), v.unsqueeze(1)
 
-    def forward(
-        self, x: Float[Tensor, "b i dim"], keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None
-    ) -> Float[Tensor, "b i dim"]:
+    def forward(self, x: Float[Tensor, "b i dim"], keys_values: tuple[Tensor, Tensor]) -> Float[Tensor, "b i dim"]:
         """What ``x`` reads from a context, given as ``keys_values(context)``, plus the feed-forward."""
         b, i, _ = x.shape
         q, ff = self.proj_in(self.norm(x)).split((self.attn_dim, 2 * self.ff_dim), dim=-1)
-        q = q.view(b, i, self.heads, self.dim_head).transpose(1, 2)
-        out = attend(q, *keys_values, mask=mask).transpose(1, 2).reshape(b, i, self.attn_dim)
+        # Without a mask the heads of one key are only more queries: no key and no gradient of it is repeated.
+        q = q.reshape(b, 1, i * self.heads, self.dim_head)
+        out = attend(q, *keys_values).reshape(b, i, self.attn_dim)
         return self.proj_out(torch.cat((out, swiglu(ff)), dim=-1) if self.ff_dim else out)
 
     def decode(self, x: Tensor, keys_values: tuple[Tensor, Tensor], products: Products) -> Tensor:
@@ -65,8 +64,8 @@ class CrossAttention(nn.Module):
         ``products`` multiply with the weights of ``proj_in`` and ``proj_out``.
         """
         b = x.shape[0]
-        proj_in, proj_out = products
-        normed = F.layer_norm(x, x.shape[-1:], self.norm.gamma, None, self.norm.eps)
-        q, ff = proj_in(normed).split_with_sizes((self.attn_dim, 2 * self.ff_dim), -1)
+        normed = torch.layer_norm(x, self.norm.gamma.shape, self.norm.gamma, None, self.norm.eps)
+        q, ff, gate = products.proj_in(normed).split_with_sizes((self.attn_dim, self.ff_dim, self.ff_dim), -1)
         attended = F.scaled_dot_product_attention(q.view(b, 1, self.heads, self.dim_head), *keys_values)
-        return x + proj_out(torch.cat((attended.reshape(b, self.attn_dim), swiglu(ff)), dim=-1))
+        merged = torch.cat((attended.reshape(b, self.attn_dim), F.silu(gate).mul_(ff)), dim=-1)
+        return products.proj_out(merged, x)

@@ -6,9 +6,10 @@ show beside that of the products, and with weights packed for a few rows (``coca
 Legend: b batch, d feature, v vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -19,6 +20,30 @@ from coca.multimodal import MultimodalLayer
 from coca.packed_weights import Product, Products, packed_product, plain_product
 from lm_core.cache import KVCache
 from lm_core.norms import LayerNorm
+
+
+class TokenCache(KVCache):
+    """A ``KVCache`` of one key head that takes one more token with fewer operations than ``update``."""
+
+    # Each layer's part of keys and values, and whose parts they are: memory is taken anew now and then.
+    _layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    _layers_of: Tensor | None = None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``update``, for one token a row: ``(b, 1, 1, d)`` each."""
+        past = self.length
+        if self._layers_of is not self._keys or self._keys is None or past == self._keys.shape[-2]:
+            result = self.update(layer, keys, values)
+            assert self._keys is not None
+            assert self._values is not None
+            self._layers = tuple(zip(self._keys.unbind(), self._values.unbind(), strict=True))
+            self._layers_of = self._keys
+            return result
+        all_keys, all_values = self._layers[layer]
+        all_keys.narrow(2, past, 1).copy_(keys)
+        all_values.narrow(2, past, 1).copy_(values)
+        return all_keys.narrow(2, 0, past + 1), all_values.narrow(2, 0, past + 1)
+
 
 # Packing all weights takes as long as four steps save.
 _STEPS_WORTH_PACKING = 8
@@ -49,7 +74,7 @@ class DecodingStep:
         self,
         x: Float[Tensor, "b d"],
         rotation: tuple[Tensor, Tensor],
-        cache: KVCache,
+        cache: TokenCache,
         image: tuple[tuple[Tensor, Tensor], ...],
         mask: Bool[Tensor, "b total"] | None = None,
     ) -> Float[Tensor, "b d"]:
@@ -57,21 +82,24 @@ class DecodingStep:
 
         Args:
             x: embeddings of the new tokens.
-            rotation: cosine and signed sine at their positions, ``(b or 1, d)`` or ``(b, 1, d)``.
+            rotation: cosine and signed sine at their positions, ``(1, d)`` or ``(b, 1, d)``.
             cache: keys and values of the text so far.
             image: keys and values of the image for each multimodal layer.
             mask: True at real tokens of cached and new positions.
         """
-        visible = None if mask is None else rearrange(mask, "b j -> b 1 1 j")
+        visible = None
+        if mask is not None:
+            visible = rearrange(mask, "b j -> b 1 1 j")
+            rotation = (rotation[0].unsqueeze(1), rotation[1].unsqueeze(1))
         place = 0
         for block, products in self._unimodal:
-            x = block.decode(x, rotation, cache, place, products, visible)
+            x = block.decode(x, rotation, partial(cache.append, place), products, visible)
             place += 1
         for (block, products, attention, attention_products), keys_values in zip(self._multimodal, image, strict=True):
-            x = block.decode(x, rotation, cache, place, products, visible)
+            x = block.decode(x, rotation, partial(cache.append, place), products, visible)
             x = attention.decode(x, keys_values, attention_products)
             place += 1
-        return F.layer_norm(x, x.shape[-1:], self._norm.gamma, None, self._norm.eps)
+        return torch.layer_norm(x, self._norm.gamma.shape, self._norm.gamma, None, self._norm.eps)
 
     def logits(self, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
         """The output layer."""
@@ -80,7 +108,7 @@ class DecodingStep:
         return self._output(hidden)
 
     def _products(self, layer: ParallelBlock | CrossAttention) -> Products:
-        return self._product(layer.proj_in.weight), self._product(layer.proj_out.weight)
+        return Products(self._product(layer.proj_in.weight), self._product(layer.proj_out.weight))
 
 
 def is_plain(model: Any) -> bool:

@@ -10,24 +10,43 @@ Only for float32 on a CPU whose PyTorch has oneDNN; everything else takes the pl
 Legend: r rows, i input features, o output features.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
-Products = tuple[Product, Product]  # with the weights of a layer's projections in and out
-
 # The rows that the layout is chosen for: one made for a single row is slow for several, but not the other way round.
 _ROWS = 16
 
 
+@runtime_checkable
+@runtime_checkable
+class Product(Protocol):
+    """``x (r, i)`` to ``x @ weight.T``, plus ``residual (r, o)`` if given; without gradient in the weight."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The product, ``(r, o)``."""
+
+
+class Products(NamedTuple):
+    """With the weights of a layer's projections in and out."""
+
+    proj_in: Product
+    proj_out: Product
+
+
 def plain_product(weight: Float[Tensor, "o i"]) -> Product:
-    """``x (r, i)`` to ``x @ weight.T``, without gradient in the weight."""
+    """The product with a weight as it is."""
     weight = weight.detach()
-    return lambda x: F.linear(x, weight)
+
+    def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        # Added outside the product, so that under autocast the residual stream stays in float32.
+        product = F.linear(x, weight)
+        return product if residual is None else residual + product
+
+    return multiply
 
 
 def packed_product(weight: Float[Tensor, "o i"]) -> Product:
@@ -37,7 +56,14 @@ def packed_product(weight: Float[Tensor, "o i"]) -> Product:
     # The operators that torch.compile itself uses for weights that stay constant.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: multiply(x, packed, None, "none", [], "")
+    multiply_add = torch.ops.mkldnn._linear_pointwise.binary
+
+    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return multiply(x, packed, None, "none", [], "")
+        return multiply_add(x, residual, packed, None, "add")
+
+    return product
 
 
 def can_be_packed(weight: Tensor) -> bool:

@@ -1,11 +1,13 @@
 """What is known to go wrong in self-play trainers, at the trainer's door; traps of the loss are in test_spin.py.
 
-Each test is named for what must hold. The README's table says which trap of the original each is about.
+Each test is named for what must hold. The README's tables say which trap of the original each is about.
 """
 
 import inspect
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +239,12 @@ def test_an_x_transformers_decoder_plays_all_iterations(train, tmp_path):
 
     assert (result.outcome, result.iterations) == ("finished", 2)
     assert (tmp_path / "run" / "iterations" / "iteration-2" / "model.safetensors").is_file()
+
+
+def test_the_tests_that_the_readme_names_are_there():
+    folder = Path(__file__).parent
+    named = set(re.findall(r"`(test_\w+)`", (folder.parent / "README.md").read_text("utf-8")))
+    written = set(re.findall(r"^def (test_\w+)", "".join(f.read_text("utf-8") for f in folder.glob("test_*.py")), re.M))
+
+    assert len(named) > 35
+    assert not named - written

@@ -7,6 +7,8 @@ the next begins.
 A checkpoint holds all that the next update depends on (``run_state``), and answers are kept row by row: a run that was
 killed in either phase goes on to the weights, bit for bit, of one that was not (with equal settings, device, torch and
 number of processes). At step N come first the row of metrics, then a validation, then the checkpoint.
+
+Long because the loop and every argument of its constructor are explained in one place.
 """
 
 import contextlib

@@ -14,9 +14,9 @@ from spin_trainer.pair_comparison import PairComparison
 from spin_trainer.pair_measures import PairMeasures
 from spin_trainer.pair_order import MicroBatch, Pair, PairOrder
 from spin_trainer.parallel_policy import ParallelPolicy
-from spin_trainer.run_state import RunState
 from spin_trainer.self_play_settings import SelfPlaySettings
 from spin_trainer.spin import SPIN, Comparison
+from spin_trainer.training_state import RunState
 
 
 class PairTraining:

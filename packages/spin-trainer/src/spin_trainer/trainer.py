@@ -4,9 +4,9 @@ Algorithm 1 of arXiv 2401.01335. At the beginning of an iteration the policy is 
 and scores all answers, once and onto the disk (``iteration_data``); then it trains on pairs (``pair_training``); then
 the next begins.
 
-A checkpoint holds all that the next update depends on (``run_state``), and answers are kept row by row: a run that was
-killed in either phase goes on to the weights, bit for bit, of one that was not (with equal settings, device, torch and
-number of processes). At step N come first the row of metrics, then a validation, then the checkpoint.
+A checkpoint holds all that the next update depends on (``training_state``), and answers are kept row by row: a run that
+was killed in either phase goes on to the weights, bit for bit, of one that was not (with equal settings, device, torch
+and number of processes). At step N come first the row of metrics, then a validation, then the checkpoint.
 
 Long because the loop and every argument of its constructor are explained in one place.
 """
@@ -49,11 +49,11 @@ from spin_trainer.pair_training import PairTraining
 from spin_trainer.parallel_policy import ParallelPolicy
 from spin_trainer.policy_weights import export_policy
 from spin_trainer.reference import FrozenReference
-from spin_trainer.run_state import RunCheckpoints, RunState
 from spin_trainer.self_play_settings import SelfPlaySettings
 from spin_trainer.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.spin import SPIN
 from spin_trainer.training_checks import check_accelerator, check_datasets, make_spin
+from spin_trainer.training_state import RunCheckpoints, RunState
 from spin_trainer.updates import optimizer_of
 
 Outcome = Literal["finished", "stopped early", "interrupted"]

@@ -7,8 +7,6 @@ the next begins.
 A checkpoint holds all that the next update depends on (``training_state``), and answers are kept row by row: a run that
 was killed in either phase goes on to the weights, bit for bit, of one that was not (with equal settings, device, torch
 and number of processes). At step N come first the row of metrics, then a validation, then the checkpoint.
-
-Long because the loop and every argument of its constructor are explained in one place.
 """
 
 import contextlib
@@ -18,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core._checks import typed
@@ -43,11 +40,11 @@ from spin_trainer.dropout import dropout_of
 from spin_trainer.fingerprints import fingerprint_of_weights
 from spin_trainer.iteration_data import IterationData
 from spin_trainer.opponent_answers import Interrupted, Sampling, seed_of
+from spin_trainer.original_interface import OriginalInterface
 from spin_trainer.pair_comparison import PairComparison
 from spin_trainer.pair_order import PairOrder
 from spin_trainer.pair_training import PairTraining
 from spin_trainer.parallel_policy import ParallelPolicy
-from spin_trainer.policy_weights import export_policy
 from spin_trainer.reference import FrozenReference
 from spin_trainer.self_play_settings import SelfPlaySettings
 from spin_trainer.sft_data import Overlong, SFTDataset, as_sft_dataset
@@ -82,7 +79,7 @@ class SPINResult:
     curves: Path | None
 
 
-class SPINTrainer:
+class SPINTrainer(OriginalInterface):
     """Trains any causal language model by self-play; call it like a function.
 
     Args:
@@ -197,8 +194,6 @@ class SPINTrainer:
             keep=self.settings.keep_checkpoints,
         )
 
-    # ------------------------------------------------------------------------------ what the original offers as well
-
     @property
     def iteration(self) -> int:
         """Iterations that are complete."""
@@ -208,59 +203,6 @@ class SPINTrainer:
     def steps(self) -> int:
         """Updates done."""
         return self.state.steps
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the main process."""
-        return rank() == 0
-
-    @property
-    def unwrapped_model(self) -> SPIN:
-        """Policy and reference."""
-        return self.model
-
-    def print(self, *message: Any) -> None:
-        """Prints on the main process."""
-        self.accelerator.print(*message)
-
-    def log(self, **data: Any) -> None:
-        """Adds a row to the metrics of a running training, and sends it to accelerate's trackers."""
-        if self._log is not None:
-            self._log.log(self.steps, data)
-        self.accelerator.log(data, step=self.steps)
-
-    def wait(self) -> None:
-        """Waits for all processes."""
-        self.accelerator.wait_for_everyone()
-
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Writes the policy, with its tokenizer, into a folder below ``checkpoint_folder``; every process calls it.
-
-        Raises:
-            FileExistsError: the folder is there and ``overwrite`` is False.
-        """
-        folder = self.checkpoint_folder / path
-        export_policy(self.model.policy_model, folder, self.tokenizer, overwrite=overwrite)
-        return folder
-
-    def calc_spin_loss(self, real_seq: Int[Tensor, "b n"], prompt_len: Int[Tensor, " b"]) -> Float[Tensor, ""]:
-        """The loss of a batch, with answers that the opponent gives now.
-
-        Args:
-            real_seq: prompts with human answers, padded with ``pad_id``.
-            prompt_len: tokens of each prompt.
-        """
-        pairs = [
-            (row[row != self.pad_id].tolist(), int(length)) for row, length in zip(real_seq, prompt_len, strict=True)
-        ]
-        dataset = as_sft_dataset(pairs, max_seq_len=self.settings.max_seq_len, pad_id=self.pad_id, name="real_seq")
-        prompts = [example.prompt for example in dataset]
-        seed = seed_of("live", self.settings.seed, self.iteration, self.steps)
-        answers = self.pair_training.live_answers(prompts, seed)
-        real = [example.response for example in dataset]
-        return self.compare(prompts, real, [answer.tokens for answer in answers]).losses.mean()
-
-    # ----------------------------------------------------------------------------------------------------- the loop
 
     def __call__(self, overwrite_checkpoints: bool = True) -> SPINResult:
         """Runs all iterations, or goes on where the run in ``checkpoint_folder`` was.

@@ -18,6 +18,11 @@ PROMPT = torch.zeros(2, 4, dtype=torch.long)
 YES = torch.ones(2, 4, dtype=torch.bool)
 
 
+def shallow():
+    """A language model without a list of layers."""
+    return nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40))
+
+
 @pytest.fixture(scope="module")
 def parts(model_of):
     return model_of("plain"), model_of("llama", seed=1), model_of("bert", seed=2)
@@ -33,8 +38,11 @@ CONSTRUCTION = {
     "no model": (lambda p: CALM("gpt2", AugmentParams(p[1])), "anchor_llm"),
     "encoder as anchor": (lambda p: CALM(p[2], AugmentParams(p[1])), "BertModel"),
     "augment is no params": (lambda p: CALM(p[1], p[2]), "augment_llms"),
-    "unknown blocks": (lambda p: CALM(p[0], AugmentParams(p[1])), "anchor: the blocks of a PlainLM are not known"),
-    "unknown augment blocks": (lambda p: CALM(p[1], AugmentParams(p[0])), "augment 0 .*transformer_blocks"),
+    "unknown blocks": (
+        lambda p: CALM(shallow(), AugmentParams(p[1])),
+        "blocks of a Sequential are not known",
+    ),
+    "unknown augment blocks": (lambda p: CALM(p[1], AugmentParams(shallow())), "augment 0 .*transformer_blocks"),
     "two sources of blocks": (
         lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks="layers", extract_blocks_fn=lambda m: [])),
         "not both",

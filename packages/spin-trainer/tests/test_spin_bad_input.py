@@ -1,6 +1,7 @@
 """Table of bad input: each case is refused by name, before anything is written or changed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spin_trainer.cli import main
 from spin_trainer.loading import load_model, with_lora
 from spin_trainer.opponent_answers import Sampling, answer_prompts
 from spin_trainer.row_store import RowStore
+from spin_trainer.training_checks import run_folder
 
 pytestmark = pytest.mark.plain
 BYTES = ByteTokenizer()
@@ -362,3 +364,10 @@ def test_a_command_says_what_is_wrong_and_ends_with_1(argv, message, capsys, tmp
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_folder_may_have_either_name_but_not_both():
+    assert run_folder("here", None) == run_folder(None, "here") == Path("here")
+    assert run_folder(None, None) == Path("spin-checkpoints")
+    with pytest.raises(ValueError, match="give checkpoint_dir or checkpoint_folder, its other name, got a and b"):
+        run_folder("a", "b")

@@ -1,8 +1,8 @@
 """Finding the transformer blocks of a model, and freezing models.
 
 A block is a module whose output (or input) is the residual stream between two layers. They are given as a list of
-modules, by name, by a function of the model, or found: for x-transformers and Hugging Face models the structure is
-known.
+modules, by name, by a function of the model, or found: in x-transformers by what is known of its stacks, elsewhere as
+the longest list of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ def x_transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def hugging_face_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model: its longest list of modules of one class, the outermost of these.
+    """The layers of a model: its longest list of modules of one class, the outermost of these.
 
     Raises:
         ValueError: there is no such list.
@@ -138,12 +138,13 @@ def _known_blocks(model: nn.Module, where: str) -> list[nn.Module]:
     packages = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
     if "x_transformers" in packages:
         return x_transformer_blocks(model)
-    if packages & {"transformers", "peft"}:
+    try:
         return hugging_face_blocks(model)
-    raise ValueError(
-        f"{where}: the blocks of a {type(model).__name__} are not known, give transformer_blocks (modules or names) or "
-        "extract_blocks_fn"
-    )
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: the blocks of a {type(model).__name__} are not known, give transformer_blocks (modules or "
+            "names) or extract_blocks_fn"
+        ) from error
 
 
 def attention_heads(model: nn.Module) -> tuple[int, int] | None:
@@ -154,6 +155,9 @@ def attention_heads(model: nn.Module) -> tuple[int, int] | None:
     if isinstance(heads, int) and isinstance(width, int):
         head_width = getattr(config, "head_dim", None)
         return heads, head_width if isinstance(head_width, int) else width // heads
+    heads, head_width = getattr(model, "heads", None), getattr(model, "dim_head", None)
+    if isinstance(heads, int) and isinstance(head_width, int):
+        return heads, head_width
     for module in model.modules():
         part: Any = module
         if type(part).__name__ == "Attention" and hasattr(part, "to_q") and isinstance(getattr(part, "heads", 0), int):

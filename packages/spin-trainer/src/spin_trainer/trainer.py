@@ -49,7 +49,7 @@ from spin_trainer.reference import FrozenReference
 from spin_trainer.self_play_settings import SelfPlaySettings
 from spin_trainer.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.spin import SPIN
-from spin_trainer.training_checks import check_accelerator, check_datasets, make_spin
+from spin_trainer.training_checks import check_accelerator, check_datasets, make_spin, run_folder
 from spin_trainer.training_state import RunCheckpoints, RunState
 from spin_trainer.updates import optimizer_of
 
@@ -97,7 +97,8 @@ class SPINTrainer(OriginalInterface):
         eos_id: token or tokens that end an answer; by default the tokenizer's.
         overlong: "error" or "drop", for prompts that leave no room for an answer.
         spin_kwargs: arguments of ``SPIN``.
-        checkpoint_folder: folder of the run.
+        checkpoint_dir: folder of the run, ./spin-checkpoints by default.
+        checkpoint_folder: the same under the original's name.
         resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: objects with ``log(values, step=...)``.
         settings: fields of ``SelfPlaySettings``, of which ``max_seq_len`` is demanded.
@@ -123,14 +124,15 @@ class SPINTrainer(OriginalInterface):
         eos_id: int | Sequence[int] | None = None,
         overlong: Overlong = "error",
         spin_kwargs: Mapping[str, Any] | None = None,
-        checkpoint_folder: str | Path = "./spin-checkpoints",
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_folder: str | Path | None = None,
         resume: bool | Literal["auto"] = "auto",
         trackers: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
         self.settings = SelfPlaySettings(**settings)
         self.tokenizer, self.pad_id, self.resume = tokenizer, pad_id, resume
-        self.checkpoint_folder, self.trackers = Path(checkpoint_folder), list(trackers)
+        self.checkpoint_folder, self.trackers = run_folder(checkpoint_dir, checkpoint_folder), list(trackers)
         self.device = pick_device(self.settings.device) if accelerator is None else accelerator.device
         pick_precision(self.settings.precision, self.device)  # refuses what the device cannot do
         if eos_id is None and tokenizer is not None:

@@ -127,3 +127,16 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{checkpoint.path} is of another run, which differs in {', '.join(differing)}; train into another folder"
         )
+
+
+def run_folder(checkpoint_dir: str | Path | None, checkpoint_folder: str | Path | None) -> Path:
+    """The folder of a run, whichever of its two names it was given by.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if checkpoint_dir is not None and checkpoint_folder is not None:
+        raise ValueError(
+            f"give checkpoint_dir or checkpoint_folder, its other name, got {checkpoint_dir} and {checkpoint_folder}"
+        )
+    return Path(checkpoint_dir or checkpoint_folder or "./spin-checkpoints")

@@ -13,6 +13,7 @@ from lm_core.command_line import INTERRUPTED, command_line
 from lm_core.distributed import rank, world_size
 from lm_core.durable import write_file
 from lm_core.launching import start_accelerator
+from lm_core.run_directory import Result, write_summary
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
@@ -85,7 +86,7 @@ def train(
         filter_fn=None if top_p is None else keep_nucleus,
         filter_kwargs={} if top_p is None else {"thres": top_p},
         overlong=overlong,
-        checkpoint_folder=checkpoint_dir,
+        checkpoint_dir=checkpoint_dir,
         resume=resume,
         **vars(settings),
     )
@@ -114,12 +115,15 @@ def _quickstart(settings: SelfPlaySettings, folder: Path, resume: Any, say: Any)
 
 def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any) -> int:
     say(f"metrics     {result.iterations_folder.parent / 'metrics.jsonl'}")
-    say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
+    say(f"curves      {result.curves or 'not drawn: they need two updates, and matplotlib (pip install matplotlib)'}")
     if result.outcome == "interrupted":
         say(f"\nStopped in iteration {result.iterations} of {settings.iterations}. To go on:")
         say(f"  {command_line('spin-trainer')}")
         return INTERRUPTED
     say(f"policies    {result.iterations_folder} ({result.outcome} after {result.iterations} iterations)")
+    if result.history and rank() == 0:
+        measured = [Result("held-out NLL/answer, nats", result.history[-1]["nll"], before=result.history[0]["nll"])]
+        write_summary(folder, measured, steps=result.steps)
     if result.best_iteration is not None:
         say(f"best        after {result.best_iteration} iterations, by held-out likelihood")
     return 0

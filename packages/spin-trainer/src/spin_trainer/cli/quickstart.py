@@ -106,11 +106,11 @@ def quickstart(
         valid_sft_dataset=valid,
         eos_id=sorting_task.EOS,
         filter_fn=None,
-        checkpoint_folder=folder / "self-play",
+        checkpoint_dir=folder,
         resume=resume,
         **vars(settings),
     )
-    say(f"self-play   {settings.iterations} iterations on {trainer.device}, into {folder / 'self-play'}")
+    say(f"self-play   {settings.iterations} iterations on {trainer.device}, into {folder}")
     result = trainer()
     if result.outcome == "interrupted" or not judge or not trainer.is_main:
         return result, []

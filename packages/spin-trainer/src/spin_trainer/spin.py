@@ -151,7 +151,8 @@ class SPIN(nn.Module):
             generated_seq: prompts with the opponent's answers.
             real_seq: the same prompts with the human answers.
             prompt_len: tokens of each prompt.
-            generated_seq_mask, real_seq_mask: True at real tokens; not together with ``pad_id``.
+            generated_seq_mask: True at real tokens; not together with ``pad_id``.
+            real_seq_mask: True at real tokens; not together with ``pad_id``.
 
         Raises:
             ValueError: shapes that do not match, masks beside ``pad_id``, a row without answer tokens, an id outside

@@ -40,7 +40,7 @@ from spin_trainer.dropout import dropout_of
 from spin_trainer.fingerprints import fingerprint_of_weights
 from spin_trainer.iteration_data import IterationData
 from spin_trainer.opponent_answers import Interrupted, Sampling, seed_of
-from spin_trainer.original_interface import OriginalInterface
+from spin_trainer.original_trainer import OriginalInterface
 from spin_trainer.pair_comparison import PairComparison
 from spin_trainer.pair_order import PairOrder
 from spin_trainer.pair_training import PairTraining

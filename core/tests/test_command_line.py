@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -95,3 +97,42 @@ def test_a_summary_holds_the_key_number_first(tmp_path):
         "steps": 5,
         "seconds": 1.5,
     }
+
+
+FIRST_WORKS_ON = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from lm_core.command_line import run_command
+from lm_core.command_parser import CommandParser
+
+own, folder = int(sys.argv[1]), Path(sys.argv[2])
+
+def work() -> int:
+    "Works, on rank 0 longer."
+    dist.init_process_group(
+        "gloo", init_method=(folder / "store").as_uri(), rank=own, world_size=2, timeout=timedelta(seconds=60)
+    )
+    if own == 0:
+        time.sleep(1)
+        (folder / "drawn").touch()
+    return 0
+
+parser = CommandParser(prog="lm")
+parser.add_command("work", "Works.").add_function(work)
+status = run_command(parser, ["work"], {"work": work}, package="lm_core")
+sys.exit(status if (folder / "drawn").exists() and not dist.is_initialized() else 3)
+"""
+
+
+@pytest.mark.distributed
+def test_no_process_ends_while_another_still_works(tmp_path):
+    script = tmp_path / "work.py"
+    script.write_text(FIRST_WORKS_ON)
+    processes = [subprocess.Popen([sys.executable, str(script), str(own), str(tmp_path)]) for own in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()

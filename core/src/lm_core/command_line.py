@@ -8,6 +8,7 @@
 | 130 | Ctrl-C; a run has saved a checkpoint, and the same command goes on from it |
 """
 
+import gc
 import shlex
 import sys
 import traceback
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 import lm_core
-from lm_core.distributed import rank
+from lm_core.distributed import barrier, rank
 
 if TYPE_CHECKING:
     from lm_core.command_parser import CommandParser
@@ -50,7 +51,10 @@ def run_command(
     chosen = parser.parse(sys.argv[1:] if argv is None else list(argv))
     arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
     try:
-        return commands[chosen.command](**arguments)
+        status = commands[chosen.command](**arguments)
+        # no process ends while another still works, such as rank 0 at its curves
+        barrier()
+        return status
     except Exception as error:
         if not _says_all(error, package):
             raise
@@ -63,6 +67,8 @@ def run_command(
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            # joins gloo's threads: one that lets go of a tensor while the interpreter ends aborts the process
+            gc.collect()
 
 
 def command_line(program: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_core.attention import Attention
 from lm_core.cache import KVCache
-from lm_core.feedforward import split_swiglu, swiglu
+from lm_core.feedforward import project_split_swiglu, swiglu
 from lm_core.norms import LayerNorm, l2norm
 from lm_core.rotary import XPosBlock, apply_rotary
 from palm_rlhf.lora import BlockLoRA
@@ -100,11 +100,10 @@ class ParallelBlock(nn.Module):
         b, n, _ = x.shape
         frozen = lora is not None
         normed = F.layer_norm(x, x.shape[-1:], _maybe_detached(self.norm.gamma, frozen), None, self.norm.eps)
-        projected = F.linear(normed, _maybe_detached(self.proj_in.weight, frozen))
         if lora is None:
-            qk, v, inner = split_swiglu(projected, self.in_dims[:2])
+            qk, v, inner = project_split_swiglu(normed, self.proj_in.weight, self.in_dims[:2])
         else:
-            qk, v, ff = projected.split_with_sizes(self.in_dims, -1)
+            qk, v, ff = F.linear(normed, self.proj_in.weight.detach()).split_with_sizes(self.in_dims, -1)
             q, k = qk.split((self.attn_dim, qk.shape[-1] - self.attn_dim), dim=-1)
             qk = torch.cat((lora.maybe("q", normed, q), lora.maybe("k", normed, k)), dim=-1)
             v, inner = lora.maybe("v", normed, v), swiglu(lora.maybe("ff_in", normed, ff))

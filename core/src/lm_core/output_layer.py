@@ -43,7 +43,12 @@ class _Tiles:
         tokens = hidden.shape[0]
         count = max(-(-tokens // tile_size), 1)
         self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
-        self.buffer = hidden.new_empty((min(self.tile_size, tokens), weight.shape[0]), dtype=self.statistics)
+        shape = (min(self.tile_size, tokens), weight.shape[0])
+        if hidden.device.type == "cpu":
+            # neighbours in memory are tokens: rows of a vocabulary, 128 KB apart, would meet in the same cache lines
+            self.buffer = hidden.new_empty(shape[::-1], dtype=self.statistics).t()
+        else:
+            self.buffer = hidden.new_empty(shape, dtype=self.statistics)
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.tile_size):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformer import KNNMemory, KNNMemoryList
-from memorizing_transformer.exact_search import exact_top_k
+from memorizing_transformer.exact_search import CPU_CHUNK, exact_top_k, screened_top_k
 from memorizing_transformer.ring_storage import quantise
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
@@ -31,6 +31,80 @@ def test_exact_search_equals_torch_topk_for_every_chunk_size(n, k, chunk, querie
     torch.testing.assert_close((q.unsqueeze(1) @ keys[numbers].mT).squeeze(1)[:, :found], expected, atol=1e-6, rtol=0)
     assert bool((scores[:, found:] == -math.inf).all())
     assert all(len(set(row[:found].tolist())) == found for row in numbers)
+
+
+def screened(queries, keys, k, chunk):
+    starts = range(0, len(keys), chunk)
+    return screened_top_k(queries, lambda: ((i, keys[i : i + chunk]) for i in starts), k, lambda at: keys[at])
+
+
+@PROPERTY
+@given(
+    st.integers(1, 700),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from(["random", "few different keys", "nearly one key", "lengths from 1e-3 to 1e3", "far from 0"]),
+    st.integers(0, 2**16),
+)
+def test_a_search_screened_in_bfloat16_is_exact(n, k, chunk, queries, kind, seed):
+    keys, q = unit(n, 8, seed=seed).double(), unit(queries, 8, seed=seed + 1).double()
+    if kind == "few different keys":
+        keys = keys[torch.arange(n) % 3]
+    elif kind == "nearly one key":
+        keys = keys[:1] + 1e-4 * keys
+    elif kind == "lengths from 1e-3 to 1e3":
+        keys = keys * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None]
+    elif kind == "far from 0":
+        keys = keys - 3 * q.mean(dim=0)  # most scores are negative
+    scores, numbers = screened(q, keys, k, chunk)
+    found, every = min(k, n), q @ keys.T
+    expected = every.topk(found).values
+
+    torch.testing.assert_close(scores[:, :found], expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(every.gather(1, numbers[:, :found]), expected, atol=1e-12, rtol=1e-12)
+    assert bool((scores[:, found:] == -math.inf).all())
+    assert all(len(set(row[:found].tolist())) == found for row in numbers)
+
+
+def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(monkeypatch):
+    searched = []
+
+    def counting(queries, chunks, k):
+        searched.append(len(queries))
+        return exact_top_k(queries, chunks, k)
+
+    monkeypatch.setattr("memorizing_transformer.exact_search.exact_top_k", counting)
+    apart, alike = torch.eye(16)[:1], torch.eye(16)[1:2]
+    keys = torch.cat((apart * torch.linspace(0.1, 1, 500)[:, None], alike.expand(500, 16)))
+    screened(torch.cat((apart, alike, apart)), keys, 8, 128)
+
+    assert searched == [1]
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_memory_finds_the_same_with_and_without_screening(storage, monkeypatch):
+    memory, queries = KNNMemory(16, 2 * CPU_CHUNK, 1, storage=storage), unit(1, 200, 16, seed=3)
+    memory.add(torch.stack((unit(1, 9000, 16), unit(1, 9000, 16, seed=1)), dim=-2))
+    found = {}
+    for screens in (False, True):
+        monkeypatch.setattr("memorizing_transformer.knn_memory.worth_screening", lambda *_, screens=screens: screens)
+        found[screens] = memory.retrieve(queries, 32)
+
+    torch.testing.assert_close(found[True].scores, found[False].scores, atol=1e-6, rtol=0)
+    same = (found[True].positions == found[False].positions).float().mean()
+    assert same > 0.999  # scores that differ by a last bit may change places
+
+
+def test_autocast_around_a_search_does_not_round_it():
+    memory, queries = KNNMemory(16, 500, 1), unit(1, 20, 16, seed=3)
+    memory.add(torch.stack((unit(1, 500, 16), unit(1, 500, 16, seed=1)), dim=-2))
+    outside = memory.retrieve(queries, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = memory.retrieve(queries, 8)
+
+    assert torch.equal(inside.scores, outside.scores)
+    assert torch.equal(inside.positions, outside.positions)
 
 
 @PROPERTY

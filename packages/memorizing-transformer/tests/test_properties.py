@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from memorizing_transformer import KNNAttention, KNNMemory
 from memorizing_transformer.exact_search import CPU_CHUNK, CPU_TILE
@@ -128,8 +129,12 @@ class MadeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        given = {
+            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
+        }
         for one in result if isinstance(result, (list, tuple)) else [result]:
-            if isinstance(one, torch.Tensor) and not one._is_view():
+            # below autograd `_is_view` knows nothing of views
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
                 self.shapes.append(tuple(one.shape))
         return result
 

@@ -163,6 +163,11 @@ class RingStorage:
                     keys = keys * self.scales[row, low:high, 0].to(dtype).unsqueeze(-1)
                 yield low, keys
 
+    def keys(self, row: int, slots: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
+        """The keys in slots, widened to ``dtype``."""
+        keys = self.data[row, :, 0].index_select(0, slots).to(dtype)
+        return keys if self.scales is None else keys * self.scales[row, :, 0][slots].to(dtype).unsqueeze(-1)
+
     def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
         """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
         flat, target = slots.reshape(-1), out.view(-1, 2, self.dim)

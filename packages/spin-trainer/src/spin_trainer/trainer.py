@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lm_core._checks import typed
+from lm_core.checkpoint import on_main_process
 from lm_core.distributed import rank, world_size
 from lm_core.sampling import top_p
 from lm_core.sharding import check_shardable
@@ -258,7 +259,7 @@ class SPINTrainer(OriginalInterface):
                 steps=self.steps,
                 history=list(self.best.history),
                 iterations_folder=self.checkpoint_folder / "iterations",
-                curves=draw_curves(run.metrics_path, run.curves_path) if self.is_main else None,
+                curves=on_main_process(lambda: draw_curves(run.metrics_path, run.curves_path)),
             )
 
     def _iterate(

@@ -309,3 +309,27 @@ def test_an_originals_encoder_is_converted_with_it(golden):
     torch.testing.assert_close(model.img_encoder(images), weights(images))
     with pytest.raises(ValueError, match="pass img_encoder="):
         from_coca_pytorch(state)
+
+
+def test_what_takes_the_place_of_a_projection_or_listens_to_it_is_heard(make_coca, make_batch):
+    """Fused projections read the weight alone only where a layer is nothing else."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, changed, heard = make_coca(), make_coca(), []
+    layers = [*model.unimodal_layers, model.multimodal_layers[0].cross_attention]
+    others = [*changed.unimodal_layers, changed.multimodal_layers[0].cross_attention]
+    for layer, other in zip(layers, others, strict=True):
+        with torch.no_grad():
+            layer.proj_in.weight.mul_(2)
+        other.proj_in.__class__ = Doubled
+    changed.multimodal_layers[0].block.proj_in.register_forward_hook(lambda *_: heard.append(1))
+
+    losses = [
+        each.loss(text, image_tokens=tokens).total for each in (model, changed) for text, tokens in [make_batch()]
+    ]
+
+    torch.testing.assert_close(*losses)
+    assert heard == [1]

@@ -7,7 +7,7 @@ takes both outputs back. The original kept two output matrices; side by side in 
 Legend: b batch, n sequence, h query heads, d head feature.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from coca.packed_weights import Products
 from lm_core.attention import attend
 from lm_core.cache import KVCache
-from lm_core.feedforward import swiglu
+from lm_core.feedforward import project_split_swiglu, split_swiglu
 from lm_core.norms import LayerNorm
 from lm_core.rotary import apply_rotary
 
@@ -63,7 +63,7 @@ class ParallelBlock(nn.Module):
             layer: number of this layer in the cache.
         """
         b, n, _ = x.shape
-        qk, v, ff = self.proj_in(self.norm(x)).split(self.in_dims, dim=-1)
+        qk, v, inner = fused_parts(self.proj_in, self.norm(x), self.in_dims[:2])
         qk = qk.view(b, n, -1, self.dim_head).transpose(1, 2)
         v = v.view(b, n, 1, self.dim_head).transpose(1, 2)
         if rotation is not None:
@@ -75,7 +75,7 @@ class ParallelBlock(nn.Module):
         attended = attend(q, k, v, mask=mask, causal=self.causal)
         attended = attended.transpose(1, 2).reshape(b, n, self.attn_dim)
         # Added outside the product, so that under autocast the residual stream stays in float32.
-        return x + self.proj_out(torch.cat((attended, swiglu(ff)), dim=-1))
+        return x + self.proj_out(torch.cat((attended, inner), dim=-1))
 
     def decode(
         self,
@@ -107,6 +107,21 @@ class ParallelBlock(nn.Module):
         attended = F.scaled_dot_product_attention(q, *append(k, v.view(b, 1, 1, self.dim_head)), mask)
         merged = torch.cat((attended.reshape(b, self.attn_dim), F.silu(gate).mul_(ff)), dim=-1)
         return products.proj_out(merged, x)
+
+
+def fused_parts(layer: nn.Linear, x: Float[Tensor, "b n dim"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The parts of a fused projection with ``sizes``, and SwiGLU of the rest of it.
+
+    In one operation, unless ``layer`` is more than its weight: an adapter that took its place, or one with hooks.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(layer) is not nn.Linear
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+    ):
+        return split_swiglu(layer(x), sizes)
+    return project_split_swiglu(x, layer.weight, sizes)
 
 
 def joint_output(dim: int, *fan_in: int) -> nn.Linear:

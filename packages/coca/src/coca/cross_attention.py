@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coca.block import joint_output
+from coca.block import fused_parts, joint_output
 from coca.packed_weights import Products
 from lm_core.attention import attend
-from lm_core.feedforward import swiglu
 from lm_core.norms import LayerNorm
 
 
@@ -52,11 +51,14 @@ class CrossAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b i dim"], keys_values: tuple[Tensor, Tensor]) -> Float[Tensor, "b i dim"]:
         """What ``x`` reads from a context, given as ``keys_values(context)``, plus the feed-forward."""
         b, i, _ = x.shape
-        q, ff = self.proj_in(self.norm(x)).split((self.attn_dim, 2 * self.ff_dim), dim=-1)
+        if self.ff_dim:
+            q, inner = fused_parts(self.proj_in, self.norm(x), (self.attn_dim,))
+        else:
+            q, inner = self.proj_in(self.norm(x)), None
         # Without a mask the heads of one key are only more queries: no key and no gradient of it is repeated.
         q = q.reshape(b, 1, i * self.heads, self.dim_head)
         out = attend(q, *keys_values).reshape(b, i, self.attn_dim)
-        return self.proj_out(torch.cat((out, swiglu(ff)), dim=-1) if self.ff_dim else out)
+        return self.proj_out(out if inner is None else torch.cat((out, inner), dim=-1))
 
     def decode(self, x: Tensor, keys_values: tuple[Tensor, Tensor], products: Products) -> Tensor:
         """``x + forward(x)`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient.

@@ -22,7 +22,6 @@ _ROWS = 16
 
 
 @runtime_checkable
-@runtime_checkable
 class Product(Protocol):
     """``x (r, i)`` to ``x @ weight.T``, plus ``residual (r, o)`` if given; without gradient in the weight."""
 

@@ -212,7 +212,7 @@ sys.path.insert(0, sys.argv[1])
 import test_trainer as t
 from torch.distributed import is_initialized, get_world_size
 size = int(sys.argv[3])
-trainer = t.MemoryTrainer(model=t.model(), corpus=t.corpus(), checkpoint_dir=sys.argv[2],
+trainer = t.MemoryTrainer(model=t.model().double(), corpus=t.corpus(), checkpoint_dir=sys.argv[2],
                           settings=t.settings(batch_size=size, gradient_accumulation=2))
 trainer.train()
 assert get_world_size() == 2
@@ -233,7 +233,7 @@ def test_two_processes_with_rows_of_their_own_train_like_one_with_all_rows(tmp_p
     )
     assert done.returncode == 0, done.stderr[-3000:]
     alone = MemoryTrainer(
-        model=model(),
+        model=model().double(),  # Adam makes much of a gradient that is nothing but rounding
         corpus=corpus(),
         checkpoint_dir=tmp_path / "one",
         settings=settings(batch_size=4, gradient_accumulation=2),
@@ -241,4 +241,4 @@ def test_two_processes_with_rows_of_their_own_train_like_one_with_all_rows(tmp_p
     alone.train()
     both = MemorizingTransformer.from_pretrained(tmp_path / "two" / "checkpoints" / "step-6")
     for name, weight in alone.model.state_dict().items():
-        torch.testing.assert_close(both.state_dict()[name], weight, atol=2e-5, rtol=0, msg=name)
+        torch.testing.assert_close(both.state_dict()[name], weight, atol=1e-10, rtol=0, msg=name)

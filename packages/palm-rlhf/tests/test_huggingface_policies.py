@@ -1,8 +1,11 @@
 """Hugging Face policies: actor, critic and reference are peft adapters on one base, and all holds as for PaLM."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from lm_core.sampling import top_k, top_p
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.experience import judge
 from palm_rlhf.grpo import GRPOTrainer
@@ -34,24 +37,56 @@ def prompts():
     return [torch.randint(13, (n,), generator=generator) for n in (2, 7, 4, 3)]
 
 
-def shaken(policy):
+def shaken(policy, scale=0.2):
     with torch.no_grad():
         for parameter in [*policy.actor_parameters(), *policy.critic_parameters()]:
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * scale)
     return policy
+
+
+FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("lora", [True, False])
-def test_ratio_is_one_before_the_first_update(kind, lora):
-    policy = ActorCritic(tiny(kind).double(), actor_lora=lora, critic_lora=lora)
-    policy.double()
-    shaken(policy)
-    settings = SamplingSettings(max_new_tokens=6, temperature=0.7, eos_id=5)
+@pytest.mark.parametrize("filters", list(FILTERS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ratio_is_one_before_the_first_update(kind, lora, filters, dtype):
+    policy = ActorCritic(tiny(kind).to(dtype), actor_lora=lora, critic_lora=lora)
+    policy.to(dtype)
+    torch.manual_seed(9)
+    shaken(policy, 0.2 if lora else 0.01)
+    settings = SamplingSettings(max_new_tokens=6, temperature=0.7, filters=FILTERS[filters], eos_id=5, min_new_tokens=2)
     rollout = draw_rollout(policy, load_prompts(prompts()), settings, generator=torch.Generator().manual_seed(0))
+    # old ones a row at a time, new ones all together: the training forward has other batches than the rollout's
     old = judge(policy, rollout, torch.zeros(4), batch_size=1)
-    new = policy.eval()(rollout.ids, rollout.mask, rollout.response_mask, temperature=0.7)
-    assert ((new.scores.log_probs - old["log_probs"]).exp() - 1).abs().max() < 1e-10
+    new = policy.eval()(rollout.ids, rollout.mask, rollout.response_mask, temperature=0.7, kept=rollout.kept)
+    ratio = (new.scores.log_probs - old["log_probs"]).exp()
+    assert bool(rollout.response_mask.any())
+    assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("filters", list(FILTERS))
+def test_log_probs_are_of_the_distribution_that_was_sampled(filters):
+    """Against one row at a time, without cache, padding or stored sets."""
+    policy = ActorCritic(tiny().double(), with_critic=False)
+    policy.double()
+    torch.manual_seed(9)
+    shaken(policy)
+    settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=FILTERS[filters])
+    rollout = draw_rollout(policy, load_prompts(prompts()), settings, generator=torch.Generator().manual_seed(1))
+    scores = judge(policy, rollout, torch.zeros(4), batch_size=4)
+    for row in range(4):
+        start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
+        ids = rollout.ids[row, :end]
+        with torch.no_grad(), policy.roles.playing("actor") as (network, arguments):
+            logits = network(ids[None], **arguments)[0] / 0.7
+        for position in range(start, end):
+            filtered = logits[position - 1][None]
+            for function in settings.filters:
+                filtered = function(filtered)
+            wanted = filtered[0].log_softmax(-1)[ids[position]].item()
+            assert scores["log_probs"][row, position - 1].item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_the_reference_is_the_model_as_it_came_and_only_adapters_train():

@@ -62,7 +62,7 @@ def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_pa
 def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm):
     """Gradients of the first update against equation 7 over unpadded rows, one at a time."""
     palm = make_palm().double()
-    ppo = trainer(palm, kl_div_loss_weight=0.3, max_norm=None, epochs=1, minibatch_size=8, beta_s=0.02)
+    ppo = trainer(palm, kl_div_loss_weight=0.3, max_grad_norm=None, epochs=1, minibatch_size=8, beta_s=0.02)
     ppo.actor_critic.double()
     rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=5, eos_token=3), seed=4)
     rewards = torch.linspace(-1, 2, 8)
@@ -218,6 +218,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm,
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [8, 16, 24]  # updates, as everywhere
     samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
     assert samples[0] == samples[1]
     assert samples[0].count("\n") == 3
@@ -252,6 +253,22 @@ def test_responses_made_elsewhere_are_learned_from(make_palm):
     assert after[0] - before[0] > after[1] - before[1]
 
 
+@pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
+def test_the_originals_names_mean_what_the_common_ones_do(make_palm, kind):
+    more = {"group_size": 4} if kind is GRPOTrainer else {}
+    outcomes = []
+    # gradients below AdamW's epsilon, or their scale would not matter
+    for names in ({"max_grad_norm": 1e-7, "pad_id": 7}, {"max_norm": 1e-7, "pad_value": 7}, {}):
+        ppo = trainer(make_palm(), kind, actor_lr=1e-2, **names, **more)
+        assert ppo.pad_id == (7 if names else 0)
+        end = {"eos_token": 3} if "max_norm" in names else {"eos_id": 3}
+        result = ppo.train(num_episodes=16, update_timesteps=16, max_new_tokens=4, **end)
+        assert result.metrics[0]["eos_rate"] > 0
+        outcomes.append(torch.cat([parameter.detach().flatten() for parameter in ppo.actor_parameters]))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0], outcomes[2])
+
+
 def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm):
     ppo = trainer(make_palm())
     ids = ppo.generate(12, torch.tensor([1, 2, 3]), num_samples=16)
@@ -261,6 +278,8 @@ def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm):
     real = ppo.score
     ppo.score = lambda rollout: scores.append(real(rollout)) or scores[-1]
     best = ppo.generate(12, torch.tensor([1, 2, 3]), num_samples=16)
+    again = [ppo.generate(12, torch.tensor([1, 2, 3]), generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+    assert torch.equal(*again)
     assert (best == 5).float().mean().item() == pytest.approx(scores[0].max().item())
 
 

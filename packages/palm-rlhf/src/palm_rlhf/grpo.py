@@ -15,7 +15,7 @@ from palm_rlhf.kl import KLEstimator
 from palm_rlhf.objectives import Aggregation
 from palm_rlhf.policy_settings import PolicySettings
 from palm_rlhf.policy_trainer import PolicyTrainer
-from palm_rlhf.ppo import RLHFTrainer, only_one
+from palm_rlhf.ppo import RLHFTrainer, either, only_one
 
 
 class GRPOTrainer(RLHFTrainer):
@@ -51,7 +51,7 @@ class GRPOTrainer(RLHFTrainer):
         actor_lora_r: int | None = None,
         actor_dropout: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
-        pad_value: int = 0,
+        pad_id: int = 0,
         eps_clip: float = 0.2,
         eps_clip_high: float | None = None,
         beta_s: float = 0.0,
@@ -64,7 +64,7 @@ class GRPOTrainer(RLHFTrainer):
         minibatch_size: int = 16,
         micro_batch_size: int | None = None,
         epochs: int = 1,
-        max_norm: float | None = 1.0,
+        max_grad_norm: float | None = 1.0,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
         keep_checkpoints: int | None = 2,
@@ -73,6 +73,8 @@ class GRPOTrainer(RLHFTrainer):
         device: str = "auto",
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         trackers: Sequence[Any] = (),
+        pad_value: int = 0,
+        max_norm: float | None = 1.0,
     ) -> None:
         check_positive(group_size, "group_size")
         if group_size < 2:
@@ -97,14 +99,14 @@ class GRPOTrainer(RLHFTrainer):
             minibatch_size=minibatch_size,
             micro_batch_size=micro_batch_size,
             epochs=epochs,
-            max_norm=max_norm,
+            max_grad_norm=either(1.0, max_grad_norm=max_grad_norm, max_norm=max_norm),
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             seed=seed,
             device=device,
             precision=precision,
         )
-        self.pad_value = pad_value
+        self.pad_id = either(0, pad_id=pad_id, pad_value=pad_value)
         network = only_one(palm=palm, policy=policy)
         PolicyTrainer.__init__(
             self,

@@ -43,7 +43,7 @@ class PolicySettings:
     minibatch_size: int = 16
     micro_batch_size: int | None = None
     epochs: int = 1
-    max_norm: float | None = None
+    max_grad_norm: float | None = None
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -57,7 +57,7 @@ class PolicySettings:
         for name in ("micro_batch_size", "keep_checkpoints", "constant_length"):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), name)
-        for name in ("actor_lr", "critic_lr", "max_norm", "value_clip", "eps_clip_high"):
+        for name in ("actor_lr", "critic_lr", "max_grad_norm", "value_clip", "eps_clip_high"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")

@@ -172,12 +172,16 @@ class PolicyTrainer:
         return check_scores(self.reward(rollout), len(rollout))
 
     @torch.no_grad()
-    def best_of(self, prompt: Any, *, num_samples: int, sampling: SamplingSettings) -> tuple[Tensor, float]:
+    def best_of(
+        self, prompt: Any, *, num_samples: int, sampling: SamplingSettings, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, float]:
         """The response with the highest reward among ``num_samples``: its ids without the prompt, and that reward."""
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         one = load_prompts([prompt], tokenizer=self.tokenizer)
-        rollout = self.rollout(one * num_samples, sampling=sampling, seed=int(torch.randint(2**31, ())))
+        device = None if generator is None else generator.device
+        seed = int(torch.randint(2**31, (), generator=generator, device=device))
+        rollout = self.rollout(one * num_samples, sampling=sampling, seed=seed)
         scores = self.score(rollout) if num_samples > 1 or self.reward is not None else torch.zeros(1)
         best = int(scores.argmax())
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
@@ -291,9 +295,7 @@ class PolicyTrainer:
         if self.reward is None:
             raise ValueError("reward must be given to the trainer for train, got None")
         if self.settings.missing_eos_penalty and sampling.eos_id is None and not sampling.stop_strings:
-            raise ValueError(
-                "missing_eos_penalty needs an end: give eos_token, stop_strings or a tokenizer with an EOS"
-            )
+            raise ValueError("missing_eos_penalty needs an end: give eos_id, stop_strings or a tokenizer with an EOS")
         if count % self.settings.group_size:
             raise ValueError(
                 f"update_timesteps must be a multiple of group_size {self.settings.group_size}, got {count}"
@@ -317,7 +319,7 @@ class PolicyTrainer:
                     self._begin(whole, sampling.temperature)
                     self.phase.facts["rollout_seconds"] = time.monotonic() - started
                     if sample_log is not None:
-                        sample_log.log(self.phase.number + 1, samples=json.dumps(samples))
+                        sample_log.log(self.updates, samples=json.dumps(samples))
                 while not self.phase.is_done and outcome == "finished":
                     self._next_update()
                     if interrupt.should_stop():
@@ -331,7 +333,7 @@ class PolicyTrainer:
                     new_tokens = self.phase.facts["response_length"] * count
                     rows.append({**self._end(), "tokens_per_second": round(new_tokens / max(seconds, 1e-9), 1)})
                     if log is not None:
-                        log.log(self.phase.number, rows[-1])
+                        log.log(self.updates, rows[-1])
                     bar.update()
             if run is not None and outcome == "finished" and rows:
                 self._save(run)
@@ -360,12 +362,13 @@ class PolicyTrainer:
         if run is None:
             return None
         main = name == "metrics.jsonl"
-        # samples are logged when they are drawn, metrics when their phase ends
-        logged = self.phase.number + (not main and self.phase.experience is not None)
+        # metrics are logged behind the last update of their phase, samples before its first one; rows that an earlier
+        # call wrote behind its last checkpoint are written again
+        logged = self.updates - (not main or self.phase.experience is not None)
         return stack.enter_context(
             MetricsLog(
                 run.path / name,
-                resume_step=logged or -1,
+                resume_step=logged if self.updates else -1,
                 is_main=rank() == 0,
                 trackers=self.trackers if main else [],
                 progress=bar if main else None,

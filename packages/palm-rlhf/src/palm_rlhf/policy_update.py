@@ -58,7 +58,7 @@ class PolicyUpdate:
         sums = self._accumulate(experience, rows.to(experience["ids"].device))
         sum_gradients([*self.actor_parameters, *self.critic_parameters])
         norms = [
-            clip_global_norm(group, self.settings.max_norm)
+            clip_global_norm(group, self.settings.max_grad_norm)
             for group in (self.actor_parameters, self.critic_parameters)
             if group
         ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lm_core._checks import check_positive, typed
@@ -45,7 +46,7 @@ class RLHFTrainer(PolicyTrainer):
         actor_dropout: on the actor's adapter.
         critic_dropout: on the critic's.
         betas: of AdamW.
-        pad_value: id behind the end of a row.
+        pad_id: behind the end of a row (alias ``pad_value``).
         eps_clip: how far the ratio may move before its gradient is cut.
         eps_clip_high: upwards, if that differs.
         value_clip: how far a value may; None for the plain squared error.
@@ -69,7 +70,8 @@ class RLHFTrainer(PolicyTrainer):
         minibatch_size: responses an update, of all processes together.
         micro_batch_size: responses a backward, on each process; by default its whole share.
         epochs: passes over each batch of responses.
-        max_norm: clips the gradients of actor and critic, each by its global norm.
+        max_grad_norm: gradients with a greater global norm are scaled down, the actor's and the critic's each by their
+            own; None only measures it (alias ``max_norm``).
         checkpoint_dir: folder of the run: checkpoints, metrics.jsonl, samples.jsonl, curves.png.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many stay.
@@ -78,9 +80,12 @@ class RLHFTrainer(PolicyTrainer):
         device: auto takes CUDA, then MPS, then the CPU.
         precision: of matrix products; "auto" is bf16 on a GPU that has it and fp32 elsewhere.
         trackers: objects with ``log(values, step=...)``.
+        pad_value: see ``pad_id``.
+        max_norm: see ``max_grad_norm``.
 
     Raises:
-        ValueError: a number is out of range, or there are no, or two sources of prompts, policy or reward.
+        ValueError: a number is out of range, there are no, or two sources of prompts, policy or reward, or a value
+            and its alias differ.
         TypeError: an argument is of another type.
     """
 
@@ -110,7 +115,7 @@ class RLHFTrainer(PolicyTrainer):
         actor_dropout: float = 0.0,
         critic_dropout: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
-        pad_value: int = 0,
+        pad_id: int = 0,
         eps_clip: float = 0.2,
         eps_clip_high: float | None = None,
         value_clip: float | None = 0.4,
@@ -134,7 +139,7 @@ class RLHFTrainer(PolicyTrainer):
         minibatch_size: int = 16,
         micro_batch_size: int | None = None,
         epochs: int = 4,
-        max_norm: float | None = 1.0,
+        max_grad_norm: float | None = 1.0,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: int = 50,
         keep_checkpoints: int | None = 2,
@@ -143,6 +148,8 @@ class RLHFTrainer(PolicyTrainer):
         device: str = "auto",
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         trackers: Sequence[Any] = (),
+        pad_value: int = 0,
+        max_norm: float | None = 1.0,
     ) -> None:
         compares = advantage_estimator in ("group", "rloo")
         settings = PolicySettings(
@@ -172,7 +179,7 @@ class RLHFTrainer(PolicyTrainer):
             minibatch_size=minibatch_size,
             micro_batch_size=micro_batch_size,
             epochs=epochs,
-            max_norm=max_norm,
+            max_grad_norm=either(1.0, max_grad_norm=max_grad_norm, max_norm=max_norm),
             checkpoint_every=checkpoint_every,
             keep_checkpoints=keep_checkpoints,
             seed=seed,
@@ -201,7 +208,7 @@ class RLHFTrainer(PolicyTrainer):
                 with_critic=advantage_estimator == "gae",
             )
 
-        self.pad_value = pad_value
+        self.pad_id = either(0, pad_id=pad_id, pad_value=pad_value)
         super().__init__(
             make_policy=make_policy,
             vocab_size=getattr(policy, "num_tokens", None),
@@ -228,6 +235,7 @@ class RLHFTrainer(PolicyTrainer):
         temperature: float = 1.0,
         *,
         max_new_tokens: int | None = None,
+        eos_id: int | None = None,
         filters: Sequence[Filter] = (),
         min_new_tokens: int = 0,
         stop_strings: Sequence[str] = (),
@@ -240,9 +248,10 @@ class RLHFTrainer(PolicyTrainer):
             update_timesteps: responses drawn before learning from them.
             max_batch_size: responses drawn at a time.
             max_seq_len: tokens of prompt and response together at most.
-            eos_token: ends a response; by default the tokenizer's.
+            eos_token: see ``eos_id``.
             temperature: divides the logits.
             max_new_tokens: tokens of a response at most.
+            eos_id: ends a response; by default the tokenizer's (alias ``eos_token``).
             filters: of logits, such as ``functools.partial(top_p, p=0.9)``.
             min_new_tokens: before which no EOS is drawn.
             stop_strings: end a response too.
@@ -263,7 +272,7 @@ class RLHFTrainer(PolicyTrainer):
         sampling = self.sampling(
             max_seq_len=max_seq_len,
             max_new_tokens=max_new_tokens,
-            eos_token=eos_token,
+            eos_id=only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token),
             temperature=temperature,
             filters=filters,
             min_new_tokens=min_new_tokens,
@@ -278,11 +287,12 @@ class RLHFTrainer(PolicyTrainer):
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
-        eos_token: int | None = None,
+        eos_id: int | None = None,
         temperature: float = 1.0,
         filters: Sequence[Filter] = (),
         min_new_tokens: int = 0,
         stop_strings: Sequence[str] = (),
+        eos_token: int | None = None,
     ) -> SamplingSettings:
         """How responses are drawn, with the tokenizer's EOS by default; for ``rollout``. Arguments as of ``train``.
 
@@ -303,10 +313,11 @@ class RLHFTrainer(PolicyTrainer):
             raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
         if not 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens):
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
-        eos = getattr(self.tokenizer, "eos_id", None) if eos_token is None else eos_token
+        eos_id = only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token)
+        eos = getattr(self.tokenizer, "eos_id", None) if eos_id is None else eos_id
         size = self.actor_critic.vocab_size
         if eos is not None and (eos < 0 or (size is not None and eos >= size)):
-            raise ValueError(f"eos_token must be in [0, {size}), got {eos}")
+            raise ValueError(f"eos_id must be in [0, {size}), got {eos}")
         return SamplingSettings(
             max_new_tokens=max_new_tokens or max_seq_len or 1,
             max_seq_len=max_seq_len,
@@ -315,7 +326,7 @@ class RLHFTrainer(PolicyTrainer):
             eos_id=eos,
             min_new_tokens=min_new_tokens,
             stop_strings=tuple(stop_strings),
-            pad_id=self.pad_value,
+            pad_id=self.pad_id,
         )
 
     @typed
@@ -325,8 +336,10 @@ class RLHFTrainer(PolicyTrainer):
         prompt: Any,
         num_samples: int = 4,
         *,
-        eos_token: int | None = None,
+        eos_id: int | None = None,
         temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        eos_token: int | None = None,
     ) -> Tensor:
         """The best of ``num_samples`` responses by reward: 1-D ids without the prompt.
 
@@ -334,14 +347,17 @@ class RLHFTrainer(PolicyTrainer):
             max_seq_len: tokens of prompt and response together.
             prompt: ids, text or chat.
             num_samples: responses to choose from.
-            eos_token: ends a response.
+            eos_id: ends a response (alias ``eos_token``).
             temperature: divides the logits.
+            generator: source of randomness.
+            eos_token: see ``eos_id``.
 
         Raises:
             ValueError: a number is out of range, or there is no reward to choose by.
         """
-        sampling = self.sampling(max_seq_len=max_seq_len, eos_token=eos_token, temperature=temperature)
-        return self.best_of(prompt, num_samples=num_samples, sampling=sampling)[0]
+        eos_id = only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token)
+        sampling = self.sampling(max_seq_len=max_seq_len, eos_id=eos_id, temperature=temperature)
+        return self.best_of(prompt, num_samples=num_samples, sampling=sampling, generator=generator)[0]
 
     def _check_room(self, sampling: SamplingSettings) -> None:
         if not self.prompts:
@@ -365,3 +381,16 @@ def only_one(*, allow_none: bool = False, **given: Any) -> Any:
     if not present and not allow_none:
         raise ValueError(f"give one of {', '.join(given)}, got none")
     return given[present[0]] if present else None
+
+
+def either(default: Any, **given: Any) -> Any:
+    """The value of an argument with an alias: the one that was changed from the default.
+
+    Raises:
+        ValueError: both were, to different values.
+    """
+    changed = {name: value for name, value in given.items() if value != default}
+    values = list(changed.values())
+    if values and any(value != values[0] for value in values):
+        raise ValueError(f"{' and '.join(given)} are one argument, got {changed}")
+    return values[0] if values else default

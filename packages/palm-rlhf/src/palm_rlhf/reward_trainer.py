@@ -72,7 +72,7 @@ class RewardModelTrainer:
         batch_size: examples an update, of all processes together.
         learning_rate: at its peak.
         weight_decay: of matrices.
-        max_norm: clips the gradient's global norm.
+        max_grad_norm: gradients with a greater global norm are scaled down; None only measures it.
         normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
             chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
         validate_every: updates between validations.
@@ -99,7 +99,7 @@ class RewardModelTrainer:
         batch_size: int = 16,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.0,
-        max_norm: float | None = 1.0,
+        max_grad_norm: float | None = 1.0,
         normalize: bool = True,
         validate_every: int = 50,
         checkpoint_dir: str | Path | None = None,
@@ -135,7 +135,7 @@ class RewardModelTrainer:
         start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
         self.model = reward_model.to(self.device)
         self.tokenizer, self.resume = tokenizer, resume
-        self.max_steps, self.batch_size, self.max_norm, self.seed = max_steps, batch_size, max_norm, seed
+        self.max_steps, self.batch_size, self.max_grad_norm, self.seed = max_steps, batch_size, max_grad_norm, seed
         self.normalize = normalize and isinstance(examples[0], Preference)
         self.validate_every, self.checkpoint_every, self.keep = validate_every, checkpoint_every, keep_checkpoints
         self.parameters = list(reward_model.trainable_parameters())
@@ -257,7 +257,7 @@ class RewardModelTrainer:
             loss = part.detach()
         sum_gradients(self.parameters)
         total = all_reduce_sum(loss)
-        norm = clip_global_norm(self.parameters, self.max_norm)
+        norm = clip_global_norm(self.parameters, self.max_grad_norm)
         if self.guard.allows(self.step + 1, total, norm):
             self.optimizer.step()
             self.schedule.step()

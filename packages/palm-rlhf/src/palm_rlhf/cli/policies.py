@@ -40,7 +40,7 @@ def ppo(
     missing_eos_penalty: float = 0.0,
     minibatch_size: int = 16,
     epochs: int = 2,
-    max_norm: float = 1.0,
+    max_grad_norm: float | None = 1.0,
     seed: int = 0,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -82,10 +82,10 @@ def ppo(
         missing_eos_penalty: taken off the reward of a response that did not end.
         minibatch_size: responses an update.
         epochs: passes over each batch of responses.
-        max_norm: clips gradients.
+        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
         seed: of everything.
         device: auto takes CUDA, then MPS, then the CPU.
-        precision: of matrix products; auto is bf16 on a GPU that has it and fp32 elsewhere.
+        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -120,7 +120,7 @@ def ppo(
         missing_eos_penalty=missing_eos_penalty,
         minibatch_size=minibatch_size,
         epochs=epochs,
-        max_norm=max_norm,
+        max_grad_norm=max_grad_norm,
         seed=seed,
         device=device,
         precision=precision,
@@ -164,7 +164,7 @@ def grpo(
     scale_rewards: Literal["group", "batch", "none"] = "group",
     minibatch_size: int = 16,
     epochs: int = 1,
-    max_norm: float = 1.0,
+    max_grad_norm: float | None = 1.0,
     seed: int = 0,
     device: str = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
@@ -198,10 +198,10 @@ def grpo(
         scale_rewards: divides by the deviation of the group, of all, or not at all.
         minibatch_size: responses an update.
         epochs: passes over each batch of responses.
-        max_norm: clips gradients.
+        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
         seed: of everything.
         device: auto takes CUDA, then MPS, then the CPU.
-        precision: of matrix products; auto is bf16 on a GPU that has it and fp32 elsewhere.
+        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -228,7 +228,7 @@ def grpo(
         scale_rewards=scale_rewards,
         minibatch_size=minibatch_size,
         epochs=epochs,
-        max_norm=max_norm,
+        max_grad_norm=max_grad_norm,
         seed=seed,
         device=device,
         precision=precision,

@@ -174,6 +174,7 @@ def test_set_dropout_reaches_attention_and_feed_forward_and_returns_the_model(ma
     ids = torch.arange(12).reshape(2, 6)
     palm = make_palm()
     assert palm.set_dropout(0.4) is palm
+    assert all((block.ff_dropout, block.attention.dropout) == (0.4, 0.4) for block in palm.layers)
     still = palm(ids)
     palm.train()
     assert not torch.allclose(palm(ids), still)

@@ -2,10 +2,12 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 import torch
 
+from lm_core.sampling import top_k, top_p
 from palm_rlhf import PaLM
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.experience import judge, with_advantages
@@ -52,10 +54,20 @@ def test_a_toy_with_a_known_answer_is_learned_at_mixed_prompt_lengths(kind, seed
     assert result.metrics[-1]["reward"] >= 0.9
 
 
-def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_palm):
-    result = trainer(make_palm(), actor_lr=1e-2).train(num_episodes=48, update_timesteps=16, max_new_tokens=6)
+FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}
+
+
+@pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
+@pytest.mark.parametrize(("filters", "temperature"), [("none", 1.0), ("none", 0.7), ("top-k", 0.7), ("top-p", 0.7)])
+def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_palm, kind, filters, temperature):
+    more = {"group_size": 4} if kind is GRPOTrainer else {}
+    ppo = trainer(make_palm().double(), kind, actor_lr=1e-2, epochs=2, minibatch_size=8, **more)
+    result = ppo.train(
+        num_episodes=48, update_timesteps=16, max_new_tokens=6, temperature=temperature, filters=FILTERS[filters],
+        eos_id=3, max_batch_size=5,
+    )  # fmt: skip
     for row in result.metrics:
-        assert row["ratio_deviation_at_start"] < 1e-6
+        assert row["ratio_deviation_at_start"] < 1e-10
     assert any(row["ratio_max"] > 1.01 for row in result.metrics)
 
 
@@ -134,13 +146,29 @@ def test_metrics_follow_their_definitions(make_palm):
     assert 0 < metrics["entropy"] < math.log(13)
 
 
-def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm):
+@pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
+def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, kl_in, estimator):
     """The original measured the policy against its own last step, which anchors nothing."""
     divergences = []
     for weight in (0.0, 5.0):
-        ppo = trainer(make_palm(), actor_lr=2e-2, kl_div_loss_weight=weight, epochs=2, seed=1)
+        ppo = trainer(
+            make_palm(), actor_lr=2e-2, kl_div_loss_weight=weight, kl_in=kl_in, kl_estimator=estimator, epochs=2, seed=1
+        )
         divergences.append(ppo.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics[-1]["kl"])
     assert divergences[1] < divergences[0] / 3
+
+
+@pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
+def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, kl_in, estimator):
+    ppo = trainer(
+        make_palm(), reward=lambda ids, prompt_lengths: torch.zeros(len(ids)), actor_lr=2e-2, kl_div_loss_weight=1.0,
+        kl_in=kl_in, kl_estimator=estimator,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in ppo.actor_parameters:
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    rows = ppo.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics
+    assert 0 < rows[-1]["kl"] < rows[0]["kl"] / 2
 
 
 @pytest.mark.parametrize(

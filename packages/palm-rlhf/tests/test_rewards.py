@@ -55,6 +55,8 @@ def test_module_and_function_name_a_reward():
 def test_a_reward_model_is_deterministic_scores_rows_alone_and_reads_its_mask(make_palm):
     reward = RewardModel(make_palm(), dropout=0.5)
     torch.nn.init.normal_(reward.prompt_embed)
+    for parameter in reward.palm.finetune_parameters("reward"):
+        torch.nn.init.normal_(parameter, std=0.3)  # dropout of the scope would show
     reward.train()
     rollout = rollout_of(
         load_prompts([torch.tensor([1, 2]), torch.tensor([3])]), [torch.tensor([4, 5, 6]), torch.tensor([7])]
@@ -66,6 +68,12 @@ def test_a_reward_model_is_deterministic_scores_rows_alone_and_reads_its_mask(ma
     for row, (ids, prompt) in enumerate((([1, 2, 4, 5, 6], 2), ([3, 7], 1))):
         alone = reward(torch.tensor([ids]), prompt_lengths=torch.tensor([prompt]))
         torch.testing.assert_close(whole[row], alone[0], rtol=1e-5, atol=1e-6)
+    padded = reward(
+        torch.tensor([[9, 9, 3, 7]]),
+        mask=torch.tensor([[False, False, True, True]]),
+        prompt_mask=torch.tensor([[False, False, True, False]]),
+    )
+    torch.testing.assert_close(padded[0], whole[1], rtol=1e-5, atol=1e-6)
 
 
 def test_reward_models_average_the_response_only(make_palm):

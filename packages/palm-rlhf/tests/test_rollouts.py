@@ -164,6 +164,7 @@ def test_a_real_token_zero_is_no_padding(make_palm):
     prompts = load_prompts([torch.tensor([0, 0, 4])])
     rollout = rollout_of(prompts, [torch.tensor([0, 2, 0])])
     assert rollout.response_mask.sum() == 3
+    assert bool(rollout.mask.all())
     policy = ActorCritic(make_palm())
     scores = policy.score(rollout.ids, rollout.mask, rollout.response_mask).log_probs
     assert (scores[0, 2:] < 0).all()

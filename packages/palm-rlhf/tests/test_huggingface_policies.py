@@ -143,3 +143,15 @@ def test_a_peft_model_of_the_user_is_trained_further_by_its_own_adapter():
     ]
     assert names
     assert all(".mine." in name for name in names)
+
+
+def test_a_prompt_as_long_as_the_model_allows_is_refused_and_one_shorter_is_answered():
+    def trainer(length):
+        return RLHFTrainer(
+            policy=tiny("gpt2"), prompt_token_ids=[torch.ones(2).long(), torch.ones(length).long()], device="cpu",
+            reward=lambda ids, prompt_lengths: torch.zeros(len(ids)),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="prompts must be shorter than the model's limit 64, the longest has 64"):
+        trainer(64).train(num_episodes=4, max_new_tokens=4)
+    assert trainer(63).train(num_episodes=2, max_new_tokens=4).metrics[0]["response_length"] == 1

@@ -222,6 +222,26 @@ def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
     assert trainer.sampling(max_new_tokens=3).eos_id == 2
 
 
+def test_a_tokenizer_without_padding_or_end_trains_and_only_a_penalty_for_missing_ends_is_refused(make_palm):
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    from palm_rlhf.ppo import RLHFTrainer
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+    def trainer(**changes):
+        return RLHFTrainer(
+            palm=make_palm(num_tokens=3), prompts=["a b", "b"], tokenizer=tokenizer, device="cpu",
+            reward=lambda prompts, completions: [float(len(text)) for text in completions], **changes,
+        )  # fmt: skip
+
+    assert trainer().sampling(max_new_tokens=3).eos_id is None
+    assert trainer().train(num_episodes=4, max_new_tokens=3).metrics[0]["response_length"] == 3
+    with pytest.raises(ValueError, match="missing_eos_penalty needs an end: give eos_id"):
+        trainer(missing_eos_penalty=1.0).train(num_episodes=4, max_new_tokens=3)
+
+
 def test_prompts_come_from_plain_files_and_from_functions_of_texts_as_in_the_original(tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\n\nc\n")
     read = load_prompts(tmp_path / "prompts.txt", tokenizer=ByteTokenizer())

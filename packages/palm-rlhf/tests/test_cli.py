@@ -244,6 +244,9 @@ def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
             f"layers.{number}.fn.fused_attn_ff_proj.weight": block.proj_in.weight,
             f"layers.{number}.fn.attn_out.weight": attention,
             f"layers.{number}.fn.ff_out.2.weight": feedforward,
+            # the original's scores had the scale dim_head ** -0.5 whatever its qk_scale
+            f"layers.{number}.fn.q_scale": block.q_scale * (8 / 8**-0.5),
+            f"layers.{number}.fn.k_scale": block.k_scale,
             f"layers.{number}.fn.rotary_emb.inv_freq": 10000 ** -(torch.arange(0, 8, 2) / 8),
             f"layers.{number}.fn.rotary_emb.scale": (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8),
         }

@@ -109,7 +109,10 @@ def test_bfloat16_weights_generate_with_a_generator_of_the_device(make_pair):
     _, gpu = make_pair()
     palm, prompts = gpu.bfloat16(), [random_ids(5), random_ids(2)]
     draws = [
-        generate(palm, prompts, max_new_tokens=50, generator=torch.Generator("cuda").manual_seed(seed))
+        # hot, since an untrained model with a tied output layer repeats its last token
+        generate(
+            palm, prompts, max_new_tokens=50, temperature=10.0, generator=torch.Generator("cuda").manual_seed(seed)
+        )
         for seed in (1, 1, 2)
     ]
     assert torch.equal(draws[0].tokens, draws[1].tokens)

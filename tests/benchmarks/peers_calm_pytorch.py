@@ -31,10 +31,12 @@ from bench_calm_pytorch import (
 from measure import arguments, in_turns, matmul_flops, median, ratio, read_bandwidth, report
 from torch import nn
 
-from calm_pytorch import CALM
+from calm_pytorch import CALM, AugmentParams
+from calm_pytorch.interop import ORIGINAL_ATTENTION
+from lm_core.generation import generate
 
 
-def original_composition() -> Any:
+def original_composition(**options: Any) -> Any:
     """The original's CALM of the same models, by its own defaults."""
     folder = Path(os.environ.get("BENCH_PEERS", ""), "calm-pytorch")
     if not (folder / "CALM_pytorch").is_dir():
@@ -44,16 +46,23 @@ def original_composition() -> Any:
     import CALM_pytorch
 
     torch.manual_seed(0)
-    return CALM_pytorch.CALM(decoder(4), CALM_pytorch.AugmentParams(decoder(8)))
+    return CALM_pytorch.CALM(decoder(4), CALM_pytorch.AugmentParams(decoder(8), **options))
 
 
-def row(what: str, threads: int, seconds: dict[str, list[float]], shown: Callable[[float], str]) -> dict[str, Any]:
+def row(
+    what: str, threads: int, seconds: dict[str, list[float]], shown: Callable[[float], str], axis: str, size: int
+) -> dict[str, Any]:
     return {
         "what": what,
         "threads": threads,
         "CALM-Pytorch": shown(median(seconds["original"])),
         "ours": shown(median(seconds["ours"])),
         "times as fast": ratio(seconds["original"], seconds["ours"]),
+        "axis": axis,
+        "size": size,
+        "cost": median(seconds["ours"]),
+        "peer cost": median(seconds["original"]),
+        "unit": "s",
     }
 
 
@@ -66,13 +75,41 @@ def generation_row(new_tokens: int, threads: int, rounds: int) -> dict[str, Any]
         {
             "limit": lambda: rates.append(read_bandwidth(weights)),
             "ours": lambda: calm.generate(prompt, PROMPT + new_tokens),
+            "anchor": lambda: generate(calm.anchor, prompt, max_new_tokens=new_tokens, temperature=1.0),
+            "library": lambda: generate(calm.anchor_llm, prompt, max_new_tokens=new_tokens, temperature=1.0),
             "original": lambda: original.generate(prompt, PROMPT + new_tokens),
         },
         rounds,
     )
-    result = row(f"{new_tokens} new tokens", threads, seconds, lambda s: f"{new_tokens / s:.1f} tokens/s")
+    what = f"{new_tokens} new tokens"
+    result = row(what, threads, seconds, lambda s: f"{new_tokens / s:.1f} tokens/s", "new tokens", new_tokens)
     limit = median(rates) / sum(weight.numel() * weight.element_size() for weight in weights)
-    return result | {"share of limit": new_tokens / median(seconds["ours"]) / limit}
+    return result | {
+        "share of limit": new_tokens / median(seconds["ours"]) / limit,
+        "of the anchor alone": ratio(seconds["anchor"], seconds["ours"]),
+        "of the anchor through its library": ratio(seconds["library"], seconds["ours"]),
+        "anchor alone, times as fast": ratio(seconds["original"], seconds["anchor"]),
+    }
+
+
+def connections_row(count: int, threads: int, rounds: int) -> dict[str, Any]:
+    """32 new tokens with ``count`` connections spread over the layers, the same in both."""
+    torch.set_num_threads(threads)
+    prompt = torch.randint(VOCABULARY, (1, PROMPT))
+    pairs = [(8 * i // count, 4 * i // count) for i in range(1, count + 1)]
+    torch.manual_seed(0)
+    params = AugmentParams(decoder(8), connections=pairs)
+    calm = CALM(decoder(4), params, attn_kwargs=ORIGINAL_ATTENTION).eval()
+    original = original_composition(connections=tuple(pairs))
+    seconds = in_turns(
+        {
+            "ours": lambda: calm.generate(prompt, PROMPT + 32),
+            "original": lambda: original.generate(prompt, PROMPT + 32),
+        },
+        rounds,
+    )
+    what = f"32 new tokens, {count} connections"
+    return row(what, threads, seconds, lambda s: f"{32 / s:.1f} tokens/s", "connections", count)
 
 
 def products(calm: CALM, length: int, *, kept: bool) -> float:
@@ -117,7 +154,7 @@ def training_rows(length: int, threads: int, rounds: int) -> list[dict[str, Any]
     for name, what in (("step", "training step"), ("kept", "training step, states kept")):
         times = {"ours": seconds[name], "original": seconds["original"]}
         limit = products(calm, length, kept=name == "kept") / median(peaks)
-        result = row(f"{what}, {BATCH} x {length}", threads, times, lambda s: f"{s:.3f} s")
+        result = row(f"{what}, {BATCH} x {length}", threads, times, lambda s: f"{s:.3f} s", "sequence length", length)
         rows.append(result | {"share of limit": limit / median(seconds[name])})
     return rows
 
@@ -163,6 +200,8 @@ def main() -> None:
         generation_row(n, threads, min(options.rounds, 3)) for threads in options.threads for n in options.new_tokens
     ]
     report("CALM beside the original, generation from a prompt of 32", rows, options.json)
+    rows = [connections_row(n, threads, min(options.rounds, 3)) for threads in options.threads for n in (1, 2, 4)]
+    report("CALM beside the original, growth with the connections", rows, options.json)
     rows = [
         one for threads in options.threads for n in options.tokens for one in training_rows(n, threads, options.rounds)
     ]

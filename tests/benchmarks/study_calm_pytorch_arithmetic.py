@@ -35,7 +35,7 @@ def main() -> None:
     options = arguments(
         __doc__.splitlines()[0],
         seeds={"type": int, "nargs": "+", "default": [0, 1, 2], "help": "one run of each variant for each"},
-        steps={"type": int, "default": QuickstartSettings().steps, "help": "updates on expressions"},
+        steps={"type": int, "default": QuickstartSettings().max_steps, "help": "updates on expressions"},
         variants={"nargs": "+", "choices": list(VARIANTS), "default": list(VARIANTS), "help": "what to learn"},
     )
     warnings.simplefilter("ignore")
@@ -44,7 +44,7 @@ def main() -> None:
     for name in options.variants:
         results = []
         for seed in options.seeds:
-            settings = dataclasses.replace(QuickstartSettings(steps=options.steps, seed=seed), **VARIANTS[name])
+            settings = dataclasses.replace(QuickstartSettings(max_steps=options.steps, seed=seed), **VARIANTS[name])
             with tempfile.TemporaryDirectory() as folder:
                 results.append(run_quickstart(settings, Path(folder) / "run"))
             print(name, seed, results[-1], flush=True)

@@ -1,6 +1,6 @@
 """The paper's key-value arithmetic beside its baselines: the anchor alone, a random augment, LoRA of equal parameters.
 
-python kv_arithmetic.py [--seed 0] [--steps 600] [--augment_steps 600] [--anchor_steps 500]
+python kv_arithmetic.py [--seed 0] [--max_steps 600] [--augment_steps 600] [--anchor_steps 500]
 """
 
 import argparse
@@ -10,7 +10,7 @@ from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
 
 defaults = QuickstartSettings()
 parser = argparse.ArgumentParser()
-for name in ("seed", "steps", "augment_steps", "anchor_steps"):
+for name in ("seed", "max_steps", "augment_steps", "anchor_steps"):
     parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
 settings = QuickstartSettings(**vars(parser.parse_args()))
 for learner in ("composition", "random-augment", "low-rank"):

@@ -37,7 +37,7 @@ def test_two_local_folders_are_composed_trained_and_asked(folders, tmp_path, cap
     config.write_text(
         f"anchor: {folders / 'anchor'}\naugments: [{folders / 'augment'}]\n"
         f"data: {folders / 'texts.jsonl'}\nmode: {mode}\n"
-        f"length: 8\ntrain_steps: 3\ntrain_batch_size: 2\ncheckpoint_dir: {tmp_path / 'run'}\ndevice: cpu\n"
+        f"length: 8\nmax_steps: 3\nbatch_size: 2\ncheckpoint_dir: {tmp_path / 'run'}\ndevice: cpu\n"
     )
     assert main(["train", "--config", str(config)]) == 0
     assert "layer   4 (32) -> anchor layer   4" in capsys.readouterr().out
@@ -52,11 +52,15 @@ def test_two_local_folders_are_composed_trained_and_asked(folders, tmp_path, cap
 
 def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    short = ["--augment_steps", "2", "--anchor_steps", "2", "--steps", "20", "--batch_size", "4"]
+    short = ["--augment_steps", "2", "--anchor_steps", "2", "--max_steps", "20", "--batch_size", "4"]
     assert main(["train", *short, "--checkpoint_dir", str(tmp_path / "run")]) == 0
     assert "right on expressions over keys it never trained on" in capsys.readouterr().out
-    for name in ("adapter/adapter.safetensors", "attention.png", "metrics.jsonl"):
+    files = ("metrics.jsonl", "curves.png", "run.json", "summary.json", "checkpoints/step-20/manifest.json")
+    for name in ("adapter/adapter.safetensors", "attention.png", *files):
         assert (tmp_path / "run" / name).stat().st_size > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
+    assert main(["train", *short, "--seed", "1", "--checkpoint_dir", str(tmp_path / "run")]) == 1
+    assert "is of other settings" in capsys.readouterr().err
 
 
 @pytest.mark.plain
@@ -65,7 +69,7 @@ def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
     [
         (["train", "--anchr", "x"], "--anchor"),
         (["train", "--anchor", "/nowhere", "--data", "x", "--augments", "[a]"], "anchor must be a folder"),
-        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--max_steps", "0"], "max_steps must be at least 1"),
         (["describ"], "describe"),
     ],
 )

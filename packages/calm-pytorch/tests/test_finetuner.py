@@ -72,7 +72,7 @@ class StopAt:
         self.step = step
 
     def log(self, values, step):
-        if step == self.step and "train_loss" in values:
+        if step == self.step and "loss" in values:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -94,9 +94,9 @@ def test_micro_batches_make_the_update_of_one_batch(tune):
 def test_the_loss_falls_and_held_out_loss_is_logged(tune):
     trainer = tune("run", num_train_steps=30)
     trainer()
-    losses = [row["train_loss"] for row in rows_of(trainer) if "train_loss" in row]
+    losses = [row["loss"] for row in rows_of(trainer) if "loss" in row]
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
-    held_out = [row["valid_loss"] for row in rows_of(trainer) if "valid_loss" in row]
+    held_out = [row["validation_loss"] for row in rows_of(trainer) if "validation_loss" in row]
     assert len(held_out) == 2
     inputs = trainer.valid_dataset
     expected = trainer.calm(inputs.seq, prompt=inputs.prompt, mask=inputs.mask)
@@ -201,3 +201,36 @@ def test_dict_examples_and_forward_arguments_reach_the_model(tune):
     trainer.calm.anchor_llm.register_forward_pre_hook(lambda module, args: seen.append(module.training))
     trainer(forward_kwargs={"anchor_llm_in_train_mode": False})
     assert seen == [False]
+
+
+def test_the_originals_names_and_the_common_ones_are_the_same_arguments(tune, tmp_path):
+    original = tune("original", grad_accum_steps=2)
+    common = tune(
+        "common",
+        num_train_steps=None,
+        max_steps=6,
+        checkpoint_path=None,
+        checkpoint_dir=tmp_path / "common",
+        warmup_steps=None,
+        warmup=0.5,
+        gradient_accumulation=2,
+    )
+    original()
+    common()
+    for name, value in learned(original).items():
+        torch.testing.assert_close(value, learned(common)[name], rtol=0.0, atol=0.0)
+    assert (tmp_path / "common" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 6}, "max_steps and num_train_steps are one argument"),
+        ({"num_train_steps": None}, r"max_steps \(or num_train_steps\) must be given"),
+        ({"warmup": 0.1}, "warmup and warmup_steps are one argument"),
+        ({"warmup_steps": None, "warmup": 1.5}, r"warmup must be a part of the updates in \[0, 1\)"),
+    ],
+)
+def test_a_setting_given_twice_or_out_of_range_is_refused(tune, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tune("run", **changes)

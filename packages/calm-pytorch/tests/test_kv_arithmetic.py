@@ -44,7 +44,7 @@ def test_tokens_have_names():
     assert [token_name(token) for token in (3, PLUS, EQUALS, FIRST_KEY + 7)] == ["3", "+", "=", "key 7"]
 
 
-SHORT = QuickstartSettings(augment_steps=2, anchor_steps=2, steps=2, batch_size=4)
+SHORT = QuickstartSettings(augment_steps=2, anchor_steps=2, max_steps=2, batch_size=4)
 
 
 @pytest.mark.parametrize("models", ["x-transformers", "hugging-face", "mixed"])
@@ -65,7 +65,7 @@ def test_the_baseline_of_low_rank_learns_as_many_parameters_and_leaves_the_ancho
 @pytest.mark.slow
 def test_a_composition_computes_with_keys_it_never_trained_on_and_its_baselines_do_not(tmp_path):
     """The first seed of tests/benchmarks/study_calm_pytorch_arithmetic.py, cut to half the updates."""
-    short = QuickstartSettings(augment_steps=400, anchor_steps=400, steps=300)
+    short = QuickstartSettings(augment_steps=400, anchor_steps=400, max_steps=300)
     composed = run_quickstart(short, tmp_path / "composed")
     assert composed.held_out >= 0.6
     assert composed.numbers_after >= composed.numbers_before - 0.02

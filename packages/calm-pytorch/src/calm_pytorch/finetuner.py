@@ -20,7 +20,7 @@ from calm_pytorch.adapter_files import check_wiring, wiring
 from calm_pytorch.batches import Batches
 from calm_pytorch.calm import CALM
 from calm_pytorch.example_order import ExampleOrder
-from calm_pytorch.objective import SummedLoss, check_settings
+from calm_pytorch.objective import SummedLoss, check_settings, one_of, updates_of_warmup
 from calm_pytorch.state_cache import StateCache
 from calm_pytorch.warmup_schedule import WarmupSchedule
 from lm_core._checks import typed
@@ -49,20 +49,24 @@ class FineTuner:
 
     Args:
         calm: trained in place, on the device it is on.
-        num_train_steps: optimizer updates of the whole run.
         learning_rate: at its peak.
         weight_decay: of matrices; norms, gains and biases do not decay.
         batch_size: examples of a micro-batch on each process.
+        max_steps: optimizer updates of the whole run.
+        num_train_steps: the original's name of ``max_steps``.
         dataset: with ``len`` and ``dataset[i]``: dicts of arguments of ``CALM.forward``, or tuples of them.
         data_kwarg_names: names of what a tuple holds.
         accelerate_kwargs: "log_with": names of trackers.
         checkpoint_every: updates between checkpoints; there is always one at the end.
-        checkpoint_path: folder of the run (``lm_core.training.RunDirectory``).
+        checkpoint_dir: folder of the run (``lm_core.training.RunDirectory``); by default "./checkpoints".
+        checkpoint_path: the original's name of ``checkpoint_dir``.
         scheduler: a torch scheduler class; None keeps the peak after the warmup.
         scheduler_kwargs: of the scheduler.
-        warmup_steps: updates over which the learning rate rises.
+        warmup: part of the updates over which the learning rate rises.
+        warmup_steps: the same as a number of updates, as the original has it; 1000 if neither is given.
         max_grad_norm: bound of the gradients' global norm; None only measures it.
-        grad_accum_steps: micro-batches of an update.
+        gradient_accumulation: micro-batches of an update; by default 1.
+        grad_accum_steps: the original's name of ``gradient_accumulation``.
         valid_dataset: held-out examples.
         validate_every: updates between validations; there is one before and one after training too.
         collate_fn: makes a batch of examples; torch's default stacks tensors.
@@ -84,20 +88,24 @@ class FineTuner:
         self,
         calm: CALM,
         *,
-        num_train_steps: int,
         learning_rate: float,
         weight_decay: float,
         batch_size: int,
         dataset: Any,
+        max_steps: int | None = None,
+        num_train_steps: int | None = None,
         data_kwarg_names: Sequence[str] = ("seq", "mask", "prompt"),
         accelerate_kwargs: dict[str, Any] | None = None,
         checkpoint_every: int = 1000,
-        checkpoint_path: str | Path = "./checkpoints",
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_path: str | Path | None = None,
         scheduler: type[LRScheduler] | None = None,
         scheduler_kwargs: dict[str, Any] | None = None,
-        warmup_steps: int = 1000,
+        warmup: float | None = None,
+        warmup_steps: int | None = None,
         max_grad_norm: float | None = 0.5,
-        grad_accum_steps: int = 1,
+        gradient_accumulation: int | None = None,
+        grad_accum_steps: int | None = None,
         valid_dataset: Any = None,
         validate_every: int = 100,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -109,6 +117,12 @@ class FineTuner:
         keep_checkpoints: int | None = 2,
         trackers: Sequence[Any] = (),
     ) -> None:
+        num_train_steps = one_of("max_steps", max_steps, "num_train_steps", num_train_steps)
+        grad_accum_steps = one_of(
+            "gradient_accumulation", gradient_accumulation, "grad_accum_steps", grad_accum_steps, 1
+        )
+        folder = one_of("checkpoint_dir", checkpoint_dir, "checkpoint_path", checkpoint_path, "./checkpoints")
+        warmup_steps = updates_of_warmup(warmup, warmup_steps, num_train_steps)
         check_settings(
             counts={
                 "num_train_steps": num_train_steps,
@@ -131,7 +145,7 @@ class FineTuner:
         self.batches = Batches(data_kwarg_names, collate_fn, self.device)
         names = (accelerate_kwargs or {}).get("log_with") or []
         self.tracker_names = [names] if isinstance(names, str) else list(names)
-        self.checkpoint_path = Path(checkpoint_path)
+        self.checkpoint_path = Path(folder)
         self.accelerator = start_accelerator(self.device, tracker_names=self.tracker_names, folder=self.checkpoint_path)
         self.order = ExampleOrder(
             length=len(dataset),
@@ -159,7 +173,7 @@ class FineTuner:
         else:
             self.schedule = WarmupSchedule(self.optimizer, scheduler, scheduler_kwargs or {}, warmup_steps)
         self.guard = NonFiniteGuard()
-        self.step, self.interrupted = 0, False
+        self.step, self.started_at, self.interrupted = 0, 0, False
         self.valid_loss = float("nan")
         self._parallel: Any = None
 
@@ -190,6 +204,7 @@ class FineTuner:
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             if self._parallel is None:
                 self._start(run)
+            self.started_at = self.step
             log = self._metrics(run, stack)
             interrupt = stack.enter_context(InterruptHandler())
             if self.step == 0:
@@ -233,7 +248,7 @@ class FineTuner:
             self.schedule.step()
         self.optimizer.zero_grad()
         return {
-            "train_loss": float(loss),
+            "loss": float(loss),
             "learning_rate": learning_rate,
             "grad_norm": float(norm),
             "epoch": self.step // self.order.updates_per_epoch,
@@ -256,7 +271,7 @@ class FineTuner:
 
     def _validate(self, log: MetricsLog, extra: dict[str, Any]) -> None:
         if self.valid_dataset is not None:
-            log.log(self.step, valid_loss=self.validate(extra))
+            log.log(self.step, validation_loss=self.validate(extra))
 
     # ----------------------------------------------------------------------------------- beginning and going on
 
@@ -297,7 +312,7 @@ class FineTuner:
                 is_main=self.is_main,
                 trackers=trackers,
                 progress=stack.enter_context(bar),
-                shown=("train_loss", "valid_loss"),
+                shown=("loss", "validation_loss"),
             )
         )
 

@@ -6,7 +6,7 @@ the anchor with as many parameters as the composition learns.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from calm_pytorch.calm import CALM
 from calm_pytorch.kv_arithmetic import KeyValueTask, accuracy, logits_of, small_decoder, token_name, train_alone
 from calm_pytorch.low_rank import add_low_rank_, rank_for
 from lm_core._checks import check_positive, typed
+from lm_core.checkpoint import save_checkpoint
 from lm_core.training import LearningRateSchedule, MetricsLog, clip_global_norm, progress_bar, seed_everything
 
 ASKED = 2000  # expressions an accuracy is measured over
@@ -36,7 +37,7 @@ class QuickstartSettings:
     Args:
         augment_steps: updates of the augment on keys and values.
         anchor_steps: updates of the anchor on numbers.
-        steps: updates of what is learned on top.
+        max_steps: updates of what is learned on top.
         batch_size: expressions an update.
         learning_rate: of what is learned on top, at its peak.
         keys_share: the part of the rows of an update that are over keys; the others are over numbers.
@@ -52,7 +53,7 @@ class QuickstartSettings:
 
     augment_steps: int = 600
     anchor_steps: int = 500
-    steps: int = 600
+    max_steps: int = 600
     batch_size: int = 128
     learning_rate: float = 2e-3
     keys_share: float = 0.75
@@ -65,7 +66,7 @@ class QuickstartSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("augment_steps", "anchor_steps", "steps", "batch_size", "dim"):
+        for name in ("augment_steps", "anchor_steps", "max_steps", "batch_size", "dim"):
             check_positive(getattr(self, name), name)
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate}")
@@ -203,28 +204,30 @@ def train_learner(
     known, held_out = task.split
     checked = task.expressions(CHECKED, generator, held_out)
     optimizer = torch.optim.AdamW(learner.parameters, lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    warmup = max(1, settings.steps // 10)
-    schedule = LearningRateSchedule(optimizer, kind="cosine", warmup_steps=warmup, total_steps=settings.steps)
+    warmup = max(1, settings.max_steps // 10)
+    schedule = LearningRateSchedule(optimizer, kind="cosine", warmup_steps=warmup, total_steps=settings.max_steps)
     over_keys = round(settings.batch_size * settings.keys_share)
     learner.model.train()
-    for step in range(1, settings.steps + 1):
+    started = time.monotonic()
+    for step in range(1, settings.max_steps + 1):
         over_numbers = task.expressions(settings.batch_size - over_keys, generator)
         loss = learner.loss(torch.cat((task.expressions(over_keys, generator, known), over_numbers)))
         optimizer.zero_grad()
         loss.backward()
-        clip_global_norm(learner.parameters, 1.0)
+        learning_rate, norm = schedule.learning_rate, clip_global_norm(learner.parameters, 1.0)
         optimizer.step()
         schedule.step()
         log.progress.update()
-        if step % 20 == 0:
-            log.log(step, loss=loss)
-        if step % 100 == 0:
-            log.log(step, held_out_accuracy=accuracy(learner.model, checked, **learner.arguments(checked)))
+        if step % 20 == 0 or step in (1, settings.max_steps):
+            speed = settings.batch_size * step / (time.monotonic() - started)
+            log.log(step, loss=loss, learning_rate=learning_rate, grad_norm=norm, expressions_per_second=speed)
+        if step % 100 == 0 and step < settings.max_steps:
+            log.log(step, validation_accuracy=accuracy(learner.model, checked, **learner.arguments(checked)))
     learner.model.eval()
 
 
 def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> QuickstartResult:
-    """Trains both models and a learner; writes metrics, and of a composition the adapter and ``attention.png``."""
+    """Trains both models and a learner; writes metrics, a checkpoint, of a composition the adapter and a picture."""
     started, task = time.monotonic(), KeyValueTask(seed=settings.seed)
     target = Path(folder)
     known, held_out = task.split
@@ -235,7 +238,7 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
     alone, numbers_before = accuracy(anchor, over_held_out), accuracy(anchor, over_numbers)
     learner = make_learner(anchor, augment, settings)
     with (
-        progress_bar(settings.steps, description=settings.learner) as bar,
+        progress_bar(settings.max_steps, description=settings.learner) as bar,
         MetricsLog(target / "metrics.jsonl", progress=bar) as log,
     ):
         train_learner(learner, task, settings, generator, log)
@@ -243,11 +246,12 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
             accuracy(learner.model, rows, **learner.arguments(rows))
             for rows in (over_held_out, over_known, over_numbers)
         ]
-        log.log(settings.steps, held_out=found[0], trained_keys=found[1], numbers=found[2])
+        validation = {"accuracy": found[0], "accuracy_trained_keys": found[1], "accuracy_numbers": found[2]}
+        log.log(settings.max_steps, {f"validation_{name}": value for name, value in validation.items()})
     if isinstance(learner.model, CALM):
         learner.model.save_adapter(target / "adapter", overwrite=True)
         _draw(learner, over_held_out[:1, :-1], target / "attention.png")
-    return QuickstartResult(
+    result = QuickstartResult(
         held_out=found[0],
         trained_keys=found[1],
         anchor_alone=alone,
@@ -256,6 +260,14 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
         learned=sum(parameter.numel() for parameter in learner.parameters),
         seconds=time.monotonic() - started,
     )
+    save_checkpoint(
+        target / "checkpoints",
+        settings.max_steps,
+        model={str(number): parameter for number, parameter in enumerate(learner.parameters)},
+        config={"settings": asdict(settings)},
+        trainer_state={"result": asdict(result)},
+    )
+    return result
 
 
 def _draw(learner: Learner, ids: Tensor, output: Path) -> None:

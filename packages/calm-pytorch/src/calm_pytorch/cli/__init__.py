@@ -13,7 +13,9 @@ TRAIN = """Composes frozen models; without arguments, the key-value arithmetic o
   calm-pytorch train --config run.yaml                   two local folders, named in the file
   calm-pytorch train --anchor big --augments '[small]' --data texts.jsonl --checkpoint_dir runs/mine
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command goes on."""
+Flags win over the YAML file, which wins over the defaults. Over named models Ctrl-C saves a checkpoint, from which the
+same command goes on; the quickstart has one at its end."""
+SHARED = ("max_steps", "batch_size", "learning_rate")  # the function has them, for the quickstart and for models
 COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "describe": describe}
 
 
@@ -26,7 +28,7 @@ def build_parser() -> Any:
     )
     training = parser.add_command("train", TRAIN)
     training.add_function(train, skip=("settings",))
-    training.add_class(QuickstartSettings)
+    training.add_class(QuickstartSettings, skip=SHARED)
     for name, function in COMMANDS.items():
         parser.add_command(name, summary_of(function)).add_function(function)
     return parser
@@ -38,5 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(**arguments: Any) -> int:
-    settings = QuickstartSettings(**{name: arguments.pop(name) for name in settings_names()})
-    return train(settings=settings, **arguments)
+    own = {name: arguments.pop(name) for name in settings_names() if name not in SHARED}
+    if arguments["anchor"] is None:
+        own |= {name: arguments[name] for name in SHARED if arguments[name] is not None}
+    return train(settings=QuickstartSettings(**own), **arguments)

@@ -1,5 +1,6 @@
 """What the commands do: from local folders of models to a composition, and back to text."""
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,15 @@ import torch
 from calm_pytorch.augment import AugmentParams
 from calm_pytorch.calm import CALM
 from calm_pytorch.finetuner import FineTuner
-from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
-from lm_core.command_line import INTERRUPTED
+from calm_pytorch.quickstart import QuickstartResult, QuickstartSettings, run_quickstart
+from lm_core.checkpoint import CheckpointError, load_checkpoint
+from lm_core.command_line import say_how_to_go_on
 from lm_core.documents import read_texts
+from lm_core.metrics import read_metrics
+from lm_core.run_directory import Result, RunDirectory, write_summary
 from lm_core.sampling import top_p as keep_nucleus
 from lm_core.training import pick_device
+from lm_core.training_run import draw_curves
 
 
 def load_composition(
@@ -72,13 +77,18 @@ def train(
     mode: Literal["prompt", "shared"] = "shared",
     connect_every: int = 4,
     length: int = 64,
-    train_steps: int = 1000,
-    train_batch_size: int = 8,
-    peak_learning_rate: float = 1e-3,
+    validation_data: str | None = None,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
     weight_decay: float = 0.01,
-    warmup_steps: int = 50,
+    warmup: float = 0.05,
+    max_grad_norm: float | None = 0.5,
+    validate_every: int = 100,
     checkpoint_every: int = 100,
+    keep_checkpoints: int | None = 2,
     checkpoint_dir: str = "runs/calm-quickstart",
+    resume: bool | Literal["auto"] = "auto",
     device: str = "auto",
 ) -> int:
     """Composes models and trains the connections.
@@ -91,55 +101,104 @@ def train(
         mode: shared lets augments read the anchor's own text (same tokenizer), prompt the piece of text before it.
         connect_every: layers between connections.
         length: tokens of a piece of text.
-        train_steps: optimizer updates.
-        train_batch_size: pieces an update.
-        peak_learning_rate: after the warmup.
-        weight_decay: of matrices.
-        warmup_steps: updates over which the learning rate rises.
-        checkpoint_every: updates between checkpoints.
+        validation_data: texts held out, as for data; null for no validation.
+        max_steps: updates; null is 600 of the quickstart, 1000 over named models.
+        batch_size: expressions or pieces of text an update; null is 128 of the quickstart, 8 over named models.
+        learning_rate: at its peak; null is 2e-3 of the quickstart, 1e-3 over named models.
+        weight_decay: of matrices, over named models.
+        warmup: part of the updates over which the learning rate rises, over named models.
+        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
+        validate_every: updates between validations, over named models.
+        checkpoint_every: updates between checkpoints, over named models.
+        keep_checkpoints: how many stay; null for all.
         checkpoint_dir: folder of the run.
+        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
         device: auto takes CUDA, then MPS, then the CPU.
 
     Returns:
         The exit status.
     """
     if anchor is None:
-        print("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
-        result = run_quickstart(settings, checkpoint_dir)
-        print(f"{settings.learner:<13} {result.held_out:.1%} right on expressions over keys it never trained on")
-        print(f"anchor alone  {result.anchor_alone:.1%} (chance 9.1%)")
-        print(f"numbers       {result.numbers_before:.1%} before, {result.numbers_after:.1%} after")
-        print(f"files         {checkpoint_dir}: adapter/, attention.png, metrics.jsonl   ({result.seconds:.0f} s)")
-        return 0
+        return _quickstart(settings, checkpoint_dir, resume)
     if data is None:
         raise ValueError("data must name the texts to train on, got none")
     calm, tokenizer = load_composition(anchor, augments or [], mode, connect_every, None, device)
     print(calm.describe())
-    texts: list[str] = []
-    for document in read_texts(data):
-        if not isinstance(document, str):
-            raise TypeError(f"data must hold texts, got {type(document).__name__} in {data}")
-        texts.append(document)
-    examples = TextExamples(texts, tokenizer, length, mode)
+    examples = TextExamples(_texts(data, "data"), tokenizer, length, mode)
+    held_out = None
+    if validation_data is not None:
+        held_out = TextExamples(_texts(validation_data, "validation_data"), tokenizer, length, mode)
+    steps = 1000 if max_steps is None else max_steps
     trainer = FineTuner(
         calm,
-        num_train_steps=train_steps,
-        learning_rate=peak_learning_rate,
+        max_steps=steps,
+        learning_rate=1e-3 if learning_rate is None else learning_rate,
         weight_decay=weight_decay,
-        batch_size=train_batch_size,
+        batch_size=8 if batch_size is None else batch_size,
         dataset=examples,
-        warmup_steps=warmup_steps,
+        valid_dataset=held_out,
+        validate_every=validate_every,
+        warmup=warmup,
+        max_grad_norm=max_grad_norm,
         checkpoint_every=checkpoint_every,
-        checkpoint_path=checkpoint_dir,
+        keep_checkpoints=keep_checkpoints,
+        checkpoint_dir=checkpoint_dir,
+        resume=resume,
         cache_augment_states=mode == "prompt",
         seed=settings.seed,
     )
+    started = time.monotonic()
     trainer()
     calm.save_adapter(Path(checkpoint_dir) / "adapter", overwrite=True)
-    print(f"adapter       {Path(checkpoint_dir) / 'adapter'}")
+    if trainer.started_at == steps:
+        print("            finished before; another --checkpoint_dir trains anew")
+    print(f"adapter     {Path(checkpoint_dir) / 'adapter'}")
     if trainer.interrupted:
-        print(f"Stopped after {trainer.step} of {train_steps} updates. The same command goes on from there.")
-        return INTERRUPTED
+        return say_how_to_go_on("calm-pytorch", "interrupted", trainer.step, steps)
+    if trainer.is_main and trainer.started_at < steps:
+        name, numbers = ("held-out loss", "validation_loss") if held_out else ("training loss", "loss")
+        rows = [row[numbers] for row in read_metrics(Path(checkpoint_dir) / "metrics.jsonl") if numbers in row]
+        seconds = round(time.monotonic() - started, 1)
+        write_summary(checkpoint_dir, [Result(name, rows[-1], before=rows[0])], steps=steps, seconds=seconds)
+    return 0
+
+
+def _texts(path: str, name: str) -> list[str]:
+    texts: list[str] = []
+    for document in read_texts(path):
+        if not isinstance(document, str):
+            raise TypeError(f"{name} must hold texts, got {type(document).__name__} in {path}")
+        texts.append(document)
+    return texts
+
+
+def _quickstart(settings: QuickstartSettings, checkpoint_dir: str, resume: bool | Literal["auto"]) -> int:
+    print("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
+    run = RunDirectory(checkpoint_dir, resume=resume, seed=settings.seed, settings=asdict(settings))
+    seconds: float | None = None
+    with run:
+        if run.resumes:
+            checkpoint = load_checkpoint(run.checkpoints)
+            if checkpoint.config.get("settings") != asdict(settings):
+                raise CheckpointError(
+                    f"{checkpoint.path} is of other settings, {checkpoint.config.get('settings')}; "
+                    "another --checkpoint_dir trains anew"
+                )
+            result = QuickstartResult(**checkpoint.trainer_state["result"])
+            print("            finished before; another --checkpoint_dir trains anew")
+        else:
+            result = run_quickstart(settings, checkpoint_dir)
+            seconds = round(result.seconds, 1)
+            draw_curves(run, ("loss", "validation_accuracy", "learning_rate", "grad_norm"))
+        print(f"{settings.learner:<13} {result.held_out:.1%} right on expressions over keys it never trained on")
+        print(f"anchor alone  {result.anchor_alone:.1%} (chance 9.1%)")
+        print(f"numbers       {result.numbers_before:.1%} before, {result.numbers_after:.1%} after")
+        print(f"files         {checkpoint_dir}: adapter/, attention.png, metrics.jsonl   ({result.seconds:.0f} s)")
+        right = Result(
+            "right on held-out keys, anchor alone -> composed", result.held_out, result.anchor_alone, "higher"
+        )
+        kept = Result("right on numbers", result.numbers_after, result.numbers_before, "higher")
+        write_summary(checkpoint_dir, [right, kept], steps=settings.max_steps, seconds=seconds)
     return 0
 
 

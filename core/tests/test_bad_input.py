@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 
+from lm_core._checks import either
 from lm_core.attention import Attention, attend
 from lm_core.cache import KVCache
 from lm_core.feedforward import SwiGLU
@@ -271,3 +272,10 @@ def test_sampling_refuses_bad_temperatures(case, refuses):
 def test_beam_search_refuses_bad_settings(case, refuses):
     arguments, error, message = BEAMS[case]
     refuses(beam_search, IDS, {"beams": 2, **arguments}, error, message)
+
+
+def test_an_argument_of_two_names_is_given_under_one():
+    assert either(None, new=None, old=None) is None
+    assert either(1, new=1, old=5) == either(1, new=5, old=1) == 5
+    with pytest.raises(ValueError, match=r"new and old are one argument, got \{'new': 3, 'old': 4\}"):
+        either(1, new=3, old=4)

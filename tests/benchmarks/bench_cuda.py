@@ -6,7 +6,6 @@ Half precision is bfloat16 and products' peak is measured beside the steps. The 
 of the same sizes, with PyTorch's attention kernels. Without a CUDA device it says so and measures nothing.
 """
 
-import time
 import warnings
 from collections.abc import Callable
 
@@ -14,26 +13,12 @@ import torch
 import torch.nn.functional as F
 from bench_generation import cohere_twin
 from bench_training import operations, stepped
-from measure import arguments, median, ratio, report
+from measure import arguments, in_turns, median, ratio, report
 
 from lm_core.generation import generate
 from lm_core.losses import linear_cross_entropy
 from memorizing_transformer import KNNMemory
 from palm_rlhf import PaLM
-
-
-def seconds_of(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, the device's work included, after two rounds that do not count."""
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 2):
-        for name, function in variants.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            if turn >= 2:
-                found[name].append(time.perf_counter() - start)
-    return found
 
 
 def large_palm() -> PaLM:
@@ -57,7 +42,7 @@ def training(rounds: int) -> list[dict[str, object]]:
         stepped(model, loss)
 
     compiled, compiled_twin = torch.compile(palm), torch.compile(twin)
-    seconds = seconds_of(
+    seconds = in_turns(
         {
             "product": lambda: a @ b,
             "as written": lambda: narrow(lambda: palm(ids, return_loss=True), palm),
@@ -90,7 +75,7 @@ def decoding(rounds: int) -> list[dict[str, object]]:
     for batch in (1, 16):
         prompt = torch.randint(32_768, (batch, 128), device="cuda")
         mask = torch.ones_like(prompt)
-        seconds = seconds_of(
+        seconds = in_turns(
             {
                 "copy": lambda: target.copy_(source),
                 "palm": lambda prompt=prompt: generate(palm, prompt, max_new_tokens=new, temperature=0.0),
@@ -131,7 +116,7 @@ def losses(rounds: int) -> list[dict[str, object]]:
             hidden.grad = weight.grad = None
             loss_of().backward()
 
-        seconds = seconds_of({name: (lambda f=function: step(f)) for name, function in variants.items()}, rounds)
+        seconds = in_turns({name: (lambda f=function: step(f)) for name, function in variants.items()}, rounds)
         peaks = {}
         for name, function in variants.items():
             hidden.grad = weight.grad = None
@@ -166,7 +151,7 @@ def searches(rounds: int) -> list[dict[str, object]]:
         keys = kv[0, :, 0].contiguous()
         variants = {name: (lambda m=memory, q=queries: m.retrieve(q, 32)) for name, memory in memories.items()}
         variants["product alone"] = lambda q=queries, keys=keys: q[0] @ keys.T
-        for name, times in seconds_of(variants, rounds).items():
+        for name, times in in_turns(variants, rounds).items():
             row[f"{name} ms"] = 1e3 * median(times)
         rows.append(row)
     return rows

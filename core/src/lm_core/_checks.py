@@ -1,7 +1,7 @@
-"""Argument checks shared by every module: one decorator, one id check."""
+"""Argument checks shared by every module."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -16,6 +16,18 @@ def typed(function: F) -> F:
     """Checks annotated arguments at call time and raises ``TypeError`` (0 counts as a float)."""
     checked: F = beartype(conf=_CONF)(function)
     return checked
+
+
+def either(default: Any, **names: Any) -> Any:
+    """The value of an argument that has several names: the one that is not the default.
+
+    Raises:
+        ValueError: it was given under several.
+    """
+    given = {name: value for name, value in names.items() if value != default}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(names)} are one argument, got {given}")
+    return next(iter(given.values()), default)
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:

@@ -58,7 +58,8 @@ def test_without_arguments_training_is_the_quickstart():
     chosen = parsed()
 
     assert (chosen.corpus, chosen.tokenizer, chosen.checkpoint_dir) == ("stdlib", "bytes", "runs/palm-quickstart")
-    assert {one.name: chosen[one.name] for one in fields(TrainingSettings)} == vars(TrainingSettings())
+    expected = {**vars(TrainingSettings()), "max_steps": 440, "learning_rate": 4e-3}
+    assert {one.name: chosen[one.name] for one in fields(TrainingSettings)} == expected
     assert chosen.use_xpos is True
 
 

@@ -91,7 +91,7 @@ TRAINING = [
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     ({"max_new_tokens": 4, "temperature": 0.0}, "temperature must be"),
     ({"max_new_tokens": 4, "eos_token": 13}, r"eos_id must be in \[0, 13\), got 13"),
-    ({"max_new_tokens": 4, "eos_token": 3, "eos_id": 3}, "got eos_id and eos_token"),
+    ({"max_new_tokens": 4, "eos_token": 3, "eos_id": 3}, "eos_id and eos_token are one argument, got"),
     ({"max_new_tokens": 4, "num_episodes": 0}, "num_episodes must be at least 1"),
     ({"max_new_tokens": 4, "stop_strings": ["x"]}, "stop_strings need a tokenizer"),
     ({"max_new_tokens": 4, "update_timesteps": 0}, "update_timesteps must be at least 1"),

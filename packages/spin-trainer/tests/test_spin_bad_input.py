@@ -369,5 +369,5 @@ def test_a_command_says_what_is_wrong_and_ends_with_1(argv, message, capsys, tmp
 def test_a_run_folder_may_have_either_name_but_not_both():
     assert run_folder("here", None) == run_folder(None, "here") == Path("here")
     assert run_folder(None, None) == Path("spin-checkpoints")
-    with pytest.raises(ValueError, match="give checkpoint_dir or checkpoint_folder, its other name, got a and b"):
+    with pytest.raises(ValueError, match=r"are one argument, got \{'checkpoint_dir': 'a', 'checkpoint_folder': 'b'\}"):
         run_folder("a", "b")

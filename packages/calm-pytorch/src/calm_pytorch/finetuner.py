@@ -20,10 +20,10 @@ from calm_pytorch.adapter_files import check_wiring, wiring
 from calm_pytorch.batches import Batches
 from calm_pytorch.calm import CALM
 from calm_pytorch.example_order import ExampleOrder
-from calm_pytorch.objective import SummedLoss, check_settings, one_of, updates_of_warmup
+from calm_pytorch.objective import SummedLoss, check_settings, updates_of_warmup
 from calm_pytorch.state_cache import StateCache
 from calm_pytorch.warmup_schedule import WarmupSchedule
-from lm_core._checks import typed
+from lm_core._checks import either, typed
 from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.generation import eval_mode
@@ -117,11 +117,12 @@ class FineTuner:
         keep_checkpoints: int | None = 2,
         trackers: Sequence[Any] = (),
     ) -> None:
-        num_train_steps = one_of("max_steps", max_steps, "num_train_steps", num_train_steps)
-        grad_accum_steps = one_of(
-            "gradient_accumulation", gradient_accumulation, "grad_accum_steps", grad_accum_steps, 1
-        )
-        folder = one_of("checkpoint_dir", checkpoint_dir, "checkpoint_path", checkpoint_path, "./checkpoints")
+        num_train_steps = either(None, max_steps=max_steps, num_train_steps=num_train_steps)
+        if num_train_steps is None:
+            raise ValueError("max_steps (or num_train_steps) must be given, got None")
+        accumulation = either(None, gradient_accumulation=gradient_accumulation, grad_accum_steps=grad_accum_steps)
+        grad_accum_steps = 1 if accumulation is None else accumulation
+        folder = either(None, checkpoint_dir=checkpoint_dir, checkpoint_path=checkpoint_path) or "./checkpoints"
         warmup_steps = updates_of_warmup(warmup, warmup_steps, num_train_steps)
         check_settings(
             counts={

@@ -62,20 +62,6 @@ def check_settings(
         raise ValueError(f"accelerate_kwargs may hold log_with, got {unknown}: other arguments are the trainer's own")
 
 
-def one_of(name: str, value: Any, other: str, same: Any, default: Any = None) -> Any:
-    """The value of an argument with two names.
-
-    Raises:
-        ValueError: both were given, or neither and there is no default.
-    """
-    if value is not None and same is not None:
-        raise ValueError(f"{name} and {other} are one argument, got {value!r} and {same!r}")
-    found = same if value is None else value
-    if found is None and default is None:
-        raise ValueError(f"{name} (or {other}) must be given")
-    return default if found is None else found
-
-
 def updates_of_warmup(part: float | None, updates: int | None, max_steps: int) -> int:
     """Updates over which the learning rate rises.
 

@@ -114,12 +114,7 @@ def fused_parts(layer: nn.Linear, x: Float[Tensor, "b n dim"], sizes: Sequence[i
 
     In one operation, unless ``layer`` is more than its weight: an adapter that took its place, or one with hooks.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(layer) is not nn.Linear
-        or layer._forward_hooks
-        or layer._forward_pre_hooks
-    ):
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return split_swiglu(layer(x), sizes)
     return project_split_swiglu(x, layer.weight, sizes)
 

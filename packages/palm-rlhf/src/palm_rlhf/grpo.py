@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core._checks import check_positive, typed
+from lm_core._checks import check_positive, either, typed
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.kl import KLEstimator
 from palm_rlhf.objectives import Aggregation
 from palm_rlhf.policy_settings import PolicySettings
 from palm_rlhf.policy_trainer import PolicyTrainer
-from palm_rlhf.ppo import RLHFTrainer, either, only_one
+from palm_rlhf.ppo import RLHFTrainer, only_one
 
 
 class GRPOTrainer(RLHFTrainer):

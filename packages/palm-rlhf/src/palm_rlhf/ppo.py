@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lm_core._checks import check_positive, typed
+from lm_core._checks import check_positive, either, typed
 from lm_core.decoding import Filter
 from palm_rlhf.actor_critic import ActorCritic
 from palm_rlhf.experience import AdvantageEstimator
@@ -85,7 +85,7 @@ class RLHFTrainer(PolicyTrainer):
 
     Raises:
         ValueError: a number is out of range, there are no, or two sources of prompts, policy or reward, or a value
-            and its alias differ.
+            and its alias are both given.
         TypeError: an argument is of another type.
     """
 
@@ -272,7 +272,7 @@ class RLHFTrainer(PolicyTrainer):
         sampling = self.sampling(
             max_seq_len=max_seq_len,
             max_new_tokens=max_new_tokens,
-            eos_id=only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token),
+            eos_id=either(None, eos_id=eos_id, eos_token=eos_token),
             temperature=temperature,
             filters=filters,
             min_new_tokens=min_new_tokens,
@@ -313,7 +313,7 @@ class RLHFTrainer(PolicyTrainer):
             raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
         if not 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens):
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
-        eos_id = only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token)
+        eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
         eos = getattr(self.tokenizer, "eos_id", None) if eos_id is None else eos_id
         size = self.actor_critic.vocab_size
         if eos is not None and (eos < 0 or (size is not None and eos >= size)):
@@ -355,7 +355,7 @@ class RLHFTrainer(PolicyTrainer):
         Raises:
             ValueError: a number is out of range, or there is no reward to choose by.
         """
-        eos_id = only_one(allow_none=True, eos_id=eos_id, eos_token=eos_token)
+        eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
         sampling = self.sampling(max_seq_len=max_seq_len, eos_id=eos_id, temperature=temperature)
         return self.best_of(prompt, num_samples=num_samples, sampling=sampling, generator=generator)[0]
 
@@ -381,16 +381,3 @@ def only_one(*, allow_none: bool = False, **given: Any) -> Any:
     if not present and not allow_none:
         raise ValueError(f"give one of {', '.join(given)}, got none")
     return given[present[0]] if present else None
-
-
-def either(default: Any, **given: Any) -> Any:
-    """The value of an argument with an alias: the one that was changed from the default.
-
-    Raises:
-        ValueError: both were, to different values.
-    """
-    changed = {name: value for name, value in given.items() if value != default}
-    values = list(changed.values())
-    if values and any(value != values[0] for value in values):
-        raise ValueError(f"{' and '.join(given)} are one argument, got {changed}")
-    return values[0] if values else default

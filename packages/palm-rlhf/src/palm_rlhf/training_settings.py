@@ -27,8 +27,6 @@ class TrainingSettings(CommonSettings):
         TypeError: a value is of another type.
     """
 
-    max_steps: int = 440
-    learning_rate: float = 4e-3
     sequence_length: int = 256
     batch_size: int = 4
     gradient_accumulation: int = 1

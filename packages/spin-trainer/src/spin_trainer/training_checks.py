@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lm_core._checks import check_ids
+from lm_core._checks import check_ids, either
 from lm_core.checkpoint import Checkpoint, CheckpointError
 from lm_core.launching import start_accelerator
 from spin_trainer.reference import FrozenReference
@@ -135,8 +135,5 @@ def run_folder(checkpoint_dir: str | Path | None, checkpoint_folder: str | Path 
     Raises:
         ValueError: both are given.
     """
-    if checkpoint_dir is not None and checkpoint_folder is not None:
-        raise ValueError(
-            f"give checkpoint_dir or checkpoint_folder, its other name, got {checkpoint_dir} and {checkpoint_folder}"
-        )
-    return Path(checkpoint_dir or checkpoint_folder or "./spin-checkpoints")
+    given = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
+    return Path("./spin-checkpoints" if given is None else given)

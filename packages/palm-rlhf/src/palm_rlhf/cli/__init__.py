@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # The quickstart's model: what two CPU cores can teach something in a minute and a half. Normalised queries and keys
 # bear a higher learning rate (4e-3: 2.54 bits/byte after 480 updates; without them 3e-3 gave 2.62, and 6e-3 less).
 QUICKSTART_MODEL = {"dim": 192, "depth": 4, "dim_head": 32, "heads": 6, "qk_rmsnorm": True}
+QUICKSTART_TRAINING = {"max_steps": 440, "learning_rate": 4e-3}
 # Arguments of PaLM that the commands settle themselves.
 SETTLED = ("num_tokens", "causal", "lora_r", "finetune_scopes", "flash_attn", "cross_entropy_ignore_index")
 
@@ -52,7 +53,7 @@ def build_parser() -> "CommandParser":
     training = parser.add_command("train", TRAIN)
     training.add_function(train, skip=("model", "settings"))
     training.add_class(PaLM, skip=SETTLED, defaults=QUICKSTART_MODEL)
-    training.add_class(TrainingSettings)
+    training.add_class(TrainingSettings, defaults=QUICKSTART_TRAINING)
     generation = parser.add_command("generate", summary_of(generate))
     generation.add_function(generate, skip=("settings",))
     generation.add_class(TextGeneration)

@@ -9,16 +9,21 @@ once with a memory (retrofit) and once without (what the further steps alone are
 All are judged on held-out files past 32k bytes (their first 36k), where a memory of 32k is filled; those with a kNN
 memory twice, with the memory on and off, by position in the file. Written to the folder: one JSON file a run, as soon
 as it is done, ``results.json`` with all of them, and ``curves.png``. What is there already is not made again, so the
-study can be stopped and continued; ``--minutes`` begins no further run after so long.
+study can be stopped and continued; ``--minutes`` begins no further run after so long. ``--jobs`` trains so many at a
+time, each in a process of its own.
 
-About 20 minutes on one core with the defaults; ``--dim``, ``--depth`` and ``--steps`` make it larger.
+About 20 minutes on one core with the defaults; ``--dim``, ``--depth`` and ``--steps`` make it larger, ``--device cuda
+--jobs 18`` trains all at once on one GPU.
 """
 
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,10 +58,10 @@ def settings_of(options: Namespace, seed: int, **changes: Any) -> TrainingSettin
             "learning_rate": options.learning_rate,
             "seed": seed,
             "validate_every": 10**9,
-            "checkpoint_every": 200,
+            "checkpoint_every": options.checkpoint_every,
             "keep_checkpoints": 1,
             "validation_documents": 1,
-            "device": "cpu",
+            "device": options.device,
             **changes,
         }
     )
@@ -242,6 +247,25 @@ def training_curve(folder: Path, width: int = 25) -> list[float]:
     return [statistics.mean(values[at : at + width]) for at in range(0, len(values) - width + 1, width)]
 
 
+def job(label: str, seed: int) -> int:
+    """Runs this command for one variant and seed in a process of its own; its exit status."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", label, "--seeds", str(seed)]
+    return subprocess.run(command, check=False).returncode
+
+
+def side_by_side(jobs: int, labels: list[str], seeds: list[int]) -> None:
+    """One process a run, ``jobs`` of them at a time; what starts from another's weights waits for it."""
+    later = [label for label in labels if label in (RETROFIT, CONTROL)]
+    with ThreadPoolExecutor(jobs) as pool:
+        first = [(label, seed) for label in labels if label not in later for seed in seeds]
+        started = {of: pool.submit(job, *of) for of in first}
+        failed = [of for of, future in started.items() if of[0] == XL and future.result() != 0]
+        started |= {(label, seed): pool.submit(job, label, seed) for label in later for seed in seeds}
+        failed += [of for of, future in started.items() if of not in failed and future.result() != 0]
+    if failed:
+        print(f"failed: {failed}", file=sys.stderr)
+
+
 def main() -> None:
     options = arguments(
         (__doc__ or "").split("\n")[0],
@@ -265,30 +289,39 @@ def main() -> None:
         batch={"type": int, "default": 16},
         documents={"type": int, "default": 3, "help": "held-out files past 32k bytes to judge by"},
         judged_bytes={"type": int, "default": 36864, "help": "of each, from its beginning"},
+        device={"default": "cpu"},
+        checkpoint_every={"type": int, "default": 200},
+        jobs={"type": int, "default": 1, "help": "runs at a time"},
+        one={"default": "", "help": "of the variants, this one alone, and no tables"},
     )
     torch.set_num_threads(options.threads[0])
     started = time.monotonic()
-    corpus = load_corpus("stdlib", validation_fraction=0.15)
-    held_out = corpus.validation
-    chosen = [number for number in range(len(held_out)) if int(held_out.lengths[number]) > LONG][: options.documents]
-    documents = tokenise([bytes(held_out[number][: options.judged_bytes].astype("uint8")) for number in chosen])
-    print(
-        f"corpus fingerprint {corpus.fingerprint[:16]}: {corpus.train.num_bytes:,} bytes to learn from, judged on "
-        f"{len(documents)} files of {documents.num_bytes:,} bytes"
-    )
     labels = [XL] if "xl" in options.variants else []
     labels += [knn(size) for size in reversed(options.sizes)] if "knn" in options.variants else []
     labels += [RETROFIT, CONTROL] if "retrofit" in options.variants else []
     labels += [NONE] if "none" in options.variants else []
-    for seed in options.seeds:
-        for label in labels:
-            folder = options.folder / f"seed-{seed}" / folder_name(label)
-            target = folder / "result.json"
-            if target.is_file() or time.monotonic() - started > 60 * options.minutes:
-                continue
-            result = run(options, label, seed, folder, corpus, documents)
-            target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            print(f"seed {seed}, {label}: {result['bits_per_byte']:.4f} bits/byte", flush=True)
+    if options.jobs > 1 and not options.one:
+        side_by_side(options.jobs, labels, options.seeds)
+    else:
+        corpus = load_corpus("stdlib", validation_fraction=0.15)
+        held_out = corpus.validation
+        long = [number for number in range(len(held_out)) if int(held_out.lengths[number]) > LONG][: options.documents]
+        documents = tokenise([bytes(held_out[number][: options.judged_bytes].astype("uint8")) for number in long])
+        print(
+            f"corpus fingerprint {corpus.fingerprint[:16]}: {corpus.train.num_bytes:,} bytes to learn from, judged on "
+            f"{len(documents)} files of {documents.num_bytes:,} bytes"
+        )
+        for seed in options.seeds:
+            for label in [options.one] if options.one else labels:
+                folder = options.folder / f"seed-{seed}" / folder_name(label)
+                target = folder / "result.json"
+                if target.is_file() or time.monotonic() - started > 60 * options.minutes:
+                    continue
+                result = run(options, label, seed, folder, corpus, documents)
+                target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                print(f"seed {seed}, {label}: {result['bits_per_byte']:.4f} bits/byte", flush=True)
+        if options.one:
+            return
     results = []
     for seed in options.seeds:
         for label in (NONE, XL, *map(knn, options.sizes), RETROFIT, CONTROL):

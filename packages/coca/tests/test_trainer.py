@@ -19,6 +19,7 @@ import torch
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer
 from coca.captioned_images import CaptionedImages
+from coca.evaluation import evaluate
 from coca.pair_batches import PairBatches
 from coca.trainer import CoCaTrainer
 from coca.training_settings import TrainingSettings
@@ -174,6 +175,19 @@ def test_a_run_does_not_go_on_with_something_else(whole_run, tmp_path, changes, 
     with pytest.raises((ValueError, RuntimeError), match=message):
         trainer.train()
     assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("pad_id", [258, 257])  # of its own, or the end
+def test_a_held_out_caption_loss_does_not_depend_on_the_size_of_its_batches(tmp_path, pad_id):
+    model = tiny_trainer(tmp_path).model
+    model.pad_id = pad_id
+
+    losses = [
+        evaluate(model, four_kinds(), ByteTokenizer(), PREPROCESSING, batch_size=size, captions=0)["caption_loss"]
+        for size in (20, 3, 1)
+    ]
+
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
 def test_batches_do_not_depend_on_the_number_of_processes():

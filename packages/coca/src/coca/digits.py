@@ -8,7 +8,7 @@ import numpy as np
 from coca.captioned_images import CaptionedImages
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TEMPLATES = ("the digit {}", "a handwritten {}", "a small picture of a {}", "someone wrote the number {}")
+TEMPLATES = ("the digit {}", "a handwritten {}", "a picture of the number {}", "someone wrote the number {}")
 IMAGE_SIZE = 8
 # Of the whole set, in the range [0, 1].
 MEAN, STD = 0.305, 0.376

@@ -17,6 +17,7 @@ from coca.captioned_images import CaptionedImages
 from coca.captions import encode_captions
 from coca.preprocessing import ImagePreprocessing
 from coca.retrieval import retrieval_metrics
+from coca.text_layout import layout_of
 from coca.zero_shot import zero_shot_classifier
 from lm_core.generation import eval_mode
 
@@ -145,8 +146,9 @@ def evaluate(
             firsts = [own[0] for own in data.captions[number * batch_size : number * batch_size + len(images)]]
             text = encode_captions(firsts, tokenizer, model.pad_id, max_length).to(model.device)
             loss = model.loss(text, images.to(model.device), gather=False)
+            layout = layout_of(text, None, pad_id=model.pad_id, eos_id=model.eos_id, num_tokens=model.num_tokens)
             # Each row predicts all its tokens but the first.
-            count = sum(len(row) - 1 for row in _unpadded(text, model.pad_id))
+            count = int((layout.lengths - 1).sum())
             caption_nats += float(loss.caption) * count
             tokens += count
             contrastive += float(loss.contrastive) * len(images)
@@ -171,9 +173,3 @@ def evaluate(
         right = [names_class(text, label, data.class_names) for text, label in zip(texts, chosen.labels, strict=True)]
         metrics["caption_accuracy"] = sum(right) / len(right)
     return metrics
-
-
-def _unpadded(text: Tensor, pad_id: int) -> Iterator[Tensor]:
-    for row in text:
-        real = (row != pad_id).nonzero()
-        yield row[: int(real[-1]) + 1]

@@ -214,12 +214,13 @@ def draw(results: list[dict[str, Any]], folder: Path) -> Path | None:
             mean = [statistics.mean(values[at] for values in series) for at in range(length)]
             left.plot([25 * (at + 1) for at in range(length)], mean, color=f"C{number}", label=label)
         for one in runs:
-            if "gain_by_position" in one and label != RETROFIT:
+            if "gain_by_position" in one:
                 positions = [int(first) for first in one["gain_by_position"]]
                 right.plot(
                     range(len(positions)),
                     list(one["gain_by_position"].values()),
                     color=f"C{number}",
+                    linestyle="--" if label == RETROFIT else "-",
                     marker="o",
                     alpha=0.7,
                     label=label if one is runs[0] else None,

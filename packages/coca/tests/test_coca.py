@@ -152,6 +152,9 @@ def test_positions_stay_distinct_in_bfloat16(make_coca):
     cos, sin = model.rotary.at_range(0, 600, device=torch.device("cpu"), dtype=torch.bfloat16)
 
     assert len(torch.cat((cos, sin), dim=-1).unique(dim=0)) == 600
+    exact = make_coca().rotary.at_range(0, 600, device=torch.device("cpu"), dtype=torch.float64)
+    for found, expected in zip((cos, sin), exact, strict=True):
+        assert (found - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

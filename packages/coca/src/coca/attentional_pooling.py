@@ -72,6 +72,8 @@ class AttentionalPooling(nn.Module):
         """The contrastive embedding and the captioning tokens."""
         pooled = self.caption(tokens)
         if self.contrastive is None:
-            return pooled[:, 0], pooled[:, 1:]
+            # One split, whose gradient is put together once.
+            embedding, pooled = pooled.split_with_sizes((1, pooled.shape[1] - 1), dim=1)
+            return embedding[:, 0], pooled
         embedding = self.contrastive(pooled if self.pooling == "cascade" else tokens)
         return embedding[:, 0], pooled

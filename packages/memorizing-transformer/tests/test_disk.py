@@ -181,8 +181,9 @@ def test_a_second_memory_in_the_same_folder_leaves_the_first_as_it_was(tmp_path,
     before = first[0].state_dict()["kv"][0].clone()
     second = model.create_knn_memories(batch_size=1, name="second")
     model((ids + 1) % 20, knn_memories=second)
-    with model.knn_memories_context(batch_size=1) as third:
-        assert third.sizes == [[0]]
+    with model.knn_memories_context(batch_size=1) as third, model.knn_memories_context(batch_size=1) as fourth:
+        model(ids, knn_memories=third)
+        assert fourth.sizes == [[0]]
     assert torch.equal(first[0].state_dict()["kv"][0], before)
     assert not torch.equal(second[0].state_dict()["kv"][0], before)
     first.cleanup()

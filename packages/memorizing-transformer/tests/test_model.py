@@ -200,6 +200,18 @@ def test_a_shifted_window_reads_what_the_layer_above_kept(tiny_model):
     assert not torch.allclose(out, plain(ids[:, 8:], xl_memories=window)[0], atol=1e-3)
 
 
+def test_keys_that_a_plain_layer_kept_are_normalised_where_a_memorizing_one_reads_them(tiny_model):
+    # layer 1 has the memory, and alone reads what layer 2 kept
+    model = tiny_model(xl_max_memories=4, shift_xl_memories_down=1, memorizing_layers=1)
+    ids = torch.randint(0, 20, (2, 16))
+    window = model(ids[:, :8])[1]
+    expected = model(ids[:, 8:], xl_memories=window)[0]
+    for factors, changes in (((10.0, 1.0), False), ((1.0, 10.0), True)):  # of keys and of values
+        scaled = window[1] * torch.tensor(factors, dtype=window[1].dtype)[:, None]
+        out = model(ids[:, 8:], xl_memories=XLMemories([window[0], scaled, window[2]]))[0]
+        assert torch.allclose(out, expected, atol=1e-10) != changes
+
+
 def test_a_shifted_memory_is_searched_in_place_of_the_layers_own(tiny_model):
     plain = tiny_model(memorizing_layers=(1, 2))
     shifted = tiny_model(memorizing_layers=(1, 2), shift_knn_memories_down=1)

@@ -86,7 +86,8 @@ def screened_top_k(
     if w == 0:
         return _sorted_and_padded(queries.new_zeros(numbers.shape), numbers, k)
     parts = zip(queries.split(-(-CPU_CHUNK // w)), numbers.split(-(-CPU_CHUNK // w)), strict=True)
-    again = torch.cat([(at(these.flatten()).unflatten(0, (-1, w)) @ q.unsqueeze(-1)).squeeze(-1) for q, these in parts])
+    # products with one query each: multiplying and adding takes a quarter of the time of a matrix product
+    again = torch.cat([(at(these.flatten()).unflatten(0, (-1, w)) * q.unsqueeze(1)).sum(-1) for q, these in parts])
     scores, numbers = _sorted_and_padded(again, numbers, k)
     if w == KEEP * k:  # otherwise every key was kept
         unproven = (~_separated(queries, longest, codes.amin(dim=1), scores[:, k - 1])).nonzero().squeeze(1)

@@ -364,6 +364,7 @@ def test_an_unreadable_image_is_named_and_counted(tmp_path, damage):
     assert data.names == ("0.png", "1.png", "2.png", "4.png")
     assert len(data.unreadable) == 1
     assert data.unreadable[0].startswith("3.png: ")
+    assert " object at " not in data.unreadable[0]
     with pytest.raises(
         ValueError, match=r"1 of 5 images in .* cannot be read, more than max_unreadable = 0.1 .*3\.png"
     ):

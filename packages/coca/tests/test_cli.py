@@ -83,6 +83,14 @@ def test_captions_are_printed_for_files_and_folders(run, digit_files, capsys):
     assert len(many) == 40
 
 
+def test_images_too_large_to_open_are_unreadable(run, digit_files, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    status = main(["caption", str(run), str(digit_files)])
+
+    assert status == 1
+    assert "none of 40 images could be read" in capsys.readouterr().err
+
+
 def test_an_unreadable_file_is_named_and_the_others_are_captioned(run, digit_files, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"damaged")
     status = main(["caption", str(run), json.dumps([str(digit_files / "3.png"), str(tmp_path / "bad.png")])])

@@ -157,9 +157,9 @@ class Extractor(nn.Module):
 
 
 class Timm(nn.Module):
-    """As timm's models: ``forward`` classifies, ``forward_features`` does not."""
+    """As timm's models: ``forward`` classifies, ``forward_features`` does not; a Swin has several widths."""
 
-    num_features = 12
+    embed_dim, num_features = 6, 12
 
     def __init__(self, channels_last=False):
         super().__init__()

@@ -296,7 +296,7 @@ def _read_images(
             with Image.open(path) as picture:
                 tensors.append(preprocessing(picture))
             good.append(str(path))
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             failed += 1
             print(f"unreadable  {path}: {error}", file=sys.stderr)
     if not good:

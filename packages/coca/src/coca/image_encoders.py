@@ -21,13 +21,14 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_WIDTHS = ("dim", "embed_dim", "num_features", "hidden_size")
+# A timm model of several stages has its last width in num_features, its first in embed_dim.
+_WIDTHS = ("dim", "num_features", "embed_dim", "hidden_size")
 
 
 def token_width(encoder: Any) -> int | None:
     """Features of the tokens that an encoder says it returns, or None if it does not say.
 
-    Asked in turn: ``dim``, ``embed_dim``, ``num_features`` of the module, then ``hidden_size`` or the last of
+    Asked in turn: ``dim``, ``num_features``, ``embed_dim`` of the module, then ``hidden_size`` or the last of
     ``hidden_sizes`` of its ``config`` (or of the ``vision_config`` in it), then the wrapped ``vit`` of an Extractor.
     """
     for name in _WIDTHS:

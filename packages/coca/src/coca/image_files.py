@@ -101,13 +101,14 @@ def load_images(
 def _decode(entry: _Entry, preprocessing: ImagePreprocessing) -> Pixels:
     from PIL import Image
 
+    stream = io.BytesIO(entry.data())
     try:
-        with Image.open(io.BytesIO(entry.data())) as picture:
+        with Image.open(stream) as picture:
             return preprocessing.pixels(picture)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except OSError as error:
-        raise OSError(f"{error}".replace(repr(entry.data), entry.name)) from error
+        raise OSError(str(error).replace(f" {stream!r}", "")) from error
 
 
 def _merged(entries: Iterator[_Entry]) -> list[_Entry]:

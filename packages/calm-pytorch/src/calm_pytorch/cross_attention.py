@@ -118,13 +118,16 @@ class CrossAttentionBlock(nn.Module):
         normed = self._normed(x)
         if self._is_plain:
             keys, values = context
-            # plain reshapes: this runs once a connection for every generated token
-            queries = self.attn.to_q(normed).view(*normed.shape[:2], self.attn.heads, -1).transpose(1, 2)
+            # plain reshapes, and rows: this runs once a connection for every generated token
+            b, n, _ = normed.shape
+            rows = normed.reshape(b * n, -1)
+            queries = self.attn.to_q(rows).view(b, n, self.attn.heads, -1).transpose(1, 2)
             dropout = self.dropout if self.training else 0.0
             read = attend(queries, keys, values, mask=mask, causal=causal, dropout=dropout)
             if self.attn.to_v_head_gate is not None:
-                read = read * self.attn.to_v_head_gate(normed).sigmoid().transpose(1, 2).unsqueeze(-1)
-            out = self.attn.to_out(read.transpose(1, 2).reshape(*normed.shape[:2], -1))
+                gates = self.attn.to_v_head_gate(rows).sigmoid().view(b, n, -1)
+                read = read * gates.transpose(1, 2).unsqueeze(-1)
+            out = self.attn.to_out(read.transpose(1, 2).reshape(b * n, -1)).view(b, n, -1)
         else:
             out = self._whole_module(normed, context[0].squeeze(1), mask, causal)
         return x + out.to(x.dtype)

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calm_pytorch.hidden_states import is_recomputed
+from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, token_step
 from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
 from lm_core.attention import attend
 from lm_core.cache import KVCache
-
-FUSED_BYTES = 32 * 2**20  # projections up to this size are joined for decoding; larger ones gain nothing by it
 
 
 class Layer(NamedTuple):
@@ -71,18 +70,12 @@ class DecoderStack:
             "forward" in vars(module) and not is_recomputed(module) for module in self._passed_by
         )
 
-    def joined_projections(self) -> list[Tensor] | None:
-        """Of each layer the weights of queries, keys and values in one, for many short calls; None if large."""
-        first = self.layers[0].attention
-        size = len(self.layers) * sum(part.weight.nbytes for part in (first.to_q, first.to_k, first.to_v))
-        return [_joined(layer.attention) for layer in self.layers] if size <= FUSED_BYTES else None
-
     def hidden(
         self,
         ids: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        joined: Sequence[Tensor] | None = None,
+        weights: Sequence[LayerWeights] | None = None,
     ) -> Tensor:
         """States ``(b, n, d)`` before the output layer.
 
@@ -91,7 +84,7 @@ class DecoderStack:
             mask: ``(b, m)``, True at real tokens, padding first; None without padding, or where it comes last.
             cache: grows by the new tokens. It holds keys and values in one, ``(b, 2 g, m, e)``; the keys are not
                 rotated, as in the library's own.
-            joined: of ``joined_projections``.
+            weights: of ``token_step.layer_weights``, for the layers.
         """
         net, stack = self.net, self.net.attn_layers
         start = 0 if cache is None else cache.length
@@ -105,8 +98,15 @@ class DecoderStack:
         angles = None
         if stack.rotary_pos_emb is not None:
             angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
+        one_token = cache is not None and ids.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+        if one_token and weights is not None and not net.training:
+            assert cache is not None
+            x = token_step(self.layers, weights, x, cache, angles)
+            cache.advance(1)
+            last: Tensor = stack.final_norm(x)
+            return last
         for number, layer in enumerate(self.layers):
-            weight = None if joined is None else joined[number]
+            weight = None if weights is None else weights[number].projections
             arguments = (layer, number, x, weight, mask, cache, angles)
             if is_recomputed(layer.attention):
                 read = checkpoint(_attention, *arguments, use_reentrant=False)
@@ -136,7 +136,7 @@ def _attention(
     b, n, _ = x.shape
     h, g = part.heads, part.kv_heads
     normed = _normed(layer.attention_norm, x)
-    projected = F.linear(normed, _joined(part) if weight is None else weight)
+    projected = F.linear(normed, joined(part) if weight is None else weight)
     heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
     q, held = heads[:, :h], heads[:, h:]
     if cache is not None:
@@ -158,10 +158,6 @@ def _feedforward(layer: Layer, x: Tensor) -> Tensor:
     return x
 
 
-def _joined(attention: Any) -> Tensor:
-    return torch.cat((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight))
-
-
 def _parts_in_a_row(module: nn.Module) -> tuple[nn.Module, ...]:
     """The modules a container calls one after the other, without the containers."""
     if type(module).__name__ != "Sequential":
@@ -170,9 +166,9 @@ def _parts_in_a_row(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
-    if type(norm).__name__ == "LayerNorm":
-        gamma = norm.gamma + 1.0 if norm.unit_offset else norm.gamma
-        return F.layer_norm(x, gamma.shape, gamma, None, norm.ln.eps)
+    gain = gain_of(norm)
+    if gain is not None:
+        return F.layer_norm(x, gain.shape, gain, None, norm.ln.eps)
     out: Tensor = norm(x)
     return out
 
@@ -254,12 +250,12 @@ class StackCache(XTransformersCache):
         super().__init__(batch_size)
         self.max_length = max_length
         self.buffer: KVCache | None = None
-        self.joined: list[Tensor] | None = None
+        self.weights: list[LayerWeights] | None = None
 
     def to_buffer(self, stack: DecoderStack) -> KVCache:
         """The buffer, filled with what the library has kept."""
         if self.buffer is None:
-            self.joined = stack.joined_projections()
+            self.weights = layer_weights(stack.layers)
             self.buffer = KVCache(
                 layers=len(stack.layers), batch_size=self.batch_size, max_length=max(self.max_length, 1)
             )
@@ -280,7 +276,7 @@ class StackCache(XTransformersCache):
             nothing = part.to_k.weight.new_empty(sizes)
             held = (self.buffer.update(number, nothing, nothing[..., :0])[0] for number in range(self.buffer.layers))
             self.layers = [(one[:, : part.kv_heads], one[:, part.kv_heads :]) for one in held]
-        self.buffer = self.joined = None
+        self.buffer = self.weights = None
 
     def _select(self, index: Tensor) -> None:
         super()._select(index)
@@ -290,7 +286,7 @@ class StackCache(XTransformersCache):
     def _clone(self) -> "StackCache":
         twin = StackCache(self.batch_size, self.max_length)
         twin.ids, twin.layers = self.ids, list(self.layers)
-        twin.buffer, twin.joined = None if self.buffer is None else self.buffer.clone(), self.joined
+        twin.buffer, twin.weights = None if self.buffer is None else self.buffer.clone(), self.weights
         return twin
 
 
@@ -327,7 +323,7 @@ class PlainDecoderLM(XTransformersLM):
     ) -> Tensor:
         if hidden and not kwargs and self.stack.is_untouched():
             cache.ids = ids if cache.ids is None else torch.cat((cache.ids, ids), dim=1)
-            return self.stack.hidden(ids, mask, cache.to_buffer(self.stack), cache.joined)
+            return self.stack.hidden(ids, mask, cache.to_buffer(self.stack), cache.weights)
         cache.to_layers(self.stack)
         return super()._incremental(ids, mask, cache, kwargs, hidden=hidden)
 

@@ -79,7 +79,7 @@ def iteration_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str
                 train_sft_dataset=SFTDataset(rows),
                 max_seq_len=length,
                 batch_size=4,
-                grad_accum_steps=1,
+                gradient_accumulation=1,
                 epochs=1,
                 device="cpu",
                 checkpoint_folder=folder,

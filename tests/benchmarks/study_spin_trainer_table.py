@@ -55,7 +55,7 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
     for number in range(1, result.iterations + 1):
         folder_of = result.iterations_folder / f"iteration-{number}"
         models[f"self-play iteration {number - 1}"] = SmallDecoder.from_pretrained(folder_of)
-    rates = {"continued": settings.start_learning_rate, "continued, annealed": SUPERVISED_RATE}
+    rates = {"continued": settings.learning_rate, "continued, annealed": SUPERVISED_RATE}
     for name, rate in rates.items():
         models[f"supervised, {name}"] = more = copy.deepcopy(start)
         last = 0.1 if name == "continued" else 0.0

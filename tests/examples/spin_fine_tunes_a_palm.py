@@ -37,7 +37,7 @@ with tempfile.TemporaryDirectory() as folder:
         iterations=2,
         epochs=1,
         batch_size=20,
-        start_learning_rate=1e-4,
+        learning_rate=1e-4,
         end_learning_rate=1e-5,
         checkpoint_dir=folder,
         filter_fn=None,

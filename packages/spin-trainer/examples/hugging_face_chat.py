@@ -34,12 +34,12 @@ max_seq_len: 48
 iterations: 2
 epochs: 1
 batch_size: 16
-grad_accum_steps: 1
+gradient_accumulation: 1
 generation_batch_size: 64
 temperature: 1.0
 top_p: null
 lambdas: [1.0, 1.0]
-start_learning_rate: {rate}
+learning_rate: {rate}
 end_learning_rate: {end}
 learning_rates: [{rate}, {half}]
 {lora}
@@ -101,5 +101,13 @@ with tempfile.TemporaryDirectory() as name:
             sys.exit(1)
         played = f"{folder}/{kind}/iterations/iteration-2"
         main(
-            ["eval", played, "--data", f"{folder}/held_out.jsonl", "--max_seq_len=48", "--opponent", f"{folder}/model"]
+            [
+                "eval",
+                played,
+                "--data",
+                f"{folder}/held_out.jsonl",
+                "--max_seq_len=48",
+                "--opponent_checkpoint",
+                f"{folder}/model",
+            ]
         )

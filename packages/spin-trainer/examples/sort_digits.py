@@ -27,9 +27,9 @@ with tempfile.TemporaryDirectory() as folder:
         iterations=2,
         epochs=1,
         batch_size=32,
-        grad_accum_steps=1,
+        gradient_accumulation=1,
         lambda_=1.0,
-        start_learning_rate=1e-4,
+        learning_rate=1e-4,
         end_learning_rate=1e-5,
         checkpoint_folder=folder,
     )

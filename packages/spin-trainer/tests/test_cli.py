@@ -24,9 +24,9 @@ max_seq_len: 40
 iterations: 2
 epochs: 1
 batch_size: 3
-grad_accum_steps: 1
+gradient_accumulation: 1
 learning_rates: [1.0e-3, 5.0e-4]
-start_learning_rate: 1.0e-3
+learning_rate: 1.0e-3
 end_learning_rate: 1.0e-4
 lambdas:
   - 0.1
@@ -71,7 +71,7 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
 
     assert main(["train", "--config", str(config)]) == 0  # finished before: nothing is done again
     arguments = [str(folder), "--data", str(tmp_path / "valid.jsonl"), "--max_seq_len=40", "--device=cpu"]
-    assert main(["eval", *arguments, "--opponent", str(hugging_face_folder)]) == 0
+    assert main(["eval", *arguments, "--opponent_checkpoint", str(hugging_face_folder)]) == 0
     assert "win rate over" in capsys.readouterr().out
 
 
@@ -97,8 +97,8 @@ def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(h
             iterations=2,
             epochs=1,
             batch_size=3,
-            grad_accum_steps=1,
-            start_learning_rate=1e-2,
+            gradient_accumulation=1,
+            learning_rate=1e-2,
             end_learning_rate=1e-3,
             checkpoint_every=1,
             dropout=0.1,

@@ -72,9 +72,9 @@ def run(name, model, **changes):
         model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11,
         checkpoint_folder=folder / name,
         **{
-            "iterations": 2, "epochs": 1, "batch_size": 4 // processes, "grad_accum_steps": 1,
-            "generation_batch_size": 3, "start_learning_rate": 1e-2, "end_learning_rate": 1e-3, "lambda_": 1.0,
-            "valid_every": 2, "checkpoint_every": 1, "device": "cpu", **changes,
+            "iterations": 2, "epochs": 1, "batch_size": 4 // processes, "gradient_accumulation": 1,
+            "generation_batch_size": 3, "learning_rate": 1e-2, "end_learning_rate": 1e-3, "lambda_": 1.0,
+            "validate_every": 2, "checkpoint_every": 1, "device": "cpu", **changes,
         },
     )
     assert (dist.get_world_size() if dist.is_initialized() else 1) == processes
@@ -92,7 +92,7 @@ outcome = {"weights": dict(model.state_dict()), "nll": [entry["nll"] for entry i
 # peft asks transformers for a name that newer transformers call otherwise
 warnings.filterwarnings("ignore", category=FutureWarning)
 adapted = with_adapters()
-run("adapters", adapted, grad_accum_steps=2, batch_size=2 // processes)
+run("adapters", adapted, gradient_accumulation=2, batch_size=2 // processes)
 outcome["adapters"] = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
 if processes == 2:
     resumed = decoder()
@@ -104,14 +104,14 @@ if processes == 2 and TorchVersion(torch.__version__) >= "2.7":
     assert type(parameter).__name__ == "DTensor" and parameter.to_local().numel() < parameter.numel()
     outcome["sharded_nll"] = [entry["nll"] for entry in result.history]
     assert trainer().steps == 9  # finished: loads the last checkpoint into shards
-    run("sharded-adapters", with_adapters(), grad_accum_steps=2, batch_size=2 // processes, fsdp=True)
+    run("sharded-adapters", with_adapters(), gradient_accumulation=2, batch_size=2 // processes, fsdp=True)
     # only rank 0 hears of the interrupt, and both stop
     result = run("parts", decoder(), fsdp=True, trackers=[StopAt()])[1]
     assert (result.outcome, result.steps) == ("interrupted", 6), result
     result = run("parts", decoder(), fsdp=True)[1]
     assert (result.outcome, result.steps) == ("finished", 9), result
     # a rate that ruins the model, so the start is put back, into shards
-    settings = {"start_learning_rate": 3.0, "end_learning_rate": 3.0, "max_grad_norm": None}
+    settings = {"learning_rate": 3.0, "end_learning_rate": 3.0, "max_grad_norm": None}
     trainer, result = run("ruined", decoder(), fsdp=True, early_stop_patience=1, **settings)
     assert (result.outcome, result.best_iteration) == ("stopped early", 0), result
     back = trainer.save("back")
@@ -258,7 +258,7 @@ def test_the_command_trains_a_chat_model_in_shards_and_tells_so_once(hugging_fac
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {hugging_face_folder}\ndata: {tmp_path}/train.jsonl\nvalidation_data: {tmp_path}/valid.jsonl\n"
-        f"checkpoint_dir: {tmp_path}/run\nmax_seq_len: 40\nepochs: 1\nbatch_size: 2\ngrad_accum_steps: 1\n"
+        f"checkpoint_dir: {tmp_path}/run\nmax_seq_len: 40\nepochs: 1\nbatch_size: 2\ngradient_accumulation: 1\n"
         "device: cpu\nfsdp: true\nearly_stop_patience: 1\n"
     )
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]

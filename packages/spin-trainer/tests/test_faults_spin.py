@@ -39,7 +39,7 @@ def train(path):
     model = SmallDecoder(num_tokens=12, dim=16, heads=2, dim_head=8, dropout=0.1)
     SPINTrainer(
         model, train_sft_dataset=SFTDataset(rows), valid_sft_dataset=SFTDataset(rows[:6]), max_seq_len=24, eos_id=11,
-        iterations=2, epochs=1, batch_size=3, grad_accum_steps=1, generation_batch_size=2, start_learning_rate=1e-2,
+        iterations=2, epochs=1, batch_size=3, gradient_accumulation=1, generation_batch_size=2, learning_rate=1e-2,
         end_learning_rate=1e-3, checkpoint_every=1, dropout=0.1, device="cpu", checkpoint_folder=path,
     )()
 
@@ -68,7 +68,7 @@ def result(path):
         assert len({row["row"] for row in numbers}) == len(numbers), "a row came twice"
         stored[store.name] = sorted(json.dumps(row) for row in numbers)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return weights, stored, metrics
+    return weights, stored, [{name: row[name] for name in row if name != "pairs_per_second"} for row in metrics]
 
 def lines(path):
     return sum(file.read_bytes().count(b"\\n") for file in path.glob("generations/*/rows-*.jsonl"))

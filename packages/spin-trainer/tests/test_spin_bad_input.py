@@ -135,9 +135,9 @@ SETTINGS = [
     ({"iterations": 0}, ValueError, r"iterations must be at least 1, got 0"),
     ({"epochs": -1}, ValueError, r"epochs must be at least 1"),
     ({"batch_size": 0}, ValueError, r"batch_size must be at least 1"),
-    ({"grad_accum_steps": 0}, ValueError, r"grad_accum_steps"),
-    ({"start_learning_rate": 0.0}, ValueError, r"start_learning_rate must be a finite number above 0"),
-    ({"end_learning_rate": 1.0}, ValueError, r"end_learning_rate must be in \[0, start_learning_rate"),
+    ({"gradient_accumulation": 0}, ValueError, r"gradient_accumulation"),
+    ({"learning_rate": 0.0}, ValueError, r"learning_rate must be a finite number above 0"),
+    ({"end_learning_rate": 1.0}, ValueError, r"end_learning_rate must be in \[0, learning_rate"),
     ({"learning_rates": []}, ValueError, r"learning_rates must hold finite numbers"),
     ({"lambdas": [0.1, -1.0]}, ValueError, r"lambdas must hold finite numbers above 0"),
     ({"lambda_": float("nan")}, ValueError, r"lambda_ must be a finite number above 0, got nan"),
@@ -148,7 +148,12 @@ SETTINGS = [
     ({"opponent": "nobody"}, TypeError, r"nobody"),
     ({"checkpoint_every": 0}, ValueError, r"checkpoint_every"),
     ({"early_stop_patience": 0}, ValueError, r"early_stop_patience"),
-    ({"warmup_steps": -1}, ValueError, r"warmup_steps must not be negative"),
+    ({"warmup": 1.0}, ValueError, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
+    (
+        {"gradient_accumulation": 2, "grad_accum_steps": 4},
+        ValueError,
+        r"gradient_accumulation and grad_accum_steps are one argument, got \{'gradient_accumulation': 2, 'grad_ac",
+    ),
     ({"weight_decay": -1.0}, ValueError, r"weight_decay"),
     ({"seed": -1}, ValueError, r"seed must be in"),
     ({"max_grad_norm": 0.0}, ValueError, r"max_grad_norm"),
@@ -353,7 +358,7 @@ COMMANDS = [
     (["train", "--model", "nowhere", "--data", "x.jsonl"], r"nowhere"),
     (["train", "--temperature=-1"], r"temperature must be a finite number of at least 0"),
     (["generate", "a", "b.jsonl", "out.csv"], r"output must be a .jsonl file"),
-    (["eval", "./nowhere"], r"model must be a folder"),
+    (["eval", "./nowhere"], r"checkpoint must be a folder"),
 ]
 
 

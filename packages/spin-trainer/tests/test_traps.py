@@ -157,7 +157,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_ro
             eos_id=11,
             epochs=1,
             batch_size=3,
-            grad_accum_steps=1,
+            gradient_accumulation=1,
             max_grad_norm=limit,
             device="cpu",
             checkpoint_folder=tmp_path / str(limit),
@@ -193,6 +193,9 @@ def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, mo
         accelerate_kwargs={"cpu": True},
         spin_kwargs={"λ": 0.3},
         batch_size=2,
+        grad_accum_steps=1,
+        start_learning_rate=2e-6,
+        valid_every=7,
         checkpoint_every=1,
         checkpoint_folder=str(tmp_path / "spin"),
     )
@@ -200,11 +203,12 @@ def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, mo
     parameters = inspect.signature(SPINTrainer).parameters
 
     assert trainer.unwrapped_model.lambda_ == 0.3
-    assert trainer.steps == 2
+    assert trainer.steps == 4
     assert trainer.is_main
     trainer.wait()
     trainer.log(something=1.0)
-    assert (trainer.settings.start_learning_rate, trainer.settings.end_learning_rate) == (1e-6, 1e-7)
+    assert (trainer.settings.gradient_accumulation, trainer.settings.validate_every) == (1, 7)
+    assert (trainer.settings.learning_rate, trainer.settings.end_learning_rate) == (2e-6, 1e-7)
     assert (trainer.settings.temperature, trainer.sampling.filter_kwargs) == (0.7, {"thres": 0.9})
     assert parameters["pad_id"].default == -1
 

@@ -12,12 +12,13 @@ from lm_core.pretrained import CONFIG_FILE
 from spin_trainer.small_decoder import SmallDecoder
 
 
-def load_model(source: str) -> nn.Module:
+def load_model(source: str, name: str = "model") -> nn.Module:
     """A model from a folder or the hub.
 
     Args:
         source: a folder that ``SmallDecoder`` or a transformers causal language model (or a peft adapter of one) was
             saved to, or ``organisation/name`` on the hub. Code from the hub is never run.
+        name: what errors call it.
 
     Raises:
         ValueError: the folder holds something else.
@@ -25,14 +26,14 @@ def load_model(source: str) -> nn.Module:
     """
     folder = Path(source)
     if not folder.is_dir() and (source.count("/") != 1 or folder.exists() or source.startswith((".", "/"))):
-        raise FileNotFoundError(f"model must be a folder or organisation/name on the hub, got {source!r}")
+        raise FileNotFoundError(f"{name} must be a folder or organisation/name on the hub, got {source!r}")
     config = folder / CONFIG_FILE
     stored = read_json(config) if config.is_file() else {}
     if stored.get("class") == "SmallDecoder" and stored.get("package") == package_of(SmallDecoder):
         return SmallDecoder.from_pretrained(folder)
     if "class" in stored:
         raise ValueError(
-            f"model {source} is a {stored['class']} of {stored.get('package')}, which this command cannot open: "
+            f"{name} {source} is a {stored['class']} of {stored.get('package')}, which this command cannot open: "
             "call spin_trainer.SPINTrainer(model, ...) with it"
         )
     local = folder.is_dir()
@@ -47,7 +48,7 @@ def load_model(source: str) -> nn.Module:
     try:
         return AutoModelForCausalLM.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {source!r} could not be loaded by transformers: {error}") from error
+        raise ValueError(f"{name} {source!r} could not be loaded by transformers: {error}") from error
 
 
 def with_lora(

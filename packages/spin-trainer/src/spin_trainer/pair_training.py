@@ -1,5 +1,6 @@
 """Updates and validations of a policy on pairs of a human and a generated answer."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class PairTraining:
         self, data: IterationData, order: PairOrder, optimizer: torch.optim.Optimizer, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
         """One optimizer update; its metrics."""
+        started = time.monotonic()
         measures = PairMeasures(self.spin.device)
         batches = order.micro_batches(self.state.update)
         total = len(order.chosen(self.state.update))
@@ -77,6 +79,7 @@ class PairTraining:
             "learning_rate": learning_rate,
             "grad_norm": float(norm),
             "skipped": self.guard.skipped,
+            "pairs_per_second": round(total / max(time.monotonic() - started, 1e-9), 2),
         }
 
     @torch.no_grad()

@@ -5,12 +5,19 @@ The paper's schedule for iterations 0 to 3 is ``lambdas=[0.1, 0.1, 0.1, 5.0]`` a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from lm_core._checks import check_positive, check_probability, typed
+from lm_core._checks import check_positive, check_probability, either, typed
 from spin_trainer.losses import LossName
+
+# The original's name -> the one here; ``SPINTrainer`` takes both.
+ORIGINAL_NAMES = {
+    "grad_accum_steps": "gradient_accumulation",
+    "start_learning_rate": "learning_rate",
+    "valid_every": "validate_every",
+}
 
 
 @typed
@@ -23,12 +30,12 @@ class SelfPlaySettings:
         iterations: rounds of generate, train, promote.
         epochs: passes over the pairs, in each iteration.
         batch_size: pairs a micro-batch, on each process.
-        grad_accum_steps: micro-batches an update.
-        start_learning_rate: at the beginning of an iteration.
+        gradient_accumulation: micro-batches an update.
+        learning_rate: at the beginning of an iteration.
         end_learning_rate: at its end; between them a line.
         learning_rate_num_decay_steps: updates over which the rate falls; null is the iteration's length.
-        warmup_steps: updates over which it rises first, in each iteration.
-        learning_rates: of each iteration instead of start_learning_rate (the end falls alike); the last one stays.
+        warmup: part of an iteration's updates over which it rises first.
+        learning_rates: of each iteration instead of learning_rate (the end falls alike); the last one stays.
         lambda_: weight of the log-ratios.
         lambdas: of each iteration instead of lambda_; the last one stays.
         loss: logistic (the paper's), hinge, exponential or correlation.
@@ -42,7 +49,7 @@ class SelfPlaySettings:
         dropout: while training.
         weight_decay: of matrices.
         max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
-        valid_every: updates between validations; there is one at both ends of each iteration anyway.
+        validate_every: updates between validations; there is one at both ends of each iteration anyway.
         early_stop_patience: iterations without a better held-out likelihood before stopping; null goes on. With it,
             the best iteration's weights are put back at the end.
         checkpoint_every: updates between checkpoints; there is one at the end of each iteration anyway.
@@ -62,11 +69,11 @@ class SelfPlaySettings:
     iterations: int = 1
     epochs: int = 2
     batch_size: int = 16
-    grad_accum_steps: int = 2
-    start_learning_rate: float = 1e-6
+    gradient_accumulation: int = 2
+    learning_rate: float = 1e-6
     end_learning_rate: float = 1e-7
     learning_rate_num_decay_steps: int | None = None
-    warmup_steps: int = 0
+    warmup: float = 0.0
     learning_rates: Sequence[float] | None = None
     lambda_: float = 0.1
     lambdas: Sequence[float] | None = None
@@ -81,7 +88,7 @@ class SelfPlaySettings:
     dropout: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
-    valid_every: int = 100
+    validate_every: int = 100
     early_stop_patience: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int | None = 2
@@ -93,7 +100,7 @@ class SelfPlaySettings:
     def __post_init__(self) -> None:
         if self.max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
-        for name in ("iterations", "epochs", "batch_size", "grad_accum_steps", "valid_every"):
+        for name in ("iterations", "epochs", "batch_size", "gradient_accumulation", "validate_every"):
             check_positive(getattr(self, name), name)
         for name in (
             *("learning_rate_num_decay_steps", "generation_batch_size"),
@@ -101,7 +108,7 @@ class SelfPlaySettings:
         ):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), name)
-        for name in ("start_learning_rate", "lambda_", "max_grad_norm"):
+        for name in ("learning_rate", "lambda_", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 0, got {value}")
@@ -109,13 +116,12 @@ class SelfPlaySettings:
             values = getattr(self, name)
             if values is not None and (not values or not all(0 < value < math.inf for value in values)):
                 raise ValueError(f"{name} must hold finite numbers above 0, one an iteration, got {list(values)}")
-        if not 0 <= self.end_learning_rate <= self.start_learning_rate:
+        if not 0 <= self.end_learning_rate <= self.learning_rate:
             raise ValueError(
-                f"end_learning_rate must be in [0, start_learning_rate = {self.start_learning_rate}], "
-                f"got {self.end_learning_rate}"
+                f"end_learning_rate must be in [0, learning_rate = {self.learning_rate}], got {self.end_learning_rate}"
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
         if not 0 <= self.weight_decay < math.inf:
@@ -131,6 +137,20 @@ class SelfPlaySettings:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "SelfPlaySettings":
+        """Settings by their names or the original's.
+
+        Raises:
+            ValueError: one is given under both.
+        """
+        settings = dict(given)
+        for original, name in ORIGINAL_NAMES.items():
+            if original in settings:
+                both = {name: settings.get(name), original: settings.pop(original)}
+                settings[name] = either(None, **both)
+        return cls(**settings)
+
     @property
     def live_reference(self) -> bool:
         """Whether reference log-probabilities are computed in every update."""
@@ -138,7 +158,7 @@ class SelfPlaySettings:
 
     def learning_rate_of(self, iteration: int) -> float:
         """The learning rate at the beginning of an iteration."""
-        return self.start_learning_rate if self.learning_rates is None else _entry(self.learning_rates, iteration)
+        return self.learning_rate if self.learning_rates is None else _entry(self.learning_rates, iteration)
 
     def lambda_of(self, iteration: int) -> float | None:
         """The lambda of an iteration, where they differ."""

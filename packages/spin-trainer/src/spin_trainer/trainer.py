@@ -10,6 +10,7 @@ and number of processes). At step N come first the row of metrics, then a valida
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,7 +66,9 @@ class SPINResult:
         outcome: "finished", "stopped early" (held-out likelihood got no better) or "interrupted" (Ctrl-C, SIGTERM).
         iterations: iterations that are complete.
         best_iteration: number of iterations after which held-out likelihood was best; None without validation data.
+        first_step: updates that were done when this call began.
         steps: updates done.
+        seconds: that this call took.
         history: held-out measures before self-play and after each iteration.
         iterations_folder: the policy after each iteration, as its own library opens it.
         curves: picture of the metrics; None if matplotlib is not installed or there is nothing to draw.
@@ -74,7 +77,9 @@ class SPINResult:
     outcome: Outcome
     iterations: int
     best_iteration: int | None
+    first_step: int
     steps: int
+    seconds: float
     history: list[dict[str, float]]
     iterations_folder: Path
     curves: Path | None
@@ -102,7 +107,8 @@ class SPINTrainer(OriginalInterface):
         checkpoint_folder: the same under the original's name.
         resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: objects with ``log(values, step=...)``.
-        settings: fields of ``SelfPlaySettings``, of which ``max_seq_len`` is demanded.
+        settings: fields of ``SelfPlaySettings``, of which ``max_seq_len`` is demanded; ``grad_accum_steps``,
+            ``start_learning_rate`` and ``valid_every`` are taken as the original's names of three of them.
 
     Raises:
         ValueError, TypeError: naming the argument, or the row of a dataset; nothing was changed.
@@ -131,7 +137,7 @@ class SPINTrainer(OriginalInterface):
         trackers: Sequence[Any] = (),
         **settings: Any,
     ) -> None:
-        self.settings = SelfPlaySettings(**settings)
+        self.settings = SelfPlaySettings.of(settings)
         self.tokenizer, self.pad_id, self.resume = tokenizer, pad_id, resume
         self.checkpoint_folder, self.trackers = run_folder(checkpoint_dir, checkpoint_folder), list(trackers)
         self.device = pick_device(self.settings.device) if accelerator is None else accelerator.device
@@ -220,10 +226,11 @@ class SPINTrainer(OriginalInterface):
             CheckpointError, ValueError: the folder is of another run, or damaged.
             FileExistsError, FileNotFoundError: the folder does not suit ``resume`` or ``overwrite_checkpoints``.
         """
-        settings = self.settings
+        settings, started = self.settings, time.monotonic()
         outcome: Outcome = "finished"
         with self._run_directory() as run, contextlib.ExitStack() as stack:
             stored = self._checkpoints.read(run, self.state, self._identity()) if run.resumes else {}
+            first_step = self.steps
             stack.enter_context(dropout_of(self.model.policy_model, settings.dropout))
             stack.callback(self.model.policy_model.train, self.model.policy_model.training)
             if not settings.live_reference and isinstance(self.model.ref_model, FrozenReference):
@@ -256,7 +263,9 @@ class SPINTrainer(OriginalInterface):
                 outcome=outcome,
                 iterations=self.iteration,
                 best_iteration=self.best.number,
+                first_step=first_step,
                 steps=self.steps,
+                seconds=time.monotonic() - started,
                 history=list(self.best.history),
                 iterations_folder=self.checkpoint_folder / "iterations",
                 curves=on_main_process(lambda: draw_curves(run.metrics_path, run.curves_path)),
@@ -288,7 +297,7 @@ class SPINTrainer(OriginalInterface):
         order = PairOrder(
             pairs=train.pairs,
             batch_size=settings.batch_size,
-            accumulation=settings.grad_accum_steps,
+            accumulation=settings.gradient_accumulation,
             epochs=settings.epochs,
             seed=settings.seed,
             iteration=t,
@@ -315,7 +324,7 @@ class SPINTrainer(OriginalInterface):
             state.steps += 1
             self._log.progress.update()
             last = state.update == order.updates
-            if valid is not None and state.update % settings.valid_every == 0 and not last:
+            if valid is not None and state.update % settings.validate_every == 0 and not last:
                 self._validate(valid)
             stopping = interrupt.should_stop() and not last
             due = settings.checkpoint_every is not None and state.update % settings.checkpoint_every == 0
@@ -382,7 +391,7 @@ class SPINTrainer(OriginalInterface):
             "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
             "frozen_weights": self._frozen,
             "seed": self.settings.seed,
-            "batch": self.settings.batch_size * self.settings.grad_accum_steps * world_size(),
+            "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
             "epochs": self.settings.epochs,
             "opponent_kind": self.settings.opponent,
             "sampling": repr(sorted(self.sampling.description().items())),

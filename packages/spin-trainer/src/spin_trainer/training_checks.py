@@ -104,7 +104,7 @@ def check_accelerator(
     steps = chosen.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
     if steps != 1:
         raise ValueError(
-            f"gradient_accumulation_steps is grad_accum_steps here and must be 1 in accelerate, got {steps}"
+            f"gradient_accumulation_steps is gradient_accumulation here and must be 1 in accelerate, got {steps}"
         )
     mixed = chosen.get("mixed_precision", getattr(accelerator, "mixed_precision", None))
     if mixed not in ("no", None):

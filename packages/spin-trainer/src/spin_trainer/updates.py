@@ -32,12 +32,12 @@ def optimizer_of(
     groups = optimizer_groups(policy, weight_decay=settings.weight_decay)
     arguments: dict[str, Any] = {"lr": settings.learning_rate_of(iteration), **ADAM, **(adam_kwargs or {})}
     optimizer = torch.optim.AdamW(groups, **arguments)
-    falling = settings.learning_rate_num_decay_steps or updates
+    falling, rising = settings.learning_rate_num_decay_steps or updates, int(settings.warmup * updates)
     schedule = LearningRateSchedule(
         optimizer,
         kind="linear",
-        warmup_steps=settings.warmup_steps,
-        total_steps=max(falling, settings.warmup_steps + 1),
-        final_scale=settings.end_learning_rate / settings.start_learning_rate,
+        warmup_steps=rising,
+        total_steps=max(falling, rising + 1),
+        final_scale=settings.end_learning_rate / settings.learning_rate,
     )
     return optimizer, schedule

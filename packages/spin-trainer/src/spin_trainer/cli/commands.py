@@ -114,6 +114,9 @@ def _quickstart(settings: SelfPlaySettings, folder: Path, resume: Any, say: Any)
 
 
 def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any) -> int:
+    before = result.outcome != "interrupted" and result.first_step == result.steps
+    if before:
+        say("            finished before; another --checkpoint_dir trains anew")
     say(f"metrics     {result.iterations_folder.parent / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: they need two updates, and matplotlib (pip install matplotlib)'}")
     if result.outcome == "interrupted":
@@ -121,16 +124,16 @@ def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any
         say(f"  {command_line('spin-trainer')}")
         return INTERRUPTED
     say(f"policies    {result.iterations_folder} ({result.outcome} after {result.iterations} iterations)")
-    if result.history and rank() == 0:
+    if result.history and rank() == 0 and not (before and (Path(folder) / "summary.json").is_file()):
         measured = [Result("held-out NLL/answer, nats", result.history[-1]["nll"], before=result.history[0]["nll"])]
-        write_summary(folder, measured, steps=result.steps)
+        write_summary(folder, measured, steps=result.steps, seconds=None if before else result.seconds)
     if result.best_iteration is not None:
         say(f"best        after {result.best_iteration} iterations, by held-out likelihood")
     return 0
 
 
 def generate(
-    model: str,
+    checkpoint: str,
     data: str,
     output: str,
     *,
@@ -148,7 +151,7 @@ def generate(
     Started again with the same arguments, it goes on where it was.
 
     Args:
-        model: a folder or organisation/name on the hub.
+        checkpoint: an exported policy's folder, another model's, or organisation/name on the hub.
         data: a .jsonl or .jsonl.gz file with prompt and response, or messages, in each line.
         output: a .jsonl file; rows that are done are kept in a folder beside it.
         tokenizer: instead of the model's own.
@@ -165,9 +168,9 @@ def generate(
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
-    encoder = load_tokenizer(tokenizer or model)
+    encoder = load_tokenizer(tokenizer or checkpoint)
     dataset = as_sft_dataset(data, max_seq_len=max_seq_len, tokenizer=encoder, overlong=overlong, name="data")
-    policy = as_causal_lm(load_model(model).to(pick_device(device)))
+    policy = as_causal_lm(load_model(checkpoint, "checkpoint").to(pick_device(device)))
     sampling = Sampling(
         max_seq_len=max_seq_len,
         temperature=temperature,
@@ -202,10 +205,10 @@ def generate(
 
 
 def evaluate_model(
-    model: str,
+    checkpoint: str,
     data: str | None = None,
     *,
-    opponent: str | None = None,
+    opponent_checkpoint: str | None = None,
     tokenizer: str | None = None,
     max_seq_len: int = 512,
     temperature: float = 0.7,
@@ -218,9 +221,9 @@ def evaluate_model(
     """Prints how well a model answers a dataset: likelihood, exact match, win rate over an opponent.
 
     Args:
-        model: a folder or organisation/name on the hub.
+        checkpoint: an exported policy's folder, another model's, or organisation/name on the hub.
         data: a .jsonl or .jsonl.gz file; null is the rows that the quickstart's table is about.
-        opponent: another model; its answers, and its likelihoods, are what the win rate is over.
+        opponent_checkpoint: another model; its answers, and its likelihoods, are what the win rate is over.
         tokenizer: instead of the model's own.
         max_seq_len: longest prompt with answer, in tokens.
         temperature: of the opponent's answers.
@@ -237,11 +240,11 @@ def evaluate_model(
     if data is None:
         dataset, max_seq_len = quickstart_data()[2], sorting_task.MAX_SEQ_LEN
     else:
-        encoder = load_tokenizer(tokenizer or model)
+        encoder = load_tokenizer(tokenizer or checkpoint)
         dataset = as_sft_dataset(data, max_seq_len=max_seq_len, tokenizer=encoder, name="data")
         eos_id = encoder.eos_id
     place = pick_device(device)
-    policy = as_causal_lm(load_model(model).to(place))
+    policy = as_causal_lm(load_model(checkpoint, "checkpoint").to(place))
     scored = partial(evaluate, max_seq_len=max_seq_len, eos_id=eos_id, batch_size=batch_size, exact_match=exact_match)
     found = scored(policy, dataset)
     print(
@@ -249,7 +252,7 @@ def evaluate_model(
     )
     if found.exact_match is not None:
         print(f"{found.exact_match:.4f} exact match over {found.sequences:,} greedy answers")
-    if opponent is not None:
+    if opponent_checkpoint is not None:
         sampling = Sampling(
             max_seq_len=max_seq_len,
             temperature=temperature,
@@ -258,6 +261,6 @@ def evaluate_model(
             eos_id=eos_id,
             batch_size=batch_size,
         )
-        other = as_causal_lm(load_model(opponent).to(place))
-        print(f"{win_rate_over(policy, other, dataset, sampling, seed=seed):.4f} win rate over {opponent}")
+        other = as_causal_lm(load_model(opponent_checkpoint, "opponent_checkpoint").to(place))
+        print(f"{win_rate_over(policy, other, dataset, sampling, seed=seed):.4f} win rate over {opponent_checkpoint}")
     return 0

@@ -33,11 +33,11 @@ DEFAULTS: dict[str, Any] = {
     "iterations": 3,
     "epochs": 1,
     "batch_size": 64,
-    "grad_accum_steps": 1,
+    "gradient_accumulation": 1,
     "generation_batch_size": 1000,
     "lambda_": 1.0,
     "mix_previous": False,
-    "start_learning_rate": 3e-5,
+    "learning_rate": 3e-5,
     "end_learning_rate": 3e-6,
     "temperature": 1.0,
 }
@@ -134,7 +134,7 @@ def quickstart(
         train,
         updates=max(1, result.steps),
         batch_size=settings.batch_size,
-        learning_rate=settings.start_learning_rate,
+        learning_rate=settings.learning_rate,
         final_learning_rate=0.1,
         seed=settings.seed + 1,
     ):

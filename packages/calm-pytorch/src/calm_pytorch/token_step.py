@@ -1,7 +1,7 @@
 """One token through a plain x-transformers decoder: what decides the speed of generation.
 
-Reading the weights is most of what a token must cost on a CPU; calls of modules, operations on three dimensions where two
-do, and questions that have the same answer for every token come on top, layer by layer. Here they are left out.
+Reading the weights is most of what a token must cost on a CPU; calls of modules, operations on three dimensions where
+two do, and questions that have the same answer for every token come on top, layer by layer. Here they are left out.
 
 Legend: b batch, h heads, g key/value heads, e features of a head, d feature.
 """
@@ -64,8 +64,8 @@ def token_step(
 ) -> Tensor:
     """Applies all layers to one new token a row, ``(b, 1, d)`` to ``(b, 1, d)``, without padding or gradients.
 
-    The sums at the ends of layers are called as modules, and so are the parts of feedforwards, for whoever listens there.
-    The caller advances the cache.
+    The sums at the ends of layers are called as modules, and so are the parts of feedforwards, for whoever listens
+    there. The caller advances the cache.
     """
     b = x.shape[0]
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):

@@ -2,9 +2,9 @@
 
 Selecting ``k`` of ``c`` scores costs more than the product that makes them. So the scores of a chunk are cut into
 groups and the best of each group is taken (one vectorised pass). Of the first chunk, the ``k`` best groups are looked
-into: the ``k`` best scores always lie in the ``k`` groups with the best maxima. Of later chunks only groups whose best
-score beats the worst of the ``k`` found so far matter; they become few soon. Groups are strided, so that the maximum
-runs over an outer dimension.
+into: the ``k`` best scores always lie in the ``k`` groups with the best maxima. Of later chunks only scores matter that
+beat the worst of the ``k`` found so far, and they are looked for only in groups whose best does; they become few soon.
+Groups are strided, so that the maximum runs over an outer dimension.
 
 ``screened_top_k`` finds the same through products in bfloat16, where a processor has them: it keeps more than ``k``
 keys of each query by those scores, scores the kept ones again exactly, and proves by a bound on the rounding that no
@@ -161,23 +161,26 @@ def _improved(earlier: tuple[Tensor, Tensor], scores: Real[Tensor, "q c"], first
     q, k = earlier[0].shape
     groups = scores.shape[1] // GROUP
     whole = groups * GROUP
+    least = earlier[0].amin(dim=1, keepdim=True)
     # element g + j * groups belongs to group g
     cube = scores[:, :whole].unflatten(1, (GROUP, groups))
-    row, group = (cube.amax(dim=1) > earlier[0].amin(dim=1, keepdim=True)).nonzero(as_tuple=True)
+    row, group = (cube.amax(dim=1) > least).nonzero(as_tuple=True)
+    inside = cube[row, :, group]
+    at, member = (inside > least[row]).nonzero(as_tuple=True)
+    row, better, group = row[at], inside[at, member], group[at]
     counts = torch.bincount(row, minlength=q)
     m, rest = int(counts.max()), scores.shape[1] - whole
     if m == 0 and rest == 0:
         return earlier
-    # rows have different numbers of such groups: each row's stand on the left of m places
+    # rows have different numbers of better scores: each row's stand on the left of m places
     place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    members = torch.arange(GROUP, device=row.device) * groups
     lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-    candidates = scores.new_full((q, m, GROUP), lowest)
-    numbers = torch.zeros(q, m, GROUP, dtype=torch.long, device=row.device)
-    candidates[row, place], numbers[row, place] = cube[row, :, group], group.unsqueeze(1) + members + first
+    candidates = scores.new_full((q, m), lowest)
+    numbers = torch.zeros(q, m, dtype=torch.long, device=row.device)
+    candidates[row, place], numbers[row, place] = better, group + member * groups + first
     tail = torch.arange(first + whole, first + scores.shape[1], device=row.device).expand(q, rest)
-    joined = torch.cat((earlier[0], candidates.flatten(1), scores[:, whole:]), dim=1)
-    joined_numbers = torch.cat((earlier[1], numbers.flatten(1), tail), dim=1)
+    joined = torch.cat((earlier[0], candidates, scores[:, whole:]), dim=1)
+    joined_numbers = torch.cat((earlier[1], numbers, tail), dim=1)
     best = joined.topk(k, dim=1, sorted=False)
     return best.values, joined_numbers.gather(1, best.indices)
 

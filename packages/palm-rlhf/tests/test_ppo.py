@@ -23,6 +23,10 @@ def fraction_of_fives(ids, prompt_lengths, lengths):
     return ((ids == 5) & response).sum(dim=1) / response.sum(dim=1)
 
 
+def mean_id(ids, prompt_lengths, lengths):
+    return ids.float().sum(dim=1) / lengths  # hardly two responses have the same
+
+
 def mixed_prompts(seed=0, count=8):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(13, (n,), generator=generator) for n in (4, 9) * (count // 2)]
@@ -68,6 +72,25 @@ def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_pa
     )  # fmt: skip
     for row in result.metrics:
         assert row["ratio_deviation_at_start"] < 1e-10
+    assert any(row["ratio_max"] > 1.01 for row in result.metrics)
+
+
+@pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
+@pytest.mark.parametrize("changes", [{}, {"actor_lora": False}, {"micro_batch_size": 3}, {"kl_in": "loss"}])
+def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_draw(make_palm, kind, changes):
+    """Old log-probabilities are computed in the minibatches of the first pass: other shapes would round otherwise."""
+    if kind is GRPOTrainer:
+        changes = {"group_size": 4, **{name: value for name, value in changes.items() if name != "kl_in"}}
+    prompts = [torch.randint(13, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 40, 11, 70, 5, 23)]
+    palm = make_palm(dim=96, depth=3)
+    with torch.no_grad():
+        palm.token_emb.weight.mul_(0.2)  # a spread of answers to choose from
+    ppo = trainer(
+        palm, kind, prompt_token_ids=prompts, reward=mean_id, actor_lr=1e-2, epochs=2,
+        minibatch_size=8, **changes,
+    )  # fmt: skip
+    result = ppo.train(num_episodes=96, update_timesteps=32, max_new_tokens=12, eos_id=3, max_batch_size=5)
+    assert [row["ratio_deviation_at_start"] for row in result.metrics] == [0.0] * 3
     assert any(row["ratio_max"] > 1.01 for row in result.metrics)
 
 
@@ -287,7 +310,7 @@ def test_the_originals_names_mean_what_the_common_ones_do(make_palm, kind):
     outcomes = []
     # gradients below AdamW's epsilon, or their scale would not matter
     for names in ({"max_grad_norm": 1e-7, "pad_id": 7}, {"max_norm": 1e-7, "pad_value": 7}, {}):
-        ppo = trainer(make_palm(), kind, actor_lr=1e-2, **names, **more)
+        ppo = trainer(make_palm(), kind, reward=mean_id, actor_lr=1e-2, **names, **more)
         assert ppo.pad_id == (7 if names else 0)
         end = {"eos_token": 3} if "max_norm" in names else {"eos_id": 3}
         result = ppo.train(num_episodes=16, update_timesteps=16, max_new_tokens=4, **end)

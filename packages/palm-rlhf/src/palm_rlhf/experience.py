@@ -6,8 +6,8 @@ processes there are. Responses are short beside activations: this costs little.
 Legend: b batch (of all processes), n sequence, m = n - 1.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,39 +28,82 @@ from palm_rlhf.kl import KLEstimator, kl_estimate
 from palm_rlhf.rollouts import Rollout
 
 Experience = dict[str, Tensor]
+T = TypeVar("T")
 AdvantageEstimator = Literal["gae", "group", "rloo", "reinforce"]
 
 
-@torch.no_grad()
-def judge(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
-    """A rollout with what actor, critic and reference say of it, on the policy's device.
-
-    The log-probabilities are those of a training forward, a batch at a time: so the ratio is 1 before the first update.
-    """
-    rollout = rollout.to(policy.device)
-    parts: list[Experience] = []
-    mask, response_mask = rollout.mask, rollout.response_mask
-    with eval_mode(policy):
-        for first in range(0, len(rollout), batch_size):
-            rows = slice(first, first + batch_size)
-            kept = None if rollout.kept is None else rollout.kept[rows]
-            given = (rollout.ids[rows], mask[rows], response_mask[rows])
-            judgement = policy(*given, temperature=rollout.temperature, kept=kept)
-            reference = policy.score(*given, role="reference", temperature=rollout.temperature)
-            own = judgement.scores
-            part = {"log_probs": own.log_probs, "unfiltered": own.unfiltered, "reference": reference.unfiltered}
-            if judgement.values is not None:
-                part["values"] = judgement.values
-            parts.append(part)
-    experience = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    experience |= {
+def experience_of(rollout: Rollout, scores: Tensor) -> Experience:
+    """A rollout and its scores, before anything is said of them."""
+    experience = {
         "ids": rollout.ids,
-        "mask": mask,
-        "response_mask": response_mask,
+        "mask": rollout.mask,
+        "response_mask": rollout.response_mask,
         "finished": rollout.finished,
-        "scores": scores.to(policy.device),
+        "scores": scores.to(rollout.ids.device),
     }
     return experience if rollout.kept is None else {**experience, "kept": rollout.kept}
+
+
+Judgements = Iterable[tuple[Tensor, Experience]]  # rows of an experience, and what was said of them
+
+
+@torch.no_grad()
+def judgements(policy: ActorCritic, parts: Judgements, *, temperature: float) -> list[tuple[Tensor, Experience]]:
+    """What actor, critic and reference say of parts of an experience; the rows go along.
+
+    Log-probabilities are those of a training forward, so that the ratio is 1 before the first update.
+    """
+    found = []
+    with eval_mode(policy):
+        for rows, part in parts:
+            given = (part["ids"], part["mask"], part["response_mask"])
+            judgement = policy(*given, temperature=temperature, kept=part.get("kept"))
+            reference = policy.score(*given, role="reference", temperature=temperature)
+            own = judgement.scores
+            said = {"log_probs": own.log_probs, "unfiltered": own.unfiltered, "reference": reference.unfiltered}
+            if judgement.values is not None:
+                said["values"] = judgement.values
+            found.append((rows, said))
+    return found
+
+
+def with_judgements(experience: Experience, found: Judgements) -> Experience:
+    """The experience with what was said of its rows; 0 outside responses."""
+    whole = dict(experience)
+    device = experience["ids"].device
+    for rows, said in found:
+        for name, value in said.items():
+            if name not in whole:
+                whole[name] = value.new_zeros(experience["response_mask"].shape, device=device)
+            whole[name][rows.to(device), : value.shape[1]] = value.to(device)
+    return whole
+
+
+def judge(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
+    """A rollout of this process alone with its judgements, on the policy's device."""
+    experience = experience_of(rollout.to(policy.device), scores)
+    parts = [
+        (rows, {name: value[rows] for name, value in experience.items()})
+        for rows in torch.arange(len(rollout), device=policy.device).split(batch_size)
+    ]
+    return with_judgements(experience, judgements(policy, parts, temperature=rollout.temperature))
+
+
+def judged_by_all(
+    policy: ActorCritic, experience: Experience, batches: Iterable[Tensor], *, temperature: float
+) -> Experience:
+    """The experience of all processes with judgements, to which each process gives those of its own ``batches``.
+
+    Where these are the very batches of rows that are learned from first, the ratio is EXACTLY 1 before an update:
+    products of another height or width would add up in another order, which float32 shows in the sixth digit.
+    """
+    device = experience["ids"].device
+    parts = ((rows, rows_of(experience, rows)) for rows in (batch.to(device) for batch in batches))
+    found = judgements(policy, parts, temperature=temperature)
+    if world_size() > 1:
+        on_host = [(rows.cpu(), {name: value.cpu() for name, value in said.items()}) for rows, said in found]
+        found = _of_all_processes(on_host)
+    return with_judgements(experience, found)
 
 
 def joined(parts: Sequence[Experience], *, pad_id: int) -> Experience:
@@ -86,8 +129,7 @@ def gathered(experience: Experience, *, pad_id: int) -> Experience:
     if world_size() == 1:
         return experience
     device = experience["ids"].device
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, {name: value.cpu() for name, value in experience.items()})
+    parts = _of_all_processes([{name: value.cpu() for name, value in experience.items()}])
     return {name: value.to(device) for name, value in joined(parts, pad_id=pad_id).items()}
 
 
@@ -99,6 +141,13 @@ def rows_of(experience: Experience, rows: Tensor) -> Experience:
         if value.ndim > 1:
             chosen[name] = value[:, : width if name in ("ids", "mask") else width - 1]
     return chosen
+
+
+def _of_all_processes(own: list[T]) -> list[T]:
+    """The lists of all processes one behind the other, in the order of ranks; every process gets them."""
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    return [one for part in parts for one in part]
 
 
 def with_advantages(

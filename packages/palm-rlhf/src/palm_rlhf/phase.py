@@ -3,7 +3,7 @@
 All of it goes into checkpoints, so a run can be killed between any two updates, in the middle of an epoch too.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,10 +46,15 @@ class Phase:
 
     def rows(self) -> Tensor:
         """Rows of the next minibatch: a function of seed, phase, epoch and cursor."""
-        assert self.experience is not None
-        seed = ((self.seed * 1_000_003 + self.number) * 1_000_003 + self.epoch) % 2**63
-        order = torch.randperm(self._count, generator=torch.Generator().manual_seed(seed))
-        return order[self.cursor : self.cursor + self.minibatch_size]
+        return self._order(self._count, self.epoch)[self.cursor : self.cursor + self.minibatch_size]
+
+    def first_minibatches(self, count: int) -> Sequence[Tensor]:
+        """Rows of each minibatch of the first pass over an experience of ``count`` responses that is yet to begin."""
+        return self._order(count, 0).split(self.minibatch_size)
+
+    def _order(self, count: int, epoch: int) -> Tensor:
+        seed = ((self.seed * 1_000_003 + self.number) * 1_000_003 + epoch) % 2**63
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
     def advance(self, sums: Mapping[str, float]) -> None:
         """An update was made on ``rows()``; what it measured."""

@@ -39,7 +39,15 @@ from lm_core.training import (
     seed_everything,
 )
 from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.experience import Experience, experience_metrics, gathered, joined, judge, with_advantages
+from palm_rlhf.experience import (
+    Experience,
+    experience_metrics,
+    experience_of,
+    gathered,
+    joined,
+    judged_by_all,
+    with_advantages,
+)
 from palm_rlhf.kl import KLCoefficient
 from palm_rlhf.phase import Phase, seeds
 from palm_rlhf.policy_checkpoint import restore_policy, save_policy
@@ -187,7 +195,7 @@ class PolicyTrainer:
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
 
     def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
-        """One phase's experience, of all processes; some samples of this process."""
+        """What one phase draws, of all processes; some samples of this process."""
         settings = self.settings
         first = self.phase.number * (count // settings.group_size)
         taken = self.order.take(first, count // settings.group_size)
@@ -211,7 +219,7 @@ class PolicyTrainer:
                 generator=torch.Generator(self.device).manual_seed(draws[chunk]),
             )
             scores = self.score(rollout)
-            parts.append(judge(self.actor_critic, rollout, scores, batch_size=batch_size))
+            parts.append(experience_of(rollout, scores))
             samples += rollout.samples(scores, settings.samples_logged - len(samples))
         whole = gathered(joined(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id)
         return whole, samples
@@ -237,14 +245,18 @@ class PolicyTrainer:
             check_ids(rollout.ids, self.actor_critic.vocab_size, "rollout")
         if len(rollout) % self.settings.group_size:
             raise ValueError(f"rollout must hold whole groups of {self.settings.group_size}, got {len(rollout)} rows")
-        own = judge(self.actor_critic, rollout, scores, batch_size=self.settings.minibatch_size)
+        own = experience_of(rollout.to(self.device), scores)
         self._begin(gathered(own, pad_id=0), rollout.temperature)
         while not self.phase.is_done:
             self._next_update()
         return self._end()
 
-    def _begin(self, experience: Experience, temperature: float) -> None:
+    def _begin(self, drawn: Experience, temperature: float) -> None:
+        """Judges what was drawn, by all processes, in the very batches that the first pass will learn from."""
         settings = self.settings
+        minibatches = self.phase.first_minibatches(drawn["ids"].shape[0])
+        batches = [part for rows in minibatches for part in self.update.micro_batches(rows)]
+        experience = judged_by_all(self.actor_critic, drawn, batches, temperature=temperature)
         in_reward = self.kl.value if settings.kl_in == "reward" else 0.0
         whole = with_advantages(
             experience,

@@ -6,7 +6,7 @@ carries the scopes of several models has parameters that a given loss does not t
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,17 +75,20 @@ class PolicyUpdate:
         weights = token_weights(
             experience["response_mask"][rows], settings.aggregation, max_new_tokens=settings.constant_length
         )
-        share = torch.arange(rows.shape[0], device=rows.device)[rank() :: world_size()]
-        size = settings.micro_batch_size or max(1, share.shape[0])
         sums: dict[str, Tensor] = {}
         with _mode(policy):
-            for part in share.split(size) if share.shape[0] else ():
+            for part in self.micro_batches(torch.arange(rows.shape[0], device=rows.device)):
                 loss, measured = self.loss(experience, rows[part], weights[part])
                 loss.backward()
                 for name, value in measured.items():
                     combine = torch.maximum if is_maximum(name) else torch.add
                     sums[name] = combine(sums[name], value) if name in sums else value
         return sums
+
+    def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
+        """What this process learns from of a minibatch, a micro-batch at a time; nothing if there are too few rows."""
+        share = rows[rank() :: world_size()]
+        return share.split(self.settings.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
 
     def loss(self, experience: Experience, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The share that some rows have in the loss of their minibatch, and sums for the metrics.

@@ -157,6 +157,29 @@ def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
     assert model.preprocessing == ImagePreprocessing(image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
 
 
+def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(digit_files, tmp_path, capsys):
+    """As GPT-2's: one special token, which begins, ends and pads."""
+    import tokenizers
+    import transformers
+
+    words = sorted({word for captions in handwritten_digits().captions for text in captions for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate(["<end>", *words])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<end>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", bos_token="<end>")
+    own.save_pretrained(tmp_path / "words")
+    sizes = ["--image_size", "8", "--channels", "1", "--data", str(digit_files)]
+    places = ["--tokenizer", str(tmp_path / "words"), "--checkpoint_dir", str(tmp_path / "run")]
+    assert main([*TRAIN, *sizes, *places]) == 0
+
+    model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
+    assert (model.pad_id, model.bos_id, model.eos_id, model.num_tokens) == (0, 0, 0, len(vocabulary))
+    capsys.readouterr()
+    assert main(["caption", str(tmp_path / "run"), str(digit_files / "3.png"), "--max_new_tokens", "4"]) == 0
+    caption = capsys.readouterr().out.strip().split("\t")[1:]
+    assert set(" ".join(caption).split()) <= set(words)
+
+
 def test_an_originals_file_is_converted(tmp_path, capsys):
     from pathlib import Path
 

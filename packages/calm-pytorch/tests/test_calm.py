@@ -1,11 +1,13 @@
 """A composition begins as the anchor, trains only its cross-attentions, and leaves no trace outside its calls."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from calm_pytorch import (
     CALM,
@@ -460,6 +462,36 @@ def test_gradients_with_activation_checkpointing_are_the_same(model_of, compose,
         gradients.append([parameter.grad for parameter in calm.trainable_parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
+
+
+def test_gradients_are_the_same_where_a_library_checkpoints_the_whole_call_of_a_block(model_of, compose, ids):
+    """As Hugging Face does up to release 5.17: what a hook adds would be missing when the block runs again."""
+    anchor, runs = model_of("plain"), []
+    for module in anchor.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    calm = compose(anchor, model_of("gpt2", seed=1), trained=True, shared=True).train()
+    kind = type(anchor.layers[0])
+
+    class Checkpointed(kind):
+        def __call__(self, *args, **kwargs):
+            return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+
+        def forward(self, *args, **kwargs):
+            runs.append(1)
+            return super().forward(*args, **kwargs)
+
+    calm(ids(2, 6)).backward()
+    expected = [parameter.grad for parameter in calm.trainable_parameters()]
+    calm.zero_grad()
+    how = partial(checkpoint, use_reentrant=False)
+    for layer in anchor.layers:
+        layer.__class__, layer._gradient_checkpointing_func = Checkpointed, how
+    calm(ids(2, 6)).backward()
+    assert len(runs) > len(anchor.layers), "nothing was computed again"
+    assert all(layer._gradient_checkpointing_func is how for layer in anchor.layers)
+    for one, parameter in zip(expected, calm.trainable_parameters(), strict=True):
+        assert torch.equal(one, parameter.grad)
 
 
 @pytest.mark.parametrize("kind", ["x-transformers", "llama"])

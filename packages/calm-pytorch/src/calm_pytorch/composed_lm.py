@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_pytorch.cross_attention import Context
-from calm_pytorch.hidden_states import Change, changing, checkpointing
+from calm_pytorch.hidden_states import Change, changing, checkpointing, hooks_outside_checkpoints
 from lm_core.adapters.padding import moved_back, with_padding_first, with_padding_last
 from lm_core.cache import KVCache
 
@@ -143,8 +143,10 @@ def reading_anchor(calm: Any, readings: Sequence[Reading]) -> Iterator[None]:
     blocks = [calm.anchor_blocks[layer - 1] for layer in calm.anchor_layers]
     positions = [calm.anchor_positions[layer - 1] for layer in calm.anchor_layers]
     with contextlib.ExitStack() as stack:
-        if calm.gradient_checkpointing and torch.is_grad_enabled() and calm.training:
-            stack.enter_context(checkpointing(calm.recomputed_parts()))
+        if torch.is_grad_enabled() and calm.training:
+            stack.enter_context(hooks_outside_checkpoints(calm.anchor_llm))
+            if calm.gradient_checkpointing:
+                stack.enter_context(checkpointing(calm.recomputed_parts()))
         stack.enter_context(changing(blocks, positions, changes, where="anchor"))
         yield
 

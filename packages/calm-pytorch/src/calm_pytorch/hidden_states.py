@@ -9,6 +9,7 @@ Legend: b batch, n sequence, d feature.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lm_core.adapters.huggingface import undisturbed
 
 HiddenPosition = Literal["input", "output"]
 Change = Callable[[Tensor], Tensor]
+_CHECKPOINT = partial(checkpoint, use_reentrant=False)
 
 
 class _EnoughRead(BaseException):
@@ -214,11 +216,15 @@ def changing(
 
 
 @contextlib.contextmanager
-def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointing(blocks: Sequence[nn.Module], how: Callable[..., Any] = _CHECKPOINT) -> Iterator[None]:
     """Inside, each block keeps only its input for the backward pass and computes the rest again.
 
     The block's own ``forward`` is what runs a second time, not the call with its hooks: what a hook adds is outside,
     and the second run, long after the hooks are gone, computes the same.
+
+    Args:
+        blocks: to be computed again.
+        how: ``how(function, *args)`` calls the function and arranges for its second run.
     """
     replaced: list[tuple[nn.Module, Any]] = []
     try:
@@ -227,7 +233,7 @@ def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
             original = block.forward
 
             def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
-                return checkpoint(original, *args, use_reentrant=False, **kwargs)
+                return how(partial(original, **kwargs), *args)
 
             forward.recomputes = True  # type: ignore[attr-defined]
             replaced.append((block, own))
@@ -239,6 +245,35 @@ def checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 del block.__dict__["forward"]
             else:
                 block.__dict__["forward"] = own
+
+
+@contextlib.contextmanager
+def hooks_outside_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Inside, a Hugging Face model with activation checkpointing of its own computes again as ``checkpointing`` does.
+
+    In releases up to 5.17 at least it hands a block's whole call to the checkpoint, hooks included, and these are gone
+    when the backward pass runs it again. Later ones (5.23) hand over the forward alone and are left as they are.
+    """
+    name = "_gradient_checkpointing_func"
+    replaced = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+
+    def handing_over_the_forward(how: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+            block = getattr(getattr(function, "func", function), "__self__", None)
+            if not isinstance(block, nn.Module):
+                return how(function, *args, **kwargs)
+            with checkpointing([block], how):
+                return function(*args, **kwargs)
+
+        return run
+
+    try:
+        for module, how in replaced:
+            vars(module)[name] = handing_over_the_forward(how)
+        yield
+    finally:
+        for module, how in replaced:
+            vars(module)[name] = how
 
 
 def is_recomputed(module: nn.Module) -> bool:

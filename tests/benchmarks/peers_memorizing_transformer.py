@@ -8,9 +8,13 @@ keys. Training: one forward and backward of a batch of 2 x 512 tokens with 8 hea
 filled memories, of the same weights in both (`interop`); the memory then grows by the segment. "share of limit" is the
 time of the matrix products alone that score every query with every key, over ours: an exact search cannot be faster.
 
-Cost by size of the memory: rows of each size. The original is looked for in $BENCH_PEERS/memorizing-transformer.
+Cost by size of the memory: rows of each size. An HNSW graph of 262,144 keys takes minutes to build: with
+``--kept FOLDER`` it is built once (``--rounds 0`` does only that), and later runs read it. ``--sizes`` without numbers
+measures training alone, ``--training-sizes`` without numbers searches alone. The original is looked for in
+$BENCH_PEERS/memorizing-transformer.
 """
 
+import argparse
 import math
 import os
 import sys
@@ -30,6 +34,7 @@ INDEXES: dict[str, dict[str, Any]] = {
     "faiss IVF256, nprobe 128": {"index": "IVF256,Flat", "nprobe": 128},
     "faiss HNSW32, ef 512": {"index": "HNSW32", "ef_search": 512},
 }
+TITLE = "The memory beside the original's and faiss"
 DIM_HEAD, NEIGHBOURS, ROWS, SEGMENT, HEADS = 64, 32, 2, 512, 8
 
 
@@ -49,37 +54,52 @@ def unit(*shape: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
-def recall(kv: torch.Tensor, found: torch.Tensor, mask: torch.Tensor, queries: torch.Tensor) -> float:
+def threshold(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """The score of the 32nd nearest key of each query."""
+    parts = [(part @ keys.T).topk(NEIGHBOURS, dim=-1).values[:, -1:] for part in queries.split(256)]
+    return torch.cat(parts)
+
+
+def recall(worst: torch.Tensor, found: torch.Tensor, mask: torch.Tensor, queries: torch.Tensor) -> float:
     """The part of what was found that is among the true 32 nearest keys: that scores at least as much as the 32nd."""
-    parts = [(part @ kv[:, 0].T).topk(NEIGHBOURS, dim=-1).values[:, -1:] for part in queries.split(256)]
-    worst = torch.cat(parts)
     scores = torch.einsum("qd,qkd->qk", queries, found[..., 0, :])
     return float(((scores >= worst - 1e-5) & mask).float().mean())
 
 
 def search_rows(
-    original: Any, size: int, counts: list[int], threads: int, rounds: int, folder: str, indexes: list[str]
+    original: Any, size: int, threads: int, folder: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Our exact search beside each peer, for each number of queries."""
     from memorizing_transformer import KNNMemory
 
+    rounds, kept = options.rounds, options.kept
     kv = torch.stack((unit(1, size, DIM_HEAD), unit(1, size, DIM_HEAD)), dim=-2)
     memories: dict[str, Any] = {"exact": KNNMemory(DIM_HEAD, size, 1)}
-    memories |= {name: KNNMemory(DIM_HEAD, size, 1, backend="faiss", **INDEXES[name]) for name in indexes}
+    for name in options.indexes:
+        memories[name] = KNNMemory(DIM_HEAD, size, 1, backend="faiss", **INDEXES[name])
     file = f"{folder}/{size}.memmap"
     memories["original"] = original(DIM_HEAD, size, 1, memmap_filename=file, multiprocessing=False)
     with all_cores_in_faiss():  # building graphs is not what is timed
-        for memory in memories.values():
-            memory.add(kv)
+        for name, memory in memories.items():
+            if kept is not None and "HNSW" in name:
+                add_with_kept_graph(memory, kv, kept / f"{name.split(',')[0].replace(' ', '-')}-{size}.index")
+            elif name == "exact" or rounds:
+                memory.add(kv)
     keys = kv[0, :, 0].contiguous()
     rows = []
-    for count in counts:
-        queries = unit(1, count, DIM_HEAD)
-        variants = {name: partial(memory.search, queries, NEIGHBOURS) for name, memory in memories.items()}
+    for count in options.queries if rounds else []:
+        queries, found = unit(1, count, DIM_HEAD), {}
+
+        def ask(name: str, queries: torch.Tensor = queries, found: dict[str, Any] = found) -> None:
+            found[name] = memories[name].search(queries, NEIGHBOURS)
+
+        variants = {name: partial(ask, name) for name in memories}
         seconds = in_turns({**variants, "product": lambda: queries[0] @ keys.T}, rounds)  # noqa: B023
         peak = matmul_flops()
-        found = {name: recall(kv[0], *(part[0] for part in search()), queries[0]) for name, search in variants.items()}
-        for name in [*indexes, "original"]:
+        some = queries[0, :512]
+        worst = threshold(keys, some)
+        recalls = {name: recall(worst, *(part[0, :512] for part in parts), some) for name, parts in found.items()}
+        for name in [*options.indexes, "original"]:
             rows.append(
                 {
                     "what": f"search, {size:,} keys, {count} queries, {name}",
@@ -88,14 +108,28 @@ def search_rows(
                     "ours": f"{1000 * median(seconds['exact']):.0f} ms",
                     "times as fast": ratio(seconds[name], seconds["exact"]),
                     "share of limit": ratio(seconds["product"], seconds["exact"]),
-                    "recall of the peer": found[name],
-                    "recall of ours": found["exact"],
+                    "recall of the peer": recalls[name],
+                    "recall of ours": recalls["exact"],
                     "matmul alone": f"{1000 * median(seconds['product']):.0f} ms",
                     "ours, ps a query and key": 1e12 * median(seconds["exact"]) / size / count,
                     "of the matmul peak": 2 * size * count * DIM_HEAD / median(seconds["exact"]) / peak,
                 }
             )
     return rows
+
+
+def add_with_kept_graph(memory: Any, kv: torch.Tensor, file: Path) -> None:
+    """Adds ``kv``; its graph is read from ``file``, or built and written there."""
+    import faiss
+
+    row = memory._indexes[0]
+    if file.is_file():
+        row._index._index = faiss.read_index(str(file))
+        memory.add(kv)  # finds them in the index
+        return
+    memory.add(kv)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    faiss.write_index(row._index._index, str(file))
 
 
 @contextmanager
@@ -199,11 +233,12 @@ def training_row(
 def main() -> None:
     options = arguments(
         (__doc__ or "").split("\n")[0],
-        sizes={"type": int, "nargs": "+", "default": [8192, 65536]},
+        sizes={"type": int, "nargs": "*", "default": [8192, 65536]},
         queries={"type": int, "nargs": "+", "default": [512]},
         training_sizes={"type": int, "nargs": "*", "default": [65536]},
         ef_search={"type": int, "default": None, "help": "the original's step once more, at a recall like ours"},
         indexes={"nargs": "*", "default": list(INDEXES)},
+        kept={"type": Path, "default": None, "help": "folder of graphs that were built before"},
     )
     module, original = original_package()
     rows = []
@@ -212,19 +247,18 @@ def main() -> None:
         import faiss
 
         faiss.omp_set_num_threads(threads)
-        torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the original's
             for size in options.sizes:
-                given = (size, options.queries, threads, options.rounds, folder, options.indexes)
-                rows += search_rows(original, *given)
-                report("The memory beside the original's and faiss", rows, options.json)
-                if size in options.training_sizes:
-                    rows.append(training_row(module, size, threads, options.rounds, folder))
-                    if options.ef_search:
-                        rows.append(training_row(module, size, threads, 1, folder, options.ef_search))
+                torch.manual_seed(size)  # the same keys in every run, which kept graphs are of
+                rows += search_rows(original, size, threads, folder, options)
+                report(TITLE, rows, options.json)
+            for size in options.training_sizes if options.rounds else []:
+                rows.append(training_row(module, size, threads, options.rounds, folder))
+                if options.ef_search:
+                    rows.append(training_row(module, size, threads, 1, folder, options.ef_search))
     assert all(math.isfinite(row["times as fast"]) for row in rows)
-    report("The memory beside the original's and faiss", rows, options.json)
+    report(TITLE, rows, options.json)
 
 
 if __name__ == "__main__":

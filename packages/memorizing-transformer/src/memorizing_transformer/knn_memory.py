@@ -283,7 +283,7 @@ class KNNMemory:
         flat = queries.detach().to(self.store.device).reshape(b * self.heads, -1, self.dim)
         shape, place = (*flat.shape[:2], topk), self.store.device
         # rows are searched one by one, and each writes what it found here
-        kv = torch.zeros(*shape, 2, self.dim, dtype=queries.dtype, device=place)
+        kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
         scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
         positions = torch.full(shape, -1, dtype=torch.long, device=place)
         for number in range(b * self.heads if flat.shape[1] else 0):
@@ -293,6 +293,8 @@ class KNNMemory:
                 self.store.read(row, slots, out=kv[number])
                 if size < topk or self._indexes is not None:
                     kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
+            else:
+                kv[number].zero_()
         kv, scores, positions = (
             part.to(queries.device).reshape(*queries.shape[:-1], topk, *part.shape[3:])
             for part in (kv, scores, positions)

@@ -100,14 +100,5 @@ with tempfile.TemporaryDirectory() as name:
         if main(["train", "--config", str(config)]) != 0:
             sys.exit(1)
         played = f"{folder}/{kind}/iterations/iteration-2"
-        main(
-            [
-                "eval",
-                played,
-                "--data",
-                f"{folder}/held_out.jsonl",
-                "--max_seq_len=48",
-                "--opponent_checkpoint",
-                f"{folder}/model",
-            ]
-        )
+        over = ["--opponent_checkpoint", f"{folder}/model"]
+        main(["eval", played, "--data", f"{folder}/held_out.jsonl", "--max_seq_len=48", *over])

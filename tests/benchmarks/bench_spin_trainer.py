@@ -1,7 +1,8 @@
 """Self-play: generation, log-probability steps at a large vocabulary beside DPO's formula, precomputed references.
 
 The limit of generation is reading all weights once a token ("share of limit"); costs are shown as the length of the
-answers and the vocabulary grow. Memory is the growth of a process's peak in its first step, measured in a process each.
+answers and the vocabulary grow. Memory is what a first step takes at its peak above model and batch, gradients
+included, in a process of its own.
 """
 
 import argparse
@@ -113,26 +114,29 @@ class Step:
         return loss.item()
 
 
-def peak_memory() -> float:
-    """This process's highest resident memory so far, in MB."""
+def memory(kind: str) -> float:
+    """This process's resident memory in MB: VmRSS now, VmHWM at its highest."""
     status = Path("/proc/self/status")
     if status.exists():
         # ru_maxrss would count what the process that started this one held
-        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
+        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(kind))
+        return int(line.split()[1]) * 1024 / 1e6
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
+    return (peak if sys.platform == "darwin" else 1024 * peak) / 1e6
 
 
 def measure_one(kind: str, vocabulary: int, length: int) -> None:
-    """In a process of its own: seconds of a step, and the growth of the peak memory in the first one, in MB."""
+    """In a process of its own: MB that the first step takes at its peak above what there was, and seconds of a step."""
     step = Step(kind, vocabulary, length)
     small(64)(torch.zeros(2, 8, dtype=torch.long)).sum().backward()  # what any first step takes
-    before = peak_memory()
+    before = memory("VmRSS")
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5", encoding="ascii")  # the peak begins anew
     step()
-    grown = peak_memory() - before
+    grown = memory("VmHWM") - before
     print(json.dumps([grown, min(timed(step) for _ in range(2))]))
 
 
@@ -155,7 +159,7 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, object]]:
             "share saved by precomputing": 1 - ratio(seconds[kind], seconds[SPIN_LIVE])
             if kind == SPIN_STORED
             else None,
-            "growth of peak memory, MB": measured(kind, VOCABULARY, LENGTH, threads)[0],
+            "peak memory of the step, MB": measured(kind, VOCABULARY, LENGTH, threads)[0],
             "full logits, MB": 8 * LENGTH * VOCABULARY * 4 / 1e6,
         }
         for kind in STEPS

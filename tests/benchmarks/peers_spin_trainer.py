@@ -5,6 +5,9 @@ score by policy and reference, one optimizer step; ours writes answers, scores, 
 original needs a model whose forward takes ids alone, and generates without a cache, so its cost grows with the square
 of the length. It is looked for in $BENCH_PEERS/spin-trainer.
 
+A step of log-probabilities with its gradient stands beside DPO's formula as TRL has it, from full logits: its memory is
+what the first step takes at its peak above model and batch, gradients included, in a process of its own.
+
     nox -s bench_peers -- spin_trainer
 """
 
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_spin_trainer import pairs, small
+from bench_spin_trainer import DPO, LENGTH, SPIN_STORED, measured, pairs, small
 from measure import arguments, in_turns, median, ratio, report
 
 from spin_trainer import SPIN, SPINTrainer
@@ -126,6 +129,23 @@ def loss_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str, obj
     return row_of(f"loss and gradient, {length} tokens", threads, seconds, "{:.2f} s".format)
 
 
+def step_row(vocabulary: int, threads: int) -> dict[str, object]:
+    ours, formula = (measured(kind, vocabulary, LENGTH, threads) for kind in (SPIN_STORED, DPO))
+    return {
+        "what": f"log-probability step, vocabulary {vocabulary:,}",
+        "threads": threads,
+        DPO: f"{formula[1]:.2f} s, {formula[0]:.0f} MB",
+        "ours": f"{ours[1]:.2f} s, {ours[0]:.0f} MB",
+        "times as fast": formula[1] / ours[1],
+        "share of the memory": ours[0] / formula[0],
+        "axis": "vocabulary",
+        "size": vocabulary,
+        "unit": "MB",
+        "cost": ours[0],
+        "peer cost": formula[0],
+    }
+
+
 def main() -> None:
     options = arguments(__doc__.splitlines()[0])
     warnings.simplefilter("ignore")
@@ -137,6 +157,8 @@ def main() -> None:
         rows += [iteration_row(spin, length, threads, rounds) for length in (84, 168)]
         rows += [sampling_row(sampling_utils, 168, threads, 1), loss_row(spin, 168, threads, rounds)]
     report("Beside the original, 4 x 256 model, 4 prompts of 16 to 40 tokens", rows, options.json)
+    steps = [step_row(vocabulary, threads) for threads in options.threads for vocabulary in (8_000, 32_000)]
+    report("Beside DPO's formula, 4 x 256 model, 8 rows of 168 tokens", steps, options.json)
 
 
 if __name__ == "__main__":

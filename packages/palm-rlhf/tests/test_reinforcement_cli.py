@@ -1,6 +1,8 @@
 """The commands ``reward``, ``ppo``, ``grpo`` and ``sample``, from one to the next."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,18 @@ def test_reward_then_ppo_and_grpo_then_sample(folder, capsys):
     assert json.loads((folder / "reward" / "summary.json").read_text())["steps"] == 4
     assert main(["sample", "ppo", "ab", "--num_samples", "2", "--reward", "reward", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.count("--- reward") == 2
+
+
+def test_a_reward_is_found_in_the_folder_that_an_installed_command_runs_in(folder, capsys, monkeypatch):
+    (folder / "digits.py").write_text(
+        "def score(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
+    )
+    # the path of a script is its own folder, not the current one
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
+    learn = ["--prompts", "prompts.jsonl", "--num_episodes", "8", "--update_timesteps", "8", "--max_new_tokens", "4"]
+    more = ["--group_size", "4", "--checkpoint", "base", "--checkpoint_dir", "grpo", "--device", "cpu"]
+    assert main(["grpo", "--reward", "digits:score", *learn, *more]) == 0
+    assert "reward" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_said_in_one_line(folder, capsys):

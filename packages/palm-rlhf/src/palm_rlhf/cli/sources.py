@@ -3,6 +3,8 @@
 Without arguments the commands go on from one another: ``train``, ``reward`` and ``ppo`` on Python's own library.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,9 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
     from palm_rlhf.reward_model import RewardModel
 
     if ":" in reward and not Path(reward).exists():
+        # an installed command does not look for modules where it is run; `python -m` does
+        if not {"", os.getcwd()} & set(sys.path):
+            sys.path.insert(0, os.getcwd())
         return reward, None
     folder = checkpoint_folder(reward)
     if read_json(folder / "config.json").get("class") != "RewardModel":

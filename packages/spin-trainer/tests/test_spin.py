@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from spin_trainer import SPIN, log_prob_from_model_and_seq, prompt_mask_from_len, set_dropout_
 from spin_trainer.response_scores import collate, response_log_probs, response_mask
+from spin_trainer.small_decoder import SmallDecoder
 
 
 class Plain(torch.nn.Module):
@@ -207,6 +208,27 @@ def test_only_what_trains_is_copied(make_model):
     assert "embedding.weight" not in spin.ref_model.exported()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(spin.ref_model.exported())
     assert len(spin.trainable_parameters()) < len(list(spin.parameters()))
+
+
+def test_a_step_at_a_large_vocabulary_holds_no_full_logits():
+    vocabulary, tokens = 32_000, 96
+    torch.manual_seed(0)
+    model = SmallDecoder(num_tokens=vocabulary, dim=8, depth=1, heads=1, dim_head=8)
+    spin = SPIN(model)
+    generated, real = torch.randint(0, vocabulary, (2, 8, tokens))
+    generated[:, :4] = real[:, :4]
+    lengths = torch.full((8,), 4)
+    full = 2 * 8 * (tokens - 4) * vocabulary * 4  # of the answers alone, in float32
+
+    def largest_allocation(call):
+        """Bytes of the operation that keeps the most, operations inside of others included."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            call()
+        return max(event.self_cpu_memory_usage for event in seen.events())
+
+    with torch.no_grad():
+        assert largest_allocation(lambda: model(torch.cat((generated, real)))) >= full
+    assert largest_allocation(lambda: spin(generated, real, lengths).backward()) < full / 4
 
 
 def test_the_originals_keyword_is_taken(make_model):

@@ -133,6 +133,7 @@ def test_a_transformers_tokenizer_without_template_is_named(chat_tokenizer):
 SETTINGS = [
     ({"max_seq_len": 1}, ValueError, r"max_seq_len must be at least 2"),
     ({"iterations": 0}, ValueError, r"iterations must be at least 1, got 0"),
+    ({"learning_rate_num_decay_steps": 0}, ValueError, r"learning_rate_num_decay_steps must be at least 1, got 0"),
     ({"epochs": -1}, ValueError, r"epochs must be at least 1"),
     ({"batch_size": 0}, ValueError, r"batch_size must be at least 1"),
     ({"gradient_accumulation": 0}, ValueError, r"gradient_accumulation"),
@@ -171,7 +172,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("changes", "error", "message"), SETTINGS, ids=lambda value: str(value)[:30])
 def test_a_setting_is_refused_by_name(changes, error, message):
     with pytest.raises(error, match=message):
-        SelfPlaySettings(**{"max_seq_len": 8, **changes})
+        SelfPlaySettings.of({"max_seq_len": 8, **changes})
 
 
 SPINS = [
@@ -241,7 +242,7 @@ TRAINERS = [
     (
         {"accelerate_kwargs": {"gradient_accumulation_steps": 2}},
         ValueError,
-        r"gradient_accumulation_steps is grad_accum",
+        r"gradient_accumulation_steps is gradient_accumulation here",
     ),
     ({"accelerate_kwargs": {"mixed_precision": "bf16"}}, ValueError, r"mixed_precision is precision= here"),
     ({"spin_kwargs": {"ref_model_ema_decay": 0.5}}, ValueError, r"ref_model_ema_decay is an argument of the trainer"),

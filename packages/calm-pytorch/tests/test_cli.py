@@ -50,6 +50,25 @@ def test_two_local_folders_are_composed_trained_and_asked(folders, tmp_path, cap
     assert "added:" in capsys.readouterr().out
 
 
+def test_the_summary_of_a_run_that_went_on_begins_before_its_first_update(folders, tmp_path, capsys):
+    texts = str(folders / "texts.jsonl")
+    run = ["train", "--anchor", str(folders / "anchor"), "--augments", f"[{folders / 'augment'}]", "--device", "cpu"]
+    run += ["--data", texts, "--validation_data", texts, "--length", "8", "--batch_size", "2", "--learning_rate", "0.1"]
+    run += ["--checkpoint_dir", str(tmp_path / "run")]
+    summaries = []
+    for steps in ("2", "4", "4"):
+        assert main([*run, "--max_steps", steps]) == 0
+        summaries.append(json.loads((tmp_path / "run" / "summary.json").read_text()))
+    assert "finished before" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert [one["steps"] for one in summaries] == [2, 4, 4]
+    assert [one["results"][0]["before"] for one in summaries] == [held_out[0]] * 3
+    assert [one["results"][0]["after"] for one in summaries] == [held_out[2], held_out[4], held_out[4]]
+    assert summaries[1]["seconds"] > 0
+    assert summaries[2]["seconds"] is None
+
+
 def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     short = ["--augment_steps", "2", "--anchor_steps", "2", "--max_steps", "20", "--batch_size", "4"]

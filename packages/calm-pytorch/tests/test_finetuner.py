@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def learned(trainer):
 
 
 def rows_of(trainer):
-    return [json.loads(line) for line in (trainer.checkpoint_path / "metrics.jsonl").read_text().splitlines()]
+    """The metrics, without the one that is the machine's."""
+    rows = [json.loads(line) for line in (trainer.checkpoint_path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
 class StopAt:
@@ -102,6 +105,18 @@ def test_the_loss_falls_and_held_out_loss_is_logged(tune):
     expected = trainer.calm(inputs.seq, prompt=inputs.prompt, mask=inputs.mask)
     assert held_out[-1] == pytest.approx(float(expected.detach()), rel=1e-5)
     assert (trainer.checkpoint_path / "curves.png").is_file()
+
+
+def test_each_update_logs_how_many_tokens_of_the_loss_it_takes_a_second(tune):
+    trainer = tune("run")
+    started = time.monotonic()
+    trainer()
+    seconds = time.monotonic() - started
+    lines = (trainer.checkpoint_path / "metrics.jsonl").read_text().splitlines()
+    speeds = [row["tokens_per_second"] for row in map(json.loads, lines) if "loss" in row]
+    labels = trainer.objective.count(trainer.batches.of(trainer.dataset, trainer.order.micro_batches_of(0)[0]))
+    assert len(speeds) == trainer.num_train_steps
+    assert min(speeds) >= labels / seconds
 
 
 def test_the_learning_rate_warms_up_once_an_update_and_the_global_norm_is_clipped(tune):

@@ -8,6 +8,7 @@ Long because the loop and all that it resumes from are read together.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -227,6 +228,7 @@ class FineTuner:
                     plot_curves(run.metrics_path, run.curves_path)
 
     def _update(self, extra: dict[str, Any]) -> dict[str, float]:
+        started = time.monotonic()
         micro_batches = [
             self.batches.of(self.dataset, indices, self.cache) for indices in self.order.micro_batches_of(self.step)
         ]
@@ -252,6 +254,7 @@ class FineTuner:
             "loss": float(loss),
             "learning_rate": learning_rate,
             "grad_norm": float(norm),
+            "tokens_per_second": round(labels / max(time.monotonic() - started, 1e-9)),
             "epoch": self.step // self.order.updates_per_epoch,
             "skipped": self.guard.skipped,
         }

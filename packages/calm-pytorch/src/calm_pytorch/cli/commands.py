@@ -155,10 +155,11 @@ def train(
     print(f"adapter     {Path(checkpoint_dir) / 'adapter'}")
     if trainer.interrupted:
         return say_how_to_go_on("calm-pytorch", "interrupted", trainer.step, steps)
-    if trainer.is_main and trainer.started_at < steps:
+    if trainer.is_main:
         name, numbers = ("held-out loss", "validation_loss") if held_out else ("training loss", "loss")
+        # a resumed run goes on in the file of the first one, so its first row is of before any update
         rows = [row[numbers] for row in read_metrics(Path(checkpoint_dir) / "metrics.jsonl") if numbers in row]
-        seconds = round(time.monotonic() - started, 1)
+        seconds = None if trainer.started_at == steps else round(time.monotonic() - started, 1)
         write_summary(checkpoint_dir, [Result(name, rows[-1], before=rows[0])], steps=steps, seconds=seconds)
     return 0
 

@@ -91,7 +91,7 @@ def against_uncached(new_tokens: int, threads: int) -> dict[str, object]:
 
 
 def main() -> None:
-    lengths = {"type": int, "nargs": "+", "default": [64, 256, 1024]}
+    lengths = {"type": int, "nargs": "+", "default": [64, 256]}
     uncached = {"type": int, "nargs": "*", "default": [64, 256], "help": "new tokens of the uncached loop"}
     options = arguments(__doc__.splitlines()[0], new_tokens=lengths, uncached=uncached)
     warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ def ppo(
     prompts: str = "stdlib",
     validation_prompts: str | None = None,
     tokenizer: str | None = None,
-    num_episodes: int = 1280,
+    num_episodes: int = 1088,
     update_timesteps: int = 64,
     max_new_tokens: int = 32,
     temperature: float = 1.0,

@@ -140,3 +140,17 @@ def test_gradients_and_dropout_are_the_library_s(decoder, ids):
     net.train()
     one, other = fast.hidden(ids(2, 6)), fast.hidden(ids(2, 6))
     assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_single_tokens_without_padding_or_gradients_have_the_library_s_states(decoder, ids, kind):
+    stack, wrapper = PLAIN[kind]
+    net = decoder(stack, **wrapper)
+    fast, seq = as_fast_causal_lm(net), ids(2, 12)
+    with torch.no_grad():
+        expected = as_causal_lm(net).hidden(seq)
+        cache = fast.init_cache(2, 12)
+        pieces = [fast.hidden(seq[:, :5], cache=cache)]
+        pieces += [fast.hidden(seq[:, i : i + 1], cache=cache) for i in range(5, 12)]
+    assert cache.weights is not None
+    assert torch.allclose(torch.cat(pieces, dim=1), expected, atol=1e-4)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calm_pytorch.hidden_states import is_recomputed
-from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, token_step
+from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, normed, token_step
 from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
 from lm_core.attention import attend
 from lm_core.cache import KVCache
@@ -98,9 +98,8 @@ class DecoderStack:
         angles = None
         if stack.rotary_pos_emb is not None:
             angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
-        one_token = cache is not None and ids.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
-        if one_token and weights is not None and not net.training:
-            assert cache is not None
+        quiet = mask is None and not net.training and not torch.is_grad_enabled()
+        if cache is not None and weights is not None and ids.shape[1] == 1 and quiet:
             x = token_step(self.layers, weights, x, cache, angles)
             cache.advance(1)
             last: Tensor = stack.final_norm(x)
@@ -135,8 +134,8 @@ def _attention(
     part = layer.attention
     b, n, _ = x.shape
     h, g = part.heads, part.kv_heads
-    normed = _normed(layer.attention_norm, x)
-    projected = F.linear(normed, joined(part) if weight is None else weight)
+    before = normed(layer.attention_norm, gain_of(layer.attention_norm), x)
+    projected = F.linear(before, joined(part) if weight is None else weight)
     heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
     q, held = heads[:, :h], heads[:, h:]
     if cache is not None:
@@ -152,7 +151,7 @@ def _attention(
 
 
 def _feedforward(layer: Layer, x: Tensor) -> Tensor:
-    x = _normed(layer.feedforward_norm, x)
+    x = normed(layer.feedforward_norm, gain_of(layer.feedforward_norm), x)
     for part in layer.feedforward_parts:
         x = part(x)
     return x
@@ -163,14 +162,6 @@ def _parts_in_a_row(module: nn.Module) -> tuple[nn.Module, ...]:
     if type(module).__name__ != "Sequential":
         return (module,)
     return tuple(part for child in module.children() for part in _parts_in_a_row(child))
-
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    gain = gain_of(norm)
-    if gain is not None:
-        return F.layer_norm(x, gain.shape, gain, None, norm.ln.eps)
-    out: Tensor = norm(x)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------- what counts as plain

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lm_core.attention import attend
 from lm_core.cache import KVCache
 
-JOINED_BYTES = (
-    32 * 2**20
-)  # projections up to this size are copied into one for decoding; larger ones gain nothing by it
+# Projections up to this size are copied into one for decoding; larger ones gain nothing by it.
+JOINED_BYTES = 32 * 2**20
 
 
 class LayerWeights(NamedTuple):
@@ -67,22 +66,22 @@ def token_step(
     The sums at the ends of layers are called as modules, and so are the parts of feedforwards, for whoever listens
     there. The caller advances the cache.
     """
+    if angles is not None:
+        from x_transformers.x_transformers import apply_rotary_pos_emb
     b = x.shape[0]
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         part = layer.attention
         h, g = part.heads, part.kv_heads
-        normed = _normed(layer.attention_norm, weight.attention_gain, x.view(b, -1))
-        heads = F.linear(normed, weight.projections).view(b, h + 2 * g, 1, -1)
+        normed_x = normed(layer.attention_norm, weight.attention_gain, x.view(b, -1))
+        heads = F.linear(normed_x, weight.projections).view(b, h + 2 * g, 1, -1)
         q, held = heads[:, :h], heads[:, h:]
         held, _ = cache.update(number, held, held[..., :0])
         k, v = held[:, :g], held[:, g:]
         if angles is not None:
-            from x_transformers.x_transformers import apply_rotary_pos_emb
-
             q, k = apply_rotary_pos_emb(q, angles), apply_rotary_pos_emb(k, angles)
         read = attend(q, k, v, scale=part.attend.scale)
         x = layer.attention_sum(F.linear(read.reshape(b, -1), part.to_out.weight).unsqueeze(1), x)
-        y = _normed(layer.feedforward_norm, weight.feedforward_gain, x.view(b, -1))
+        y = normed(layer.feedforward_norm, weight.feedforward_gain, x.view(b, -1))
         for module in layer.feedforward_parts:
             # in evaluation mode a dropout does nothing
             if type(module) is not nn.Dropout or module.training or module._forward_hooks or module._forward_pre_hooks:
@@ -91,7 +90,8 @@ def token_step(
     return x
 
 
-def _normed(norm: Any, gain: Tensor | None, x: Tensor) -> Tensor:
+def normed(norm: Any, gain: Tensor | None, x: Tensor) -> Tensor:
+    """What a norm of that gain (None: call it) makes of ``x``."""
     if gain is None:
         out: Tensor = norm(x)
         return out

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2, help="processes a variant")
-    parser.add_argument("--repeats", type=int, default=2, help="steps a process")
+    parser.add_argument("--repeats", type=int, default=1, help="steps a process")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # the child process: one variant

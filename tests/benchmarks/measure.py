@@ -19,7 +19,11 @@ from torch import Tensor
 
 def arguments(description: str, **options: dict[str, Any]) -> argparse.Namespace:
     """Flags every script has (``--threads``, ``--rounds``, ``--json``) and some of its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve",  # a script may have defaults of its own for the common flags
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts to measure at")
     parser.add_argument("--rounds", type=int, default=5, help="times that every variant is run")
     parser.add_argument("--json", type=Path, help="file to write the results to")

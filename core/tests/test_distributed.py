@@ -19,6 +19,7 @@ from lm_core.distributed import (
     barrier,
     broadcast_object,
     is_distributed,
+    loss_normalizer,
     rank,
     world_size,
 )
@@ -85,7 +86,8 @@ def train_language_model(own, world):
     rows = slice(own * 4 // world, (own + 1) * 4 // world)
     labels = LABELS[rows]
     # DDP averages, so each rank divides by its share of the global count
-    normalizer = all_reduce_sum((labels != -100).sum()) / world
+    total, normalizer = loss_normalizer(int((labels != -100).sum()), torch.device("cpu"))
+    assert total == int((LABELS != -100).sum()) == world * float(normalizer)
     loss = model(labels.clamp(min=0), labels, normalizer)
     loss.backward()
     return {"loss": all_reduce_sum(loss) / world, "gradients": gradients(model)}

@@ -27,6 +27,7 @@ from lm_core.training import (
     autocast,
     capture_rng,
     clip_global_norm,
+    finish_update,
     learning_rate_scale,
     optimizer_groups,
     pick_device,
@@ -175,6 +176,33 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run():
     with pytest.raises(RuntimeError, match=r"3 updates in a row, the last at step 6 \(loss nan, gradient norm 2\.0\)"):
         resumed.allows(6, float("nan"), 2.0)
     assert resumed.skipped == 5
+
+
+def test_an_update_ends_with_clipped_gradients_one_step_of_both_and_no_gradients():
+    optimizer = _optimizer()
+    parameter = optimizer.param_groups[0]["params"][0]
+    schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12)
+    run = {"optimizer": optimizer, "schedule": schedule, "guard": NonFiniteGuard(), "max_grad_norm": 2.0}
+    parameter.grad = torch.tensor([-8.0])
+    row = finish_update(1, 1.0, iter([parameter]), **run)
+    assert row == {"learning_rate": 0.25, "grad_norm": 8.0, "skipped": 0}
+    assert parameter.item() == pytest.approx(0.25 * 2.0, rel=1e-6)
+    assert parameter.grad is None
+    assert schedule.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_an_update_that_is_not_finite_changes_nothing_and_leaves_no_gradients(loss, gradient):
+    optimizer = _optimizer()
+    parameter = optimizer.param_groups[0]["params"][0]
+    schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12)
+    run = {"optimizer": optimizer, "schedule": schedule, "guard": NonFiniteGuard(), "max_grad_norm": None}
+    parameter.grad = torch.tensor([gradient])
+    row = finish_update(1, loss, [parameter], **run)
+    assert (row["learning_rate"], row["skipped"]) == (0.25, 1)
+    assert parameter.item() == 0.0
+    assert parameter.grad is None
+    assert (schedule.learning_rate, schedule.steps_done) == (0.25, 0)
 
 
 # ---------------------------------------------------------------- metrics

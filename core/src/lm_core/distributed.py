@@ -59,6 +59,31 @@ def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[T
     return total
 
 
+def sum_over_processes(value: float | int, device: torch.device) -> float:
+    """The sum of a number that each process has; all of them call it.
+
+    Args:
+        value: this process's number.
+        device: the one that is trained on; NCCL takes no tensors of the CPU.
+    """
+    number = torch.tensor(value, dtype=torch.float64)
+    return float(all_reduce_sum(number.to(device) if device.type == "cuda" else number))
+
+
+def loss_normalizer(labels: float | int, device: torch.device) -> tuple[float, Tensor]:
+    """Labels of all processes, and what each divides its summed loss by, so that every label weighs the same.
+
+    DDP and FSDP average gradients over processes, so each divides by its part of all labels, not by its own number.
+
+    Args:
+        labels: of this process, in all micro-batches of the update.
+        device: the one that is trained on.
+    """
+    total = sum_over_processes(labels, device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return total, torch.tensor(total / world_size(), dtype=dtype, device=device)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is True on any rank; what all ranks have to decide alike, such as to stop or to skip."""
     if _alone(None):

@@ -244,3 +244,37 @@ class NonFiniteGuard:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on with the counts of ``state``."""
         self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
+
+
+def finish_update(
+    number: int,
+    loss: "Tensor | float",
+    parameters: Iterable[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    schedule: LearningRateSchedule,
+    guard: NonFiniteGuard,
+    max_grad_norm: float | None,
+) -> dict[str, float]:
+    """What every update ends with: clips the gradients, steps unless something is not finite, clears the gradients.
+
+    Args:
+        number: of this update, from 1.
+        loss: of all processes.
+        parameters: whose gradients are clipped together.
+        optimizer, schedule, guard: of the run; a skipped update moves neither weights nor learning rate.
+        max_grad_norm: None only measures.
+
+    Returns:
+        For the metrics: ``learning_rate`` of this update, ``grad_norm`` before clipping, updates ``skipped`` so far.
+
+    Raises:
+        RuntimeError: too many updates in a row had to be skipped.
+    """
+    learning_rate = schedule.learning_rate
+    norm = clip_global_norm(parameters, max_grad_norm)
+    if guard.allows(number, loss, norm):
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    return {"learning_rate": learning_rate, "grad_norm": float(norm), "skipped": guard.skipped}

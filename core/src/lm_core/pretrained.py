@@ -35,6 +35,7 @@ from lm_core.manifest import (
     write_manifest,
 )
 from lm_core.module_specs import decode_argument, encode_argument, is_given, package_of, register
+from lm_core.tokenizers import Tokenizer
 from lm_core.weights import load_weights, read_weights, save_weights
 
 CONFIG_FILE = "config.json"
@@ -297,6 +298,22 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Raises ``TypeError`` for a tokenizer that could not be stored with a checkpoint."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(f"tokenizer must have save_pretrained(directory), got {type(tokenizer).__name__}")
+
+
+def check_vocabulary(tokenizer: Any, num_tokens: int) -> None:
+    """Raises unless a model of ``num_tokens`` tokens can be trained on those of ``tokenizer`` and saved with it.
+
+    Raises:
+        TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
+        ValueError: it has more tokens than the model.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
+    check_tokenizer(tokenizer)
+    if tokenizer.vocab_size > num_tokens:
+        raise ValueError(
+            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {num_tokens}"
+        )
 
 
 def write_model(directory: Path, model: PretrainedMixin, *, tokenizer: Any = None) -> None:

@@ -27,6 +27,7 @@ from lm_core.optimization import (
     LearningRateSchedule,
     NonFiniteGuard,
     clip_global_norm,
+    finish_update,
     learning_rate_scale,
     optimizer_groups,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "autocast",
     "capture_rng",
     "clip_global_norm",
+    "finish_update",
     "learning_rate_scale",
     "optimizer_groups",
     "pick_device",

@@ -211,7 +211,7 @@ def test_only_what_trains_is_copied(make_model):
 
 
 def test_a_step_at_a_large_vocabulary_holds_no_full_logits():
-    vocabulary, tokens = 32_000, 96
+    vocabulary, tokens = 32_000, 192
     torch.manual_seed(0)
     model = SmallDecoder(num_tokens=vocabulary, dim=8, depth=1, heads=1, dim_head=8)
     spin = SPIN(model)

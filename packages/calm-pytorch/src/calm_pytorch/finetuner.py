@@ -26,7 +26,7 @@ from calm_pytorch.state_cache import StateCache
 from calm_pytorch.warmup_schedule import WarmupSchedule
 from lm_core._checks import either, typed
 from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
-from lm_core.distributed import all_reduce_sum, rank, world_size
+from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.generation import eval_mode
 from lm_core.launching import start_accelerator
 from lm_core.training import (
@@ -35,7 +35,7 @@ from lm_core.training import (
     MetricsLog,
     NonFiniteGuard,
     RunDirectory,
-    clip_global_norm,
+    finish_update,
     optimizer_groups,
     pick_precision,
     plot_curves,
@@ -233,9 +233,7 @@ class FineTuner:
             self.batches.of(self.dataset, indices, self.cache) for indices in self.order.micro_batches_of(self.step)
         ]
         counts = sum(self.objective.count(batch) for batch in micro_batches)
-        labels = float(all_reduce_sum(torch.tensor(float(counts), device=self.device)))
-        # DDP averages gradients over processes, so each divides by its part of the labels
-        normalizer = torch.tensor(max(labels, 1.0) / world_size(), device=self.device)
+        labels, normalizer = loss_normalizer(counts, self.device)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
@@ -244,19 +242,20 @@ class FineTuner:
                 self.accelerator.backward(part)
             loss += part.detach().float() / world_size()
         loss = all_reduce_sum(loss)
-        learning_rate = self.schedule.learning_rate
-        norm = clip_global_norm(self.calm.trainable_parameters(), self.max_grad_norm)
-        if self.guard.allows(self.step + 1, loss, norm):
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
+        finished = finish_update(
+            self.step + 1,
+            loss,
+            self.calm.trainable_parameters(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.max_grad_norm,
+        )
         return {
             "loss": float(loss),
-            "learning_rate": learning_rate,
-            "grad_norm": float(norm),
+            **finished,
             "tokens_per_second": round(labels / max(time.monotonic() - started, 1e-9)),
             "epoch": self.step // self.order.updates_per_epoch,
-            "skipped": self.guard.skipped,
         }
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from calm_pytorch.inputs import IGNORED, labels_of
@@ -22,7 +23,8 @@ class SummedLoss(nn.Module):
         seq: Tensor = batch["seq"]
         with autocast(self.precision, seq.device):
             total = self.calm(**batch, reduction="sum")
-        return total / normalizer.to(total.dtype)
+        # a batch without a label to count has no loss, not 0 / 0
+        return total / normalizer.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
     def count(self, batch: Mapping[str, Any]) -> int:
         """Tokens that the loss of a batch counts."""

@@ -27,7 +27,8 @@ from lm_core._checks import typed
 from lm_core.checkpoint import load_checkpoint, load_weights, on_main_process, save_checkpoint
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.launching import start_accelerator
-from lm_core.tokenizers import ByteTokenizer, Tokenizer
+from lm_core.pretrained import check_vocabulary
+from lm_core.tokenizers import ByteTokenizer
 from lm_core.training import (
     InterruptHandler,
     MetricsLog,
@@ -35,7 +36,7 @@ from lm_core.training import (
     Precision,
     RunDirectory,
     autocast,
-    clip_global_norm,
+    finish_update,
     pick_device,
     pick_precision,
     restore_rng,
@@ -235,23 +236,24 @@ class CoCaTrainer:
         batch = next(self.batches).to(self.device)
         total, caption, contrastive = self._parallel(batch.text, batch.images)
         self.accelerator.backward(total)
-        learning_rate = self.schedule.learning_rate
-        norm = clip_global_norm(self.objective.parameters(), self.settings.max_grad_norm)
-        if self.guard.allows(self.step + 1, total, norm):
-            self.optimizer.step()
-            self.schedule.step()
-            self.model.clamp_logit_scale_()
-        self.optimizer.zero_grad()
+        finished = finish_update(
+            self.step + 1,
+            total,
+            self.objective.parameters(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
+        self.model.clamp_logit_scale_()
         return {
             "loss": total,
             "caption_loss": caption,
             "contrastive_loss": contrastive,
             "logit_scale": self.model.logit_scale.detach(),
-            "learning_rate": learning_rate,
-            "grad_norm": norm,
+            **finished,
             "pairs_per_second": round(self.settings.batch_size / (time.monotonic() - started)),
             "epoch": self.batches.epoch,
-            "skipped": self.guard.skipped,
         }
 
     def _validate(self, log: MetricsLog) -> None:
@@ -373,12 +375,7 @@ def check_tokens(model: CoCa, tokenizer: Any) -> None:
         ValueError: the model has fewer tokens, or another EOS, BOS or padding id.
         TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
     """
-    if not isinstance(tokenizer, Tokenizer) or not callable(getattr(tokenizer, "save_pretrained", None)):
-        raise TypeError(f"tokenizer must have what lm_core.tokenizers.Tokenizer and a save need, got {tokenizer!r}")
-    if tokenizer.vocab_size > model.num_tokens:
-        raise ValueError(
-            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {model.num_tokens}"
-        )
+    check_vocabulary(tokenizer, model.num_tokens)
     for name in ("pad_id", "eos_id", "bos_id"):
         wanted, own = getattr(tokenizer, name, None), getattr(model, name)
         if wanted is not None and wanted != own:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from lm_core._checks import check_ids, typed
 from lm_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from lm_core.corpora import Corpus
-from lm_core.distributed import all_reduce_sum, rank, world_size
+from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.launching import start_accelerator
 from lm_core.losses import linear_cross_entropy
 from lm_core.packing import bits_per_byte
-from lm_core.pretrained import check_config, check_tokenizer
+from lm_core.pretrained import check_config, check_vocabulary
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
 from lm_core.training import (
     InterruptHandler,
@@ -38,7 +38,7 @@ from lm_core.training import (
     RunDirectory,
     autocast,
     capture_rng,
-    clip_global_norm,
+    finish_update,
     pick_device,
     pick_precision,
     restore_rng,
@@ -236,11 +236,7 @@ class MemoryTrainer:
         segments = [next(self.streams) for _ in range(self.settings.gradient_accumulation)]
         for segment in segments:
             check_ids(segment.ids, self.model.num_tokens, "corpus")
-        count = torch.tensor(sum(segment.num_labels for segment in segments), dtype=torch.float64)
-        labels = float(all_reduce_sum(count.to(self.device) if self.device.type == "cuda" else count))
-        # DDP averages gradients over processes, so each divides by its part of the labels
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        normalizer = torch.tensor(labels / world_size(), dtype=dtype, device=self.device)
+        labels, normalizer = loss_normalizer(sum(segment.num_labels for segment in segments), self.device)
         loss = torch.zeros((), device=self.device)
         for number, segment in enumerate(segments, start=1):
             last = number == len(segments)
@@ -249,22 +245,23 @@ class MemoryTrainer:
                 self.accelerator.backward(part)
             loss += part.detach() / world_size()
         loss = all_reduce_sum(loss)
-        learning_rate = self.schedule.learning_rate
-        norm = clip_global_norm(self.objective.parameters(), self.settings.max_grad_norm)
-        if self.guard.allows(self.step + 1, loss, norm):
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
+        finished = finish_update(
+            self.step + 1,
+            loss,
+            self.objective.parameters(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
         held = self.objective.memories
         return {
             "loss": float(loss),
             "train_bits_per_byte": bits_per_byte(float(loss) * labels, max(1, round(labels)), self.corpus.train),
-            "learning_rate": learning_rate,
-            "grad_norm": float(norm),
+            **finished,
             "memories": 0 if not held else len(held[0]) / self.settings.batch_size,
             "tokens_per_second": round(labels / (time.monotonic() - started)),
             "epoch": self.streams.epoch,
-            "skipped": self.guard.skipped,
         }
 
     def _validate(self, log: MetricsLog) -> Evaluation:
@@ -384,13 +381,7 @@ class MemoryTrainer:
 
 def _check_trainable(model: MemorizingTransformer, tokenizer: Any) -> int:
     """The id that ends documents."""
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
-    check_tokenizer(tokenizer)
-    if tokenizer.vocab_size > model.num_tokens:
-        raise ValueError(
-            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {model.num_tokens}"
-        )
+    check_vocabulary(tokenizer, model.num_tokens)
     if tokenizer.eos_id is None or model.eos_id != tokenizer.eos_id:
         raise ValueError(
             f"model must have clear_memories_on_eos_token_id = {tokenizer.eos_id}, the tokenizer's eos_id, "

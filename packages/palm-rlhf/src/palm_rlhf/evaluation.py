@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lm_core._checks import check_ids
-from lm_core.distributed import all_reduce_sum
+from lm_core.distributed import sum_over_processes
 from lm_core.documents import Documents
 from lm_core.generation import eval_mode
 from lm_core.packing import ValidationBatches, bits_per_byte
@@ -62,17 +62,6 @@ def score(objective: NextTokenLoss, batches: ValidationBatches, *, progress: boo
     total = sum_over_processes(float(torch.stack(nats).double().cpu().sum()), device)
     count = round(sum_over_processes(labels, device))
     return Evaluation(bits_per_byte(total, count, batches.documents), total / count, count)
-
-
-def sum_over_processes(value: float | int, device: torch.device) -> float:
-    """The sum of a number that each process has; all of them call it.
-
-    Args:
-        value: this process's number.
-        device: the one that is trained on; NCCL takes no tensors of the CPU.
-    """
-    number = torch.tensor(value, dtype=torch.float64)
-    return float(all_reduce_sum(number.to(device) if device.type == "cuda" else number))
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from lm_core.training import (
     MetricsLog,
     NonFiniteGuard,
     RunDirectory,
-    clip_global_norm,
+    finish_update,
     optimizer_groups,
     pick_device,
     plot_curves,
@@ -257,11 +257,15 @@ class RewardModelTrainer:
             loss = part.detach()
         sum_gradients(self.parameters)
         total = all_reduce_sum(loss)
-        norm = clip_global_norm(self.parameters, self.max_grad_norm)
-        if self.guard.allows(self.step + 1, total, norm):
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        finish_update(
+            self.step + 1,
+            total,
+            self.parameters,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.max_grad_norm,
+        )
         return float(total)
 
     # ------------------------------------------------------------------------------------------ beginning, going on

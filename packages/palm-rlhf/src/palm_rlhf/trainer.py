@@ -23,7 +23,7 @@ from lm_core import sharding
 from lm_core._checks import check_ids, typed
 from lm_core.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from lm_core.corpora import Corpus
-from lm_core.distributed import all_reduce_sum, rank, world_size
+from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.launching import check_compilable, start_accelerator
 from lm_core.packing import PackedBatches, ValidationBatches, bits_per_byte
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
@@ -32,14 +32,14 @@ from lm_core.training import (
     MetricsLog,
     NonFiniteGuard,
     RunDirectory,
-    clip_global_norm,
+    finish_update,
     pick_device,
     pick_precision,
     restore_rng,
     seed_everything,
 )
 from lm_core.training_run import Outcome, Stopping, adamw, draw_curves, open_metrics, own_settings, split_trackers
-from palm_rlhf.evaluation import score, sum_over_processes
+from palm_rlhf.evaluation import score
 from palm_rlhf.next_token_loss import NextTokenLoss
 from palm_rlhf.palm import PaLM
 from palm_rlhf.training_checks import check_same_run, check_trainable
@@ -188,10 +188,7 @@ class PretrainTrainer:
         micro_batches = [next(self.batches) for _ in range(self.settings.gradient_accumulation)]
         for batch in micro_batches:
             check_ids(batch.ids, self.model.num_tokens, "corpus")
-        labels = sum_over_processes(sum(batch.num_labels for batch in micro_batches), self.device)
-        # DDP and FSDP average gradients over processes, so each divides by its part of the labels
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        normalizer = torch.tensor(labels / world_size(), dtype=dtype, device=self.device)
+        labels, normalizer = loss_normalizer(sum(batch.num_labels for batch in micro_batches), self.device)
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             rows = batch.to(self.device)
@@ -200,20 +197,21 @@ class PretrainTrainer:
                 self.accelerator.backward(part)
             loss += part.detach() / world_size()
         loss = all_reduce_sum(loss)
-        learning_rate = self.schedule.learning_rate
-        norm = clip_global_norm(self.objective.parameters(), self.settings.max_grad_norm)
-        if self.guard.allows(self.step + 1, loss, norm):
-            self.optimizer.step()
-            self.schedule.step()
-        self.optimizer.zero_grad()
+        finished = finish_update(
+            self.step + 1,
+            loss,
+            self.objective.parameters(),
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
         return {
             "loss": float(loss),
             "train_bits_per_byte": bits_per_byte(float(loss) * labels, max(1, round(labels)), self.corpus.train),
-            "learning_rate": learning_rate,
-            "grad_norm": float(norm),
+            **finished,
             "tokens_per_second": round(labels / (time.monotonic() - started)),
             "epoch": self.batches.epoch,
-            "skipped": self.guard.skipped,
         }
 
     def _synchronising(self, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -3,8 +3,7 @@
 from typing import Any
 
 from lm_core.checkpoint import Checkpoint, CheckpointError
-from lm_core.pretrained import check_config, check_tokenizer
-from lm_core.tokenizers import Tokenizer
+from lm_core.pretrained import check_config, check_vocabulary
 from lm_core.training_run import check_goes_on
 from palm_rlhf.palm import PaLM
 
@@ -22,17 +21,11 @@ def check_trainable(model: PaLM, tokenizer: Any) -> None:
         ValueError: the model is not causal, has LoRA scopes, or fewer tokens than the tokenizer.
         TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
     """
-    if not isinstance(tokenizer, Tokenizer):
-        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
-    check_tokenizer(tokenizer)
+    check_vocabulary(tokenizer, model.num_tokens)
     if not model.causal:
         raise ValueError("model must be causal to be trained as a language model, got causal=False")
     if len(model.finetune_modules):
         raise ValueError(f"model must have no finetune scopes to be pretrained, got {list(model.finetune_modules)}")
-    if tokenizer.vocab_size > model.num_tokens:
-        raise ValueError(
-            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {model.num_tokens}"
-        )
 
 
 def check_same_run(checkpoint: Checkpoint, model: PaLM, *, trainer: str, fsdp: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.generation import eval_mode
-from lm_core.training import LearningRateSchedule, NonFiniteGuard, clip_global_norm
+from lm_core.training import LearningRateSchedule, NonFiniteGuard, finish_update
 from spin_trainer.iteration_data import IterationData
 from spin_trainer.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length, seed_of
 from spin_trainer.pair_comparison import PairComparison
@@ -66,19 +66,20 @@ class PairTraining:
                 self.parallel.backward(loss)
             measures.add(comparison, [data.dataset[pair.row] for pair in batch.pairs], answers, weights)
         values = measures.summed(all_reduce_sum)
-        learning_rate = schedule.learning_rate
-        norm = clip_global_norm(self.spin.trainable_parameters(), self.settings.max_grad_norm)
-        if self.guard.allows(self.state.steps + 1, values["loss"], norm):
-            optimizer.step()
-            schedule.step()
-        optimizer.zero_grad()
+        finished = finish_update(
+            self.state.steps + 1,
+            values["loss"],
+            self.spin.trainable_parameters(),
+            optimizer=optimizer,
+            schedule=schedule,
+            guard=self.guard,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
         self.spin.update_ema()
         return {
             **values,
             "iteration": self.state.iteration,
-            "learning_rate": learning_rate,
-            "grad_norm": float(norm),
-            "skipped": self.guard.skipped,
+            **finished,
             "pairs_per_second": round(total / max(time.monotonic() - started, 1e-9), 2),
         }
 

@@ -272,13 +272,23 @@ def test_log_probs_and_entropy_equal_those_of_the_full_logits(rows, length, temp
     exact(combined, torch.autograd.grad(reference, (hidden, weight)))
 
 
-def test_log_probs_and_entropy_pass_the_numerical_check():
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_log_probs_and_entropy_pass_the_numerical_check(chunk_size):
     hidden, weight, ids = batch((2, 4), ignored=0)
     mask = torch.tensor([[False, True, True, True], [True, True, True, False]])
     assert torch.autograd.gradcheck(
-        lambda h, w: hidden_log_probs_and_entropy(h, w, ids, mask=mask, temperature=0.7, chunk_size=2),
+        lambda h, w: hidden_log_probs_and_entropy(h, w, ids, mask=mask, temperature=0.7, chunk_size=chunk_size),
         (hidden, weight),
     )
+
+
+@pytest.mark.parametrize(("chunk_size", "products"), [(None, 3), (10, 3), (9, 8), (4, 12)])
+def test_logits_that_fit_one_tile_are_made_once(chunk_size, products):
+    hidden, weight, ids = batch((2, 6), ignored=0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        hidden_log_probs(hidden, weight, ids, chunk_size=chunk_size).sum().backward()
+    counted = sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+    assert counted == products
 
 
 def test_the_entropy_of_certainty_is_zero_and_of_ignorance_the_logarithm():

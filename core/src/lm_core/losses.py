@@ -112,7 +112,11 @@ def _score(
     dtype = _product_dtype(hidden, weight)
     rows, targets, kept = _drop_uncounted(hidden, labels, counted)
     tile_size = _tile_size(weight, chunk_size)
-    log_probs, entropies, _ = token_scores(rows, weight, targets, temperature, tile_size, dtype, with_entropy)
+    differentiated = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    keep_logits = differentiated and rows.shape[0] <= tile_size
+    log_probs, entropies, *_ = token_scores(
+        rows, weight, targets, temperature, tile_size, dtype, with_entropy, keep_logits
+    )
 
     def spread(scores: Tensor) -> Tensor:
         if kept.shape[0] == counted.numel():
@@ -199,7 +203,7 @@ def hidden_log_probs(
 ) -> Float[Tensor, "b n-1"]:
     """Log-probability of each token but the first, given the hidden states of the position before it.
 
-    Forward and backward hold a tile of logits at a time; the backward makes them again.
+    Forward and backward hold a tile of logits at a time; the backward makes them again, unless one tile holds all.
 
     Args:
         hidden: final hidden states, shape (b, n, d); the last position is not used.

@@ -7,7 +7,7 @@ of the hidden states and of the weight before the next tile overwrites it. Three
 - ``summed_cross_entropy`` has a scalar result, so its gradients are made in the forward and only scaled in the
   backward: three matrix products, as many as the plain loss takes.
 - ``token_scores`` has a result for every token and must know the gradient of each, so its backward
-  (``token_scores_backward``) makes the logits again: four products.
+  (``token_scores_backward``) makes the logits again: four products; three if all fit one tile and are kept.
 
 With ``z`` the logits over the temperature, ``p = softmax(z)``, ``H`` the entropy of p and ``y`` the label:
 
@@ -34,6 +34,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _logits_room(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (tokens, vocabulary) in the layout that is fastest to work on."""
+    if hidden.device.type == "cpu":
+        # neighbours in memory are tokens: rows of a vocabulary, 128 KB apart, would meet in the same cache lines
+        return hidden.new_empty((vocabulary, tokens), dtype=dtype).t()
+    return hidden.new_empty((tokens, vocabulary), dtype=dtype)
+
+
 class _Tiles:
     """Hands out the logits of a few tokens at a time and takes their gradient back."""
 
@@ -43,12 +51,7 @@ class _Tiles:
         tokens = hidden.shape[0]
         count = max(-(-tokens // tile_size), 1)
         self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
-        shape = (min(self.tile_size, tokens), weight.shape[0])
-        if hidden.device.type == "cpu":
-            # neighbours in memory are tokens: rows of a vocabulary, 128 KB apart, would meet in the same cache lines
-            self.buffer = hidden.new_empty(shape[::-1], dtype=self.statistics).t()
-        else:
-            self.buffer = hidden.new_empty(shape, dtype=self.statistics)
+        self.buffer = _logits_room(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.tile_size):
@@ -171,15 +174,22 @@ def token_scores(
     tile_size: int,
     dtype: torch.dtype,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each label, entropy (empty unless asked for), log of the softmax's denominator: all (m,)."""
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each label, entropy (empty unless asked for), log of the softmax's denominator: all (m,).
+
+    ``keep_logits``, where one tile holds all tokens, answers their logits (m, v) too, for the backward; else empty.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
         log_probs, denominators = tiles.vector(), tiles.vector()
         entropies = tiles.vector() if with_entropy else denominators.new_empty(0)
+        kept = denominators.new_empty(0)
         for tile in tiles:
             logits = tiles.logits(tile)
             picked = logits.gather(1, labels[tile, None])
+            if keep_logits:
+                kept = logits.clone()
             original = logits.clone() if with_entropy else logits
             best, total = _exponentials(logits)
             if with_entropy:
@@ -187,7 +197,7 @@ def token_scores(
                 entropies[tile] = (total.log() - mean)[:, 0]
             denominators[tile] = (best + total.log())[:, 0]
             log_probs[tile] = picked[:, 0] - denominators[tile]
-        return log_probs, entropies, denominators
+        return log_probs, entropies, denominators, kept
 
 
 @token_scores.register_fake
@@ -199,9 +209,11 @@ def _(
     tile_size: int,
     dtype: torch.dtype,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scores = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(dtype))
-    return scores, torch.empty_like(scores) if with_entropy else scores.new_empty(0), torch.empty_like(scores)
+    kept = _logits_room(hidden, hidden.shape[0], weight.shape[0], scores.dtype) if keep_logits else scores.new_empty(0)
+    return scores, torch.empty_like(scores) if with_entropy else scores.new_empty(0), torch.empty_like(scores), kept
 
 
 @custom_op("lm_core::token_scores_backward", mutates_args=())
@@ -211,6 +223,7 @@ def token_scores_backward(
     labels: Tensor,
     entropies: Tensor,
     denominators: Tensor,
+    kept: Tensor,
     log_prob_gradient: Tensor,
     entropy_gradient: Tensor,
     temperature: float,
@@ -219,13 +232,17 @@ def token_scores_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``hidden`` and ``weight`` from those in the scores; ``entropy_gradient`` may be empty."""
+    """Gradients in ``hidden`` and ``weight`` from those in the scores.
+
+    ``kept`` are the logits if they were kept, ``entropy_gradient`` what reached the entropies; each may be empty.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
         tiles.start_gradients(need_hidden, need_weight)
         for tile in tiles:
             upstream = log_prob_gradient[tile, None]
-            gradient = tiles.logits(tile).sub_(denominators[tile, None])  # log p
+            logits = kept if kept.numel() else tiles.logits(tile)
+            gradient = torch.sub(logits, denominators[tile, None], out=tiles.buffer[: len(logits)])  # log p
             if entropy_gradient.numel() > 0:
                 p = gradient.exp()
                 gradient.add_(entropies[tile, None]).mul_(entropy_gradient[tile, None]).add_(upstream).mul_(p).neg_()
@@ -243,6 +260,7 @@ def _(
     labels: Tensor,
     entropies: Tensor,
     denominators: Tensor,
+    kept: Tensor,
     log_prob_gradient: Tensor,
     entropy_gradient: Tensor,
     temperature: float,
@@ -257,18 +275,17 @@ def _(
     )
 
 
-def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, ctx.temperature, ctx.tile_size, ctx.dtype, _ = inputs
-    _, entropies, denominators = output
-    ctx.save_for_backward(hidden, weight, labels, entropies, denominators)
-    ctx.mark_non_differentiable(denominators)
+def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, labels, ctx.temperature, ctx.tile_size, ctx.dtype = inputs[:6]
+    ctx.save_for_backward(hidden, weight, labels, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_scores(
-    ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, _: None
+    ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels, entropies, denominators = ctx.saved_tensors
+    hidden, weight, labels, entropies, denominators, kept = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     hidden_gradient, weight_gradient = token_scores_backward(
         hidden,
@@ -276,6 +293,7 @@ def _backward_of_scores(
         labels,
         entropies,
         denominators,
+        kept,
         torch.zeros_like(denominators) if log_prob_gradient is None else log_prob_gradient,
         denominators.new_empty(0) if entropy_gradient is None else entropy_gradient,
         ctx.temperature,
@@ -287,7 +305,7 @@ def _backward_of_scores(
     return (
         hidden_gradient.to(hidden.dtype) if need_hidden else None,
         weight_gradient if need_weight else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 

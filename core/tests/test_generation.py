@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.decoding import left_padded
+from lm_core.decoding import Decoder, left_padded
 from lm_core.generation import generate
 from lm_core.masking import left_pad, right_pad
 from lm_core.sampling import apply_repetition_penalty, top_k, top_p
@@ -82,6 +82,23 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
     assert sizes[-1] <= 2
     for row, ids in enumerate(prompts):
         check_row(result, row, *naive_greedy(model, ids, 30, 1), 1, 0)
+
+
+@pytest.mark.parametrize(("new_tokens", "rows", "by_columns"), [(16, 1, True), (15, 1, False), (16, 5, False)])
+def test_a_wide_output_weight_is_copied_for_long_answers_of_few_rows(
+    models, naive_greedy, new_tokens, rows, by_columns
+):
+    model = models.hidden(64, 3)
+    ids = torch.randint(64, (rows, 3), generator=torch.Generator().manual_seed(rows))
+    decoder = Decoder(model, ids, None, new_tokens, True, {})
+    decoder.next_logits()
+    weight = model.output_weight
+    assert weight.shape[0] >= 2 * weight.shape[1]
+    assert (decoder._output_weight is not weight) == by_columns
+    assert (decoder._output_weight.stride(0) == 1) == by_columns
+    result = generate(model, ids, max_new_tokens=new_tokens, temperature=0.0)
+    for row, prompt in enumerate(ids):
+        check_row(result, row, *naive_greedy(model, prompt, new_tokens, None), None, 0)
 
 
 def test_the_first_logits_are_those_of_the_last_real_token(models):

@@ -59,9 +59,11 @@ class KVCache:
         if stop > self._keys.shape[-2]:
             self._capacity = max(stop, 2 * self._capacity)
             self._keys, self._values = self._grown(self._keys), self._grown(self._values)
-        self._keys[layer, :, :, self.length : stop] = keys
-        self._values[layer, :, :, self.length : stop] = values
-        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+        held_keys, held_values = self._keys.select(0, layer), self._values.select(0, layer)
+        held_keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
+        if values.shape[-1] > 0:  # keys may hold both
+            held_values.narrow(2, self.length, values.shape[2]).copy_(values)
+        return held_keys.narrow(2, 0, stop), held_values.narrow(2, 0, stop)
 
     def advance(self, count: int) -> None:
         """Makes the ``count`` positions that every layer has just written part of the cache."""

@@ -20,6 +20,11 @@ from lm_core.masking import left_pad
 
 Filter = Callable[[Tensor], Tensor]
 
+# An output weight is copied for decoding if that takes no more room than this,
+_COPIED_BYTES = 128 * 2**20
+# and if so many tokens are to follow: the copy costs about as much as it saves on a dozen.
+_TOKENS_WORTH_A_COPY = 16
+
 
 class Cache(Protocol):
     """What a model keeps between calls. It is opaque but for this."""
@@ -74,6 +79,14 @@ def eval_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
+def by_columns(weight: Tensor) -> Tensor:
+    """A copy of a weight ``(v, d)`` laid out column by column.
+
+    On a CPU a product of a few rows with a weight that is wider than deep reads it two to three times as fast so.
+    """
+    return weight.detach().t().contiguous().t()
+
+
 class Decoder:
     """The model with all it has read: ids, mask and cache grow and are reordered together."""
 
@@ -98,6 +111,8 @@ class Decoder:
         self._mask = None if mask is None else F.pad(mask, (0, room), value=True)
         self._cache = model.init_cache(b, n + room) if use_cache and hasattr(model, "init_cache") else None
         self._unread = ids
+        self._room = room
+        self._output_weight: Tensor | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -114,12 +129,22 @@ class Decoder:
             inputs["cache"] = self._cache
         if hasattr(model, "hidden"):
             hidden = model.hidden(self._unread, **inputs, **self._kwargs)[:, -1]
-            logits = F.linear(hidden, model.output_weight)
+            logits = F.linear(hidden, self._weight_for_one_position())
         else:
             logits = model(self._unread, **inputs, **self._kwargs)[:, -1]
         if self._cache is not None:
             self._kwargs = {}
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _weight_for_one_position(self) -> Tensor:
+        """The model's output weight, asked for once, in the layout that is read fastest."""
+        if self._output_weight is None:
+            weight: Tensor = self._model.output_weight
+            (v, d), rows = weight.shape, self._ids.shape[0]
+            few = rows <= 4 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+            worth_it = self._room >= _TOKENS_WORTH_A_COPY and v >= 2 * d and weight.nbytes <= _COPIED_BYTES
+            self._output_weight = by_columns(weight) if few and worth_it else weight
+        return self._output_weight
 
     def append(self, token: Tensor) -> None:
         """Makes ``token (b,)`` the newest of each row."""

@@ -49,10 +49,10 @@ def _check_logits(logits: Tensor, dim: int = -1) -> None:
         raise ValueError(f"logits must have at least one entry along dimension {dim}, got shape {tuple(logits.shape)}")
     if torch.compiler.is_compiling() or logits.device.type != "cpu" or logits.numel() == 0:
         return
-    best = logits.detach().amax(dim=dim)  # NaN wherever the row holds one
-    if bool(best.isnan().any()):
+    worst = float(logits.detach().amax(dim=dim).min())  # NaN if any entry is
+    if math.isnan(worst):
         raise ValueError("logits must not hold NaN")
-    if bool((best == -math.inf).any()):
+    if worst == -math.inf:
         raise ValueError("logits must leave at least one entry above -inf in every row")
 
 

@@ -15,17 +15,22 @@ from torch import Tensor, nn
 
 from lm_core.attention import attend
 from lm_core.cache import KVCache
+from lm_core.decoding import by_columns
 
 # Projections up to this size are copied into one for decoding; larger ones gain nothing by it.
 JOINED_BYTES = 32 * 2**20
 
 
 class LayerWeights(NamedTuple):
-    """Of a layer, the weight of queries, keys and values in one, and the gains of its norms (None: call the norm)."""
+    """Of a layer, the weight of queries, keys and values in one, and the gains of its norms (None: call the norm).
+
+    ``feedforward`` has the weight of each part of the feedforward that is a linear layer, None for the others.
+    """
 
     projections: Tensor
     attention_gain: Tensor | None
     feedforward_gain: Tensor | None
+    feedforward: tuple[Tensor | None, ...]
 
 
 def joined(attention: Any) -> Tensor:
@@ -43,19 +48,31 @@ def gain_of(norm: Any) -> Tensor | None:
 
 def layer_weights(layers: Sequence[Any]) -> list[LayerWeights] | None:
     """What many short calls need of each layer; None if it is too large to be copied."""
-    first = layers[0].attention
-    if len(layers) * sum(part.weight.nbytes for part in (first.to_q, first.to_k, first.to_v)) > JOINED_BYTES:
+    first = layers[0]
+    copied = [first.attention.to_q, first.attention.to_k, first.attention.to_v]
+    copied += [part for part in first.feedforward_parts if type(part) is nn.Linear and _is_wide(part.weight)]
+    if len(layers) * sum(part.weight.nbytes for part in copied) > JOINED_BYTES:
         return None
     with torch.no_grad():
-        # a product of one row with a wide weight reads it faster column by column
         return [
             LayerWeights(
-                joined(layer.attention).t().contiguous().t(),
+                by_columns(joined(layer.attention)),
                 gain_of(layer.attention_norm),
                 gain_of(layer.feedforward_norm),
+                tuple(_weight_of(part) for part in layer.feedforward_parts),
             )
             for layer in layers
         ]
+
+
+def _weight_of(part: nn.Module) -> Tensor | None:
+    if type(part) is not nn.Linear:
+        return None
+    return by_columns(part.weight) if _is_wide(part.weight) else part.weight
+
+
+def _is_wide(weight: Tensor) -> bool:
+    return weight.shape[0] > weight.shape[1]
 
 
 def token_step(
@@ -63,31 +80,51 @@ def token_step(
 ) -> Tensor:
     """Applies all layers to one new token a row, ``(b, 1, d)`` to ``(b, 1, d)``, without padding or gradients.
 
-    The sums at the ends of layers are called as modules, and so are the parts of feedforwards, for whoever listens
-    there. The caller advances the cache.
+    The sums at the ends of layers and the parts of feedforwards are called as modules where somebody listens there. The
+    caller advances the cache.
     """
     if angles is not None:
         from x_transformers.x_transformers import apply_rotary_pos_emb
     b = x.shape[0]
+    x = x.view(b, -1)
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         part = layer.attention
         h, g = part.heads, part.kv_heads
-        normed_x = normed(layer.attention_norm, weight.attention_gain, x.view(b, -1))
-        heads = F.linear(normed_x, weight.projections).view(b, h + 2 * g, 1, -1)
-        q, held = heads[:, :h], heads[:, h:]
+        normed_x = normed(layer.attention_norm, weight.attention_gain, x)
+        q, held = F.linear(normed_x, weight.projections).view(b, h + 2 * g, 1, -1).split((h, 2 * g), dim=1)
         held, _ = cache.update(number, held, held[..., :0])
-        k, v = held[:, :g], held[:, g:]
+        k, v = held.split(g, dim=1)
         if angles is not None:
             q, k = apply_rotary_pos_emb(q, angles), apply_rotary_pos_emb(k, angles)
-        read = attend(q, k, v, scale=part.attend.scale)
-        x = layer.attention_sum(F.linear(read.reshape(b, -1), part.to_out.weight).unsqueeze(1), x)
-        y = normed(layer.feedforward_norm, weight.feedforward_gain, x.view(b, -1))
-        for module in layer.feedforward_parts:
-            # in evaluation mode a dropout does nothing
-            if type(module) is not nn.Dropout or module.training or module._forward_hooks or module._forward_pre_hooks:
+        scale = part.attend.scale
+        read = F.scaled_dot_product_attention(q, k, v, scale=scale) if g == h else attend(q, k, v, scale=scale)
+        x = _sum(layer.attention_sum, F.linear(read.reshape(b, -1), part.to_out.weight), x)
+        y = normed(layer.feedforward_norm, weight.feedforward_gain, x)
+        for module, matrix in zip(layer.feedforward_parts, weight.feedforward, strict=True):
+            if _is_heard(module):
                 y = module(y)
-        x = layer.feedforward_sum(y.unsqueeze(1), x)
-    return x
+            elif matrix is not None:
+                y = F.linear(y, matrix, module.bias)
+            elif type(module) is nn.GELU and module.approximate == "none":
+                # written out: of a thousand numbers, half the time of the library that the operator calls on a CPU
+                y = y * torch.erf(y * 0.5**0.5).add_(1.0).mul_(0.5)
+            elif type(module) is not nn.Dropout or module.training:  # in evaluation mode a dropout does nothing
+                y = module(y)
+        x = _sum(layer.feedforward_sum, y, x)
+    return x.unsqueeze(1)
+
+
+def _sum(module: Any, branch: Tensor, x: Tensor) -> Tensor:
+    """What a plain residual sum of ``(b, d)`` makes of a branch."""
+    if _is_heard(module):
+        heard: Tensor = module(branch.unsqueeze(1), x.unsqueeze(1))
+        return heard.view(x.shape)
+    return branch + x
+
+
+def _is_heard(module: Any) -> bool:
+    """Whether something is attached to a module that a call of it would run."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def normed(norm: Any, gain: Tensor | None, x: Tensor) -> Tensor:

@@ -126,6 +126,32 @@ def test_the_fast_cross_attention_is_x_transformers_own(options):
     assert torch.allclose(block(x, hidden, mask=mask), plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"gate_value_heads": False}, {"pre_rmsnorm": False}])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0])
+def test_a_single_token_reads_what_x_transformers_own_attention_reads(options, scale):
+    from calm_pytorch import CrossAttentionBlock
+
+    torch.manual_seed(0)
+    block = CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8, zero_init_output=False, **options)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        x, hidden = torch.randn(1, 1, 12) * scale, torch.randn(1, 7, 10)
+        read = block.attn(block.pre_rmsnorm(x), block.context_proj(hidden))
+        one_row = block.one_row()
+        assert one_row is not None
+        for causal in (False, True):
+            found = block.attend_to(x, block.context(hidden), causal=causal, one_row=one_row)
+            assert torch.allclose(found, x + read, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"kv_heads": 1}, {"num_mem_kv": 2}])
+def test_what_is_not_plain_has_no_short_way_for_single_tokens(options):
+    from calm_pytorch import CrossAttentionBlock
+
+    assert CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8, **options).one_row() is None
+
+
 # ------------------------------------------------------------------------------------------------- nothing else learns
 
 

@@ -30,6 +30,34 @@ def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alo
         assert torch.equal(cached[row, : 14 - length], alone[0, : 14 - length])
 
 
+@pytest.mark.parametrize("hooked", ["nothing", "end of a layer", "feedforward", "query projection"])
+def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, compose, ids, hooked):
+    anchor = model_of("x-transformers")
+    calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
+    layers = anchor.attn_layers.layers
+    parts = {
+        "end of a layer": layers[1][-1],
+        "feedforward": layers[1][1].ff[0][0],
+        "query projection": layers[0][1].to_q,
+    }
+    heard = []
+
+    def louder(module, args, output):
+        heard.append(output.shape[-2])
+        return output * 1.5
+
+    if hooked in parts:
+        parts[hooked].register_forward_hook(louder)
+    settings = {"temperature": 0.0, "filter_fn": None}
+    cached = calm.generate(ids(1, 5), 17, **settings)
+    calls, heard[:] = len(heard), []
+    assert torch.equal(cached, calm.generate(ids(1, 5), 17, use_cache=False, **settings))
+    assert calls == (0 if hooked == "nothing" else 12)
+    if hooked != "nothing":
+        parts[hooked]._forward_hooks.clear()
+        assert not torch.equal(cached, calm.generate(ids(1, 5), 17, **settings))
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["prompt", "shared"])
 @pytest.mark.parametrize("kind", ["x-transformers", "gpt2", "llama"])
 def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, shared):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_pytorch.cross_attention import Context
+from calm_pytorch.decoder_stack import PlainDecoderLM
 from calm_pytorch.hidden_states import Change, changing, checkpointing, hooks_outside_checkpoints
 from lm_core.adapters.padding import moved_back, with_padding_first, with_padding_last
 from lm_core.cache import KVCache
@@ -56,6 +57,7 @@ class CALMCache:
         self.anchor = calm.anchor.init_cache(batch_size, max_length)
         self.augments = [a.init_cache(batch_size, max_length) if a.shared_sequence else None for a in calm.augments]
         self.static: list[Reading | None] = [None for _ in calm.augments]
+        self.one_rows = [[attention.one_row() for attention in attentions] for attentions in calm.cross_attns]
         self.growing = [
             KVCache(layers=len(a.connections), batch_size=batch_size, max_length=max_length)
             if a.shared_sequence
@@ -114,9 +116,14 @@ def compose(
     kwargs: dict[str, Any] = {"mask": mask, **(anchor_kwargs or {})}
     if cache is not None:
         kwargs["cache"] = cache.anchor
-    forward: Callable[..., Tensor] = calm.anchor.hidden if hidden else calm.anchor
-    with reading_anchor(calm, readings):
-        out = forward(ids, **kwargs)
+    one_rows = None if cache is None or torch.is_grad_enabled() or calm.training else cache.one_rows
+    if hidden and cache is not None and mask is None and _takes_changes(calm, ids, cache.anchor):
+        changes = {layer - 1: change for layer, change in _changes(calm, readings, one_rows).items()}
+        out = calm.anchor.hidden(ids, changes=changes, **kwargs)
+    else:
+        forward: Callable[..., Tensor] = calm.anchor.hidden if hidden else calm.anchor
+        with reading_anchor(calm, readings, one_rows):
+            out = forward(ids, **kwargs)
     if cache is not None:
         for growing in cache.growing:
             if growing is not None:
@@ -125,21 +132,31 @@ def compose(
     return out if moved is None else moved_back(out, moved)
 
 
+def _takes_changes(calm: Any, ids: Tensor, cache: Any) -> bool:
+    """Whether the anchor reads its augments in this call without hooks on its blocks."""
+    outputs = all(position == "output" for position in calm.anchor_positions)
+    direct = outputs and isinstance(calm.anchor, PlainDecoderLM)
+    return direct and calm.anchor.takes_changes(ids, cache, calm.anchor_blocks)
+
+
+def _changes(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> dict[int, Change]:
+    """For each connected layer of the anchor, counted from 1, what its output becomes."""
+    steps: dict[int, list[Change]] = {layer: [] for layer in calm.anchor_layers}
+    for number, reading in enumerate(readings):
+        attentions = calm.cross_attns[number]
+        rows = [None] * len(attentions) if one_rows is None else one_rows[number]
+        connections = calm.augments[number].connections
+        for (_, layer), attention, context, row in zip(connections, attentions, reading.contexts, rows, strict=True):
+            settings = {"context": context, "mask": reading.mask, "causal": reading.causal}
+            settings |= {} if row is None else {"one_row": row}
+            steps[layer].append(partial(attention.attend_to, **settings))
+    return {layer: partial(_in_turn, of_layer) for layer, of_layer in steps.items()}
+
+
 @contextlib.contextmanager
-def reading_anchor(calm: Any, readings: Sequence[Reading]) -> Iterator[None]:
+def reading_anchor(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> Iterator[None]:
     """Inside, each connected block of the anchor adds what it reads of the augments."""
-    changes = []
-    for layer in calm.anchor_layers:
-        steps: list[Change] = []
-        for augment, attentions, reading in zip(calm.augments, calm.cross_attns, readings, strict=True):
-            for (_, anchor_layer), attention, context in zip(
-                augment.connections, attentions, reading.contexts, strict=True
-            ):
-                if anchor_layer == layer:
-                    steps.append(
-                        partial(attention.attend_to, context=context, mask=reading.mask, causal=reading.causal)
-                    )
-        changes.append(partial(_in_turn, steps))
+    changes = list(_changes(calm, readings, one_rows).values())
     blocks = [calm.anchor_blocks[layer - 1] for layer in calm.anchor_layers]
     positions = [calm.anchor_positions[layer - 1] for layer in calm.anchor_layers]
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ option the x-transformers module runs as a whole.
 Legend: b batch, n anchor positions, m augment positions, d anchor and c augment features, h heads, e head features.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lm_core._checks import check_positive, typed
 from lm_core.attention import attend
+from lm_core.decoding import by_columns
 
 PLAIN_OPTIONS = frozenset(
     {
@@ -29,6 +30,19 @@ PLAIN_OPTIONS = frozenset(
     }
 )
 Context = tuple[Tensor, Tensor]
+_NORM_EPS = 1e-24
+
+
+class OneRow(NamedTuple):
+    """For single tokens, what a ``CrossAttentionBlock`` multiplies them with.
+
+    Attributes:
+        weight: of queries, and of gates below them, with the norm's gain in it.
+        gate_bias: of the gates, or None without gates.
+    """
+
+    weight: Tensor
+    gate_bias: Tensor | None
 
 
 class CrossAttentionBlock(nn.Module):
@@ -96,8 +110,44 @@ class CrossAttentionBlock(nn.Module):
         if isinstance(self.pre_rmsnorm, nn.Identity):
             return x
         # x-transformers' RMSNorm in one operation
-        gain = self.pre_rmsnorm.g + float(getattr(self.pre_rmsnorm, "unit_offset", False))
-        return F.rms_norm(x, (self.dim,), gain, eps=1e-24)
+        return F.rms_norm(x, (self.dim,), self._gain(), eps=_NORM_EPS)
+
+    def _gain(self) -> Tensor:
+        gain: Tensor = self.pre_rmsnorm.g + float(getattr(self.pre_rmsnorm, "unit_offset", False))
+        return gain
+
+    def one_row(self) -> OneRow | None:
+        """What ``attend_to`` needs for single tokens without a mask; None where they are no special case.
+
+        On a CPU the calls and passes around the products of one token cost more than the products do.
+        """
+        attention = self.attn
+        weight: Tensor = attention.to_q.weight
+        shared = attention.kv_heads != attention.heads
+        if not self._is_plain or shared or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return None
+        with torch.no_grad():
+            gates = attention.to_v_head_gate
+            both = weight if gates is None else torch.cat((weight, gates.weight))
+            if not isinstance(self.pre_rmsnorm, nn.Identity):
+                both = both * self._gain()
+            return OneRow(by_columns(both), None if gates is None else gates.bias)
+
+    def _attend_to_one(self, x: Tensor, context: Context, one_row: OneRow) -> Tensor:
+        """``attend_to`` of a single token: the norm's length goes into the scale of the scores and of the gates."""
+        row, attention = x.reshape(1, -1), self.attn
+        scale = 1.0
+        if not isinstance(self.pre_rmsnorm, nn.Identity):
+            scale = (float(torch.dot(row[0], row[0])) / self.dim + _NORM_EPS) ** -0.5
+        projected = F.linear(row, one_row.weight)
+        width = attention.to_q.out_features
+        queries = projected[:, :width].view(1, attention.heads, 1, -1)
+        read = F.scaled_dot_product_attention(queries, *context, scale=scale * queries.shape[-1] ** -0.5)
+        if one_row.gate_bias is not None:
+            gates = torch.add(one_row.gate_bias, projected[0, width:], alpha=scale).sigmoid_()
+            read = read * gates.view(1, -1, 1, 1)
+        out: Tensor = attention.to_out(read.reshape(1, -1))
+        return x + out.view(x.shape)
 
     def attend_to(
         self,
@@ -106,6 +156,7 @@ class CrossAttentionBlock(nn.Module):
         *,
         mask: Bool[Tensor, "..."] | None = None,
         causal: bool = False,
+        one_row: OneRow | None = None,
     ) -> Float[Tensor, "b n d"]:
         """Anchor states with what they read of a context.
 
@@ -114,7 +165,10 @@ class CrossAttentionBlock(nn.Module):
             context: from ``context``.
             mask: True where a query may look, ``(b, m)`` or ``(b, n, m)``; a query that may look nowhere reads zeros.
             causal: queries are the last ``n`` of the ``m`` positions and see no later one.
+            one_row: of ``one_row``, for single tokens in evaluation mode, without gradients.
         """
+        if one_row is not None and mask is None and x.numel() == self.dim and x.dtype == torch.float32:
+            return self._attend_to_one(x, context, one_row)
         normed = self._normed(x)
         if self._is_plain:
             keys, values = context

@@ -13,7 +13,7 @@ Legend: b batch, n new tokens, m cached and new tokens, h heads, e features of a
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calm_pytorch.hidden_states import is_recomputed
+from calm_pytorch.hidden_states import Change, is_recomputed
 from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, normed, token_step
 from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
 from lm_core.attention import attend
@@ -76,6 +76,7 @@ class DecoderStack:
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         weights: Sequence[LayerWeights] | None = None,
+        changes: Mapping[int, Change] | None = None,
     ) -> Tensor:
         """States ``(b, n, d)`` before the output layer.
 
@@ -85,6 +86,7 @@ class DecoderStack:
             cache: grows by the new tokens. It holds keys and values in one, ``(b, 2 g, m, e)``; the keys are not
                 rotated, as in the library's own.
             weights: of ``token_step.layer_weights``, for the layers.
+            changes: see ``token_step.token_step``, where that is what runs.
         """
         net, stack = self.net, self.net.attn_layers
         start = 0 if cache is None else cache.length
@@ -100,7 +102,7 @@ class DecoderStack:
             angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
         quiet = mask is None and not net.training and not torch.is_grad_enabled()
         if cache is not None and weights is not None and ids.shape[1] == 1 and quiet:
-            x = token_step(self.layers, weights, x, cache, angles)
+            x = token_step(self.layers, weights, x, cache, angles, changes or {})
             cache.advance(1)
             last: Tensor = stack.final_norm(x)
             return last
@@ -304,6 +306,20 @@ class PlainDecoderLM(XTransformersLM):
         super()._init_cache(batch_size, max_length)
         return StackCache(batch_size, max_length)
 
+    def takes_changes(self, ids: Tensor, cache: Any, blocks: Sequence[nn.Module]) -> bool:
+        """Whether ``hidden(ids, cache=cache, changes=...)`` changes the outputs of ``blocks`` itself, without hooks.
+
+        So it is for single tokens without padding or gradients, if the blocks are the ends of the layers.
+        """
+        single = ids.shape[1] == 1 and cache.length > 0 and cache.mask is None and cache.weights is not None
+        return (
+            single
+            and not torch.is_grad_enabled()
+            and not self.model.training
+            and all(block is layer.feedforward_sum for block, layer in zip(blocks, self.stack.layers, strict=False))
+            and self.stack.is_untouched()
+        )
+
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
         if hidden and not kwargs and self.stack.is_untouched():
             return self.stack.hidden(ids)
@@ -312,9 +328,10 @@ class PlainDecoderLM(XTransformersLM):
     def _incremental(
         self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
     ) -> Tensor:
-        if hidden and not kwargs and self.stack.is_untouched():
+        changes = kwargs.get("changes")
+        if changes is not None or (hidden and not kwargs and self.stack.is_untouched()):
             cache.ids = ids if cache.ids is None else torch.cat((cache.ids, ids), dim=1)
-            return self.stack.hidden(ids, mask, cache.to_buffer(self.stack), cache.weights)
+            return self.stack.hidden(ids, mask, cache.to_buffer(self.stack), cache.weights, changes)
         cache.to_layers(self.stack)
         return super()._incremental(ids, mask, cache, kwargs, hidden=hidden)
 

@@ -6,13 +6,14 @@ two do, and questions that have the same answer for every token come on top, lay
 Legend: b batch, h heads, g key/value heads, e features of a head, d feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm_pytorch.hidden_states import Change
 from lm_core.attention import attend
 from lm_core.cache import KVCache
 from lm_core.decoding import by_columns
@@ -38,6 +39,11 @@ def joined(attention: Any) -> Tensor:
     return torch.cat((attention.to_q.weight, attention.to_k.weight, attention.to_v.weight))
 
 
+def joined_by_columns(attention: Any) -> Tensor:
+    """``by_columns(joined(attention))`` in one copy."""
+    return torch.cat([part.weight.t() for part in (attention.to_q, attention.to_k, attention.to_v)], dim=1).t()
+
+
 def gain_of(norm: Any) -> Tensor | None:
     """The factor of an x-transformers LayerNorm; None for another norm."""
     if type(norm).__name__ != "LayerNorm":
@@ -56,7 +62,7 @@ def layer_weights(layers: Sequence[Any]) -> list[LayerWeights] | None:
     with torch.no_grad():
         return [
             LayerWeights(
-                by_columns(joined(layer.attention)),
+                joined_by_columns(layer.attention),
                 gain_of(layer.attention_norm),
                 gain_of(layer.feedforward_norm),
                 tuple(_weight_of(part) for part in layer.feedforward_parts),
@@ -76,12 +82,17 @@ def _is_wide(weight: Tensor) -> bool:
 
 
 def token_step(
-    layers: Sequence[Any], weights: Sequence[LayerWeights], x: Tensor, cache: KVCache, angles: Tensor | None
+    layers: Sequence[Any],
+    weights: Sequence[LayerWeights],
+    x: Tensor,
+    cache: KVCache,
+    angles: Tensor | None,
+    changes: Mapping[int, Change],
 ) -> Tensor:
     """Applies all layers to one new token a row, ``(b, 1, d)`` to ``(b, 1, d)``, without padding or gradients.
 
     The sums at the ends of layers and the parts of feedforwards are called as modules where somebody listens there. The
-    caller advances the cache.
+    caller advances the cache. ``changes`` say of a layer, counted from 0, what becomes of its output.
     """
     if angles is not None:
         from x_transformers.x_transformers import apply_rotary_pos_emb
@@ -111,6 +122,8 @@ def token_step(
             elif type(module) is not nn.Dropout or module.training:  # in evaluation mode a dropout does nothing
                 y = module(y)
         x = _sum(layer.feedforward_sum, y, x)
+        if number in changes:
+            x = changes[number](x.unsqueeze(1)).view(b, -1)
     return x.unsqueeze(1)
 
 

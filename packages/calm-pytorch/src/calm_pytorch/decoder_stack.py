@@ -138,11 +138,15 @@ def _attention(
     h, g = part.heads, part.kv_heads
     before = normed(layer.attention_norm, gain_of(layer.attention_norm), x)
     projected = F.linear(before, joined(part) if weight is None else weight)
-    heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
-    q, held = heads[:, :h], heads[:, h:]
-    if cache is not None:
-        held, _ = cache.update(number, held, held[..., :0])
-    k, v = held[:, :g], held[:, g:]
+    if cache is None:
+        # split where the projection joined them: their gradients are put side by side, not padded and summed
+        width = projected.shape[-1] // (h + 2 * g)
+        parts = projected.split((h * width, g * width, g * width), dim=-1)
+        q, k, v = (one.view(b, n, -1, width).transpose(1, 2) for one in parts)
+    else:
+        heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
+        held, _ = cache.update(number, heads[:, h:], heads[:, h:, :, :0])
+        q, k, v = heads[:, :h], held[:, :g], held[:, g:]
     if angles is not None:
         from x_transformers.x_transformers import apply_rotary_pos_emb
 

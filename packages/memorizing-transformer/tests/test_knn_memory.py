@@ -82,6 +82,18 @@ def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(mon
     assert searched == [1]
 
 
+def test_negative_scores_in_bfloat16_prove_nothing_of_keys_nearer_to_zero():
+    # 1 + 2^-8 - 2^-12 is rounded down to 1 and 1 - 2^-9 + 2^-12 up to 1: the best key's rounded score is -2^-12
+    best = torch.tensor([[1 + 2**-8 - 2**-12, -(1 - 2**-9 + 2**-12), -(2**-12)]])
+    small, far = torch.tensor([[0.0, 0.0, 2**-10]]), torch.tensor([[-0.5, 0.0, 0.0]])
+    # as integers, negative scores are the greater the farther they are from 0: far ones are kept, the best is not
+    keys = torch.cat((small.expand(4, 3), far.expand(4, 3), best))
+    scores, numbers = screened(torch.ones(1, 3), keys, 4, len(keys))
+
+    assert scores.tolist() == [[21 * 2**-12, 2**-10, 2**-10, 2**-10]]
+    assert int(numbers[0, 0]) == 8
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 def test_a_memory_finds_the_same_with_and_without_screening(storage, monkeypatch):
     memory, queries = KNNMemory(16, 2 * CPU_CHUNK, 1, storage=storage), unit(1, 200, 16, seed=3)

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer.exact_search import CPU_CHUNK
 from memorizing_transformer.relative_position import RelativePositionBias
 
 
@@ -324,3 +327,49 @@ def test_a_saved_model_is_loaded_as_it_was(tiny_model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     twin = MemorizingTransformer.from_pretrained(tmp_path / "model").eval()
     assert torch.equal(twin(ids)[0], model(ids)[0])
+
+
+# ---------------------------------------------------------------- what a step does with the memory's storage
+
+
+class HandedOver(TorchFunctionMode):
+    """Sizes of tensors that are handed to the host, which on a CPU copies nothing that could be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in {"cpu", "numpy", "__array__", "tolist", "item", "to"} and isinstance(args[0], torch.Tensor):
+            self.seen.append((name, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+class Copied(TorchDispatchMode):
+    """Sizes of tensors that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in {"aten::_to_copy", "aten::clone", "aten::copy_"}:
+            self.seen.append((func.name(), args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_training_step_neither_copies_a_memory_nor_hands_it_to_the_host(tiny_model):
+    model = tiny_model(max_knn_memories=CPU_CHUNK + 500)
+    memories = model.create_knn_memories(batch_size=2)
+    generator = torch.Generator().manual_seed(0)
+    for memory in memories:
+        memory.add(torch.randn(2, memory.max_memories, 2, 8, generator=generator))  # full: it need not grow any more
+    row = 2 * 8 * memories[0].max_memories
+    ids = torch.randint(0, 20, (2, 4), generator=generator)
+    with HandedOver() as handed, Copied() as copied:
+        model(ids, memories, labels=ids).backward()
+
+    assert handed.seen, "no call was watched"
+    assert copied.seen, "no call was watched"
+    assert [call for call in handed.seen + copied.seen if call[1] >= row] == []

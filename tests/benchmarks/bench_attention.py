@@ -48,9 +48,7 @@ def row(length: int, padded: bool, threads: int, rounds: int) -> dict[str, objec
 
 
 def main() -> None:
-    options = arguments(
-        __doc__.splitlines()[0], rounds={"type": int, "default": 3, "help": "times that every variant is run"}
-    )
+    options = arguments(__doc__.splitlines()[0], default_rounds=3)
     cases = [(n, padded, threads) for threads in options.threads for n in (256, 1024, 2048) for padded in (False, True)]
     rows = [row(*case, options.rounds) for case in cases]
     report("Causal multi-query attention, batch 4, 8 heads of 64, forward + backward", rows, options.json)

@@ -179,8 +179,7 @@ def growth_rows(threads: int) -> list[dict[str, object]]:
 
 def main() -> None:
     hidden = {"nargs": 3, "default": None, "help": argparse.SUPPRESS}
-    rounds = {"type": int, "default": 3, "help": "times that every variant is run"}
-    options = arguments(__doc__.splitlines()[0], measure=hidden, rounds=rounds)
+    options = arguments(__doc__.splitlines()[0], default_rounds=3, measure=hidden)
     if options.measure is not None:
         torch.set_num_threads(options.threads[0])
         measure_one(options.measure[0], *map(int, options.measure[1:]))

@@ -60,8 +60,7 @@ def row(batch: int, length: int, threads: int, rounds: int) -> dict[str, object]
 
 
 def main() -> None:
-    rounds = {"type": int, "default": 3, "help": "times that every variant is run"}
-    options = arguments(__doc__.splitlines()[0], rounds=rounds)
+    options = arguments(__doc__.splitlines()[0], default_rounds=3)
     shapes = [(8, 256), (4, 512), (1, 2048)]
     rows = [row(*shape, threads, options.rounds) for threads in options.threads for shape in shapes]
     report("Training step, 22.5 M parameters, float32", rows, options.json)

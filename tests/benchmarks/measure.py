@@ -17,15 +17,11 @@ import torch
 from torch import Tensor
 
 
-def arguments(description: str, **options: dict[str, Any]) -> argparse.Namespace:
+def arguments(description: str, *, default_rounds: int = 5, **options: dict[str, Any]) -> argparse.Namespace:
     """Flags every script has (``--threads``, ``--rounds``, ``--json``) and some of its own."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve",  # a script may have defaults of its own for the common flags
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="thread counts to measure at")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every variant is run")
+    parser.add_argument("--rounds", type=int, default=default_rounds, help="times that every variant is run")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)

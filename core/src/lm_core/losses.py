@@ -22,6 +22,7 @@ from torch import Tensor
 from lm_core._checks import check_ids
 from lm_core.output_layer import statistics_dtype, summed_cross_entropy, token_scores
 
+# In tiles half as large the products are a few per cent slower; twice as large they gain nothing.
 CPU_TILE_BYTES = 64 * 2**20
 ACCELERATOR_TILE_BYTES = 256 * 2**20
 

@@ -58,6 +58,38 @@ def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, 
         assert not torch.equal(cached, calm.generate(ids(1, 5), 17, **settings))
 
 
+class Louder(torch.nn.Module):
+    """In the place of a linear layer, with its weight, as an adapter is."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+
+    def forward(self, x):
+        return 5 * self.inner(x)
+
+
+@pytest.mark.parametrize("replaced", ["query projection", "feedforward"])
+def test_a_layer_that_was_replaced_after_composing_is_the_one_that_runs(model_of, compose, ids, replaced):
+    anchor = model_of("x-transformers")
+    calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
+    settings = {"temperature": 0.0, "filter_fn": None}
+    before, loss = calm.generate(ids(1, 5), 17, **settings), calm(ids(2, 9), prompt=ids(2, 5))
+    attention, feedforward = anchor.attn_layers.layers[0][1], anchor.attn_layers.layers[1][1].ff[0]
+    if replaced == "feedforward":
+        feedforward[0] = Louder(feedforward[0])
+    else:
+        attention.to_q = Louder(attention.to_q)
+    after = calm.generate(ids(1, 5), 17, **settings)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, calm.generate(ids(1, 5), 17, use_cache=False, **settings))
+    logits = calm(ids(2, 9), prompt=ids(2, 5), return_loss=False)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids(2, 9)[:, 1:].flatten())
+    changed = calm(ids(2, 9), prompt=ids(2, 5))
+    assert torch.allclose(changed, expected, rtol=1e-4)
+    assert not torch.allclose(changed, loss, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["prompt", "shared"])
 @pytest.mark.parametrize("kind", ["x-transformers", "gpt2", "llama"])
 def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, shared):

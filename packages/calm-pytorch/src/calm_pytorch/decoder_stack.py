@@ -64,10 +64,17 @@ class DecoderStack:
             hooks for m in self._passed_by for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
         ]
 
+        self._places = [(m._modules, name, part) for m in net.modules() for name, part in m._modules.items()]
+
     def is_untouched(self) -> bool:
-        """Whether nothing is attached to the modules that are not called, but for gradient checkpointing."""
-        return not any(self._hooks) and not any(
-            "forward" in vars(module) and not is_recomputed(module) for module in self._passed_by
+        """Whether all parts are the ones that were there, and nothing is attached to those that are not called.
+
+        Adapters put others in their places. Gradient checkpointing does not count as attached.
+        """
+        return (
+            not any(self._hooks)
+            and all(parts.get(name) is part for parts, name, part in self._places)
+            and not any("forward" in vars(module) and not is_recomputed(module) for module in self._passed_by)
         )
 
     def hidden(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent / "benchmarks" / "one_table.py"
+FAST = "times as fast"
 MACHINE = {"processor": "a processor", "cores": 2, "python": "3.12", "torch": "2.13"}
 
 
@@ -45,6 +46,17 @@ def test_rows_of_several_scripts_are_one_table_with_their_package_and_their_grow
     assert "How cost grows: palm-rlhf, new tokens (s)" in text
     assert "hugging face, new tokens" not in text  # one size is no growth
     assert (tmp_path / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_may_be_about_memory(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    small = {name: value for name, value in row("kept", 8, **{"times as small": 31.0}).items() if name != FAST}
+    done = run(tmp_path, peers_coca_original=[small, row("decoding", 8)])
+
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| what | threads | peer | of the peer | ours | times as fast | times as small |" in text
+    assert "| coca | kept | 1 | somebody's | 5 tokens/s | 10 tokens/s |  | 31 |" in text
 
 
 @pytest.mark.parametrize("lacking", ["ours", "times as fast", "somebody's"])

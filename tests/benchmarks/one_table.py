@@ -2,10 +2,10 @@
 
     python tests/benchmarks/one_table.py FOLDER
 
-``FOLDER`` holds what ``measure.report`` wrote, one file a script. A row says ``what`` was timed at how many
-``threads``, ``ours`` and one column named for the peer (texts with units), how many ``times as fast`` ours is and,
-where there is a physical limit, the ``share of limit``. Rows of a series also have ``axis``, ``size``, ``cost``,
-``unit`` and, if the peer was timed too, ``peer cost``: how the cost grows.
+``FOLDER`` holds what ``measure.report`` wrote, one file a script. A row says ``what`` was measured at how many
+``threads``, ``ours`` and one column named for the peer (texts with units), how many ``times as fast`` ours is (for
+memory, ``times as small``) and, where there is a physical limit, the ``share of limit``. Rows of a series also have
+``axis``, ``size``, ``cost``, ``unit`` and, if the peer was timed too, ``peer cost``: how the cost grows.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from typing import Any
 from measure import cell, table
 
 PACKAGES = ("palm-rlhf", "coca", "memorizing-transformer", "calm-pytorch", "spin-trainer")
-KNOWN = {"what", "threads", "ours", "times as fast", "share of limit", "axis", "size", "cost", "peer cost", "unit"}
-COLUMNS = ("package", "what", "threads", "peer", "of the peer", "ours", "times as fast", "share of limit", "notes")
+FACTORS = ("times as fast", "times as small")
+KNOWN = {"what", "threads", "ours", *FACTORS, "share of limit", "axis", "size", "cost", "peer cost", "unit"}
+COLUMNS = ("package", "what", "threads", "peer", "of the peer", "ours", *FACTORS, "share of limit", "notes")
 
 
 def read_rows(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -51,7 +52,10 @@ def flat(row: dict[str, Any], package: str, title: str) -> dict[str, Any]:
     """A row with its peer's name and text in columns of one name each; what else it tells goes into ``notes``."""
     others = {name: value for name, value in row.items() if name not in KNOWN and value is not None}
     peers = [name for name, value in others.items() if isinstance(value, str)]
-    missing = {"what", "threads", "ours", "times as fast"} - {name for name in row if row[name] is not None}
+    given = {name for name in row if row[name] is not None}
+    missing = {"what", "threads", "ours"} - given
+    if not given.intersection(FACTORS):
+        missing.add(FACTORS[0])
     if missing or not peers:
         raise SystemExit(f"{package}, {title!r}: a row must have {sorted(missing)} and a peer, got {row}")
     shared = {name: row[name] for name in KNOWN if row.get(name) is not None}
@@ -113,20 +117,20 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     packages = list(dict.fromkeys(row["package"] for row in rows))
     colours = {name: f"C{number % 10}" for number, name in enumerate(packages)}
     places = range(len(rows), 0, -1)
-    factors = [row["times as fast"] for row in rows]
+    factors = [next(row[name] for name in FACTORS if name in row) for row in rows]
     axes.barh(places, [factor - 1 for factor in factors], left=1, color=[colours[row["package"]] for row in rows])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, min(factors) / 1.5), max(factors) * 2)
+    axes.set_xlim(min(0.5, min(factors) / 1.5), max(factors) * 6)  # room for the text
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.set_yticks(
         list(places), [f"{row['package']}: {row['what']} ({row['threads']} thr.)" for row in rows], fontsize=7
     )
-    for place, row in zip(places, rows, strict=True):
+    for place, row, factor in zip(places, rows, factors, strict=True):
         share = f", {row['share of limit']:.0%} of the limit" if "share of limit" in row else ""
-        text = f" {row['times as fast']:.3g} x {row['peer']}{share}"
-        axes.text(max(1.0, row["times as fast"]), place, text, va="center", fontsize=7)
-    axes.set_xlabel("times as fast as the peer (log scale); right of the line ours is faster")
+        memory = ", memory" if "times as small" in row else ""
+        axes.text(max(1.0, factor), place, f" {factor:.3g} x {row['peer']}{share}{memory}", va="center", fontsize=7)
+    axes.set_xlabel("times as fast as the peer, or as small in memory (log scale); right of the line ours is better")
     if rest:
         panels = rest[0].subplots(below, columns, squeeze=False).flat
         for (package, axis, unit), panel in zip(series, panels, strict=False):

@@ -107,7 +107,7 @@ def captioning(
         raise SystemExit("the original and ours must caption alike")
     count = captions * tokens
     speed = {name: f"{count / median(seconds[name]):.0f} tokens/s" for name in models}
-    more: dict[str, Any] = {"axis": axis, "size": tokens if axis == "new tokens" else captions}
+    more: dict[str, Any] = {"axis": axis, "size": captions if axis.startswith("batch") else tokens}
     if cached:
         more["share of limit"] = weights_read(models["ours"]) * tokens / median(seconds["ours"])
     what = f"captions{'' if cached else ' without our cache'}, {captions} x {tokens} tokens"
@@ -122,7 +122,9 @@ for threads in parsed.threads:
     models = {"original": original, "ours": from_coca_pytorch(original.state_dict())}
     rows += [training(models, threads, BATCH, parsed.rounds), training(models, threads, BATCH // 4, 2)]
     rows.append(captioning(models, threads, parsed.captions, parsed.tokens, parsed.rounds, "new tokens"))
-    rows.append(captioning(models, threads, parsed.captions, parsed.tokens // 2, 1, "new tokens", cached=False))
+    rows.append(
+        captioning(models, threads, parsed.captions, parsed.tokens // 2, 1, "new tokens, uncached", cached=False)
+    )
     rows += [captioning(models, threads, parsed.captions, tokens, 1, "new tokens") for tokens in (16, 32)]
     rows += [captioning(models, threads, captions, 16, 1, "batch, captions") for captions in (1, 16)]
 title = f"CoCa and the original, dim {DIM}, 3 + 3 layers, vocabulary {VOCABULARY}, {IMAGE} image tokens"

@@ -53,6 +53,7 @@ def row_of(
     seconds: dict[str, list[float]],
     text: Callable[[float], str],
     *,
+    axis: str = "",
     size: int | None = None,
     limit: float | None = None,
 ) -> dict[str, object]:
@@ -67,7 +68,7 @@ def row_of(
     if limit is not None:
         row["share of limit"] = limit / median(seconds["ours"])
     if size is not None:
-        row |= {"axis": "new tokens", "size": size, "unit": "s"}
+        row |= {"axis": axis, "size": size, "unit": "s"}
         row |= {"cost": median(seconds["ours"]), "peer cost": median(seconds["original"])}
     return row
 
@@ -151,7 +152,7 @@ def update_row(original: Any, new_tokens: int, threads: int, rounds: int) -> dic
         updates = Updates(original, new_tokens, 256)
         seconds = in_turns({"ours": updates.our_update, "original": updates.their_update}, rounds)
     what = f"whole PPO update, {PROMPTS} prompts, {new_tokens} new tokens"
-    return row_of(what, threads, seconds, "{:.2f} s".format, size=new_tokens)
+    return row_of(what, threads, seconds, "{:.2f} s".format, axis="new tokens, PPO update", size=new_tokens)
 
 
 def kept_row(original: Any, vocabulary: int, new_tokens: int, threads: int) -> dict[str, object]:
@@ -181,7 +182,8 @@ def generation_row(original: Any, new_tokens: int, threads: int, rounds: int) ->
     )
     size = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
     what = f"generation, prompt {PROMPT}, {new_tokens} new tokens"
-    return row_of(what, threads, seconds, rate_of(new_tokens), size=new_tokens, limit=new_tokens * size / median(rates))
+    series: dict[str, Any] = {"axis": "new tokens, generation", "size": new_tokens}
+    return row_of(what, threads, seconds, rate_of(new_tokens), limit=new_tokens * size / median(rates), **series)
 
 
 def training_row(original: Any, threads: int, rounds: int) -> dict[str, object]:

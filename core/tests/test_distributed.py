@@ -143,6 +143,37 @@ def run_rank(own, world, folder):
     dist.destroy_process_group()
 
 
+THREADS = """
+import gc, os, sys
+import lm_core
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
+model = DistributedDataParallel(torch.nn.Linear(2, 2))
+model(torch.ones(1, 2)).sum().backward()
+assert "pt_gloo_runloop" in threads()
+del model
+gc.collect()
+dist.destroy_process_group()
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_of_gloo_outlives_the_process_group(tmp_path):
+    # one that does may abort the process while the interpreter ends
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, (tmp_path / "store").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What every rank of a run of 2 or 4 processes found."""

@@ -24,6 +24,11 @@ T = TypeVar("T")
 
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed support lacks
 
+if dist.is_available():
+    # DDP imports this, and its functions hold the group that exists by then as their default for good: gloo's threads
+    # then outlive destroy_process_group, and one that lets go of a tensor while the interpreter ends aborts the process
+    import torch.distributed.nn.functional
+
 
 def is_distributed() -> bool:
     """Whether a process group has been made (even one of a single process)."""

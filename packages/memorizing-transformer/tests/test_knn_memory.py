@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memorizing_transformer import KNNMemory, KNNMemoryList
-from memorizing_transformer.exact_search import CPU_CHUNK, exact_top_k, screened_top_k
+from memorizing_transformer.exact_search import CPU_CHUNK, exact_top_k, own_products, screened_top_k
 from memorizing_transformer.ring_storage import quantise
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
@@ -35,7 +35,8 @@ def test_exact_search_equals_torch_topk_for_every_chunk_size(n, k, chunk, querie
 
 def screened(queries, keys, k, chunk):
     starts = range(0, len(keys), chunk)
-    return screened_top_k(queries, lambda: ((i, keys[i : i + chunk]) for i in starts), k, lambda at: keys[at])
+    chunks = lambda: ((i, keys[i : i + chunk]) for i in starts)  # noqa: E731
+    return screened_top_k(queries, chunks, k, lambda q, numbers: own_products(q, keys, numbers))
 
 
 @PROPERTY
@@ -65,6 +66,23 @@ def test_a_search_screened_in_bfloat16_is_exact(n, k, chunk, queries, kind, seed
     torch.testing.assert_close(every.gather(1, numbers[:, :found]), expected, atol=1e-12, rtol=1e-12)
     assert bool((scores[:, found:] == -math.inf).all())
     assert all(len(set(row[:found].tolist())) == found for row in numbers)
+
+
+def test_products_with_keys_of_their_own_are_those_of_a_loop():
+    queries, keys, numbers = (
+        unit(3, 5).double(),
+        unit(7, 5, seed=1).double(),
+        torch.tensor([[6, 0, 6], [1, 2, 3], [5, 5, 4]]),
+    )
+    expected = [[float(q @ keys[number]) for number in row] for q, row in zip(queries, numbers, strict=True)]
+    torch.testing.assert_close(own_products(queries, keys, numbers), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_among_equal_scores_a_search_takes_as_many_as_it_was_asked_for():
+    keys = torch.ones(5000, 4)
+    for found in (exact_top_k(torch.ones(2, 4), [(0, keys)], 3), screened(torch.ones(2, 4), keys, 3, 4096)):
+        assert found[0].tolist() == [[4.0] * 3] * 2
+        assert all(len(set(row)) == 3 for row in found[1].tolist())
 
 
 def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(monkeypatch):

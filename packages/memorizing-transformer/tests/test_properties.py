@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memorizing_transformer import KNNAttention, KNNMemory
-from memorizing_transformer.exact_search import CPU_CHUNK, CPU_TILE
+from memorizing_transformer.exact_search import CPU_CHUNK, CPU_TILE, SCREENED_CHUNK
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=25)
 
@@ -129,23 +129,26 @@ class MadeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {
-            one.untyped_storage().data_ptr() for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)
-        }
-        for one in result if isinstance(result, (list, tuple)) else [result]:
-            # below autograd `_is_view` knows nothing of views
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
-                self.shapes.append(tuple(one.shape))
+        # below autograd `_is_view` knows nothing of views; a sparse tensor is as large as those it is made of
+        given = {one.untyped_storage().data_ptr() for one in strided((args, kwargs))}
+        made = [one for one in strided(result) if one.untyped_storage().data_ptr() not in given]
+        self.shapes += [tuple(one.shape) for one in made]
         return result
 
 
+def strided(tree):
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor) and one.layout == torch.strided]
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_neither_the_score_matrix_nor_the_widened_keys_are_ever_made_whole(storage):
-    keys, queries, d = 4 * CPU_CHUNK, 4 * CPU_TILE, 8
+@pytest.mark.parametrize(("screens", "chunk"), [(False, CPU_CHUNK), (True, SCREENED_CHUNK)])
+def test_neither_the_score_matrix_nor_the_widened_keys_are_ever_made_whole(storage, screens, chunk, monkeypatch):
+    monkeypatch.setattr("memorizing_transformer.knn_memory.worth_screening", lambda *_: screens)
+    keys, queries, d = 4 * SCREENED_CHUNK, 4 * CPU_TILE, 8
     memory = KNNMemory(d, keys, 1, storage=storage)
     memory.add(torch.randn(1, keys, 2, d))
     with MadeTensors() as made:
         memory.retrieve(torch.randn(1, queries, d), 4)
-    assert max(math.prod(shape) for shape in made.shapes) == CPU_TILE * CPU_CHUNK
+    assert max(math.prod(shape) for shape in made.shapes) == CPU_TILE * chunk
     widened = [shape[0] for shape in made.shapes if shape[1:] == (d,) and shape[0] != queries]
-    assert max(widened, default=0) <= CPU_CHUNK
+    assert max(widened, default=0) <= chunk

@@ -1,20 +1,20 @@
 """Exact nearest neighbours by inner product, in chunks, without ever holding the whole score matrix.
 
 Selecting ``k`` of ``c`` scores costs more than the product that makes them. So the scores of a chunk are cut into
-groups and the best of each group is taken (one vectorised pass). Of the first chunk, the ``k`` best groups are looked
-into: the ``k`` best scores always lie in the ``k`` groups with the best maxima. Of later chunks only scores matter that
-beat the worst of the ``k`` found so far, and they are looked for only in groups whose best does; they become few soon.
-Groups are strided, so that the maximum runs over an outer dimension.
+groups and the best of each group is taken (one vectorised pass); scores are looked at one by one only in groups whose
+best XX Groups are strided, so that the maximum runs over an outer dimension.
 
 ``screened_top_k`` finds the same through products in bfloat16, where a processor has them: it keeps more than ``k``
 keys of each query by those scores, scores the kept ones again exactly, and proves by a bound on the rounding that no
 other key can be among the ``k`` best. Queries for which the proof fails are searched exactly.
 
-Legend: q queries, c keys of a chunk, d feature, k neighbours, w keys kept of a query, m groups that are looked into.
+Legend: q queries, c keys of a chunk, d feature, k neighbours, w keys kept of a query, m most new ones of a query.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
@@ -22,8 +22,10 @@ from torch import Tensor
 
 # A tile of scores stays in a CPU's cache; an accelerator wants few large products.
 CPU_CHUNK, CPU_TILE = 4096, 256
+SCREENED_CHUNK = 8192  # scores in bfloat16 are half as large
 ACCELERATOR_CHUNK, ACCELERATOR_TILE = 65536, 4096
-GROUP = 8  # scores of a group in later chunks
+GROUP = 8  # scores of a group
+WIDE_GROUPS = 4  # times k: groups of the first chunk whose maxima give the bound
 KEEP = 2  # times k: keys kept of a query by their scores in bfloat16
 FEWEST_SCREENED = 128  # queries, below which rounding the keys takes longer than it saves
 UNIT = torch.finfo(torch.bfloat16).eps / 2  # greatest relative error of rounding to bfloat16
@@ -55,15 +57,15 @@ def exact_top_k(
     Returns:
         Scores and numbers of the keys; where there are fewer than ``k`` keys, scores of -inf and numbers of 0 follow.
     """
-    scores, numbers = _running_top(queries, chunks, k, torch.matmul)
-    return _sorted_and_padded(scores, numbers, k)
+    kept = _running_top(queries, chunks, k, torch.matmul)
+    return _sorted_and_padded(kept.scores, kept.numbers, k)
 
 
 def screened_top_k(
     queries: Float[Tensor, "q d"],
     chunks: Callable[[], Iterable[tuple[int, Tensor]]],
     k: int,
-    at: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d"]],
+    products: Callable[[Float[Tensor, "q d"], Int[Tensor, "q w"]], Float[Tensor, "q w"]],
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
     """What ``exact_top_k`` finds, screened through products in bfloat16.
 
@@ -71,7 +73,7 @@ def screened_top_k(
         queries: as for ``exact_top_k``.
         chunks: makes the chunks, in the dtype of the queries.
         k: at least 1.
-        at: the keys with given numbers.
+        products: of each query with keys of given numbers, in its dtype.
     """
     longest = queries.new_zeros(())
 
@@ -81,19 +83,33 @@ def screened_top_k(
             longest = torch.maximum(longest, torch.linalg.vector_norm(keys, dim=1).amax())
             yield first, keys.bfloat16()
 
-    codes, numbers = _running_top(queries.bfloat16(), rounded(), KEEP * k, _codes)
-    w = numbers.shape[1]
+    kept = _running_top(queries.bfloat16(), rounded(), KEEP * k, _codes)
+    w = kept.numbers.shape[1]
     if w == 0:
-        return _sorted_and_padded(queries.new_zeros(numbers.shape), numbers, k)
-    parts = zip(queries.split(-(-CPU_CHUNK // w)), numbers.split(-(-CPU_CHUNK // w)), strict=True)
-    # products with one query each: multiplying and adding takes a quarter of the time of a matrix product
-    again = torch.cat([(at(these.flatten()).unflatten(0, (-1, w)) * q.unsqueeze(1)).sum(-1) for q, these in parts])
-    scores, numbers = _sorted_and_padded(again, numbers, k)
-    if w == KEEP * k:  # otherwise every key was kept
-        unproven = (~_separated(queries, longest, codes.amin(dim=1), scores[:, k - 1])).nonzero().squeeze(1)
-        if len(unproven):
-            scores[unproven], numbers[unproven] = exact_top_k(queries[unproven], chunks(), k)
+        return _sorted_and_padded(queries.new_zeros(kept.numbers.shape), kept.numbers, k)
+    again = products(queries, kept.numbers)
+    filler = kept.scores == torch.iinfo(torch.int16).min
+    scores, numbers = _sorted_and_padded(again.masked_fill_(filler, -math.inf), kept.numbers, k)
+    unproven = (~_separated(queries, longest, kept.least, scores[:, k - 1])).nonzero().squeeze(1)
+    if len(unproven):
+        scores[unproven], numbers[unproven] = exact_top_k(queries[unproven], chunks(), k)
     return scores, numbers
+
+
+def own_products(
+    queries: Float[Tensor, "q d"], keys: Float[Tensor, "c d"], numbers: Int[Tensor, "q w"]
+) -> Float[Tensor, "q w"]:
+    """Of each query the products with keys of its own.
+
+    Nothing is multiplied that nobody asks for, as in a product of matrices; no keys are copied and no addends held.
+    """
+    q, w = numbers.shape
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        places = torch.sparse_csr_tensor(
+            w * torch.arange(q + 1), numbers.flatten(), queries.new_zeros(q * w), (q, len(keys)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(places, queries, keys.t(), beta=0.0).values().view(q, w)
 
 
 def _codes(queries: Tensor, keys: Tensor) -> Tensor:
@@ -120,91 +136,103 @@ def _separated(
 
 
 def _sorted_and_padded(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    scores, order = scores.sort(dim=1, descending=True)
-    missing = max(0, k - scores.shape[1])
-    numbers = numbers.gather(1, order[:, :k])
-    return (
-        torch.nn.functional.pad(scores[:, :k], (0, missing), value=-math.inf),
-        torch.nn.functional.pad(numbers, (0, missing)),
-    )
+    best = scores.topk(min(k, scores.shape[1]), dim=1)
+    return _widened(best.values, k, -math.inf), _widened(numbers.gather(1, best.indices), k, 0)
+
+
+class _Kept(NamedTuple):
+    """Of each query the keys that may be among the k best of those seen.
+
+    Attributes:
+        scores: ``(q, w)``; where a query has fewer keys, the lowest number there is.
+        numbers: of the keys, ``(q, w)``.
+        least: ``(q,)``, no other key has a greater score; the lowest number where there is no other key.
+    """
+
+    scores: Tensor
+    numbers: Tensor
+    least: Tensor
 
 
 def _running_top(
     queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, score: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The ``k`` best of ``score(queries, keys transposed)``, or all if they are fewer, in no order."""
-    tile = CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE
-    tiles = queries.split(tile)
-    best: list[tuple[Tensor, Tensor] | None] = [None] * len(tiles)
+) -> _Kept:
+    """The ``k`` best of ``score(queries, keys transposed)`` at least, or all if they are fewer, in no order."""
+    tiles = queries.split(CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE)
+    kept: list[_Kept | None] = [None] * len(tiles)
     for first, keys in chunks:
         for number, part in enumerate(tiles):
-            scores, earlier = score(part, keys.t()), best[number]
-            if earlier is not None and earlier[0].shape[1] == k and scores.shape[1] >= GROUP:
-                best[number] = _improved(earlier, scores, first)
-                continue
-            scores, numbers = _chunk_top_k(scores, k)
-            numbers = numbers + first
-            if earlier is not None:
-                scores, numbers = torch.cat((earlier[0], scores), dim=1), torch.cat((earlier[1], numbers), dim=1)
-                if scores.shape[1] > k:
-                    scores, order = scores.topk(k, dim=1, sorted=False)
-                    numbers = numbers.gather(1, order)
-            best[number] = (scores, numbers)
-    found = [pair for pair in best if pair is not None]
+            kept[number] = _improved(kept[number], score(part, keys.t()), first, k)
+    found = [one for one in kept if one is not None]
     if not found:
-        return queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
-    return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
+        numbers = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+        return _Kept(queries.new_zeros(numbers.shape), numbers, queries.new_zeros(len(queries)))
+    w = max(one.numbers.shape[1] for one in found)
+    return _Kept(
+        torch.cat([_widened(one.scores, w, _lowest(one.scores)) for one in found]),
+        torch.cat([_widened(one.numbers, w, 0) for one in found]),
+        torch.cat([one.least for one in found]),
+    )
 
 
-def _improved(earlier: tuple[Tensor, Tensor], scores: Real[Tensor, "q c"], first: int) -> tuple[Tensor, Tensor]:
-    """The k best of an ``earlier`` k and a further chunk, whose first key has the number ``first``."""
-    q, k = earlier[0].shape
-    groups = scores.shape[1] // GROUP
+def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k: int) -> _Kept:
+    """What is kept of an ``earlier`` one and a further chunk, whose first key has the number ``first``."""
+    q, c = scores.shape
+    groups = c // GROUP
+    so_far = None if earlier is None or earlier.scores.shape[1] < k else earlier
+    if groups == 0 or (groups < k and so_far is None):
+        return _best_of(earlier, scores, torch.arange(first, first + c, device=scores.device).expand(q, c), k)
     whole = groups * GROUP
-    least = earlier[0].amin(dim=1, keepdim=True)
     # element g + j * groups belongs to group g
     cube = scores[:, :whole].unflatten(1, (GROUP, groups))
-    row, group = (cube.amax(dim=1) > least).nonzero(as_tuple=True)
+    maxima = cube.amax(dim=1)
+    if so_far is not None:
+        bound = so_far.least.unsqueeze(1)
+    else:
+        joined = max(1, groups // (WIDE_GROUPS * k))
+        wide = maxima[:, : groups - groups % joined].unflatten(1, (joined, -1)).amax(dim=1)
+        # what reaches the bound is what exceeds the next lower number
+        bound = _next_lower(wide.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
+    row, group = (maxima > bound).nonzero(as_tuple=True)
     inside = cube[row, :, group]
-    at, member = (inside > least[row]).nonzero(as_tuple=True)
+    at, member = (inside > bound[row]).nonzero(as_tuple=True)
     row, better, group = row[at], inside[at, member], group[at]
     counts = torch.bincount(row, minlength=q)
-    m, rest = int(counts.max()), scores.shape[1] - whole
-    if m == 0 and rest == 0:
-        return earlier
+    m, rest = int(counts.max()), c - whole
+    if so_far is not None and m == 0 and rest == 0:
+        return so_far
     # rows have different numbers of better scores: each row's stand on the left of m places
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    lowest = -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
-    candidates = scores.new_full((q, m), lowest)
+    place = row * m + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    candidates = scores.new_full((q, m), _lowest(scores))
     numbers = torch.zeros(q, m, dtype=torch.long, device=row.device)
-    candidates[row, place], numbers[row, place] = better, group + member * groups + first
-    tail = torch.arange(first + whole, first + scores.shape[1], device=row.device).expand(q, rest)
-    joined = torch.cat((earlier[0], candidates, scores[:, whole:]), dim=1)
-    joined_numbers = torch.cat((earlier[1], numbers, tail), dim=1)
-    best = joined.topk(k, dim=1, sorted=False)
-    return best.values, joined_numbers.gather(1, best.indices)
+    candidates.view(-1)[place], numbers.view(-1)[place] = better, group + member * groups + first
+    if rest:
+        tail = torch.arange(first + whole, first + c, device=row.device).expand(q, rest)
+        candidates, numbers = torch.cat((candidates, scores[:, whole:]), dim=1), torch.cat((numbers, tail), dim=1)
+    if earlier is None and k <= candidates.shape[1] <= 2 * k:
+        return _Kept(candidates, numbers, bound.squeeze(1))  # choosing among so few costs more than keeping them
+    return _best_of(earlier, candidates, numbers, k)
 
 
-def _chunk_top_k(scores: Real[Tensor, "q c"], k: int) -> tuple[Tensor, Tensor]:
-    c = scores.shape[1]
-    if c <= k:
-        return scores, torch.arange(c, device=scores.device).expand(scores.shape[0], c)
-    size = 2 ** round(math.log2(math.sqrt(max(1.0, c / k))))
-    groups = c // size
-    if size < 2 or groups <= k or c % size:
-        # the remainder of a chunk that does not divide is small: the last chunk of a row
-        whole = groups * size
-        if size >= 2 and groups > k and whole < c:
-            head, head_numbers = _chunk_top_k(scores[:, :whole], k)
-            tail = torch.arange(whole, c, device=scores.device).expand(scores.shape[0], c - whole)
-            scores, order = torch.cat((head, scores[:, whole:]), dim=1).topk(k, dim=1, sorted=False)
-            return scores, torch.cat((head_numbers, tail), dim=1).gather(1, order)
-        best = scores.topk(k, dim=1, sorted=False)
-        return best.values, best.indices
-    # element g + j * groups belongs to group g
-    maxima = scores.unflatten(1, (size, groups)).amax(dim=1)
-    chosen = maxima.topk(k, dim=1, sorted=False).indices
-    members = torch.arange(0, c, groups, device=scores.device)
-    candidates = (chosen.unsqueeze(1) + members.view(1, size, 1)).flatten(1)
-    best = scores.gather(1, candidates).topk(k, dim=1, sorted=False)
-    return best.values, candidates.gather(1, best.indices)
+def _best_of(earlier: _Kept | None, scores: Tensor, numbers: Tensor, k: int) -> _Kept:
+    """The k best of an ``earlier`` one and further scores, or all."""
+    if earlier is not None:
+        scores, numbers = torch.cat((earlier.scores, scores), dim=1), torch.cat((earlier.numbers, numbers), dim=1)
+    if scores.shape[1] <= k:
+        return _Kept(scores, numbers, scores.new_full((len(scores),), _lowest(scores)))
+    best = scores.topk(k, dim=1, sorted=False)
+    return _Kept(best.values, numbers.gather(1, best.indices), best.values.amin(dim=1))
+
+
+def _lowest(scores: Tensor) -> float | int:
+    return -math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).min
+
+
+def _next_lower(scores: Tensor) -> Tensor:
+    if scores.is_floating_point():
+        return scores.nextafter(scores.new_full((), -math.inf))
+    return scores.clamp(min=torch.iinfo(scores.dtype).min + 1) - 1
+
+
+def _widened(rows: Tensor, w: int, filler: float | int) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, w - rows.shape[1]), value=filler)

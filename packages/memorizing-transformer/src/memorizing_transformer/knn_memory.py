@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,13 @@ from lm_core.checkpoint import load_tensors
 from lm_core.durable import fsync_path, temporary_sibling
 from lm_core.manifest import save_tensors
 from memorizing_transformer.disk_storage import DiskStorage
-from memorizing_transformer.exact_search import chunk_size_for, exact_top_k, screened_top_k, worth_screening
+from memorizing_transformer.exact_search import (
+    SCREENED_CHUNK,
+    chunk_size_for,
+    exact_top_k,
+    screened_top_k,
+    worth_screening,
+)
 from memorizing_transformer.faiss_search import FaissRow
 from memorizing_transformer.ring_storage import RingStorage, StorageFormat
 
@@ -309,15 +316,17 @@ class KNNMemory:
             scores, positions = index.search(queries, k, store.first[row])
             return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
 
-        def chunks() -> Iterator[tuple[int, Tensor]]:
-            return store.key_chunks(row, chunk_size_for(store.device), queries.dtype)
+        def chunks(of: int) -> Iterator[tuple[int, Tensor]]:
+            return store.key_chunks(row, of, queries.dtype)
 
         # an autocast region around the model would round the products
         with torch.autocast(store.device.type, enabled=False):
             if worth_screening(queries, size):
-                scores, slots = screened_top_k(queries, chunks, k, lambda at: store.keys(row, at, queries.dtype))
+                scores, slots = screened_top_k(
+                    queries, partial(chunks, SCREENED_CHUNK), k, partial(store.products, row)
+                )
             else:
-                scores, slots = exact_top_k(queries, chunks(), k)
+                scores, slots = exact_top_k(queries, chunks(chunk_size_for(store.device)), k)
         positions = store.positions(row, slots)
         if size < k:
             positions[:, size:] = -1

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core._checks import check_positive
+from memorizing_transformer.exact_search import CPU_CHUNK, own_products
 
 StorageFormat = Literal["float32", "bfloat16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -163,10 +164,20 @@ class RingStorage:
                     keys = keys * self.scales[row, low:high, 0].to(dtype).unsqueeze(-1)
                 yield low, keys
 
-    def keys(self, row: int, slots: Int[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n d"]:
-        """The keys in slots, widened to ``dtype``."""
-        keys = self.data[row, :, 0].index_select(0, slots).to(dtype)
-        return keys if self.scales is None else keys * self.scales[row, :, 0][slots].to(dtype).unsqueeze(-1)
+    def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
+        """Of each query with the keys in slots of its own, on a CPU, in the queries' dtype."""
+        if self.data.dtype == queries.dtype:
+            return own_products(queries, self.data[row].view(-1, self.dim), 2 * slots)  # a key and a value in turn
+        few = max(1, CPU_CHUNK // slots.shape[1])  # queries at a time, so that few keys are widened
+        parts = zip(queries.split(few), slots.split(few), strict=True)
+        return torch.cat([self._widened_products(row, some, of_some) for some, of_some in parts])
+
+    def _widened_products(self, row: int, queries: Tensor, slots: Tensor) -> Tensor:
+        flat = slots.flatten()
+        keys = self.data[row, :, 0].index_select(0, flat).to(queries.dtype)
+        if self.scales is not None:
+            keys *= self.scales[row, :, 0].index_select(0, flat).to(queries.dtype).unsqueeze(-1)
+        return own_products(queries, keys, torch.arange(len(flat)).view(slots.shape))
 
     def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
         """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""

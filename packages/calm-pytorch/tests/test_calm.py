@@ -138,11 +138,36 @@ def test_a_single_token_reads_what_x_transformers_own_attention_reads(options, s
             parameter.add_(torch.randn_like(parameter) * 0.3)
         x, hidden = torch.randn(1, 1, 12) * scale, torch.randn(1, 7, 10)
         read = block.attn(block.pre_rmsnorm(x), block.context_proj(hidden))
-        one_row = block.one_row()
-        assert one_row is not None
-        for causal in (False, True):
-            found = block.attend_to(x, block.context(hidden), causal=causal, one_row=one_row)
+        context = block.context(hidden)
+        for one_row, causal in (
+            (block.one_row(), False),
+            (block.one_row(), True),
+            (block.one_row(context), False),
+            (block.one_row(block.context(torch.randn(1, 9, 10))), False),  # longer than a head is wide
+        ):
+            assert one_row is not None
+            found = block.attend_to(x, context, causal=causal, one_row=one_row)
             assert torch.allclose(found, x + read, rtol=1e-5, atol=1e-5)
+    assert block.one_row(context).values is not None
+    assert block.one_row(block.context(torch.randn(1, 9, 10))).values is None
+
+
+def test_a_layer_of_a_connection_that_was_replaced_or_listened_to_has_no_short_way():
+    from calm_pytorch import CrossAttentionBlock
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for name in ("to_q", "to_out"):
+        block = CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8)
+        assert block.one_row() is not None
+        part = getattr(block.attn, name)
+        handle = part.register_forward_hook(lambda *_: None)
+        assert block.one_row() is None
+        handle.remove()
+        setattr(block.attn, name, Doubled(part.in_features, part.out_features, bias=False))
+        assert block.one_row() is None
 
 
 @pytest.mark.parametrize("options", [{"kv_heads": 1}, {"num_mem_kv": 2}])

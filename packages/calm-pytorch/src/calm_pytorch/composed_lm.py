@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm_pytorch.cross_attention import Context
+from calm_pytorch.cross_attention import Context, OneRow
 from calm_pytorch.decoder_stack import PlainDecoderLM
 from calm_pytorch.hidden_states import Change, changing, checkpointing, hooks_outside_checkpoints
 from lm_core.adapters.padding import moved_back, with_padding_first, with_padding_last
@@ -57,7 +57,7 @@ class CALMCache:
         self.anchor = calm.anchor.init_cache(batch_size, max_length)
         self.augments = [a.init_cache(batch_size, max_length) if a.shared_sequence else None for a in calm.augments]
         self.static: list[Reading | None] = [None for _ in calm.augments]
-        self.one_rows = [[attention.one_row() for attention in attentions] for attentions in calm.cross_attns]
+        self.one_rows: list[list[OneRow | None]] | None = None
         self.growing = [
             KVCache(layers=len(a.connections), batch_size=batch_size, max_length=max_length)
             if a.shared_sequence
@@ -75,7 +75,7 @@ class CALMCache:
                 contexts = tuple((k.index_select(0, index), v.index_select(0, index)) for k, v in reading.contexts)
                 mask = None if reading.mask is None else reading.mask.index_select(0, index)
                 self.static[number] = Reading(contexts, mask, reading.causal)
-        self.batch_size = index.shape[0]
+        self.batch_size, self.one_rows = index.shape[0], None
 
 
 def compose(
@@ -116,7 +116,9 @@ def compose(
     kwargs: dict[str, Any] = {"mask": mask, **(anchor_kwargs or {})}
     if cache is not None:
         kwargs["cache"] = cache.anchor
-    one_rows = None if cache is None or torch.is_grad_enabled() or calm.training else cache.one_rows
+    one_rows, learns = None, calm.training or torch.is_grad_enabled()
+    if cache is not None and cache.length > 0 and ids.numel() == 1 and not learns:
+        cache.one_rows = one_rows = cache.one_rows or _one_rows(calm, readings)
     if hidden and cache is not None and mask is None and _takes_changes(calm, ids, cache.anchor):
         changes = {layer - 1: change for layer, change in _changes(calm, readings, one_rows).items()}
         out = calm.anchor.hidden(ids, changes=changes, **kwargs)
@@ -212,6 +214,17 @@ def _contexts(augment: Any, attentions: Any, hiddens: Sequence[Tensor]) -> tuple
         attention.context(of_layer[augment_layer])
         for (augment_layer, _), attention in zip(augment.connections, attentions, strict=True)
     )
+
+
+def _one_rows(calm: Any, readings: Sequence[Reading]) -> list[list[OneRow | None]]:
+    """For each connection what single tokens are multiplied with; contexts that tokens extend are left as they are."""
+    return [
+        [
+            attention.one_row(None if reading.causal else context)
+            for attention, context in zip(attentions, reading.contexts, strict=True)
+        ]
+        for attentions, reading in zip(calm.cross_attns, readings, strict=True)
+    ]
 
 
 def _rows_in_order(pairs: Tensor, order: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from calm_pytorch.hidden_states import is_heard
 from lm_core._checks import check_positive, typed
 from lm_core.attention import attend
 from lm_core.decoding import by_columns
@@ -34,15 +35,17 @@ _NORM_EPS = 1e-24
 
 
 class OneRow(NamedTuple):
-    """For single tokens, what a ``CrossAttentionBlock`` multiplies them with.
+    """What a ``CrossAttentionBlock`` multiplies single tokens with.
 
     Attributes:
-        weight: of queries, and of gates below them, with the norm's gain in it.
+        weight: of queries, or with ``values`` the context's keys times it, and of gates below; the norm's gain is in.
         gate_bias: of the gates, or None without gates.
+        values: the context's values times the output's weight, ``(h m, d)``; None: the context is read as it is.
     """
 
     weight: Tensor
     gate_bias: Tensor | None
+    values: Tensor | None
 
 
 class CrossAttentionBlock(nn.Module):
@@ -116,38 +119,55 @@ class CrossAttentionBlock(nn.Module):
         gain: Tensor = self.pre_rmsnorm.g + float(getattr(self.pre_rmsnorm, "unit_offset", False))
         return gain
 
-    def one_row(self) -> OneRow | None:
+    def one_row(self, context: Context | None = None) -> OneRow | None:
         """What ``attend_to`` needs for single tokens without a mask; None where they are no special case.
 
-        On a CPU the calls and passes around the products of one token cost more than the products do.
+        On a CPU the calls and passes around the products of one token cost more than the products do. A context that
+        stays as it is, of no more positions than a head has features, is multiplied with the weights on its two sides
+        once: a token then costs two products, not larger than those of queries and output, and a softmax.
+
+        Args:
+            context: of one row, if it is the same for all tokens that follow.
         """
         attention = self.attn
-        weight: Tensor = attention.to_q.weight
-        shared = attention.kv_heads != attention.heads
+        weight, shared = attention.to_q.weight, attention.kv_heads != attention.heads
         if not self._is_plain or shared or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return None
+        if not all(type(part) is nn.Linear and not is_heard(part) for part in (attention.to_q, attention.to_out)):
+            return None
         with torch.no_grad():
-            gates = attention.to_v_head_gate
+            gates, values = attention.to_v_head_gate, None
+            if context is not None and context[0].shape[2] <= min(context[0].shape[3], context[1].shape[3]):
+                keys, held = context[0][0], context[1][0]
+                of_heads = weight.unflatten(0, (attention.heads, -1)) * keys.shape[-1] ** -0.5
+                weight = (keys @ of_heads).flatten(0, 1)
+                values = (held @ attention.to_out.weight.t().unflatten(0, (attention.heads, -1))).flatten(0, 1)
             both = weight if gates is None else torch.cat((weight, gates.weight))
             if not isinstance(self.pre_rmsnorm, nn.Identity):
                 both = both * self._gain()
-            return OneRow(by_columns(both), None if gates is None else gates.bias)
+            return OneRow(by_columns(both), None if gates is None else gates.bias, values)
 
     def _attend_to_one(self, x: Tensor, context: Context, one_row: OneRow) -> Tensor:
         """``attend_to`` of a single token: the norm's length goes into the scale of the scores and of the gates."""
-        row, attention = x.reshape(1, -1), self.attn
+        row, attention, gates = x.reshape(1, -1), self.attn, None
         scale = 1.0
         if not isinstance(self.pre_rmsnorm, nn.Identity):
             scale = (float(torch.dot(row[0], row[0])) / self.dim + _NORM_EPS) ** -0.5
         projected = F.linear(row, one_row.weight)
-        width = attention.to_q.out_features
-        queries = projected[:, :width].view(1, attention.heads, 1, -1)
-        read = F.scaled_dot_product_attention(queries, *context, scale=scale * queries.shape[-1] ** -0.5)
         if one_row.gate_bias is not None:
-            gates = torch.add(one_row.gate_bias, projected[0, width:], alpha=scale).sigmoid_()
+            projected, raw = projected[:, : -attention.heads], projected[0, -attention.heads :]
+            gates = torch.add(one_row.gate_bias, raw, alpha=scale).sigmoid_()
+        queries = projected.view(attention.heads, -1)
+        if one_row.values is not None:
+            weights = (queries * scale).softmax(dim=-1)
+            if gates is not None:
+                weights *= gates.unsqueeze(-1)
+            return torch.addmm(row, weights.view(1, -1), one_row.values).view(x.shape)
+        queries = queries.view(1, attention.heads, 1, -1)
+        read = F.scaled_dot_product_attention(queries, *context, scale=scale * queries.shape[-1] ** -0.5)
+        if gates is not None:
             read = read * gates.view(1, -1, 1, 1)
-        out: Tensor = attention.to_out(read.reshape(1, -1))
-        return x + out.view(x.shape)
+        return torch.addmm(row, read.view(1, -1), attention.to_out.weight.t()).view(x.shape)
 
     def attend_to(
         self,

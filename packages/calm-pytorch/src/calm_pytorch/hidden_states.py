@@ -49,6 +49,11 @@ def hidden_of(value: Any, where: str) -> Tensor:
     raise TypeError(f"{where} must give a tensor, or begin with one, got {type(value).__name__}")
 
 
+def is_heard(module: Any) -> bool:
+    """Whether something is attached to a module that a call of it would run."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def with_hidden(value: Any, hidden: Tensor) -> Any:
     """``value`` with its first tensor replaced, in an object of the same type; ``value`` itself is not changed."""
     if isinstance(value, Tensor):

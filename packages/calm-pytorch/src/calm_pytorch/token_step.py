@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm_pytorch.hidden_states import Change
+from calm_pytorch.hidden_states import Change, is_heard
 from lm_core.attention import attend
 from lm_core.cache import KVCache
 from lm_core.decoding import by_columns
@@ -115,7 +115,7 @@ def token_step(
         x = _sum(layer.attention_sum, F.linear(read.reshape(b, -1), part.to_out.weight), x)
         y = normed(layer.feedforward_norm, weight.feedforward_gain, x)
         for module, matrix in zip(layer.feedforward_parts, weight.feedforward, strict=True):
-            if _is_heard(module):
+            if is_heard(module):
                 y = module(y)
             elif matrix is not None:
                 y = F.linear(y, matrix, module.bias)
@@ -131,15 +131,10 @@ def token_step(
 
 def _sum(module: Any, branch: Tensor, x: Tensor) -> Tensor:
     """What a plain residual sum of ``(b, d)`` makes of a branch."""
-    if _is_heard(module):
+    if is_heard(module):
         heard: Tensor = module(branch.unsqueeze(1), x.unsqueeze(1))
         return heard.view(x.shape)
     return branch + x
-
-
-def _is_heard(module: Any) -> bool:
-    """Whether something is attached to a module that a call of it would run."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def normed(norm: Any, gain: Tensor | None, x: Tensor) -> Tensor:

@@ -104,6 +104,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogFormatter
+
+    class PlainNumbers(LogFormatter):
+        def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+            return f"{x:,.0f}" if x >= 10 else f"{x:.4g}"
 
     series = grown(rows)
     columns = max(1, min(4, len(series)))
@@ -121,7 +126,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     axes.barh(places, [factor - 1 for factor in factors], left=1, color=[colours[row["package"]] for row in rows])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, min(factors) / 1.5), max(factors) * 6)  # room for the text
+    axes.set_xlim(min(0.5, min(factors) / 1.5), max(factors) * 12)  # room for the text
     axes.set_ylim(0.3, len(rows) + 0.7)
     axes.set_yticks(
         list(places), [f"{row['package']}: {row['what']} ({row['threads']} thr.)" for row in rows], fontsize=7
@@ -143,6 +148,11 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 style = {"color": colours[package]} if name == "ours" else {"color": "grey", "linestyle": "--"}
                 panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
             panel.set(xscale="log", yscale="log", title=package, xlabel=axis, ylabel=unit)
+            sizes = sorted({size for points in lines.values() for size, _ in points})
+            panel.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+            panel.set_xticks([], minor=True)
+            panel.yaxis.set_major_formatter(PlainNumbers(minor_thresholds=(1.5, 0.5)))
+            panel.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(1.5, 0.5)))
             panel.title.set_fontsize(8)
             panel.tick_params(labelsize=7, which="both")
             panel.legend(fontsize=7)

@@ -201,7 +201,7 @@ def sample(
 def _draw(
     logits: Tensor, temperature: float, filters: Sequence[Filter], generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    filtered = logits if temperature == 0.0 else logits / temperature
+    filtered = logits if temperature in (0.0, 1.0) else logits / temperature
     for filter_ in filters:
         filtered = filter_(filtered)
     if temperature == 0.0:

@@ -30,7 +30,13 @@ def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alo
         assert torch.equal(cached[row, : 14 - length], alone[0, : 14 - length])
 
 
-@pytest.mark.parametrize("hooked", ["nothing", "end of a layer", "feedforward", "query projection"])
+HOOKED = [
+    *("nothing", "end of a layer", "feedforward", "query projection"),
+    *("token embedding", "positions", "connection's output"),
+]
+
+
+@pytest.mark.parametrize("hooked", HOOKED)
 def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, compose, ids, hooked):
     anchor = model_of("x-transformers")
     calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
@@ -39,12 +45,15 @@ def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, 
         "end of a layer": layers[1][-1],
         "feedforward": layers[1][1].ff[0][0],
         "query projection": layers[0][1].to_q,
+        "token embedding": anchor.token_emb.emb,
+        "positions": anchor.pos_emb,
+        "connection's output": calm.cross_attns[0][0].attn.to_out,
     }
     heard = []
 
     def louder(module, args, output):
         heard.append(output.shape[-2])
-        return output * 1.5
+        return output * 4
 
     if hooked in parts:
         parts[hooked].register_forward_hook(louder)

@@ -57,7 +57,9 @@ class CALMCache:
         self.anchor = calm.anchor.init_cache(batch_size, max_length)
         self.augments = [a.init_cache(batch_size, max_length) if a.shared_sequence else None for a in calm.augments]
         self.static: list[Reading | None] = [None for _ in calm.augments]
+        # for single tokens, found with the first one
         self.one_rows: list[list[OneRow | None]] | None = None
+        self.changes: dict[int, Change] | None = None
         self.growing = [
             KVCache(layers=len(a.connections), batch_size=batch_size, max_length=max_length)
             if a.shared_sequence
@@ -75,7 +77,7 @@ class CALMCache:
                 contexts = tuple((k.index_select(0, index), v.index_select(0, index)) for k, v in reading.contexts)
                 mask = None if reading.mask is None else reading.mask.index_select(0, index)
                 self.static[number] = Reading(contexts, mask, reading.causal)
-        self.batch_size, self.one_rows = index.shape[0], None
+        self.batch_size, self.one_rows, self.changes = index.shape[0], None, None
 
 
 def compose(
@@ -120,7 +122,11 @@ def compose(
     if cache is not None and cache.length > 0 and ids.numel() == 1 and not learns:
         cache.one_rows = one_rows = cache.one_rows or _one_rows(calm, readings)
     if hidden and cache is not None and mask is None and _takes_changes(calm, ids, cache.anchor):
-        changes = {layer - 1: change for layer, change in _changes(calm, readings, one_rows).items()}
+        changes = cache.changes if one_rows is not None else None
+        if changes is None:
+            changes = {layer - 1: change for layer, change in _changes(calm, readings, one_rows).items()}
+        if one_rows is not None and not any(reading.causal for reading in readings):
+            cache.changes = changes  # what is read stays the same
         out = calm.anchor.hidden(ids, changes=changes, **kwargs)
     else:
         forward: Callable[..., Tensor] = calm.anchor.hidden if hidden else calm.anchor
@@ -152,7 +158,9 @@ def _changes(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> di
             settings = {"context": context, "mask": reading.mask, "causal": reading.causal}
             settings |= {} if row is None else {"one_row": row}
             steps[layer].append(partial(attention.attend_to, **settings))
-    return {layer: partial(_in_turn, of_layer) for layer, of_layer in steps.items()}
+    return {
+        layer: of_layer[0] if len(of_layer) == 1 else partial(_in_turn, of_layer) for layer, of_layer in steps.items()
+    }
 
 
 @contextlib.contextmanager

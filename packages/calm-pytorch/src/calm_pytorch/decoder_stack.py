@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calm_pytorch.hidden_states import Change, is_recomputed
+from calm_pytorch.hidden_states import Change, is_heard, is_recomputed
 from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, normed, token_step
 from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
 from lm_core.attention import attend
@@ -53,28 +53,32 @@ class DecoderStack:
         self.layers = [
             Layer(*one, *two, _parts_in_a_row(two[1].ff)) for one, two in zip(entries[::2], entries[1::2], strict=True)
         ]
-        called: list[Any] = [net.token_emb, net.emb_dropout, net.post_emb_norm, net.project_emb, net.pos_emb]
-        called += [net.attn_layers.final_norm, net.attn_layers.rotary_pos_emb]
+        self._position_table: Any = net.pos_emb if isinstance(net.pos_emb, nn.Module) else None
+        ends = [net.token_emb, net.emb_dropout, net.post_emb_norm, net.project_emb, net.pos_emb]
+        ends += [net.attn_layers.final_norm]
+        self._ends = [part for module in ends if isinstance(module, nn.Module) for part in module.modules()]
+        called: list[Any] = [*self._ends, net.attn_layers.rotary_pos_emb]
         called += [part for layer in self.layers for part in (layer.attention_sum, layer.feedforward_sum)]
         called += [part for layer in self.layers for part in layer.feedforward_parts]
         inside = {id(part) for module in called if isinstance(module, nn.Module) for part in module.modules()}
         # what is not called as a module, so that hooks on it would be passed by
-        self._passed_by = [module for module in net.modules() if id(module) not in inside]
+        passed_by = [module for module in net.modules() if id(module) not in inside]
         self._hooks = [
-            hooks for m in self._passed_by for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+            hooks for m in passed_by for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
         ]
-
-        self._places = [(m._modules, name, part) for m in net.modules() for name, part in m._modules.items()]
+        self._passed_by = [(vars(module), module) for module in passed_by]
+        self._places = [module._modules for module in net.modules()]
+        self._parts = [list(places.values()) for places in self._places]
 
     def is_untouched(self) -> bool:
-        """Whether all parts are the ones that were there, and nothing is attached to those that are not called.
+        """Whether all parts are the ones that were there (adapters put others in their places), and none is heard."""
+        # a module equals only itself
+        return [list(places.values()) for places in self._places] == self._parts and not self.is_heard()
 
-        Adapters put others in their places. Gradient checkpointing does not count as attached.
-        """
-        return (
-            not any(self._hooks)
-            and all(parts.get(name) is part for parts, name, part in self._places)
-            and not any("forward" in vars(module) and not is_recomputed(module) for module in self._passed_by)
+    def is_heard(self) -> bool:
+        """Whether something is attached to parts that are not called; gradient checkpointing does not count."""
+        return any(self._hooks) or any(
+            "forward" in names and not is_recomputed(module) for names, module in self._passed_by
         )
 
     def hidden(
@@ -98,21 +102,17 @@ class DecoderStack:
         net, stack = self.net, self.net.attn_layers
         start = 0 if cache is None else cache.length
         total = start + ids.shape[1]
-        x = net.token_emb(ids)
-        if isinstance(net.pos_emb, nn.Module):
-            # of each row, the first real token; a row without any starts at its end
-            first = None if mask is None else torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
-            x = x + net.pos_emb(ids, pos=torch.arange(start, total, device=ids.device), seq_start_pos=first)
-        x = net.project_emb(net.emb_dropout(net.post_emb_norm(x)))
+        quiet = mask is None and not net.training and not torch.is_grad_enabled()
+        single = quiet and cache is not None and weights is not None and ids.shape[1] == 1
+        bare = single and not any(is_heard(part) for part in self._ends)
+        x = self._embedded_token(ids, start) if bare else self._embedded(ids, mask, start, total)
         angles = None
         if stack.rotary_pos_emb is not None:
             angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
-        quiet = mask is None and not net.training and not torch.is_grad_enabled()
-        if cache is not None and weights is not None and ids.shape[1] == 1 and quiet:
+        if single and cache is not None and weights is not None:
             x = token_step(self.layers, weights, x, cache, angles, changes or {})
             cache.advance(1)
-            last: Tensor = stack.final_norm(x)
-            return last
+            return normed(stack.final_norm, gain_of(stack.final_norm) if bare else None, x)
         for number, layer in enumerate(self.layers):
             weight = None if weights is None else weights[number].projections
             arguments = (layer, number, x, weight, mask, cache, angles)
@@ -129,6 +129,22 @@ class DecoderStack:
             cache.advance(ids.shape[1])
         out: Tensor = stack.final_norm(x)
         return out
+
+    def _embedded(self, ids: Tensor, mask: Tensor | None, start: int, total: int) -> Tensor:
+        """What goes into the first layer, of positions ``start`` to ``total``."""
+        net = self.net
+        x = net.token_emb(ids)
+        if self._position_table is not None:
+            # of each row, the first real token; a row without any starts at its end
+            first = None if mask is None else torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
+            x = x + net.pos_emb(ids, pos=torch.arange(start, total, device=ids.device), seq_start_pos=first)
+        embedded: Tensor = net.project_emb(net.emb_dropout(net.post_emb_norm(x)))
+        return embedded
+
+    def _embedded_token(self, ids: Tensor, position: int) -> Tensor:
+        """``_embedded`` of a plain decoder's single tokens in evaluation mode, without the modules' calls."""
+        x, table = F.embedding(ids, self.net.token_emb.emb.weight), self._position_table
+        return x if table is None else torch.add(x, table.emb.weight[position], alpha=table.scale)
 
 
 def _attention(
@@ -328,7 +344,7 @@ class PlainDecoderLM(XTransformersLM):
             and not torch.is_grad_enabled()
             and not self.model.training
             and all(block is layer.feedforward_sum for block, layer in zip(blocks, self.stack.layers, strict=False))
-            and self.stack.is_untouched()
+            and not self.stack.is_heard()  # that no part was replaced was seen when the weights were copied
         )
 
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:

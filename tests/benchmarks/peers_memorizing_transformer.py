@@ -240,7 +240,11 @@ def main() -> None:
         sizes={"type": int, "nargs": "*", "default": [8192, 65536]},
         queries={"type": int, "nargs": "+", "default": [512]},
         training_sizes={"type": int, "nargs": "*", "default": [65536]},
-        ef_search={"type": int, "default": None, "help": "the original's step once more, at a recall like ours"},
+        ef_search={
+            "type": int,
+            "default": 1024,
+            "help": "the original's step once more, at a recall like ours; 0: not",
+        },
         indexes={"nargs": "*", "default": list(INDEXES)},
         kept={"type": Path, "default": None, "help": "folder of graphs that were built before"},
     )

@@ -2,7 +2,9 @@
 
 Selecting ``k`` of ``c`` scores costs more than the product that makes them. So the scores of a chunk are cut into
 groups and the best of each group is taken (one vectorised pass); scores are looked at one by one only in groups whose
-best XX Groups are strided, so that the maximum runs over an outer dimension.
+best exceeds a bound. Of the first chunk that is just below the ``k``-th greatest of the maxima of some hundred wide
+groups: ``k`` scores at least exceed it, and of random ones few more. Afterwards it is the worst of the ``k`` found so
+far, and what exceeds it becomes rare. Groups are strided, so that the maximum runs over an outer dimension.
 
 ``screened_top_k`` finds the same through products in bfloat16, where a processor has them: it keeps more than ``k``
 keys of each query by those scores, scores the kept ones again exactly, and proves by a bound on the rounding that no
@@ -99,10 +101,7 @@ def screened_top_k(
 def own_products(
     queries: Float[Tensor, "q d"], keys: Float[Tensor, "c d"], numbers: Int[Tensor, "q w"]
 ) -> Float[Tensor, "q w"]:
-    """Of each query the products with keys of its own.
-
-    Nothing is multiplied that nobody asks for, as in a product of matrices; no keys are copied and no addends held.
-    """
+    """Of each query, on a CPU, the products with keys of its own: none but these, and without a copy of the keys."""
     q, w = numbers.shape
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)

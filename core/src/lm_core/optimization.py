@@ -262,7 +262,9 @@ def finish_update(
         number: of this update, from 1.
         loss: of all processes.
         parameters: whose gradients are clipped together.
-        optimizer, schedule, guard: of the run; a skipped update moves neither weights nor learning rate.
+        optimizer: of the run; a skipped update moves no weights.
+        schedule: of the run; a skipped update leaves the learning rate where it is.
+        guard: of the run; decides what is skipped, and counts it.
         max_grad_norm: None only measures.
 
     Returns:

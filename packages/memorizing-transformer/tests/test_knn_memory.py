@@ -85,6 +85,17 @@ def test_among_equal_scores_a_search_takes_as_many_as_it_was_asked_for():
         assert all(len(set(row)) == 3 for row in found[1].tolist())
 
 
+@pytest.mark.parametrize("at", [3, 5000])
+@pytest.mark.parametrize("of", ["a query", "a key"])
+def test_nan_is_found_not_passed_by(of, at):
+    queries, keys = unit(5, 8), unit(9000, 8, seed=1)
+    (queries[2] if of == "a query" else keys[at]).fill_(math.nan)
+    chunks = [(start, keys[start : start + 4096]) for start in range(0, len(keys), 4096)]
+    broken = [2] if of == "a query" else list(range(5))
+    for scores, _ in (exact_top_k(queries, chunks, 4), screened(queries, keys, 4, 4096)):
+        assert scores.isnan().any(dim=1).nonzero().flatten().tolist() == broken
+
+
 def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(monkeypatch):
     searched = []
 

@@ -191,9 +191,10 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
         wide = maxima[:, : groups - groups % joined].unflatten(1, (joined, -1)).amax(dim=1)
         # what reaches the bound is what exceeds the next lower number
         bound = _next_lower(wide.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
-    row, group = (maxima > bound).nonzero(as_tuple=True)
+    # written so that NaN passes, and is found: a broken model is not to look like one that remembers nothing
+    row, group = (~(maxima <= bound)).nonzero(as_tuple=True)
     inside = cube[row, :, group]
-    at, member = (inside > bound[row]).nonzero(as_tuple=True)
+    at, member = (~(inside <= bound[row])).nonzero(as_tuple=True)
     row, better, group = row[at], inside[at, member], group[at]
     counts = torch.bincount(row, minlength=q)
     m, rest = int(counts.max()), c - whole

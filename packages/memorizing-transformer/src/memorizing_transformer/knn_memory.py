@@ -316,15 +316,12 @@ class KNNMemory:
             scores, positions = index.search(queries, k, store.first[row])
             return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
 
-        def chunks(of: int) -> Iterator[tuple[int, Tensor]]:
-            return store.key_chunks(row, of, queries.dtype)
-
+        chunks = partial(store.key_chunks, row, dtype=queries.dtype)
         # an autocast region around the model would round the products
         with torch.autocast(store.device.type, enabled=False):
             if worth_screening(queries, size):
-                scores, slots = screened_top_k(
-                    queries, partial(chunks, SCREENED_CHUNK), k, partial(store.products, row)
-                )
+                screened = partial(chunks, SCREENED_CHUNK)
+                scores, slots = screened_top_k(queries, screened, k, partial(store.products, row))
             else:
                 scores, slots = exact_top_k(queries, chunks(chunk_size_for(store.device)), k)
         positions = store.positions(row, slots)

@@ -159,14 +159,14 @@ def test_a_layer_of_a_connection_that_was_replaced_or_listened_to_has_no_short_w
         def forward(self, x):
             return 2 * super().forward(x)
 
-    for name in ("to_q", "to_out"):
+    for name in ("to_q", "to_out", "to_v_head_gate"):
         block = CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8)
         assert block.one_row() is not None
         part = getattr(block.attn, name)
         handle = part.register_forward_hook(lambda *_: None)
         assert block.one_row() is None
         handle.remove()
-        setattr(block.attn, name, Doubled(part.in_features, part.out_features, bias=False))
+        setattr(block.attn, name, Doubled(part.in_features, part.out_features, bias=part.bias is not None))
         assert block.one_row() is None
 
 

@@ -133,10 +133,11 @@ class CrossAttentionBlock(nn.Module):
         weight, shared = attention.to_q.weight, attention.kv_heads != attention.heads
         if not self._is_plain or shared or weight.device.type != "cpu" or weight.dtype != torch.float32:
             return None
-        if not all(type(part) is nn.Linear and not is_heard(part) for part in (attention.to_q, attention.to_out)):
+        gates, values = attention.to_v_head_gate, None
+        used = [part for part in (attention.to_q, attention.to_out, gates) if part is not None]
+        if any(type(part) is not nn.Linear or is_heard(part) for part in used):
             return None
         with torch.no_grad():
-            gates, values = attention.to_v_head_gate, None
             if context is not None and context[0].shape[2] <= min(context[0].shape[3], context[1].shape[3]):
                 keys, held = context[0][0], context[1][0]
                 of_heads = weight.unflatten(0, (attention.heads, -1)) * keys.shape[-1] ** -0.5

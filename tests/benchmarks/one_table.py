@@ -107,7 +107,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.ticker import LogFormatter
 
     class PlainNumbers(LogFormatter):
-        def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            if not super().__call__(x, pos):
+                return ""  # a tick without a number, where there is no room
             return f"{x:,.0f}" if x >= 10 else f"{x:.4g}"
 
     series = grown(rows)

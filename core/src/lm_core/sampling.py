@@ -223,7 +223,5 @@ def gumbel_sample(
     if temperature == 0:
         return logits.argmax(dim=dim)
     # scaling the noise up, not the logits down, cannot overflow at small temperatures
-    noise = gumbel_noise(logits, generator)
-    if temperature != 1:
-        noise.mul_(temperature)
+    noise = gumbel_noise(logits, generator).mul_(temperature)
     return noise.add_(logits.detach()).argmax(dim=dim)

@@ -62,6 +62,7 @@ def settings_of(options: Namespace, seed: int, **changes: Any) -> TrainingSettin
             "keep_checkpoints": 1,
             "validation_documents": 1,
             "device": options.device,
+            "precision": options.precision,
             **changes,
         }
     )
@@ -291,6 +292,7 @@ def main() -> None:
         documents={"type": int, "default": 3, "help": "held-out files past 32k bytes to judge by"},
         judged_bytes={"type": int, "default": 36864, "help": "of each, from its beginning"},
         device={"default": "cpu"},
+        precision={"choices": ["auto", "fp32", "bf16"], "default": "auto"},
         checkpoint_every={"type": int, "default": 200},
         jobs={"type": int, "default": 1, "help": "runs at a time"},
         one={"default": "", "help": "of the variants, this one alone, and no tables"},

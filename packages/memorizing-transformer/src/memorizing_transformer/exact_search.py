@@ -30,7 +30,6 @@ GROUP = 8  # scores of a group
 WIDE_GROUPS = 4  # times k: groups of the first chunk whose maxima give the bound
 KEEP = 2  # times k: keys kept of a query by their scores in bfloat16
 FEWEST_SCREENED = 128  # queries, below which rounding the keys takes longer than it saves
-UNIT = torch.finfo(torch.bfloat16).eps / 2  # greatest relative error of rounding to bfloat16
 
 
 def chunk_size_for(device: torch.device) -> int:
@@ -77,22 +76,26 @@ def screened_top_k(
         k: at least 1.
         products: of each query with keys of given numbers, in its dtype.
     """
-    longest = queries.new_zeros(())
+    coarse = queries.bfloat16()
+    longest = farthest = queries.new_zeros(())  # norm of a key, and of what rounding it took
 
     def rounded() -> Iterator[tuple[int, Tensor]]:
-        nonlocal longest
+        nonlocal longest, farthest
         for first, keys in chunks():
-            longest = torch.maximum(longest, torch.linalg.vector_norm(keys, dim=1).amax())
-            yield first, keys.bfloat16()
+            short = keys.bfloat16()
+            longest = torch.maximum(longest, _norms(keys).amax())
+            farthest = torch.maximum(farthest, _norms(short.to(keys.dtype).sub_(keys)).amax())
+            yield first, short
 
-    kept = _running_top(queries.bfloat16(), rounded(), KEEP * k, as_codes=True)
+    kept = _running_top(coarse, rounded(), KEEP * k, as_codes=True)
     w = kept.numbers.shape[1]
     if w == 0:
         return _sorted_and_padded(queries.new_zeros(kept.numbers.shape), kept.numbers, k)
     again = products(queries, kept.numbers)
     filler = kept.scores == torch.iinfo(torch.int16).min
     scores, numbers = _sorted_and_padded(again.masked_fill_(filler, -math.inf), kept.numbers, k)
-    unproven = (~_separated(queries, longest, kept.least, scores[:, k - 1])).nonzero().squeeze(1)
+    errors = _greatest_errors(queries, coarse, longest, farthest)
+    unproven = (~_separated(kept.least, errors, scores[:, k - 1])).nonzero().squeeze(1)
     if len(unproven):
         scores[unproven], numbers[unproven] = exact_top_k(queries[unproven], chunks(), k)
     return scores, numbers
@@ -111,19 +114,32 @@ def own_products(
     return torch.sparse.sampled_addmm(places, queries, keys.t(), beta=0.0).values().view(q, w)
 
 
-def _separated(
-    queries: Float[Tensor, "q d"], longest: Tensor, worst: Int[Tensor, " q"], kth: Float[Tensor, " q"]
-) -> Bool[Tensor, " q"]:
+def _norms(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _greatest_errors(
+    queries: Float[Tensor, "q d"], coarse: Float[Tensor, "q d"], longest: Tensor, farthest: Tensor
+) -> Float[Tensor, " q"]:
+    """By how much scores of a query can differ from sums over ``coarse`` queries and keys, before those are rounded.
+
+    That is what was rounded off, times the other side (Cauchy-Schwarz), what sums of ``d`` numbers in float32 lose,
+    here and there, and numbers so small that the processor takes them for 0. Norms are rounded too: hence 1.001.
+    """
+    d, single, norms = queries.shape[1], torch.finfo(torch.float32), _norms(queries)
+    rounded_off = _norms(queries - coarse) * longest + _norms(coarse.to(queries.dtype)) * farthest
+    sums = 2 * d * (single.eps * norms * longest + single.tiny * (1 + norms + longest))
+    return 1.001 * (rounded_off + sums)
+
+
+def _separated(worst: Int[Tensor, " q"], errors: Float[Tensor, " q"], kth: Float[Tensor, " q"]) -> Bool[Tensor, " q"]:
     """Whether no key that was not kept can have a score as great as ``kth``, for each query.
 
-    A key that was not kept has a rounded score of at most ``worst``, if that is not negative (negative ones are in no
-    order, but below). Its score is greater than the rounded one by at most: what rounding the sum took, what rounding
-    query and key took (Cauchy-Schwarz), and what sums of ``d`` numbers in float32 lose, here and in ``kth``.
+    The rounded score of a key that was not kept is at most ``worst``, if that is not negative (negative ones are in no
+    order, but below). So it was at most halfway to the next number before it was rounded.
     """
-    product = torch.linalg.vector_norm(queries, dim=1) * longest
-    single = torch.finfo(torch.float32)
-    lost = (UNIT * (2 + UNIT) + 2 * queries.shape[1] * single.eps) * product + single.tiny * (2 + product)
-    return (worst >= 0) & (worst.view(torch.bfloat16).to(kth.dtype) / (1 - UNIT) + lost < kth)
+    halfway = (worst.view(torch.bfloat16).to(kth.dtype) + (worst + 1).view(torch.bfloat16).to(kth.dtype)) / 2
+    return (worst >= 0) & (halfway + errors < kth)
 
 
 def _sorted_and_padded(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -122,12 +122,12 @@ class KNNAttention(nn.Module):
             if self.gate is not None:  # every parameter takes part, which processes that train together rely on
                 out = out + 0.0 * self.gate.to(q.dtype).sum()
         else:
-            found = memory.retrieve(q, self.num_retrieved_memories)
+            found = memory.retrieve(q.float() if _is_slow_in(q.dtype, q.device) else q, self.num_retrieved_memories)
             if self._records is not None:
                 self._records.append(found)
             mask = found.mask if reads_memory is None else found.mask & reads_memory[:, None, :, None]
             memory_k, memory_v = found.kv.unbind(dim=-2)
-            distant = einsum(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
+            distant = _of_its_own(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
             distant = distant.masked_fill(~mask, torch.finfo(distant.dtype).min)
             out = self._joined(local, distant, mask, values, memory_v)
         out = self.projections.back(out)
@@ -137,10 +137,10 @@ class KNNAttention(nn.Module):
         if self.gate is None:
             weights = torch.cat((distant, local), dim=-1).softmax(dim=-1).to(values.dtype)
             far, near = self.dropout(weights).split((distant.shape[-1], local.shape[-1]), dim=-1)
-            return near @ values + einsum(far, memory_v, "b h i k, b h i k d -> b h i d")
+            return near @ values + _of_its_own(far, memory_v, "b h i k, b h i k d -> b h i d").to(values.dtype)
         near = self.dropout(local.softmax(dim=-1).to(values.dtype)) @ values
         far_weights = self.dropout(distant.softmax(dim=-1).to(values.dtype))
-        far_out = einsum(far_weights, memory_v, "b h i k, b h i k d -> b h i d")
+        far_out = _of_its_own(far_weights, memory_v, "b h i k, b h i k d -> b h i d").to(values.dtype)
         part = torch.sigmoid(self.gate).to(values.dtype) * mask.any(dim=-1, keepdim=True)
         return part * far_out + (1 - part) * near
 
@@ -185,6 +185,19 @@ class KNNAttention(nn.Module):
         if add_knn_memory and leaves:
             knn_memory.add(packed(as_memories(discarded)))
         return out, packed(newest) if self.xl_max_memories > 0 else None
+
+
+def _is_slow_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of queries with a few keys of their own cost more in copies than the dtype saves."""
+    return device.type == "cpu" and dtype.itemsize < 4
+
+
+def _of_its_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:
+    """``einsum`` of queries, or weights, with what was retrieved for each, in the latter's dtype on a CPU."""
+    if x.device.type != "cpu":
+        return einsum(x, retrieved, pattern)
+    with torch.autocast("cpu", enabled=False):
+        return einsum(x.to(retrieved.dtype), retrieved, pattern)
 
 
 def as_memories(kv: Float[Tensor, "b g n 2 d"]) -> Float[Tensor, "b g n 2 d"]:

@@ -76,6 +76,22 @@ def test_any_sequence_of_operations_equals_a_cache_of_lists(seed, rows, room, st
         assert cache.batch_size == len(reference.rows)
 
 
+def test_keys_and_values_in_one_tensor_are_kept_like_each_alone():
+    apart, joint = (KVCache(layers=LAYERS, batch_size=2, max_length=3) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for count in (2, 1, 4):
+        new = entries(generator, 2, count)
+        for layer in range(LAYERS):
+            keys, values = (new[:, :, part, layer].transpose(1, 2) for part in (0, 1))
+            held = joint.append(layer, torch.cat((keys, values), dim=1))
+            assert torch.equal(held, torch.cat(apart.update(layer, keys, values), dim=1))
+        apart.advance(count)
+        joint.advance(count)
+        for cache in (apart, joint):
+            cache.reorder(torch.tensor([1, 0]))
+    assert joint.nbytes == apart.nbytes
+
+
 def test_memory_is_taken_once_where_there_is_room():
     cache = KVCache(layers=LAYERS, batch_size=2, max_length=20)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Key/value cache of a decoder: allocated once, written in place, rows reordered for beams and finished prompts."""
 
 import copy
+from collections.abc import Iterable
 from typing import TypeVar
 
 from jaxtyping import Int
@@ -12,11 +13,11 @@ C = TypeVar("C", bound="KVCache")
 
 
 class KVCache:
-    """Keys and values of every layer, ``(layers, b, h, capacity, d)`` each.
+    """Keys and values of every layer, ``(layers, b, h, capacity, d)`` each, or of both side by side.
 
     Memory is taken at the first write, when shapes, dtype and device are known, with room for ``max_length`` positions;
-    beyond that it doubles. A forward writes each layer with ``update`` and calls ``advance`` once at its end, so a
-    forward that fails half way leaves the cache as it was.
+    beyond that it doubles. A forward writes each layer with ``update``, or ``append``, and calls ``advance`` once at
+    its end, so a forward that fails half way leaves the cache as it was.
 
     Args:
         layers: number of layers.
@@ -35,13 +36,13 @@ class KVCache:
         # Set by a model that was given a mask: later calls must then bring one too.
         self.masked = False
         self._capacity = max_length
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffers: tuple[Tensor, ...] = ()
+        self._of_layers: tuple[tuple[Tensor, ...], ...] = ()  # views, made once and not for every token
 
     @property
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
-        return sum(t.numel() * t.element_size() for t in (self._keys, self._values) if t is not None)
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new keys and values ``(b, h, n, d)`` behind the current length.
@@ -49,21 +50,24 @@ class KVCache:
         Returns:
             All keys and values of this layer, ``(b, h, length + n, d)``, as views of the cache.
         """
-        stop = self.length + keys.shape[-2]
-        if self._keys is None or self._values is None:
-            if keys.shape[0] != self.batch_size:
-                raise ValueError(f"cache was made for batch_size {self.batch_size}, got a batch of {keys.shape[0]}")
-            self._keys, self._values = self._allocate(keys), self._allocate(values)
-        elif keys.shape[0] != self.batch_size:
-            raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {keys.shape[0]}")
-        if stop > self._keys.shape[-2]:
-            self._capacity = max(stop, 2 * self._capacity)
-            self._keys, self._values = self._grown(self._keys), self._grown(self._values)
-        held_keys, held_values = self._keys.select(0, layer), self._values.select(0, layer)
-        held_keys.narrow(2, self.length, keys.shape[2]).copy_(keys)
-        if values.shape[-1] > 0:  # keys may hold both
-            held_values.narrow(2, self.length, values.shape[2]).copy_(values)
-        return held_keys.narrow(2, 0, stop), held_values.narrow(2, 0, stop)
+        held_keys, held_values = self._write(layer, (keys, values))
+        return held_keys, held_values
+
+    def append(self, layer: int, both: Tensor) -> Tensor:
+        """``update`` for keys and values in one tensor, ``(b, h, n, d)`` whatever the order they are in."""
+        return self._write(layer, (both,))[0]
+
+    def _write(self, layer: int, new: tuple[Tensor, ...]) -> list[Tensor]:
+        b, _, n, _ = new[0].shape
+        if b != self.batch_size:
+            raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {b}")
+        stop = self.length + n
+        if not self._buffers or stop > self._capacity:
+            self._make_room(stop, new)
+        held = self._of_layers[layer]
+        for part, written in zip(held, new, strict=True):
+            part.narrow(2, self.length, n).copy_(written)
+        return [part.narrow(2, 0, stop) for part in held]
 
     def advance(self, count: int) -> None:
         """Makes the ``count`` positions that every layer has just written part of the cache."""
@@ -71,8 +75,7 @@ class KVCache:
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
-        if self._keys is not None and self._values is not None:
-            self._keys, self._values = self._selected(self._keys, index), self._selected(self._values, index)
+        self._hold(self._selected(buffer, index) for buffer in self._buffers)
         self.batch_size = index.shape[0]
 
     def truncate(self, length: int) -> None:
@@ -89,9 +92,22 @@ class KVCache:
     def clone(self: C) -> C:
         """An independent copy, with whatever a subclass has added."""
         twin = copy.copy(self)
-        if self._keys is not None and self._values is not None:
-            twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        twin._hold(buffer.clone() for buffer in self._buffers)
         return twin
+
+    def _hold(self, buffers: Iterable[Tensor]) -> None:
+        self._buffers = tuple(buffers)
+        # not by `unbind`, whose parts must not be written to where gradients are taken
+        layers = range(self.layers if self._buffers else 0)
+        self._of_layers = tuple(tuple(buffer.select(0, layer) for buffer in self._buffers) for layer in layers)
+
+    def _make_room(self, stop: int, new: tuple[Tensor, ...]) -> None:
+        if stop > self._capacity:
+            self._capacity = max(stop, 2 * self._capacity)
+        if self._buffers:
+            self._hold(self._grown(buffer) for buffer in self._buffers)
+        else:
+            self._hold(self._allocate(like) for like in new)
 
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, dim = like.shape

@@ -148,7 +148,7 @@ class Decoder:
 
     def append(self, token: Tensor) -> None:
         """Makes ``token (b,)`` the newest of each row."""
-        self._ids[:, self._length] = token
+        self._ids.select(1, self._length).copy_(token)
         self._length += 1
         self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
 

@@ -119,7 +119,8 @@ def generate(
                 lengths[active] = lengths[active].where(~ended, step + 1)
                 alive = alive & ~ended
             else:
-                tokens[:, step], log_probs[:, step] = token, log_prob
+                tokens.select(1, step).copy_(token)
+                log_probs.select(1, step).copy_(log_prob)
             if step + 1 == max_new_tokens:
                 continue  # nothing will read the last token
             if eos_ids and (step + 1) % check_every == 0:

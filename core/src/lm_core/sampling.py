@@ -49,7 +49,8 @@ def _check_logits(logits: Tensor, dim: int = -1) -> None:
         raise ValueError(f"logits must have at least one entry along dimension {dim}, got shape {tuple(logits.shape)}")
     if torch.compiler.is_compiling() or logits.device.type != "cpu" or logits.numel() == 0:
         return
-    worst = float(logits.detach().amax(dim=dim).min())  # NaN if any entry is
+    greatest = logits.detach().amax(dim=dim)
+    worst = float(greatest if greatest.numel() == 1 else greatest.min())  # NaN if any entry is
     if math.isnan(worst):
         raise ValueError("logits must not hold NaN")
     if worst == -math.inf:

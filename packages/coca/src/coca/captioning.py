@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from coca.decoding_step import DecodingStep, TokenCache, is_plain
+from coca.decoding_step import DecodingStep, is_plain
 from lm_core._checks import check_ids, typed
+from lm_core.cache import KVCache
 from lm_core.decoding import Filter, prompt_rows
 from lm_core.generation import beam_search, eval_mode, generate
 from lm_core.masking import positions_from_mask, right_pad
@@ -23,7 +24,7 @@ from lm_core.sampling import top_k as keep_top_k
 from lm_core.sampling import top_p as keep_top_p
 
 
-class CoCaCache(TokenCache):
+class CoCaCache(KVCache):
     """Keys and values of the text, and of the image for each multimodal layer."""
 
     def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:

@@ -21,30 +21,6 @@ from coca.packed_weights import Product, Products, packed_product, plain_product
 from lm_core.cache import KVCache
 from lm_core.norms import LayerNorm
 
-
-class TokenCache(KVCache):
-    """A ``KVCache`` of one key head that takes one more token with fewer operations than ``update``."""
-
-    # Each layer's part of keys and values, and whose parts they are: memory is taken anew now and then.
-    _layers: tuple[tuple[Tensor, Tensor], ...] = ()
-    _layers_of: Tensor | None = None
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``update``, for one token a row: ``(b, 1, 1, d)`` each."""
-        past = self.length
-        if self._layers_of is not self._keys or self._keys is None or past == self._keys.shape[-2]:
-            result = self.update(layer, keys, values)
-            assert self._keys is not None
-            assert self._values is not None
-            self._layers = tuple(zip(self._keys.unbind(), self._values.unbind(), strict=True))
-            self._layers_of = self._keys
-            return result
-        all_keys, all_values = self._layers[layer]
-        all_keys.narrow(2, past, 1).copy_(keys)
-        all_values.narrow(2, past, 1).copy_(values)
-        return all_keys.narrow(2, 0, past + 1), all_values.narrow(2, 0, past + 1)
-
-
 # Packing all weights takes as long as four steps save.
 _STEPS_WORTH_PACKING = 8
 
@@ -74,7 +50,7 @@ class DecodingStep:
         self,
         x: Float[Tensor, "b d"],
         rotation: tuple[Tensor, Tensor],
-        cache: TokenCache,
+        cache: KVCache,
         image: tuple[tuple[Tensor, Tensor], ...],
         mask: Bool[Tensor, "b total"] | None = None,
     ) -> Float[Tensor, "b d"]:
@@ -93,10 +69,10 @@ class DecodingStep:
             rotation = (rotation[0].unsqueeze(1), rotation[1].unsqueeze(1))
         place = 0
         for block, products in self._unimodal:
-            x = block.decode(x, rotation, partial(cache.append, place), products, visible)
+            x = block.decode(x, rotation, partial(cache.update, place), products, visible)
             place += 1
         for (block, products, attention, attention_products), keys_values in zip(self._multimodal, image, strict=True):
-            x = block.decode(x, rotation, partial(cache.append, place), products, visible)
+            x = block.decode(x, rotation, partial(cache.update, place), products, visible)
             x = attention.decode(x, keys_values, attention_products)
             place += 1
         return torch.layer_norm(x, self._norm.gamma.shape, self._norm.gamma, None, self._norm.eps)

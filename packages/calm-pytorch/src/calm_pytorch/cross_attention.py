@@ -39,12 +39,12 @@ class OneRow(NamedTuple):
 
     Attributes:
         weight: of queries, or with ``values`` the context's keys times it, and of gates below; the norm's gain is in.
-        gate_bias: of the gates, or None without gates.
+        bias: of queries (zeros) and gates, or None without gates.
         values: the context's values times the output's weight, ``(h m, d)``; None: the context is read as it is.
     """
 
     weight: Tensor
-    gate_bias: Tensor | None
+    bias: Tensor | None
     values: Tensor | None
 
 
@@ -143,31 +143,33 @@ class CrossAttentionBlock(nn.Module):
                 of_heads = weight.unflatten(0, (attention.heads, -1)) * keys.shape[-1] ** -0.5
                 weight = (keys @ of_heads).flatten(0, 1)
                 values = (held @ attention.to_out.weight.t().unflatten(0, (attention.heads, -1))).flatten(0, 1)
-            both = weight if gates is None else torch.cat((weight, gates.weight))
+            both, bias = weight, None
+            if gates is not None:
+                both = torch.cat((weight, gates.weight))
+                bias = F.pad(gates.bias, (weight.shape[0], 0))
             if not isinstance(self.pre_rmsnorm, nn.Identity):
                 both = both * self._gain()
-            return OneRow(by_columns(both), None if gates is None else gates.bias, values)
+            return OneRow(by_columns(both), bias, values)
 
     def _attend_to_one(self, x: Tensor, context: Context, one_row: OneRow) -> Tensor:
-        """``attend_to`` of a single token: the norm's length goes into the scale of the scores and of the gates."""
-        row, attention, gates = x.reshape(1, -1), self.attn, None
-        scale = 1.0
+        """``attend_to`` of a single token."""
+        attention, row, gates = self.attn, x.reshape(1, -1), None
+        h, normed = attention.heads, row
         if not isinstance(self.pre_rmsnorm, nn.Identity):
-            scale = (float(torch.dot(row[0], row[0])) / self.dim + _NORM_EPS) ** -0.5
-        projected = F.linear(row, one_row.weight)
-        if one_row.gate_bias is not None:
-            projected, raw = projected[:, : -attention.heads], projected[0, -attention.heads :]
-            gates = torch.add(one_row.gate_bias, raw, alpha=scale).sigmoid_()
-        queries = projected.view(attention.heads, -1)
+            flat = row.view(-1)
+            normed = row * (float(torch.dot(flat, flat)) / self.dim + _NORM_EPS) ** -0.5
+        projected = F.linear(normed, one_row.weight, one_row.bias)
+        if one_row.bias is not None:
+            width = projected.shape[1] - h
+            projected, gates = projected.narrow(1, 0, width), projected.narrow(1, width, h).sigmoid_()
         if one_row.values is not None:
-            weights = (queries * scale).softmax(dim=-1)
+            weights = projected.view(h, -1).softmax(dim=-1)
             if gates is not None:
-                weights *= gates.unsqueeze(-1)
+                weights *= gates.view(h, 1)
             return torch.addmm(row, weights.view(1, -1), one_row.values).view(x.shape)
-        queries = queries.view(1, attention.heads, 1, -1)
-        read = F.scaled_dot_product_attention(queries, *context, scale=scale * queries.shape[-1] ** -0.5)
+        read = F.scaled_dot_product_attention(projected.view(1, h, 1, -1), *context)
         if gates is not None:
-            read = read * gates.view(1, -1, 1, 1)
+            read = read * gates.view(1, h, 1, 1)
         return torch.addmm(row, read.view(1, -1), attention.to_out.weight.t()).view(x.shape)
 
     def attend_to(

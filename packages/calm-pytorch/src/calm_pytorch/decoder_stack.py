@@ -168,7 +168,7 @@ def _attention(
         q, k, v = (one.view(b, n, -1, width).transpose(1, 2) for one in parts)
     else:
         heads = projected.view(b, n, h + 2 * g, -1).transpose(1, 2)
-        held, _ = cache.update(number, heads[:, h:], heads[:, h:, :, :0])
+        held = cache.append(number, heads[:, h:])
         q, k, v = heads[:, :h], held[:, :g], held[:, g:]
     if angles is not None:
         from x_transformers.x_transformers import apply_rotary_pos_emb
@@ -282,8 +282,7 @@ class StackCache(XTransformersCache):
             for number, (keys, values) in enumerate(self.layers):
                 assert keys is not None
                 assert values is not None
-                held = torch.cat((keys, values), dim=1)
-                self.buffer.update(number, held, held[..., :0])
+                self.buffer.append(number, torch.cat((keys, values), dim=1))
             self.buffer.advance(self.length)
             self.layers = []
         return self.buffer
@@ -294,7 +293,7 @@ class StackCache(XTransformersCache):
             part = stack.layers[0].attention
             sizes = (self.batch_size, 2 * part.kv_heads, 0, part.to_k.out_features // part.kv_heads)
             nothing = part.to_k.weight.new_empty(sizes)
-            held = (self.buffer.update(number, nothing, nothing[..., :0])[0] for number in range(self.buffer.layers))
+            held = (self.buffer.append(number, nothing) for number in range(self.buffer.layers))
             self.layers = [(one[:, : part.kv_heads], one[:, part.kv_heads :]) for one in held]
         self.buffer = self.weights = None
 
@@ -346,6 +345,13 @@ class PlainDecoderLM(XTransformersLM):
             and all(block is layer.feedforward_sum for block, layer in zip(blocks, self.stack.layers, strict=False))
             and not self.stack.is_heard()  # that no part was replaced was seen when the weights were copied
         )
+
+    def next_hidden(self, ids: Tensor, cache: StackCache, changes: Mapping[int, Change]) -> Tensor:
+        """``hidden(ids, cache=cache, changes=changes)`` of tokens for which ``takes_changes`` holds."""
+        ids, _ = self._checked(ids, None, cache)
+        out = self._incremental(ids, None, cache, {"changes": changes}, hidden=True)
+        cache.length += ids.shape[1]
+        return out
 
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
         if hidden and not kwargs and self.stack.is_untouched():

@@ -6,7 +6,8 @@ two do, and questions that have the same answer for every token come on top, lay
 Legend: b batch, h heads, g key/value heads, e features of a head, d feature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +26,14 @@ JOINED_BYTES = 32 * 2**20
 class LayerWeights(NamedTuple):
     """Of a layer, the weight of queries, keys and values in one, and the gains of its norms (None: call the norm).
 
-    ``feedforward`` has the weight of each part of the feedforward that is a linear layer, None for the others.
+    ``out`` is the attention's output weight, transposed. ``feedforward`` are functions to be applied in turn.
     """
 
     projections: Tensor
+    out: Tensor
     attention_gain: Tensor | None
     feedforward_gain: Tensor | None
-    feedforward: tuple[Tensor | None, ...]
+    feedforward: tuple[Callable[[Tensor], Tensor], ...]
 
 
 def joined(attention: Any) -> Tensor:
@@ -63,18 +65,40 @@ def layer_weights(layers: Sequence[Any]) -> list[LayerWeights] | None:
         return [
             LayerWeights(
                 joined_by_columns(layer.attention),
+                layer.attention.to_out.weight.t(),
                 gain_of(layer.attention_norm),
                 gain_of(layer.feedforward_norm),
-                tuple(_weight_of(part) for part in layer.feedforward_parts),
+                _feedforward(layer.feedforward_parts),
             )
             for layer in layers
         ]
 
 
-def _weight_of(part: nn.Module) -> Tensor | None:
-    if type(part) is not nn.Linear:
-        return None
-    return by_columns(part.weight) if _is_wide(part.weight) else part.weight
+def _feedforward(parts: Sequence[Any]) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """What parts of a feedforward do where nobody listens to them."""
+    # in evaluation mode a dropout does nothing
+    parts = [part for part in parts if type(part) is not nn.Dropout or part.training]
+    if [type(part) for part in parts] == [nn.Linear, nn.GELU, nn.Linear]:
+        first, gelu, second = parts
+        plain = gelu.approximate == "none" and first.bias is not None and second.bias is not None
+        # in half precision it is the operator that computes in float32
+        if plain and first.weight.device.type == "cpu" and first.weight.dtype in (torch.float32, torch.float64):
+            weight = (by_columns(first.weight) if _is_wide(first.weight) else first.weight.clone()).mul_(0.5**0.5)
+            return (partial(_with_gelu, first.bias * 0.5**0.5, weight.t(), second.bias, second.weight.t()),)
+    return tuple(_linear(part) if type(part) is nn.Linear else part for part in parts)
+
+
+def _linear(part: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return partial(F.linear, weight=by_columns(part.weight) if _is_wide(part.weight) else part.weight, bias=part.bias)
+
+
+def _with_gelu(bias: Tensor, weight: Tensor, second_bias: Tensor, second_weight: Tensor, x: Tensor) -> Tensor:
+    """A feedforward with a GELU, whose first half gives ``z = y / sqrt(2)``: ``gelu(y) sqrt(2) = z + z erf(z)``.
+
+    For a thousand numbers the operator of GELU takes twice as long on a CPU.
+    """
+    z = torch.addmm(bias, x, weight)
+    return torch.addmm(second_bias, torch.addcmul(z, z, torch.erf(z)), second_weight, alpha=0.5**0.5)
 
 
 def _is_wide(weight: Tensor) -> bool:
@@ -98,31 +122,26 @@ def token_step(
         from x_transformers.x_transformers import apply_rotary_pos_emb
     b = x.shape[0]
     x = x.view(b, -1)
-    # of a thousand numbers, half the time of the library that the operator calls on a CPU; in half precision it is the
-    # operator that computes in float32
-    writes_gelu_out = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
     for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         part = layer.attention
         h, g = part.heads, part.kv_heads
         normed_x = normed(layer.attention_norm, weight.attention_gain, x)
-        q, held = F.linear(normed_x, weight.projections).view(b, h + 2 * g, 1, -1).split((h, 2 * g), dim=1)
-        held, _ = cache.update(number, held, held[..., :0])
-        k, v = held.split(g, dim=1)
+        heads = F.linear(normed_x, weight.projections).view(b, h + 2 * g, 1, -1)
+        q, held = heads.narrow(1, 0, h), cache.append(number, heads.narrow(1, h, 2 * g))
+        k, v = held.narrow(1, 0, g), held.narrow(1, g, g)
         if angles is not None:
             q, k = apply_rotary_pos_emb(q, angles), apply_rotary_pos_emb(k, angles)
         scale = part.attend.scale
         read = F.scaled_dot_product_attention(q, k, v, scale=scale) if g == h else attend(q, k, v, scale=scale)
-        x = _sum(layer.attention_sum, F.linear(read.reshape(b, -1), part.to_out.weight), x)
+        read = read.reshape(b, -1)
+        if is_heard(layer.attention_sum) or read.dtype != x.dtype:  # autocast would round the sum
+            x = _sum(layer.attention_sum, read @ weight.out, x)
+        else:
+            x = torch.addmm(x, read, weight.out)
         y = normed(layer.feedforward_norm, weight.feedforward_gain, x)
-        for module, matrix in zip(layer.feedforward_parts, weight.feedforward, strict=True):
-            if is_heard(module):
-                y = module(y)
-            elif matrix is not None:
-                y = F.linear(y, matrix, module.bias)
-            elif writes_gelu_out and type(module) is nn.GELU and module.approximate == "none":
-                y = y * torch.erf(y * 0.5**0.5).add_(1.0).mul_(0.5)
-            elif type(module) is not nn.Dropout or module.training:  # in evaluation mode a dropout does nothing
-                y = module(y)
+        heard = any(is_heard(part) for part in layer.feedforward_parts)
+        for function in layer.feedforward_parts if heard else weight.feedforward:
+            y = function(y)
         x = _sum(layer.feedforward_sum, y, x)
         if number in changes:
             x = changes[number](x.unsqueeze(1)).view(b, -1)

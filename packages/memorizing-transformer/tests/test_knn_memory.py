@@ -1,6 +1,7 @@
 """The memory: exact search, first in first out, formats, saved states."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_nan_is_found_not_passed_by(of, at):
     broken = [2] if of == "a query" else list(range(5))
     for scores, _ in (exact_top_k(queries, chunks, 4), screened(queries, keys, 4, 4096)):
         assert scores.isnan().any(dim=1).nonzero().flatten().tolist() == broken
+
+
+def test_memory_that_products_share_is_of_use_in_and_out_of_inference_mode():
+    queries, keys = unit(130, 8), unit(9000, 8, seed=1)
+    expected = (queries @ keys.T).topk(4).values
+
+    def in_a_thread_of_its_own():  # which has no such memory yet
+        with torch.inference_mode():
+            inside = screened(queries, keys, 4, 4096)[0]
+        return [inside.clone(), screened(queries, keys, 4, 4096)[0]]
+
+    with ThreadPoolExecutor(1) as pool:
+        for scores in pool.submit(in_a_thread_of_its_own).result():
+            torch.testing.assert_close(scores, expected)
 
 
 def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(monkeypatch):

@@ -14,10 +14,12 @@ Legend: q queries, c keys of a chunk, d feature, k neighbours, w keys kept of a 
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
@@ -51,7 +53,7 @@ def exact_top_k(
     """The ``k`` keys with the greatest inner product with each query, greatest first.
 
     Args:
-        queries: floating point, in the dtype that is computed in.
+        queries: in the dtype that is computed in, on a CPU float32 or float64.
         chunks: ``(number of the first key, keys (c, d))``; numbers need not be contiguous between chunks.
         k: at least 1.
 
@@ -143,8 +145,26 @@ def _separated(worst: Int[Tensor, " q"], errors: Float[Tensor, " q"], kth: Float
 
 
 def _sorted_and_padded(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    best = scores.topk(min(k, scores.shape[1]), dim=1)
-    return _widened(best.values, k, -math.inf), _widened(numbers.gather(1, best.indices), k, 0)
+    best = _greatest(scores, min(k, scores.shape[1]), in_order=True)
+    return _widened(scores.gather(1, best), k, -math.inf), _widened(numbers.gather(1, best), k, 0)
+
+
+def _greatest(scores: Real[Tensor, "q c"], k: int, *, in_order: bool = False) -> Int[Tensor, "q k"]:
+    """Where the ``k`` greatest scores of each query are, NaN first; on a CPU by numpy, in a third of the time."""
+    if scores.device.type != "cpu":
+        return scores.topk(k, dim=1, sorted=in_order).indices
+    wide = scores.int() if scores.dtype == torch.int16 else scores  # which numpy has no fast code for
+    if in_order:
+        return torch.from_numpy(np.argsort(wide.numpy(), axis=1)[:, wide.shape[1] - k :]).flip(1)
+    at = wide.shape[1] - k
+    return torch.from_numpy(np.argpartition(wide.numpy(), at, axis=1)[:, at:])
+
+
+def _kth_greatest(scores: Real[Tensor, "q c"], k: int) -> Real[Tensor, "q 1"]:
+    if scores.device.type != "cpu":
+        return scores.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    at = scores.shape[1] - k
+    return torch.from_numpy(np.partition(scores.numpy(), at, axis=1)[:, at : at + 1])
 
 
 class _Kept(NamedTuple):
@@ -169,13 +189,9 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
     """
     tiles = queries.split(CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE)
     kept: list[_Kept | None] = [None] * len(tiles)
-    room = queries.new_empty(0)  # for all products in turn: fresh memory costs a CPU as much as what is put into it
     for first, keys in chunks:
         for number, part in enumerate(tiles):
-            size = len(part) * len(keys)
-            if room.numel() < size:
-                room = queries.new_empty(size)
-            scores = torch.mm(part, keys.t(), out=room[:size].view(len(part), len(keys)))
+            scores = torch.mm(part, keys.t(), out=_room(len(part), len(keys), queries))
             kept[number] = _improved(kept[number], scores.view(torch.int16) if as_codes else scores, first, k)
     found = [one for one in kept if one is not None]
     if not found:
@@ -187,6 +203,24 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
         torch.cat([_widened(one.numbers, w, 0) for one in found]),
         torch.cat([one.least for one in found]),
     )
+
+
+_kept_rooms = threading.local()
+
+
+def _room(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Memory for a product, whatever is in it. On a CPU the same for all of a thread.
+
+    Fresh memory costs a CPU as much as what is put into it: of 16 ms for 8,192 keys, its pages took 2.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    size = rows * columns * like.itemsize
+    held: Tensor | None = getattr(_kept_rooms, "memory", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # or it could not be written to outside of that mode
+            held = _kept_rooms.memory = torch.empty(size, dtype=torch.uint8)
+    return held[:size].view(like.dtype).view(rows, columns)
 
 
 def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k: int) -> _Kept:
@@ -206,7 +240,7 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
         joined = max(1, groups // (WIDE_GROUPS * k))
         wide = maxima[:, : groups - groups % joined].unflatten(1, (joined, -1)).amax(dim=1)
         # what reaches the bound is what exceeds the next lower number
-        bound = _next_lower(wide.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True))
+        bound = _next_lower(_kth_greatest(wide, k))
     # written so that NaN passes, and is found: a broken model is not to look like one that remembers nothing
     row, group = (~(maxima <= bound)).nonzero(as_tuple=True)
     inside = cube[row, :, group]
@@ -235,8 +269,9 @@ def _best_of(earlier: _Kept | None, scores: Tensor, numbers: Tensor, k: int) -> 
         scores, numbers = torch.cat((earlier.scores, scores), dim=1), torch.cat((earlier.numbers, numbers), dim=1)
     if scores.shape[1] <= k:
         return _Kept(scores.clone(), numbers, scores.new_full((len(scores),), _lowest(scores)))
-    best = scores.topk(k, dim=1, sorted=False)
-    return _Kept(best.values, numbers.gather(1, best.indices), best.values.amin(dim=1))
+    best = _greatest(scores, k)
+    values = scores.gather(1, best)
+    return _Kept(values, numbers.gather(1, best), values.amin(dim=1))
 
 
 def _lowest(scores: Tensor) -> float | int:

@@ -13,6 +13,7 @@ from calm_pytorch import (
     CALM,
     AugmentParams,
     ExtractHiddensWrapper,
+    decoder_stack,
     freeze_all_layers_,
     hugging_face_blocks,
     x_transformer_blocks,
@@ -489,6 +490,84 @@ def test_states_read_once_give_the_logits_of_reading_again(model_of, compose, id
     states = calm.augment_states(prompt)
     assert torch.equal(calm(ids(2, 5), augment_states=states), calm(ids(2, 5), prompt=prompt))
     assert not any(hidden.requires_grad for hidden in states.hiddens[0])
+
+
+@pytest.fixture
+def layers_run(monkeypatch):
+    """The numbers of the layers that ``DecoderStack`` runs, in turn."""
+    ran, run = [], decoder_stack._layer
+
+    def counted(layer, number, *arguments):
+        ran.append(number)
+        return run(layer, number, *arguments)
+
+    monkeypatch.setattr(decoder_stack, "_layer", counted)
+    return ran
+
+
+def starting(model_of, compose, **options):
+    """An x-transformers anchor of four layers, read into behind the second and the fourth."""
+    anchor = model_of("x-transformers", **options).double()
+    augment = AugmentParams(model_of("gpt2", seed=1).double(), connections=[(2, 2), (4, 4)])
+    return compose(anchor, augment, trained=True).double().train()
+
+
+def loss_and_gradients(calm, **inputs):
+    loss = calm(**inputs)
+    gradients = torch.autograd.grad(loss, list(calm.trainable_parameters()))
+    return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True, "attn_flash": True}], ids=["positions", "rotary"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_anchor_that_begins_behind_kept_states_has_the_loss_and_gradients_of_the_whole(
+    model_of, compose, ids, layers_run, options, padded
+):
+    calm, seq, prompt = starting(model_of, compose, **options), ids(3, 9), ids(3, 4)
+    if padded:
+        seq[0, 6:] = -1
+    expected = loss_and_gradients(calm, seq=seq, prompt=prompt)
+    states = calm.augment_states(prompt, seq=seq)
+    layers_run.clear()
+    found = loss_and_gradients(calm, seq=seq, augment_states=states)
+    assert layers_run == [2, 3]
+    assert not states.anchor.hidden.requires_grad
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["other tokens", "padding first", "logits", "a hook", "checkpointing"])
+def test_kept_states_of_the_anchor_are_used_only_where_they_are_what_it_would_make(
+    model_of, compose, ids, layers_run, case
+):
+    calm, seq, prompt = starting(model_of, compose), ids(2, 7), ids(2, 4)
+    if case == "padding first":
+        seq[0, :3] = -1
+    states = calm.augment_states(prompt, seq=seq)
+    inputs = {"seq": seq}
+    if case == "other tokens":
+        inputs = {"seq": torch.cat((seq[:, :2], (seq[:, 2:3] + 1) % 40, seq[:, 3:]), dim=1)}
+    elif case == "logits":
+        inputs["return_loss"] = False
+    elif case == "a hook":
+        calm.anchor_blocks[0].register_forward_hook(lambda module, args, output: output * 1.5)
+    calm.gradient_checkpointing = case == "checkpointing"
+    layers_run.clear()
+    found = calm(**inputs, augment_states=states)
+    assert layers_run in ([], [0, 1, 2, 3])  # [] where the library's own code ran
+    assert torch.equal(found, calm(**inputs, prompt=prompt))
+
+
+@pytest.mark.parametrize("case", ["a Hugging Face model", "dropout below", "a connection at an input"])
+def test_nothing_is_kept_of_an_anchor_that_cannot_begin_in_the_middle(model_of, compose, ids, case):
+    augment = AugmentParams(model_of("gpt2", seed=1), connections=[(2, 2), (4, 4)])
+    options = {"anchor_hidden_position": "input"} if case == "a connection at an input" else {}
+    anchor = model_of("llama") if case == "a Hugging Face model" else model_of("x-transformers")
+    calm = compose(anchor, augment, **options).train()
+    if case == "dropout below":
+        calm.anchor_llm.emb_dropout.p = 0.1
+    assert calm.augment_states(ids(2, 4), seq=ids(2, 7)).anchor is None
+    if case == "dropout below":  # which in evaluation mode does nothing
+        assert calm.eval().augment_states(ids(2, 4), seq=ids(2, 7)).anchor is not None
 
 
 @pytest.mark.parametrize("kind", ["x-transformers", "llama", "plain"])

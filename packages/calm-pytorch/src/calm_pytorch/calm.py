@@ -13,6 +13,7 @@ Legend: b batch, n sequence, m prompt positions, v vocabulary.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from calm_pytorch import adapter_files
 from calm_pytorch.anchor import Anchor
 from calm_pytorch.augment import Augment, AugmentParams, device_of
 from calm_pytorch.blocks import BlocksFunction, attention_heads, freeze_all_layers_
-from calm_pytorch.composed_lm import AugmentStates, ComposedLM, compose
+from calm_pytorch.composed_lm import AugmentStates, ComposedLM, anchor_start, compose
 from calm_pytorch.cross_attention import CrossAttentionBlock
 from calm_pytorch.description import describe
 from calm_pytorch.hidden_states import HiddenPosition, unchanged_buffers
@@ -178,21 +179,31 @@ class CALM(nn.Module):
         self,
         prompt: Tensor | Sequence[Tensor | None] | None,
         prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        seq: Int[Tensor, "b n"] | None = None,
     ) -> AugmentStates:
         """Hidden states of prompts, to be given to ``forward`` any number of times.
 
         Args:
             prompt: as for ``forward``.
             prompt_mask: as for ``forward``.
+            seq: the tokens whose loss is wanted, if what the frozen anchor makes of them up to its first connection is
+                to be kept too. It is where the anchor is a plain x-transformers decoder that drops nothing there.
 
         Raises:
             ValueError: as ``forward``.
         """
         count = len(self.augments)
-        return self.read_prompts(
+        states = self.read_prompts(
             each_augment(prompt, self.augments, "prompt"),
             each_augment(prompt_mask, self.augments, "prompt_mask") if prompt_mask is not None else [None] * count,
         )
+        return states if seq is None else replace(states, anchor=anchor_start(self, self.tokens_read(seq)))
+
+    def tokens_read(self, seq: Int[Tensor, "b n"]) -> Int[Tensor, "b n1"]:
+        """What the anchor reads where a loss is taken: all tokens but the last, 0 at padding."""
+        real = real_tokens(seq, None, self.pad_id)
+        return (seq if real is None else seq.masked_fill(~real, 0))[:, :-1]
 
     def read_prompts(self, prompts: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> AugmentStates:
         """``augment_states`` of one prompt and mask for each augment, None for those that share the sequence."""

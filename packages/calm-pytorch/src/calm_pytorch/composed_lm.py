@@ -23,16 +23,31 @@ from lm_core.cache import KVCache
 
 
 @dataclass(frozen=True)
+class AnchorStart:
+    """What the anchor makes of tokens up to the first layer that reads.
+
+    Attributes:
+        ids: the tokens ``(b, n)``, 0 at padding.
+        hidden: states ``(b, n, d)`` behind that layer, before anything is read; whatever they are at padding.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
 class AugmentStates:
     """Hidden states of prompts, as ``CALM.augment_states`` reads them; ``CALM.forward`` takes them instead of prompts.
 
     Attributes:
         hiddens: for each augment, one ``(b, m, c)`` for each layer that is read; none for a shared sequence.
         masks: for each augment ``(b, m)``, True at real positions, or None.
+        anchor: where the anchor may begin, or None. Of no effect with other tokens, or padding that does not come last.
     """
 
     hiddens: tuple[tuple[Tensor, ...], ...]
     masks: tuple[Tensor | None, ...]
+    anchor: AnchorStart | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,12 @@ def compose(
         if one_rows is not None and not any(reading.causal for reading in readings):
             cache.changes = changes  # what is read stays the same
         out = calm.anchor.hidden(ids, changes=changes, **kwargs)
+    elif hidden and cache is None and not anchor_kwargs and _is_known(calm, ids, states):
+        assert states is not None
+        assert states.anchor is not None
+        first = calm.anchor_layers[0]
+        changes = {layer - 1: change for layer, change in _changes(calm, readings).items()}
+        out = calm.anchor.stack.hidden_from(changes[first - 1](states.anchor.hidden), first, changes)
     else:
         forward: Callable[..., Tensor] = calm.anchor.hidden if hidden else calm.anchor
         with reading_anchor(calm, readings, one_rows):
@@ -156,11 +177,31 @@ def _rounds(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type)
 
 
+def _is_direct(calm: Any) -> bool:
+    """Whether the anchor can read its augments without hooks on its blocks."""
+    return isinstance(calm.anchor, PlainDecoderLM) and all(position == "output" for position in calm.anchor_positions)
+
+
 def _takes_changes(calm: Any, ids: Tensor, cache: Any) -> bool:
     """Whether the anchor reads its augments in this call without hooks on its blocks."""
-    outputs = all(position == "output" for position in calm.anchor_positions)
-    direct = outputs and isinstance(calm.anchor, PlainDecoderLM)
-    return direct and calm.anchor.takes_changes(ids, cache, calm.anchor_blocks)
+    return _is_direct(calm) and calm.anchor.takes_changes(ids, cache, calm.anchor_blocks)
+
+
+def anchor_start(calm: Any, ids: Tensor) -> AnchorStart | None:
+    """Where the anchor may begin with tokens whose padding comes last; None where it has to run as a whole."""
+    first = calm.anchor_layers[0]
+    if not _is_direct(calm) or not calm.anchor.begins_behind(first, calm.anchor_blocks):
+        return None
+    with torch.no_grad():
+        return AnchorStart(ids, calm.anchor.stack.behind(ids, first))
+
+
+def _is_known(calm: Any, ids: Tensor, states: AugmentStates | None) -> bool:
+    """Whether states hold what the anchor makes of these tokens up to the first layer that reads."""
+    if states is None or states.anchor is None or (calm.gradient_checkpointing and torch.is_grad_enabled()):
+        return False
+    same = states.anchor.ids.shape == ids.shape and torch.equal(states.anchor.ids, ids)
+    return same and _is_direct(calm) and calm.anchor.begins_behind(calm.anchor_layers[0], calm.anchor_blocks)
 
 
 def _changes(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> dict[int, Change]:

@@ -106,29 +106,60 @@ class DecoderStack:
         single = quiet and cache is not None and weights is not None and ids.shape[1] == 1
         bare = single and not any(is_heard(part) for part in self._ends)
         x = self._embedded_token(ids, start) if bare else self._embedded(ids, mask, start, total)
-        angles = None
-        if stack.rotary_pos_emb is not None:
-            angles, _ = stack.rotary_pos_emb(torch.arange(total, device=ids.device))
+        angles = self._angles(total, ids.device)
         if single and cache is not None and weights is not None:
             x = token_step(self.layers, weights, x, cache, angles, changes or {})
             cache.advance(1)
             return normed(stack.final_norm, gain_of(stack.final_norm) if bare else None, x)
         for number, layer in enumerate(self.layers):
             weight = None if weights is None else weights[number].projections
-            arguments = (layer, number, x, weight, mask, cache, angles)
-            if is_recomputed(layer.attention):
-                read = checkpoint(_attention, *arguments, use_reentrant=False)
-            else:
-                read = _attention(*arguments)
-            x = layer.attention_sum(read, x)
-            if is_recomputed(layer.feedforward):
-                x = layer.feedforward_sum(checkpoint(_feedforward, layer, x, use_reentrant=False), x)
-            else:
-                x = layer.feedforward_sum(_feedforward(layer, x), x)
+            x = _layer(layer, number, x, weight, mask, cache, angles)
         if cache is not None:
             cache.advance(ids.shape[1])
         out: Tensor = stack.final_norm(x)
         return out
+
+    def behind(self, ids: Tensor, count: int) -> Tensor:
+        """States ``(b, n, d)`` behind the first ``count`` layers, of tokens whose padding comes last."""
+        n = ids.shape[1]
+        x, angles = self._embedded(ids, None, 0, n), self._angles(n, ids.device)
+        for number, layer in enumerate(self.layers[:count]):
+            x = _layer(layer, number, x, None, None, None, angles)
+        return x
+
+    def hidden_from(self, x: Tensor, count: int, changes: Mapping[int, Change]) -> Tensor:
+        """``hidden`` from states ``behind`` the first ``count`` layers on.
+
+        Args:
+            x: states ``(b, n, d)``, with what is added there.
+            count: layers that are not run.
+            changes: of a layer, counted from 0, what becomes of its output.
+        """
+        angles = self._angles(x.shape[1], x.device)
+        for number in range(count, len(self.layers)):
+            x = _layer(self.layers[number], number, x, None, None, None, angles)
+            if number in changes:
+                x = changes[number](x)
+        out: Tensor = self.net.attn_layers.final_norm(x)
+        return out
+
+    def is_fixed(self, count: int) -> bool:
+        """Whether the first ``count`` layers make the same of the same tokens each time, and nobody listens to them."""
+        if not self.is_untouched():
+            return False
+        parts, attentions = list(self._ends), []
+        for layer in self.layers[:count]:
+            parts += [layer.attention_sum, layer.feedforward_sum, *layer.feedforward_parts]
+            attentions.append(layer.attention.attend.attn_dropout)
+        dropouts = [part for part in (*parts, *attentions) if isinstance(part, nn.Dropout)]
+        return not any(map(is_heard, parts)) and not any(part.training and part.p > 0 for part in dropouts)
+
+    def _angles(self, total: int, device: torch.device) -> Tensor | None:
+        rotary = self.net.attn_layers.rotary_pos_emb
+        if rotary is None:
+            return None
+        angles: Tensor = rotary(torch.arange(total, device=device))[0]
+        return angles
 
     def _embedded(self, ids: Tensor, mask: Tensor | None, start: int, total: int) -> Tensor:
         """What goes into the first layer, of positions ``start`` to ``total``."""
@@ -145,6 +176,26 @@ class DecoderStack:
         """``_embedded`` of a plain decoder's single tokens in evaluation mode, without the modules' calls."""
         x, table = F.embedding(ids, self.net.token_emb.emb.weight), self._position_table
         return x if table is None else torch.add(x, table.emb.weight[position], alpha=table.scale)
+
+
+def _layer(
+    layer: Layer,
+    number: int,
+    x: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    cache: KVCache | None,
+    angles: Tensor | None,
+) -> Tensor:
+    arguments = (layer, number, x, weight, mask, cache, angles)
+    if is_recomputed(layer.attention):
+        read = checkpoint(_attention, *arguments, use_reentrant=False)
+    else:
+        read = _attention(*arguments)
+    x = layer.attention_sum(read, x)
+    if is_recomputed(layer.feedforward):
+        return layer.feedforward_sum(checkpoint(_feedforward, layer, x, use_reentrant=False), x)
+    return layer.feedforward_sum(_feedforward(layer, x), x)
 
 
 def _attention(
@@ -342,9 +393,19 @@ class PlainDecoderLM(XTransformersLM):
             single
             and not torch.is_grad_enabled()
             and not self.model.training
-            and all(block is layer.feedforward_sum for block, layer in zip(blocks, self.stack.layers, strict=False))
+            and self._ends_layers(blocks)
             and not self.stack.is_heard()  # that no part was replaced was seen when the weights were copied
         )
+
+    def begins_behind(self, count: int, blocks: Sequence[nn.Module]) -> bool:
+        """Whether states behind the first ``count`` layers stay the same, and the others can be run from there on.
+
+        So it is if nothing is dropped or heard up to there, and ``blocks`` are the ends of the layers.
+        """
+        return self._ends_layers(blocks) and self.stack.is_fixed(count)
+
+    def _ends_layers(self, blocks: Sequence[nn.Module]) -> bool:
+        return all(block is layer.feedforward_sum for block, layer in zip(blocks, self.stack.layers, strict=False))
 
     def next_hidden(self, ids: Tensor, cache: StackCache, changes: Mapping[int, Change]) -> Tensor:
         """``hidden(ids, cache=cache, changes=changes)`` of tokens for which ``takes_changes`` holds."""

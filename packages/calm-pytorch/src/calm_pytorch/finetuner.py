@@ -71,7 +71,8 @@ class FineTuner:
         valid_dataset: held-out examples.
         validate_every: updates between validations; there is one before and one after training too.
         collate_fn: makes a batch of examples; torch's default stacks tensors.
-        cache_augment_states: reads each example's static prompt once and keeps its states in memory.
+        cache_augment_states: reads each example's static prompt once and keeps its states in memory; those of a plain
+            x-transformers anchor up to its first connection, too.
         gradient_checkpointing: the anchor's blocks compute their activations again in the backward pass.
         precision: "auto" is bf16 on a GPU that has it and fp32 elsewhere.
         seed: of the order of examples and of dropout.

@@ -124,7 +124,8 @@ def products(calm: CALM, length: int, *, kept: bool) -> float:
     first = min(anchor_layer for _, anchor_layer in calm.connections[0])
     depth = len(calm.anchor_blocks)
     # frozen: a product forward, one backward behind the first connection; learned: one more for their gradients
-    work = tokens * (stack * (1 + (depth - first) / depth) + 2 * size(anchor.to_logits))
+    behind = (depth - first) / depth
+    work = tokens * (stack * ((behind if kept else 1) + behind) + 2 * size(anchor.to_logits))
     for block in calm.cross_attns[0]:
         learned = size(block)
         of_context = size(block.context_proj) + size(block.attn.to_k) + size(block.attn.to_v)
@@ -140,7 +141,7 @@ def training_rows(length: int, threads: int, rounds: int) -> list[dict[str, Any]
     torch.set_num_threads(threads)
     calm, original = composition().train(), original_composition()
     seq, prompt = training_inputs(length)
-    states, peaks = calm.augment_states(prompt), []
+    states, peaks = calm.augment_states(prompt, seq=seq), []
     seconds = in_turns(
         {
             "peak": lambda: peaks.append(matmul_flops(1024, 256, 1024)),

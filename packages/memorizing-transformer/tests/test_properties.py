@@ -1,6 +1,6 @@
 """The checks that must hold, over random configurations."""
 
-import math
+import threading
 
 import pytest
 import torch
@@ -121,11 +121,11 @@ def test_generation_with_memory_is_the_teacher_forced_pass_at_the_same_segment_l
 
 
 class MadeTensors(TorchDispatchMode):
-    """Shapes of all tensors that operations made (a view is not made)."""
+    """Shapes and sizes of all tensors that operations made (a view is not made)."""
 
     def __init__(self):
         super().__init__()
-        self.shapes = []
+        self.shapes, self.nbytes = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -133,6 +133,7 @@ class MadeTensors(TorchDispatchMode):
         given = {one.untyped_storage().data_ptr() for one in strided((args, kwargs))}
         made = [one for one in strided(result) if one.untyped_storage().data_ptr() not in given]
         self.shapes += [tuple(one.shape) for one in made]
+        self.nbytes += [one.nbytes for one in made]
         return result
 
 
@@ -144,11 +145,12 @@ def strided(tree):
 @pytest.mark.parametrize(("screens", "chunk"), [(False, CPU_CHUNK), (True, SCREENED_CHUNK)])
 def test_neither_the_score_matrix_nor_the_widened_keys_are_ever_made_whole(storage, screens, chunk, monkeypatch):
     monkeypatch.setattr("memorizing_transformer.knn_memory.worth_screening", lambda *_: screens)
+    monkeypatch.setattr("memorizing_transformer.exact_search._kept_rooms", threading.local())
     keys, queries, d = 4 * SCREENED_CHUNK, 4 * CPU_TILE, 8
     memory = KNNMemory(d, keys, 1, storage=storage)
     memory.add(torch.randn(1, keys, 2, d))
     with MadeTensors() as made:
         memory.retrieve(torch.randn(1, queries, d), 4)
-    assert max(math.prod(shape) for shape in made.shapes) == CPU_TILE * chunk
+    assert max(made.nbytes) == CPU_TILE * chunk * (2 if screens else 4)
     widened = [shape[0] for shape in made.shapes if shape[1:] == (d,) and shape[0] != queries]
     assert max(widened, default=0) <= chunk

@@ -5,14 +5,12 @@ costs several times what the layer itself does. Here a decoder that has none of 
 weights and the same modules for embeddings, feedforwards and residual sums (so hooks on these, which is where layers
 end, are called), with normalisation, projections and attention written out, and keys and values in one buffer.
 
-Whether a decoder is plain is found by building a plain one of its sizes (on the meta device, so without weights) and
-comparing every attribute of every part. Logits of whole sequences always come from the library's own code, so that a
-composition begins bit for bit as its anchor; hidden states here differ from it by rounding.
+Whether a decoder is plain is found in ``plain_decoders``. Logits of whole sequences always come from the library's own
+code, so that a composition begins bit for bit as its anchor; hidden states here differ from it by rounding.
 
 Legend: b batch, n new tokens, m cached and new tokens, h heads, e features of a head, d feature.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calm_pytorch.hidden_states import Change, is_heard, is_recomputed
+from calm_pytorch.plain_decoders import is_plain
 from calm_pytorch.token_step import LayerWeights, gain_of, joined, layer_weights, normed, token_step
 from lm_core.adapters import XTransformersCache, XTransformersLM, as_causal_lm
 from lm_core.attention import attend
@@ -242,73 +241,6 @@ def _parts_in_a_row(module: nn.Module) -> tuple[nn.Module, ...]:
     if type(module).__name__ != "Sequential":
         return (module,)
     return tuple(part for child in module.children() for part in _parts_in_a_row(child))
-
-
-# ---------------------------------------------------------------------------------------------- what counts as plain
-
-
-def is_plain(net: Any) -> bool:
-    """Whether an x-transformers ``TransformerWrapper`` has sizes and common choices only, and no option beyond."""
-    try:
-        reference = _plain_like(net)
-    except (AttributeError, IndexError, TypeError, AssertionError):
-        return False  # parts are missing, or this version of the library has other arguments
-    return _described(net) == _described(reference)
-
-
-def _plain_like(net: Any) -> nn.Module:
-    from x_transformers import Decoder, TransformerWrapper
-
-    stack = net.attn_layers
-    attention, feedforward = stack.layers[0][1], stack.layers[1][1]
-    has_table = isinstance(net.pos_emb, nn.Module)
-    if attention.kv_heads not in (1, attention.heads) or type(net.token_emb).__name__ != "TokenEmbedding":
-        raise TypeError("its keys are shared in another order")
-    with torch.device("meta"):
-        layers = Decoder(
-            dim=stack.dim,
-            depth=len(stack.layers) // 2,
-            heads=attention.heads,
-            attn_kv_heads=attention.kv_heads,
-            attn_dim_head=attention.to_q.out_features // attention.heads,
-            attn_flash=attention.attend.flash,
-            attn_dropout=attention.attend.attn_dropout.p,
-            ff_dropout=next(m.p for m in feedforward.ff if isinstance(m, nn.Dropout)),
-            ff_mult=_inner_width(feedforward) / stack.dim,
-            ff_glu=any(type(m).__name__ == "GLU" for m in feedforward.modules()),
-            use_rmsnorm=type(stack.final_norm).__name__ == "RMSNorm",
-            rotary_pos_emb=stack.rotary_pos_emb is not None,
-        )
-        return TransformerWrapper(
-            num_tokens=net.num_tokens,
-            max_seq_len=net.max_seq_len,
-            attn_layers=layers,
-            emb_dropout=net.emb_dropout.p,
-            use_abs_pos_emb=has_table,
-            tie_embedding=not isinstance(net.to_logits, nn.Module),
-        )
-
-
-def _inner_width(feedforward: Any) -> int:
-    last = [module for module in feedforward.ff if isinstance(module, nn.Linear)][-1]
-    return int(last.in_features)
-
-
-def _described(net: nn.Module) -> dict[str, Any]:
-    """Of each part its class, its attributes as text without addresses, and the sizes of its tensors."""
-    found: dict[str, Any] = {}
-    for name, part in net.named_modules():
-        texts = {
-            key: re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-            for key, value in vars(part).items()
-            if not key.startswith("_") and key != "training" and not isinstance(value, (Tensor, nn.Module))
-        }
-        tensors = {
-            key: tuple(t.shape) for key, t in (*part._parameters.items(), *part._buffers.items()) if t is not None
-        }
-        absent = sorted(key for key, module in part._modules.items() if module is None)
-        found[name] = (type(part).__qualname__, texts, tensors, absent)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- the adapter

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from calm_pytorch import (
     CALM,
     AugmentParams,
+    CrossAttentionBlock,
     ExtractHiddensWrapper,
     decoder_stack,
     freeze_all_layers_,
@@ -492,14 +493,33 @@ def test_states_read_once_give_the_logits_of_reading_again(model_of, compose, id
     assert not any(hidden.requires_grad for hidden in states.hiddens[0])
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_short_way_of_single_tokens_is_not_taken_where_autocast_would_round_their_sums(
+    model_of, compose, ids, monkeypatch, rounds
+):
+    calm, taken, short = (
+        compose(model_of("x-transformers"), model_of("gpt2", seed=1)),
+        [],
+        CrossAttentionBlock._attend_to_one,
+    )
+    monkeypatch.setattr(CrossAttentionBlock, "_attend_to_one", lambda *args: taken.append(1) or short(*args))
+    language_model = calm.as_causal_lm()
+    cache = language_model.init_cache(1, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+        language_model.hidden(ids(1, 4), cache=cache, prompt_0=ids(1, 4))
+        for _ in range(2):
+            language_model.hidden(ids(1, 1), cache=cache)
+    assert bool(taken) is not rounds
+
+
 @pytest.fixture
 def layers_run(monkeypatch):
     """The numbers of the layers that ``DecoderStack`` runs, in turn."""
     ran, run = [], decoder_stack._layer
 
-    def counted(layer, number, *arguments):
+    def counted(layer, number, x, **how):
         ran.append(number)
-        return run(layer, number, *arguments)
+        return run(layer, number, x, **how)
 
     monkeypatch.setattr(decoder_stack, "_layer", counted)
     return ran

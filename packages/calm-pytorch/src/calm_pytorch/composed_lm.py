@@ -141,16 +141,13 @@ def compose(
     if cache is not None and cache.length > 0 and ids.numel() == 1 and not learns and not _rounds(ids.device):
         cache.one_rows = one_rows = cache.one_rows or _one_rows(calm, readings)
     if hidden and cache is not None and mask is None and _takes_changes(calm, ids, cache.anchor):
-        changes = {layer - 1: change for layer, change in _changes(calm, readings, one_rows).items()}
+        changes = _changes(calm, readings, one_rows)
         if one_rows is not None and not any(reading.causal for reading in readings):
             cache.changes = changes  # what is read stays the same
         out = calm.anchor.hidden(ids, changes=changes, **kwargs)
-    elif hidden and cache is None and not anchor_kwargs and _is_known(calm, ids, states):
-        assert states is not None
-        assert states.anchor is not None
-        first = calm.anchor_layers[0]
-        changes = {layer - 1: change for layer, change in _changes(calm, readings).items()}
-        out = calm.anchor.stack.hidden_from(changes[first - 1](states.anchor.hidden), first, changes)
+    elif hidden and cache is None and not anchor_kwargs and (begun := _known(calm, ids, states)) is not None:
+        first, changes = calm.anchor_layers[0], _changes(calm, readings)
+        out = calm.anchor.stack.hidden_from(changes[first - 1](begun), first, changes)
     else:
         forward: Callable[..., Tensor] = calm.anchor.hidden if hidden else calm.anchor
         with reading_anchor(calm, readings, one_rows):
@@ -196,16 +193,18 @@ def anchor_start(calm: Any, ids: Tensor) -> AnchorStart | None:
         return AnchorStart(ids, calm.anchor.stack.behind(ids, first))
 
 
-def _is_known(calm: Any, ids: Tensor, states: AugmentStates | None) -> bool:
-    """Whether states hold what the anchor makes of these tokens up to the first layer that reads."""
-    if states is None or states.anchor is None or (calm.gradient_checkpointing and torch.is_grad_enabled()):
-        return False
-    same = states.anchor.ids.shape == ids.shape and torch.equal(states.anchor.ids, ids)
-    return same and _is_direct(calm) and calm.anchor.begins_behind(calm.anchor_layers[0], calm.anchor_blocks)
+def _known(calm: Any, ids: Tensor, states: AugmentStates | None) -> Tensor | None:
+    """What the anchor makes of these tokens up to the first layer that reads, if states hold it."""
+    start = None if states is None else states.anchor
+    if start is None or (calm.gradient_checkpointing and torch.is_grad_enabled()):
+        return None
+    same = start.ids.shape == ids.shape and torch.equal(start.ids, ids)
+    begins = same and _is_direct(calm) and calm.anchor.begins_behind(calm.anchor_layers[0], calm.anchor_blocks)
+    return start.hidden if begins else None
 
 
 def _changes(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> dict[int, Change]:
-    """For each connected layer of the anchor, counted from 1, what its output becomes."""
+    """For each connected layer of the anchor, counted from 0, what its output becomes."""
     steps: dict[int, list[Change]] = {layer: [] for layer in calm.anchor_layers}
     for number, reading in enumerate(readings):
         attentions = calm.cross_attns[number]
@@ -215,9 +214,7 @@ def _changes(calm: Any, readings: Sequence[Reading], one_rows: Any = None) -> di
             settings = {"context": context, "mask": reading.mask, "causal": reading.causal}
             settings |= {} if row is None else {"one_row": row}
             steps[layer].append(partial(attention.attend_to, **settings))
-    return {
-        layer: of_layer[0] if len(of_layer) == 1 else partial(_in_turn, of_layer) for layer, of_layer in steps.items()
-    }
+    return {layer - 1: one[0] if len(one) == 1 else partial(_in_turn, one) for layer, one in steps.items()}
 
 
 @contextlib.contextmanager

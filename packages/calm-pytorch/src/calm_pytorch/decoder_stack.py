@@ -112,7 +112,7 @@ class DecoderStack:
             return normed(stack.final_norm, gain_of(stack.final_norm) if bare else None, x)
         for number, layer in enumerate(self.layers):
             weight = None if weights is None else weights[number].projections
-            x = _layer(layer, number, x, weight, mask, cache, angles)
+            x = _layer(layer, number, x, angles=angles, weight=weight, mask=mask, cache=cache)
         if cache is not None:
             cache.advance(ids.shape[1])
         out: Tensor = stack.final_norm(x)
@@ -123,7 +123,7 @@ class DecoderStack:
         n = ids.shape[1]
         x, angles = self._embedded(ids, None, 0, n), self._angles(n, ids.device)
         for number, layer in enumerate(self.layers[:count]):
-            x = _layer(layer, number, x, None, None, None, angles)
+            x = _layer(layer, number, x, angles=angles)
         return x
 
     def hidden_from(self, x: Tensor, count: int, changes: Mapping[int, Change]) -> Tensor:
@@ -136,7 +136,7 @@ class DecoderStack:
         """
         angles = self._angles(x.shape[1], x.device)
         for number in range(count, len(self.layers)):
-            x = _layer(self.layers[number], number, x, None, None, None, angles)
+            x = _layer(self.layers[number], number, x, angles=angles)
             if number in changes:
                 x = changes[number](x)
         out: Tensor = self.net.attn_layers.final_norm(x)
@@ -177,20 +177,12 @@ class DecoderStack:
         return x if table is None else torch.add(x, table.emb.weight[position], alpha=table.scale)
 
 
-def _layer(
-    layer: Layer,
-    number: int,
-    x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    cache: KVCache | None,
-    angles: Tensor | None,
-) -> Tensor:
-    arguments = (layer, number, x, weight, mask, cache, angles)
+def _layer(layer: Layer, number: int, x: Tensor, **how: Any) -> Tensor:
+    """What a layer makes of ``x``; ``how`` is what ``_attention`` takes beside these."""
     if is_recomputed(layer.attention):
-        read = checkpoint(_attention, *arguments, use_reentrant=False)
+        read = checkpoint(_attention, layer, number, x, use_reentrant=False, **how)
     else:
-        read = _attention(*arguments)
+        read = _attention(layer, number, x, **how)
     x = layer.attention_sum(read, x)
     if is_recomputed(layer.feedforward):
         return layer.feedforward_sum(checkpoint(_feedforward, layer, x, use_reentrant=False), x)
@@ -201,10 +193,11 @@ def _attention(
     layer: Layer,
     number: int,
     x: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    cache: KVCache | None,
+    *,
     angles: Tensor | None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    cache: KVCache | None = None,
 ) -> Tensor:
     part = layer.attention
     b, n, _ = x.shape

@@ -47,6 +47,7 @@ class Model(nn.Module):
         self.first = nn.Linear(4, 4)
         self.norm = RMSNorm(4)
         self.gain = nn.Parameter(torch.ones(4))
+        self.gate_of_a_head = nn.Parameter(torch.zeros(2, 1, 1))
         self.output = nn.Linear(4, 5, bias=False)
         self.output.weight = self.embedding.weight
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -71,6 +72,7 @@ def test_only_matrices_decay_and_tied_weights_come_once():
     assert _names(model, decayed) == ["first.weight"]
     assert _names(model, others) == [
         "gain",
+        "gate_of_a_head",
         "embedding.weight",
         "first.bias",
         *[n for n, _ in model.named_parameters() if n.startswith("norm")],

@@ -25,8 +25,8 @@ def _kind_of(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return "norm"
     if name.endswith("bias"):
         return "bias"
-    # a gain or scale outside a norm layer acts as one: decay would pull it to zero
-    return "norm" if parameter.ndim < 2 else "weight"
+    # a gain or scale outside a norm layer acts as one, also a number a head (heads, 1, 1): decay would pull it to zero
+    return "norm" if math.prod(parameter.shape[1:]) == 1 else "weight"
 
 
 def optimizer_groups(

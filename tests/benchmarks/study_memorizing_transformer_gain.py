@@ -32,16 +32,19 @@ import torch
 from measure import arguments, machine, report
 
 from lm_core.checkpoint import latest_checkpoint
-from lm_core.corpora import Corpus, load_corpus
-from lm_core.documents import tokenise
+from filelock import FileLock
+from lm_core.corpora import Corpus, stdlib_corpus
+from lm_core.documents import Documents, tokenise
+from lm_core.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from lm_core.training import read_metrics, seed_everything
-from memorizing_transformer import MemorizingTransformer
+from memorizing_transformer import MemorizingTransformer, open_gates
 from memorizing_transformer.evaluation import Evaluation, evaluate
 from memorizing_transformer.trainer import MemoryTrainer
 from memorizing_transformer.training_settings import TrainingSettings
 
-EOS = 257
 LONG = 32768
+# Part of the files that is held out.
+HELD_OUT = 0.15
 NONE, XL, RETROFIT, CONTROL = "no memory", "XL", "XL, then memory", "XL, then the same steps without"
 
 
@@ -68,10 +71,42 @@ def settings_of(options: Namespace, seed: int, **changes: Any) -> TrainingSettin
     )
 
 
-def new_model(options: Namespace, seed: int, *, window: int, memories: int) -> MemorizingTransformer:
+def tokenizer_of(options: Namespace) -> Tokenizer:
+    """Bytes, or byte-pair tokens learned from the training files once and kept in the folder."""
+    if options.vocabulary == 0:
+        return ByteTokenizer()
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    target = options.folder / "tokenizer"
+    with FileLock(f"{target}.lock"):  # runs side by side share it
+        if not target.is_dir():
+            texts = stdlib_corpus(validation_fraction=HELD_OUT).train
+            fast = Fast(models.BPE())
+            fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            fast.decoder = decoders.ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=options.vocabulary,
+                special_tokens=["<eos>"],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            fast.train_from_iterator((bytes_of(document).decode("utf-8", errors="replace") for document in texts), trainer)
+            PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<eos>").save_pretrained(target)
+    return load_tokenizer(target)
+
+
+def bytes_of(document: Any) -> bytes:
+    return bytes(document.astype("uint8"))
+
+
+def new_model(
+    options: Namespace, seed: int, tokenizer: Tokenizer, *, window: int, memories: int
+) -> MemorizingTransformer:
     seed_everything(seed)
     return MemorizingTransformer(
-        num_tokens=259,
+        num_tokens=tokenizer.vocab_size,
         dim=options.dim,
         depth=options.depth,
         dim_head=options.dim_head,
@@ -81,15 +116,20 @@ def new_model(options: Namespace, seed: int, *, window: int, memories: int) -> M
         max_knn_memories=memories,
         gate=options.gate,
         xl_max_memories=window,
-        clear_memories_on_eos_token_id=EOS,
+        clear_memories_on_eos_token_id=tokenizer.eos_id,
         segment_length=options.segment,
     )
 
 
-def trained(folder: Path, model: MemorizingTransformer, corpus: Corpus, settings: TrainingSettings) -> float:
+def trained(
+    folder: Path, model: MemorizingTransformer, corpus: Corpus, tokenizer: Tokenizer, settings: TrainingSettings
+) -> float:
     """Trains ``model`` in place, leaves it in ``folder/model``; the seconds that took."""
     started = time.monotonic()
-    result = MemoryTrainer(model=model, corpus=corpus, checkpoint_dir=folder, settings=settings).train()
+    trainer = MemoryTrainer(
+        model=model, corpus=corpus, checkpoint_dir=folder, tokenizer=tokenizer, settings=settings
+    )
+    result = trainer.train()
     if result.outcome != "finished":
         raise SystemExit(f"stopped at update {result.step} of {folder}; the same command goes on from there")
     newest = latest_checkpoint(folder / "checkpoints")
@@ -99,11 +139,11 @@ def trained(folder: Path, model: MemorizingTransformer, corpus: Corpus, settings
     return time.monotonic() - started
 
 
-def judged(options: Namespace, documents: Any, model: MemorizingTransformer, use_memory: bool) -> Evaluation:
+def judged(options: Namespace, documents: Documents, model: MemorizingTransformer, use_memory: bool) -> Evaluation:
     return evaluate(
         model,
         documents,
-        eos_id=EOS,
+        eos_id=model.eos_id,
         segment_length=options.segment,
         batch_size=len(documents),
         use_memory=use_memory,
@@ -113,11 +153,12 @@ def judged(options: Namespace, documents: Any, model: MemorizingTransformer, use
 
 
 def bits(evaluation: Evaluation) -> dict[int, float]:
-    """Bits a byte by first position of the range."""
-    return {first: loss / 0.6931471805599453 for first, _, loss in evaluation.by_position}
+    """Bits a byte by first position of the range, every token taken for as many bytes as all have in the mean."""
+    scale = evaluation.bits_per_byte / evaluation.loss
+    return {first: loss * scale for first, _, loss in evaluation.by_position}
 
 
-def found(options: Namespace, documents: Any, model: MemorizingTransformer, memory: bool) -> dict[str, Any]:
+def found(options: Namespace, documents: Documents, model: MemorizingTransformer, memory: bool) -> dict[str, Any]:
     """What a model is judged to be, with memory and without."""
     on = judged(options, documents, model, memory)
     result: dict[str, Any] = {"bits_per_byte": on.bits_per_byte, "by_position": bits(on)}
@@ -128,20 +169,30 @@ def found(options: Namespace, documents: Any, model: MemorizingTransformer, memo
     return result
 
 
-def run(options: Namespace, label: str, seed: int, folder: Path, corpus: Corpus, documents: Any) -> dict[str, Any]:
+def run(
+    options: Namespace,
+    label: str,
+    seed: int,
+    folder: Path,
+    corpus: Corpus,
+    documents: Documents,
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
     """Trains and judges one variant."""
     uses_memory = label not in (NONE, XL, CONTROL)
     settings = settings_of(options, seed, use_memory=uses_memory)
     if label in (RETROFIT, CONTROL):
         base = folder.parent / folder_name(XL) / "model"
         model = MemorizingTransformer.from_pretrained(base, max_knn_memories=options.sizes[-1])
+        if uses_memory:
+            open_gates(model)
         # other documents than the base began with
         rate = options.learning_rate * options.retrofit_rate
         settings = replace(settings, max_steps=options.retrofit_steps, learning_rate=rate, seed=seed + 1000)
     else:
         size = next((size for size in options.sizes if label == knn(size)), options.sizes[0])
-        model = new_model(options, seed, window=0 if label == NONE else options.segment, memories=size)
-    seconds = trained(folder, model, corpus, settings)
+        model = new_model(options, seed, tokenizer, window=0 if label == NONE else options.segment, memories=size)
+    seconds = trained(folder, model, corpus, tokenizer, settings)
     return {
         "seed": seed,
         "variant": label,
@@ -278,7 +329,7 @@ def main() -> None:
         sizes={"type": int, "nargs": "+", "default": [8192, 32768]},
         steps={"type": int, "default": 400},
         retrofit_steps={"type": int, "default": 60},
-        retrofit_rate={"type": float, "default": 0.5, "help": "peak learning rate over that of the base"},
+        retrofit_rate={"type": float, "default": 0.3, "help": "peak learning rate over that of the base"},
         learning_rate={"type": float, "default": 3e-3},
         dim={"type": int, "default": 128},
         depth={"type": int, "default": 2},
@@ -291,6 +342,7 @@ def main() -> None:
         batch={"type": int, "default": 16},
         documents={"type": int, "default": 3, "help": "held-out files past 32k bytes to judge by"},
         judged_bytes={"type": int, "default": 36864, "help": "of each, from its beginning"},
+        vocabulary={"type": int, "default": 0, "help": "byte-pair tokens, learned from the training files; 0: bytes"},
         device={"default": "cpu"},
         precision={"choices": ["auto", "fp32", "bf16"], "default": "auto"},
         checkpoint_every={"type": int, "default": 200},
@@ -306,13 +358,16 @@ def main() -> None:
     if options.jobs > 1 and not options.one:
         side_by_side(options.jobs, labels, options.seeds)
     else:
-        corpus = load_corpus("stdlib", validation_fraction=0.15)
-        held_out = corpus.validation
-        long = [number for number in range(len(held_out)) if int(held_out.lengths[number]) > LONG][: options.documents]
-        documents = tokenise([bytes(held_out[number][: options.judged_bytes].astype("uint8")) for number in long])
+        options.folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = tokenizer_of(options)
+        corpus = stdlib_corpus(validation_fraction=HELD_OUT, tokenizer=tokenizer)
+        in_bytes = stdlib_corpus(validation_fraction=HELD_OUT)
+        long = [document for document in in_bytes.validation if len(document) > LONG][: options.documents]
+        documents = tokenise([bytes_of(one[: options.judged_bytes]) for one in long], tokenizer=tokenizer)
         print(
-            f"corpus fingerprint {corpus.fingerprint[:16]}: {corpus.train.num_bytes:,} bytes to learn from, judged on "
-            f"{len(documents)} files of {documents.num_bytes:,} bytes"
+            f"corpus fingerprint {in_bytes.fingerprint[:16]}: {corpus.train.num_bytes:,} bytes in "
+            f"{corpus.train.num_tokens:,} tokens to learn from, judged on {len(documents)} files of "
+            f"{documents.num_bytes:,} bytes in {documents.num_tokens:,} tokens"
         )
         for seed in options.seeds:
             for label in [options.one] if options.one else labels:
@@ -320,7 +375,7 @@ def main() -> None:
                 target = folder / "result.json"
                 if target.is_file() or time.monotonic() - started > 60 * options.minutes:
                     continue
-                result = run(options, label, seed, folder, corpus, documents)
+                result = run(options, label, seed, folder, corpus, documents, tokenizer)
                 target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 print(f"seed {seed}, {label}: {result['bits_per_byte']:.4f} bits/byte", flush=True)
         if options.one:

@@ -15,7 +15,7 @@ from memorizing_transformer.cache import MemoryCache
 from memorizing_transformer.knn_attention import KNNAttention
 from memorizing_transformer.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.memory_list import KNNMemoryList
-from memorizing_transformer.retrofit import retrofit
+from memorizing_transformer.retrofit import open_gates, retrofit
 from memorizing_transformer.transformer import MemorizingTransformer
 from memorizing_transformer.xl_memories import XLMemories
 
@@ -27,6 +27,7 @@ __all__ = [
     "MemoryCache",
     "Retrieved",
     "XLMemories",
+    "open_gates",
     "retrofit",
 ]
 

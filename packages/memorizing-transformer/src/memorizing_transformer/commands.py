@@ -20,6 +20,7 @@ from lm_core.tokenizers import load_tokenizer
 from lm_core.training import pick_device, seed_everything
 from memorizing_transformer.evaluation import Evaluation, evaluate
 from memorizing_transformer.retrieved import retrieved_while_generating, write_page
+from memorizing_transformer.retrofit import open_gates
 from memorizing_transformer.training_settings import TrainingSettings
 from memorizing_transformer.transformer import MemorizingTransformer
 
@@ -73,6 +74,8 @@ def train(
         memorizing = MemorizingTransformer.from_pretrained(
             checkpoint_folder(start_from), max_knn_memories=model["max_knn_memories"]
         )
+        if settings.use_memory and open_gates(memorizing):
+            say("gates       of a model that was trained without its memory: opened to a half")
     trainer = MemoryTrainer(
         model=memorizing,
         corpus=data,

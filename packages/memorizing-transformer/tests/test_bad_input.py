@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from memorizing_transformer import KNNAttention, KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer import (
+    KNNAttention,
+    KNNMemory,
+    KNNMemoryList,
+    MemorizingTransformer,
+    XLMemories,
+    open_gates,
+    retrofit,
+)
 from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
 from memorizing_transformer.evaluation import evaluate
 from memorizing_transformer.memory_directory import MemoryDirectory
@@ -112,6 +120,7 @@ CASES = {
         "knn_memories_directory",
     ),
     "memories of no rows": (lambda: model().create_knn_memories(batch_size=0), ValueError, "batch_size must"),
+    "gates opened whole": (lambda: open_gates(model(gate="sigmoid"), part=1.0), ValueError, r"part must .* got 1\.0"),
     "retrofit of a memorizing model": (lambda: retrofit(model()), ValueError, "no memorizing layers"),
     "temperature of zero": (lambda: KNNAttention(dim=8, attn_scale_init=0.0), ValueError, "attn_scale_init must"),
     "memory of no features": (lambda: memory(dim=0), ValueError, "dim must"),

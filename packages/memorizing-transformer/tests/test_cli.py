@@ -55,11 +55,16 @@ def test_a_checkpoint_generates_evaluates_and_is_inspected(run, capsys, tmp_path
 
 
 def test_a_run_is_retrofitted_from_another(run, capsys):
-    texts = str(run / "texts")
-    command = ["train", "--corpus", texts, "--start_from", str(run / "run"), "--checkpoint_dir", str(run / "more")]
-    settings = ["--max_steps", "2", "--validate_every", "2", "--checkpoint_every", "2", "--sample_tokens", "0"]
-    assert main([*command, *TINY, *settings]) == 0
-    assert "held out" in capsys.readouterr().out
+    def train(folder, *more):
+        command = ["train", "--corpus", str(run / "texts"), "--checkpoint_dir", str(run / folder), *more]
+        settings = ["--max_steps", "2", "--validate_every", "2", "--checkpoint_every", "2", "--sample_tokens", "0"]
+        assert main([*command, *TINY, *settings]) == 0
+        return capsys.readouterr().out
+
+    assert "held out" in train("more", "--start_from", str(run / "run"))
+    assert "opened" not in train("without", "--gate", "sigmoid", "--use_memory", "false")
+    assert "opened to a half" in train("retrofitted", "--start_from", str(run / "without"))
+    assert "opened" not in train("longer", "--start_from", str(run / "retrofitted"))
 
 
 @pytest.mark.plain

@@ -13,7 +13,7 @@ import torch
 from lm_core.corpora import load_corpus
 from lm_core.documents import tokenise
 from lm_core.training import seed_everything
-from memorizing_transformer import MemorizingTransformer
+from memorizing_transformer import MemorizingTransformer, open_gates
 from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
 from memorizing_transformer.evaluation import evaluate
 from memorizing_transformer.trainer import MemoryTrainer
@@ -60,6 +60,27 @@ def trained(folder, **changes):
     one = model(attn_dropout=0.1)
     trainer = MemoryTrainer(model=one, corpus=corpus(), checkpoint_dir=folder, settings=settings(**changes))
     return trainer, trainer.train()
+
+
+def test_gates_stand_still_without_a_memory_and_are_opened_for_the_first_one(tmp_path):
+    one = model(gate="sigmoid")
+    (gate,) = [attention.gate for attention in one.memory_attentions()]
+    begun = gate.detach().clone()
+
+    def train(name, use_memory):
+        chosen = settings(use_memory=use_memory, weight_decay=0.5)
+        MemoryTrainer(model=one, corpus=corpus(), checkpoint_dir=tmp_path / name, settings=chosen).train()
+
+    train("without", use_memory=False)
+    assert torch.equal(gate, begun)
+    assert open_gates(one)
+    torch.testing.assert_close(gate.sigmoid(), torch.full_like(gate, 0.5))
+    train("with", use_memory=True)
+    trained_gate = gate.detach().clone()
+    assert bool((trained_gate != 0).all())
+    assert not open_gates(one)  # it has been trained
+    assert torch.equal(gate, trained_gate)
+    assert not open_gates(model(gate="softmax"))
 
 
 def test_each_row_reads_documents_whole_and_in_order():

@@ -49,7 +49,7 @@ def retrofit(
 
 @typed
 def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
-    """Opens, in place, the sigmoid gates of a model that was trained without its memory; returns whether there were any.
+    """Opens, in place, the sigmoid gates of a model that was trained without its memory; whether there were any.
 
     A gate begins nearly closed, since a model that has learned nothing yet finds nothing worth reading. One that was
     trained without memories has learned to match contexts in its window, and its gates have not moved: at a half it

@@ -49,6 +49,9 @@ LONG = 32768
 HELD_OUT = 0.15
 NONE, XL, RETROFIT, CONTROL = "no memory", "XL", "XL, then memory", "XL, then the same steps without"
 
+# To learn from, to judge by, and what both are encoded with.
+Data = tuple[Corpus, Documents, Tokenizer]
+
 
 def knn(size: int) -> str:
     return f"XL + kNN {size}"
@@ -173,16 +176,9 @@ def found(options: Namespace, documents: Documents, model: MemorizingTransformer
     return result
 
 
-def run(
-    options: Namespace,
-    label: str,
-    seed: int,
-    folder: Path,
-    corpus: Corpus,
-    documents: Documents,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
+def run(options: Namespace, label: str, seed: int, folder: Path, data: Data) -> dict[str, Any]:
     """Trains and judges one variant."""
+    corpus, documents, tokenizer = data
     uses_memory = label not in (NONE, XL, CONTROL)
     settings = settings_of(options, seed, use_memory=uses_memory)
     if label in (RETROFIT, CONTROL):
@@ -349,7 +345,7 @@ def main() -> None:
         vocabulary={
             "type": int,
             "default": 1024,
-            "help": "byte-pair tokens, learned from the training files; 0: bytes",
+            "help": "byte-pair tokens of the training files; 0: bytes",
         },
         device={"default": "cpu"},
         precision={"choices": ["auto", "fp32", "bf16"], "default": "auto"},
@@ -383,7 +379,7 @@ def main() -> None:
                 target = folder / "result.json"
                 if target.is_file() or time.monotonic() - started > 60 * options.minutes:
                     continue
-                result = run(options, label, seed, folder, corpus, documents, tokenizer)
+                result = run(options, label, seed, folder, (corpus, documents, tokenizer))
                 target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 print(f"seed {seed}, {label}: {result['bits_per_byte']:.4f} bits/byte", flush=True)
         if options.one:

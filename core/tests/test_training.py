@@ -48,6 +48,7 @@ class Model(nn.Module):
         self.norm = RMSNorm(4)
         self.gain = nn.Parameter(torch.ones(4))
         self.gate_of_a_head = nn.Parameter(torch.zeros(2, 1, 1))
+        self.low_rank = nn.Parameter(torch.zeros(2, 1))
         self.output = nn.Linear(4, 5, bias=False)
         self.output.weight = self.embedding.weight
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -69,7 +70,7 @@ def test_only_matrices_decay_and_tied_weights_come_once():
     model = Model()
     decayed, others = optimizer_groups(model, weight_decay=0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert _names(model, decayed) == ["first.weight"]
+    assert _names(model, decayed) == ["low_rank", "first.weight"]
     assert _names(model, others) == [
         "gain",
         "gate_of_a_head",

@@ -27,7 +27,7 @@ def _kind_of(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return "bias"
     # a gain or scale outside a norm layer acts as one, also a number a head of shape (heads, 1, 1): decay would pull it
     # to zero. A column is a matrix: a low-rank factor of rank 1.
-    number_each = parameter.ndim > 2 and parameter[0].numel() == 1
+    number_each = parameter.ndim > 2 and parameter.shape[1:].numel() == 1
     return "norm" if parameter.ndim < 2 or number_each else "weight"
 
 

@@ -49,7 +49,7 @@ def retrofit(
 
 @typed
 def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
-    """Opens, in place, the sigmoid gates of a model that was trained without its memory; whether there were any.
+    """Opens, in place, the sigmoid gates of a model that was trained without its memory.
 
     A gate begins nearly closed, since a model that has learned nothing yet finds nothing worth reading. One that was
     trained without memories has learned to match contexts in its window, and its gates have not moved: at a half it
@@ -59,6 +59,9 @@ def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
     Args:
         model: with memorizing layers.
         part: how much of a head's output is what was retrieved, between 0 and 1.
+
+    Returns:
+        Whether a gate was opened.
 
     Raises:
         ValueError: ``part`` is not between 0 and 1.

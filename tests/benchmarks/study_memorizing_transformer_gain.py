@@ -12,7 +12,7 @@ bytes). Written to the folder: one JSON file a run, as soon as it is done, ``res
 ``curves.png``. What is there already is not made again, so the study can be stopped and continued; ``--minutes``
 begins no further run after so long. ``--jobs`` trains so many at a time, each in a process of its own.
 
-About 70 minutes on two cores that multiply in bfloat16 with the defaults; ``--device cuda --jobs 18`` trains all at
+About 100 minutes on two cores that multiply in bfloat16 with the defaults; ``--device cuda --jobs 18`` trains all at
 once on one GPU.
 """
 

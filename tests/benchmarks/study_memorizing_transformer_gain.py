@@ -185,7 +185,7 @@ def run(options: Namespace, label: str, seed: int, folder: Path, data: Data) -> 
         base = folder.parent / folder_name(XL) / "model"
         model = MemorizingTransformer.from_pretrained(base, max_knn_memories=options.sizes[-1])
         if uses_memory:
-            open_gates(model)
+            open_gates(model, options.retrofit_gate)
         # other documents than the base began with
         rate = options.learning_rate * options.retrofit_rate
         settings = replace(settings, max_steps=options.retrofit_steps, learning_rate=rate, seed=seed + 1000)
@@ -330,6 +330,7 @@ def main() -> None:
         steps={"type": int, "default": 2720},
         retrofit_steps={"type": int, "default": 408},
         retrofit_rate={"type": float, "default": 0.3, "help": "peak learning rate over that of the base"},
+        retrofit_gate={"type": float, "default": 0.5, "help": "how far gates are opened; they begin at 0.12"},
         learning_rate={"type": float, "default": 2e-3},
         dim={"type": int, "default": 256},
         depth={"type": int, "default": 3},
@@ -342,11 +343,7 @@ def main() -> None:
         batch={"type": int, "default": 16},
         documents={"type": int, "default": 12, "help": "held-out files past 32k bytes to judge by"},
         judged_bytes={"type": int, "default": 131072, "help": "of each, from its beginning"},
-        vocabulary={
-            "type": int,
-            "default": 1024,
-            "help": "byte-pair tokens of the training files; 0: bytes",
-        },
+        vocabulary={"type": int, "default": 1024, "help": "byte-pair tokens; 0: bytes"},
         device={"default": "cpu"},
         precision={"choices": ["auto", "fp32", "bf16"], "default": "auto"},
         checkpoint_every={"type": int, "default": 500},

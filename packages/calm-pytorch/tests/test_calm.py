@@ -497,11 +497,8 @@ def test_states_read_once_give_the_logits_of_reading_again(model_of, compose, id
 def test_the_short_way_of_single_tokens_is_not_taken_where_autocast_would_round_their_sums(
     model_of, compose, ids, monkeypatch, rounds
 ):
-    calm, taken, short = (
-        compose(model_of("x-transformers"), model_of("gpt2", seed=1)),
-        [],
-        CrossAttentionBlock._attend_to_one,
-    )
+    calm = compose(model_of("x-transformers"), model_of("gpt2", seed=1))
+    taken, short = [], CrossAttentionBlock._attend_to_one
     monkeypatch.setattr(CrossAttentionBlock, "_attend_to_one", lambda *args: taken.append(1) or short(*args))
     language_model = calm.as_causal_lm()
     cache = language_model.init_cache(1, 8)

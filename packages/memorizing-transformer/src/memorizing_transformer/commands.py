@@ -52,7 +52,7 @@ def train(
         cache_dir: where to keep the tokenised corpus, memory-mapped; without it, in memory.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
         start_from: folder of a run or a model whose weights to begin with, for retrofitting a memory; its own sizes
-            are kept, and max_knn_memories is taken from here.
+            are kept, and max_knn_memories is taken from here. Sigmoid gates that were never trained begin at a half.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: of accelerate, such as [tensorboard].
         sample_tokens: how far the trained model continues a held-out document at the end; 0 for not at all.

@@ -4,10 +4,12 @@ Legend: n sequence, h heads, d head feature, i query, j key.
 """
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from palm_rlhf import PaLM
 
@@ -151,3 +153,37 @@ def random_model(make_palm):
 def small_settings():
     """The configuration of ``make_palm`` without changes."""
     return dict(SMALL)
+
+
+@pytest.fixture(params=["0.2.3", "0.8.0"])
+def release(request):
+    return request.param
+
+
+@pytest.fixture
+def golden(release):
+    """Cases of one release of PaLM-rlhf-pytorch: for each its state dict, and its inputs and outputs.
+
+    Each file was made from the unpacked wheel of its release by
+
+        python fixtures/make_original_golden.py UNPACKED/palm_rlhf_pytorch fixtures/original-0.8.0.safetensors
+    """
+    cases = {}
+    for name, tensor in load_file(Path(__file__).parent / "fixtures" / f"original-{release}.safetensors").items():
+        case, rest = name.split("/", 1)
+        state, values = cases.setdefault(case, ({}, {}))
+        if rest.startswith("state/"):
+            state[rest.removeprefix("state/")] = tensor
+        else:
+            values[rest] = tensor
+    return cases
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """Ours is computed in float64: what differs is what the original rounded, the same on every machine."""
+
+    def check(actual, expected):
+        torch.testing.assert_close(actual, expected.double(), atol=1e-5, rtol=0)
+
+    return check

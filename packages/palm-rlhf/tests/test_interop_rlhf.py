@@ -1,10 +1,7 @@
-"""Reward models and actor-critics of PaLM-rlhf-pytorch; golden values as in ``test_interop``."""
-
-from pathlib import Path
+"""Reward models and actor-critics of PaLM-rlhf-pytorch."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lm_core.checkpoint import CheckpointError
 from palm_rlhf import PaLM
@@ -16,50 +13,36 @@ from palm_rlhf.interop import (
 from palm_rlhf.reward_model import RewardModel
 
 
-@pytest.fixture(params=["0.2.3", "0.8.0"])
-def golden(request):
-    """Cases of one release: for each the original's state dict and its inputs and outputs."""
-    cases = {}
-    for name, tensor in load_file(Path(__file__).parent / "fixtures" / f"original-{request.param}.safetensors").items():
-        case, rest = name.split("/", 1)
-        state, values = cases.setdefault(case, ({}, {}))
-        if rest.startswith("state/"):
-            state[rest.removeprefix("state/")] = tensor
-        else:
-            values[rest] = tensor
-    return cases
-
-
 @torch.no_grad()
-def test_a_reward_model_gives_the_rewards_of_the_original(golden):
+def test_a_reward_model_gives_the_rewards_of_the_original(assert_same, golden):
     state, values = golden["reward_scalar"]
-    model = reward_model_from_palm_rlhf_pytorch(state).eval()
+    model = reward_model_from_palm_rlhf_pytorch(state).eval().double()
     rewards = model(values["ids"], mask=values["mask"], prompt_mask=values["prompt-mask"])
-    torch.testing.assert_close(rewards, values["rewards"], atol=1e-5, rtol=0)
+    assert_same(rewards, values["rewards"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["reward_binned", "reward_full"])
-def test_binned_reward_models_with_and_without_lora_predict_the_bins_of_the_original(golden, case):
+def test_binned_reward_models_with_and_without_lora_predict_the_bins_of_the_original(assert_same, golden, case):
     state, values = golden[case]
-    model = reward_model_from_palm_rlhf_pytorch(state).eval()
+    model = reward_model_from_palm_rlhf_pytorch(state).eval().double()
     assert model.num_binned_output == 5
     assert (model.scope is None) == (case == "reward_full")
     logits = model.logits(values["ids"], values["mask"], values["prompt-mask"])
-    torch.testing.assert_close(logits, values["logits"], atol=1e-5, rtol=0)
+    assert_same(logits, values["logits"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["actor_critic", "actor_critic_full"])
-def test_an_actor_critic_gives_the_logits_and_values_of_the_original(golden, case):
+def test_an_actor_critic_gives_the_logits_and_values_of_the_original(assert_same, golden, case):
     state, values = golden[case]
-    policy = actor_critic_from_palm_rlhf_pytorch(state).eval()
+    policy = actor_critic_from_palm_rlhf_pytorch(state).eval().double()
     ids = values["ids"]
     with policy.roles.playing("actor") as (network, arguments):
-        torch.testing.assert_close(network(ids, **arguments), values["logits"], atol=1e-5, rtol=0)
+        assert_same(network(ids, **arguments), values["logits"])
     mask = torch.ones(ids.shape, dtype=torch.bool)
     seen = policy(ids, mask, mask[:, 1:]).values
-    torch.testing.assert_close(seen, values["values"][:, :-1], atol=2e-5, rtol=0)
+    assert_same(seen, values["values"][:, :-1])
 
 
 def test_actor_and_critic_of_the_original_share_one_base_where_their_bases_are_equal(golden):
@@ -74,12 +57,12 @@ def test_actor_and_critic_of_the_original_share_one_base_where_their_bases_are_e
 
 
 @torch.no_grad()
-def test_converting_a_reward_model_file_gives_a_folder_that_opens_as_one(golden, tmp_path):
+def test_converting_a_reward_model_file_gives_a_folder_that_opens_as_one(assert_same, golden, tmp_path):
     state, values = golden["reward_scalar"]
     torch.save(state, tmp_path / "old.pt")
-    model = RewardModel.from_pretrained(convert_checkpoint(tmp_path / "old.pt", tmp_path / "new")).eval()
+    model = RewardModel.from_pretrained(convert_checkpoint(tmp_path / "old.pt", tmp_path / "new")).eval().double()
     rewards = model(values["ids"], mask=values["mask"], prompt_mask=values["prompt-mask"])
-    torch.testing.assert_close(rewards, values["rewards"], atol=1e-5, rtol=0)
+    assert_same(rewards, values["rewards"])
     palm = PaLM.from_pretrained(convert_checkpoint(tmp_path / "old.pt", tmp_path / "palm", prefix="palm"))
     assert "reward" in palm.finetune_modules
 

@@ -37,6 +37,8 @@ FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p,
 def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperature, dtype):
     palm = make_palm(num_tokens=13).to(dtype)
     policy = trained(ActorCritic(palm, actor_lora=lora, critic_lora=lora), 0.3 if lora else 0.01)
+    with torch.no_grad():  # logits of up to 13 to logits of order one: rounding a row in another batch goes with them
+        palm.token_emb.weight.mul_(0.2)
     settings = SamplingSettings(
         max_new_tokens=6, temperature=temperature, filters=FILTERS[filters], eos_id=5, min_new_tokens=2
     )
@@ -46,10 +48,7 @@ def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperat
     new = policy(rollout.ids, rollout.mask, rollout.response_mask, temperature=temperature, kept=rollout.kept)
     ratio = (new.scores.log_probs - old["log_probs"]).exp()
     assert bool(rollout.response_mask.any())
-    # some processors round a row differently in another batch: a logit is a sum of ``dim`` products
-    with torch.no_grad(), policy.roles.playing("actor") as (network, arguments):
-        largest = network(rollout.ids, **arguments).abs().max() / temperature
-    assert (ratio - 1).abs().max() < palm.dim * torch.finfo(dtype).eps * largest
+    assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.parametrize("filters", list(FILTERS))

@@ -9,8 +9,6 @@ hold everywhere:
   the lowest versions are what is tested.
 
 Where CI is set, an environment is deleted after use: one takes about 1.8 GB.
-
-Long because it is the list of every task: what a task decides is in .ci/, where it can be tested.
 """
 
 import contextlib

@@ -54,6 +54,12 @@ def summaries() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def structure() -> ModuleType:
+    """The module that reads imports between a distribution's rooms."""
+    return load_from_file("structure", ROOT / ".ci" / "structure.py")
+
+
+@pytest.fixture(scope="session")
 def traps() -> ModuleType:
     """The module that reads the READMEs' tables of traps."""
     return load_from_file("traps", ROOT / ".ci" / "traps.py")

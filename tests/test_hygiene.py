@@ -1,4 +1,4 @@
-"""What no file of this repository may contain, and how long a module may be."""
+"""What no file of this repository may contain."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 TEXT_SUFFIXES = {"", ".cfg", ".json", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
-LONGEST_MODULE = 400
 
 # Folders of one machine, never of every machine (a path like /tmp in an example is fine).
 MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:home|root|opt|work|mnt|Users)/[\w.-]+")
@@ -14,7 +13,6 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}~/-])/(?:home|root|opt|work|mnt|Users)/[\w
 UNFINISHED = re.compile(
     r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "raise NotImplemented" + "Error"]) + r")\b"
 )
-REASON = re.compile(r"^(?:# )?Long because \S+", re.MULTILINE)
 
 
 def offences(files: list[Path], pattern: re.Pattern[str]) -> list[str]:
@@ -43,16 +41,6 @@ def test_a_machine_path_would_be_seen(tmp_path: Path, line: str, found: bool) ->
     file.write_text(line)
 
     assert bool(offences([file], MACHINE_PATH)) is found
-
-
-def test_a_module_is_short_or_says_why_not(tracked_files: list[Path]) -> None:
-    too_long = [
-        str(file)
-        for file in tracked_files
-        if file.suffix == ".py" and "tests" not in file.parts[:-1]
-        if len(file.read_text("utf-8").splitlines()) > LONGEST_MODULE and not REASON.search(file.read_text("utf-8"))
-    ]
-    assert too_long == []
 
 
 def test_no_module_is_a_drawer_for_everything(tracked_files: list[Path]) -> None:

@@ -1,8 +1,7 @@
 """Importing one of ours costs little more than importing torch, and imports only ever point down."""
 
-import ast
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -61,49 +60,16 @@ def test_importing_loads_no_heavy_library_that_torch_does_not(
     assert loaded[import_name] & HEAVY <= loaded["torch"]
 
 
-def imported_modules(file: Path, package: Path) -> Iterator[str]:
-    """The full names of what a file imports, anywhere in it, relative imports resolved."""
-    parents = [package.name, *file.relative_to(package).parent.parts]
-    for node in ast.walk(ast.parse(file.read_text("utf-8"), filename=str(file))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = parents[: len(parents) - node.level + 1] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
-
-
-def test_no_package_imports_another_and_the_core_imports_none(workspace: ModuleType) -> None:
+def test_no_package_imports_another_and_the_core_imports_none(workspace: ModuleType, structure: ModuleType) -> None:
     ours = {one.import_name for one in workspace.DISTRIBUTIONS.values()}
     for distribution in workspace.DISTRIBUTIONS.values():
         allowed = {"lm_core", distribution.import_name}
         for file in distribution.source.rglob("*.py"):
-            siblings = {name.split(".")[0] for name in imported_modules(file, distribution.source)} & ours
+            siblings = {name.split(".")[0] for name in structure.imported_modules(file, distribution.source)} & ours
             assert siblings <= allowed, f"{file} imports {sorted(siblings - allowed)}"
 
 
-def layer(name: str) -> int:
-    """How high a module of a package stands: model code below trainers, trainers below the command line."""
-    if name in {"cli", "commands", "__main__"}:
-        return 2
-    # trainers that are named for their algorithm
-    return 1 if "train" in name or name in {"ppo", "grpo", "finetuner"} else 0
-
-
-def test_models_import_no_trainer_and_nothing_imports_the_command_line(workspace: ModuleType) -> None:
-    for name in workspace.PACKAGES:
-        source = workspace.DISTRIBUTIONS[name].source
-        for file in source.rglob("*.py"):
-            if file.name == "__init__.py" and file.parent == source:
-                continue  # the package's front, which may offer every public name
-            own = file.relative_to(source).parts[0].removesuffix(".py")
-            for imported in imported_modules(file, source):
-                parts = imported.split(".")
-                if parts[0] == source.name and len(parts) > 1:
-                    assert layer(parts[1]) <= layer(own), f"{file} imports {imported}"
-
-
-def test_an_upward_or_sideways_import_would_be_seen(tmp_path: Path) -> None:
+def test_an_upward_or_sideways_import_would_be_seen(tmp_path: Path, structure: ModuleType) -> None:
     package = tmp_path / "palm"
     (package / "inner").mkdir(parents=True)
     file = package / "inner" / "model.py"
@@ -111,4 +77,9 @@ def test_an_upward_or_sideways_import_would_be_seen(tmp_path: Path) -> None:
         "import coca\nfrom ..trainer import Trainer\nfrom . import layers\ndef f():\n    from .. import cli\n"
     )
 
-    assert set(imported_modules(file, package)) == {"coca", "palm.trainer.Trainer", "palm.inner.layers", "palm.cli"}
+    assert set(structure.imported_modules(file, package)) == {
+        "coca",
+        "palm.trainer.Trainer",
+        "palm.inner.layers",
+        "palm.cli",
+    }

@@ -11,8 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lm_core.adapters import Adapter, HuggingFaceCache, HuggingFaceLM, PlainLM, XTransformersLM, as_causal_lm
+from lm_core.adapters import as_causal_lm
+from lm_core.adapters.base import Adapter
+from lm_core.adapters.huggingface import HuggingFaceCache, HuggingFaceLM
 from lm_core.adapters.padding import moved_back, with_padding_first, with_padding_last
+from lm_core.adapters.plain import PlainLM
+from lm_core.adapters.x_transformers import XTransformersLM
 
 VOCABULARY = 48
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.attention import Attention, attend
+from lm_core.nn.attention import Attention, attend
 
 many = settings(deadline=None, derandomize=True, max_examples=150)
 

@@ -10,13 +10,14 @@ import re
 import pytest
 import torch
 
-from lm_core._checks import either
-from lm_core.attention import Attention, attend
-from lm_core.cache import KVCache
-from lm_core.feedforward import SwiGLU
-from lm_core.generation import beam_search, generate
-from lm_core.norms import LayerNorm, RMSNorm
-from lm_core.rotary import RotaryEmbedding
+from lm_core.checks import either
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.generate import generate
+from lm_core.nn.attention import Attention, attend
+from lm_core.nn.feedforward import SwiGLU
+from lm_core.nn.kv_cache import KVCache
+from lm_core.nn.norms import LayerNorm, RMSNorm
+from lm_core.nn.rotary import RotaryEmbedding
 
 pytestmark = pytest.mark.plain
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lm_core.generation import beam_search, generate
-from lm_core.sampling import top_k
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.generate import generate
+from lm_core.generation.sampling import top_k
 
 many = settings(deadline=None, derandomize=True, max_examples=60)
 

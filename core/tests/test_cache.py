@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.cache import KVCache
+from lm_core.nn.kv_cache import KVCache
 
 LAYERS, HEADS, FEATURES = 2, 3, 4
 

@@ -11,19 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from lm_core.checkpoint import (
-    CheckpointError,
-    PretrainedMixin,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_tensors,
-    load_weights,
-    read_weights,
-    save_checkpoint,
-    save_weights,
-)
-from lm_core.manifest import plain, verify_manifest, write_manifest
+from lm_core.checkpoints.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError, load_tensors, plain, verify_manifest, write_manifest
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
 from lm_core.rng import capture_rng, restore_rng
 
 
@@ -198,7 +189,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest_of_the_new_one(tmp_pa
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lm_core.durable.os.fsync", full)
+    monkeypatch.setattr("lm_core.checkpoints.atomic_io.os.fsync", full)
     with pytest.raises(OSError, match=r"step-2 could not be written \(.*No space left.*earlier checkpoints are unt"):
         save_checkpoint(tmp_path, 2, model=nn.Linear(1, 1), keep=1)
     monkeypatch.undo()

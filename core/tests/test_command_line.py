@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from lm_core.command_line import INTERRUPTED, command_line, run_command, say_how_to_go_on, taken_out
-from lm_core.command_parser import CommandParser
-from lm_core.run_directory import Result, write_summary
+from lm_core.cli.main import INTERRUPTED, command_line, run_command, say_how_to_go_on, taken_out
+from lm_core.cli.parser import CommandParser
+from lm_core.training.run_directory import Result, write_summary
 
 
 def run(function, argv):
@@ -104,8 +104,8 @@ import sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
-from lm_core.command_line import run_command
-from lm_core.command_parser import CommandParser
+from lm_core.cli.main import run_command
+from lm_core.cli.parser import CommandParser
 
 own, folder = int(sys.argv[1]), Path(sys.argv[2])
 

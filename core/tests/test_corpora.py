@@ -9,15 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm_core.corpora import (
-    Documents,
-    load_corpus,
-    load_documents,
-    read_texts,
-    split_documents,
-    stdlib_corpus,
-    tokenise,
-)
+from lm_core.data.corpora import load_corpus, split_documents, stdlib_corpus
+from lm_core.data.documents import Documents, load_documents, read_texts, tokenise
 from lm_core.tokenizers import ByteTokenizer
 
 TEXTS = ["first document", "zwei: naïve 日本", "third\nwith lines\n"]
@@ -114,7 +107,7 @@ def test_the_cache_is_keyed_by_file_tokenizer_and_field(write, tmp_path):
 def test_an_interrupted_cache_is_built_anew(write, tmp_path, monkeypatch):
     path, cache = write("jsonl"), tmp_path / "cache"
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "one")
-    monkeypatch.setattr("lm_core.documents._encode", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("lm_core.data.documents._encode", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         load_documents(path, field="body", cache_dir=cache)
     monkeypatch.undo()

@@ -23,7 +23,7 @@ from lm_core.distributed import (
     rank,
     world_size,
 )
-from lm_core.losses import linear_cross_entropy
+from lm_core.losses.losses import linear_cross_entropy
 
 # samples of each rank
 BATCHES = {2: [(3, 3), (4, 2), (6, 0)], 4: [(2, 2, 2, 2), (1, 4, 0, 3)]}

@@ -19,8 +19,8 @@ import json, os, random, resource, signal, sys, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from lm_core import checkpoint, durable
-from lm_core.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from lm_core.checkpoints import checkpoint, atomic_io as durable
+from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
 
@@ -92,10 +92,13 @@ print(json.dumps(found))
 """
 
 TRAINING = """
-from lm_core.corpora import tokenise
-from lm_core.packing import PackedBatches
+from lm_core.data.documents import tokenise
+from lm_core.data.packing import PackedBatches
 from lm_core.rng import restore_rng
-from lm_core.training import LearningRateSchedule, MetricsLog, RunDirectory, optimizer_groups, seed_everything
+from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
+from lm_core.training.metrics import MetricsLog
+from lm_core.training.run_directory import RunDirectory
+from lm_core.rng import seed_everything
 
 UPDATES, EVERY = int(sys.argv[3]), 3
 DOCUMENTS = tokenise([bytes(range(start, start + 60)) for start in range(0, 190, 7)])
@@ -194,7 +197,9 @@ print(json.dumps(outcomes))
 RANKS = """
 import torch.distributed as dist
 from lm_core.rng import restore_rng
-from lm_core.training import InterruptHandler, NonFiniteGuard, RunDirectory
+from lm_core.training.accelerator import InterruptHandler
+from lm_core.training.optimization import NonFiniteGuard
+from lm_core.training.run_directory import RunDirectory
 
 def at_rank(rank, work):
     def run():
@@ -311,8 +316,8 @@ def test_ranks_keep_their_own_random_states_and_decide_and_fail_together(run):
 
 
 def test_a_full_disk_error_of_the_serialiser_itself_is_an_oserror(tmp_path: Path):
-    from lm_core.manifest import save_tensors
-    from lm_core.weights import save_weights
+    from lm_core.checkpoints.manifest import save_tensors
+    from lm_core.checkpoints.weights import save_weights
 
     for call in (lambda path: save_tensors(path, {"a": 1}), lambda path: save_weights(path, {})):
         with pytest.raises(OSError, match="could not write"):

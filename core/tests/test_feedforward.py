@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lm_core.feedforward import SwiGLU, project_split_swiglu, split_swiglu, swiglu
+from lm_core.nn.feedforward import SwiGLU, project_split_swiglu, split_swiglu, swiglu
 
 
 def test_swiglu_multiplies_the_first_half_by_silu_of_the_second():
@@ -45,7 +45,7 @@ def test_swiglu_gradient_is_that_of_the_formula():
 
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_a_split_projection_has_the_gradient_of_split_and_swiglu(rows, monkeypatch):
-    monkeypatch.setattr("lm_core.feedforward._TILE", 40)  # several tiles, the last one short
+    monkeypatch.setattr("lm_core.nn.feedforward._TILE", 40)  # several tiles, the last one short
     projected = torch.randn(rows, 2, 5 + 3 + 8, dtype=torch.float64, requires_grad=True)
     upstream = [torch.randn(rows, 2, size, dtype=torch.float64) for size in (5, 3, 4)]
     parts = split_swiglu(projected, (5, 3))
@@ -70,8 +70,8 @@ def test_an_unused_part_of_a_split_projection_gets_no_gradient():
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("trained", ["both", "features", "weight"])
 def test_projecting_split_and_swiglu_in_one_has_the_gradients_of_the_three(rows, by_columns, trained, monkeypatch):
-    monkeypatch.setattr("lm_core.feedforward._TILE", 8)
-    monkeypatch.setattr("lm_core.feedforward._ROWS", 4)  # several parts, the last one short
+    monkeypatch.setattr("lm_core.nn.feedforward._TILE", 8)
+    monkeypatch.setattr("lm_core.nn.feedforward._ROWS", 4)  # several parts, the last one short
     x = torch.randn(rows, 2, 6, dtype=torch.float64, requires_grad=trained != "weight")
     weight = torch.randn(6, 16, dtype=torch.float64).t() if by_columns else torch.randn(16, 6, dtype=torch.float64)
     weight.requires_grad_(trained != "features")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.decoding import Decoder, left_padded
-from lm_core.generation import generate
-from lm_core.masking import left_pad, right_pad
-from lm_core.sampling import apply_repetition_penalty, top_k, top_p
+from lm_core.generation.decoding import Decoder, left_padded
+from lm_core.generation.generate import generate
+from lm_core.generation.sampling import apply_repetition_penalty, top_k, top_p
+from lm_core.nn.masking import left_pad, right_pad
 
 VOCABULARY = 7
 KINDS = ("history", "cached", "hidden")

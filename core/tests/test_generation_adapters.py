@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.beams import beam_search
-from lm_core.generation import generate
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.generate import generate
 
 VOCABULARY = 24
 NEW = 9

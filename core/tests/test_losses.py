@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lm_core.losses import (
+from lm_core.losses.losses import (
     hidden_log_probs,
     hidden_log_probs_and_entropy,
     linear_cross_entropy,
@@ -364,7 +364,7 @@ def test_padding_may_hold_ids_outside_the_vocabulary():
 
 PEAK_MEMORY = """
 import resource, torch
-from lm_core.losses import hidden_log_probs, linear_cross_entropy
+from lm_core.losses.losses import hidden_log_probs, linear_cross_entropy
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

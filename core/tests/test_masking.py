@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.masking import (
+from lm_core.nn.masking import (
     left_pad,
     masked_mean,
     maybe_and_mask,

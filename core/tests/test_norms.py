@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lm_core.norms import LayerNorm, RMSNorm, l2norm
+from lm_core.nn.norms import LayerNorm, RMSNorm, l2norm
 
 
 def by_loop(x, function):

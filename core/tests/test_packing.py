@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.corpora import tokenise
-from lm_core.packing import PackedBatches, ValidationBatches, bits_per_byte
+from lm_core.data.documents import tokenise
+from lm_core.data.packing import PackedBatches, ValidationBatches, bits_per_byte
 
 EOS, PAD, BOS = 257, 258, 256
 

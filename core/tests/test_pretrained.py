@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError, PretrainedMixin, load_checkpoint, save_checkpoint
-from lm_core.module_specs import decode_argument, encode_argument
+from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.module_specs import decode_argument, encode_argument
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checks import typed
 from lm_core.tokenizers import ByteTokenizer, load_tokenizer
 
 
@@ -283,7 +285,7 @@ def test_a_failed_save_leaves_neither_a_new_folder_nor_a_changed_old_one(tmp_pat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lm_core.pretrained.save_weights", full)
+    monkeypatch.setattr("lm_core.checkpoints.pretrained.save_weights", full)
     with pytest.raises(OSError, match="No space left"):
         Net(dim=3).save_pretrained(tmp_path / "new")
     with pytest.raises(OSError, match="No space left"):

@@ -8,19 +8,21 @@ import pytest
 import lm_core
 
 PROMISED = {
-    "attention": ["Attention", "attend"],
+    "nn.attention": ["Attention", "attend"],
     "adapters": ["as_causal_lm"],
-    "cache": ["KVCache"],
-    "checkpoint": ["load_checkpoint", "save_checkpoint"],
-    "corpora": ["stdlib_corpus"],
+    "nn.kv_cache": ["KVCache"],
+    "checkpoints.checkpoint": ["load_checkpoint", "save_checkpoint"],
+    "data.corpora": ["stdlib_corpus"],
     "distributed": ["all_gather"],
-    "feedforward": ["SwiGLU"],
-    "generation": ["CausalLM", "Generation", "beam_search", "generate", "sample"],
-    "losses": ["hidden_log_probs", "linear_cross_entropy", "token_log_probs"],
-    "masking": ["masked_mean", "maybe_and_mask", "prompt_mask_from_lengths"],
-    "norms": ["LayerNorm", "RMSNorm", "l2norm"],
-    "rotary": ["RotaryEmbedding", "apply_rotary", "rotate_half"],
-    "sampling": ["gumbel_noise", "gumbel_sample", "min_p", "top_k", "top_p"],
+    "nn.feedforward": ["SwiGLU"],
+    "generation.beam_search": ["beam_search"],
+    "generation.decoding": ["CausalLM", "Generation"],
+    "generation.generate": ["generate", "sample"],
+    "losses.losses": ["hidden_log_probs", "linear_cross_entropy", "token_log_probs"],
+    "nn.masking": ["masked_mean", "maybe_and_mask", "prompt_mask_from_lengths"],
+    "nn.norms": ["LayerNorm", "RMSNorm", "l2norm"],
+    "nn.rotary": ["RotaryEmbedding", "apply_rotary", "rotate_half"],
+    "generation.sampling": ["gumbel_noise", "gumbel_sample", "min_p", "top_k", "top_p"],
     "tokenizers": ["ByteTokenizer", "load_tokenizer"],
 }
 HEAVY = ("accelerate", "datasets", "einx", "huggingface_hub", "jsonargparse", "matplotlib", "peft", "transformers")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.attention import Attention, attend
-from lm_core.rotary import RotaryEmbedding, apply_rotary, rotate_half
+from lm_core.nn.attention import Attention, attend
+from lm_core.nn.rotary import RotaryEmbedding, apply_rotary, rotate_half
 
 many = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lm_core.generation import sample
-from lm_core.sampling import top_k, top_p
+from lm_core.generation.generate import sample
+from lm_core.generation.sampling import top_k, top_p
 
 PROMPTS = [torch.tensor([5]), torch.tensor([1, 2, 3]), torch.tensor([7, 7])]
 

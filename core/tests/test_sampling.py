@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_core.sampling import apply_repetition_penalty, gumbel_noise, gumbel_sample, min_p, top_k, top_p
+from lm_core.generation.sampling import apply_repetition_penalty, gumbel_noise, gumbel_sample, min_p, top_k, top_p
 
 # few distinct values make ties, the wide ones make probabilities that underflow
 LOGIT = st.one_of(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), st.floats(-60, 60, width=32))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lm_core.checkpoint import PretrainedMixin
-from lm_core.sampling import filters_of, min_p, top_k, top_p
-from lm_core.text_generation import TextGeneration, open_prompt, print_continuations
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.cli.text_generation import TextGeneration, open_prompt, print_continuations
+from lm_core.generation.sampling import filters_of, min_p, top_k, top_p
 from lm_core.tokenizers import ByteTokenizer
 
 

@@ -17,27 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lm_core.norms import RMSNorm
-from lm_core.training import (
-    InterruptHandler,
+from lm_core.nn.norms import RMSNorm
+from lm_core.rng import capture_rng, restore_rng, seed_everything
+from lm_core.training.accelerator import InterruptHandler, autocast, pick_device, pick_precision
+from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
+from lm_core.training.optimization import (
     LearningRateSchedule,
-    MetricsLog,
     NonFiniteGuard,
-    RunDirectory,
-    autocast,
-    capture_rng,
     clip_global_norm,
     finish_update,
     learning_rate_scale,
     optimizer_groups,
-    pick_device,
-    pick_precision,
-    plot_curves,
-    progress_bar,
-    read_metrics,
-    restore_rng,
-    seed_everything,
 )
+from lm_core.training.run_directory import RunDirectory
 
 
 class Model(nn.Module):
@@ -290,7 +282,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def _checkpoint(path: Path) -> None:
-    from lm_core.checkpoint import save_checkpoint
+    from lm_core.checkpoints.checkpoint import save_checkpoint
 
     save_checkpoint(path / "checkpoints", 1, model=nn.Linear(1, 1))
 
@@ -313,7 +305,7 @@ def test_the_record_of_a_run_keeps_its_start_and_every_resume(tmp_path):
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_ends(tmp_path):
     code = (
-        "import sys\nfrom lm_core.training import RunDirectory\n"
+        "import sys\nfrom lm_core.training.accelerator import RunDirectory\n"
         "try:\n    RunDirectory(sys.argv[1]).__enter__()\n"
         "except RuntimeError as error:\n    print(error); sys.exit(3)\n"
     )

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from lm_core.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from lm_core.run_directory import RunDirectory
-from lm_core.training_run import Stopping, adamw, check_goes_on, draw_curves, open_metrics, own_settings
-from lm_core.training_settings import CommonSettings
+from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.training.config import CommonSettings
+from lm_core.training.run_directory import RunDirectory
+from lm_core.training.session import Stopping, adamw, check_goes_on, draw_curves, open_metrics, own_settings
 
 
 class Interrupt:

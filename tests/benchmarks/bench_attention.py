@@ -1,4 +1,4 @@
-"""``lm_core.attention.attend`` against attention written out with einsum, forward and backward.
+"""``lm_core.nn.attention.attend`` against attention written out with einsum, forward and backward.
 
 python tests/benchmarks/bench_attention.py --threads 1 2 --json attention.json
 """
@@ -9,7 +9,7 @@ import torch
 from measure import arguments, in_turns, median, ratio, report
 from torch import Tensor, einsum
 
-from lm_core.attention import attend
+from lm_core.nn.attention import attend
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

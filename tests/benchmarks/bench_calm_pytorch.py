@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from calm_pytorch import CALM, AugmentParams
 from calm_pytorch.interop import ORIGINAL_ATTENTION, original_connections
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 
 VOCABULARY, PROMPT, LONG_PROMPT, BATCH = 1024, 32, 128, 4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from measure import arguments, in_turns, median, ratio, report
 
-from lm_core.checkpoint import load_checkpoint, save_checkpoint
+from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from palm_rlhf import PaLM
 
 

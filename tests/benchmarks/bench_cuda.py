@@ -15,8 +15,8 @@ from bench_generation import cohere_twin
 from bench_training import operations, stepped
 from measure import arguments, in_turns, median, ratio, report
 
-from lm_core.generation import generate
-from lm_core.losses import linear_cross_entropy
+from lm_core.generation.generate import generate
+from lm_core.losses.losses import linear_cross_entropy
 from memorizing_transformer import KNNMemory
 from palm_rlhf import PaLM
 

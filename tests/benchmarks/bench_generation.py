@@ -12,7 +12,7 @@ import torch
 from measure import arguments, in_turns, matmul_flops, median, ratio, read_bandwidth, report, timed
 from transformers import CohereConfig, CohereForCausalLM
 
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 from palm_rlhf import PaLM
 
 PROMPT = 128

@@ -39,7 +39,7 @@ def measure(variant: str, vocabulary: int, tokens: int, dim: int, threads: int, 
     import torch
     from torch.nn import functional as F
 
-    from lm_core.losses import hidden_log_probs, linear_cross_entropy
+    from lm_core.losses.losses import hidden_log_probs, linear_cross_entropy
 
     torch.set_num_threads(threads)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from measure import arguments, in_turns, matmul_flops, median, ratio, report
 
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 from memorizing_transformer import KNNMemory, MemorizingTransformer
 
 DIM, NEIGHBOURS = 64, 32

@@ -18,9 +18,9 @@ from measure import arguments, in_turns, median, ratio, read_bandwidth, report, 
 from torch import Tensor
 
 from spin_trainer import SPIN
-from spin_trainer.opponent_answers import Sampling, answer_prompts
-from spin_trainer.response_scores import collate, response_log_probs
-from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts
+from spin_trainer.model.response_scores import collate, response_log_probs
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 VOCABULARY, LENGTH = 32_000, 168
 SPIN_LIVE, SPIN_STORED, DPO = "SPIN", "SPIN, reference precomputed", "DPO formula"

@@ -33,7 +33,7 @@ from torch import nn
 
 from calm_pytorch import CALM, AugmentParams
 from calm_pytorch.interop import ORIGINAL_ATTENTION
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 
 
 def original_composition(**options: Any) -> Any:

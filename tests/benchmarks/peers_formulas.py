@@ -14,7 +14,7 @@ import torch
 from measure import arguments, in_turns, matmul_flops, median, ratio, report
 from torch import Tensor
 
-from lm_core.losses import hidden_log_probs
+from lm_core.losses.losses import hidden_log_probs
 
 TOKENS, DIM = 1024, 512
 

@@ -26,7 +26,7 @@ import torch
 from bench_training import operations, stepped
 from measure import arguments, in_turns, matmul_flops, median, ratio, read_bandwidth, report
 
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 from palm_rlhf import PaLM, RewardModel, RLHFTrainer
 
 PEER = "PaLM-rlhf-pytorch"

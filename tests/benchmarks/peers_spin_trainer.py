@@ -26,8 +26,8 @@ from bench_spin_trainer import DPO, LENGTH, SPIN_STORED, measured, pairs, small
 from measure import arguments, in_turns, median, ratio, report
 
 from spin_trainer import SPIN, SPINTrainer
-from spin_trainer.opponent_answers import Sampling, answer_prompts
-from spin_trainer.sft_data import Example, SFTDataset
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts
+from spin_trainer.data.sft_data import Example, SFTDataset
 
 VOCABULARY = 256
 PEER = "self-rewarding-lm-pytorch"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from measure import arguments, report
 
-from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
+from calm_pytorch.quickstart.quickstart import QuickstartSettings, run_quickstart
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "composed, reading along": {},

@@ -16,10 +16,10 @@ import torch
 from measure import arguments, report
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer
-from coca.captioned_images import CaptionedImages
-from coca.evaluation import caption_images, evaluate
-from coca.trainer import CoCaTrainer
-from coca.training_settings import TrainingSettings
+from coca.data.captioned_images import CaptionedImages
+from coca.evaluation.evaluation import caption_images, evaluate
+from coca.training.config import TrainingSettings
+from coca.training.trainer import CoCaTrainer
 from lm_core.tokenizers import ByteTokenizer
 
 SIZE, FONTS = 24, ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf")

@@ -33,16 +33,17 @@ import torch
 from filelock import FileLock
 from measure import arguments, machine, report
 
-from lm_core.checkpoint import latest_checkpoint
-from lm_core.corpora import Corpus, stdlib_corpus
-from lm_core.documents import Documents, tokenise
-from lm_core.durable import new_directory
+from lm_core.checkpoints.atomic_io import new_directory
+from lm_core.checkpoints.checkpoint import latest_checkpoint
+from lm_core.data.corpora import Corpus, stdlib_corpus
+from lm_core.data.documents import Documents, tokenise
+from lm_core.rng import seed_everything
 from lm_core.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from lm_core.training import read_metrics, seed_everything
+from lm_core.training.metrics import read_metrics
 from memorizing_transformer import MemorizingTransformer, open_gates
-from memorizing_transformer.evaluation import Evaluation, evaluate
-from memorizing_transformer.trainer import MemoryTrainer
-from memorizing_transformer.training_settings import TrainingSettings
+from memorizing_transformer.training.config import TrainingSettings
+from memorizing_transformer.training.evaluation import Evaluation, evaluate
+from memorizing_transformer.training.trainer import MemoryTrainer
 
 LONG = 32768
 # Part of the files that is held out.

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from measure import arguments, machine, table
 
-from lm_core.generation import eval_mode
-from spin_trainer import SelfPlaySettings, sorting_task
-from spin_trainer.cli.quickstart import DEFAULTS, SUPERVISED_RATE, quickstart, quickstart_data
-from spin_trainer.evaluation import evaluate, win_rate_over
-from spin_trainer.opponent_answers import Sampling, opponent_log_probs
-from spin_trainer.small_decoder import SmallDecoder
-from spin_trainer.supervised import fine_tune
+from lm_core.generation.decoding import eval_mode
+from spin_trainer import SelfPlaySettings
+from spin_trainer.data.opponent_answers import Sampling, opponent_log_probs
+from spin_trainer.quickstart import sorting_task
+from spin_trainer.quickstart.quickstart import DEFAULTS, SUPERVISED_RATE, quickstart, quickstart_data
+from spin_trainer.quickstart.small_decoder import SmallDecoder
+from spin_trainer.quickstart.supervised import fine_tune
+from spin_trainer.training.evaluation import evaluate, win_rate_over
 
 
 def likelihoods(model: SmallDecoder, dataset: Any) -> torch.Tensor:

@@ -11,8 +11,8 @@ import torch
 from lm_core import ByteTokenizer, generate
 from palm_rlhf import PaLM
 from spin_trainer import SPINTrainer
-from spin_trainer.sft_data import Example, SFTDataset
-from spin_trainer.supervised import fine_tune
+from spin_trainer.data.sft_data import Example, SFTDataset
+from spin_trainer.quickstart.supervised import fine_tune
 
 torch.manual_seed(0)
 tokenizer = ByteTokenizer()

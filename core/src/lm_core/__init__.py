@@ -1,24 +1,33 @@
 """lm_core: the parts every language model needs, one concept a module."""
 
 from lm_core.adapters import as_causal_lm
-from lm_core.attention import Attention, attend
-from lm_core.cache import KVCache
-from lm_core.checkpoint import (
+from lm_core.checkpoints.checkpoint import (
     Checkpoint,
-    CheckpointError,
-    PretrainedMixin,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from lm_core.corpora import Corpus, load_corpus, stdlib_corpus
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.data.corpora import Corpus, load_corpus, stdlib_corpus
+from lm_core.data.documents import Documents, load_documents, read_texts
+from lm_core.data.packing import PackedBatch, PackedBatches, ValidationBatches, bits_per_byte
 from lm_core.distributed import all_gather, all_reduce_sum, broadcast_object, is_distributed, rank, world_size
-from lm_core.documents import Documents, load_documents, read_texts
-from lm_core.feedforward import SwiGLU
-from lm_core.generation import CausalLM, Generation, beam_search, eval_mode, generate, sample
-from lm_core.losses import hidden_log_probs, hidden_log_probs_and_entropy, linear_cross_entropy, token_log_probs
-from lm_core.masking import (
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.decoding import CausalLM, Generation, eval_mode
+from lm_core.generation.generate import generate, sample
+from lm_core.generation.sampling import apply_repetition_penalty, gumbel_noise, gumbel_sample, min_p, top_k, top_p
+from lm_core.losses.losses import (
+    hidden_log_probs,
+    hidden_log_probs_and_entropy,
+    linear_cross_entropy,
+    token_log_probs,
+)
+from lm_core.nn.attention import Attention, attend
+from lm_core.nn.feedforward import SwiGLU
+from lm_core.nn.kv_cache import KVCache
+from lm_core.nn.masking import (
     left_pad,
     masked_mean,
     maybe_and_mask,
@@ -26,37 +35,21 @@ from lm_core.masking import (
     prompt_mask_from_lengths,
     right_pad,
 )
-from lm_core.norms import LayerNorm, RMSNorm, l2norm
-from lm_core.packing import PackedBatch, PackedBatches, ValidationBatches, bits_per_byte
-from lm_core.rotary import RotaryEmbedding, apply_rotary, rotate_half
-from lm_core.sampling import (
-    apply_repetition_penalty,
-    gumbel_noise,
-    gumbel_sample,
-    min_p,
-    top_k,
-    top_p,
-)
+from lm_core.nn.norms import LayerNorm, RMSNorm, l2norm
+from lm_core.nn.rotary import RotaryEmbedding, apply_rotary, rotate_half
+from lm_core.rng import capture_rng, restore_rng, seed_everything
 from lm_core.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from lm_core.training import (
-    InterruptHandler,
+from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision
+from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
+from lm_core.training.optimization import (
     LearningRateSchedule,
-    MetricsLog,
     NonFiniteGuard,
-    RunDirectory,
-    capture_rng,
     clip_global_norm,
     finish_update,
     learning_rate_scale,
     optimizer_groups,
-    pick_device,
-    pick_precision,
-    plot_curves,
-    progress_bar,
-    read_metrics,
-    restore_rng,
-    seed_everything,
 )
+from lm_core.training.run_directory import RunDirectory
 
 __all__ = [
     "Attention",

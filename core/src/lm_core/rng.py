@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lm_core._checks import typed
+from lm_core.checks import typed
 
 
 @typed

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lm_core._checks import typed
+from lm_core.checks import typed
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

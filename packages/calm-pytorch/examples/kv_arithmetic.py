@@ -6,7 +6,7 @@ python kv_arithmetic.py [--seed 0] [--max_steps 600] [--augment_steps 600] [--an
 import argparse
 import dataclasses
 
-from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
+from calm_pytorch.quickstart.quickstart import QuickstartSettings, run_quickstart
 
 defaults = QuickstartSettings()
 parser = argparse.ArgumentParser()

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from calm_pytorch import AugmentParams
-from lm_core.manifest import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from torch import nn
 from calm_pytorch import CALM, AugmentParams, CrossAttentionBlock, ExtractHiddensWrapper, FineTuner, align_by_offsets
 from calm_pytorch import plan_connections as plan
 from calm_pytorch.interop import load_original, original_connections
-from calm_pytorch.kv_arithmetic import KeyValueTask
-from lm_core.manifest import CheckpointError
+from calm_pytorch.quickstart.kv_arithmetic import KeyValueTask
+from lm_core.checkpoints.manifest import CheckpointError
 
 pytestmark = pytest.mark.plain
 

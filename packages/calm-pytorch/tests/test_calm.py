@@ -14,11 +14,11 @@ from calm_pytorch import (
     AugmentParams,
     CrossAttentionBlock,
     ExtractHiddensWrapper,
-    decoder_stack,
     freeze_all_layers_,
     hugging_face_blocks,
     x_transformer_blocks,
 )
+from calm_pytorch.model import decoder_stack
 
 KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
 
@@ -399,7 +399,7 @@ def test_outputs_keep_their_type():
     import collections
     import dataclasses
 
-    from calm_pytorch.hidden_states import with_hidden
+    from calm_pytorch.model.hooks import with_hidden
 
     @dataclasses.dataclass
     class Output:

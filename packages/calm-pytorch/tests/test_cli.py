@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calm_pytorch.cli import main
-from lm_core.checkpoint import list_checkpoints
+from lm_core.checkpoints.checkpoint import list_checkpoints
 
 
 @pytest.fixture(scope="module")

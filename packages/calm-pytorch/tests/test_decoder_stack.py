@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from calm_pytorch.decoder_stack import PlainDecoderLM, as_fast_causal_lm
-from calm_pytorch.plain_decoders import is_plain
+from calm_pytorch.model.decoder_stack import PlainDecoderLM, as_fast_causal_lm
+from calm_pytorch.model.plain_decoders import is_plain
 from lm_core.adapters import as_causal_lm
 
 PLAIN = {

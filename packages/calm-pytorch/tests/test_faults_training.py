@@ -19,7 +19,7 @@ from pathlib import Path
 import accelerate, matplotlib.figure, matplotlib.backends.backend_agg, safetensors.torch, torch
 from x_transformers import Decoder, TransformerWrapper
 from calm_pytorch import CALM, AugmentParams, FineTuner
-from lm_core.checkpoint import latest_checkpoint
+from lm_core.checkpoints.checkpoint import latest_checkpoint
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # imports what every run would import

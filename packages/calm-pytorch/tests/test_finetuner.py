@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from calm_pytorch import AugmentParams, FineTuner
-from calm_pytorch.decoder_stack import DecoderStack
-from lm_core.manifest import CheckpointError
+from calm_pytorch.model.decoder_stack import DecoderStack
+from lm_core.checkpoints.manifest import CheckpointError
 
 
 class Examples(torch.utils.data.Dataset):

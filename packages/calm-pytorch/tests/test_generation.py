@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calm_pytorch import AugmentParams
-from lm_core.generation import beam_search
+from lm_core.generation.beam_search import beam_search
 
 KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
 
@@ -153,7 +153,7 @@ def test_rows_that_end_leave_the_batch_without_harm(model_of, compose, ids):
 
 
 def test_a_generator_makes_samples_reproducible_and_filters_hold(model_of, compose, ids):
-    from lm_core.sampling import top_k
+    from lm_core.generation.sampling import top_k
 
     calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True)
     one, two = (calm.generate(ids(2, 4), 12, generator=torch.Generator().manual_seed(3)) for _ in range(2))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from calm_pytorch import CALM, AugmentParams
 from calm_pytorch.interop import ORIGINAL_ATTENTION, load_original, original_connections
-from lm_core.manifest import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 
 GOLDEN = Path(__file__).with_name("fixtures") / "original-0.2.2.safetensors"
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from calm_pytorch.attention_picture import read_strengths
-from calm_pytorch.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy, token_name
-from calm_pytorch.quickstart import QuickstartSettings, run_quickstart
+from calm_pytorch.quickstart.attention_picture import read_strengths
+from calm_pytorch.quickstart.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy, token_name
+from calm_pytorch.quickstart.quickstart import QuickstartSettings, run_quickstart
 
 
 def test_expressions_are_right_and_of_the_keys_asked_for():

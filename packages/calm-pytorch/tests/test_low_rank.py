@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calm_pytorch.low_rank import add_low_rank_, rank_for
+from calm_pytorch.quickstart.low_rank import add_low_rank_, rank_for
 
 
 def test_it_begins_as_the_model_and_is_the_sum_of_both_products(model_of, ids):

@@ -3,10 +3,10 @@
 import torch
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer, classify, encode_captions
-from coca.captioned_images import CaptionedImages
-from coca.digits import MEAN, STD, handwritten_digits
-from coca.evaluation import caption_images
-from coca.pair_batches import PairBatches
+from coca.data.captioned_images import CaptionedImages
+from coca.data.digits import MEAN, STD, handwritten_digits
+from coca.data.pair_batches import PairBatches
+from coca.evaluation.evaluation import caption_images
 from lm_core.tokenizers import ByteTokenizer
 
 torch.manual_seed(0)

@@ -17,13 +17,13 @@ from coca import (
     sigmoid_contrastive_loss,
     zero_shot_classifier,
 )
-from coca.captioned_images import CaptionedImages
-from coca.grid import save_grid
-from coca.image_files import load_images
+from coca.data.captioned_images import CaptionedImages
+from coca.data.image_files import load_images
+from coca.data.pair_batches import PairBatches
+from coca.evaluation.grid import save_grid
 from coca.interop import from_coca_pytorch, load_coca_pytorch
-from coca.pair_batches import PairBatches
-from coca.trainer import CoCaTrainer
-from coca.training_settings import TrainingSettings
+from coca.training.config import TrainingSettings
+from coca.training.trainer import CoCaTrainer
 from lm_core.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.plain

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coca.packed_weights import packed_product, plain_product
-from lm_core.losses import token_log_probs
+from coca.model.packed_weights import packed_product, plain_product
+from lm_core.losses.losses import token_log_probs
 
 PAD, BOS, EOS = 0, 1, 2
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from coca import CoCa, ImagePreprocessing
 from coca.cli import main
-from coca.digits import CLASS_NAMES, handwritten_digits
-from coca.image_files import load_images
+from coca.data.digits import CLASS_NAMES, handwritten_digits
+from coca.data.image_files import load_images
 from coca.interop import load_coca_pytorch
 
 pytestmark = pytest.mark.plain

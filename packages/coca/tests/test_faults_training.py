@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_core.checkpoint import list_checkpoints
-from lm_core.weights import read_weights
+from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.checkpoints.weights import read_weights
 
 pytestmark = [pytest.mark.plain, pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")]
 PROGRAM = Path(__file__).with_name("test_trainer.py")

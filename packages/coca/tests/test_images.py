@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer
-from coca.grid import save_grid
-from coca.image_encoders import ImageEncoder, token_width, tokens_of
-from coca.image_files import load_images
-from coca.vit import waves
+from coca.data.image_files import load_images
+from coca.evaluation.grid import save_grid
+from coca.model.image_encoders import ImageEncoder, token_width, tokens_of
+from coca.model.vit import waves
 
 GREY = ImagePreprocessing(image_size=4, channels=1)
 SIZES = {"dim": 16, "num_tokens": 23, "unimodal_depth": 1, "multimodal_depth": 1, "dim_head": 8, "heads": 2}

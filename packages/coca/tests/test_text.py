@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coca.text_layout import IGNORED, layout_of
+from coca.model.text_layout import IGNORED, layout_of
 
 PAD, EOS = 0, 2
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer
-from coca.captioned_images import CaptionedImages
-from coca.evaluation import evaluate
-from coca.pair_batches import PairBatches
-from coca.trainer import CoCaTrainer
-from coca.training_settings import TrainingSettings
+from coca.data.captioned_images import CaptionedImages
+from coca.data.pair_batches import PairBatches
+from coca.evaluation.evaluation import evaluate
+from coca.training.config import TrainingSettings
+from coca.training.trainer import CoCaTrainer
+from lm_core.checkpoints.weights import read_weights
 from lm_core.tokenizers import ByteTokenizer
-from lm_core.weights import read_weights
 
 NAMES = ("dark", "bright", "left", "right")
 TINY = TrainingSettings(

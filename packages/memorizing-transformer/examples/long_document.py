@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from lm_core.generation import generate
+from lm_core.generation.generate import generate
 from memorizing_transformer import MemorizingTransformer
 
 torch.manual_seed(0)

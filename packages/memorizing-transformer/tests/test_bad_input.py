@@ -10,12 +10,12 @@ from memorizing_transformer import (
     MemorizingTransformer,
     XLMemories,
     open_gates,
-    retrofit,
 )
-from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
-from memorizing_transformer.evaluation import evaluate
-from memorizing_transformer.memory_directory import MemoryDirectory
-from memorizing_transformer.training_settings import TrainingSettings
+from memorizing_transformer.memory.directory import MemoryDirectory
+from memorizing_transformer.training import retrofit
+from memorizing_transformer.training.config import TrainingSettings
+from memorizing_transformer.training.documents import DocumentSegments, DocumentStreams
+from memorizing_transformer.training.evaluation import evaluate
 
 pytestmark = pytest.mark.plain
 
@@ -35,7 +35,7 @@ def memory(**settings):
 
 
 def documents():
-    from lm_core.documents import tokenise
+    from lm_core.data.documents import tokenise
 
     return tokenise(["one", "two"])
 

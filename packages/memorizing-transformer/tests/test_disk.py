@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memorizing_transformer import KNNMemory
-from memorizing_transformer.memory_directory import MemoryDirectory
+from memorizing_transformer.memory.directory import MemoryDirectory
 
 KILLS = int(os.environ.get("LM_FAULT_KILLS", "6"))
 
@@ -140,7 +140,7 @@ def test_a_damaged_header_copy_is_passed_over(tmp_path):
 
 HOLDER = """
 import sys, time
-from memorizing_transformer.memory_directory import MemoryDirectory
+from memorizing_transformer.memory.directory import MemoryDirectory
 held = MemoryDirectory(sys.argv[1], "mine")
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))
@@ -198,7 +198,7 @@ def test_a_context_cleans_up_after_an_error(tmp_path, tiny_model):
 
 
 def test_a_scratch_folder_of_a_killed_process_is_removed(tmp_path):
-    code = "import sys, os; from memorizing_transformer.memory_directory import MemoryDirectory\n"
+    code = "import sys, os; from memorizing_transformer.memory.directory import MemoryDirectory\n"
     code += "held = MemoryDirectory(sys.argv[1]); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 1

@@ -64,7 +64,7 @@ def test_a_cleared_row_finds_only_what_came_after(index):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """faiss as it is with a GPU: its indexes know no selectors and take pointers."""
-    from memorizing_transformer import faiss_index, faiss_search
+    from memorizing_transformer.memory import faiss_index, faiss_search
 
     class Resources:
         def setTempMemory(self, size):
@@ -136,7 +136,7 @@ def test_a_gpu_index_gives_a_bounded_number_of_neighbours(pretended_gpu):
 
 
 def test_a_graph_index_stays_on_the_cpu(pretended_gpu):
-    from memorizing_transformer.faiss_index import CPUIndex
+    from memorizing_transformer.memory.faiss_index import CPUIndex
 
     memory = KNNMemory(8, 4000, 1, backend="faiss", index="HNSW16")
     assert isinstance(memory._indexes[0]._index, CPUIndex)
@@ -145,7 +145,7 @@ def test_a_graph_index_stays_on_the_cpu(pretended_gpu):
 @pytest.mark.cuda
 @pytest.mark.parametrize(("index", "stated"), [("Flat", 1.0), ("IVF64,Flat", 0.9), ("HNSW32", 0.9)])
 def test_a_memory_on_the_gpu_is_searched_there(index, stated):
-    from memorizing_transformer.faiss_index import GPUIndex, has_gpu
+    from memorizing_transformer.memory.faiss_index import GPUIndex, has_gpu
 
     device = torch.device("cuda")
     n, capacity = 9000, 6000

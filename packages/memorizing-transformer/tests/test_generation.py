@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lm_core.generation import beam_search, generate
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.generate import generate
 
 MODELS = {
     "plain": {},

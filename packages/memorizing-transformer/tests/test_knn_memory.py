@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memorizing_transformer import KNNMemory, KNNMemoryList, exact_search
-from memorizing_transformer.exact_search import CPU_CHUNK, exact_top_k, own_products, screened_top_k
-from memorizing_transformer.ring_storage import quantise
+from memorizing_transformer import KNNMemory, KNNMemoryList
+from memorizing_transformer.memory import exact_search
+from memorizing_transformer.memory.exact_search import CPU_CHUNK, exact_top_k, own_products, screened_top_k
+from memorizing_transformer.memory.ring_storage import quantise
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -114,7 +115,7 @@ def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(mon
         searched.append(len(queries))
         return exact_top_k(queries, chunks, k)
 
-    monkeypatch.setattr("memorizing_transformer.exact_search.exact_top_k", counting)
+    monkeypatch.setattr("memorizing_transformer.memory.exact_search.exact_top_k", counting)
     apart, alike = torch.eye(16)[:1], torch.eye(16)[1:2]
     keys = torch.cat((apart * torch.linspace(0.1, 1, 500)[:, None], alike.expand(500, 16)))
     screened(torch.cat((apart, alike, apart)), keys, 8, 128)
@@ -140,7 +141,9 @@ def test_a_memory_finds_the_same_with_and_without_screening(storage, monkeypatch
     memory.add(torch.stack((unit(1, 9000, 16), unit(1, 9000, 16, seed=1)), dim=-2))
     found = {}
     for screens in (False, True):
-        monkeypatch.setattr("memorizing_transformer.knn_memory.worth_screening", lambda *_, screens=screens: screens)
+        monkeypatch.setattr(
+            "memorizing_transformer.memory.knn_memory.worth_screening", lambda *_, screens=screens: screens
+        )
         found[screens] = memory.retrieve(queries, 32)
 
     torch.testing.assert_close(found[True].scores, found[False].scores, atol=1e-6, rtol=0)
@@ -309,7 +312,7 @@ def test_several_key_heads_search_their_own_keys():
 
 
 def test_options_without_effect_are_said_once(recwarn):
-    from memorizing_transformer import knn_memory
+    from memorizing_transformer.memory import knn_memory
 
     knn_memory._said.clear()
     memory = KNNMemory(4, 8, 1, multiprocessing=True)

@@ -6,9 +6,10 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories, retrofit
-from memorizing_transformer.exact_search import CPU_CHUNK
-from memorizing_transformer.relative_position import RelativePositionBias
+from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories
+from memorizing_transformer.memory.exact_search import CPU_CHUNK
+from memorizing_transformer.model.relative_position import RelativePositionBias
+from memorizing_transformer.training import retrofit
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -69,7 +70,7 @@ def test_segments_longer_than_the_window_see_a_band(tiny_model, read_in_segments
 
 def test_distance_zero_is_the_query_itself_with_keys_before_it():
     bias = RelativePositionBias(heads=2, scale=1.0)
-    from memorizing_transformer.attention import causal_distances
+    from memorizing_transformer.model.attention import causal_distances
 
     distances = causal_distances(3, 7, torch.device("cpu"))
     assert distances.diagonal(4).tolist() == [0, 0, 0]

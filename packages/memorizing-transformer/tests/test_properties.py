@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memorizing_transformer import KNNAttention, KNNMemory
-from memorizing_transformer.exact_search import CPU_CHUNK, CPU_TILE, SCREENED_CHUNK
+from memorizing_transformer.memory.exact_search import CPU_CHUNK, CPU_TILE, SCREENED_CHUNK
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=25)
 
@@ -144,8 +144,8 @@ def strided(tree):
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(("screens", "chunk"), [(False, CPU_CHUNK), (True, SCREENED_CHUNK)])
 def test_neither_the_score_matrix_nor_the_widened_keys_are_ever_made_whole(storage, screens, chunk, monkeypatch):
-    monkeypatch.setattr("memorizing_transformer.knn_memory.worth_screening", lambda *_: screens)
-    monkeypatch.setattr("memorizing_transformer.exact_search._kept_rooms", threading.local())
+    monkeypatch.setattr("memorizing_transformer.memory.knn_memory.worth_screening", lambda *_: screens)
+    monkeypatch.setattr("memorizing_transformer.memory.exact_search._kept_rooms", threading.local())
     keys, queries, d = 4 * SCREENED_CHUNK, 4 * CPU_TILE, 8
     memory = KNNMemory(d, keys, 1, storage=storage)
     memory.add(torch.randn(1, keys, 2, d))

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lm_core.corpora import load_corpus
-from lm_core.documents import tokenise
-from lm_core.training import seed_everything
+from lm_core.data.corpora import load_corpus
+from lm_core.data.documents import tokenise
+from lm_core.rng import seed_everything
 from memorizing_transformer import MemorizingTransformer, open_gates
-from memorizing_transformer.document_streams import DocumentSegments, DocumentStreams
-from memorizing_transformer.evaluation import evaluate
-from memorizing_transformer.trainer import MemoryTrainer
-from memorizing_transformer.training_settings import TrainingSettings
+from memorizing_transformer.training.config import TrainingSettings
+from memorizing_transformer.training.documents import DocumentSegments, DocumentStreams
+from memorizing_transformer.training.evaluation import evaluate
+from memorizing_transformer.training.trainer import MemoryTrainer
 
 EOS = 257
 TEXTS = [chr(97 + n % 4) * (7 + 13 * n % 71) + str(n) for n in range(24)]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lm_core.generation import generate
-from lm_core.masking import right_pad
+from lm_core.generation.generate import generate
+from lm_core.nn.masking import right_pad
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import GRPOTrainer, PaLM
 

@@ -8,7 +8,8 @@ Face.
 import torch
 
 from lm_core import ByteTokenizer
-from lm_core.corpora import split_documents, tokenise
+from lm_core.data.corpora import split_documents
+from lm_core.data.documents import tokenise
 from palm_rlhf import PaLM, PretrainTrainer, TrainingSettings
 
 tokenizer = ByteTokenizer()

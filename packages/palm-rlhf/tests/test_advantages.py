@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.advantages import (
+from palm_rlhf.rl.advantages import (
     discounted_returns,
     generalized_advantages,
     group_advantages,

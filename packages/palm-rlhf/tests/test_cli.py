@@ -12,8 +12,8 @@ import torch
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
 from palm_rlhf.cli import build_parser, main
-from palm_rlhf.evaluation import evaluate
-from palm_rlhf.training_settings import TrainingSettings
+from palm_rlhf.pretrain.config import TrainingSettings
+from palm_rlhf.pretrain.evaluation import evaluate
 
 TINY = [
     *("--dim=16", "--depth=1", "--dim_head=8", "--heads=2", "--sequence_length=24", "--batch_size=2"),
@@ -225,7 +225,7 @@ def test_eval_prints_the_bits_per_byte_of_a_corpus(run, tmp_path, capsys):
 
 
 def test_eval_scores_the_held_out_part_of_the_library_by_default(run, capsys):
-    from lm_core.corpora import stdlib_corpus
+    from lm_core.data.corpora import stdlib_corpus
 
     assert main(["eval", str(run), "--max_tokens=300", "--device=cpu"]) == 0
     palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from lm_core.checkpoint import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
-from palm_rlhf.interop import export_cohere, from_cohere, to_cohere
+from palm_rlhf.interop.cohere import export_cohere, from_cohere, to_cohere
 
 SIZES = {"dim": 24, "num_tokens": 40, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "use_xpos": False}
 

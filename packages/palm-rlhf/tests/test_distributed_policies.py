@@ -13,10 +13,10 @@ SCRIPT = textwrap.dedent(
     import torch
     import torch.distributed as dist
     from palm_rlhf import PaLM
-    from palm_rlhf.grpo import GRPOTrainer
-    from palm_rlhf.ppo import RLHFTrainer
-    from palm_rlhf.reward_model import RewardModel
-    from palm_rlhf.reward_trainer import RewardModelTrainer
+    from palm_rlhf.rl.grpo import GRPOTrainer
+    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.reward.model import RewardModel
+    from palm_rlhf.reward.trainer import RewardModelTrainer
 
     def reward(ids, prompt_lengths, lengths):
         position = torch.arange(ids.shape[1])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from lm_core.checkpoint import load_tensors
+from lm_core.checkpoints.manifest import load_tensors
 from palm_rlhf import PaLM
 
 pytestmark = [
@@ -35,10 +35,11 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.torch_version import TorchVersion
 
-from lm_core.corpora import split_documents, tokenise
+from lm_core.data.corpora import split_documents
+from lm_core.data.documents import tokenise
 from palm_rlhf import PaLM
-from palm_rlhf.trainer import PretrainTrainer
-from palm_rlhf.training_settings import TrainingSettings
+from palm_rlhf.pretrain.trainer import PretrainTrainer
+from palm_rlhf.pretrain.config import TrainingSettings
 
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 SHARDS = TorchVersion(torch.__version__) >= "2.7"

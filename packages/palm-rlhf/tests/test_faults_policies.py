@@ -18,8 +18,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 
 import accelerate, matplotlib.figure, matplotlib.backends.backend_agg, safetensors.torch, torch
-from lm_core.checkpoint import latest_checkpoint
-from lm_core.generation import generate
+from lm_core.checkpoints.checkpoint import latest_checkpoint
+from lm_core.generation.generate import generate
 from palm_rlhf import PaLM, RLHFTrainer
 
 folder, kills, every = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

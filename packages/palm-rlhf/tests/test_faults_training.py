@@ -16,7 +16,7 @@ import time
 import pytest
 import torch
 
-from lm_core.checkpoint import latest_checkpoint, list_checkpoints
+from lm_core.checkpoints.checkpoint import latest_checkpoint, list_checkpoints
 from palm_rlhf.cli import main
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills are tested with fork, which this system lacks")
@@ -80,8 +80,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 
 import accelerate, jsonargparse, matplotlib.figure, matplotlib.backends.backend_agg, safetensors.torch, torch
-from lm_core.checkpoint import latest_checkpoint
-from palm_rlhf import trainer
+from lm_core.checkpoints.checkpoint import latest_checkpoint
+from palm_rlhf.pretrain import trainer
 from palm_rlhf.cli import main
 
 folder, kills, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
@@ -262,10 +262,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lm_core.corpora import load_corpus
+from lm_core.data.corpora import load_corpus
 from palm_rlhf import PaLM
-from palm_rlhf.trainer import PretrainTrainer
-from palm_rlhf.training_settings import TrainingSettings
+from palm_rlhf.pretrain.trainer import PretrainTrainer
+from palm_rlhf.pretrain.config import TrainingSettings
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
 settings = TrainingSettings(

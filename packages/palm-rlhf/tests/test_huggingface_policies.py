@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from lm_core.sampling import top_k, top_p
-from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.experience import judge
-from palm_rlhf.grpo import GRPOTrainer
-from palm_rlhf.ppo import RLHFTrainer
-from palm_rlhf.prompts import load_prompts
-from palm_rlhf.rollouts import SamplingSettings, draw_rollout
+from lm_core.generation.sampling import top_k, top_p
+from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.rl.experience import judge
+from palm_rlhf.rl.grpo import GRPOTrainer
+from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.ppo import RLHFTrainer
+from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -7,14 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lm_core.checkpoint import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 from palm_rlhf import PaLM
-from palm_rlhf.interop import (
-    convert_checkpoint,
-    from_palm_rlhf_pytorch,
-    load_weights_file,
-    palm_state_from_original,
-)
+from palm_rlhf.interop.original import from_palm_rlhf_pytorch, palm_state_from_original
+from palm_rlhf.interop.weight_files import convert_checkpoint, load_weights_file
 
 RELEASES = {"0.2.3": "plain", "0.8.0": "offset"}
 

@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from lm_core.checkpoint import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 from palm_rlhf import PaLM
-from palm_rlhf.interop import (
-    actor_critic_from_palm_rlhf_pytorch,
-    convert_checkpoint,
-    reward_model_from_palm_rlhf_pytorch,
-)
-from palm_rlhf.reward_model import RewardModel
+from palm_rlhf.interop.original_rlhf import actor_critic_from_palm_rlhf_pytorch, reward_model_from_palm_rlhf_pytorch
+from palm_rlhf.interop.weight_files import convert_checkpoint
+from palm_rlhf.reward.model import RewardModel
 
 
 @torch.no_grad()

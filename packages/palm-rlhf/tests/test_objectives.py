@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palm_rlhf.kl import KLCoefficient, kl_estimate
-from palm_rlhf.objectives import clipped_surrogate, clipped_value_loss, reinforce_surrogate, token_weights
-from palm_rlhf.reward_losses import bin_cross_entropy, bradley_terry_loss, squared_error
-from palm_rlhf.value_bins import ValueBins
+from palm_rlhf.reward.losses import bin_cross_entropy, bradley_terry_loss, squared_error
+from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
+from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, reinforce_surrogate, token_weights
+from palm_rlhf.rl.value_bins import ValueBins
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=30)
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lm_core.checkpoint import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 from palm_rlhf import LoRA, PaLM
-from palm_rlhf.interop import export_lora, import_lora, to_cohere
+from palm_rlhf.interop.cohere import to_cohere
+from palm_rlhf.interop.peft_adapters import export_lora, import_lora
 
 # What peft says when it saves an adapter of a model without a folder, and uses of transformers that will go.
 pytestmark = [

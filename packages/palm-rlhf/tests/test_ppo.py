@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from lm_core.sampling import top_k, top_p
+from lm_core.generation.sampling import top_k, top_p
 from palm_rlhf import PaLM
-from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.experience import judge, with_advantages
-from palm_rlhf.grpo import GRPOTrainer
-from palm_rlhf.ppo import RLHFTrainer
-from palm_rlhf.prompts import load_prompts
-from palm_rlhf.rollouts import draw_rollout, rollout_of
+from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.rl.experience import judge, with_advantages
+from palm_rlhf.rl.grpo import GRPOTrainer
+from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.ppo import RLHFTrainer
+from palm_rlhf.rl.rollouts import draw_rollout, rollout_of
 
 
 def fraction_of_fives(ids, prompt_lengths, lengths):
@@ -276,13 +276,13 @@ def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm,
 
 
 def read(path):
-    from lm_core.training import read_metrics
+    from lm_core.training.metrics import read_metrics
 
     return read_metrics(path)
 
 
 def test_a_checkpoint_opens_as_a_palm_and_answers_as_the_actor(make_palm, tmp_path):
-    from lm_core.checkpoint import latest_checkpoint
+    from lm_core.checkpoints.checkpoint import latest_checkpoint
 
     ppo = trainer(make_palm(), checkpoint_dir=tmp_path, actor_lr=1e-2)
     ppo.train(num_episodes=16, update_timesteps=8, max_new_tokens=4)

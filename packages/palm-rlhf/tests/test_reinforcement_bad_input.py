@@ -7,15 +7,15 @@ import torch
 
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
-from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.grpo import GRPOTrainer
-from palm_rlhf.ppo import RLHFTrainer
-from palm_rlhf.preferences import load_preferences
-from palm_rlhf.prompts import load_prompts
-from palm_rlhf.reward_model import RewardModel
-from palm_rlhf.reward_trainer import RewardModelTrainer
-from palm_rlhf.rewards import ClassifierReward, as_reward
-from palm_rlhf.rollouts import rollout_of
+from palm_rlhf.data.preferences import load_preferences
+from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.reward.model import RewardModel
+from palm_rlhf.reward.rewards import ClassifierReward, as_reward
+from palm_rlhf.reward.trainer import RewardModelTrainer
+from palm_rlhf.rl.grpo import GRPOTrainer
+from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.ppo import RLHFTrainer
+from palm_rlhf.rl.rollouts import rollout_of
 
 pytestmark = pytest.mark.plain
 

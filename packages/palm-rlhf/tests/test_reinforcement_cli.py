@@ -10,7 +10,7 @@ import torch
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
 from palm_rlhf.cli import main
-from palm_rlhf.corrupted_pairs import corrupted_pairs, document_prompts
+from palm_rlhf.data.corrupted_pairs import corrupted_pairs, document_prompts
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lm_core.tokenizers import ByteTokenizer
-from palm_rlhf.preferences import load_preferences
-from palm_rlhf.reward_model import RewardModel
-from palm_rlhf.reward_trainer import RewardModelTrainer
+from palm_rlhf.data.preferences import load_preferences
+from palm_rlhf.reward.model import RewardModel
+from palm_rlhf.reward.trainer import RewardModelTrainer
 
 
 def pairs(count=120, seed=0):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lm_core.tokenizers import ByteTokenizer
-from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.prompts import PromptOrder, load_prompts
-from palm_rlhf.reward_model import RewardModel
-from palm_rlhf.rewards import ClassifierReward, as_reward, check_scores
-from palm_rlhf.rollouts import SamplingSettings, draw_rollout, rollout_of
+from palm_rlhf.data.prompts import PromptOrder, load_prompts
+from palm_rlhf.reward.model import RewardModel
+from palm_rlhf.reward.rewards import ClassifierReward, as_reward, check_scores
+from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
 
 def example():
@@ -212,7 +212,7 @@ def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
 
 def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.ppo import RLHFTrainer
+    from palm_rlhf.rl.ppo import RLHFTrainer
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[EOS]": 2, "[UNK]": 3}, "[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -224,7 +224,7 @@ def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
 
 def test_a_tokenizer_without_padding_or_end_trains_and_only_a_penalty_for_missing_ends_is_refused(make_palm):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.ppo import RLHFTrainer
+    from palm_rlhf.rl.ppo import RLHFTrainer
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, "[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
-from lm_core.sampling import top_k, top_p
+from lm_core.generation.sampling import top_k, top_p
 from lm_core.tokenizers import ByteTokenizer
-from palm_rlhf.actor_critic import ActorCritic
-from palm_rlhf.experience import judge
-from palm_rlhf.prompts import load_prompts
-from palm_rlhf.rollouts import SamplingSettings, draw_rollout, rollout_of
-from palm_rlhf.scoring import pack_kept, unpack_kept
+from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.rl.experience import judge
+from palm_rlhf.rl.log_probs import pack_kept, unpack_kept
+from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
 
 def mixed_prompts(vocab=13):
@@ -185,7 +185,7 @@ def test_values_see_only_the_past(make_palm, pooled):
 
 
 def test_one_base_serves_actor_critic_reference_and_reward(make_palm):
-    from palm_rlhf.reward_model import RewardModel
+    from palm_rlhf.reward.model import RewardModel
 
     palm = make_palm()
     base = {id(p) for p in palm.palm_parameters()}

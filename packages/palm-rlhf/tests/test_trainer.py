@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.torch_version import TorchVersion
 
-from lm_core.checkpoint import CheckpointError, list_checkpoints
-from lm_core.corpora import split_documents, tokenise
-from lm_core.optimization import learning_rate_scale
-from lm_core.packing import PackedBatches
+from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.data.corpora import split_documents
+from lm_core.data.documents import tokenise
+from lm_core.data.packing import PackedBatches
 from lm_core.tokenizers import ByteTokenizer, load_tokenizer
+from lm_core.training.optimization import learning_rate_scale
 from palm_rlhf import PaLM
-from palm_rlhf.evaluation import evaluate
-from palm_rlhf.next_token_loss import NextTokenLoss
-from palm_rlhf.trainer import PretrainTrainer
-from palm_rlhf.training_settings import TrainingSettings
+from palm_rlhf.pretrain.config import TrainingSettings
+from palm_rlhf.pretrain.evaluation import evaluate
+from palm_rlhf.pretrain.loss import NextTokenLoss
+from palm_rlhf.pretrain.trainer import PretrainTrainer
 
 TINY = TrainingSettings(
     max_steps=6,

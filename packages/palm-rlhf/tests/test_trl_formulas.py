@@ -7,8 +7,8 @@ its advantages are whitened over one process's batch.
 
 import torch
 
-from palm_rlhf.advantages import generalized_advantages, whiten
-from palm_rlhf.objectives import clipped_surrogate, clipped_value_loss, token_weights
+from palm_rlhf.rl.advantages import generalized_advantages, whiten
+from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, token_weights
 
 
 def theirs(scores, kl, values, last, *, kl_coef, gamma, lam):

@@ -12,9 +12,9 @@ import types
 import pytest
 import torch
 
-from palm_rlhf.advantages import generalized_advantages, whiten
-from palm_rlhf.kl import kl_estimate
-from palm_rlhf.objectives import clipped_surrogate, clipped_value_loss, token_weights
+from palm_rlhf.rl.advantages import generalized_advantages, whiten
+from palm_rlhf.rl.kl import kl_estimate
+from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, token_weights
 
 RELEASE = "1.12.0"
 SETTINGS = {"kl_coef": 0.05, "gamma": 0.98, "lam": 0.9, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1}

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lm_core import as_causal_lm, load_tokenizer
 from spin_trainer import as_sft_dataset
 from spin_trainer.cli import main
-from spin_trainer.supervised import fine_tune
+from spin_trainer.quickstart.supervised import fine_tune
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"

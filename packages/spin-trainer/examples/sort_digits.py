@@ -5,10 +5,10 @@ import tempfile
 import torch
 
 from spin_trainer import SPINTrainer
-from spin_trainer.evaluation import evaluate
-from spin_trainer.small_decoder import SmallDecoder
-from spin_trainer.sorting_task import EOS, MAX_SEQ_LEN, VOCABULARY, sorting_examples
-from spin_trainer.supervised import fine_tune
+from spin_trainer.quickstart.small_decoder import SmallDecoder
+from spin_trainer.quickstart.sorting_task import EOS, MAX_SEQ_LEN, VOCABULARY, sorting_examples
+from spin_trainer.quickstart.supervised import fine_tune
+from spin_trainer.training.evaluation import evaluate
 
 torch.manual_seed(0)
 train, held_out = sorting_examples(256, seed=1), sorting_examples(64, seed=2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training import read_metrics
+from lm_core.training.metrics import read_metrics
 from spin_trainer.cli import main
-from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 # peft asks transformers for a name that newer transformers call otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -39,7 +39,7 @@ device: cpu
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
@@ -78,7 +78,7 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
 def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(hugging_face_folder, tmp_path):
     pytest.importorskip("peft")
     from spin_trainer import SPINTrainer
-    from spin_trainer.loading import load_model, with_lora
+    from spin_trainer.training.loading import load_model, with_lora
 
     class Dies:
         def log(self, values, step):
@@ -130,10 +130,10 @@ def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, t
 
 
 def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("spin_trainer.cli.quickstart.SUPERVISED_UPDATES", 2)
-    monkeypatch.setattr("spin_trainer.cli.quickstart.ROWS", 8)
-    monkeypatch.setattr("spin_trainer.cli.quickstart.HELD_OUT", 4)
-    monkeypatch.setattr("spin_trainer.cli.quickstart.JUDGED", 6)
+    monkeypatch.setattr("spin_trainer.quickstart.quickstart.SUPERVISED_UPDATES", 2)
+    monkeypatch.setattr("spin_trainer.quickstart.quickstart.ROWS", 8)
+    monkeypatch.setattr("spin_trainer.quickstart.quickstart.HELD_OUT", 4)
+    monkeypatch.setattr("spin_trainer.quickstart.quickstart.JUDGED", 6)
     assert main(["train", "--checkpoint_dir", str(tmp_path / "quick"), "--batch_size=4", "--device=cpu"]) == 0
     table = (tmp_path / "quick" / "table.md").read_text().splitlines()
 
@@ -149,7 +149,7 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
 def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
     peft = pytest.importorskip("peft")
     from spin_trainer import SPIN
-    from spin_trainer.loading import load_model, with_lora
+    from spin_trainer.training.loading import load_model, with_lora
 
     model = with_lora(load_model(str(hugging_face_folder)), r=4)
     assert isinstance(model, peft.PeftModel)
@@ -176,7 +176,7 @@ def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
 
 
 def test_small_decoder_decodes_with_a_cache_as_without():
-    from lm_core.generation import generate
+    from lm_core.generation.generate import generate
 
     torch.manual_seed(0)
     model = SmallDecoder(num_tokens=12).double()
@@ -191,7 +191,7 @@ def test_small_decoder_decodes_with_a_cache_as_without():
 
 
 def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value(monkeypatch):
-    from spin_trainer.cli import train
+    from spin_trainer.cli.commands import train
 
     seen = []
     # flags are made of the function's signature, so what stands in for it has the same
@@ -204,7 +204,7 @@ def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_
 
 
 def test_the_quickstarts_three_sets_share_no_prompt():
-    from spin_trainer.cli.quickstart import quickstart_data
+    from spin_trainer.quickstart.quickstart import quickstart_data
 
     prompts = [example.prompt for part in quickstart_data()[1:] for example in part]
     trained = {example.prompt for example in quickstart_data()[0]}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lm_core.metrics import read_metrics
+from lm_core.training.metrics import read_metrics
 
 pytestmark = pytest.mark.cuda
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from lm_core.checkpoint import load_tensors
+from lm_core.checkpoints.manifest import load_tensors
 
 pytestmark = [
     pytest.mark.distributed,
@@ -32,12 +32,12 @@ import torch
 import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
-import spin_trainer.trainer
+import spin_trainer.training.trainer
 from spin_trainer import SFTDataset, SPINTrainer
-from spin_trainer.sft_data import Example
-from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.data.sft_data import Example
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
-spin_trainer.trainer.draw_curves = lambda *_: None
+spin_trainer.training.trainer.draw_curves = lambda *_: None
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 generator = torch.Generator().manual_seed(0)
 
@@ -60,7 +60,7 @@ def decoder():
 
 def with_adapters():
     import transformers
-    from spin_trainer.loading import with_lora
+    from spin_trainer.training.loading import with_lora
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
@@ -178,7 +178,7 @@ def test_two_processes_validate_as_one(outcomes):
 
 
 def test_what_two_processes_saved_is_what_they_trained(outcomes):
-    from spin_trainer.small_decoder import SmallDecoder
+    from spin_trainer.quickstart.small_decoder import SmallDecoder
 
     folder, outcome = outcomes[2]
     opened = SmallDecoder.from_pretrained(folder / "plain" / "iterations" / "iteration-2")
@@ -188,7 +188,7 @@ def test_what_two_processes_saved_is_what_they_trained(outcomes):
 
 @needs_sharding
 def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(outcomes):
-    from spin_trainer.small_decoder import SmallDecoder
+    from spin_trainer.quickstart.small_decoder import SmallDecoder
 
     folder, outcome = outcomes[2]
     opened = SmallDecoder.from_pretrained(folder / "sharded" / "iterations" / "iteration-2")
@@ -228,7 +228,7 @@ def test_sharded_adapters_are_those_of_one_process(outcomes):
 
 @needs_sharding
 def test_a_sharded_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit(outcomes):
-    from lm_core.checkpoint import read_weights
+    from lm_core.checkpoints.weights import read_weights
 
     parts, whole = (
         read_weights(outcomes[2][0] / name / "iterations" / "iteration-2" / "model.safetensors")
@@ -239,7 +239,7 @@ def test_a_sharded_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit
 
 @needs_sharding
 def test_the_best_iteration_is_put_back_into_shards(outcomes):
-    from lm_core.checkpoint import read_weights
+    from lm_core.checkpoints.weights import read_weights
 
     folder = outcomes[2][0] / "ruined"
     best = read_weights(folder / "best" / "iteration-0" / "model.safetensors")

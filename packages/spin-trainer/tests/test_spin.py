@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from spin_trainer import SPIN, log_prob_from_model_and_seq, prompt_mask_from_len, set_dropout_
-from spin_trainer.response_scores import collate, response_log_probs, response_mask
-from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.model.response_scores import collate, response_log_probs, response_mask
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 
 class Plain(torch.nn.Module):

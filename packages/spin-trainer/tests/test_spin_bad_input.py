@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_core.checkpoint import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from spin_trainer import SPIN, SelfPlaySettings, SPINTrainer, as_sft_dataset, load_original_checkpoint, set_dropout_
 from spin_trainer.cli import main
-from spin_trainer.loading import load_model, with_lora
-from spin_trainer.opponent_answers import Sampling, answer_prompts
-from spin_trainer.row_store import RowStore
-from spin_trainer.training_checks import run_folder
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts
+from spin_trainer.data.row_store import RowStore
+from spin_trainer.training.checks import run_folder
+from spin_trainer.training.loading import load_model, with_lora
 
 pytestmark = pytest.mark.plain
 BYTES = ByteTokenizer()

@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 
-from lm_core.checkpoint import list_checkpoints
-from lm_core.training import read_metrics
+from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, SPINTrainer
-from spin_trainer.opponent_answers import Sampling, answer_prompts
-from spin_trainer.pair_order import Pair, PairOrder
-from spin_trainer.row_store import RowStore
-from spin_trainer.small_decoder import SmallDecoder
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts
+from spin_trainer.data.pairs import Pair, PairOrder
+from spin_trainer.data.row_store import RowStore
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 
 def weights_of(trainer):
@@ -182,8 +182,8 @@ def test_schedules_reach_each_iteration(train, tmp_path):
 
 
 def test_adam_takes_its_arguments(make_model, make_rows, tmp_path):
-    from spin_trainer.self_play_settings import SelfPlaySettings
-    from spin_trainer.updates import optimizer_of
+    from spin_trainer.training.config import SelfPlaySettings
+    from spin_trainer.training.updates import optimizer_of
 
     settings = SelfPlaySettings(max_seq_len=10)
     optimizer, schedule = optimizer_of(

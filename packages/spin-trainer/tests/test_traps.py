@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lm_core.checkpoint import list_checkpoints
-from lm_core.training import read_metrics
+from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, SPINTrainer
-from spin_trainer.opponent_answers import Sampling, answer_prompts, batches_by_length, seed_of
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length, seed_of
 
 LN_2 = torch.tensor(2.0).log().item()
 SAMPLING = Sampling(max_seq_len=10, eos_id=(11,), batch_size=6)
@@ -67,7 +67,7 @@ def test_the_sampler_continues_behind_the_last_token_of_each_prompt():
 def test_the_opponents_answers_are_those_of_the_promoted_weights_not_of_the_player(
     train, tmp_path, make_model, make_rows
 ):
-    from spin_trainer.small_decoder import SmallDecoder
+    from spin_trainer.quickstart.small_decoder import SmallDecoder
 
     train(iterations=2, mix_previous=False)
     before = make_model()
@@ -148,7 +148,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_ro
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
     for limit in (0.01, None):
         SPINTrainer(
             make_model(),
@@ -183,7 +183,7 @@ def test_a_spins_parameters_are_its_policys_and_its_state_holds_the_reference(ma
 
 
 def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("spin_trainer.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
     rows = torch.utils.data.TensorDataset(torch.randint(0, 11, (4, 9)), torch.tensor([2, 3, 4, 3]))
     trainer = SPINTrainer(
         make_model(),

@@ -1,4 +1,4 @@
-"""Other libraries' language models in the protocol of ``lm_core.generation.CausalLM``.
+"""Other libraries' language models in the protocol of ``lm_core.generation.generate.CausalLM``.
 
 ``as_causal_lm`` takes a Hugging Face causal language model (also inside peft), an x-transformers decoder, or any module
 or function from ids to logits. Their parameters are shared; the library in question is imported only when used.
@@ -6,11 +6,11 @@ or function from ids to logits. Their parameters are shared; the library in ques
 
 from typing import Any
 
-from lm_core._checks import check_positive, typed
 from lm_core.adapters.base import Adapter, AdapterCache
 from lm_core.adapters.huggingface import HuggingFaceCache, HuggingFaceLM
 from lm_core.adapters.plain import PlainLM
-from lm_core.adapters.xtransformers import XTransformersCache, XTransformersLM
+from lm_core.adapters.x_transformers import XTransformersCache, XTransformersLM
+from lm_core.checks import check_positive, typed
 
 __all__ = [
     "Adapter",
@@ -26,7 +26,7 @@ __all__ = [
 
 @typed
 def as_causal_lm(x: Any, *, vocab_size: int | None = None) -> Any:
-    """Makes a language model of another kind speak the protocol of ``lm_core.generation.CausalLM``.
+    """Makes a language model of another kind speak the protocol of ``lm_core.generation.generate.CausalLM``.
 
     Every result is called ``(ids, *, mask=None, cache=None, **kw) -> logits`` and is exact for any mask. It decodes
     incrementally (``init_cache``) and gives hidden states (``hidden``, ``output_weight``) where these are exact too.

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lm_core._checks import check_ids, check_positive
 from lm_core.adapters.padding import has_gap, moved_back, with_padding_first, with_padding_last
+from lm_core.checks import check_ids, check_positive
 
 
 class AdapterCache(ABC):

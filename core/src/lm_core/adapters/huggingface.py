@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_core.adapters.base import AdapterCache, LibraryAdapter
-from lm_core.decoding import eval_mode
-from lm_core.masking import positions_from_mask
+from lm_core.generation.decoding import eval_mode
+from lm_core.nn.masking import positions_from_mask
 
 # Layers that hold one key and one value a position, without in-place writes: rows can be selected, and a shallow copy
 # is an independent one.

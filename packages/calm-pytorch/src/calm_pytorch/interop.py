@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from calm_pytorch.calm import CALM
-from lm_core._checks import check_positive, typed
-from lm_core.checkpoint import load_tensors, load_weights
-from lm_core.manifest import CheckpointError
+from calm_pytorch.model.calm import CALM
+from lm_core.checkpoints.manifest import CheckpointError, load_tensors
+from lm_core.checkpoints.weights import load_weights
+from lm_core.checks import check_positive, typed
 
 ORIGINAL_ATTENTION: dict[str, Any] = {"heads": 8, "dim_head": 64, "flash": True}
 

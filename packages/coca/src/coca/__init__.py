@@ -10,14 +10,14 @@
 torch.Size([4, 8])
 """
 
-from coca.captions import encode_captions
-from coca.coca import CoCa, CoCaLoss
-from coca.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
-from coca.image_encoders import ImageEncoder
-from coca.preprocessing import ImagePreprocessing
-from coca.retrieval import retrieval_metrics
-from coca.vit import VisionTransformer
-from coca.zero_shot import classify, zero_shot_classifier
+from coca.data.captions import encode_captions
+from coca.data.preprocessing import ImagePreprocessing
+from coca.evaluation.retrieval import retrieval_metrics
+from coca.evaluation.zero_shot import classify, zero_shot_classifier
+from coca.model.coca import CoCa, CoCaLoss
+from coca.model.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
+from coca.model.image_encoders import ImageEncoder
+from coca.model.vit import VisionTransformer
 
 __all__ = [
     "CoCa",

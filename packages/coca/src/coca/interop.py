@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coca.coca import CoCa
-from lm_core._checks import typed
+from coca.model.coca import CoCa
+from lm_core.checks import typed
 
 _ORIGINAL_KEYS = ("token_emb.weight", "text_cls_token", "img_queries", "temperature", "unimodal_layers.0.fn.norm.gamma")
 

@@ -11,13 +11,13 @@
 (torch.Size([2, 128, 256]), [[384, 384]])
 """
 
-from memorizing_transformer.cache import MemoryCache
-from memorizing_transformer.knn_attention import KNNAttention
-from memorizing_transformer.knn_memory import KNNMemory, Retrieved
-from memorizing_transformer.memory_list import KNNMemoryList
-from memorizing_transformer.retrofit import open_gates, retrofit
-from memorizing_transformer.transformer import MemorizingTransformer
-from memorizing_transformer.xl_memories import XLMemories
+from memorizing_transformer.memory.knn_memory import KNNMemory, Retrieved
+from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.generation_cache import MemoryCache
+from memorizing_transformer.model.knn_attention import KNNAttention
+from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.model.xl_memories import XLMemories
+from memorizing_transformer.training.retrofit import open_gates, retrofit
 
 __all__ = [
     "KNNAttention",

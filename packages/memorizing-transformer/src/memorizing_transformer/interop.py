@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core._checks import typed
-from lm_core.checkpoint import load_tensors
-from memorizing_transformer.transformer import MemorizingTransformer
+from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checks import typed
+from memorizing_transformer.model.transformer import MemorizingTransformer
 
 _SIMPLE = {
     "token_emb.weight": "token_emb.weight",

@@ -12,23 +12,24 @@ torch.Size([1, 32])
 
 from typing import TYPE_CHECKING, Any
 
-from palm_rlhf.lora import LoRA
-from palm_rlhf.palm import PaLM, PaLMCache
-from palm_rlhf.scopes import MergedScope
+from palm_rlhf.model.cache import PaLMCache
+from palm_rlhf.model.lora import LoRA
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.scopes import MergedScope
 
 if TYPE_CHECKING:
-    from palm_rlhf.actor_critic import ActorCritic
-    from palm_rlhf.grpo import GRPOTrainer
-    from palm_rlhf.policy_trainer import PolicyResult
-    from palm_rlhf.ppo import RLHFTrainer
-    from palm_rlhf.preferences import Preference, load_preferences
-    from palm_rlhf.prompts import load_prompts
-    from palm_rlhf.reward_model import RewardModel
-    from palm_rlhf.reward_trainer import RewardModelTrainer, RewardResult
-    from palm_rlhf.rewards import ClassifierReward
-    from palm_rlhf.rollouts import Rollout, SamplingSettings, rollout_of
-    from palm_rlhf.trainer import PretrainTrainer, TrainingResult
-    from palm_rlhf.training_settings import TrainingSettings
+    from palm_rlhf.data.preferences import Preference, load_preferences
+    from palm_rlhf.data.prompts import load_prompts
+    from palm_rlhf.pretrain.config import TrainingSettings
+    from palm_rlhf.pretrain.trainer import PretrainTrainer, TrainingResult
+    from palm_rlhf.reward.model import RewardModel
+    from palm_rlhf.reward.rewards import ClassifierReward
+    from palm_rlhf.reward.trainer import RewardModelTrainer, RewardResult
+    from palm_rlhf.rl.grpo import GRPOTrainer
+    from palm_rlhf.rl.policy import ActorCritic
+    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, rollout_of
+    from palm_rlhf.rl.trainer import PolicyResult
 
 __all__ = [
     "ActorCritic",
@@ -58,23 +59,23 @@ __version__ = "0.1.0"
 
 # Trainers are imported when they are asked for: a model is usable without them, and sooner.
 _LATER = {
-    "ActorCritic": "palm_rlhf.actor_critic",
-    "ClassifierReward": "palm_rlhf.rewards",
-    "GRPOTrainer": "palm_rlhf.grpo",
-    "PolicyResult": "palm_rlhf.policy_trainer",
-    "Preference": "palm_rlhf.preferences",
-    "RLHFTrainer": "palm_rlhf.ppo",
-    "RewardModel": "palm_rlhf.reward_model",
-    "RewardModelTrainer": "palm_rlhf.reward_trainer",
-    "RewardResult": "palm_rlhf.reward_trainer",
-    "Rollout": "palm_rlhf.rollouts",
-    "SamplingSettings": "palm_rlhf.rollouts",
-    "load_preferences": "palm_rlhf.preferences",
-    "load_prompts": "palm_rlhf.prompts",
-    "rollout_of": "palm_rlhf.rollouts",
-    "PretrainTrainer": "palm_rlhf.trainer",
-    "TrainingResult": "palm_rlhf.trainer",
-    "TrainingSettings": "palm_rlhf.training_settings",
+    "ActorCritic": "palm_rlhf.rl.policy",
+    "ClassifierReward": "palm_rlhf.reward.rewards",
+    "GRPOTrainer": "palm_rlhf.rl.grpo",
+    "PolicyResult": "palm_rlhf.rl.trainer",
+    "Preference": "palm_rlhf.data.preferences",
+    "RLHFTrainer": "palm_rlhf.rl.ppo",
+    "RewardModel": "palm_rlhf.reward.model",
+    "RewardModelTrainer": "palm_rlhf.reward.trainer",
+    "RewardResult": "palm_rlhf.reward.trainer",
+    "Rollout": "palm_rlhf.rl.rollouts",
+    "SamplingSettings": "palm_rlhf.rl.rollouts",
+    "load_preferences": "palm_rlhf.data.preferences",
+    "load_prompts": "palm_rlhf.data.prompts",
+    "rollout_of": "palm_rlhf.rl.rollouts",
+    "PretrainTrainer": "palm_rlhf.pretrain.trainer",
+    "TrainingResult": "palm_rlhf.pretrain.trainer",
+    "TrainingSettings": "palm_rlhf.pretrain.config",
 }
 
 

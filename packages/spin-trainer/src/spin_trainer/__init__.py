@@ -10,20 +10,20 @@
 0.6931
 """
 
-from spin_trainer.dropout import dropout_of, set_dropout_
-from spin_trainer.losses import self_play_losses, self_play_margins, win_rate
-from spin_trainer.policy_weights import load_original_checkpoint
-from spin_trainer.reference import FrozenReference, MovingReference
-from spin_trainer.response_scores import (
+from spin_trainer.data.sft_data import Example, SFTDataset, as_sft_dataset
+from spin_trainer.model.dropout import dropout_of, set_dropout_
+from spin_trainer.model.losses import self_play_losses, self_play_margins, win_rate
+from spin_trainer.model.reference import FrozenReference, MovingReference
+from spin_trainer.model.response_scores import (
     log_prob_from_model_and_seq,
     prompt_mask_from_len,
     response_log_probs,
     response_mask,
 )
-from spin_trainer.self_play_settings import SelfPlaySettings
-from spin_trainer.sft_data import Example, SFTDataset, as_sft_dataset
-from spin_trainer.spin import SPIN, Comparison
-from spin_trainer.trainer import SPINResult, SPINTrainer
+from spin_trainer.model.spin import SPIN, Comparison
+from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.trainer import SPINResult, SPINTrainer
+from spin_trainer.training.weights import load_original_checkpoint
 
 __all__ = [
     "SPIN",

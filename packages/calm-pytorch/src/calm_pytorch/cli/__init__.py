@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from calm_pytorch.cli.commands import describe, generate, settings_names, train
-from calm_pytorch.quickstart import QuickstartSettings
-from lm_core.command_line import run_command, summary_of
+from calm_pytorch.quickstart.quickstart import QuickstartSettings
+from lm_core.cli.main import run_command, summary_of
 
 TRAIN = """Composes frozen models; without arguments, the key-value arithmetic of the paper.
 
@@ -21,7 +21,7 @@ COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "describe": des
 
 def build_parser() -> Any:
     """The parser of the whole command."""
-    from lm_core.command_parser import CommandParser
+    from lm_core.cli.parser import CommandParser
 
     parser = CommandParser(
         prog="calm-pytorch", description="Compose frozen language models: train, generate, describe."
@@ -35,7 +35,7 @@ def build_parser() -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
     return run_command(build_parser(), argv, {"train": _train, **COMMANDS}, package="calm_pytorch")
 
 

@@ -7,18 +7,19 @@ from typing import Any, Literal
 
 import torch
 
-from calm_pytorch.augment import AugmentParams
-from calm_pytorch.calm import CALM
-from calm_pytorch.finetuner import FineTuner
-from calm_pytorch.quickstart import QuickstartResult, QuickstartSettings, run_quickstart
-from lm_core.checkpoint import CheckpointError, load_checkpoint
-from lm_core.command_line import say_how_to_go_on
-from lm_core.documents import read_texts
-from lm_core.metrics import read_metrics
-from lm_core.run_directory import Result, RunDirectory, write_summary
-from lm_core.sampling import top_p as keep_nucleus
-from lm_core.training import pick_device
-from lm_core.training_run import draw_curves
+from calm_pytorch.model.augment import AugmentParams
+from calm_pytorch.model.calm import CALM
+from calm_pytorch.quickstart.quickstart import QuickstartResult, QuickstartSettings, run_quickstart
+from calm_pytorch.training.trainer import FineTuner
+from lm_core.checkpoints.checkpoint import load_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.cli.main import say_how_to_go_on
+from lm_core.data.documents import read_texts
+from lm_core.generation.sampling import top_p as keep_nucleus
+from lm_core.training.accelerator import pick_device
+from lm_core.training.metrics import read_metrics
+from lm_core.training.run_directory import Result, RunDirectory, write_summary
+from lm_core.training.session import draw_curves
 
 
 def load_composition(

@@ -4,17 +4,17 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm_core.command_line import run_command, summary_of, taken_out
-from lm_core.text_generation import TextGeneration
+from lm_core.cli.main import run_command, summary_of, taken_out
+from lm_core.cli.text_generation import TextGeneration
 from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, train
 from palm_rlhf.cli.policies import grpo, ppo
 from palm_rlhf.cli.reward import reward
 from palm_rlhf.cli.sample import sample
-from palm_rlhf.palm import PaLM
-from palm_rlhf.training_settings import TrainingSettings
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.pretrain.config import TrainingSettings
 
 if TYPE_CHECKING:
-    from lm_core.command_parser import CommandParser
+    from lm_core.cli.parser import CommandParser
 
 # The quickstart's model: what two CPU cores can teach something in a minute and a half. Normalised queries and keys
 # bear a higher learning rate (4e-3: 2.54 bits/byte after 480 updates; without them 3e-3 gave 2.62, and 6e-3 less).
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def build_parser() -> "CommandParser":
     """The parser of the whole command."""
-    from lm_core.command_parser import CommandParser
+    from lm_core.cli.parser import CommandParser
 
     description = "PaLM language models: training, generation, and reinforcement learning from human feedback."
     parser = CommandParser(prog="palm-rlhf", description=description)
@@ -63,7 +63,7 @@ def build_parser() -> "CommandParser":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
     return run_command(build_parser(), argv, {"train": _train, "generate": _generate, **COMMANDS}, package="palm_rlhf")
 
 

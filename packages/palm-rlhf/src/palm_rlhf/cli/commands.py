@@ -6,17 +6,18 @@ Each returns the exit status.
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.checkpoint import checkpoint_folder
-from lm_core.command_line import say, say_how_to_go_on
-from lm_core.corpora import held_out_documents, load_corpus
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.cli.text_generation import TextGeneration, print_continuations
+from lm_core.data.corpora import held_out_documents, load_corpus
 from lm_core.distributed import rank, world_size
-from lm_core.run_directory import Result, write_summary
-from lm_core.text_generation import TextGeneration, print_continuations
+from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training import pick_device, seed_everything
-from palm_rlhf.evaluation import evaluate
-from palm_rlhf.palm import PaLM
-from palm_rlhf.training_settings import TrainingSettings
+from lm_core.training.accelerator import pick_device
+from lm_core.training.run_directory import Result, write_summary
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.pretrain.config import TrainingSettings
+from palm_rlhf.pretrain.evaluation import evaluate
 
 
 def train(
@@ -53,7 +54,7 @@ def train(
     Returns:
         The exit status.
     """
-    from palm_rlhf.trainer import PretrainTrainer
+    from palm_rlhf.pretrain.trainer import PretrainTrainer
 
     encoder = load_tokenizer(tokenizer)
     data = load_corpus(
@@ -175,7 +176,7 @@ def convert(
     Returns:
         The exit status.
     """
-    from palm_rlhf.interop import convert_checkpoint
+    from palm_rlhf.interop.weight_files import convert_checkpoint
 
     encoder = None if tokenizer is None else load_tokenizer(tokenizer)
     folder = convert_checkpoint(

@@ -3,13 +3,13 @@
 import time
 from typing import Any
 
-from lm_core.command_line import say, say_how_to_go_on
+from lm_core.cli.main import say, say_how_to_go_on
 from lm_core.distributed import rank
-from lm_core.run_directory import Result, write_summary
+from lm_core.training.run_directory import Result, write_summary
 from palm_rlhf.cli.sources import VALIDATION_PROMPTS
-from palm_rlhf.ppo import RLHFTrainer
-from palm_rlhf.prompts import load_prompts
-from palm_rlhf.trained_policy import PolicyEvaluation, evaluate_policy
+from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.rl.evaluation import PolicyEvaluation, evaluate_policy
+from palm_rlhf.rl.ppo import RLHFTrainer
 
 SHOWN = 2
 

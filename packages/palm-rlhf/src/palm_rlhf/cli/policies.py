@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from lm_core.sampling import filters_of
+from lm_core.generation.sampling import filters_of
 from palm_rlhf.cli.learning import learn
 from palm_rlhf.cli.sources import PPO, REWARD, find_reward, find_sources
-from palm_rlhf.palm import PaLM
+from palm_rlhf.model.palm import PaLM
 
 
 def ppo(
@@ -93,7 +93,7 @@ def ppo(
     Returns:
         The exit status.
     """
-    from palm_rlhf.ppo import RLHFTrainer
+    from palm_rlhf.rl.ppo import RLHFTrainer
 
     judge, base = find_reward(reward)
     folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
@@ -209,7 +209,7 @@ def grpo(
     Returns:
         The exit status.
     """
-    from palm_rlhf.grpo import GRPOTrainer
+    from palm_rlhf.rl.grpo import GRPOTrainer
 
     judge, base = find_reward(reward)
     folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)

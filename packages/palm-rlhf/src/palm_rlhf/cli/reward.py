@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from lm_core.checkpoint import checkpoint_folder
-from lm_core.command_line import say, say_how_to_go_on
-from lm_core.corpora import load_corpus
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.data.corpora import load_corpus
 from lm_core.distributed import rank
-from lm_core.run_directory import Result, write_summary
 from lm_core.tokenizers import load_tokenizer
+from lm_core.training.run_directory import Result, write_summary
 from palm_rlhf.cli.sources import BASE, REWARD
-from palm_rlhf.palm import PaLM
+from palm_rlhf.model.palm import PaLM
 
 
 def reward(
@@ -60,9 +60,9 @@ def reward(
     Returns:
         The exit status.
     """
-    from palm_rlhf.corrupted_pairs import corrupted_pairs
-    from palm_rlhf.reward_model import RewardModel
-    from palm_rlhf.reward_trainer import RewardModelTrainer
+    from palm_rlhf.data.corrupted_pairs import corrupted_pairs
+    from palm_rlhf.reward.model import RewardModel
+    from palm_rlhf.reward.trainer import RewardModelTrainer
 
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from lm_core.checkpoint import checkpoint_folder
+from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training import pick_device
+from lm_core.training.accelerator import pick_device
 from palm_rlhf.cli.sources import find_reward
-from palm_rlhf.palm import PaLM
+from palm_rlhf.model.palm import PaLM
 
 
 def sample(
@@ -41,10 +41,10 @@ def sample(
     Returns:
         The exit status.
     """
-    from lm_core.generation import generate
-    from palm_rlhf.prompts import load_prompts
-    from palm_rlhf.rewards import as_reward, check_scores
-    from palm_rlhf.rollouts import rollout_of
+    from lm_core.generation.generate import generate
+    from palm_rlhf.data.prompts import load_prompts
+    from palm_rlhf.reward.rewards import as_reward, check_scores
+    from palm_rlhf.rl.rollouts import rollout_of
 
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")

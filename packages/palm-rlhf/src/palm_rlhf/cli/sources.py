@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.checkpoint import checkpoint_folder
-from lm_core.corpora import load_corpus
-from lm_core.manifest import read_json
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checkpoints.manifest import read_json
+from lm_core.data.corpora import load_corpus
 from lm_core.tokenizers import load_tokenizer
 
 BASE = "runs/palm-quickstart"
@@ -21,7 +21,7 @@ VALIDATION_PROMPTS = 128
 
 def find_reward(reward: str) -> tuple[Any, Path | None]:
     """A reward, and the folder of its model if it is one of ours."""
-    from palm_rlhf.reward_model import RewardModel
+    from palm_rlhf.reward.model import RewardModel
 
     if ":" in reward and not Path(reward).exists():
         # an installed command does not look for modules where it is run; `python -m` does
@@ -46,7 +46,7 @@ def find_sources(
 
 
 def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:
-    from palm_rlhf.corrupted_pairs import document_prompts
+    from palm_rlhf.data.corrupted_pairs import document_prompts
 
     if prompts == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)

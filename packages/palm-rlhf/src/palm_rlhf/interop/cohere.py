@@ -16,14 +16,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lm_core._checks import check_positive, typed
-from lm_core.checkpoint import CheckpointError
-from lm_core.durable import new_directory
-from lm_core.manifest import read_json
-from lm_core.weights import load_weights, read_weights
+from lm_core.checkpoints.atomic_io import new_directory
+from lm_core.checkpoints.manifest import CheckpointError, read_json
+from lm_core.checkpoints.weights import load_weights, read_weights
+from lm_core.checks import check_positive, typed
 from palm_rlhf.interop.original import build_palm, check_keys
-from palm_rlhf.palm import PaLM
-from palm_rlhf.scopes import target_weights
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.scopes import target_weights
 
 # Cohere's module of each LoRA target; "ff_in" is two modules, (up, gate), in the order of our fused rows.
 COHERE_MODULES = {

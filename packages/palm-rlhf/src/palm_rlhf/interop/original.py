@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError
-from lm_core.weights import load_weights
-from palm_rlhf.palm import PaLM
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.weights import load_weights
+from lm_core.checks import typed
+from palm_rlhf.model.palm import PaLM
 
 NormGain = Literal["auto", "plain", "offset"]
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError
-from lm_core.weights import load_weights
-from palm_rlhf.actor_critic import ActorCritic
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.weights import load_weights
+from lm_core.checks import typed
 from palm_rlhf.interop.original import (
     NormGain,
     OriginalPaLM,
@@ -26,8 +25,9 @@ from palm_rlhf.interop.original import (
     cleaned,
     palm_state_from_original,
 )
-from palm_rlhf.palm import PaLM
-from palm_rlhf.reward_model import RewardModel
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.reward.model import RewardModel
+from palm_rlhf.rl.policy import ActorCritic
 
 _ACTOR = "actor_palm"
 _CRITICS = ("critic_palm", "critic")  # up to 0.2.3, and later

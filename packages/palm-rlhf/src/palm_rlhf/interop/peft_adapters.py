@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError, read_weights, save_weights
-from lm_core.durable import new_directory
-from lm_core.manifest import read_json, write_json
+from lm_core.checkpoints.atomic_io import new_directory
+from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json
+from lm_core.checkpoints.weights import read_weights, save_weights
+from lm_core.checks import typed
 from palm_rlhf.interop.cohere import COHERE_MODULES, free_directory, joined_rows, split_rows
 from palm_rlhf.interop.original import check_keys
-from palm_rlhf.lora import LoRASettings, lora_settings
-from palm_rlhf.palm import PaLM
+from palm_rlhf.model.lora import LoRASettings, lora_settings
+from palm_rlhf.model.palm import PaLM
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_core._checks import typed
-from lm_core.checkpoint import CheckpointError, load_tensors
-from lm_core.weights import load_weights, read_weights
+from lm_core.checkpoints.manifest import CheckpointError, load_tensors
+from lm_core.checkpoints.weights import load_weights, read_weights
+from lm_core.checks import typed
 from palm_rlhf.interop.original import (
     NormGain,
     cleaned,
@@ -20,8 +20,8 @@ from palm_rlhf.interop.original import (
     palm_state_from_original,
 )
 from palm_rlhf.interop.original_rlhf import is_original_reward_model, reward_model_from_palm_rlhf_pytorch
-from palm_rlhf.palm import PaLM
-from palm_rlhf.reward_model import RewardModel
+from palm_rlhf.model.palm import PaLM
+from palm_rlhf.reward.model import RewardModel
 
 
 @typed

@@ -4,13 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lm_core.command_line import run_command, summary_of, taken_out
+from lm_core.cli.main import run_command, summary_of, taken_out
 from spin_trainer.cli.commands import evaluate_model, generate, train
-from spin_trainer.cli.quickstart import DEFAULTS
-from spin_trainer.self_play_settings import SelfPlaySettings
+from spin_trainer.quickstart.quickstart import DEFAULTS
+from spin_trainer.training.config import SelfPlaySettings
 
 if TYPE_CHECKING:
-    from lm_core.command_parser import CommandParser
+    from lm_core.cli.parser import CommandParser
 
 TRAIN = """Fine-tunes a language model by self-play; without a model, a small one on a toy (two minutes on two cores).
 
@@ -28,7 +28,7 @@ COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "eval": evaluat
 
 def build_parser(**settings: Any) -> "CommandParser":
     """The parser of the whole command, with other defaults for these settings."""
-    from lm_core.command_parser import CommandParser
+    from lm_core.cli.parser import CommandParser
 
     parser = CommandParser(prog="spin-trainer", description="Self-play fine-tuning: train, generate, eval.")
     training = parser.add_command("train", TRAIN)
@@ -40,7 +40,7 @@ def build_parser(**settings: Any) -> "CommandParser":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status (see ``lm_core.command_line``)."""
+    """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
     given = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser()
     chosen = parser.parse(given)

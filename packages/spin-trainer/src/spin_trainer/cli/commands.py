@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.adapters import as_causal_lm
-from lm_core.command_line import INTERRUPTED, command_line
+from lm_core.checkpoints.atomic_io import write_file
+from lm_core.cli.main import INTERRUPTED, command_line
 from lm_core.distributed import rank, world_size
-from lm_core.durable import write_file
-from lm_core.launching import start_accelerator
-from lm_core.run_directory import Result, write_summary
-from lm_core.sampling import top_p as keep_nucleus
+from lm_core.generation.sampling import top_p as keep_nucleus
+from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training import pick_device, seed_everything
-from spin_trainer import sorting_task
-from spin_trainer.cli.quickstart import quickstart, quickstart_data, table_lines
-from spin_trainer.evaluation import evaluate, win_rate_over
-from spin_trainer.fingerprints import fingerprint_of_weights
-from spin_trainer.iteration_data import IterationData
-from spin_trainer.loading import load_model, with_lora
-from spin_trainer.opponent_answers import Sampling
-from spin_trainer.self_play_settings import SelfPlaySettings
-from spin_trainer.sft_data import as_sft_dataset
-from spin_trainer.trainer import SPINResult, SPINTrainer
+from lm_core.training.accelerator import pick_device
+from lm_core.training.launching import start_accelerator
+from lm_core.training.run_directory import Result, write_summary
+from spin_trainer.data.fingerprints import fingerprint_of_weights
+from spin_trainer.data.iteration_data import IterationData
+from spin_trainer.data.opponent_answers import Sampling
+from spin_trainer.data.sft_data import as_sft_dataset
+from spin_trainer.quickstart import sorting_task
+from spin_trainer.quickstart.quickstart import quickstart, quickstart_data, table_lines
+from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.evaluation import evaluate, win_rate_over
+from spin_trainer.training.loading import load_model, with_lora
+from spin_trainer.training.trainer import SPINResult, SPINTrainer
 
 
 def train(

@@ -1,0 +1,1 @@
+"""Crash-safe checkpoints, pretrained folders and atomic file writes."""

@@ -1,0 +1,333 @@
+"""Checkpoints of training runs that survive being killed at any instant, and resume exactly.
+
+A checkpoint is a folder ``step-N``: ``config.json``, ``model.safetensors`` and ``tokenizer/`` (so it opens with
+``from_pretrained``), ``trainer.pt`` (optimizer, schedule, data cursor), ``rng-R.pt`` for each process, and
+``manifest.json`` with the SHA-256 and size of each file. It is always a NEW folder: written under a temporary name,
+flushed to the disk, renamed; only then are older ones removed. A step that is saved again (after going back to an
+earlier one) becomes ``step-N-2``. "Newest" means written last, which the manifest's ``sequence`` says.
+
+Loading checks the manifest. A newest checkpoint that is damaged is reported by name, and the one before it is used.
+Nothing in a file is ever executed: see ``lm_core.checkpoints.manifest``.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lm_core.checkpoints.atomic_io import new_directory, remove_directory, remove_leftovers
+from lm_core.checkpoints.manifest import (
+    CheckpointError,
+    load_tensors,
+    plain,
+    read_json,
+    read_manifest,
+    save_tensors,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+from lm_core.checkpoints.pretrained import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    WEIGHTS_FILE,
+    PretrainedMixin,
+    check_config,
+    check_tokenizer,
+)
+from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
+from lm_core.checks import typed
+from lm_core.distributed import broadcast_object, rank, world_size
+from lm_core.rng import capture_rng
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "PretrainedMixin",
+    "checkpoint_folder",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_tensors",
+    "load_weights",
+    "read_weights",
+    "remove_leftovers",
+    "save_checkpoint",
+    "save_weights",
+]
+
+TRAINER_FILE = "trainer.pt"
+_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What ``load_checkpoint`` found.
+
+    Attributes:
+        path: its folder.
+        step: the update it was saved after.
+        config: content of ``config.json``; empty if the model had none.
+        trainer_state: what the trainer gave to ``save_checkpoint``.
+        rng: this process's random states, for ``restore_rng``.
+        model_state: the weights, on the CPU; None if they were loaded into a model.
+    """
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    trainer_state: dict[str, Any]
+    rng: dict[str, Any]
+    model_state: dict[str, Tensor] | None
+
+
+def on_main_process(work: Callable[[], Any]) -> Any:
+    """Runs ``work`` on rank 0; its result, or its error, reaches every rank, so that none waits for ever."""
+    result: Any = None
+    failure: str | None = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error, failure = raised, f"{type(raised).__name__}: {raised}"
+    result, failure = broadcast_object((result, failure))
+    if error is not None:
+        raise error
+    if failure is not None:
+        raise RuntimeError(f"rank 0 failed, so this process stops too: {failure}")
+    return result
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """The folders named as checkpoints in ``directory``, oldest first in order of writing, whether whole or not.
+
+    One whose manifest cannot be read comes last, as its age is not known.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+
+    def age(path: Path) -> tuple[bool, int, tuple[int, int]]:
+        sequence = _sequence(path)
+        return sequence is None, sequence or 0, _step_of(path)
+
+    return sorted(found, key=age)
+
+
+def _step_of(path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 1)
+
+
+def _sequence(path: Path) -> int | None:
+    try:
+        sequence = read_manifest(path).get("sequence")
+    except CheckpointError:
+        return None
+    return sequence if type(sequence) is int else None
+
+
+@typed
+def save_checkpoint(
+    directory: str | Path,
+    step: int,
+    *,
+    model: nn.Module | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    trainer_state: Mapping[str, Any] | None = None,
+    rng: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    keep: int | None = 3,
+) -> Path:
+    """Writes a checkpoint and then removes the oldest ones. Every process calls it; rank 0 writes.
+
+    Args:
+        directory: folder of the run's checkpoints, made if needed; one run at a time may write to it.
+        step: number of updates done.
+        model: the model, or its full state dict (from shards; then only rank 0's is used).
+        config: what ``from_pretrained`` needs; by default the model's own if it is a ``PretrainedMixin``.
+        trainer_state: nested dicts, lists and tuples of tensors and numbers: optimizer, schedule, data cursor.
+        rng: this process's random states, by default ``capture_rng()``.
+        tokenizer: something with ``save_pretrained``, stored in ``tokenizer/``.
+        keep: how many checkpoints stay, the new one included; None for all.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ValueError: ``step`` is negative or ``keep`` below 1.
+        TypeError: a state holds something that could not be read back; it is named.
+        OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched, and no part of
+            the new one is left.
+    """
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1 or None, got {keep}")
+    check_tokenizer(tokenizer)
+    own_rng = plain(capture_rng() if rng is None else rng, "rng")
+    all_rng = _gather(own_rng)
+
+    def write() -> str:
+        state = plain(trainer_state or {}, "trainer_state")
+        target = _new_name(Path(directory), step)
+        try:
+            with new_directory(target) as temporary:
+                _write_model(temporary, model, config)
+                save_tensors(temporary / TRAINER_FILE, state, "trainer_state")
+                for number, rank_rng in enumerate(all_rng):
+                    save_tensors(temporary / f"rng-{number}.pt", rank_rng, "rng")
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary / TOKENIZER_FOLDER)
+                sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(directory)), default=0)
+                write_manifest(temporary, step=step, world_size=len(all_rng), sequence=sequence)
+        except OSError as error:
+            raise OSError(
+                f"the checkpoint {target} could not be written ({error}); earlier checkpoints are untouched"
+            ) from error
+        if keep is not None:
+            _prune(Path(directory), target, keep)
+        return str(target)
+
+    return Path(on_main_process(write))
+
+
+def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
+    if world_size() == 1:
+        return [own]
+    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(own, gathered, dst=0)
+    return [own] if gathered is None else gathered
+
+
+def _new_name(directory: Path, step: int) -> Path:
+    attempt = 1
+    while (path := directory / (f"step-{step}" if attempt == 1 else f"step-{step}-{attempt}")).exists():
+        attempt += 1
+    return path
+
+
+def _write_model(directory: Path, model: nn.Module | Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
+    pretrained = model if isinstance(model, PretrainedMixin) else None
+    if config is None and pretrained is not None:
+        config = pretrained.config
+    if config is not None:
+        write_json(directory / CONFIG_FILE, config)
+    save_weights(directory / WEIGHTS_FILE, model)
+    if pretrained is not None:
+        pretrained.write_assets(directory)
+
+
+def _prune(directory: Path, newest: Path, keep: int) -> None:
+    others = [path for path in list_checkpoints(directory) if path != newest]
+    # those without a readable manifest are listed last, but are worth least
+    others.sort(key=lambda path: _sequence(path) or -1)
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        remove_directory(path)
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest whole checkpoint, or None if there is none; every newer one that is damaged is warned of by name.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    damages = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify_manifest(path)
+        except CheckpointError as error:
+            damages.append(f"{path.name}: {error}")
+            continue
+        for damage in damages:
+            warnings.warn(f"skipped a damaged checkpoint, using {path.name} instead. {damage}", stacklevel=2)
+        return path
+    if damages:
+        raise CheckpointError(f"every checkpoint in {directory} is damaged: {'; '.join(damages)}")
+    return None
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder with a model at or below ``path``: itself, or a run's newest whole checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: all checkpoints of the run are damaged.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    for place in (folder / "checkpoints", folder):
+        newest = latest_checkpoint(place)
+        if newest is not None:
+            return newest
+    raise FileNotFoundError(f"checkpoint must be a folder with a model or the folder of a run, got {path}")
+
+
+@typed
+def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, step: int | None = None) -> Checkpoint:
+    """Reads the newest whole checkpoint, or a given one. Every process calls it and gets its own random states.
+
+    Everything is read and checked before the model is touched.
+
+    Args:
+        directory: folder of a run's checkpoints, or one checkpoint ``step-N``.
+        model: takes the weights, strictly; without it they are returned.
+        step: that step instead of the newest; if damaged, that is an error.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, or none of this step.
+        CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; files,
+            classes and keys are named.
+    """
+    path = Path(on_main_process(lambda: str(_choose(Path(directory), step))))
+    manifest = read_manifest(path)
+    for name in (WEIGHTS_FILE, TRAINER_FILE):
+        if name not in manifest["files"]:
+            raise CheckpointError(f"{path} is no checkpoint of a training run: its manifest does not name {name}")
+    if manifest.get("world_size") != world_size():
+        raise CheckpointError(
+            f"{path} was written by {manifest.get('world_size')} processes and can only be resumed by as many, "
+            f"got {world_size()}; from_pretrained loads its weights anywhere"
+        )
+    config = read_json(path / CONFIG_FILE) if CONFIG_FILE in manifest["files"] else {}
+    if isinstance(model, PretrainedMixin) and config:
+        check_config(type(model), config, path / CONFIG_FILE)
+    trainer_state = load_tensors(path / TRAINER_FILE)
+    rng = load_tensors(path / f"rng-{rank()}.pt")
+    state = read_weights(path / WEIGHTS_FILE)
+    if model is not None:
+        load_weights(model, state, where=str(path))
+    return Checkpoint(
+        path=path,
+        step=int(manifest.get("step", _step_of(path)[0])),
+        config=config,
+        trainer_state=trainer_state,
+        rng=rng,
+        model_state=state if model is None else None,
+    )
+
+
+def _choose(directory: Path, step: int | None) -> Path:
+    if _NAME.fullmatch(directory.name) and directory.is_dir():
+        verify_manifest(directory)
+        return directory
+    if step is None:
+        path = latest_checkpoint(directory)
+        if path is None:
+            raise FileNotFoundError(f"there is no checkpoint in {directory}")
+        return path
+    attempts = [path for path in list_checkpoints(directory) if _step_of(path)[0] == step]
+    if not attempts:
+        steps = sorted({_step_of(path)[0] for path in list_checkpoints(directory)})
+        raise FileNotFoundError(f"there is no checkpoint of step {step} in {directory}, which has {steps}")
+    verify_manifest(attempts[-1])
+    return attempts[-1]

@@ -1,0 +1,195 @@
+"""Constructor arguments as JSON, modules among them.
+
+``config.json`` has to rebuild a model from its constructor's arguments. Numbers, strings, lists, tuples and dicts are
+written as they are or under a ``$`` tag. A module is written as a specification where it can be rebuilt from one: a
+model of this library's family, a Hugging Face model, a timm model. Anything else is marked ``$given``: it has to be
+passed again when the model is loaded.
+
+A checkpoint is data from anyone, so a specification names a class only among those registered by the family's own
+packages, Hugging Face's and timm's; no other module is imported on its word.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from lm_core.checkpoints.manifest import CheckpointError
+
+FAMILY = ("lm_core", "palm_rlhf", "coca", "memorizing_transformer", "calm_pytorch", "spin_trainer")
+_NAMES_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+_NAMES_CODE |= {"experts_implementation", "_experts_implementation", "quantization_config"}
+_registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
+
+
+def package_of(cls: type) -> str:
+    """Import name of the package a class belongs to."""
+    return cls.__module__.split(".", 1)[0]
+
+
+def register(cls: type) -> None:
+    """Makes a class known by its package and name, so that a specification may ask for it."""
+    _registered[f"{package_of(cls)}:{cls.__name__}"] = cls
+
+
+def registered_class(package: str, name: str) -> type:
+    """The class a specification names.
+
+    Raises:
+        CheckpointError: no such class is registered, also after importing the package if it is one of the family.
+    """
+    key = f"{package}:{name}"
+    if key not in _registered and package in FAMILY:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise CheckpointError(f"the checkpoint needs {name} of {package}, which is not installed") from error
+    if key not in _registered:
+        raise CheckpointError(f"the checkpoint needs {name} of {package}; import it, or pass the module again")
+    return _registered[key]
+
+
+def encode_argument(value: Any) -> Any:
+    """``value`` in JSON; ``{"$given": type}`` if it cannot be rebuilt from any."""
+    if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
+        return value
+    if isinstance(value, np.generic):
+        return encode_argument(value.item())
+    if type(value) is float:
+        return value if math.isfinite(value) else {"$float": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, Path):
+        return {"$path": str(value)}
+    if type(value) is list:
+        return _all_or_given(value, [encode_argument(entry) for entry in value], lambda entries: entries)
+    if type(value) is tuple:
+        return _all_or_given(value, [encode_argument(entry) for entry in value], lambda entries: {"$tuple": entries})
+    if type(value) is dict:
+        pairs = [[encode_argument(key), encode_argument(entry)] for key, entry in value.items()]
+        simple = all(type(key) is str and not key.startswith("$") for key in value)
+        if any(is_given(entry) for pair in pairs for entry in pair):
+            return {"$given": "dict"}
+        return dict(pairs) if simple else {"$dict": pairs}
+    if isinstance(value, nn.Module):
+        specification = _module_specification(value)
+        if specification is not None:
+            return {"$module": specification}
+    return {"$given": type(value).__name__}
+
+
+def _all_or_given(value: Any, entries: list[Any], wrap: Any) -> Any:
+    return {"$given": type(value).__name__} if any(is_given(entry) for entry in entries) else wrap(entries)
+
+
+def is_given(encoded: Any) -> bool:
+    """Whether an encoded argument has to be passed again."""
+    return isinstance(encoded, Mapping) and "$given" in encoded
+
+
+def decode_argument(encoded: Any) -> Any:
+    """The value ``encode_argument`` was given, modules built anew (without their weights).
+
+    Raises:
+        CheckpointError: an unknown tag, or a module that cannot be built here.
+    """
+    if isinstance(encoded, list):
+        return [decode_argument(entry) for entry in encoded]
+    if not isinstance(encoded, dict):
+        return encoded
+    tag = next(iter(encoded)) if len(encoded) == 1 else ""
+    if not tag.startswith("$"):
+        return {key: decode_argument(entry) for key, entry in encoded.items()}
+    content = encoded[tag]
+    if tag == "$float":
+        return float(content)
+    if tag == "$dtype":
+        dtype = getattr(torch, str(content), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"the checkpoint names the dtype {content!r}, which torch does not have")
+        return dtype
+    if tag == "$path":
+        return Path(content)
+    if tag == "$tuple":
+        return tuple(decode_argument(entry) for entry in content)
+    if tag == "$dict":
+        return {decode_argument(key): decode_argument(entry) for key, entry in content}
+    if tag == "$module":
+        return _build_module(content)
+    raise CheckpointError(f"the checkpoint's configuration has the unknown tag {tag!r}")
+
+
+def _module_specification(module: Any) -> dict[str, Any] | None:
+    if hasattr(module, "pretrained_config"):
+        config = module.pretrained_config()
+        rebuildable = not any(is_given(entry) for entry in config["arguments"].values())
+        return {"kind": "family", "config": config} if rebuildable else None
+    kinds = {base.__module__.split(".", 1)[0] for base in type(module).__mro__}
+    own = package_of(type(module))
+    if own == "transformers" and hasattr(module, "config"):
+        settings = _without_code(_jsonable(module.config.to_dict()))
+        return {"kind": "transformers", "class": type(module).__name__, "config": settings}
+    if own == "timm" and "timm" in kinds:
+        description = getattr(module, "pretrained_cfg", None) or {}
+        if "architecture" in description:
+            return {
+                "kind": "timm",
+                "architecture": description["architecture"],
+                "num_classes": getattr(module, "num_classes", None),
+            }
+    return None
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _without_code(settings: Any) -> Any:
+    """A Hugging Face configuration without the entries that can name code to download."""
+    if isinstance(settings, dict):
+        return {name: _without_code(entry) for name, entry in settings.items() if name not in _NAMES_CODE}
+    return [_without_code(entry) for entry in settings] if isinstance(settings, list) else settings
+
+
+def _build_module(specification: Any) -> nn.Module:
+    kind = specification.get("kind") if isinstance(specification, dict) else None
+    if kind == "family":
+        config = specification["config"]
+        cls: Any = registered_class(str(config.get("package")), str(config.get("class")))
+        return cls.from_config(config)
+    try:
+        if kind == "transformers":
+            return _build_transformers(str(specification["class"]), dict(specification["config"]))
+        if kind == "timm":
+            timm: Any = importlib.import_module("timm")
+            count = specification["num_classes"]
+            return timm.create_model(
+                str(specification["architecture"]),
+                pretrained=False,
+                **({} if count is None else {"num_classes": count}),
+            )
+    except ImportError as error:
+        raise CheckpointError(f"the checkpoint holds a {kind} module: install {kind}, or pass it again") from error
+    raise CheckpointError(f"the checkpoint's configuration has a module of unknown kind {kind!r}")
+
+
+def _build_transformers(name: str, settings: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    settings = _without_code(settings)
+    cls: Any = getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        raise CheckpointError(f"the checkpoint holds a transformers module {name!r}, which transformers does not have")
+    build: Any = cls
+    model: nn.Module = build(build.config_class.from_dict(settings))
+    return model

@@ -1,0 +1,361 @@
+"""``save_pretrained`` and ``from_pretrained``: a model as a folder that anyone can open again.
+
+The folder has ``config.json`` (class, package, versions and constructor arguments), ``model.safetensors``,
+``manifest.json``, and ``tokenizer/`` if one was given. The arguments are recorded when the constructor is called, by a
+wrapper that ``__init_subclass__`` puts around it, so a model class has to do nothing but inherit ``PretrainedMixin``.
+
+State that methods add after construction (adapters, extra heads) goes through ``config_state`` and
+``apply_config_state``; further files (image preprocessing) through ``write_assets`` and ``read_assets``.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
+from lm_core.checkpoints.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    CheckpointError,
+    check_format,
+    read_json,
+    read_manifest,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+from lm_core.checkpoints.module_specs import decode_argument, encode_argument, is_given, package_of, register
+from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
+from lm_core.checks import typed
+from lm_core.tokenizers import Tokenizer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FOLDER = "tokenizer"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+M = TypeVar("M", bound="PretrainedMixin")
+
+
+def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Around a constructor: keeps its arguments, of the outermost constructor only, in JSON."""
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_recorded_arguments" not in self.__dict__:
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError:
+                bound = None  # the constructor's own error is the one to show
+            if bound is not None:
+                # before nn.Module's constructor has run, its __setattr__ does not work yet
+                self.__dict__["_recorded_arguments"] = _encode_arguments(signature, bound)
+        constructor(self, *args, **kwargs)
+
+    return init
+
+
+def _encode_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
+    bound.apply_defaults()
+    encoded: dict[str, Any] = {}
+    for number, (name, value) in enumerate(bound.arguments.items()):
+        parameter = signature.parameters[name]
+        if number == 0:  # self
+            continue
+        if parameter.kind is parameter.VAR_KEYWORD:
+            encoded |= {key: encode_argument(entry) for key, entry in value.items()}
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            encoded |= {name: {"$given": "positional arguments"}} if value else {}
+        else:
+            entry = encode_argument(value)
+            if not (is_given(entry) and value is parameter.default):
+                encoded[name] = entry
+    return encoded
+
+
+def _version_of(package: str) -> str | None:
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is None:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+    return str(version)
+
+
+class PretrainedMixin(nn.Module):
+    """Adds ``config``, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a module."""
+
+    _recorded_arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        register(cls)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` holds: class, package, versions, constructor arguments in JSON, and further state."""
+        return self.pretrained_config()
+
+    def pretrained_config(self) -> dict[str, Any]:
+        """The content of ``config``; ``$`` tags are explained in ``lm_core.checkpoints.module_specs``."""
+        cls = type(self)
+        package = package_of(cls)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "package": package,
+            "package_version": _version_of(package),
+            "class": cls.__name__,
+            "arguments": dict(self.__dict__.get("_recorded_arguments", {})),
+        }
+        state = self.config_state()
+        return {**config, "state": state} if state else config
+
+    def config_state(self) -> dict[str, Any]:
+        """What methods changed in the model's structure since construction, in JSON; a subclass overrides it."""
+        return {}
+
+    def apply_config_state(self, state: dict[str, Any]) -> None:
+        """Repeats on a newly constructed model what ``config_state`` told; a subclass overrides both."""
+        if state:
+            raise CheckpointError(f"{type(self).__name__} has no use for the stored state {sorted(state)}")
+
+    def write_assets(self, directory: Path) -> None:
+        """Writes further files of the model into a checkpoint; a subclass overrides it."""
+
+    def read_assets(self, directory: Path) -> None:
+        """Reads what ``write_assets`` wrote; a subclass overrides both."""
+
+    @classmethod
+    def from_config(cls: type[M], config: Mapping[str, Any], **overrides: Any) -> M:
+        """A model of the stored structure with fresh weights.
+
+        Args:
+            config: as the property ``config`` gives it.
+            overrides: constructor arguments to replace; those that could not be stored must be here.
+
+        Raises:
+            CheckpointError: the configuration is of another class or format, or damaged.
+            ValueError: an argument that could not be stored is missing.
+            TypeError: the constructor has no such argument.
+        """
+        check_config(cls, config)
+        arguments = config["arguments"]
+        given = {name: value["$given"] for name, value in arguments.items() if is_given(value)}
+        missing = [f"{name} (a {kind})" for name, kind in given.items() if name not in overrides]
+        if missing:
+            raise ValueError(f"{cls.__name__} cannot be rebuilt alone, pass again as argument: {', '.join(missing)}")
+        _check_names(cls, overrides)
+        decoded = {name: decode_argument(value) for name, value in arguments.items() if name not in overrides}
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+            model = cls(**{**decoded, **overrides})
+        model.apply_config_state(config.get("state", {}))
+        return model
+
+    @typed
+    def save_pretrained(self, directory: str | Path, overwrite: bool = False, tokenizer: Any = None) -> Path:
+        """Writes the model into a folder.
+
+        Args:
+            directory: a new or empty folder; with ``overwrite`` any folder, in which only the files of a checkpoint
+                are replaced. A new folder appears whole or not at all; replaced files are covered by a manifest that
+                is written last, so a kill midway is noticed when loading.
+            overwrite: whether a folder with content may be written to.
+            tokenizer: something with ``save_pretrained``, stored in ``tokenizer/``.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: the folder has content and ``overwrite`` is False, or the path is a file.
+            TypeError: the tokenizer cannot be saved.
+            OSError: the disk is full or the folder cannot be written.
+        """
+        target = Path(directory)
+        check_tokenizer(tokenizer)
+        if target.exists() and not target.is_dir():
+            raise FileExistsError(f"directory must be a folder, got the file {target}")
+        if not target.is_dir() or not any(target.iterdir()):
+            with new_directory(target) as temporary:
+                write_model(temporary, self, tokenizer=tokenizer)
+                write_manifest(temporary)
+            return target
+        if not overwrite:
+            raise FileExistsError(f"directory must be new or empty unless overwrite=True, got {target}")
+        with tempfile.TemporaryDirectory(dir=target, prefix=".tmp-") as name:
+            temporary = Path(name)
+            write_model(temporary, self, tokenizer=tokenizer)
+            write_manifest(temporary)
+            fsync_tree(temporary)
+            _replace_files(temporary, target)
+        fsync_tree(target)
+        return target
+
+    @classmethod
+    def from_pretrained(cls: type[M], source: str | Path, *, revision: str | None = None, **overrides: Any) -> M:
+        """A model from a folder, or from ``organisation/name`` on the hub; in the stored dtypes and on the CPU.
+
+        Args:
+            source: the folder (of ``save_pretrained``, or one ``step-N`` of a training run), or a hub name.
+            revision: branch, tag or commit on the hub.
+            overrides: constructor arguments to replace. A module passed here takes the checkpoint's weights.
+
+        Raises:
+            FileNotFoundError: ``source`` is neither a folder nor a hub name.
+            CheckpointError: the checkpoint is damaged, of another class, or does not fit.
+            ValueError: an argument that could not be stored is missing.
+            TypeError: the constructor has no such argument.
+            ImportError: a hub name is given and the extra ``hub`` is not installed.
+        """
+        folder = _folder_of(source, revision)
+        manifest = verify_manifest(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if name not in manifest["files"]:
+                raise CheckpointError(f"{folder} is no checkpoint of a model: its manifest does not name {name}")
+        config = read_json(folder / CONFIG_FILE)
+        check_config(cls, config, folder / CONFIG_FILE)
+        state = read_weights(folder / WEIGHTS_FILE)
+        model = cls.from_config(config, **overrides)
+        load_weights(model, state, dtypes="stored", where=str(folder))
+        model.read_assets(folder)
+        return model
+
+    @typed
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Uploads the folder of ``save_pretrained`` to the Hugging Face hub.
+
+        Args:
+            repo_id: ``organisation/name``; made if it does not exist.
+            tokenizer: stored with the model.
+            private: whether a new repository is private.
+            revision: branch to commit to.
+            commit_message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: ``repo_id`` is not of the form ``organisation/name``.
+            ImportError: the extra ``hub`` is not installed.
+        """
+        if not _HUB_ID.fullmatch(repo_id):
+            raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
+        hub = _hub()
+        with tempfile.TemporaryDirectory() as name:
+            folder = self.save_pretrained(Path(name) / "model", tokenizer=tokenizer)
+            api = hub.HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=str(folder), revision=revision, commit_message=commit_message
+                )
+            )
+
+
+def check_config(cls: type, config: Mapping[str, Any], where: Path | None = None) -> None:
+    """Raises ``CheckpointError`` unless ``config`` is one of ``cls`` in a format we read."""
+    path = Path(CONFIG_FILE) if where is None else where
+    check_format(config.get("format_version"), path)
+    stored, expected = (config.get("package"), config.get("class")), (package_of(cls), cls.__name__)
+    if stored != expected:
+        raise CheckpointError(
+            f"{path} is of a {stored[1]} ({stored[0]}), it cannot be loaded as {expected[1]} ({expected[0]})"
+        )
+    if not isinstance(config.get("arguments"), dict) or not isinstance(config.get("state", {}), dict):
+        raise CheckpointError(f"{path} is damaged: it has no constructor arguments")
+
+
+def _check_names(cls: type, overrides: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    unknown = sorted(set(overrides) - set(parameters))
+    if unknown:
+        raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(parameters)}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ``TypeError`` for a tokenizer that could not be stored with a checkpoint."""
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise TypeError(f"tokenizer must have save_pretrained(directory), got {type(tokenizer).__name__}")
+
+
+def check_vocabulary(tokenizer: Any, num_tokens: int) -> None:
+    """Raises unless a model of ``num_tokens`` tokens can be trained on those of ``tokenizer`` and saved with it.
+
+    Raises:
+        TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
+        ValueError: it has more tokens than the model.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer must have encode, decode, vocab_size, eos_id and pad_id, got {tokenizer!r}")
+    check_tokenizer(tokenizer)
+    if tokenizer.vocab_size > num_tokens:
+        raise ValueError(
+            f"model must have num_tokens >= {tokenizer.vocab_size}, the tokenizer's vocab_size, got {num_tokens}"
+        )
+
+
+def write_model(directory: Path, model: PretrainedMixin, *, tokenizer: Any = None) -> None:
+    """Writes configuration, weights, assets and tokenizer of a model into an existing folder, without a manifest."""
+    write_json(directory / CONFIG_FILE, model.pretrained_config())
+    save_weights(directory / WEIGHTS_FILE, model)
+    model.write_assets(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
+
+
+def _replace_files(source: Path, target: Path) -> None:
+    """Moves a checkpoint's files over those in ``target``, the manifest last; files of the old manifest go."""
+    try:
+        outdated = set(read_manifest(target)["files"])
+    except CheckpointError:
+        outdated = set()
+    new = [file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file()]
+    for name in sorted(new, key=lambda name: name.as_posix() == MANIFEST_FILE):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).replace(target / name)
+    for old in outdated - {name.as_posix() for name in new}:
+        (target / old).unlink(missing_ok=True)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError('the Hugging Face hub needs the extra "hub": pip install "lm-core[hub]"') from error
+    return huggingface_hub
+
+
+def _folder_of(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision is for models on the hub, but source is the folder {folder}")
+        return folder
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
+        patterns = ["*.json", "*.safetensors", f"{TOKENIZER_FOLDER}/*"]
+        return Path(_hub().snapshot_download(source, revision=revision, allow_patterns=patterns))
+    raise FileNotFoundError(
+        f"source must be the folder of a checkpoint or organisation/name on the hub, got {source!r}"
+    )

@@ -1,0 +1,139 @@
+"""A model's weights as one safetensors file: tied weights once, loading strict, errors that name keys.
+
+Tied weights (an embedding that is also the output layer) have several names and one memory. The file keeps the first
+name; a model in which the other names are the same memory finds them again, any other model is told they are missing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checks import typed
+
+_SHOWN = 8
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each name the first name of the same memory."""
+    first: dict[object, str] = {}
+    names = {}
+    for name, tensor in state.items():
+        alone = tensor.numel() == 0 or tensor.is_meta
+        names[name] = name if alone else first.setdefault(_memory(tensor), name)
+    return names
+
+
+def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
+    """Writes a model's state dict, or a state dict collected from shards, without copies of tied weights.
+
+    Raises:
+        TypeError: the state dict holds something else than tensors.
+        OSError: the disk is full or the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model state {name!r} must be a tensor, got {type(value).__name__}")
+    tied = _tied(state)
+    kept: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        if tied[name] != name:
+            continue
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # safetensors refuses tensors that overlap
+        storages.add(tensor.untyped_storage().data_ptr())
+        kept[name] = tensor
+    try:
+        save_file(kept, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+@typed
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors, nothing was loaded: {error}") from error
+
+
+def _listed(title: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return [f"{title}: {', '.join(entries[:_SHOWN])}{more}"]
+
+
+@typed
+def load_weights(
+    model: nn.Module, state: dict[str, Tensor], *, dtypes: Literal["equal", "stored"] = "equal", where: str = "state"
+) -> None:
+    """Copies ``state`` into ``model`` if every key and shape fits; otherwise the model stays as it was.
+
+    Args:
+        model: takes the values.
+        state: as ``read_weights`` gives it.
+        dtypes: "equal" refuses a tensor of another dtype; "stored" gives the model the stored dtypes.
+        where: names the source in errors.
+
+    Raises:
+        CheckpointError: naming missing, unexpected and ill-fitting keys.
+    """
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tied = _tied(own)
+    present: dict[str, str] = {}
+    differing = []
+    for name in state:
+        if name not in own:
+            continue
+        twin = present.setdefault(tied[name], name)
+        if twin != name and not torch.equal(state[twin], state[name]):
+            differing.append(f"{name} and {twin}")
+    missing = [name for name in own if tied[name] not in present]
+    shapes, kinds = [], []
+    for name in own.keys() & state.keys():
+        if own[name].shape != state[name].shape:
+            shapes.append(f"{name} (stored {tuple(state[name].shape)}, model {tuple(own[name].shape)})")
+        elif dtypes == "equal" and own[name].dtype != state[name].dtype:
+            kinds.append(f"{name} (stored {state[name].dtype}, model {own[name].dtype})")
+    problems = [
+        *_listed("missing keys", missing),
+        *_listed("unexpected keys", [name for name in state if name not in own]),
+        *_listed("shapes that differ", sorted(shapes)),
+        *_listed("dtypes that differ", sorted(kinds)),
+        *_listed("tied in the model but different in the file", differing),
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    full = {name: state[name] if name in state else state[present[tied[name]]] for name in own}
+    if dtypes == "stored":
+        _adopt_dtypes(model, full)
+    model.load_state_dict(full, strict=False)  # checked above; extra state, which we do not store, may be left out
+
+
+def _adopt_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)

@@ -1,0 +1,1 @@
+"""Documents, corpora and packed batches of training rows."""

@@ -1,0 +1,319 @@
+"""Documents: where texts come from, and how they are kept as one flat array of token ids.
+
+Reads ``.txt``, ``.jsonl`` and ``.jsonl.gz`` files, folders of them, enwik8-style files and Hugging Face ``datasets``
+objects; tokenises with bytes by default or with anything that has ``encode``; keeps the result on disk, memory-mapped,
+when asked to. ``Documents`` holds token ids without any separator; ``lm_core.data.packing`` adds EOS when it fills
+rows.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from lm_core.checkpoints.atomic_io import new_directory, remove_leftovers
+from lm_core.tokenizers import ByteTokenizer
+
+CACHE_FORMAT_VERSION = 1
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """The least a tokenizer must offer to read a corpus; ``lm_core.tokenizers.Tokenizer`` says what more is used."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of ``text``."""
+        ...
+
+
+Document = str | bytes | Sequence[int]
+
+
+class Documents(Sequence[NDArray[np.unsignedinteger]]):
+    """Token ids of many documents in one flat array, which may be memory-mapped.
+
+    Args:
+        ids: all token ids, one document after another.
+        starts: index in ``ids`` at which each document begins.
+        lengths: number of tokens of each document.
+        byte_lengths: number of bytes of text of each document, for losses in bits per byte.
+    """
+
+    def __init__(
+        self,
+        *,
+        ids: NDArray[np.unsignedinteger],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        byte_lengths: NDArray[np.int64],
+    ) -> None:
+        if not len(starts) == len(lengths) == len(byte_lengths):
+            raise ValueError(
+                "starts, lengths and byte_lengths must have one entry a document, "
+                f"got {len(starts)}, {len(lengths)} and {len(byte_lengths)}"
+            )
+        self.ids, self.starts, self.lengths, self.byte_lengths = ids, starts, lengths, byte_lengths
+        self._fingerprint: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all documents together."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of text the tokens stand for."""
+        return int(self.byte_lengths.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the documents' lengths and token ids, whatever integer type and order of storage they have."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
+            for document in self:
+                digest.update(np.ascontiguousarray(document, dtype="<u4").tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Token ids of one document (an integer index), or some documents without a copy (a slice)."""
+        if isinstance(index, slice):
+            return self.select(np.arange(len(self))[index])
+        start = int(self.starts[index])
+        return self.ids[start : start + int(self.lengths[index])]
+
+    def select(self, indices: "Sequence[int] | NDArray[np.integer]") -> "Documents":
+        """The documents at ``indices``, in that order, sharing the token ids."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Documents(
+            ids=self.ids,
+            starts=self.starts[chosen],
+            lengths=self.lengths[chosen],
+            byte_lengths=self.byte_lengths[chosen],
+        )
+
+    @property
+    def size(self) -> str:
+        """For people: megabytes and number of documents."""
+        return f"{self.num_bytes / 1e6:.1f} MB in {len(self):,} documents"
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self)} documents, {self.num_tokens} tokens of {self.ids.dtype})"
+
+
+def _id_dtype(tokenizer: Encoder) -> Any:
+    return np.uint16 if _id_limit(tokenizer) <= 2**16 else np.uint32
+
+
+def _id_limit(tokenizer: Encoder) -> int:
+    vocab_size = getattr(tokenizer, "vocab_size", None)
+    return 2**32 if vocab_size is None else int(vocab_size)
+
+
+def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsignedinteger], int]:
+    """Token ids of one document, and its size in bytes (of token ids: their number, the text being unknown)."""
+    dtype = _id_dtype(tokenizer)
+    if isinstance(document, str | bytes):
+        raw = document.encode("utf-8", errors="surrogatepass") if isinstance(document, str) else document
+        if isinstance(tokenizer, ByteTokenizer):
+            return np.frombuffer(raw, dtype=np.uint8).astype(dtype), len(raw)
+        text = document if isinstance(document, str) else document.decode("utf-8", errors="replace")
+        ids: Any = tokenizer.encode(text)
+        size = len(raw)
+    else:
+        ids, size = document, len(document)
+    values = np.asarray(ids, dtype=np.int64)
+    limit = _id_limit(tokenizer)
+    if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
+        raise ValueError(f"token ids must be in [0, {limit}), got {int(values.min())} to {int(values.max())}")
+    return values.astype(dtype), size
+
+
+def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> Documents:
+    """Encodes documents into one array in memory. Empty documents are left out.
+
+    Args:
+        texts: documents as text, as raw UTF-8 bytes, or as token ids.
+        tokenizer: anything with ``encode``; bytes by default.
+
+    Raises:
+        ValueError: there is not one token in all of ``texts``.
+    """
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    pieces, sizes = [], []
+    for text in texts:
+        ids, size = _encode(text, tokenizer)
+        if len(ids):
+            pieces.append(ids)
+            sizes.append(size)
+    if not pieces:
+        raise ValueError("texts must hold at least one document that is not empty, got none")
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    return _documents(np.concatenate(pieces), lengths, np.array(sizes, dtype=np.int64))
+
+
+def _documents(ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64], sizes: NDArray[np.int64]) -> Documents:
+    return Documents(ids=ids, starts=np.cumsum(lengths) - lengths, lengths=lengths, byte_lengths=sizes)
+
+
+def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
+    """The documents of a file, of a folder, of a Hugging Face dataset, or of any iterable.
+
+    ``.jsonl`` and ``.jsonl.gz``: one document a line, in ``field``. ``.txt`` (and ``.md``, ``.rst``, ``.py``): one
+    document a file. Any other file, gzipped or not, is one document of raw bytes, as enwik8 is. A folder: every text
+    and JSONL file below it, sorted by path.
+
+    Args:
+        source: a path; a split of ``datasets``; or an iterable of texts, token-id lists, or mappings with ``field``.
+        field: the column that holds the document.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: a folder without readable files, a line that is not JSON, or a missing ``field``.
+        TypeError: ``source`` is neither a path nor an iterable of documents.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _read_path(Path(source), field)
+    if isinstance(getattr(source, "column_names", None), dict):
+        raise ValueError(f"source must be one split of the dataset, got a dict of {sorted(source)}")
+    if not isinstance(source, Iterable):
+        raise TypeError(f"source must be a path, a dataset or an iterable of texts, got {type(source).__name__}")
+    return (_document_of(row, field, f"row {number} of source") for number, row in enumerate(source))
+
+
+def _document_of(row: Any, field: str, where: str) -> Document:
+    if isinstance(row, dict):
+        if field not in row:
+            raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(row)}")
+        row = row[field]
+    if isinstance(row, str | bytes):
+        return row
+    if isinstance(row, Sequence | np.ndarray) and all(isinstance(value, int | np.integer) for value in row):
+        return row  # type: ignore[return-value]
+    raise ValueError(f"{where} must be text or a list of token ids, got {type(row).__name__}")
+
+
+def _corpus_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"corpus path does not exist: {path}")
+    if path.is_file():
+        return [path]
+    known = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(known))
+    if not files:
+        raise ValueError(f"corpus folder {path} holds no file ending in {', '.join(known)}")
+    return files
+
+
+def _read_path(path: Path, field: str) -> Iterator[Document]:
+    return (document for file in _corpus_files(path) for document in _read_file(file, field))
+
+
+def _read_file(file: Path, field: str) -> Iterator[Document]:
+    name = file.name.lower()
+    try:
+        with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as stream:
+            if not name.endswith((".jsonl", ".jsonl.gz")):
+                yield stream.read()
+                return
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{file}, line {number}, is not JSON: {error}") from error
+                yield _document_of(row, field, f"{file}, line {number},")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file} is no whole gzip file: {error}") from error
+
+
+def load_documents(
+    source: Any, *, tokenizer: Encoder | None = None, field: str = "text", cache_dir: str | Path | None = None
+) -> Documents:
+    """Reads and tokenises ``source``; with ``cache_dir``, once: later calls map the stored array into memory.
+
+    The cache is keyed by the files' paths, sizes and modification times (a dataset by its own fingerprint), by the
+    tokenizer and by ``field``. It is written under a lock and put in place whole, so several processes may ask for it.
+
+    Args:
+        source: as for ``read_texts``.
+        tokenizer: anything with ``encode``; bytes by default.
+        field: the column that holds the document.
+        cache_dir: folder of the cache; without it everything is held in memory.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: as ``read_texts``; also when there is not one token.
+    """
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    texts = read_texts(source, field=field)
+    try:
+        if cache_dir is None:
+            return tokenise(texts, tokenizer=tokenizer)
+        directory = Path(cache_dir) / _cache_key(source, tokenizer, field)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_suffix(".lock")):
+            if not (directory / "meta.json").is_file():
+                remove_leftovers(directory.parent, directory.name)
+                _write_cache(directory, texts, tokenizer)
+    except ValueError as error:
+        if "at least one document" in str(error):
+            raise ValueError(f"corpus {source} is empty: it holds no document with any text") from error
+        raise
+    return _read_cache(directory)
+
+
+def _cache_key(source: Any, tokenizer: Encoder, field: str) -> str:
+    if isinstance(source, str | os.PathLike):
+        parts = [
+            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in _corpus_files(Path(source))
+        ]
+    elif getattr(source, "_fingerprint", None):
+        parts = [["dataset", source._fingerprint]]
+    else:
+        raise ValueError(f"cache_dir needs a path or a Hugging Face dataset as source, got {type(source).__name__}")
+    identity = getattr(tokenizer, "fingerprint", None)
+    if identity is None:  # a tokenizer of someone else: told apart by what it does
+        probe = "The quick brown fox\n\tdef f(x): return x ** 2  # naïve, 日本語 🙂"
+        identity = [type(tokenizer).__qualname__, getattr(tokenizer, "vocab_size", None)]
+        identity.append([int(value) for value in tokenizer.encode(probe)])
+    content = json.dumps([CACHE_FORMAT_VERSION, parts, identity, field])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder) -> None:
+    dtype = np.dtype(_id_dtype(tokenizer))
+    lengths, sizes = [], []
+    with new_directory(directory) as temporary:
+        with (temporary / "ids.bin").open("wb") as stream:
+            for text in texts:
+                ids, size = _encode(text, tokenizer)
+                if len(ids):
+                    stream.write(ids.tobytes())
+                    lengths.append(len(ids))
+                    sizes.append(size)
+        if not lengths:
+            raise ValueError("texts must hold at least one document that is not empty, got none")
+        np.save(temporary / "lengths.npy", np.array([lengths, sizes], dtype=np.int64))
+        meta = {"format_version": CACHE_FORMAT_VERSION, "dtype": dtype.name, "tokens": sum(lengths)}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_cache(directory: Path) -> Documents:
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    ids = np.memmap(directory / "ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
+    lengths, sizes = np.load(directory / "lengths.npy", allow_pickle=False)
+    if len(ids) != meta["tokens"] or int(lengths.sum()) != meta["tokens"]:
+        raise ValueError(f"the corpus cache {directory} is damaged; remove the folder to have it built again")
+    return _documents(ids, lengths, sizes)

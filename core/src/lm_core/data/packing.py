@@ -1,0 +1,321 @@
+"""Packing: documents cut into rows of one length, with what a mask between documents needs.
+
+The documents of an epoch form one stream, each ended by EOS; row ``r`` takes the tokens ``[r n, r n + n]`` of it, the
+first ``n`` as inputs and the last ``n`` as labels, so every token that follows another of its document is a label
+exactly once. No document is cut off and none is left out: the last row of a stream is padded.
+
+Training rows go on over epochs without a break. Each step consumes ``batch_size * world_size`` rows; rank ``r`` takes
+``batch_size`` of them from ``r * batch_size`` on: two ranks see together what one process sees with twice the batch.
+
+b batch, n sequence
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm_core.checks import typed
+from lm_core.data.documents import Documents
+
+IGNORE_INDEX = -100
+PADDING_DOCUMENT = -1
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows of packed documents.
+
+    Attributes:
+        ids: input tokens.
+        labels: the token after each input; -100 where that belongs to another document or is padding.
+        document_ids: which document of its row each input belongs to, from 0; -1 at padding. A query may attend to
+            the keys of its own document only.
+    """
+
+    ids: Int[Tensor, "b n"]
+    labels: Int[Tensor, "b n"]
+    document_ids: Int[Tensor, "b n"]
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels count, for losses weighted by token."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: "torch.device | str") -> "PackedBatch":
+        """The same rows on another device."""
+        return PackedBatch(
+            ids=self.ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+        )
+
+
+def _permutation(count: int, *key: int | str) -> NDArray[np.int64]:
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(count, generator=generator).numpy()
+
+
+class _Stream:
+    """One pass over the documents, in a given order, cut into rows."""
+
+    def __init__(
+        self, documents: Documents, order: NDArray[np.int64], length: int, *, bos_id: int | None, eos_id: int | None
+    ) -> None:
+        self.documents, self.order, self.length = documents, order, length
+        self.before = [] if bos_id is None else [bos_id]
+        self.after = [] if eos_id is None else [eos_id]
+        self.ends = np.cumsum(documents.lengths[order] + len(self.before) + len(self.after))
+        self.total = int(self.ends[-1])
+
+    @property
+    def num_rows(self) -> int:
+        return max(1, math.ceil((self.total - 1) / self.length))  # the last token of all has no label
+
+    def row(self, number: int, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``length + 1`` tokens and the document each belongs to."""
+        tokens = np.full(self.length + 1, pad_id, dtype=np.int64)
+        owners = np.full(self.length + 1, PADDING_DOCUMENT, dtype=np.int64)
+        first = number * self.length
+        last = min(first + self.length + 1, self.total)
+        at = first
+        index = int(np.searchsorted(self.ends, first, side="right"))
+        for owner in range(self.length + 1):
+            if at >= last:
+                break
+            stop = min(last, int(self.ends[index]))
+            tokens[at - first : stop - first] = self._part(index, at, stop)
+            owners[at - first : stop - first] = owner
+            at, index = stop, index + 1
+        return tokens, owners
+
+    def _part(self, index: int, at: int, stop: int) -> NDArray[np.int64]:
+        """Tokens ``[at, stop)`` of the stream, which lie in the document at ``index`` of the order."""
+        document = int(self.order[index])
+        length = int(self.documents.lengths[document])
+        begin = int(self.ends[index]) - length - len(self.before) - len(self.after)
+        low, high = at - begin - len(self.before), stop - begin - len(self.before)
+        start = int(self.documents.starts[document])
+        body = self.documents.ids[start + max(low, 0) : start + min(high, length)]
+        return np.concatenate((self.before if low < 0 else [], body, self.after if high > length else [])).astype(
+            np.int64
+        )
+
+
+def _batch(rows: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> PackedBatch:
+    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in rows]))
+    owners = torch.from_numpy(np.stack([owners for _, owners in rows]))
+    same_document = (owners[:, 1:] == owners[:, :-1]) & (owners[:, 1:] != PADDING_DOCUMENT)
+    return PackedBatch(
+        ids=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].masked_fill(~same_document, IGNORE_INDEX),
+        document_ids=owners[:, :-1].contiguous(),
+    )
+
+
+def _check(documents: Documents, sequence_length: int, batch_size: int, rank: int, world_size: int) -> None:
+    for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size), ("world_size", world_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    if documents.num_tokens < 2:
+        raise ValueError(f"documents must hold at least two tokens, got {documents.num_tokens}")
+
+
+class PackedBatches(Iterator[PackedBatch]):
+    """Endless training batches in a shuffled order that depends on the seed and the epoch alone.
+
+    Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows.
+
+    Args:
+        documents: what to train on.
+        sequence_length: inputs a row.
+        batch_size: rows a batch, of this rank.
+        eos_id: token that ends each document; None for none.
+        pad_id: token that fills the last row of an epoch.
+        bos_id: token that begins each document; None for none.
+        seed: of the shuffling.
+        shuffle: False keeps the documents and rows in order.
+        rank: number of this process.
+        world_size: number of processes.
+        fingerprint_data: False leaves the data's fingerprint out of the cursor (it reads the data once).
+
+    Raises:
+        ValueError: a size below 1, a rank outside the world, or documents without two tokens.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        documents: Documents,
+        sequence_length: int,
+        batch_size: int,
+        eos_id: int | None,
+        pad_id: int = 0,
+        bos_id: int | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        fingerprint_data: bool = True,
+    ) -> None:
+        _check(documents, sequence_length, batch_size, rank, world_size)
+        self.documents, self.sequence_length, self.batch_size = documents, sequence_length, batch_size
+        self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
+        self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self.rows_seen = 0
+        self._data = int(documents.fingerprint[:12], 16) if fingerprint_data else 0
+        self._epochs: dict[int, tuple[_Stream, NDArray[np.int64]]] = {}
+        self.rows_per_epoch = self._epoch(0)[0].num_rows
+
+    @property
+    def epoch(self) -> float:
+        """How many times the documents have been gone through, by all ranks together."""
+        return self.rows_seen / self.rows_per_epoch
+
+    def _epoch(self, number: int) -> tuple[_Stream, NDArray[np.int64]]:
+        if number not in self._epochs:
+            count = len(self.documents)
+            order = _permutation(count, self.seed, number, "documents") if self.shuffle else np.arange(count)
+            stream = _Stream(self.documents, order, self.sequence_length, bos_id=self.bos_id, eos_id=self.eos_id)
+            rows = stream.num_rows
+            row_order = _permutation(rows, self.seed, number, "rows") if self.shuffle else np.arange(rows)
+            # a batch reaches over at most into the next epoch, so older plans are done with
+            self._epochs = {key: plan for key, plan in self._epochs.items() if key >= number - 1}
+            self._epochs[number] = stream, row_order
+        return self._epochs[number]
+
+    def __next__(self) -> PackedBatch:
+        first = self.rows_seen + self.rank * self.batch_size
+        rows = []
+        for number in range(first, first + self.batch_size):
+            epoch, place = divmod(number, self.rows_per_epoch)
+            stream, row_order = self._epoch(epoch)
+            rows.append(stream.row(int(row_order[place]), self.pad_id))
+        self.rows_seen += self.batch_size * self.world_size
+        return _batch(rows)
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor, with what must be equal for it to mean the same rows."""
+        return {
+            "rows_seen": self.rows_seen,
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "sequence_length": self.sequence_length,
+            "rows_per_epoch": self.rows_per_epoch,
+            "data": self._data,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+            ValueError: the state belongs to other data, another seed or another sequence length.
+        """
+        current = self.state_dict()
+        if set(state) != set(current):
+            raise ValueError(f"state must have the keys {sorted(current)}, got {sorted(state)}")
+        for name, value in current.items():
+            if name != "rows_seen" and state[name] != value:
+                what = (
+                    "the documents differ from those" if name == "data" else f"{name} is {value}, but was {state[name]}"
+                )
+                raise ValueError(f"cannot resume the data order: {what} when the state was saved")
+        self.rows_seen = int(state["rows_seen"])
+
+
+class ValidationBatches:
+    """The documents once, in order, cut into rows; every iteration gives the same batches.
+
+    All ranks get equally many batches of equal shape; what is missing at the end is filled with rows of padding,
+    whose labels are all -100.
+
+    Args:
+        documents: what to judge by.
+        sequence_length: inputs a row.
+        batch_size: rows a batch, of this rank.
+        eos_id: token that ends each document; None for none.
+        pad_id: token that fills unused positions.
+        bos_id: token that begins each document; None for none.
+        max_tokens: at most about so many tokens, in rows spread evenly over the documents; None for all.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: a size below 1, a rank outside the world, or documents without two tokens.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        documents: Documents,
+        sequence_length: int,
+        batch_size: int,
+        eos_id: int | None,
+        pad_id: int = 0,
+        bos_id: int | None = None,
+        max_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check(documents, sequence_length, batch_size, rank, world_size)
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        self.documents, self.sequence_length, self.batch_size, self.pad_id = (
+            documents,
+            sequence_length,
+            batch_size,
+            pad_id,
+        )
+        self.rank, self.world_size = rank, world_size
+        self._stream = _Stream(documents, np.arange(len(documents)), sequence_length, bos_id=bos_id, eos_id=eos_id)
+        rows = self._stream.num_rows
+        wanted = rows if max_tokens is None else min(rows, math.ceil(max_tokens / sequence_length))
+        self._rows = np.arange(wanted) * rows // wanted
+
+    def __len__(self) -> int:
+        """Number of batches of each rank."""
+        return math.ceil(len(self._rows) / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        padding = (
+            np.full(self.sequence_length + 1, self.pad_id, dtype=np.int64),
+            np.full(self.sequence_length + 1, PADDING_DOCUMENT, dtype=np.int64),
+        )
+        for step in range(len(self)):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            numbers = range(first, first + self.batch_size)
+            yield _batch(
+                [
+                    self._stream.row(int(self._rows[number]), self.pad_id) if number < len(self._rows) else padding
+                    for number in numbers
+                ]
+            )
+
+
+def bits_per_byte(total_nats: float, num_labels: int, documents: Documents) -> float:
+    """A summed cross-entropy as bits per byte of text.
+
+    A label stands for as many bytes as a token of ``documents`` does on average; EOS counts as a token.
+
+    Args:
+        total_nats: sum of the losses of all labels, in nats.
+        num_labels: how many labels were summed.
+        documents: where they come from.
+
+    Raises:
+        ValueError: ``num_labels`` is below 1.
+    """
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    return total_nats / math.log(2) / (num_labels * documents.num_bytes / documents.num_tokens)

@@ -1,0 +1,1 @@
+"""Generation of token sequences: sampling, greedy decoding, beam search."""

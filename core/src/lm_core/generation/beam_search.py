@@ -1,0 +1,197 @@
+"""Beam search over any causal language model.
+
+Legend: b batch, v vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lm_core.checks import typed
+from lm_core.generation.decoding import (
+    Decoder,
+    Filter,
+    Generation,
+    as_eos_ids,
+    check_fits,
+    check_settings,
+    device_of,
+    eval_mode,
+    is_any,
+    language_model,
+    left_padded,
+    prompt_rows,
+    without_tokens,
+)
+from lm_core.generation.sampling import apply_repetition_penalty
+from lm_core.nn.masking import prompt_mask_from_lengths
+
+
+@torch.no_grad()
+@typed
+def beam_search(
+    model: Any,
+    prompt: Any,
+    *,
+    beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    mask: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    filters: Sequence[Filter] = (),
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int = 0,
+    min_new_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+    use_cache: bool = True,
+    progress: bool = False,
+    **model_kwargs: Any,
+) -> Generation:
+    """The best continuation that a beam search finds, by ``sum of log-probs / length ** length_penalty``.
+
+    A row stops when no beam can still beat the best finished one, so the result does not depend on the batch.
+    With as many beams as there are sequences it is exhaustive search.
+
+    Args:
+        model: as in ``generate``.
+        prompt: as in ``generate``.
+        beams: hypotheses kept a row; 1 is greedy decoding.
+        max_new_tokens: as in ``generate``.
+        length_penalty: 0 compares sums, 1 means; larger values favour long answers.
+        mask: as in ``generate``.
+        prompt_lengths: as in ``generate``.
+        filters: as in ``generate``; a filtered token is never taken.
+        eos_id: as in ``generate``.
+        pad_id: as in ``generate``.
+        min_new_tokens: as in ``generate``.
+        repetition_penalty: as in ``generate``.
+        use_cache: as in ``generate``.
+        progress: as in ``generate``.
+        **model_kwargs: as in ``generate``.
+
+    Raises:
+        ValueError: as in ``generate``, or ``beams`` below 1.
+    """
+    model = language_model(model)
+    eos_ids = as_eos_ids(eos_id)
+    if beams < 1:
+        raise ValueError(f"beams must be at least 1, got {beams}")
+    check_settings(max_new_tokens, min_new_tokens, 1.0, repetition_penalty)
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
+    check_fits(model, ids, eos_ids, max_new_tokens)
+    decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
+    state = _Beams(ids.shape[0], beams, max_new_tokens, length_penalty, ids.device)
+
+    with eval_mode(model):
+        for step in tqdm(range(max_new_tokens), desc="beam search", unit="token", disable=not progress):
+            logits = decoder.next_logits()
+            if repetition_penalty != 1.0:
+                logits = apply_repetition_penalty(logits, decoder.ids, repetition_penalty, decoder.mask)
+            if step < min_new_tokens:
+                logits = without_tokens(logits, eos_ids)
+            for filter_ in filters:
+                logits = filter_(logits)
+            token, parent = state.extend(logits.log_softmax(dim=-1), eos_ids)
+            if step + 1 == max_new_tokens:
+                continue  # nothing will read the last token
+            if state.all_decided():
+                break
+            decoder.reorder(parent)
+            decoder.append(token)
+    return state.best(pad_id)
+
+
+class _Beams:
+    """Running beams and the best finished hypothesis of each row."""
+
+    def __init__(self, b: int, beams: int, room: int, length_penalty: float, device: torch.device) -> None:
+        self._beams = beams
+        self._room = room
+        self._penalty = length_penalty
+        self._step = 0
+        self._tokens = torch.zeros(b, 1, room, dtype=torch.long, device=device)
+        self._log_probs = torch.zeros(b, 1, room, device=device)
+        self._sums = torch.zeros(b, 1, device=device)
+        self._best_tokens = torch.zeros(b, room, dtype=torch.long, device=device)
+        self._best_log_probs = torch.zeros(b, room, device=device)
+        self._best_score = torch.full((b,), -torch.inf, device=device)
+        self._best_length = torch.zeros(b, dtype=torch.long, device=device)
+        self._best_ended = torch.zeros(b, dtype=torch.bool, device=device)
+
+    def extend(self, log_probs: Tensor, eos_ids: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Takes log-probabilities ``(rows * beams, v)``; returns the new tokens and the flat index of their parents."""
+        b, width = self._sums.shape
+        v = log_probs.shape[-1]
+        log_probs = log_probs.view(b, width, v)
+        totals = (self._sums.unsqueeze(-1) + log_probs).flatten(1)
+        # One ending each for every beam must leave enough that go on. A single beam ends with its ending (greedy).
+        count = 1 if self._beams == 1 else min(self._beams * (1 + len(eos_ids)), totals.shape[1])
+        sums, flat = totals.topk(count, dim=-1)
+        parent, token = flat.div(v, rounding_mode="floor"), flat.remainder(v)
+        token_log_prob = log_probs.flatten(1).gather(1, flat)
+
+        self._step += 1
+        ends = is_any(token, eos_ids)
+        last = self._step == self._room
+        ranks = torch.arange(count, device=token.device)
+        self._finish(sums, parent, token, token_log_prob, ends & (ranks < self._beams), ended=True)
+
+        # Keep the best that go on; where too few exist, endings fill up with a score that never wins.
+        alive_sums = sums.masked_fill(ends, -torch.inf)
+        kept = min(self._beams, count)
+        self._sums, order = alive_sums.topk(kept, dim=-1)
+        parent, token, token_log_prob = (t.gather(1, order) for t in (parent, token, token_log_prob))
+        self._tokens = self._grown(self._tokens, parent, token)
+        self._log_probs = self._grown(self._log_probs, parent, token_log_prob)
+        if last:
+            self._finish_running()
+        rows = torch.arange(b, device=token.device).unsqueeze(-1) * width
+        return token.flatten(), (rows + parent).flatten()
+
+    def all_decided(self) -> bool:
+        """Whether no running beam can still beat the best finished one: more tokens only lower its sum."""
+        length = self._room if self._penalty > 0 else self._step
+        return bool((self._best_score >= self._sums[:, 0] / length**self._penalty).all())
+
+    def best(self, pad_id: int) -> Generation:
+        longest = int(self._best_length.max())
+        padding = ~prompt_mask_from_lengths(self._best_length, self._room)
+        tokens = self._best_tokens.masked_fill(padding, pad_id)
+        log_probs = self._best_log_probs.masked_fill(padding, 0.0)
+        return Generation(tokens[:, :longest], self._best_length, log_probs[:, :longest], self._best_ended)
+
+    def _grown(self, history: Tensor, parent: Tensor, new: Tensor) -> Tensor:
+        history = history.gather(1, parent.unsqueeze(-1).expand(-1, -1, self._room))
+        history[:, :, self._step - 1] = new
+        return history
+
+    def _finish(
+        self, sums: Tensor, parent: Tensor, token: Tensor, token_log_prob: Tensor, candidates: Tensor, *, ended: bool
+    ) -> None:
+        scores = (sums / self._step**self._penalty).masked_fill(~candidates, -torch.inf)
+        score, rank = scores.max(dim=-1)
+        parent, token, token_log_prob = (t.gather(1, rank.unsqueeze(-1)) for t in (parent, token, token_log_prob))
+        tokens = self._grown(self._tokens, parent, token).squeeze(1)
+        log_probs = self._grown(self._log_probs, parent, token_log_prob).squeeze(1)
+        self._keep_best(score, tokens, log_probs, ended)
+
+    def _finish_running(self) -> None:
+        scores = self._sums / self._step**self._penalty
+        score, rank = scores.max(dim=-1)
+        index = rank.view(-1, 1, 1).expand(-1, 1, self._room)
+        tokens, log_probs = self._tokens.gather(1, index), self._log_probs.gather(1, index)
+        self._keep_best(score, tokens.squeeze(1), log_probs.squeeze(1), False)
+
+    def _keep_best(self, score: Tensor, tokens: Tensor, log_probs: Tensor, ended: bool) -> None:
+        better = score > self._best_score
+        self._best_score = torch.where(better, score, self._best_score)
+        self._best_length = torch.where(better, self._step, self._best_length)
+        self._best_ended = torch.where(better, ended, self._best_ended)
+        self._best_tokens = torch.where(better.unsqueeze(-1), tokens, self._best_tokens)
+        self._best_log_probs = torch.where(better.unsqueeze(-1), log_probs, self._best_log_probs)

@@ -1,0 +1,216 @@
+"""One generation loop for every causal language model: sampling and greedy decoding.
+
+Beam search is in ``lm_core.generation.beam_search``.
+
+Rows that have ended leave the batch. Guarantees: cached equals uncached, a batch of prompts of different lengths equals
+each prompt alone, an EOS inside the prompt does not stop generation, and nothing after a generated EOS counts.
+
+Legend: b batch, n sequence, v vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lm_core.checks import typed
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.decoding import (
+    CausalLM,
+    Decoder,
+    Filter,
+    Generation,
+    as_eos_ids,
+    check_fits,
+    check_settings,
+    device_of,
+    eval_mode,
+    is_any,
+    language_model,
+    left_padded,
+    prompt_rows,
+    without_tokens,
+)
+from lm_core.generation.sampling import apply_repetition_penalty, gumbel_sample, top_p
+
+__all__ = ["CausalLM", "Generation", "beam_search", "eval_mode", "generate", "sample"]
+
+# Asking a device whether every row has ended makes it wait, so an accelerator is asked only now and then.
+_STEPS_BETWEEN_CHECKS_ON_ACCELERATOR = 16
+
+
+@torch.no_grad()
+@typed
+def generate(
+    model: Any,
+    prompt: Any,
+    *,
+    max_new_tokens: int,
+    mask: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    temperature: float = 1.0,
+    filters: Sequence[Filter] = (),
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int = 0,
+    min_new_tokens: int = 0,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    progress: bool = False,
+    **model_kwargs: Any,
+) -> Generation:
+    """Continues each prompt.
+
+    Logits go through the repetition penalty, the minimum length, the temperature and the filters, in this order.
+
+    Args:
+        model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
+        prompt: ids ``(b, n)``, or a list of 1-D tensors of different lengths.
+        max_new_tokens: tokens to generate at most, a row.
+        mask: ``(b, n)`` True at real tokens, padding on either side.
+        prompt_lengths: ``(b,)`` lengths of right-padded prompts, instead of ``mask``.
+        temperature: divides the logits; 0 takes the most likely token that the filters leave.
+        filters: functions ``(b, v) -> (b, v)`` such as ``functools.partial(top_p, p=0.9)``.
+        eos_id: token or tokens that end a row.
+        pad_id: written behind the end of a row.
+        min_new_tokens: EOS is not generated before this many tokens.
+        repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
+        generator: source of randomness, on the model's device.
+        use_cache: False recomputes the whole sequence for each token.
+        progress: shows a progress bar.
+        **model_kwargs: passed to the model with the prompt (in every call where nothing is cached). A tensor whose
+            first size is the number of prompts has an entry for each of them.
+
+    Raises:
+        ValueError: an argument is out of range, or prompt and new tokens exceed the model's ``max_length``.
+        TypeError: the prompt holds no integers.
+    """
+    model = language_model(model)
+    eos_ids = as_eos_ids(eos_id)
+    check_settings(max_new_tokens, min_new_tokens, temperature, repetition_penalty)
+    ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
+    check_fits(model, ids, eos_ids, max_new_tokens)
+    decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
+
+    b, device = ids.shape[0], ids.device
+    tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
+    log_probs = torch.zeros(b, max_new_tokens, device=device)
+    lengths = torch.full((b,), max_new_tokens, device=device)
+    finished = torch.zeros(b, dtype=torch.bool, device=device)
+    # Rows of the result that are still in the decoder, and which of those still go on.
+    active: slice | Tensor = slice(None)
+    alive = torch.ones(b, dtype=torch.bool, device=device)
+    check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
+
+    with eval_mode(model):
+        for step in tqdm(range(max_new_tokens), desc="generate", unit="token", disable=not progress):
+            logits = decoder.next_logits()
+            if repetition_penalty != 1.0:
+                logits = apply_repetition_penalty(logits, decoder.ids, repetition_penalty, decoder.mask)
+            if step < min_new_tokens:
+                logits = without_tokens(logits, eos_ids)
+            token, log_prob = _draw(logits, temperature, filters, generator)
+            if eos_ids:
+                tokens[active, step] = token.where(alive, pad_id)
+                log_probs[active, step] = log_prob.where(alive, 0.0)
+                ended = is_any(token, eos_ids) & alive
+                finished[active] = finished[active] | ended
+                lengths[active] = lengths[active].where(~ended, step + 1)
+                alive = alive & ~ended
+            else:
+                tokens.select(1, step).copy_(token)
+                log_probs.select(1, step).copy_(log_prob)
+            if step + 1 == max_new_tokens:
+                continue  # nothing will read the last token
+            if eos_ids and (step + 1) % check_every == 0:
+                remaining = int(alive.sum())
+                if remaining == 0:
+                    break
+                # Dropping rows copies the cache, so only when it halves the work.
+                if 2 * remaining <= alive.shape[0]:
+                    keep = alive.nonzero().squeeze(-1)
+                    active = keep if isinstance(active, slice) else active[keep]
+                    alive, token = alive[keep], token[keep]
+                    decoder.reorder(keep)
+            decoder.append(token)
+    longest = int(lengths.max())
+    return Generation(tokens[:, :longest], lengths, log_probs[:, :longest], finished)
+
+
+@typed
+def sample(
+    model: Any,
+    prompts: Any,
+    seq_len: int,
+    temperature: float = 1.0,
+    filter_fn: Callable[..., Tensor] | None = top_p,
+    filter_kwargs: dict[str, Any] | None = None,
+    pad_id: int = -1,
+    eos_id: int | Sequence[int] | None = None,
+    output_keep_prompt: bool = False,
+    **kwargs: Any,
+) -> Int[Tensor, "b n"]:
+    """Samples continuations up to a TOTAL length ``seq_len`` of prompt and answer, for prompts of different lengths.
+
+    Args:
+        model: as in ``generate``.
+        prompts: ids ``(b, n)`` or a list of 1-D tensors.
+        seq_len: length of the longest row, prompt included.
+        temperature: as in ``generate``.
+        filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+        filter_kwargs: by default ``thres=0.9`` where a filter is given.
+        pad_id: written behind the end of a row.
+        eos_id: as in ``generate``.
+        output_keep_prompt: whether rows begin with their prompt.
+        **kwargs: further arguments of ``generate``.
+
+    Returns:
+        Right-padded ids.
+
+    Raises:
+        ValueError: a prompt leaves no room below ``seq_len``, or as in ``generate``.
+    """
+    rows = prompt_rows(prompts)
+    longest = max(row.shape[0] for row in rows)
+    if longest >= seq_len:
+        raise ValueError(f"seq_len must exceed the longest prompt ({longest} tokens), got {seq_len}")
+    filters: tuple[Filter, ...] = ()
+    if filter_fn is not None:
+        settings = {"thres": 0.9} if filter_kwargs is None else filter_kwargs
+        filters = (lambda logits: filter_fn(logits, **settings),)
+    # The shortest prompt may fill its row further than the longest; cut each row at `seq_len` afterwards.
+    shortest = min(row.shape[0] for row in rows)
+    result = generate(
+        model,
+        rows,
+        max_new_tokens=seq_len - shortest,
+        temperature=temperature,
+        filters=filters,
+        eos_id=eos_id,
+        **kwargs,
+    )
+    answers = [
+        tokens[: min(int(length), seq_len - row.shape[0])]
+        for tokens, length, row in zip(result.tokens, result.lengths, rows, strict=True)
+    ]
+    if output_keep_prompt:
+        answers = [torch.cat((row.to(answer.device), answer)) for row, answer in zip(rows, answers, strict=True)]
+    return nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id)
+
+
+def _draw(
+    logits: Tensor, temperature: float, filters: Sequence[Filter], generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    filtered = logits if temperature in (0.0, 1.0) else logits / temperature
+    for filter_ in filters:
+        filtered = filter_(filtered)
+    if temperature == 0.0:
+        token = filtered.argmax(dim=-1)
+        log_probs = logits.log_softmax(dim=-1)
+    else:
+        token = gumbel_sample(filtered, generator=generator)
+        log_probs = filtered.log_softmax(dim=-1)
+    return token, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1).float()

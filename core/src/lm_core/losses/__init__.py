@@ -1,0 +1,1 @@
+"""Losses and log-probabilities that never hold the full logits."""

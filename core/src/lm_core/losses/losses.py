@@ -1,0 +1,312 @@
+"""Cross-entropy and log-probabilities of an output layer, without ever holding its ``(b * n, v)`` logits.
+
+- :func:`linear_cross_entropy` equals ``F.cross_entropy(hidden @ weight.T, labels)`` in value and gradients.
+- :func:`hidden_log_probs` and :func:`hidden_log_probs_and_entropy` score given tokens from hidden states,
+  :func:`token_log_probs` from a model. Logits at position i score token i + 1, so n tokens have n - 1 scores.
+
+All are computed in tiles of tokens by :mod:`lm_core.losses.output_layer`: extra memory is one tile of logits and the
+gradients, whatever the length of the sequences. Results are float32, or float64 for float64 input. Under autocast the
+matrix products run in its dtype. Tokens that do not count cost nothing on a CPU: they are left out before the first
+product.
+
+Legend: b batch, n sequence, d feature, v vocabulary.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lm_core.checks import check_ids
+from lm_core.losses.output_layer import statistics_dtype, summed_cross_entropy, token_scores
+
+# In tiles half as large the products are a few per cent slower; twice as large they gain nothing.
+CPU_TILE_BYTES = 64 * 2**20
+ACCELERATOR_TILE_BYTES = 256 * 2**20
+
+
+def _tile_size(weight: Tensor, chunk_size: int | None) -> int:
+    """Tokens a tile: as many as fit the budget, or a quarter of the room that the weight's gradient takes anyway."""
+    if chunk_size is None:
+        vocabulary, features = weight.shape
+        budget = CPU_TILE_BYTES if weight.device.type == "cpu" else ACCELERATOR_TILE_BYTES
+        return max(budget // (4 * max(vocabulary, 1)), features // 4, 1)
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size}")
+    return chunk_size
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    return hidden.dtype
+
+
+def _check_layer(hidden: Tensor, weight: Tensor) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got dtype {tensor.dtype}")
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must be (v, d) with v at least 1, got shape {tuple(weight.shape)}")
+    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must end in weight's {weight.shape[1]} features, got shape {tuple(hidden.shape)}")
+
+
+def _check_temperature(temperature: float | int) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, (float, int)):
+        raise TypeError(f"temperature must be a number above 0, got {temperature!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+    return float(temperature)
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor) -> None:
+    if ids.ndim != 2:
+        raise ValueError(f"ids must be (b, n), got shape {tuple(ids.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"mask must have the shape of ids {tuple(ids.shape)}, got {tuple(mask.shape)}")
+
+
+def _next_tokens(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The tokens that positions 0 to n - 2 predict, and where both the position and its target are real."""
+    labels = ids[:, 1:]
+    counted = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, :-1] & mask[:, 1:]
+    return _valid_labels(labels, counted, vocabulary, "ids"), counted
+
+
+def _valid_labels(labels: Tensor, counted: Tensor, vocabulary: int, name: str) -> Tensor:
+    """int64 labels with 0 where nothing is counted; the others are checked on a CPU."""
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(labels[counted], vocabulary, name)
+    return labels.long().masked_fill(~counted, 0)
+
+
+def _drop_uncounted(hidden: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat hidden states, labels and marks of the tokens to work on: on a CPU, only of those that count."""
+    hidden, labels, counted = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), counted.reshape(-1)
+    # elsewhere the shape of the result would make the host wait for the device
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling() or bool(counted.all()):
+        return hidden, labels, counted
+    return hidden[counted], labels[counted], counted[counted]
+
+
+def _score(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    temperature: float,
+    chunk_size: int | None,
+    *,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies in the shape of ``labels``, 0 where nothing is counted."""
+    dtype = _product_dtype(hidden, weight)
+    rows, targets, kept = _drop_uncounted(hidden, labels, counted)
+    tile_size = _tile_size(weight, chunk_size)
+    differentiated = torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    keep_logits = differentiated and rows.shape[0] <= tile_size
+    log_probs, entropies, *_ = token_scores(
+        rows, weight, targets, temperature, tile_size, dtype, with_entropy, keep_logits
+    )
+
+    def spread(scores: Tensor) -> Tensor:
+        if kept.shape[0] == counted.numel():
+            return torch.where(counted, scores.reshape(counted.shape), 0)
+        return scores.new_zeros(counted.shape).masked_scatter(counted, scores)
+
+    return spread(log_probs), spread(entropies) if with_entropy else entropies
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*shape d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "*shape"],
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    chunk_size: int | None = None,
+    normalizer: float | int | Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of the logits ``hidden @ weight.T``, which are never held.
+
+    Positions are not shifted: ``labels[i]`` is what ``hidden[i]`` should predict. When no label counts the result is 0
+    with zero gradients.
+
+    Args:
+        hidden: shape (..., d).
+        weight: the output layer's weight, shape (v, d); it may be the embedding's too.
+        labels: integers in [0, v), or ``ignore_index`` where nothing is to be predicted, shape (...).
+        ignore_index: the label of positions that do not count.
+        reduction: "mean" over the positions that count, "sum", or "none". The first two take three matrix products for
+            forward and backward together, "none" takes four.
+        chunk_size: tokens scored at a time; None chooses by memory.
+        normalizer: what "mean" divides the sum by in place of the number of positions that count, for instance their
+            number over all ranks and accumulation steps; no gradient flows into it. 0 only where no label counts.
+
+    Returns:
+        A scalar, or the shape of ``labels`` for "none" (0 where ignored); in nats.
+
+    Raises:
+        TypeError: a dtype that is not floating point, or integer for ``labels``; two dtypes outside autocast.
+        ValueError: shapes that do not match, a label outside [0, v), an unknown reduction, a chunk size below 1, a
+            normalizer that is negative or not finite.
+    """
+    _check_layer(hidden, weight)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels must have hidden's shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f'normalizer goes with reduction "mean" only, got reduction {reduction!r}')
+    dtype, tile_size = _product_dtype(hidden, weight), _tile_size(weight, chunk_size)
+    counted = labels != ignore_index
+    labels = _valid_labels(labels, counted, weight.shape[0], "labels")
+    if reduction == "none":
+        log_probs, _ = _score(hidden, weight, labels, counted, 1.0, chunk_size, with_entropy=False)
+        return -log_probs
+    divisor = _divisor(counted, normalizer)
+    rows, targets, kept = _drop_uncounted(hidden, labels, counted)
+    need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+    total, _, _ = summed_cross_entropy(rows, weight, targets, kept, tile_size, dtype, need_hidden, need_weight)
+    return total / divisor.to(total) if reduction == "mean" else total
+
+
+def _divisor(counted: Tensor, normalizer: float | int | Tensor | None) -> Tensor:
+    """What a mean divides by, never 0."""
+    divisor = counted.sum() if normalizer is None else torch.as_tensor(normalizer).detach()
+    if divisor.ndim > 0:
+        raise ValueError(f"normalizer must be one number, got shape {tuple(divisor.shape)}")
+    if divisor.device.type == "cpu" and not torch.compiler.is_compiling():
+        value = float(divisor)
+        if not 0 <= value < math.inf or (value == 0 and bool(counted.any())):
+            raise ValueError(f"normalizer must be a finite number above 0, got {value}")
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+
+def hidden_log_probs(
+    hidden: Float[Tensor, "b n d"],
+    weight: Float[Tensor, "v d"],
+    ids: Int[Tensor, "b n"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    temperature: float | int = 1.0,
+    chunk_size: int | None = None,
+) -> Float[Tensor, "b n-1"]:
+    """Log-probability of each token but the first, given the hidden states of the position before it.
+
+    Forward and backward hold a tile of logits at a time; the backward makes them again, unless one tile holds all.
+
+    Args:
+        hidden: final hidden states, shape (b, n, d); the last position is not used.
+        weight: the output layer's weight, shape (v, d).
+        ids: the tokens, shape (b, n).
+        mask: True at real tokens, shape (b, n); a score whose position or target is padding is 0, without gradient.
+        temperature: divides the logits; above 0.
+        chunk_size: tokens scored at a time; None chooses by memory.
+
+    Returns:
+        ``log softmax(hidden[:, i] @ weight.T / temperature)[ids[:, i + 1]]``, shape (b, n - 1), in nats.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: shapes that do not match, an id outside [0, v), a temperature that is not above 0.
+    """
+    return _shifted_scores(hidden, weight, ids, mask, temperature, chunk_size, with_entropy=False)[0]
+
+
+def hidden_log_probs_and_entropy(
+    hidden: Float[Tensor, "b n d"],
+    weight: Float[Tensor, "v d"],
+    ids: Int[Tensor, "b n"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    temperature: float | int = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Float[Tensor, "b n-1"], Float[Tensor, "b n-1"]]:
+    """As :func:`hidden_log_probs`, with the entropy of each predicted distribution; both can be differentiated.
+
+    Arguments and errors are those of :func:`hidden_log_probs`. A second tile-sized buffer is used.
+
+    Returns:
+        Log-probabilities and entropies, both (b, n - 1), in nats, at the given temperature.
+    """
+    return _shifted_scores(hidden, weight, ids, mask, temperature, chunk_size, with_entropy=True)
+
+
+def _shifted_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float | int,
+    chunk_size: int | None,
+    *,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    temperature = _check_temperature(temperature)
+    _check_layer(hidden, weight)
+    _check_mask(mask, ids)
+    if hidden.shape[:-1] != ids.shape:
+        raise ValueError(f"hidden must be (b, n, d) beside ids {tuple(ids.shape)}, got shape {tuple(hidden.shape)}")
+    labels, counted = _next_tokens(ids, mask, weight.shape[0])
+    return _score(hidden[:, :-1], weight, labels, counted, temperature, chunk_size, with_entropy=with_entropy)
+
+
+def token_log_probs(
+    model: Any,
+    ids: Int[Tensor, "b n"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    temperature: float | int = 1.0,
+    **model_kwargs: Any,
+) -> Float[Tensor, "b n-1"]:
+    """Log-probability that a causal language model gives each token but the first.
+
+    A model with ``hidden`` and ``output_weight`` is scored through :func:`hidden_log_probs` and makes no full logits;
+    any other is called as ``model(ids)``, and holds them.
+
+    Args:
+        model: the model; it is used in the mode (train or eval) it is in.
+        ids: the tokens, shape (b, n).
+        mask: True at real tokens, shape (b, n), passed to the model too; a score whose position or target is padding is
+            0, without gradient.
+        temperature: divides the logits; above 0.
+        **model_kwargs: passed to the model.
+
+    Returns:
+        Shape (b, n - 1), in nats; minus their sum is the summed cross-entropy of the shifted logits.
+
+    Raises:
+        TypeError: the model does not return a tensor; a wrong dtype.
+        ValueError: shapes that do not match, an id outside the vocabulary, a temperature that is not above 0.
+    """
+    temperature = _check_temperature(temperature)
+    _check_mask(mask, ids)
+    if mask is not None:
+        model_kwargs["mask"] = mask
+    weight = getattr(model, "output_weight", None)
+    if isinstance(weight, Tensor) and callable(getattr(model, "hidden", None)):
+        _next_tokens(ids, mask, weight.shape[0])  # refuses wrong ids before the model works on them
+        hidden = model.hidden(ids, **model_kwargs)
+        return hidden_log_probs(hidden, weight, ids, mask=mask, temperature=temperature)
+    logits = model(ids, **model_kwargs)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model must return logits (b, n, v), got {type(logits).__name__}; see as_causal_lm")
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(f"model must return logits (b, n, v) for ids {tuple(ids.shape)}, got {tuple(logits.shape)}")
+    labels, counted = _next_tokens(ids, mask, logits.shape[-1])
+    scaled = logits[:, :-1].to(statistics_dtype(logits.dtype))
+    if temperature != 1:
+        scaled = scaled / temperature
+    log_probs = scaled.gather(-1, labels[..., None])[..., 0] - scaled.logsumexp(dim=-1)
+    return torch.where(counted, log_probs, 0)

@@ -1,0 +1,312 @@
+"""The output layer of a language model in tiles of a few hundred tokens: the only code that sees logits.
+
+One reused buffer takes a tile's logits, is turned into their gradient in place, and is multiplied into the gradients
+of the hidden states and of the weight before the next tile overwrites it. Three operators are built on that, and
+:mod:`lm_core.losses.losses` on them:
+
+- ``summed_cross_entropy`` has a scalar result, so its gradients are made in the forward and only scaled in the
+  backward: three matrix products, as many as the plain loss takes.
+- ``token_scores`` has a result for every token and must know the gradient of each, so its backward
+  (``token_scores_backward``) makes the logits again: four products; three if all fit one tile and are kept.
+
+With ``z`` the logits over the temperature, ``p = softmax(z)``, ``H`` the entropy of p and ``y`` the label:
+
+    d log p_y / d z_k = [k = y] - p_k         (1)
+    d H / d z_k       = -p_k (log p_k + H)    (2)
+
+Matrix products run in the dtype the caller names, softmax statistics and the weight's gradient in float32 (float64 for
+float64). They are custom operators, not ``autograd.Function``, so that ``torch.compile`` takes a call whole instead of
+unrolling its loop. There are no second derivatives.
+
+Legend: m tokens, t tokens of a tile, d feature, v vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _logits_room(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (tokens, vocabulary) in the layout that is fastest to work on."""
+    if hidden.device.type == "cpu":
+        # neighbours in memory are tokens: rows of a vocabulary, 128 KB apart, would meet in the same cache lines
+        return hidden.new_empty((vocabulary, tokens), dtype=dtype).t()
+    return hidden.new_empty((tokens, vocabulary), dtype=dtype)
+
+
+class _Tiles:
+    """Hands out the logits of a few tokens at a time and takes their gradient back."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, tile_size: int, dtype: torch.dtype) -> None:
+        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.temperature, self.statistics = temperature, statistics_dtype(dtype)
+        tokens = hidden.shape[0]
+        count = max(-(-tokens // tile_size), 1)
+        self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
+        self.buffer = _logits_room(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in range(0, self.hidden.shape[0], self.tile_size):
+            yield slice(start, start + self.tile_size)
+
+    def vector(self) -> Tensor:
+        """Room for one number a token, in the dtype of the statistics."""
+        return self.hidden.new_empty(self.hidden.shape[0], dtype=self.statistics)
+
+    def logits(self, tile: slice) -> Tensor:
+        """Logits (t, v) over the temperature, in the buffer: the next call overwrites them."""
+        hidden = self.hidden[tile]
+        logits = self.buffer[: hidden.shape[0]]
+        if hidden.dtype == logits.dtype:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            logits.copy_(torch.mm(hidden, self.weight.t()))
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def start_gradients(self, need_hidden: bool, need_weight: bool) -> None:
+        """Makes room for the gradients; one that is not needed stays empty."""
+        self.need_hidden, self.need_weight = need_hidden, need_weight
+        self.hidden_gradient = self.hidden.new_empty(self.hidden.shape if need_hidden else (0,))
+        self.weight_gradient = self.weight.new_zeros(self.weight.shape if need_weight else (0,), dtype=self.statistics)
+
+    def backward(self, gradient: Tensor, tile: slice) -> None:
+        """Carries the gradient (t, v) in a tile's logits on to the hidden states and the weight; may overwrite it."""
+        if self.temperature != 1:
+            gradient.div_(self.temperature)
+        gradient = gradient.to(self.hidden.dtype)
+        if self.need_hidden:
+            torch.mm(gradient, self.weight, out=self.hidden_gradient[tile])
+        if self.need_weight and gradient.dtype == self.statistics:
+            self.weight_gradient.addmm_(gradient.t(), self.hidden[tile])
+        elif self.need_weight:
+            self.weight_gradient.add_(torch.mm(gradient.t(), self.hidden[tile]))
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns logits (t, v) in place into exp(logits - best); returns best and the sum of each row, both (t, 1)."""
+    best = logits.amax(dim=-1, keepdim=True)
+    return best, logits.sub_(best).exp_().sum(dim=-1, keepdim=True)
+
+
+@custom_op("lm_core::summed_cross_entropy", mutates_args=())
+def summed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    tile_size: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses of the tokens that are counted, and its gradients in ``hidden`` (m, d) and ``weight`` (v, d).
+
+    The sum, not the mean: in float16 a gradient divided by the number of tokens would underflow before a loss scaler
+    gets to multiply it.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = _Tiles(hidden, weight, 1.0, tile_size, dtype)
+        tiles.start_gradients(need_hidden, need_weight)
+        losses = tiles.vector()
+        for tile in tiles:
+            logits, label, kept = tiles.logits(tile), labels[tile, None], counted[tile, None]
+            picked = logits.gather(1, label)
+            best, total = _exponentials(logits)
+            losses[tile] = torch.where(kept, best + total.log() - picked, 0)[:, 0]
+            if need_hidden or need_weight:
+                gradient = logits.mul_(kept / total).scatter_add_(1, label, -kept.to(logits.dtype))  # minus (1)
+                tiles.backward(gradient, tile)
+        return losses.sum(), tiles.hidden_gradient, tiles.weight_gradient
+
+
+@summed_cross_entropy.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    counted: Tensor,
+    tile_size: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=statistics_dtype(dtype)),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=statistics_dtype(dtype)),
+    )
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight = inputs[:2]
+    ctx.dtypes = hidden.dtype, weight.dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    # in float32, since a loss scale need not fit float16; not in place, since a retained graph may come here again
+    hidden, weight = (
+        (gradient * upstream).to(dtype) if needed and upstream is not None else None
+        for needed, gradient, dtype in zip(ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return hidden, weight, None, None, None, None, None, None
+
+
+summed_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@custom_op("lm_core::token_scores", mutates_args=())
+def token_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    tile_size: int,
+    dtype: torch.dtype,
+    with_entropy: bool,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each label, entropy (empty unless asked for), log of the softmax's denominator: all (m,).
+
+    ``keep_logits``, where one tile holds all tokens, answers their logits (m, v) too, for the backward; else empty.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
+        log_probs, denominators = tiles.vector(), tiles.vector()
+        entropies = tiles.vector() if with_entropy else denominators.new_empty(0)
+        kept = denominators.new_empty(0)
+        for tile in tiles:
+            logits = tiles.logits(tile)
+            picked = logits.gather(1, labels[tile, None])
+            if keep_logits:
+                kept = logits.clone()
+            original = logits.clone() if with_entropy else logits
+            best, total = _exponentials(logits)
+            if with_entropy:
+                mean = logits.mul_(original.sub_(best)).sum(dim=-1, keepdim=True) / total
+                entropies[tile] = (total.log() - mean)[:, 0]
+            denominators[tile] = (best + total.log())[:, 0]
+            log_probs[tile] = picked[:, 0] - denominators[tile]
+        return log_probs, entropies, denominators, kept
+
+
+@token_scores.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float,
+    tile_size: int,
+    dtype: torch.dtype,
+    with_entropy: bool,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(dtype))
+    kept = _logits_room(hidden, hidden.shape[0], weight.shape[0], scores.dtype) if keep_logits else scores.new_empty(0)
+    return scores, torch.empty_like(scores) if with_entropy else scores.new_empty(0), torch.empty_like(scores), kept
+
+
+@custom_op("lm_core::token_scores_backward", mutates_args=())
+def token_scores_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    entropies: Tensor,
+    denominators: Tensor,
+    kept: Tensor,
+    log_prob_gradient: Tensor,
+    entropy_gradient: Tensor,
+    temperature: float,
+    tile_size: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in ``hidden`` and ``weight`` from those in the scores.
+
+    ``kept`` are the logits if they were kept, ``entropy_gradient`` what reached the entropies; each may be empty.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
+        tiles.start_gradients(need_hidden, need_weight)
+        for tile in tiles:
+            upstream = log_prob_gradient[tile, None]
+            logits = kept if kept.numel() else tiles.logits(tile)
+            gradient = torch.sub(logits, denominators[tile, None], out=tiles.buffer[: len(logits)])  # log p
+            if entropy_gradient.numel() > 0:
+                p = gradient.exp()
+                gradient.add_(entropies[tile, None]).mul_(entropy_gradient[tile, None]).add_(upstream).mul_(p).neg_()
+            else:
+                gradient.exp_().mul_(-upstream)
+            gradient.scatter_add_(1, labels[tile, None], upstream)  # (1) times upstream, plus (2) times its own
+            tiles.backward(gradient, tile)
+        return tiles.hidden_gradient, tiles.weight_gradient.to(weight.dtype)
+
+
+@token_scores_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    entropies: Tensor,
+    denominators: Tensor,
+    kept: Tensor,
+    log_prob_gradient: Tensor,
+    entropy_gradient: Tensor,
+    temperature: float,
+    tile_size: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, labels, ctx.temperature, ctx.tile_size, ctx.dtype = inputs[:6]
+    ctx.save_for_backward(hidden, weight, labels, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_scores(
+    ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, labels, entropies, denominators, kept = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    hidden_gradient, weight_gradient = token_scores_backward(
+        hidden,
+        weight,
+        labels,
+        entropies,
+        denominators,
+        kept,
+        torch.zeros_like(denominators) if log_prob_gradient is None else log_prob_gradient,
+        denominators.new_empty(0) if entropy_gradient is None else entropy_gradient,
+        ctx.temperature,
+        ctx.tile_size,
+        ctx.dtype,
+        need_hidden,
+        need_weight,
+    )
+    return (
+        hidden_gradient.to(hidden.dtype) if need_hidden else None,
+        weight_gradient if need_weight else None,
+        *[None] * 6,
+    )
+
+
+token_scores.register_autograd(_backward_of_scores, setup_context=_save_scores)

@@ -1,0 +1,169 @@
+"""Rotary position embedding (arXiv 2104.09864) and its length-extrapolating form xPos (arXiv 2212.10554).
+
+Layout: half rotation, ``rotate_half(cat(x1, x2)) = cat(-x2, x1)``, base 10000. The sine carries the minus sign.
+
+Angles and scales are computed in float32 (float64 for float64 inputs) whatever the model's dtype, because bfloat16
+cannot tell neighbouring positions apart beyond 256.
+
+xPos multiplies queries by ``zeta ** (p / 512)`` and keys by ``zeta ** (-p / 512)``; only differences of positions
+matter. No single origin is safe: at position 32,768 the factors overflow. So keys stay UNSCALED (also in a cache) and
+``xpos_blocks`` gives both factors a block of queries at a time, with the block's first position as origin: keys before
+the block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12. Scaling
+by a power changes no relative error, so float32 and bfloat16 take longer blocks and need fewer masks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lm_core.checks import check_positive, typed
+
+# Powers of zeta in a block: its largest factor is 12 in float16 (which ends at 65,504) and 22,000 in wider exponents.
+XPOS_POWERS_HALF, XPOS_POWERS = 2, 8
+
+
+def rotate_half(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Maps ``cat(x1, x2)`` to ``cat(-x2, x1)`` along the last dimension."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary(
+    x: Float[Tensor, "... n d"], cos: Float[Tensor, "... #n d"], sin: Float[Tensor, "... #n d"]
+) -> Float[Tensor, "... n d"]:
+    """Rotates ``x``: ``x * cos(angle) + rotate_half(x) * sin(angle)``.
+
+    Args:
+        x: queries or keys.
+        cos: from ``RotaryEmbedding``.
+        sin: from ``RotaryEmbedding``, which has folded in the minus sign of ``rotate_half``: swapping the halves is all
+            that is left to do, a third of the work.
+
+    Returns:
+        The rotated features, computed in the dtype of ``cos`` and returned in that of ``x``.
+    """
+    wide = x if x.dtype == cos.dtype else x.to(cos.dtype)
+    rotated = torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin)
+    return rotated if x.dtype == cos.dtype else rotated.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class XPosBlock:
+    """One block of queries ``start:stop``, which looks at keys ``:key_stop`` (all of them if not causal)."""
+
+    start: int
+    stop: int
+    key_stop: int
+    query_scale: Tensor | None
+    key_scale: Tensor
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles for ``apply_rotary`` and scales for xPos.
+
+    Args:
+        dim: feature size of a head; even.
+        theta: base of the geometric progression of wavelengths.
+        use_xpos: whether ``xpos_blocks`` gives the decaying scales of xPos.
+        scale_base: positions over which xPos scales by one power of zeta.
+    """
+
+    @typed
+    def __init__(self, dim: int, *, theta: float = 10000.0, use_xpos: bool = False, scale_base: float = 512.0) -> None:
+        super().__init__()
+        check_positive(dim, "dim")
+        if dim % 2:
+            raise ValueError(f"dim_head must be even for rotary embeddings, got {dim}")
+        if not 0 < theta < math.inf:
+            raise ValueError(f"theta must be positive, got {theta}")
+        if not 0 < scale_base < math.inf:
+            raise ValueError(f"scale_base must be positive, got {scale_base}")
+        self.dim = dim
+        self.theta = theta
+        self.use_xpos = use_xpos
+        self.scale_base = scale_base
+        # A plain attribute, not a buffer: `.bfloat16()` must not reach it. The key holds all that changes a table.
+        self._tables: dict[tuple[torch.device, torch.dtype, float], tuple[Tensor, Tensor]] = {}
+
+    def forward(
+        self, positions: Int[Tensor, "*b n"], dtype: torch.dtype = torch.float32
+    ) -> tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]:
+        """Cosine and signed sine of the angles at ``positions``, float64 if ``dtype`` is and float32 otherwise.
+
+        The sine's first half is negated, as ``apply_rotary`` expects.
+        """
+        angles = rearrange(positions, "... -> ... 1") * self._inverse_frequencies(positions.device, dtype)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
+        if torch.compiler.is_compiling():
+            return self.forward(torch.arange(start, stop, device=device), dtype)
+        key = (device, _angle_dtype(dtype), self.theta)
+        table = self._tables.get(key)
+        if table is None or table[0].shape[0] < stop:
+            length = max(64, 1 << (stop - 1).bit_length())
+            # A table made under inference_mode could not be used by the next training step.
+            with torch.inference_mode(False), torch.no_grad():
+                table = self.forward(torch.arange(length, device=device), dtype)
+            self._tables[key] = table
+        return table[0][start:stop], table[1][start:stop]
+
+    def xpos_blocks(
+        self,
+        query_positions: Int[Tensor, "*b i"],
+        key_positions: Int[Tensor, "*b j"],
+        *,
+        dtype: torch.dtype = torch.float32,
+        block: int | None = None,
+    ) -> tuple[XPosBlock, ...]:
+        """Splits queries in blocks and gives each its scales (arXiv 2212.10554, equation 13, up to the origin).
+
+        The queries are the last ``i`` of the ``j`` keys, as in causal attention with a cache.
+
+        Args:
+            query_positions: positions of the queries, ``(i,)`` or one row a batch element ``(b, i)``.
+            key_positions: positions of cached and new keys.
+            dtype: of queries and keys; scales are float64 if it is and float32 otherwise.
+            block: queries a block; by default 2 x ``scale_base`` (1,024) for float16 and 8 x (4,096) for other dtypes.
+        """
+        if block is None:
+            powers = XPOS_POWERS_HALF if dtype == torch.float16 else XPOS_POWERS
+            block = max(1, int(powers * self.scale_base))
+        i, j = query_positions.shape[-1], key_positions.shape[-1]
+        log_zeta = self._log_zeta(query_positions.device, dtype)
+        blocks = []
+        # One block needs no range, which would make torch.compile take the length for a constant.
+        for start in range(0, i, block) if i > block else (0,):
+            stop = start + block if start + block < i else i
+            key_stop = j - i + stop
+            origin = query_positions[..., start : start + 1]
+            # The only query of a block sits at the origin: its scale is one.
+            query_scale = None
+            if stop - start > 1:
+                query_scale = _scale(query_positions[..., start:stop] - origin, log_zeta)
+            key_scale = _scale(origin - key_positions[..., :key_stop], log_zeta)
+            blocks.append(XPosBlock(start, stop, key_stop, query_scale, key_scale))
+        return tuple(blocks)
+
+    def _inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        exponents = torch.arange(0, self.dim, 2, device=device, dtype=_angle_dtype(dtype)) / self.dim
+        return self.theta**-exponents
+
+    def _log_zeta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        even = torch.arange(0, self.dim, 2, device=device, dtype=_angle_dtype(dtype))
+        return ((even + 0.4 * self.dim) / (1.4 * self.dim)).log() / self.scale_base
+
+
+def _scale(distance: Tensor, log_zeta: Tensor) -> Tensor:
+    scale = (rearrange(distance, "... n -> ... n 1") * log_zeta).exp()
+    return torch.cat((scale, scale), dim=-1)
+
+
+def _angle_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""The training session and its parts: optimizer, schedule, metrics, run directory."""

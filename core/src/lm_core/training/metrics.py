@@ -1,0 +1,214 @@
+"""Metrics of a run: rows in ``metrics.jsonl``, a progress bar, trackers, and the curves drawn from the rows.
+
+A row is written and flushed at once, so a killed process loses none. A run that resumes at step N first drops the rows
+after N, which its killed predecessor may have written past its last checkpoint: no row is lost and none comes twice.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lm_core.checkpoints.atomic_io import fsync_path, write_file
+from lm_core.checks import typed
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line other than the last is no JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"got {type(row).__name__}")
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number}, is no row of metrics: {error}") from error
+        if line.endswith("\n"):
+            rows.append(row)
+    return rows
+
+
+def _number(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor) or hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN; a gap says the same
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"metric {name!r} must be a number or a string, got {type(value).__name__}")
+
+
+class MetricsLog:
+    """Writes rows of metrics.
+
+    Args:
+        path: of ``metrics.jsonl``.
+        resume_step: rows of later steps are dropped; -1 starts anew.
+        is_main: False makes everything a no-op, for processes other than the main one.
+        trackers: each with ``log(values, step=step)``, such as an ``accelerate.Accelerator`` or its trackers.
+        progress: a bar that shows the newest values, as ``progress_bar`` makes it.
+        shown: names of the values the bar shows.
+
+    Raises:
+        TypeError: a tracker has no ``log``.
+        ValueError: the existing file is damaged.
+    """
+
+    @typed
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume_step: int = -1,
+        is_main: bool = True,
+        trackers: Sequence[Any] = (),
+        progress: Any = None,
+        shown: Sequence[str] = ("loss",),
+    ) -> None:
+        for tracker in trackers:
+            if not callable(getattr(tracker, "log", None)):
+                raise TypeError(f"trackers must have log(values, step=...), got {type(tracker).__name__}")
+        self.path, self.is_main, self.trackers = Path(path), is_main, list(trackers)
+        self.progress, self.shown = progress, list(shown)
+        self._stream: TextIO | None = None
+        if is_main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                self._drop_after(resume_step)
+            self._stream = self.path.open("a", encoding="utf-8")
+
+    def _drop_after(self, step: int) -> None:
+        kept = [] if step < 0 else [row for row in read_metrics(self.path) if row.get("step", -1) <= step]
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> None:
+        """Writes one row.
+
+        Args:
+            step: number of updates done.
+            values: numbers, strings, or scalar tensors; one that is not finite becomes null.
+            more: further values.
+
+        Raises:
+            TypeError: a value is of another type, or is named "step".
+        """
+        if self._stream is None:
+            return
+        row = {name: _number(name, value) for name, value in {**(values or {}), **more}.items()}
+        if "step" in row:
+            raise TypeError("the name 'step' is taken by the number of updates")
+        self._stream.write(json.dumps({"step": step, **row}) + "\n")
+        self._stream.flush()
+        for tracker in self.trackers:
+            tracker.log(row, step=step)
+        if self.progress is not None:
+            visible = {name: row[name] for name in self.shown if name in row}
+            if visible:
+                self.progress.set_postfix(visible, refresh=False)
+
+    def sync(self) -> None:
+        """Forces the rows to the disk; before a checkpoint, so that a power failure keeps both or neither."""
+        if self._stream is not None:
+            fsync_path(self.path)
+
+    def close(self) -> None:
+        """Closes the file; later rows are ignored."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def progress_bar(total: int | None, *, initial: int = 0, description: str = "", is_main: bool = True) -> Any:
+    """A tqdm bar over updates, silent in other processes than the main one."""
+    return tqdm(total=total, initial=initial, desc=description, disable=not is_main, dynamic_ncols=True, unit="step")
+
+
+@typed
+def plot_curves(
+    metrics_path: str | Path, output: str | Path | None = None, *, names: Sequence[str] | None = None
+) -> Path:
+    """Draws the numbers of a ``metrics.jsonl`` over the steps, one panel for each group of names.
+
+    ``train_loss`` and ``validation_loss`` share a panel: the first word "train", "val", "valid", "validation" or
+    "eval" is left out when names are compared.
+
+    Args:
+        metrics_path: the rows.
+        output: a ``.png``; by default ``curves.png`` beside the rows.
+        names: which values; by default all that are numbers in at least two rows.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        FileNotFoundError: there are no metrics.
+        ValueError: there is nothing to draw, or a name is in no row.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('curves need the extra "plot": pip install "lm-core[plot]"') from error
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(metrics_path):
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    unknown = sorted(set(names or ()) - set(series))
+    if unknown:
+        raise ValueError(f"names must be in {metrics_path}, which has {sorted(series)}, got {unknown}")
+    chosen = list(names) if names is not None else [name for name in series if len(series[name][0]) > 1]
+    if not chosen:
+        raise ValueError(f"{metrics_path} has no numbers in two rows or more, there is no curve to draw")
+    panels: dict[str, list[str]] = {}
+    for name in chosen:
+        panels.setdefault(_panel_of(name), []).append(name)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)  # no global backend is touched, none needs a display
+    for number, (title, members) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        for name in members:
+            steps, values = series[name]
+            axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")
+        axes.set_title(title)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+        if len(members) > 1:
+            axes.legend()
+    target = Path(metrics_path).with_name("curves.png") if output is None else Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110, format="png")
+    return target
+
+
+def _panel_of(name: str) -> str:
+    words = name.replace("/", "_").split("_")
+    sides = {"train", "training", "val", "valid", "validation", "eval", "test"}
+    rest = [word for word in words if word not in sides]
+    return "_".join(rest) or name

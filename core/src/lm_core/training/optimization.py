@@ -1,0 +1,284 @@
+"""One optimizer update: which parameters decay, how the learning rate moves, clipping, and what to do with NaN.
+
+The schedule is a pure function of the number of updates done and is stepped once per update by the trainer. It is an
+object of our own because ``accelerate`` steps a prepared scheduler once per process.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lm_core.checks import typed
+from lm_core.distributed import any_rank
+
+NO_DECAY = ("bias", "norm", "embedding")
+
+
+def _kind_of(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    if name.endswith("bias"):
+        return "bias"
+    # a gain or scale outside a norm layer acts as one, also a number a head of shape (heads, 1, 1): decay would pull it
+    # to zero. A column is a matrix: a low-rank factor of rank 1.
+    number_each = parameter.ndim > 2 and parameter.shape[1:].numel() == 1
+    return "norm" if parameter.ndim < 2 or number_each else "weight"
+
+
+def optimizer_groups(
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.1,
+    no_decay: Collection[str] = NO_DECAY,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: matrices decay, norms, biases and embeddings do not.
+
+    The order is that of ``model.named_parameters()``, the same in every process. A parameter with several names (a
+    tied embedding) comes once; it is an embedding if any of its owners is one. Frozen parameters are left out.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of the first group; the second has 0.
+        no_decay: which kinds do not decay, out of "bias", "norm" (and any other gain or scale), "embedding".
+        parameters: only these of the model's parameters.
+
+    Raises:
+        ValueError: ``weight_decay`` is negative, a kind is unknown, or nothing is trainable.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+    unknown = sorted(set(no_decay) - set(NO_DECAY))
+    if unknown:
+        raise ValueError(f"no_decay must be out of {NO_DECAY}, got {unknown}")
+    wanted = None if parameters is None else {id(parameter) for parameter in parameters}
+    kinds: dict[int, set[str]] = {}
+    for owner in model.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            kinds.setdefault(id(parameter), set()).add(_kind_of(owner, name, parameter))
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for _, parameter in model.named_parameters():
+        if not parameter.requires_grad or (wanted is not None and id(parameter) not in wanted):
+            continue
+        (others if kinds[id(parameter)] & set(no_decay) else decayed).append(parameter)
+    if not decayed and not others:
+        raise ValueError(f"model must have trainable parameters, got a {type(model).__name__} with none")
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+@typed
+def learning_rate_scale(
+    step: int,
+    *,
+    kind: Literal["cosine", "linear", "constant"] = "cosine",
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    final_scale: float = 0.1,
+) -> float:
+    """Factor on the learning rate of update ``step`` (the first is 0).
+
+    It rises linearly to 1 over ``warmup_steps`` (the first update has 1 / warmup_steps, never 0), then falls along a
+    half cosine or a line to ``final_scale`` at ``total_steps`` and stays there; "constant" stays at 1.
+
+    Raises:
+        ValueError: a negative size, ``final_scale`` outside [0, 1], or no ``total_steps`` past the warmup for a
+            schedule that falls.
+    """
+    if step < 0 or warmup_steps < 0:
+        raise ValueError(f"step and warmup_steps must not be negative, got {step} and {warmup_steps}")
+    if not 0 <= final_scale <= 1:
+        raise ValueError(f"final_scale must be in [0, 1], got {final_scale}")
+    if kind != "constant" and (total_steps is None or total_steps <= warmup_steps):
+        raise ValueError(f"total_steps must be greater than warmup_steps = {warmup_steps}, got {total_steps}")
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if kind == "constant" or total_steps is None:
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    fall = progress if kind == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return 1.0 - (1.0 - final_scale) * fall
+
+
+class LearningRateSchedule:
+    """Sets the learning rates of an optimizer; ``step()`` goes after each update.
+
+    Args:
+        optimizer: anything with ``param_groups``; their learning rates now are the peaks.
+        kind: as for ``learning_rate_scale``.
+        warmup_steps: as for ``learning_rate_scale``.
+        total_steps: as for ``learning_rate_scale``.
+        final_scale: as for ``learning_rate_scale``.
+
+    Raises:
+        ValueError: as ``learning_rate_scale``.
+    """
+
+    @typed
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        kind: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        final_scale: float = 0.1,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "kind": kind,
+            "warmup_steps": warmup_steps,
+            "total_steps": total_steps,
+            "final_scale": final_scale,
+        }
+        learning_rate_scale(0, **self.settings)
+        self.optimizer = optimizer
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.steps_done = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        scale = learning_rate_scale(self.steps_done, **self.settings)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(peak * scale)  # a compiled or capturable optimizer keeps the tensor
+            else:
+                group["lr"] = peak * scale
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first group, for the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Tells that an update was made."""
+        self.steps_done += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of updates done; all else follows from the settings."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on at the update ``state`` was taken at; call it after the optimizer's own ``load_state_dict``.
+
+        Raises:
+            ValueError: the state is not of a schedule.
+        """
+        if set(state) != {"steps_done"}:
+            raise ValueError(f"state must have the key 'steps_done', got {sorted(state)}")
+        self.steps_done = int(state["steps_done"])
+        self._apply()
+
+
+def clip_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scales gradients so that their norm over all parameters is at most ``max_norm``.
+
+    Args:
+        parameters: with gradients; those without are left out.
+        max_norm: None only measures.
+
+    Returns:
+        The norm before, a scalar on the gradients' device.
+
+    Raises:
+        ValueError: ``max_norm`` is not positive.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be positive or None, got {max_norm}")
+    norm = torch.nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm)
+    full = getattr(norm, "full_tensor", None)  # sharded gradients give a sharded norm
+    return norm if full is None else full()
+
+
+@dataclass
+class NonFiniteGuard:
+    """Decides whether an update may be made: not if the loss or the gradient norm is infinite or NaN.
+
+    Every process has to ask at the same time: one process's NaN makes all of them skip.
+
+    Attributes:
+        max_consecutive: so many skipped updates in a row end the run.
+        skipped: updates skipped so far.
+        consecutive: of these, the ones since the last good update.
+    """
+
+    max_consecutive: int = 10
+    skipped: int = 0
+    consecutive: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_consecutive < 1:
+            raise ValueError(f"max_consecutive must be at least 1, got {self.max_consecutive}")
+
+    def allows(self, step: int, loss: "Tensor | float", grad_norm: "Tensor | float | None" = None) -> bool:
+        """Whether update ``step`` may be made.
+
+        Raises:
+            RuntimeError: ``max_consecutive`` updates in a row had to be skipped.
+        """
+        values = [loss] if grad_norm is None else [loss, grad_norm]
+        tensors = [torch.as_tensor(value).detach().float().mean() for value in values]
+        finite = torch.stack([torch.isfinite(tensor.to(tensors[0].device)) for tensor in tensors]).all()
+        if not any_rank(not bool(finite)):
+            self.consecutive = 0
+            return True
+        self.skipped += 1
+        self.consecutive += 1
+        if self.consecutive >= self.max_consecutive:
+            norm = "" if grad_norm is None else f", gradient norm {float(tensors[1])}"
+            raise RuntimeError(
+                f"the loss or the gradient was not finite in {self.consecutive} updates in a row, the last at step "
+                f"{step} (loss {float(tensors[0])}{norm}); lower the learning rate, clip gradients, or check the data"
+            )
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"skipped": self.skipped, "consecutive": self.consecutive}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on with the counts of ``state``."""
+        self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
+
+
+def finish_update(
+    number: int,
+    loss: "Tensor | float",
+    parameters: Iterable[Tensor],
+    *,
+    optimizer: torch.optim.Optimizer,
+    schedule: LearningRateSchedule,
+    guard: NonFiniteGuard,
+    max_grad_norm: float | None,
+) -> dict[str, float]:
+    """What every update ends with: clips the gradients, steps unless something is not finite, clears the gradients.
+
+    Args:
+        number: of this update, from 1.
+        loss: of all processes.
+        parameters: whose gradients are clipped together.
+        optimizer: of the run; a skipped update moves no weights.
+        schedule: of the run; a skipped update leaves the learning rate where it is.
+        guard: of the run; decides what is skipped, and counts it.
+        max_grad_norm: None only measures.
+
+    Returns:
+        For the metrics: ``learning_rate`` of this update, ``grad_norm`` before clipping, updates ``skipped`` so far.
+
+    Raises:
+        RuntimeError: too many updates in a row had to be skipped.
+    """
+    learning_rate = schedule.learning_rate
+    norm = clip_global_norm(parameters, max_grad_norm)
+    if guard.allows(number, loss, norm):
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    return {"learning_rate": learning_rate, "grad_norm": float(norm), "skipped": guard.skipped}

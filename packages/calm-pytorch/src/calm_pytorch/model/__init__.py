@@ -1,0 +1,1 @@
+"""Composition of a frozen anchor with frozen augments."""

@@ -1,0 +1,100 @@
+"""The learned part of a composition as a folder: safetensors, the wiring in its metadata, a manifest.
+
+Loading is strict: an adapter of another wiring, or of models of other widths, is refused, and what differs is named.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lm_core.checkpoints.atomic_io import new_directory, remove_directory
+from lm_core.checkpoints.manifest import CheckpointError, verify_manifest, write_manifest
+from lm_core.checkpoints.weights import load_weights, read_weights
+
+ADAPTER_FILE = "adapter.safetensors"
+METADATA_KEY = "calm_pytorch"
+
+
+def wiring(calm: Any) -> dict[str, Any]:
+    """What an adapter's weights depend on, in JSON: connections, positions, widths, attention options."""
+    return {
+        "connections": [[list(pair) for pair in pairs] for pairs in calm.connections],
+        "shared_sequence": [augment.shared_sequence for augment in calm.augments],
+        "anchor_hidden_position": [
+            [calm.anchor_positions[anchor_layer - 1] for _, anchor_layer in pairs] for pairs in calm.connections
+        ],
+        "augment_hidden_position": [
+            [augment.position_of(augment_layer) for augment_layer, _ in augment.connections]
+            for augment in calm.augments
+        ],
+        "anchor_dims": [[calm.anchor_dims[anchor_layer - 1] for _, anchor_layer in p] for p in calm.connections],
+        "augment_dims": [
+            [augment.dims[augment_layer - 1] for augment_layer, _ in augment.connections] for augment in calm.augments
+        ],
+        "attn_kwargs": json.loads(json.dumps(calm.attn_kwargs, default=str, sort_keys=True)),
+    }
+
+
+def check_wiring(calm: Any, stored: dict[str, Any], where: str) -> None:
+    """Raises ``CheckpointError`` naming the entries in which a stored wiring is not that of ``calm``."""
+    own = wiring(calm)
+    differing = [f"{name} is {own[name]}, but was {stored.get(name)}" for name in own if own[name] != stored.get(name)]
+    if differing:
+        raise CheckpointError(f"{where} is an adapter of another wiring: {'; '.join(differing)}")
+
+
+def save_adapter(calm: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
+    """Writes the cross-attentions into a folder that is there whole or not at all.
+
+    Args:
+        calm: the composition.
+        directory: a new or empty folder; with ``overwrite`` also one that holds an adapter.
+        overwrite: whether an adapter may be replaced.
+
+    Raises:
+        FileExistsError: there is something that may not be replaced.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"directory must be a folder, got the file {target}")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not (overwrite and (target / ADAPTER_FILE).is_file()):
+        raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
+    state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in calm.cross_attns.state_dict().items()}
+    if occupied:
+        remove_directory(target)
+    with new_directory(target) as temporary:
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({"format_version": 1, **wiring(calm)})}
+        save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
+        write_manifest(temporary)
+    return target
+
+
+def load_adapter(calm: Any, directory: str | Path) -> None:
+    """Loads the cross-attentions of a composition; it stays as it was if anything does not fit.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        CheckpointError: it is damaged, of another wiring, or keys or shapes differ; they are named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(directory)
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"directory must hold {ADAPTER_FILE}, got {folder}")
+    verify_manifest(folder)
+    try:
+        with safe_open(file, framework="pt") as stream:
+            stored = json.loads((stream.metadata() or {}).get(METADATA_KEY, "null"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{file} has no wiring of a composition in its metadata")
+    check_wiring(calm, stored, str(folder))
+    load_weights(calm.cross_attns, read_weights(file), where=str(folder))

@@ -1,0 +1,371 @@
+"""CALM, Composition to Augment Language Models (arXiv 2401.02412): a frozen anchor reads frozen augments.
+
+A few cross-attentions between layers of the augments and layers of the anchor are the only weights that are trained.
+An augment reads a prompt of its own once (the original implementation's way), or the anchor's own growing sequence (the
+paper's), in which case position t of the anchor sees positions up to t of the augment and no later one.
+
+Nothing is attached to the models outside a forward of the composition: hooks live as long as the call.
+
+Legend: b batch, n sequence, m prompt positions, v vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from calm_pytorch.model import adapter_files
+from calm_pytorch.model.anchor import Anchor
+from calm_pytorch.model.augment import Augment, AugmentParams, device_of
+from calm_pytorch.model.blocks import BlocksFunction, attention_heads, freeze_all_layers_
+from calm_pytorch.model.composed_lm import AugmentStates, ComposedLM, anchor_start, compose
+from calm_pytorch.model.cross_attention import CrossAttentionBlock
+from calm_pytorch.model.description import describe
+from calm_pytorch.model.hooks import HiddenPosition, unchanged_buffers
+from calm_pytorch.model.inputs import IGNORED, each_augment, generation_inputs, labels_of, real_tokens
+from lm_core.checks import check_ids, typed
+from lm_core.generation.decoding import eval_mode
+from lm_core.generation.generate import sample
+from lm_core.generation.sampling import top_p
+from lm_core.losses.losses import linear_cross_entropy
+
+
+class CALM(nn.Module):
+    """An anchor language model composed with augments.
+
+    Args:
+        anchor_llm: a Hugging Face causal language model, an x-transformers decoder, or any causal module from ids to
+            logits. Its parameters are frozen.
+        augment_llms: the models it reads, and how.
+        attn_kwargs: of ``CrossAttentionBlock``; what is not given keeps its default (projection, RMSNorm, flash, and
+            the anchor's heads).
+        anchor_extract_blocks_fn: a function from the anchor to its blocks.
+        anchor_transformer_blocks: the anchor's blocks, modules or names, in any order; or the name of a container.
+        anchor_hidden_position: whether the stream is changed behind a block or before it; one for all, or one each.
+        pad_id: marks padding in sequences and prompts; no model sees it.
+
+    Attributes:
+        cross_attns: the learned part, for each augment one ``CrossAttentionBlock`` for each connection.
+        connections: for each augment its 1-indexed ``(augment_layer, anchor_layer)`` pairs.
+        gradient_checkpointing: whether the anchor's blocks compute their activations again in the backward pass.
+
+    Raises:
+        ValueError: blocks, connections or positions do not fit the models, or models are on different devices.
+        TypeError: the anchor is no causal language model, or an argument has another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        anchor_llm: nn.Module,
+        augment_llms: AugmentParams | Sequence[AugmentParams],
+        *,
+        attn_kwargs: dict[str, Any] | None = None,
+        anchor_extract_blocks_fn: BlocksFunction | None = None,
+        anchor_transformer_blocks: str | Sequence[nn.Module | str] | None = None,
+        anchor_hidden_position: HiddenPosition | Sequence[HiddenPosition] = "output",
+        pad_id: int = -1,
+    ) -> None:
+        super().__init__()
+        params = [augment_llms] if isinstance(augment_llms, AugmentParams) else list(augment_llms)
+        if not params:
+            raise ValueError("augment_llms must hold at least one AugmentParams, got none")
+        devices = [device_of(anchor_llm), *(device_of(one.model) for one in params)]
+        if len(set(devices)) > 1:
+            raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
+        self.pad_id = pad_id
+        self.gradient_checkpointing = False
+        # not a module, so that the anchor is registered once, under its own name
+        self._reader = Anchor(
+            anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
+        )
+        dims, depth = self._reader.dims, len(self._reader.blocks)
+        modules = [Augment(one, number, depth) for number, one in enumerate(params)]
+        self.connections = [augment.connections for augment in modules]
+        self.anchor_layers = sorted({anchor_layer for pairs in self.connections for _, anchor_layer in pairs})
+        options: dict[str, Any] = {"flash": True}
+        heads = attention_heads(anchor_llm)
+        if heads is not None:
+            options |= {"heads": heads[0], "dim_head": heads[1]}
+        options |= attn_kwargs or {}
+        for pairs in self.connections:
+            for _, anchor_layer in pairs:
+                if dims[anchor_layer - 1] < 1:
+                    raise ValueError(f"anchor: layer {anchor_layer} has no features")
+        self.attn_kwargs = options
+        self.anchor_llm = anchor_llm
+        self.augment_llms = nn.ModuleList(one.model for one in params)
+        self._augments = tuple(modules)
+        self.cross_attns = nn.ModuleList(
+            nn.ModuleList(
+                CrossAttentionBlock(dim=dims[anchor_layer - 1], dim_context=augment.dims[augment_layer - 1], **options)
+                for augment_layer, anchor_layer in augment.connections
+            )
+            for augment in modules
+        ).to(devices[0])
+        freeze_all_layers_(self.anchor_llm)
+        freeze_all_layers_(self.augment_llms)
+
+    # ----------------------------------------------------------------------------------------------------- the parts
+
+    @property
+    def anchor(self) -> Any:
+        """The anchor in the protocol of ``lm_core.generation.generate.CausalLM``."""
+        return self._reader.language_model
+
+    @property
+    def anchor_blocks(self) -> tuple[nn.Module, ...]:
+        """Where the anchor's stream can be changed, in the order they run in."""
+        return self._reader.blocks
+
+    @property
+    def anchor_positions(self) -> tuple[HiddenPosition, ...]:
+        """Of each of these, whether it is changed behind it or before it."""
+        return self._reader.positions
+
+    @property
+    def anchor_dims(self) -> tuple[int, ...]:
+        """Features at each of them."""
+        return self._reader.dims
+
+    @property
+    def augments(self) -> tuple[Augment, ...]:
+        """The reading side of each augment."""
+        return self._augments
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether generation uses caches; otherwise every token runs over the whole sequence."""
+        return self._reader.caches and all(augment.can_decode for augment in self.augments)
+
+    def recomputed_parts(self) -> list[nn.Module]:
+        """The anchor's modules that gradient checkpointing computes again."""
+        return self._reader.recomputed(self.anchor_llm, self.anchor_layers[0])
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What is learned: the parameters of the cross-attentions."""
+        return self.cross_attns.parameters()
+
+    def as_causal_lm(self) -> ComposedLM:
+        """This composition for ``lm_core.generate`` and its like."""
+        return ComposedLM(self)
+
+    def describe(self) -> str:
+        """The wiring and the share of added parameters, as text."""
+        return describe(self)
+
+    @typed
+    def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the learned part and the wiring into a folder; see ``adapter_files.save_adapter``."""
+        return adapter_files.save_adapter(self, directory, overwrite=overwrite)
+
+    @typed
+    def load_adapter(self, directory: str | Path) -> None:
+        """Loads the learned part, strictly; see ``adapter_files.load_adapter``."""
+        adapter_files.load_adapter(self, directory)
+
+    # --------------------------------------------------------------------------------------------------- reading, loss
+
+    @typed
+    def augment_states(
+        self,
+        prompt: Tensor | Sequence[Tensor | None] | None,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        seq: Int[Tensor, "b n"] | None = None,
+    ) -> AugmentStates:
+        """Hidden states of prompts, to be given to ``forward`` any number of times.
+
+        Args:
+            prompt: as for ``forward``.
+            prompt_mask: as for ``forward``.
+            seq: the tokens whose loss is wanted, if what the frozen anchor makes of them up to its first connection is
+                to be kept too. It is where the anchor is a plain x-transformers decoder that drops nothing there.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        count = len(self.augments)
+        states = self.read_prompts(
+            each_augment(prompt, self.augments, "prompt"),
+            each_augment(prompt_mask, self.augments, "prompt_mask") if prompt_mask is not None else [None] * count,
+        )
+        return states if seq is None else replace(states, anchor=anchor_start(self, self.tokens_read(seq)))
+
+    def tokens_read(self, seq: Int[Tensor, "b n"]) -> Int[Tensor, "b n1"]:
+        """What the anchor reads where a loss is taken: all tokens but the last, 0 at padding."""
+        real = real_tokens(seq, None, self.pad_id)
+        return (seq if real is None else seq.masked_fill(~real, 0))[:, :-1]
+
+    def read_prompts(self, prompts: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> AugmentStates:
+        """``augment_states`` of one prompt and mask for each augment, None for those that share the sequence."""
+        hiddens: list[tuple[Tensor, ...]] = []
+        kept: list[Tensor | None] = []
+        for augment, prompt, mask in zip(self.augments, prompts, masks, strict=True):
+            if augment.shared_sequence:
+                if prompt is not None:
+                    raise ValueError(f"{augment.name} reads the anchor's sequence: its prompt must be None")
+                hiddens.append(())
+                kept.append(None)
+                continue
+            if prompt is None:
+                raise ValueError(f"{augment.name} reads a prompt: prompt must be given, got None")
+            read, real = augment.read(prompt, real_tokens(prompt, mask, self.pad_id))
+            hiddens.append(read)
+            kept.append(real)
+        return AugmentStates(tuple(hiddens), tuple(kept))
+
+    @typed
+    def forward(
+        self,
+        seq: Int[Tensor, "b n"],
+        *,
+        prompt: Tensor | Sequence[Tensor | None] | None = None,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        mask: Tensor | None = None,
+        return_loss: bool = True,
+        anchor_llm_in_train_mode: bool = True,
+        alignment: Tensor | Sequence[Tensor | None] | None = None,
+        augment_states: AugmentStates | None = None,
+        reduction: str = "mean",
+    ) -> Float[Tensor, "..."]:
+        """The mean cross-entropy of next tokens, or the logits.
+
+        Args:
+            seq: token ids; ``pad_id`` marks padding.
+            prompt: what the augments read, one for all that read prompts, or one for each augment (None for those
+                that share the sequence): ids ``(b, m)``, or floating point ``(b, *input_shape)``.
+            prompt_mask: True at real positions of a prompt; by default where ids are not ``pad_id``.
+            mask: ``(b, n)``, True at tokens that count in the loss; the others are read all the same.
+            return_loss: False returns logits ``(b, n, v)``.
+            anchor_llm_in_train_mode: False keeps the anchor in evaluation mode while the composition trains.
+            alignment: ``(b, n, m)``, True where an anchor position may look (``align_by_offsets``); one for all
+                augments, or one each.
+            augment_states: of ``augment_states``, instead of ``prompt``.
+            reduction: of the loss, "mean" or "sum".
+
+        Raises:
+            ValueError: a shape, a number of prompts, or an id does not fit; it is named.
+            TypeError: ids are not integers, or a mask is not boolean.
+        """
+        b, n = seq.shape
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        if return_loss and n < 2:
+            raise ValueError(f"seq must hold at least 2 tokens a row for a loss, got shape {tuple(seq.shape)}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != seq.shape):
+            raise ValueError(f"mask must be boolean of shape {(b, n)}, got {mask.dtype} of {tuple(mask.shape)}")
+        real = real_tokens(seq, None, self.pad_id)
+        vocab_size = getattr(self.anchor, "vocab_size", None)
+        if vocab_size is not None and seq.device.type == "cpu":
+            check_ids(seq if real is None else seq.masked_fill(~real, 0), vocab_size, "seq")
+        if augment_states is not None and (prompt is not None or prompt_mask is not None):
+            raise ValueError("give prompt or augment_states, not both")
+        states = self.augment_states(prompt, prompt_mask) if augment_states is None else augment_states
+        for augment, hiddens in zip(self.augments, states.hiddens, strict=True):
+            if hiddens and hiddens[0].shape[0] != b:
+                raise ValueError(f"{augment.name}: prompt must have {b} rows, as seq has, got {hiddens[0].shape[0]}")
+        pairs = self._alignment(alignment, states, b, n)
+        inputs, labels = seq, None
+        if return_loss:
+            inputs, labels = seq[:, :-1], labels_of(seq, mask, self.pad_id)
+            real = None if real is None else real[:, :-1]
+            pairs = [None if one is None else one[:, :-1] for one in pairs]
+        with contextlib.ExitStack() as stack:
+            if not anchor_llm_in_train_mode:
+                stack.enter_context(eval_mode(self.anchor_llm))
+            stack.enter_context(unchanged_buffers(self.anchor_llm))
+            through_hidden = labels is not None and hasattr(self.anchor, "hidden")
+            out = compose(self, inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
+        if labels is None:
+            return out
+        if through_hidden:
+            weight = self.anchor.output_weight
+            total = linear_cross_entropy(out, weight, labels, ignore_index=IGNORED, reduction="sum")
+        else:
+            logits = rearrange(out, "b n v -> (b n) v").float()
+            total = F.cross_entropy(logits, rearrange(labels, "b n -> (b n)"), ignore_index=IGNORED, reduction="sum")
+        return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
+
+    def _alignment(self, alignment: Any, states: AugmentStates, b: int, n: int) -> list[Tensor | None]:
+        if alignment is None:
+            return [None] * len(self.augments)
+        each = each_augment(alignment, self.augments, "alignment")
+        for augment, pairs, hiddens in zip(self.augments, each, states.hiddens, strict=True):
+            if pairs is None:
+                continue
+            if augment.shared_sequence:
+                raise ValueError(f"{augment.name} shares the anchor's sequence: its alignment must be None")
+            expected = (b, n, hiddens[0].shape[1])
+            if pairs.dtype != torch.bool or tuple(pairs.shape) != expected:
+                raise ValueError(
+                    f"alignment must be boolean of shape {expected}, got {pairs.dtype} of {tuple(pairs.shape)}"
+                )
+        return each
+
+    @torch.no_grad()
+    @typed
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor | None],
+        seq_len: int,
+        prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
+        filter_fn: Callable[..., Tensor] | None = top_p,
+        filter_kwargs: dict[str, Any] | None = None,
+        *,
+        anchor_prompt: Tensor | None = None,
+        temperature: float = 1.0,
+        eos_id: int | Sequence[int] | None = None,
+        pad_id: int | None = None,
+        output_keep_prompt: bool = False,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Int[Tensor, "b n"]:
+        """Continues prompts.
+
+        Args:
+            prompt: as for ``forward``; rows of different lengths are padded with ``pad_id`` or told by ``prompt_mask``.
+            seq_len: length of the longest row, prompt included.
+            prompt_mask: True at real positions.
+            filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+            filter_kwargs: ``thres=0.9`` by default.
+            anchor_prompt: ids ``(b, n)`` the anchor continues, padded with ``pad_id``; by default the first prompt of
+                token ids.
+            temperature: 0 takes the most likely token.
+            eos_id: token or tokens that end a row.
+            pad_id: written behind the end of a row; by default this model's.
+            output_keep_prompt: whether rows begin with their prompt.
+            use_cache: False runs over the whole sequence for each token.
+            generator: source of randomness.
+            **kwargs: further arguments of ``lm_core.generate``.
+
+        Returns:
+            Right-padded ids.
+
+        Raises:
+            ValueError: as ``forward`` and ``lm_core.sample``.
+        """
+        rows, inputs = generation_inputs(self, prompt, prompt_mask, anchor_prompt)
+        return sample(
+            self.as_causal_lm(),
+            rows,
+            seq_len,
+            temperature=temperature,
+            filter_fn=filter_fn,
+            filter_kwargs=filter_kwargs,
+            pad_id=self.pad_id if pad_id is None else pad_id,
+            eos_id=eos_id,
+            output_keep_prompt=output_keep_prompt,
+            use_cache=use_cache,
+            generator=generator,
+            **inputs,
+            **kwargs,
+        )

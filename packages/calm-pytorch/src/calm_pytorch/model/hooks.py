@@ -1,0 +1,358 @@
+"""Reading and changing the hidden states of blocks through hooks that live only as long as one ``with`` block.
+
+Block outputs may be tensors, tuples, dataclasses or dicts: the hidden state is the first tensor in them, and what
+replaces it goes back into an object of the same type.
+
+Legend: b batch, n sequence, d feature.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lm_core.adapters.huggingface import undisturbed
+from lm_core.checks import typed
+
+HiddenPosition = Literal["input", "output"]
+Change = Callable[[Tensor], Tensor]
+_CHECKPOINT = partial(checkpoint, use_reentrant=False)
+
+
+class _EnoughRead(BaseException):
+    """Leaves a model's forward once its last wanted block has run; no ``except Exception`` of a model catches it."""
+
+
+def hidden_of(value: Any, where: str) -> Tensor:
+    """The first tensor in a block's output or arguments.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(value, Tensor):
+        return value
+    entries: Sequence[Any] = ()
+    if isinstance(value, Mapping):
+        entries = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        entries = value
+    elif dataclasses.is_dataclass(value):
+        entries = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            return entry
+    raise TypeError(f"{where} must give a tensor, or begin with one, got {type(value).__name__}")
+
+
+def is_heard(module: Any) -> bool:
+    """Whether something is attached to a module that a call of it would run."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def with_hidden(value: Any, hidden: Tensor) -> Any:
+    """``value`` with its first tensor replaced, in an object of the same type; ``value`` itself is not changed."""
+    if isinstance(value, Tensor):
+        return hidden
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = next(f.name for f in dataclasses.fields(value) if isinstance(getattr(value, f.name), Tensor))
+        return dataclasses.replace(value, **{name: hidden})
+    if isinstance(value, Mapping):
+        name = next(key for key, entry in value.items() if isinstance(entry, Tensor))
+        changed: Any = {**value, name: hidden}
+        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+    place = next(i for i, entry in enumerate(value) if isinstance(entry, Tensor))
+    entries = [hidden if i == place else entry for i, entry in enumerate(value)]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*entries)
+    return type(value)(entries)
+
+
+def _with_hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, dict[str, Any]]:
+    if any(isinstance(argument, Tensor) for argument in args):
+        return with_hidden(args, hidden), kwargs
+    return args, with_hidden(kwargs, hidden)
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
+    has_tensor = any(isinstance(argument, Tensor) for argument in args)
+    return hidden_of(args if has_tensor else kwargs, where)
+
+
+@contextlib.contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def visiting(
+    blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], visit: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Calls ``visit(index, hidden)`` whenever a block runs; what the blocks compute is not changed."""
+    with _hooks() as handles:
+        for index, (block, position) in enumerate(zip(blocks, positions, strict=True)):
+            if position == "input":
+
+                def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                    visit(index, _input_of(args, kwargs, f"the input of block {index + 1}"))
+
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+                    visit(index, hidden_of(output, f"the output of block {index + 1}"))
+
+                handles.append(block.register_forward_hook(after))
+        yield
+
+
+def read_hiddens(
+    run: Callable[[], Any],
+    blocks: Sequence[nn.Module],
+    positions: Sequence[HiddenPosition],
+    *,
+    where: str,
+    stop_early: bool = False,
+) -> list[Tensor]:
+    """What ``run()`` makes of the hidden states at ``blocks``, detached.
+
+    Args:
+        run: calls the model.
+        blocks: in the order they run in.
+        positions: of each block.
+        where: names the model in errors.
+        stop_early: leaves the model once the last block has been read.
+
+    Raises:
+        RuntimeError: a block did not run, or ran more than once.
+    """
+    found: dict[int, Tensor] = {}
+
+    def visit(index: int, hidden: Tensor) -> None:
+        if index in found:
+            raise RuntimeError(f"{where}: block {index + 1} ran more than once in one forward")
+        found[index] = hidden.detach()
+        if stop_early and len(found) == len(blocks):
+            raise _EnoughRead
+
+    with visiting(blocks, positions, visit), contextlib.suppress(_EnoughRead):
+        run()
+    missing = [index + 1 for index in range(len(blocks)) if index not in found]
+    if missing:
+        raise RuntimeError(f"{where}: blocks {missing} did not run")
+    return [found[index] for index in range(len(blocks))]
+
+
+def running_order(
+    run: Callable[[], Any],
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    positions: Sequence[HiddenPosition],
+    where: str,
+) -> list[int]:
+    """Indices of ``blocks`` in the order in which they run; the model stays undisturbed.
+
+    Raises:
+        ValueError: a block does not run, or runs more than once.
+    """
+    order: list[int] = []
+    with undisturbed(model), visiting(blocks, positions, lambda index, hidden: order.append(index)):
+        run()
+    silent = sorted(set(range(len(blocks))) - set(order))
+    if silent:
+        raise ValueError(f"{where}: blocks {[i + 1 for i in silent]} do not run in a forward of the model")
+    if len(order) > len(blocks):
+        repeated = sorted({i + 1 for i in order if order.count(i) > 1})
+        raise ValueError(f"{where}: blocks {repeated} run more than once in a forward, give blocks that run once")
+    return order
+
+
+@contextlib.contextmanager
+def changing(
+    blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], changes: Sequence[Change], *, where: str
+) -> Iterator[None]:
+    """Inside, the hidden state at each block is replaced by ``change(hidden)``; each block must run exactly once.
+
+    Raises:
+        RuntimeError: (on leaving) a block did not run, or (when it happens) runs a second time.
+    """
+    counts = [0] * len(blocks)
+
+    def count(index: int) -> None:
+        counts[index] += 1
+        if counts[index] > 1:
+            raise RuntimeError(f"{where}: block {index + 1} ran more than once in one forward")
+
+    with _hooks() as handles:
+        for index, (block, position, change) in enumerate(zip(blocks, positions, changes, strict=True)):
+            if position == "input":
+
+                def before(
+                    module: nn.Module, args: Any, kwargs: Any, index: int = index, change: Change = change
+                ) -> Any:
+                    count(index)
+                    hidden = _input_of(args, kwargs, f"{where}: the input of block {index + 1}")
+                    return _with_hidden_input(args, kwargs, change(hidden))
+
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+
+                def after(
+                    module: nn.Module, args: Any, output: Any, index: int = index, change: Change = change
+                ) -> Any:
+                    count(index)
+                    hidden = hidden_of(output, f"{where}: the output of block {index + 1}")
+                    return with_hidden(output, change(hidden))
+
+                handles.append(block.register_forward_hook(after))
+        yield
+    missing = [index + 1 for index, number in enumerate(counts) if number == 0]
+    if missing:
+        raise RuntimeError(f"{where}: blocks {missing} did not run, so nothing could be composed there")
+
+
+@contextlib.contextmanager
+def checkpointing(blocks: Sequence[nn.Module], how: Callable[..., Any] = _CHECKPOINT) -> Iterator[None]:
+    """Inside, each block keeps only its input for the backward pass and computes the rest again.
+
+    The block's own ``forward`` is what runs a second time, not the call with its hooks: what a hook adds is outside,
+    and the second run, long after the hooks are gone, computes the same.
+
+    Args:
+        blocks: to be computed again.
+        how: ``how(function, *args)`` calls the function and arranges for its second run.
+    """
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for block in blocks:
+            own = block.__dict__.get("forward")
+            original = block.forward
+
+            def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                return how(partial(original, **kwargs), *args)
+
+            forward.recomputes = True  # type: ignore[attr-defined]
+            replaced.append((block, own))
+            block.__dict__["forward"] = forward
+        yield
+    finally:
+        for block, own in reversed(replaced):
+            if own is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = own
+
+
+@contextlib.contextmanager
+def hooks_outside_checkpoints(model: nn.Module) -> Iterator[None]:
+    """Inside, a Hugging Face model with activation checkpointing of its own computes again as ``checkpointing`` does.
+
+    In releases up to 5.17 at least it hands a block's whole call to the checkpoint, hooks included, and these are gone
+    when the backward pass runs it again. Later ones (5.23) hand over the forward alone and are left as they are.
+    """
+    name = "_gradient_checkpointing_func"
+    replaced = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+
+    def handing_over_the_forward(how: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+            block = getattr(getattr(function, "func", function), "__self__", None)
+            if not isinstance(block, nn.Module):
+                return how(function, *args, **kwargs)
+            with checkpointing([block], how):
+                return function(*args, **kwargs)
+
+        return run
+
+    try:
+        for module, how in replaced:
+            vars(module)[name] = handing_over_the_forward(how)
+        yield
+    finally:
+        for module, how in replaced:
+            vars(module)[name] = how
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether the module is inside ``checkpointing``."""
+    return getattr(module.__dict__.get("forward"), "recomputes", False)
+
+
+@contextlib.contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers of ``model`` are on leaving what they were: a frozen model's statistics do not follow the batches."""
+    if not model.training and not any(module.training for module in model.modules()):
+        yield
+        return
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if module.training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in kept:
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+class ExtractHiddensWrapper(nn.Module):
+    """A model that returns the hidden states of its blocks instead of its output.
+
+    Args:
+        model: the model.
+        blocks: in the order they run in.
+        hidden_positions: one for all, or one each.
+
+    Raises:
+        ValueError: there are no blocks, or another number of positions.
+    """
+
+    @typed
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        hidden_positions: HiddenPosition | Sequence[HiddenPosition] = "output",
+    ) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks must hold at least one module, got none")
+        self.model = model
+        self.hidden_positions = one_each(hidden_positions, len(blocks), "hidden_positions")
+        # a tuple keeps the blocks out of this module's parameters, which are the model's
+        self.blocks = tuple(blocks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Calls the model; hidden states ``(b, n, d)``, detached, one for each block."""
+        where = type(self.model).__name__
+        return read_hiddens(lambda: self.model(*args, **kwargs), self.blocks, self.hidden_positions, where=where)
+
+
+def one_each(positions: Any, count: int, name: str) -> tuple[HiddenPosition, ...]:
+    """``positions`` for each of ``count`` blocks.
+
+    Raises:
+        ValueError: another number of them, or one is neither "input" nor "output".
+    """
+    each: tuple[Any, ...] = (positions,) * count if isinstance(positions, str) else tuple(positions)
+    if len(each) != count:
+        raise ValueError(f"{name} must be one for all blocks or one for each of {count}, got {len(each)}")
+    for position in each:
+        if position not in ("input", "output"):
+            raise ValueError(f"{name} must be 'input' or 'output', got {position!r}")
+    return each

@@ -1,0 +1,1 @@
+"""The key-value arithmetic task of the quickstart."""

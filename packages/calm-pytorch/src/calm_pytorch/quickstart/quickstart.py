@@ -1,0 +1,288 @@
+"""The quickstart: two tiny models trained on the spot, composed, and asked what neither of them knows.
+
+Three baselines run the same way: the anchor alone, a composition with an augment that was never trained, and LoRA on
+the anchor with as many parameters as the composition learns.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calm_pytorch.model.augment import AugmentParams
+from calm_pytorch.model.blocks import hugging_face_blocks, x_transformer_blocks
+from calm_pytorch.model.calm import CALM
+from calm_pytorch.quickstart.attention_picture import draw_attention
+from calm_pytorch.quickstart.kv_arithmetic import (
+    KeyValueTask,
+    accuracy,
+    logits_of,
+    small_decoder,
+    token_name,
+    train_alone,
+)
+from calm_pytorch.quickstart.low_rank import add_low_rank_, rank_for
+from lm_core.checkpoints.checkpoint import save_checkpoint
+from lm_core.checks import check_positive, typed
+from lm_core.rng import seed_everything
+from lm_core.training.metrics import MetricsLog, progress_bar
+from lm_core.training.optimization import LearningRateSchedule, clip_global_norm
+
+ASKED = 2000  # expressions an accuracy is measured over
+CHECKED = 500  # expressions of the accuracies that are logged on the way
+OUTPUT_LAYER = ("to_logits", "lm_head")
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class QuickstartSettings:
+    """The key-value arithmetic task: how long each part trains.
+
+    Args:
+        augment_steps: updates of the augment on keys and values.
+        anchor_steps: updates of the anchor on numbers.
+        max_steps: updates of what is learned on top.
+        batch_size: expressions an update.
+        learning_rate: of what is learned on top, at its peak.
+        keys_share: the part of the rows of an update that are over keys; the others are over numbers.
+        dim: features of both models.
+        reads: "sequence" lets the augment read the anchor's own expression as it grows, "prompt" reads it whole first.
+        connect: "embedding" reads the augment's last layer from the embedding on, "layers" layer by layer.
+        connections: how many, 1 to 4.
+        learner: what is trained on the expressions: "composition", "random-augment" (a composition whose augment knows
+            nothing), or "low-rank" (LoRA on the anchor, of as many parameters).
+        models: of which library both are; "mixed" is an anchor of x-transformers and an augment of Hugging Face.
+        seed: of weights, keys and expressions.
+    """
+
+    augment_steps: int = 600
+    anchor_steps: int = 500
+    max_steps: int = 600
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    keys_share: float = 0.75
+    dim: int = 64
+    reads: Literal["sequence", "prompt"] = "sequence"
+    connect: Literal["embedding", "layers"] = "embedding"
+    connections: int = 4
+    learner: Literal["composition", "random-augment", "low-rank"] = "composition"
+    models: Literal["x-transformers", "hugging-face", "mixed"] = "x-transformers"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("augment_steps", "anchor_steps", "max_steps", "batch_size", "dim"):
+            check_positive(getattr(self, name), name)
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate}")
+        if not 0 < self.keys_share <= 1:
+            raise ValueError(f"keys_share must be in (0, 1], got {self.keys_share}")
+        if not 1 <= self.connections <= 4:
+            raise ValueError(f"connections must be in [1, 4], got {self.connections}")
+        if self.dim % 4:
+            raise ValueError(f"dim must be a multiple of the 4 heads, got {self.dim}")
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """Accuracies, each over 2,000 expressions.
+
+    Attributes:
+        held_out: over keys that training on expressions never showed.
+        trained_keys: over the keys it did show.
+        anchor_alone: of the anchor as it was, over held-out keys.
+        numbers_before: of the anchor as it was, over numbers.
+        numbers_after: of what was learned, over numbers.
+        learned: parameters that were trained on expressions.
+        seconds: of the whole run.
+    """
+
+    held_out: float
+    trained_keys: float
+    anchor_alone: float
+    numbers_before: float
+    numbers_after: float
+    learned: int
+    seconds: float
+
+
+def small_models(task: KeyValueTask, settings: QuickstartSettings) -> tuple[nn.Module, nn.Module]:
+    """An anchor that computes and an augment that knows the keys."""
+    seed_everything(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    of_augment: Any = "hugging-face" if settings.models == "mixed" else settings.models
+    of_anchor: Any = "x-transformers" if settings.models == "mixed" else settings.models
+    augment = small_decoder(task, dim=settings.dim, library=of_augment)
+    anchor = small_decoder(task, dim=settings.dim, library=of_anchor)
+    if settings.learner == "composition":
+        with progress_bar(settings.augment_steps, description="augment: keys") as bar:
+            train_alone(
+                augment,
+                lambda step: task.pairs(64, 4, generator),
+                steps=settings.augment_steps,
+                learning_rate=2e-3,
+                every_other=True,
+                progress=bar,
+            )
+    with progress_bar(settings.anchor_steps, description="anchor: numbers") as bar:
+        train_alone(
+            anchor,
+            lambda step: task.expressions(256, generator),
+            steps=settings.anchor_steps,
+            learning_rate=1e-3,
+            progress=bar,
+        )
+    return anchor, augment.eval()
+
+
+def compose_small(anchor: Any, augment: Any, settings: QuickstartSettings) -> CALM:
+    """The composition of the two."""
+    count, shared = settings.connections, settings.reads == "sequence"
+    if settings.connect == "layers":
+        pairs = [(layer, layer) for layer in range(5 - count, 5)]
+        return CALM(anchor, AugmentParams(augment, connections=pairs, shared_sequence=shared))
+    params = AugmentParams(augment, connections=[(4, i) for i in range(1, count + 1)], shared_sequence=shared)
+    return CALM(anchor, params, anchor_transformer_blocks=embedding_and_layers(anchor))
+
+
+def embedding_and_layers(anchor: Any) -> list[nn.Module]:
+    """What ends with the embedded tokens, and each layer."""
+    if hasattr(anchor, "get_input_embeddings"):
+        return [anchor.get_input_embeddings(), *hugging_face_blocks(anchor)]
+    return [anchor.emb_dropout, *x_transformer_blocks(anchor)]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained on expressions.
+
+    Attributes:
+        model: whose mode is switched.
+        parameters: that are trained.
+        loss: of rows, at their last token.
+        arguments: of the model beside the ids, for logits.
+    """
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    loss: Callable[[Tensor], Tensor]
+    arguments: Callable[[Tensor], dict[str, Any]]
+
+
+def composition_learner(calm: CALM, settings: QuickstartSettings) -> Learner:
+    """The cross-attentions of a composition."""
+
+    def prompt(rows: Tensor) -> dict[str, Any]:
+        return {"prompt": rows[:, :-1]} if settings.reads == "prompt" else {}
+
+    def loss(rows: Tensor) -> Tensor:
+        counted = torch.zeros_like(rows, dtype=torch.bool)
+        counted[:, -1] = True
+        return calm(rows, mask=counted, **prompt(rows))
+
+    return Learner(calm, list(calm.trainable_parameters()), loss, lambda rows: {"return_loss": False, **prompt(rows)})
+
+
+def low_rank_learner(anchor: nn.Module, parameters: int) -> Learner:
+    """LoRA on the anchor's linear layers but for its output layer, with about as many parameters."""
+    added = add_low_rank_(anchor, rank=rank_for(anchor, parameters, OUTPUT_LAYER), leave=OUTPUT_LAYER)
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(anchor(rows[:, :-1]))[:, -1], rows[:, -1])
+
+    return Learner(anchor, added, loss, lambda rows: {})
+
+
+def make_learner(anchor: Any, augment: Any, settings: QuickstartSettings) -> Learner:
+    """What ``settings.learner`` names."""
+    calm = compose_small(anchor, augment, settings)
+    learner = composition_learner(calm, settings)
+    if settings.learner != "low-rank":
+        return learner
+    return low_rank_learner(anchor, sum(parameter.numel() for parameter in learner.parameters))
+
+
+def train_learner(
+    learner: Learner, task: KeyValueTask, settings: QuickstartSettings, generator: torch.Generator, log: MetricsLog
+) -> None:
+    """Trains on expressions over the keys that are not held out, and over numbers."""
+    known, held_out = task.split
+    checked = task.expressions(CHECKED, generator, held_out)
+    optimizer = torch.optim.AdamW(learner.parameters, lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    warmup = max(1, settings.max_steps // 10)
+    schedule = LearningRateSchedule(optimizer, kind="cosine", warmup_steps=warmup, total_steps=settings.max_steps)
+    over_keys = round(settings.batch_size * settings.keys_share)
+    learner.model.train()
+    started = time.monotonic()
+    for step in range(1, settings.max_steps + 1):
+        over_numbers = task.expressions(settings.batch_size - over_keys, generator)
+        loss = learner.loss(torch.cat((task.expressions(over_keys, generator, known), over_numbers)))
+        optimizer.zero_grad()
+        loss.backward()
+        learning_rate, norm = schedule.learning_rate, clip_global_norm(learner.parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        log.progress.update()
+        if step % 20 == 0 or step in (1, settings.max_steps):
+            speed = settings.batch_size * step / (time.monotonic() - started)
+            log.log(step, loss=loss, learning_rate=learning_rate, grad_norm=norm, expressions_per_second=speed)
+        if step % 100 == 0 and step < settings.max_steps:
+            log.log(step, validation_accuracy=accuracy(learner.model, checked, **learner.arguments(checked)))
+    learner.model.eval()
+
+
+def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> QuickstartResult:
+    """Trains both models and a learner; writes metrics, a checkpoint, of a composition the adapter and a picture."""
+    started, task = time.monotonic(), KeyValueTask(seed=settings.seed)
+    target = Path(folder)
+    known, held_out = task.split
+    anchor, augment = small_models(task, settings)
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    over_held_out, over_known = (task.expressions(ASKED, generator, keys) for keys in (held_out, known))
+    over_numbers = task.expressions(ASKED, generator)
+    alone, numbers_before = accuracy(anchor, over_held_out), accuracy(anchor, over_numbers)
+    learner = make_learner(anchor, augment, settings)
+    with (
+        progress_bar(settings.max_steps, description=settings.learner) as bar,
+        MetricsLog(target / "metrics.jsonl", progress=bar) as log,
+    ):
+        train_learner(learner, task, settings, generator, log)
+        found = [
+            accuracy(learner.model, rows, **learner.arguments(rows))
+            for rows in (over_held_out, over_known, over_numbers)
+        ]
+        validation = {"accuracy": found[0], "accuracy_trained_keys": found[1], "accuracy_numbers": found[2]}
+        log.log(settings.max_steps, {f"validation_{name}": value for name, value in validation.items()})
+    if isinstance(learner.model, CALM):
+        learner.model.save_adapter(target / "adapter", overwrite=True)
+        _draw(learner, over_held_out[:1, :-1], target / "attention.png")
+    result = QuickstartResult(
+        held_out=found[0],
+        trained_keys=found[1],
+        anchor_alone=alone,
+        numbers_before=numbers_before,
+        numbers_after=found[2],
+        learned=sum(parameter.numel() for parameter in learner.parameters),
+        seconds=time.monotonic() - started,
+    )
+    save_checkpoint(
+        target / "checkpoints",
+        settings.max_steps,
+        model={str(number): parameter for number, parameter in enumerate(learner.parameters)},
+        config={"settings": asdict(settings)},
+        trainer_state={"result": asdict(result)},
+    )
+    return result
+
+
+def _draw(learner: Learner, ids: Tensor, output: Path) -> None:
+    labels = [token_name(int(token)) for token in ids[0]]
+    prompt = None if learner.model.augments[0].shared_sequence else ids  # type: ignore[index, union-attr]
+    try:
+        draw_attention(learner.model, ids, prompt, output=output, anchor_labels=labels, augment_labels=labels)
+    except ImportError:
+        print("no picture: pip install matplotlib, then run the same command again")

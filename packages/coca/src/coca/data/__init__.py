@@ -1,0 +1,1 @@
+"""Images with captions, preprocessing and batches of pairs."""

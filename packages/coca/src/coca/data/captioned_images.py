@@ -1,0 +1,102 @@
+"""Images with captions: what is trained on and evaluated.
+
+Images stay where they are (files, or members of a tar) and are decoded when asked for; a small set may be held in
+memory. Whatever cannot be decoded is found when the set is opened, listed by name in ``unreadable``, and never silently
+left out. ``coca.data.image_files`` reads folders, tables and tars, ``coca.data.digits`` the embedded digits.
+
+Legend: c channels.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Images, each with one or more captions.
+
+    Attributes:
+        names: of the images, for errors and pictures.
+        captions: of each image, at least one.
+        read: ``read(i)`` gives the pixels of image i, ``(c, size, size)``.
+        labels: class of each image, or None where classes are unknown.
+        class_names: of the labels.
+        templates: captions with one ``{}`` for a class name, for zero-shot classification.
+        unreadable: "name: reason" of each image that could not be decoded and is not among the others.
+
+    Raises:
+        ValueError: there is no image, an image has no caption, or lengths or labels do not fit.
+    """
+
+    names: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    read: Callable[[int], Pixels]
+    labels: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            more = (
+                f"; {len(self.unreadable)} could not be read, the first: {self.unreadable[0]}"
+                if self.unreadable
+                else ""
+            )
+            raise ValueError(f"there must be at least one image, got none{more}")
+        if len(self.captions) != len(self.names):
+            raise ValueError(f"captions must be given for each of {len(self.names)} images, got {len(self.captions)}")
+        for name, captions in zip(self.names, self.captions, strict=True):
+            if not captions or not all(caption.strip() for caption in captions):
+                raise ValueError(f"each image must have captions that are not empty, got {list(captions)} for {name}")
+        if self.labels is not None:
+            if len(self.labels) != len(self.names):
+                raise ValueError(f"labels must be given for each of {len(self.names)} images, got {len(self.labels)}")
+            wrong = sorted({label for label in self.labels if not 0 <= label < len(self.class_names)})
+            if wrong:
+                raise ValueError(f"labels must be in [0, {len(self.class_names)}), the class names, got {wrong[:8]}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that differs where names, order or captions differ."""
+        return zlib.crc32(repr((self.names, self.captions)).encode("utf-8", errors="surrogatepass"))
+
+    def select(self, indices: Sequence[int]) -> "CaptionedImages":
+        """The images of these numbers, in this order."""
+        kept = [int(index) for index in indices]
+        return CaptionedImages(
+            names=tuple(self.names[index] for index in kept),
+            captions=tuple(self.captions[index] for index in kept),
+            read=lambda number: self.read(kept[number]),
+            labels=None if self.labels is None else tuple(self.labels[index] for index in kept),
+            class_names=self.class_names,
+            templates=self.templates,
+            unreadable=self.unreadable,
+        )
+
+    def split(self, held_out: float, seed: int = 0) -> "tuple[CaptionedImages, CaptionedImages]":
+        """Images to train on and images held out, drawn by ``seed``.
+
+        Args:
+            held_out: part of the images to hold out, at least one.
+            seed: of the draw.
+
+        Raises:
+            ValueError: ``held_out`` is not in (0, 1), or there are fewer than two images.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be in (0, 1), got {held_out}")
+        if len(self) < 2:
+            raise ValueError("a split needs at least two images, got one")
+        order = np.random.default_rng(seed).permutation(len(self)).tolist()
+        count = min(len(self) - 1, max(1, round(held_out * len(self))))
+        return self.select(sorted(order[count:])), self.select(sorted(order[:count]))

@@ -1,0 +1,236 @@
+"""Folders, tables and tars of images with captions.
+
+| source | what is read |
+|---|---|
+| ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path beside the table), ``caption``, maybe ``label`` |
+| a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else each image with a ``.txt`` beside it |
+| ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
+
+Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
+once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
+"""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from coca.data.captioned_images import CaptionedImages, Pixels
+from coca.data.preprocessing import ImagePreprocessing
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    captions: tuple[str, ...]
+    label: str | None
+    data: Callable[[], bytes]
+
+
+def load_images(
+    source: str | Path,
+    preprocessing: ImagePreprocessing,
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    label_column: str = "label",
+    templates: tuple[str, ...] = (),
+    max_unreadable: float = 0.05,
+    progress: bool = False,
+) -> CaptionedImages:
+    """Images with captions from files.
+
+    Args:
+        source: see the module.
+        preprocessing: size and channels of the pixels.
+        image_column: of a table.
+        caption_column: of a table, or key of a JSON object.
+        label_column: of a table, or key of a JSON object; where all images have it, they can be classified.
+        templates: captions with one ``{}`` for a class name, for zero-shot classification.
+        max_unreadable: part of the images that may be unreadable.
+        progress: shows a progress bar.
+
+    Raises:
+        FileNotFoundError: there is no such source, or it names an image that is not there.
+        ValueError: there is no image in it, a column is missing, an image has no caption, or too many images are
+            unreadable: they are named.
+    """
+    if not 0 <= max_unreadable < 1:
+        raise ValueError(f"max_unreadable must be a part of the images in [0, 1), got {max_unreadable}")
+    columns = {"image": image_column, "caption": caption_column, "label": label_column}
+    entries = _merged(_entries(Path(source), columns))
+    if not entries:
+        raise ValueError(f"source must hold at least one image with a caption, got none in {source}")
+    good, unreadable = [], []
+    for entry in tqdm(entries, desc="check images", unit="image", disable=not progress):
+        try:
+            _decode(entry, preprocessing)
+            good.append(entry)
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+            unreadable.append(f"{entry.name}: {error}")
+    if len(unreadable) > max_unreadable * len(entries):
+        raise ValueError(
+            f"{len(unreadable)} of {len(entries)} images in {source} cannot be read, more than max_unreadable = "
+            f"{max_unreadable} allows: {'; '.join(unreadable[:8])}"
+        )
+    found = [entry.label for entry in good]
+    labelled = bool(good) and all(label is not None for label in found)
+    classes = tuple(sorted({label for label in found if label is not None})) if labelled else ()
+    number = {name: index for index, name in enumerate(classes)}
+    return CaptionedImages(
+        names=tuple(entry.name for entry in good),
+        captions=tuple(entry.captions for entry in good),
+        read=lambda index: _decode(good[index], preprocessing),
+        labels=tuple(number[label] for label in found if label is not None) if labelled else None,
+        class_names=classes,
+        templates=templates or ("{}",),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _decode(entry: _Entry, preprocessing: ImagePreprocessing) -> Pixels:
+    from PIL import Image
+
+    stream = io.BytesIO(entry.data())
+    try:
+        with Image.open(stream) as picture:
+            return preprocessing.pixels(picture)
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    except OSError as error:
+        raise OSError(str(error).replace(f" {stream!r}", "")) from error
+
+
+def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
+    """One entry an image, with all its captions."""
+    by_name: dict[str, _Entry] = {}
+    for entry in entries:
+        if not entry.captions:
+            raise ValueError(f"each image must have a caption, got none for {entry.name}")
+        earlier = by_name.get(entry.name)
+        if earlier is not None:
+            if earlier.label != entry.label:
+                raise ValueError(f"{entry.name} must have one label, got {earlier.label!r} and {entry.label!r}")
+            entry = _Entry(entry.name, earlier.captions + entry.captions, entry.label, entry.data)
+        by_name[entry.name] = entry
+    return list(by_name.values())
+
+
+def _entries(source: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
+    if source.is_dir():
+        table = next((source / name for name in TABLES if (source / name).is_file()), None)
+        return _folder(source) if table is None else _table(table, columns)
+    if not source.is_file():
+        raise FileNotFoundError(f"source must be a folder, a table or a tar, there is no {source}")
+    suffix = source.suffix.lower()
+    if suffix in (".csv", ".tsv", ".jsonl"):
+        return _table(source, columns)
+    if suffix == ".tar":
+        return _tar(source, columns)
+    raise ValueError(f"source must be a folder, a .csv, .tsv, .jsonl or .tar file, got {source}")
+
+
+def _folder(folder: Path) -> Iterator[_Entry]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        text = path.with_suffix(".txt")
+        if not text.is_file():
+            raise ValueError(f"each image of a folder without a table must have a .txt beside it, {path} has none")
+        name = path.relative_to(folder).as_posix()
+        yield _Entry(name, _lines(text.read_text("utf-8")), None, path.read_bytes)
+
+
+def _table(table: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
+    for number, row in _rows(table):
+        for column in (columns["image"], columns["caption"]):
+            if row.get(column) in (None, ""):
+                raise ValueError(
+                    f"{table}, line {number}, must have {column!r}, got the columns {sorted(map(str, row))}"
+                )
+        path = table.parent / str(row[columns["image"]])
+        if not path.is_file():
+            raise FileNotFoundError(f"{table}, line {number}, names the image {path}, which is not there")
+        label = row.get(columns["label"])
+        yield _Entry(
+            path.relative_to(table.parent).as_posix() if path.is_relative_to(table.parent) else str(path),
+            _texts(row[columns["caption"]], f"{table}, line {number}"),
+            None if label in (None, "") else str(label),
+            path.read_bytes,
+        )
+
+
+def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with table.open(encoding="utf-8-sig", newline="") as stream:
+        if table.suffix.lower() != ".jsonl":
+            reader = csv.DictReader(stream, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
+            for row in reader:
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{table}, line {number}, is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{table}, line {number}, must be a JSON object, got {type(row).__name__}")
+            yield number, row
+
+
+def _tar(path: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    folder, base = os.path.split(member.name)
+                    key, _, suffix = base.partition(".")
+                    groups.setdefault(f"{folder}/{key}".lstrip("/"), {})["." + suffix.lower()] = member
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}") from error
+    for key, members in groups.items():
+        image = next((suffix for suffix in members if suffix in SUFFIXES), None)
+        if image is None:
+            continue
+        label: str | None = None
+        if ".json" in members:
+            content = json.loads(_member(path, members[".json"])())
+            captions = _texts(content.get(columns["caption"]), f"{key}.json")
+            label = None if content.get(columns["label"]) is None else str(content[columns["label"]])
+        elif ".txt" in members:
+            captions = _lines(_member(path, members[".txt"])().decode("utf-8"))
+        else:
+            raise ValueError(f"{path} must have a caption, {key}.txt or {key}.json, beside {key}{image}")
+        yield _Entry(key + image, captions, label, _member(path, members[image]))
+
+
+def _member(path: Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
+    def read() -> bytes:
+        with path.open("rb") as stream:  # a member of an uncompressed tar is a piece of the file
+            stream.seek(member.offset_data)
+            return stream.read(member.size)
+
+    return read
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{where} must have a caption or a list of captions, got {value!r}")
+    return tuple(text.strip() for text in texts)

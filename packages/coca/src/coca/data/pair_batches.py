@@ -1,0 +1,134 @@
+"""Batches of image-text pairs in an order that a seed fixes, resumable at any batch, equal on any number of processes.
+
+A run sees one endless sequence of images, permutation after permutation. Update k takes the next ``batch_size`` of
+them, of which each process takes its own piece, so several processes together see what one would. The caption of an
+image with several, and its random shift, depend on the seed, the epoch and the image only.
+
+Legend: b pairs of this process, n sequence, c channels.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coca.data.captioned_images import CaptionedImages
+from coca.data.captions import caption_ids
+from coca.data.preprocessing import ImagePreprocessing
+from lm_core.nn.masking import right_pad
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Matching texts and images.
+
+    Attributes:
+        text: ids ``(b, n)``, right-padded.
+        images: ``(b, c, size, size)``.
+    """
+
+    text: Int[Tensor, "b n"]
+    images: Float[Tensor, "b c height width"]
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """The batch on another device."""
+        return PairBatch(self.text.to(device), self.images.to(device))
+
+
+class PairBatches(Iterator[PairBatch]):
+    """Training batches without end.
+
+    Args:
+        data: images with captions.
+        tokenizer: see ``lm_core.tokenizers``.
+        preprocessing: how pixels are normalised.
+        batch_size: pairs of an update, over all processes together.
+        pad_id: padding of texts.
+        max_length: tokens at which captions are cut.
+        shift: images are moved by up to so many pixels each way; their border is repeated.
+        seed: of order, captions and shifts.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: ``batch_size`` exceeds the number of images, or is less than the number of processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: CaptionedImages,
+        tokenizer: Any,
+        preprocessing: ImagePreprocessing,
+        batch_size: int,
+        pad_id: int,
+        max_length: int | None = None,
+        shift: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size > len(data):
+            raise ValueError(f"batch_size must be at most the number of images, {len(data)}, got {batch_size}")
+        if batch_size < world_size:
+            raise ValueError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}")
+        self.data, self.tokenizer, self.preprocessing = data, tokenizer, preprocessing
+        self.batch_size, self.pad_id, self.max_length = batch_size, pad_id, max_length
+        self.shift, self.seed = shift, seed
+        self.first = batch_size * rank // world_size
+        self.stop = batch_size * (rank + 1) // world_size
+        self.position = 0
+        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def epoch(self) -> float:
+        """Times that the whole set has been seen."""
+        return self.position / len(self.data)
+
+    def __next__(self) -> PairBatch:
+        rows, pixels = [], []
+        for place in range(self.position + self.first, self.position + self.stop):
+            epoch, number = divmod(place, len(self.data))
+            index = int(self._permutation(epoch)[number])
+            draw = np.random.default_rng([self.seed, epoch, index])
+            captions = self.data.captions[index]
+            caption = captions[int(draw.integers(len(captions)))]
+            rows.append(torch.tensor(caption_ids(caption, self.tokenizer, self.max_length)))
+            pixels.append(shifted(self.data.read(index), draw, self.shift))
+        self.position += self.batch_size
+        return PairBatch(right_pad(rows, self.pad_id)[0], self.preprocessing.normalised(np.stack(pixels)))
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
+        return self._order[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the sequence stands."""
+        return {"position": self.position, "seed": self.seed, "fingerprint": self.data.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+            ValueError: the state is of other data or another seed.
+        """
+        if state["fingerprint"] != self.data.fingerprint:
+            raise ValueError("the run was made with other images or captions, it cannot go on with these")
+        if state["seed"] != self.seed:
+            raise ValueError(f"the run was made with seed {state['seed']}, it cannot go on with {self.seed}")
+        self.position = int(state["position"])
+
+
+def shifted(pixels: NDArray[np.uint8], draw: np.random.Generator, shift: int) -> NDArray[np.uint8]:
+    """An image moved by up to ``shift`` pixels each way, its border repeated."""
+    if shift == 0:
+        return pixels
+    down, right = (int(value) for value in draw.integers(0, 2 * shift + 1, size=2))
+    wide = np.pad(pixels, ((0, 0), (shift, shift), (shift, shift)), mode="edge")
+    return wide[:, down : down + pixels.shape[1], right : right + pixels.shape[2]]

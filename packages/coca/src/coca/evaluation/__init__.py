@@ -1,0 +1,1 @@
+"""Zero-shot classification, retrieval, held-out losses and the picture of results."""

@@ -1,0 +1,1 @@
+"""The CoCa model, its image encoders and captioning."""

@@ -1,0 +1,79 @@
+"""Task-specific attentional pooling of image tokens (arXiv 2205.01917, section 3.2).
+
+One layer of cross-attention with learned queries turns an encoder's tokens into ``queries`` tokens for captioning and
+one embedding for the contrastive loss. The paper gives each task its own pooler; the contrastive one reads the
+encoder's tokens (parallel) or the captioning pooler's output (cascade). The original code shares one attention between
+all queries.
+
+Legend: b batch, m image tokens, q captioning queries, d feature.
+"""
+
+from typing import Literal
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from coca.model.cross_attention import CrossAttention
+from lm_core.nn.norms import LayerNorm
+
+Pooling = Literal["shared", "parallel", "cascade"]
+
+
+class Pooler(nn.Module):
+    """Learned queries that attend to tokens; the result is normalised.
+
+    Args:
+        dim: features of the result.
+        context_dim: features of the tokens.
+        queries: how many.
+        dim_head: features of a head.
+        heads: query heads.
+    """
+
+    def __init__(self, *, dim: int, context_dim: int, queries: int, dim_head: int, heads: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, dim))
+        self.attention = CrossAttention(
+            dim=dim, context_dim=context_dim, dim_head=dim_head, heads=heads, norm_context=True
+        )
+        self.norm = LayerNorm(dim)
+
+    def forward(self, tokens: Float[Tensor, "b m c"]) -> Float[Tensor, "b q d"]:
+        """One vector a query."""
+        queries = repeat(self.queries, "q d -> b q d", b=tokens.shape[0])
+        return self.norm(self.attention(queries, self.attention.keys_values(tokens)))
+
+
+class AttentionalPooling(nn.Module):
+    """Image tokens to a contrastive embedding and captioning tokens.
+
+    Args:
+        dim: features of both.
+        image_dim: features of the image tokens.
+        queries: captioning tokens; the contrastive embedding is one more.
+        dim_head: features of a head.
+        heads: query heads.
+        pooling: "shared", "parallel" or "cascade"; see the module.
+    """
+
+    def __init__(self, *, dim: int, image_dim: int, queries: int, dim_head: int, heads: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.pooling = pooling
+        shared = pooling == "shared"
+        self.caption = Pooler(dim=dim, context_dim=image_dim, queries=queries + shared, dim_head=dim_head, heads=heads)
+        self.contrastive: Pooler | None = None
+        if not shared:
+            context_dim = dim if pooling == "cascade" else image_dim
+            self.contrastive = Pooler(dim=dim, context_dim=context_dim, queries=1, dim_head=dim_head, heads=heads)
+
+    def forward(self, tokens: Float[Tensor, "b m c"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b q d"]]:
+        """The contrastive embedding and the captioning tokens."""
+        pooled = self.caption(tokens)
+        if self.contrastive is None:
+            # One split, whose gradient is put together once.
+            embedding, pooled = pooled.split_with_sizes((1, pooled.shape[1] - 1), dim=1)
+            return embedding[:, 0], pooled
+        embedding = self.contrastive(pooled if self.pooling == "cascade" else tokens)
+        return embedding[:, 0], pooled

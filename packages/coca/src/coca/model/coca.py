@@ -1,0 +1,487 @@
+"""CoCa, Contrastive Captioners (arXiv 2205.01917): one forward, a contrastive and a captioning loss.
+
+The lower half of the text decoder is unimodal and ends in a CLS embedding for the contrastive loss; the upper half also
+attends to pooled image tokens and predicts the next token. Both losses come from one pass over the text.
+
+Where we deviate from the paper: parallel blocks, multi-query attention and rotary positions, as in the original code;
+the whole text is embedded for the contrastive loss, in training as in use, its last token included.
+
+Legend: b batch, n text tokens, m image tokens, q captioning tokens, d feature, l latent feature, v vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coca.data.preprocessing import ImagePreprocessing
+from coca.evaluation.zero_shot import zero_shot_classifier
+from coca.model.attentional_pooling import AttentionalPooling, Pooling
+from coca.model.block import ParallelBlock
+from coca.model.captioning import CoCaCache, caption, decoder_states
+from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
+from coca.model.image_encoders import ImageEncoder, token_width
+from coca.model.multimodal import MultimodalLayer
+from coca.model.text_layout import IGNORED, TextLayout, layout_of
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checks import check_positive, typed
+from lm_core.distributed import all_reduce_sum, world_size
+from lm_core.losses.losses import linear_cross_entropy
+from lm_core.nn.norms import LayerNorm, l2norm
+from lm_core.nn.rotary import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class CoCaLoss:
+    """The losses of one forward, in nats.
+
+    Attributes:
+        total: the weighted sum, to call ``backward`` on.
+        caption: mean over the predicted tokens of all processes.
+        contrastive: mean over the pairs of all processes.
+    """
+
+    total: Float[Tensor, ""]
+    caption: Float[Tensor, ""]
+    contrastive: Float[Tensor, ""]
+
+
+class CoCa(PretrainedMixin):
+    """An image-text model that contrasts and captions.
+
+    Args:
+        dim: features of the decoder.
+        num_tokens: vocabulary size.
+        unimodal_depth: layers that see text only.
+        multimodal_depth: layers that also see the image.
+        dim_latents: features of the latents; ``dim`` by default.
+        image_dim: features of the image tokens; by default what ``img_encoder`` says, else ``dim``.
+        num_img_queries: image tokens that the decoder sees after pooling.
+        dim_head: features of a head; even.
+        heads: query heads.
+        ff_mult: feed-forward inner features over ``dim``.
+        img_encoder: images to tokens; see ``coca.model.image_encoders``. None for precomputed tokens.
+        caption_loss_weight: factor of the captioning loss.
+        contrastive_loss_weight: factor of the contrastive loss.
+        pad_id: padding behind a text.
+        pooling: "shared" (one attention for all queries, as in the original code), "parallel" or "cascade" (one pooler
+            a task, as in the paper).
+        loss: "softmax" (CLIP) or "sigmoid" (SigLIP) contrastive loss.
+        init_logit_scale: factor of the similarities at the start; by default 1 / 0.07, or 10 for "sigmoid".
+        max_logit_scale: the factor never exceeds it.
+        init_logit_bias: added to the scores of the "sigmoid" loss, at the start.
+        bos_id: token that begins a caption, for ``generate`` without a prefix.
+        eos_id: token that ends a caption; may be ``pad_id``.
+        freeze_img_encoder: the encoder takes no gradient and stays in evaluation mode.
+        gradient_checkpointing: recomputes the decoder's layers in the backward to save memory.
+
+    Raises:
+        ValueError: a size is below 1, an id is not below ``num_tokens``, a scale is not positive, or the encoder says
+            that its tokens have another width than ``image_dim``.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_tokens: int,
+        unimodal_depth: int,
+        multimodal_depth: int,
+        dim_latents: int | None = None,
+        image_dim: int | None = None,
+        num_img_queries: int = 256,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        img_encoder: nn.Module | None = None,
+        caption_loss_weight: float = 1.0,
+        contrastive_loss_weight: float = 1.0,
+        pad_id: int = 0,
+        pooling: Pooling = "shared",
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        init_logit_scale: float | None = None,
+        max_logit_scale: float = 100.0,
+        init_logit_bias: float = -10.0,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        freeze_img_encoder: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        dim_latents = dim if dim_latents is None else dim_latents
+        sizes = {"unimodal_depth": unimodal_depth, "multimodal_depth": multimodal_depth, "dim_latents": dim_latents}
+        sizes |= {"num_img_queries": num_img_queries, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
+        for name, value in {"dim": dim, "num_tokens": num_tokens, **sizes}.items():
+            check_positive(value, name)
+        for name, value_id in (("pad_id", pad_id), ("bos_id", bos_id), ("eos_id", eos_id)):
+            if value_id is not None and not 0 <= value_id < num_tokens:
+                raise ValueError(f"{name} must be a token id in [0, {num_tokens}), got {value_id}")
+        for name, weight in (("caption", caption_loss_weight), ("contrastive", contrastive_loss_weight)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name}_loss_weight must be a finite number of at least 0, got {weight}")
+        if init_logit_scale is None:
+            init_logit_scale = 10.0 if loss == "sigmoid" else 1 / 0.07
+        if not 0 < init_logit_scale <= max_logit_scale < math.inf:
+            raise ValueError(
+                f"init_logit_scale must be in (0, max_logit_scale = {max_logit_scale}], got {init_logit_scale}"
+            )
+        width = token_width(img_encoder)
+        if image_dim is None:
+            image_dim = dim if width is None else width
+        if width is not None and width != image_dim:
+            raise ValueError(f"image_dim must be the width of img_encoder's tokens, {width}, got {image_dim}")
+        check_positive(image_dim, "image_dim")
+
+        self.dim = dim
+        self.num_tokens = num_tokens
+        self.image_dim = image_dim
+        self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+        self.caption_loss_weight = caption_loss_weight
+        self.contrastive_loss_weight = contrastive_loss_weight
+        self.contrastive_kind = loss
+        self.max_logit_scale = max_logit_scale
+        self.gradient_checkpointing = gradient_checkpointing
+        # How images were prepared in training; travels with checkpoints as preprocess.json.
+        self.preprocessing: ImagePreprocessing | None = None
+
+        self.img_encoder: ImageEncoder | None = None
+        if img_encoder is not None:
+            self.img_encoder = ImageEncoder(img_encoder, width=image_dim, frozen=freeze_img_encoder)
+        self.pooling = AttentionalPooling(
+            dim=dim, image_dim=image_dim, queries=num_img_queries, dim_head=dim_head, heads=heads, pooling=pooling
+        )
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        nn.init.normal_(self.token_emb.weight, std=0.02)
+        self.text_cls = nn.Parameter(torch.randn(dim))
+        self.rotary = RotaryEmbedding(dim_head)
+        block = {"dim": dim, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
+        self.unimodal_layers = nn.ModuleList(ParallelBlock(**block, causal=True) for _ in range(unimodal_depth))
+        self.multimodal_layers = nn.ModuleList(MultimodalLayer(**block) for _ in range(multimodal_depth))
+        self.text_cls_norm = LayerNorm(dim)
+        self.norm = LayerNorm(dim)
+        self.text_to_latents = nn.Linear(dim, dim_latents, bias=False)
+        self.image_to_latents = nn.Linear(dim, dim_latents, bias=False)
+        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(init_logit_bias))) if loss == "sigmoid" else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_emb.weight.device
+
+    @property
+    def output_weight(self) -> Float[Tensor, "v d"]:
+        """The output layer's weight, which is the embedding's."""
+        return self.token_emb.weight
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        """Factor of the similarities, at most ``max_logit_scale``.
+
+        The gradient passes the bound, or a scale that has reached it could never come back.
+        """
+        log = self.log_logit_scale
+        return (log - (log - math.log(self.max_logit_scale)).relu().detach()).exp()
+
+    @torch.no_grad()
+    def clamp_logit_scale_(self) -> None:
+        """Brings the stored scale back below its bound; after an optimizer's update."""
+        self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
+
+    # ----------------------------------------------------------------------------------------------- embeddings
+
+    def embed_text(
+        self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
+        """The state at CLS, normalised by the last norm but not projected, and the states of the tokens.
+
+        Args:
+            text: token ids; without a mask trailing ``pad_id`` are padding.
+            mask: True at real tokens, padding anywhere.
+
+        Raises:
+            TypeError, ValueError: see ``coca.model.text_layout.layout_of``.
+        """
+        layout = self._layout(text, mask)
+        embedding, states = self._unimodal(layout)
+        return embedding, layout.restored(states)
+
+    def embed_image(
+        self,
+        images: Float[Tensor, "b c height width"] | None = None,
+        image_tokens: Float[Tensor, "b m c"] | None = None,
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b q d"]]:
+        """The pooled embedding, not projected, and the pooled tokens that the decoder sees.
+
+        Args:
+            images: given to ``img_encoder``.
+            image_tokens: what an encoder returned, instead of images.
+
+        Raises:
+            ValueError: none or both are given, there is no encoder, or the tokens have another width.
+        """
+        embedding, pooled = self.pooling(self._image_tokens(images, image_tokens))
+        return embedding, pooled
+
+    def encode_text(self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b l"]:
+        """L2-normalised latents of texts: what retrieval and zero-shot classification compare. As ``embed_text``."""
+        return l2norm(self.text_to_latents(self._unimodal(self._layout(text, mask))[0]))
+
+    def encode_image(
+        self,
+        images: Float[Tensor, "b c height width"] | None = None,
+        image_tokens: Float[Tensor, "b m c"] | None = None,
+    ) -> Float[Tensor, "b l"]:
+        """L2-normalised latents of images: what retrieval and zero-shot classification compare. As ``embed_image``."""
+        return l2norm(self.image_to_latents(self.embed_image(images, image_tokens)[0]))
+
+    # ---------------------------------------------------------------------------------------------- whole model
+
+    def forward(
+        self,
+        text: Int[Tensor, "b n"],
+        images: Float[Tensor, "b c height width"] | None = None,
+        image_tokens: Float[Tensor, "b m c"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        return_loss: bool = False,
+        return_embeddings: bool = False,
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        process_group: Any = None,
+        gather: bool = True,
+    ) -> Any:
+        """Logits ``(b, n, v)``, or what the flags ask for.
+
+        Args:
+            text: token ids; without a mask trailing ``pad_id`` are padding.
+            images: given to ``img_encoder``.
+            image_tokens: what an encoder returned, instead of images.
+            labels: see ``loss``.
+            return_loss: the total of ``loss`` instead of logits.
+            return_embeddings: ``(text, image)`` as ``embed_text`` and ``embed_image`` give them: neither projected nor
+                normalised, so not for comparison (``encode_text`` and ``encode_image`` are). Without an image the
+                second is None.
+            mask: True at real tokens, padding anywhere; logits at padding have no meaning.
+            process_group: see ``loss``.
+            gather: see ``loss``.
+
+        Raises:
+            TypeError, ValueError: see ``embed_text``, ``embed_image`` and ``loss``.
+        """
+        if return_loss:
+            settings = {"mask": mask, "process_group": process_group, "gather": gather}
+            return self.loss(text, images, image_tokens, labels, **settings).total
+        layout = self._layout(text, mask)
+        if return_embeddings:
+            has_image = images is not None or image_tokens is not None
+            image = self.embed_image(images, image_tokens)[0] if has_image else None
+            return self._unimodal(layout)[0], image
+        self._check_rows(text, images, image_tokens)
+        _, states = self._unimodal(layout)
+        hidden = self._multimodal(states, self.embed_image(images, image_tokens)[1])
+        return F.linear(layout.restored(hidden), self.output_weight)
+
+    def loss(
+        self,
+        text: Int[Tensor, "b n"],
+        images: Float[Tensor, "b c height width"] | None = None,
+        image_tokens: Float[Tensor, "b m c"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        process_group: Any = None,
+        gather: bool = True,
+    ) -> CoCaLoss:
+        """Both losses of matching texts and images, from one pass.
+
+        In a process group the values are those of the batch of all processes, and so is the gradient once it is
+        averaged over them (as ``DistributedDataParallel`` does); every process must call it. Padding, and a label of
+        -100, is not predicted; without any label the captioning loss is 0.
+
+        Args:
+            text: token ids, at least two a row.
+            images: given to ``img_encoder``.
+            image_tokens: what an encoder returned, instead of images.
+            labels: what is to be predicted, aligned with ``text`` like the text itself, which is the default: position
+                i predicts label i + 1. -100 where nothing is asked.
+            mask: True at real tokens, padding anywhere.
+            process_group: of the processes that share a batch; None for all.
+            gather: False keeps to this process's pairs, for instance to evaluate on one of several.
+
+        Raises:
+            TypeError, ValueError: see ``embed_text`` and ``embed_image``; also rows that do not match, labels of
+                another shape or out of range, or a text of one token.
+        """
+        layout = self._layout(text, mask)
+        self._check_rows(text, images, image_tokens)
+        if text.shape[1] < 2:
+            raise ValueError(f"text must have at least two tokens a row for a loss, got shape {tuple(text.shape)}")
+        targets = layout.targets(self._checked_labels(labels, text))
+        text_embedding, states = self._unimodal(layout)
+        image_embedding, pooled = self.embed_image(images, image_tokens)
+        hidden = self._multimodal(states[:, :-1], pooled)
+
+        counted = (targets != IGNORED).sum()
+        several = gather and world_size(process_group) > 1
+        total_count = all_reduce_sum(counted, process_group) if several else counted
+        share = linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORED, normalizer=total_count)
+        caption_loss = global_mean(share, process_group=process_group, gather=gather)
+
+        image_latents = l2norm(self.image_to_latents(image_embedding))
+        text_latents = l2norm(self.text_to_latents(text_embedding))
+        if self.logit_bias is None:
+            contrastive = softmax_contrastive_loss(
+                image_latents, text_latents, self.logit_scale, process_group=process_group, gather=gather
+            )
+        else:
+            contrastive = sigmoid_contrastive_loss(
+                image_latents,
+                text_latents,
+                self.logit_scale,
+                self.logit_bias,
+                process_group=process_group,
+                gather=gather,
+            )
+        total = self.caption_loss_weight * caption_loss + self.contrastive_loss_weight * contrastive
+        return CoCaLoss(total, caption_loss, contrastive)
+
+    # ----------------------------------------------------------------------- captions, and the protocol of lm_core
+
+    def init_cache(self, batch_size: int, max_length: int) -> CoCaCache:
+        """An empty cache for ``batch_size`` captions with room for ``max_length`` tokens."""
+        layers = len(self.unimodal_layers) + len(self.multimodal_layers)
+        return CoCaCache(layers=layers, batch_size=batch_size, max_length=max_length)
+
+    def hidden(
+        self,
+        text: Int[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: CoCaCache | None = None,
+        pooled: Float[Tensor, "b q d"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Features before the output layer, without CLS; ``logits = hidden @ output_weight.T``.
+
+        With ``init_cache`` and ``output_weight`` this makes CoCa a language model for ``lm_core.generate`` and
+        ``lm_core.token_log_probs``, given ``pooled=model.embed_image(images)[1]``.
+
+        Args:
+            text: token ids; with a cache, the new ones.
+            mask: True at real tokens of cached and new positions.
+            cache: what ``init_cache`` made; it keeps the image's keys and values after the first call.
+            pooled: pooled image tokens; required unless the cache has been filled.
+
+        Raises:
+            ValueError: there is no image, or shapes do not fit.
+        """
+        return decoder_states(self, text, mask=mask, cache=cache, pooled=pooled)
+
+    @typed
+    def generate(
+        self,
+        images: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+        prefix: Any = None,
+        **settings: Any,
+    ) -> Int[Tensor, "b new"]:
+        """Captions of images as token ids, right-padded with ``pad_id``, which is never generated unless it is EOS.
+
+        Args:
+            images: given to ``img_encoder``.
+            image_tokens: what an encoder returned, instead of images.
+            prefix: how captions begin: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
+                ``bos_id``.
+            **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``beams``, ``length_penalty``,
+                ``min_new_tokens``, ``eos_id``, ``repetition_penalty``, ``generator``, ``use_cache``, ``return_prefix``,
+                ``prefix_mask``, ``progress``: see ``coca.model.captioning.caption``.
+
+        Raises:
+            ValueError: see ``embed_image`` and ``coca.model.captioning.caption``.
+            TypeError: an unknown setting, or a value of another type.
+        """
+        return caption(self, images, image_tokens, prefix, **settings)
+
+    def zero_shot_classifier(
+        self, class_names: Sequence[str], templates: Sequence[str] = ("{}",), *, tokenizer: Any
+    ) -> Float[Tensor, "classes l"]:
+        """One latent a class; see ``coca.evaluation.zero_shot.zero_shot_classifier``."""
+        return zero_shot_classifier(self, class_names, templates, tokenizer=tokenizer)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def write_assets(self, directory: Path) -> None:
+        """Writes ``preprocess.json``, if the preparation of images is known."""
+        if self.preprocessing is not None:
+            self.preprocessing.save(directory)
+
+    def read_assets(self, directory: Path) -> None:
+        """Reads what ``write_assets`` wrote."""
+        self.preprocessing = ImagePreprocessing.load_if_present(directory)
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _layout(self, text: Tensor, mask: Tensor | None) -> TextLayout:
+        return layout_of(text, mask, pad_id=self.pad_id, eos_id=self.eos_id, num_tokens=self.num_tokens)
+
+    def _unimodal(self, layout: TextLayout) -> tuple[Tensor, Tensor]:
+        """The normalised state at CLS, and the states of the tokens in the layout's order."""
+        x = layout.with_cls(self.token_emb(layout.ids), self.text_cls)
+        rotation = self.rotary.at_range(0, x.shape[1], device=x.device, dtype=x.dtype)
+        for layer in self.unimodal_layers:
+            x = self._run(layer, x, rotation)
+        return self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
+
+    def _multimodal(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """Normalised features before the output layer."""
+        rotation = self.rotary.at_range(0, x.shape[1], device=x.device, dtype=x.dtype)
+        for layer in self.multimodal_layers:
+            x = self._run(layer, x, rotation, pooled)
+        return self.norm(x)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            result: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+            return result
+        return layer(*inputs)
+
+    def _image_tokens(self, images: Tensor | None, image_tokens: Tensor | None) -> Tensor:
+        if (images is None) == (image_tokens is None):
+            given = "neither" if images is None else "both"
+            raise ValueError(f"give images or image_tokens, got {given}")
+        if images is not None:
+            if self.img_encoder is None:
+                raise ValueError("images need an img_encoder, got img_encoder=None; or pass image_tokens")
+            image_tokens = self.img_encoder(images)
+        assert image_tokens is not None
+        if image_tokens.ndim != 3 or image_tokens.shape[-1] != self.image_dim or image_tokens.shape[1] == 0:
+            raise ValueError(
+                f"image_tokens must be (b, m, image_dim = {self.image_dim}) with at least one token, got shape "
+                f"{tuple(image_tokens.shape)}"
+            )
+        return image_tokens
+
+    @staticmethod
+    def _check_rows(text: Tensor, images: Tensor | None, image_tokens: Tensor | None) -> None:
+        given = images if images is not None else image_tokens
+        if given is not None and given.shape[0] != text.shape[0]:
+            raise ValueError(f"text and images must have as many rows, got {text.shape[0]} and {given.shape[0]}")
+
+    def _checked_labels(self, labels: Tensor | None, text: Tensor) -> Tensor | None:
+        if labels is None:
+            return None
+        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise TypeError(f"labels must hold integer token ids, got dtype {labels.dtype}")
+        if labels.shape != text.shape:
+            raise ValueError(
+                f"labels must have the shape of text {tuple(text.shape)} (they are shifted inside), got "
+                f"{tuple(labels.shape)}"
+            )
+        return labels.long()

@@ -1,0 +1,100 @@
+"""A compact vision transformer (arXiv 2010.11929) of our own, so that the package trains alone.
+
+Patches, learned positions, parallel blocks (as the decoder's, without a causal mask), a norm. It returns one token a
+patch and has no class token: CoCa pools by attention. Positions start as two-dimensional waves (arXiv 2104.02057,
+section 4): from nearly nothing, small images took several hundred updates to find out where their strokes are.
+
+Legend: b batch, c channels, n patches, d feature.
+"""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from coca.model.block import ParallelBlock
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checks import check_positive, typed
+from lm_core.nn.norms import LayerNorm
+
+
+class VisionTransformer(PretrainedMixin):
+    """Square images to patch tokens.
+
+    Args:
+        image_size: height and width in pixels.
+        patch_size: of a square patch; divides ``image_size``.
+        dim: features of a token.
+        depth: blocks.
+        channels: of the images.
+        dim_head: features of a head.
+        heads: query heads.
+        ff_mult: feed-forward inner features over ``dim``.
+        gradient_checkpointing: recomputes blocks in the backward to save memory.
+
+    Raises:
+        ValueError: a size is below 1, or ``patch_size`` does not divide ``image_size``.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        channels: int = 3,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "channels": channels}
+        for name, value in {**sizes, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}.items():
+            check_positive(value, name)
+        if image_size % patch_size:
+            raise ValueError(f"patch_size must divide image_size = {image_size}, got {patch_size}")
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.channels = channels
+        self.dim = dim
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_patches = (image_size // patch_size) ** 2
+        self.to_tokens = nn.Linear(channels * patch_size**2, dim, bias=False)
+        self.positions = nn.Parameter(waves(image_size // patch_size, dim))
+        self.layers = nn.ModuleList(
+            ParallelBlock(dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult, causal=False) for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim)
+
+    def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
+        """One token a patch, row by row.
+
+        Raises:
+            ValueError: the images have another size or number of channels.
+        """
+        expected = (self.channels, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
+        p = self.patch_size
+        x = self.to_tokens(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)) + self.positions
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return self.norm(x)
+
+
+def waves(side: int, dim: int) -> Float[Tensor, "n d"]:
+    """Sines and cosines of row and column over a grid of ``side * side`` places, of wavelengths up to the grid."""
+    count = -(-dim // 4)
+    places = torch.arange(side, dtype=torch.float32)
+    frequencies = torch.pi * (max(side, 2) / 2) ** -torch.linspace(0, 1, count)
+    angles = rearrange(places, "s -> s 1") * frequencies
+    along = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    rows, columns = (t.expand(side, side, -1) for t in (rearrange(along, "s d -> s 1 d"), along))
+    return rearrange(torch.cat((rows, columns), dim=-1), "h w d -> (h w) d")[:, :dim].clone()

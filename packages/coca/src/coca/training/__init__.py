@@ -1,0 +1,1 @@
+"""Training on image-text pairs."""

@@ -1,0 +1,83 @@
+"""The command ``memorizing-transformer``: ``train``, ``generate``, ``eval``, ``inspect`` and ``convert``."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_core.cli.main import run_command, summary_of, taken_out
+from lm_core.cli.text_generation import TextGeneration
+from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint, train
+from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.training.config import TrainingSettings
+
+if TYPE_CHECKING:
+    from lm_core.cli.parser import CommandParser
+
+# The quickstart's model: what two CPU cores can teach something in about two minutes.
+QUICKSTART_MODEL = {
+    "dim": 128,
+    "depth": 3,
+    "dim_head": 32,
+    "heads": 4,
+    "knn_attn_heads": 2,
+    "memorizing_layers": 2,
+    "max_knn_memories": 8192,
+    "xl_max_memories": 64,
+    "segment_length": 64,
+}
+# Arguments of the model that the commands settle themselves.
+SETTLED = ("num_tokens", "clear_memories_on_eos_token_id", "knn_memory_multiprocessing", "cross_entropy_ignore_index")
+
+TRAIN = """Trains a Memorizing Transformer on documents in order.
+
+Without arguments, on Python's own library (about two minutes on two CPU cores).
+
+  memorizing-transformer train                                          the quickstart, into runs/memorizing-quickstart
+  memorizing-transformer train --corpus texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
+  memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
+  torchrun --nproc_per_node 8 -m memorizing_transformer train
+
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command goes on from it,
+as it does after a kill."""
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "eval": evaluate_checkpoint,
+    "inspect": inspect_checkpoint,
+    "convert": convert,
+}
+
+
+def build_parser() -> "CommandParser":
+    """The parser of the whole command."""
+    from lm_core.cli.parser import CommandParser
+
+    parser = CommandParser(prog="memorizing-transformer", description="Language models with a kNN memory.")
+    training = parser.add_command("train", TRAIN)
+    training.add_function(train, skip=("model", "settings"))
+    training.add_class(MemorizingTransformer, skip=SETTLED, defaults=QUICKSTART_MODEL)
+    training.add_class(TrainingSettings, skip=("segment_length",))  # the model has it
+    generation = parser.add_command("generate", summary_of(generate))
+    generation.add_function(generate, skip=("settings",))
+    generation.add_class(TextGeneration)
+    for name, function in COMMANDS.items():
+        parser.add_command(name, summary_of(function)).add_function(function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
+    commands = {"train": _train, "generate": _generate, **COMMANDS}
+    return run_command(build_parser(), argv, commands, package="memorizing_transformer")
+
+
+def _generate(**arguments: Any) -> int:
+    return generate(settings=taken_out(arguments, TextGeneration), **arguments)
+
+
+def _train(**arguments: Any) -> int:
+    names = inspect.signature(MemorizingTransformer).parameters
+    model = {name: arguments.pop(name) for name in names if name in arguments}
+    arguments["segment_length"] = model["segment_length"]
+    settings = taken_out(arguments, TrainingSettings)
+    return train(model=model, settings=settings, **arguments)

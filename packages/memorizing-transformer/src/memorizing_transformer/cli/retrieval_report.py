@@ -1,0 +1,129 @@
+"""Which past tokens the memory gave to each new one, as a page to look at.
+
+For every generated token the page shows the remembered tokens that its query retrieved most often over heads, each with
+the text around it.
+"""
+
+import html
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lm_core.checkpoints.atomic_io import write_file
+from lm_core.generation.generate import generate
+from lm_core.tokenizers import Tokenizer
+from memorizing_transformer.model.transformer import MemorizingTransformer
+
+_STYLE = """body { font: 14px/1.5 sans-serif; max-width: 70em; margin: 2em auto; color: #222; background: #fff }
+code { font: 13px/1.4 monospace; white-space: pre-wrap } .token { background: #ffd27f } .found { background: #a6d8ff }
+table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid #ddd; padding: .3em .6em;
+text-align: left; vertical-align: top }"""
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """A new token and what the memory gave to the query that chose it.
+
+    Attributes:
+        token: its id.
+        positions: remembered tokens, by how many heads retrieved them (most first, then nearest), with that number.
+    """
+
+    token: int
+    positions: list[tuple[int, int]]
+
+
+@torch.no_grad()
+def retrieved_while_generating(
+    model: MemorizingTransformer, prompt: Int[Tensor, " n"], *, max_new_tokens: int, layer: int = 0, **settings: Any
+) -> list[GeneratedToken]:
+    """Continues a prompt and tells for each new token what the memory gave.
+
+    Args:
+        model: the model; its memory begins empty and takes up the prompt, segment by segment.
+        prompt: token ids.
+        max_new_tokens: how many.
+        layer: which of the memorizing layers, counted from 0.
+        **settings: of ``lm_core.generate``.
+
+    Raises:
+        ValueError: the model has no such memorizing layer.
+    """
+    layers = model.memory_attentions()
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer must be one of {len(layers)} memorizing layers, counted from 0, got {layer}")
+    with ExitStack() as stack:
+        records = stack.enter_context(layers[layer].recorded())
+        steps: list[Tensor] = []
+
+        def note(logits: Tensor) -> Tensor:
+            # the newest record is of the query that gives these logits; none while the memory is empty
+            steps.append(records[-1].positions[0, :, -1] if records else torch.empty(0, dtype=torch.long))
+            records.clear()
+            return logits
+
+        given = (note, *settings.pop("filters", ()))
+        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=given, **settings)
+    tokens = result.tokens[0, : int(result.lengths[0])].tolist()
+    out = []
+    for token, positions in zip(tokens, steps, strict=False):
+        # nearest first: a counter keeps the order of first sight, which a stable sort then leaves among equals
+        nearest_first = positions.view(-1, positions.shape[-1]).T.flatten().tolist() if positions.numel() else []
+        counts = Counter(position for position in nearest_first if position >= 0)
+        out.append(GeneratedToken(token, sorted(counts.items(), key=lambda pair: -pair[1])))
+    return out
+
+
+def write_page(
+    path: str | Path,
+    prompt: Int[Tensor, " n"],
+    generated: list[GeneratedToken],
+    tokenizer: Tokenizer,
+    *,
+    shown: int = 4,
+) -> Path:
+    """Writes the page.
+
+    Args:
+        path: of the ``.html``.
+        prompt: token ids that were read before; positions count in them and in what was generated.
+        generated: of ``retrieved_while_generating``.
+        tokenizer: for the text.
+        shown: remembered tokens a new one.
+    """
+    ids = [*prompt.tolist(), *(one.token for one in generated)]
+    rows = []
+    for number, one in enumerate(generated):
+        at = len(prompt) + number
+        found = "<br>".join(
+            f"<code>{_around(ids, position, tokenizer, 24, 'found')}</code> <small>token {position:,}, "
+            f"{count} head{'s' if count > 1 else ''}</small>"
+            for position, count in one.positions[:shown]
+        )
+        rows.append(
+            f"<tr><td><code>{_around(ids, at, tokenizer, 24, 'token', ahead=0)}</code></td>"
+            f"<td>{found or '<small>the memory was empty</small>'}</td></tr>"
+        )
+    text = html.escape(tokenizer.decode([one.token for one in generated]))
+    page = (
+        f"<!doctype html><meta charset=utf-8><title>Retrieved memories</title><style>{_STYLE}</style>"
+        f"<h1>What the memory gave</h1><p>{len(prompt):,} tokens were read, {len(generated)} generated:</p>"
+        f"<p><code>{text}</code></p><table><tr><th>new token</th><th>retrieved by the query that chose it</th></tr>"
+        f"{''.join(rows)}</table>\n"
+    )
+    write_file(Path(path), page)
+    return Path(path)
+
+
+def _around(ids: list[int], at: int, tokenizer: Tokenizer, reach: int, kind: str, ahead: int | None = None) -> str:
+    ahead = reach if ahead is None else ahead
+    before, token, after = ids[max(0, at - reach) : at], ids[at : at + 1], ids[at + 1 : at + 1 + ahead]
+    parts = [html.escape(tokenizer.decode(part)) for part in (before, token, after)]
+    middle = parts[1].replace("\n", "\u21b5\n") or "\u25a1"
+    return f"{parts[0]}<span class={kind}>{middle}</span>{parts[2]}"

@@ -1,0 +1,1 @@
+"""The external memory: storage, exact and approximate search."""

@@ -1,0 +1,412 @@
+"""The memory of one layer: keys and values of past tokens, searched for the nearest keys of each query.
+
+Not differentiable: what is stored and what is found carries no gradient (arXiv 2203.08913, section 3.1). Each batch row
+has a memory of its own, which forgets first in, first out. The model adds a segment only after it has searched, so
+nothing of a segment is found by itself.
+
+With several key heads every head has its own keys: a tensor then has a dimension of heads behind the batch.
+
+Legend: b batch rows in scope, n tokens, h key heads, d feature, k neighbours.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lm_core.checkpoints.atomic_io import fsync_path, temporary_sibling
+from lm_core.checkpoints.manifest import load_tensors, save_tensors
+from lm_core.checks import check_positive, typed
+from memorizing_transformer.memory.disk_storage import DiskStorage
+from memorizing_transformer.memory.exact_search import (
+    SCREENED_CHUNK,
+    chunk_size_for,
+    exact_top_k,
+    screened_top_k,
+    worth_screening,
+)
+from memorizing_transformer.memory.faiss_search import FaissRow
+from memorizing_transformer.memory.ring_storage import RingStorage, StorageFormat
+
+Backend = Literal["exact", "faiss"]
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What a search found.
+
+    Attributes:
+        kv: keys and values, zero where ``mask`` is False.
+        mask: whether there was a k-th neighbour.
+        scores: inner products, greatest first; -inf where ``mask`` is False.
+        positions: which token each is, counted from 0 since its row was cleared; -1 where ``mask`` is False.
+    """
+
+    kv: Float[Tensor, "b ... k 2 d"]
+    mask: Bool[Tensor, "b ... k"]
+    scores: Float[Tensor, "b ... k"]
+    positions: Int[Tensor, "b ... k"]
+
+
+class KNNMemory:
+    """Memory of ``num_indices`` batch rows.
+
+    Args:
+        dim: features of a key, and of a value.
+        max_memories: tokens a row holds; the oldest are forgotten beyond.
+        num_indices: batch rows.
+        memmap_filename: a folder to keep the memory in, memory-mapped; without it, it is in the memory of ``device``.
+        multiprocessing: accepted for compatibility, without effect.
+        backend: "exact" search, or an index of "faiss".
+        heads: key heads; 1 means that all query heads share the keys.
+        storage: number format of what is stored, "float32", "bfloat16" or "int8".
+        device: where it is stored and searched.
+        index: factory string of faiss.
+        nprobe: clusters an IVF index looks into.
+        ef_search: breadth of an HNSW index's search.
+
+    Raises:
+        ValueError: a size below 1, an unknown name, or a folder with another memory.
+        ImportError: ``backend="faiss"`` without faiss.
+    """
+
+    @typed
+    def __init__(
+        self,
+        dim: int,
+        max_memories: int = 16000,
+        num_indices: int = 1,
+        memmap_filename: str | Path | None = None,
+        multiprocessing: bool = False,
+        *,
+        backend: Backend = "exact",
+        heads: int = 1,
+        storage: StorageFormat = "float32",
+        device: torch.device | str = "cpu",
+        index: str = "Flat",
+        nprobe: int = 40,
+        ef_search: int = 512,
+    ) -> None:
+        for name, value in (
+            ("dim", dim),
+            ("max_memories", max_memories),
+            ("num_indices", num_indices),
+            ("heads", heads),
+            ("nprobe", nprobe),
+            ("ef_search", ef_search),
+        ):
+            check_positive(value, name)
+        place = torch.device(device)
+        if memmap_filename is not None and place.type != "cpu":
+            raise ValueError(f"a memory in files is searched on the CPU, got device {place}")
+        if multiprocessing:
+            _say_without_effect("multiprocessing")
+        self.dim, self.max_memories, self.num_indices, self.heads = dim, max_memories, num_indices, heads
+        self.backend, self.index, self.nprobe, self.ef_search = backend, index, nprobe, ef_search
+        self._device = place
+        shape: dict[str, Any] = {"rows": num_indices * heads, "capacity": max_memories, "dim": dim, "storage": storage}
+        # made first: a wrong factory string must not leave files behind
+        self._indexes = [self._new_index() for _ in range(num_indices * heads)] if backend == "faiss" else None
+        self.store: RingStorage = (
+            RingStorage(device=place, **shape) if memmap_filename is None else DiskStorage(memmap_filename, **shape)
+        )
+        self.scoped_indices = list(range(num_indices))
+        for row in range(num_indices * heads):
+            self._update_index(row)
+
+    def _new_index(self) -> FaissRow:
+        return FaissRow(
+            dim=self.dim, factory=self.index, nprobe=self.nprobe, ef_search=self.ef_search, device=self._device
+        )
+
+    # ----------------------------------------------------------------------------------------------------- sizes
+
+    def __len__(self) -> int:
+        """Tokens held in all rows together."""
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens held in each batch row (of all rows, in scope or not)."""
+        return [self.store.size(row * self.heads) for row in range(self.num_indices)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken by keys and values."""
+        return self.store.nbytes
+
+    # ------------------------------------------------------------------------------------------------- rows in scope
+
+    def set_scoped_indices(self, indices: Sequence[int]) -> None:
+        """Makes ``indices`` the batch rows that ``add`` and ``search`` mean, in this order.
+
+        Raises:
+            ValueError: a row comes twice or does not exist.
+        """
+        rows = [int(index) for index in indices]
+        self._check_rows(rows)
+        self.scoped_indices = rows
+
+    @contextmanager
+    def at_batch_indices(self, indices: Sequence[int]) -> Iterator["KNNMemory"]:
+        """``set_scoped_indices`` for a block; the rows before come back at its end, also after an error."""
+        before = self.scoped_indices
+        self.set_scoped_indices(indices)
+        try:
+            yield self
+        finally:
+            self.scoped_indices = before
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        if len(set(rows)) != len(rows):
+            raise ValueError(f"batch rows must be different from each other, got {rows}")
+        if not rows or min(rows) < 0 or max(rows) >= self.num_indices:
+            raise ValueError(f"batch rows must be in [0, {self.num_indices}), got {rows}")
+
+    # ------------------------------------------------------------------------------------------- adding and clearing
+
+    def add(self, memories: Float[Tensor, "b ... 2 d"], mask: Bool[Tensor, "b n"] | None = None) -> None:
+        """Adds tokens behind those of each row in scope.
+
+        Args:
+            memories: keys and values ``(b, n, 2, d)``, with several key heads ``(b, h, n, 2, d)``.
+            mask: True at the tokens to add; None adds all.
+
+        Raises:
+            ValueError: a shape does not fit, or a number is not finite (seen on the CPU); nothing is added then.
+            TypeError: ``memories`` are not floating point, or the mask is not boolean.
+        """
+        self._check_added(memories, mask)
+        by_head = memories.detach() if self.heads > 1 else memories.detach().unsqueeze(1)
+        rows, new = [], []
+        for number, index in enumerate(self.scoped_indices):
+            kept = by_head[number] if mask is None else by_head[number][:, mask[number].to(memories.device)]
+            if kept.shape[1]:
+                rows += [index * self.heads + head for head in range(self.heads)]
+                new += list(kept)
+        if not rows:
+            return
+        self.store.append(rows, new)
+        for row in rows:
+            self._update_index(row)
+
+    def _check_added(self, memories: Tensor, mask: Tensor | None) -> None:
+        if not memories.is_floating_point():
+            raise TypeError(f"memories must be floating point, got dtype {memories.dtype}")
+        b = len(self.scoped_indices)
+        lead = (b, self.heads) if self.heads > 1 else (b,)
+        n = memories.shape[len(lead)] if memories.ndim == len(lead) + 3 else -1
+        if memories.shape != (*lead, n, 2, self.dim):
+            names = "(b, h, n, 2, d)" if self.heads > 1 else "(b, n, 2, d)"
+            expected = ", ".join(str(size) for size in (*lead, "n", 2, self.dim))
+            raise ValueError(f"memories must have shape {names} = ({expected}), got {tuple(memories.shape)}")
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True at tokens to add), got {mask.dtype}")
+        if mask is not None and mask.shape != (b, n):
+            raise ValueError(f"mask must have shape (b, n) = {(b, n)}, got {tuple(mask.shape)}")
+        if memories.device.type == "cpu" and not bool(torch.isfinite(memories).all()):
+            raise ValueError("memories must be finite, got inf or NaN")
+
+    def clear(self, batch_indices: int | Sequence[int] | None = None) -> None:
+        """Empties batch rows (all by default); whether they are in scope does not matter.
+
+        Raises:
+            ValueError: a row comes twice or does not exist.
+        """
+        if batch_indices is None:
+            rows = list(range(self.num_indices))
+        else:
+            rows = [batch_indices] if isinstance(batch_indices, int) else [int(index) for index in batch_indices]
+        if not rows:
+            return
+        self._check_rows(rows)
+        stored = [row * self.heads + head for row in rows for head in range(self.heads)]
+        self.store.clear(stored)
+        if self._indexes is not None:
+            for row in stored:
+                self._indexes[row].reset()
+
+    def _update_index(self, row: int) -> None:
+        if self._indexes is None:
+            return
+        index, first, written = self._indexes[row], self.store.first[row], self.store.written[row]
+        if not index.is_ready(written - first):
+            return
+        if index.stop == index.base or index.stop < first or index.needs_rebuild(first, written):
+            index.rebuild(self.store.tokens(row)[:, 0], first)
+        elif index.stop < written:
+            index.add(self.store.tokens(row, index.stop)[:, 0])
+
+    # --------------------------------------------------------------------------------------------------- searching
+
+    def search(
+        self,
+        queries: Float[Tensor, "b ... d"],
+        topk: int,
+        nprobe: int | None = None,
+        increment_hits: bool | None = None,
+        increment_age: bool | None = None,
+    ) -> tuple[Float[Tensor, "b ... k 2 d"], Bool[Tensor, "b ... k"]]:
+        """Keys and values of the nearest tokens, nearest first, and whether there was a k-th one.
+
+        Args:
+            queries: ``(b, ..., d)``, with several key heads ``(b, h, ..., d)``.
+            topk: how many.
+            nprobe: accepted for compatibility, like the next two; set it in the constructor.
+            increment_hits: without effect.
+            increment_age: without effect.
+
+        Raises:
+            ValueError: a shape does not fit, or ``topk`` is below 1.
+        """
+        for name, value in (("nprobe", nprobe), ("increment_hits", increment_hits), ("increment_age", increment_age)):
+            if value is not None:
+                _say_without_effect(name)
+        found = self.retrieve(queries, topk)
+        return found.kv, found.mask
+
+    @torch.no_grad()
+    def retrieve(self, queries: Float[Tensor, "b ... d"], topk: int) -> Retrieved:
+        """As ``search``, with scores and positions."""
+        check_positive(topk, "topk")
+        b = len(self.scoped_indices)
+        lead = (b, self.heads) if self.heads > 1 else (b,)
+        if queries.ndim < len(lead) + 1 or (*queries.shape[: len(lead)], queries.shape[-1]) != (*lead, self.dim):
+            names = "(b, h, ..., d)" if self.heads > 1 else "(b, ..., d)"
+            raise ValueError(f"queries must have shape {names} with {(*lead, self.dim)}, got {tuple(queries.shape)}")
+        flat = queries.detach().to(self.store.device).reshape(b * self.heads, -1, self.dim)
+        shape, place = (*flat.shape[:2], topk), self.store.device
+        # rows are searched one by one, and each writes what it found here
+        kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
+        scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
+        positions = torch.full(shape, -1, dtype=torch.long, device=place)
+        for number in range(b * self.heads if flat.shape[1] else 0):
+            row = self.scoped_indices[number // self.heads] * self.heads + number % self.heads
+            if size := self.store.size(row):
+                scores[number], positions[number], slots = self._search_row(row, flat[number].to(scores.dtype), topk)
+                self.store.read(row, slots, out=kv[number])
+                if size < topk or self._indexes is not None:
+                    kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
+            else:
+                kv[number].zero_()
+        kv, scores, positions = (
+            part.to(queries.device).reshape(*queries.shape[:-1], topk, *part.shape[3:])
+            for part in (kv, scores, positions)
+        )
+        return Retrieved(kv=kv, mask=positions >= 0, scores=scores, positions=positions)
+
+    def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores, positions and slots of the nearest tokens of a row that holds some."""
+        store, size = self.store, self.store.size(row)
+        index = None if self._indexes is None else self._indexes[row]
+        if index is not None and index.is_ready(size):
+            scores, positions = index.search(queries, k, store.first[row])
+            return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
+
+        chunks = partial(store.key_chunks, row, dtype=queries.dtype)
+        # an autocast region around the model would round the products
+        with torch.autocast(store.device.type, enabled=False):
+            if worth_screening(queries, size):
+                screened = partial(chunks, SCREENED_CHUNK)
+                scores, slots = screened_top_k(queries, screened, k, partial(store.products, row))
+            else:
+                scores, slots = exact_top_k(queries, chunks(chunk_size_for(store.device)), k)
+        positions = store.positions(row, slots)
+        if size < k:
+            positions[:, size:] = -1
+        return scores, positions, slots
+
+    # ------------------------------------------------------------------------------------------ copies, saved states
+
+    def selected(self, rows: Sequence[int]) -> "KNNMemory":
+        """A copy, not on disk, whose batch row ``r`` is our row in scope ``rows[r]``; a row may come several times."""
+        twin = KNNMemory.__new__(KNNMemory)
+        twin.__dict__ |= self.__dict__
+        chosen = [self.scoped_indices[row] for row in rows]
+        stored = [row * self.heads + head for row in chosen for head in range(self.heads)]
+        twin.store = self.store.selected(stored)
+        twin.num_indices, twin.scoped_indices = len(chosen), list(range(len(chosen)))
+        if self._indexes is not None:
+            twin._indexes = [twin._new_index() for _ in stored]
+            for row in range(len(stored)):
+                twin._update_index(row)
+        return twin
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rows as tensors and numbers, for a checkpoint."""
+        return {"format_version": STATE_VERSION, "heads": self.heads, **self.store.state()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ``ValueError`` unless ``state`` is of a memory of the same shape and number format."""
+        if state.get("format_version") != STATE_VERSION:
+            raise ValueError(
+                f"the memory's state must have format version {STATE_VERSION}, got {state.get('format_version')!r}"
+            )
+        if state.get("heads") != self.heads:
+            raise ValueError(f"the memory was saved with heads = {state.get('heads')!r}, not {self.heads}")
+        self.store.check_state(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Holds what the memory of ``state_dict`` held.
+
+        Raises:
+            ValueError: it was of another shape or number format; nothing is changed then.
+        """
+        self.check_state(state)
+        self.store.load_state(state)
+        for row in range(self.num_indices * self.heads):
+            if self._indexes is not None:
+                self._indexes[row].reset()
+            self._update_index(row)
+
+    @typed
+    def save(self, path: str | Path) -> None:
+        """Writes the memory into one file, which appears whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_sibling(target)
+        try:
+            save_tensors(temporary, self.state_dict())
+            fsync_path(temporary)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_path(target.parent)
+
+    @typed
+    def load(self, path: str | Path) -> None:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or of another shape or number format.
+        """
+        state = load_tensors(path)
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} holds no saved memory, got {type(state).__name__}")
+        self.load_state_dict(state)
+
+    def close(self) -> None:
+        """Lets go of files."""
+        if isinstance(self.store, DiskStorage):
+            self.store.close()
+
+
+_said: set[str] = set()
+
+
+def _say_without_effect(name: str) -> None:
+    if name not in _said:
+        _said.add(name)
+        warnings.warn(f"{name} is accepted for compatibility and has no effect", UserWarning, stacklevel=4)

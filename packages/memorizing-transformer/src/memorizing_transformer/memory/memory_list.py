@@ -1,0 +1,134 @@
+"""The memories of all memorizing layers together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm_core.checks import typed
+from memorizing_transformer.memory.directory import MemoryDirectory
+from memorizing_transformer.memory.knn_memory import KNNMemory
+
+
+class KNNMemoryList(list[KNNMemory]):
+    """A list of ``KNNMemory``, one for each memorizing layer, with what is done to all of them at once."""
+
+    _directory: MemoryDirectory | None = None
+
+    @classmethod
+    def create_memories(
+        cls,
+        *,
+        batch_size: int,
+        num_memory_layers: int,
+        memories_directory: str | Path | None = None,
+        name: str | None = None,
+        timeout: float = 10.0,
+    ) -> Callable[..., "KNNMemoryList"]:
+        """A function from the arguments of ``KNNMemory`` to the list.
+
+        Args:
+            batch_size: rows.
+            num_memory_layers: memories.
+            memories_directory: keeps them in files there; None keeps them in memory.
+            name: of the folder in ``memories_directory`` that is kept and opened again; None for a scratch folder.
+            timeout: seconds to wait for another process that uses the folder.
+        """
+
+        make: Callable[..., KNNMemory] = KNNMemory
+
+        def create(*args: Any, **kwargs: Any) -> KNNMemoryList:
+            if memories_directory is None:
+                return cls(make(*args, num_indices=batch_size, **kwargs) for _ in range(num_memory_layers))
+            directory = MemoryDirectory(memories_directory, name, timeout=timeout)
+            memories = cls()
+            memories._directory = directory
+            try:
+                for number in range(1, num_memory_layers + 1):
+                    file = directory.path / f"layer-{number}"
+                    memories.append(make(*args, num_indices=batch_size, memmap_filename=file, **kwargs))
+            except BaseException:
+                memories.cleanup()
+                raise
+            return memories
+
+        return create
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in scope; 0 where there is no memory."""
+        return len(self[0].scoped_indices) if self else 0
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Tokens held, by layer and row."""
+        return [memory.sizes for memory in self]
+
+    def cleanup(self) -> None:
+        """Lets go of files; a scratch folder is removed, a named one is kept."""
+        for memory in self:
+            memory.close()
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            directory.close()
+
+    @contextmanager
+    def at_batch_indices(self, indices: Sequence[int]) -> Iterator["KNNMemoryList"]:
+        """Narrows every memory to some rows for a block; see ``KNNMemory.at_batch_indices``."""
+        with ExitStack() as stack:
+            for memory in self:
+                stack.enter_context(memory.at_batch_indices(indices))
+            yield self
+
+    def clear_memory(
+        self, batch_indices: int | Sequence[int] | None = None, memory_indices: Sequence[int] | None = None
+    ) -> None:
+        """Empties rows (all by default) of memories (all by default).
+
+        Raises:
+            ValueError: a row or a memory does not exist; nothing is emptied then.
+        """
+        chosen = range(len(self)) if memory_indices is None else memory_indices
+        wrong = [number for number in chosen if not 0 <= number < len(self)]
+        if wrong:
+            raise ValueError(f"memory_indices must be in [0, {len(self)}), got {wrong}")
+        for number in chosen:
+            self[number].clear(batch_indices)
+
+    def selected(self, rows: Sequence[int]) -> "KNNMemoryList":
+        """A copy whose batch row ``r`` is our row in scope ``rows[r]``."""
+        return KNNMemoryList(memory.selected(rows) for memory in self)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All memories as tensors and numbers, for a checkpoint."""
+        return [memory.state_dict() for memory in self]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Holds what the memories of ``state_dict`` held.
+
+        Raises:
+            ValueError: another number, shape or number format; nothing is changed then.
+        """
+        if len(state) != len(self):
+            raise ValueError(f"state must have {len(self)} memories, got {len(state)}")
+        for memory, one in zip(self, state, strict=True):
+            memory.check_state(one)
+        for memory, one in zip(self, state, strict=True):
+            memory.load_state_dict(one)
+
+    @typed
+    def save(self, directory: str | Path) -> None:
+        """Writes ``layer-1.pt`` and so on into a folder, each whole or not at all."""
+        for number, memory in enumerate(self, start=1):
+            memory.save(Path(directory) / f"layer-{number}.pt")
+
+    @typed
+    def load(self, directory: str | Path) -> None:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged or of another shape.
+        """
+        for number, memory in enumerate(self, start=1):
+            memory.load(Path(directory) / f"layer-{number}.pt")

@@ -1,0 +1,263 @@
+"""Keys and values of past tokens: one ring buffer a row, first in, first out, in one of three number formats.
+
+A row that has taken ``written`` tokens since it was last cleared holds its last ``capacity`` ones; token ``t`` (counted
+from 0) lies in slot ``t % capacity``. Memory is taken as rows fill, doubling up to the capacity.
+
+| format | bytes a token (key and value) at d = 64 |
+|---|---|
+| float32 | 512 |
+| bfloat16 | 256 |
+| int8 | 132: one byte a number and a float16 scale for each key and each value |
+
+Narrow formats are widened chunk by chunk when searched: bfloat16 products are many times slower than float32 ones on
+most CPUs.
+
+Legend: r rows, n tokens, c capacity, d feature.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lm_core.checks import check_positive
+from memorizing_transformer.memory.exact_search import CPU_CHUNK, own_products
+
+StorageFormat = Literal["float32", "bfloat16", "int8"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_SMALLEST_GROWTH = 256
+
+
+def check_format(storage: str) -> None:
+    """Raises ``ValueError`` unless ``storage`` is one of the formats."""
+    if storage not in get_args(StorageFormat):
+        raise ValueError(f"storage must be one of {get_args(StorageFormat)}, got {storage!r}")
+
+
+def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
+    """One byte a number: round(x / scale) with scale = max |x| / 127 of each vector, rounded to float16."""
+    # float16 would lose scales below 6e-8 and above 65504
+    scales = (kv.abs().amax(dim=-1).float() / 127).clamp(6e-8, 65504.0).to(torch.float16)
+    numbers = (kv.float() / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return numbers, scales
+
+
+class RingStorage:
+    """Ring buffers of several rows, in the memory of one device.
+
+    Args:
+        rows: number of rows.
+        capacity: tokens a row holds at most.
+        dim: features of a key, and of a value.
+        storage: number format.
+        device: where the buffers are.
+    """
+
+    def __init__(self, *, rows: int, capacity: int, dim: int, storage: str, device: torch.device) -> None:
+        for name, value in (("rows", rows), ("max_memories", capacity), ("dim", dim)):
+            check_positive(value, name)
+        check_format(storage)
+        self.rows, self.capacity, self.dim, self.storage, self.device = rows, capacity, dim, storage, device
+        # Tokens a row has taken since it was cleared, and the first of them that is still held.
+        self.written = [0] * rows
+        self.first = [0] * rows
+        self.data, self.scales = self._allocate(0)
+
+    # -------------------------------------------------------------------------------------------------- sizes
+
+    def size(self, row: int) -> int:
+        """Tokens held in a row."""
+        return self.written[row] - self.first[row]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, used or not."""
+        tensors = [self.data] if self.scales is None else [self.data, self.scales]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def ranges(self, row: int) -> list[tuple[int, int]]:
+        """The slots in use, as ranges ``(start, stop)``."""
+        size = self.size(row)
+        if size in (0, self.capacity):
+            return [(0, size)] if size else []
+        start, stop = self.first[row] % self.capacity, self.written[row] % self.capacity or self.capacity
+        return [(start, stop)] if start < stop else [(0, stop), (start, self.capacity)]
+
+    def positions(self, row: int, slots: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Which token, counted since the row was cleared, lies in each slot."""
+        last = self.written[row] - 1
+        return last - (last - slots) % self.capacity
+
+    # ---------------------------------------------------------------------------------------- writing and clearing
+
+    def append(self, rows: Sequence[int], kv: Sequence[Tensor]) -> None:
+        """Adds tokens ``(n, 2, d)``, with an n for each row, behind those of ``rows``; the oldest go for want of room.
+
+        Of more than ``capacity`` new tokens only the last ``capacity`` are kept.
+        """
+        self._make_room([self.written[row] + one.shape[0] for row, one in zip(rows, kv, strict=True)])
+        after: dict[int, tuple[int, int]] = {}
+        for row, new in zip(rows, kv, strict=True):
+            written = self.written[row] + new.shape[0]
+            after[row] = (max(self.first[row], written - self.capacity), written)
+        self._before_writing(after)
+        for row, new in zip(rows, kv, strict=True):
+            self._write(row, self.written[row] + max(0, new.shape[0] - self.capacity), new[-self.capacity :])
+        for row, (first, written) in after.items():
+            self.first[row], self.written[row] = first, written
+        self._commit()
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Empties rows; their buffers stay."""
+        for row in rows:
+            self.first[row] = self.written[row] = 0
+        self._commit()
+
+    def _write(self, row: int, position: int, new: Tensor) -> None:
+        scales: Tensor | None = None
+        new = new.detach().to(self.device)
+        if self.storage == "int8":
+            new, scales = quantise(new)
+        start, done = position % self.capacity, 0
+        while done < new.shape[0]:
+            count = min(new.shape[0] - done, self.capacity - start)
+            self.data[row, start : start + count] = new[done : done + count].to(self.data.dtype)
+            if scales is not None and self.scales is not None:
+                self.scales[row, start : start + count] = scales[done : done + count]
+            start, done = 0, done + count
+
+    def _before_writing(self, after: dict[int, tuple[int, int]]) -> None:
+        """Told before slots are overwritten; storage on disk records first what is about to go."""
+
+    def _commit(self) -> None:
+        """Told when all rows are as their counts say; storage on disk records it."""
+
+    def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
+        shape = (self.rows, capacity, 2, self.dim)
+        data = torch.empty(shape, dtype=DTYPES[self.storage], device=self.device)
+        scales = torch.empty(shape[:-1], dtype=torch.float16, device=self.device) if self.storage == "int8" else None
+        return data, scales
+
+    def _make_room(self, written: Sequence[int]) -> None:
+        have = self.data.shape[1]
+        wanted = min(self.capacity, max(written, default=0))
+        if wanted <= have:
+            return
+        room = min(self.capacity, max(wanted, 2 * have, _SMALLEST_GROWTH))
+        data, scales = self._allocate(room)
+        data[:, :have] = self.data
+        if scales is not None and self.scales is not None:
+            scales[:, :have] = self.scales
+        self.data, self.scales = data, scales
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def key_chunks(self, row: int, size: int, dtype: torch.dtype) -> Iterator[tuple[int, Float[Tensor, "n d"]]]:
+        """Keys of a row with the slot of the first, ``size`` slots at a time, widened to ``dtype``."""
+        for start, stop in self.ranges(row):
+            for low in range(start, stop, size):
+                high = min(low + size, stop)
+                keys = self.data[row, low:high, 0].to(dtype)
+                if self.scales is not None:
+                    keys = keys * self.scales[row, low:high, 0].to(dtype).unsqueeze(-1)
+                yield low, keys
+
+    def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
+        """Of each query with the keys in slots of its own, on a CPU, in the queries' dtype."""
+        if self.data.dtype == queries.dtype:
+            return own_products(queries, self.data[row].view(-1, self.dim), 2 * slots)  # a key and a value in turn
+        few = max(1, CPU_CHUNK // slots.shape[1])  # queries at a time, so that few keys are widened
+        parts = zip(queries.split(few), slots.split(few), strict=True)
+        return torch.cat([self._widened_products(row, some, of_some) for some, of_some in parts])
+
+    def _widened_products(self, row: int, queries: Tensor, slots: Tensor) -> Tensor:
+        flat = slots.flatten()
+        keys = self.data[row, :, 0].index_select(0, flat).to(queries.dtype)
+        if self.scales is not None:
+            keys *= self.scales[row, :, 0].index_select(0, flat).to(queries.dtype).unsqueeze(-1)
+        return own_products(queries, keys, torch.arange(len(flat)).view(slots.shape))
+
+    def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
+        """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
+        flat, target = slots.reshape(-1), out.view(-1, 2, self.dim)
+        if self.data.dtype == out.dtype:
+            torch.index_select(self.data[row], 0, flat, out=target)
+            return
+        target.copy_(self.data[row].index_select(0, flat))
+        if self.scales is not None:
+            target.mul_(self.scales[row].index_select(0, flat).unsqueeze(-1).to(out.dtype))
+
+    def tokens(self, row: int, first: int | None = None) -> Float[Tensor, "n 2 d"]:
+        """Keys and values of a row's tokens from position ``first`` on (all by default), in order, in float32."""
+        begin = self.first[row] if first is None else first
+        slots = torch.arange(begin, self.written[row], device=self.device) % self.capacity
+        out = torch.empty(len(slots), 2, self.dim, device=self.device)
+        self.read(row, slots, out=out)
+        return out
+
+    def in_order(self, row: int) -> Int[Tensor, " n"]:
+        """Slots of the tokens of a row, oldest first."""
+        return torch.arange(self.first[row], self.written[row], device=self.device) % self.capacity
+
+    # ------------------------------------------------------------------------------------- copies and saved states
+
+    def selected(self, rows: Sequence[int]) -> "RingStorage":
+        """A copy, in memory, whose row ``r`` is our row ``rows[r]``."""
+        twin = RingStorage(
+            rows=len(rows), capacity=self.capacity, dim=self.dim, storage=self.storage, device=self.device
+        )
+        used = max((min(self.written[row], self.capacity) for row in rows), default=0)
+        index = torch.tensor(rows, device=self.device)
+        twin.data = self.data[:, :used].index_select(0, index)
+        twin.scales = None if self.scales is None else self.scales[:, :used].index_select(0, index)
+        twin.first, twin.written = [self.first[row] for row in rows], [self.written[row] for row in rows]
+        return twin
+
+    def state(self) -> dict[str, object]:
+        """The tokens held, oldest first, as tensors and numbers (on the CPU)."""
+        kv, scales = [], []
+        for row in range(self.rows):
+            slots = self.in_order(row)
+            kv.append(self.data[row].index_select(0, slots).cpu())
+            if self.scales is not None:
+                scales.append(self.scales[row].index_select(0, slots).cpu())
+        return {
+            "storage": self.storage,
+            "dim": self.dim,
+            "capacity": self.capacity,
+            "first": list(self.first),
+            "kv": kv,
+            "scales": scales,
+        }
+
+    def check_state(self, state: dict[str, object]) -> None:
+        """Raises ``ValueError`` unless ``state`` came from a storage of the same shape and format."""
+        for name in ("storage", "dim", "capacity"):
+            if state.get(name) != getattr(self, name):
+                raise ValueError(f"the memory was saved with {name} = {state.get(name)!r}, not {getattr(self, name)!r}")
+        rows = state.get("kv")
+        if not isinstance(rows, list) or len(rows) != self.rows:
+            found = len(rows) if isinstance(rows, list) else "none"
+            raise ValueError(f"the memory was saved with {found} rows, not {self.rows}")
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Holds what ``state`` of the same shape and format held.
+
+        Raises:
+            ValueError: it is of another one; nothing is changed then.
+        """
+        self.check_state(state)
+        kv: list[Tensor] = state["kv"]  # type: ignore[assignment]
+        scales: list[Tensor] = state["scales"]  # type: ignore[assignment]
+        firsts: list[int] = state["first"]  # type: ignore[assignment]
+        self.clear(range(self.rows))
+        self._make_room([min(self.capacity, first + one.shape[0]) for first, one in zip(firsts, kv, strict=True)])
+        for row, (first, one) in enumerate(zip(firsts, kv, strict=True)):
+            slots = torch.arange(first, first + one.shape[0], device=self.device) % self.capacity
+            self.data[row].index_copy_(0, slots, one.to(self.device))
+            if self.scales is not None:
+                self.scales[row].index_copy_(0, slots, scales[row].to(self.device))
+            self.first[row], self.written[row] = first, first + one.shape[0]
+        self._commit()

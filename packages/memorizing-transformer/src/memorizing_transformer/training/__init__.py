@@ -1,0 +1,1 @@
+"""Training on documents in order, evaluation and retrofitting."""

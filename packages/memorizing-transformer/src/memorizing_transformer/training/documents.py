@@ -1,0 +1,226 @@
+"""Documents in order: each batch row reads one document after another, a segment at a time.
+
+Row ``g`` of all rows (over all processes) has a queue of its own: in each epoch the documents are shuffled, and it
+takes every R-th of them from place g on, R being the number of rows. A row's queue depends on nothing but its number
+and the seed, so two processes with half of the rows each read what one process with all rows reads. Every document is
+followed by EOS, which is what tells the model to forget. Labels are the next tokens; none is asked for behind EOS.
+
+Legend: b batch rows of this process, n tokens of a segment.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lm_core.checks import check_positive, typed
+from lm_core.data.documents import Documents
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of every row.
+
+    Attributes:
+        ids: input tokens.
+        labels: the token after each; -100 behind EOS and at padding.
+        mask: False at padding (validation only); None where there is none.
+        positions: how many tokens of its document come before each input.
+    """
+
+    ids: Int[Tensor, "b n"]
+    labels: Int[Tensor, "b n"]
+    mask: Bool[Tensor, "b n"] | None
+    positions: Int[Tensor, "b n"]
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels count."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    key = hashlib.sha256(f"document order {seed} {epoch}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(count)
+
+
+class DocumentStreams:
+    """An endless iterator over training segments, which can be stopped and continued anywhere.
+
+    Args:
+        documents: token ids without separators.
+        segment_length: n.
+        batch_size: rows of this process.
+        eos_id: follows every document.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: a size below 1, or fewer documents than rows.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        documents: Documents,
+        segment_length: int,
+        batch_size: int,
+        eos_id: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_positive(segment_length, "segment_length")
+        check_positive(batch_size, "batch_size")
+        self.rows = batch_size * world_size
+        if len(documents) < self.rows:
+            raise ValueError(
+                f"the corpus must have a document for each of {self.rows} rows, got {len(documents)} documents"
+            )
+        self.documents, self.segment_length, self.batch_size = documents, segment_length, batch_size
+        self.eos_id, self.seed = eos_id, seed
+        self._numbers = range(rank * batch_size, (rank + 1) * batch_size)
+        # of each row: epoch, place in its queue, token in the document
+        self._cursors = [[0, 0, 0] for _ in self._numbers]
+
+    @property
+    def epoch(self) -> float:
+        """How often the corpus has been read, about."""
+        queue = len(self.documents) / self.rows
+        return float(np.mean([epoch + place / queue for epoch, place, _ in self._cursors]))
+
+    def _queue(self, number: int, epoch: int) -> NDArray[np.int64]:
+        return _shuffled(len(self.documents), self.seed, epoch)[number :: self.rows]
+
+    def __iter__(self) -> "DocumentStreams":
+        return self
+
+    def __next__(self) -> Segment:
+        rows = [self._row(index) for index in range(self.batch_size)]
+        ids, labels, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        return Segment(ids=ids, labels=labels, mask=None, positions=positions)
+
+    def _row(self, index: int) -> tuple[Any, Any, Any]:
+        number, (epoch, place, token) = self._numbers[index], self._cursors[index]
+        queue = self._queue(number, epoch)
+        n = self.segment_length
+        ids, labels, positions = (np.empty(n, dtype=np.int64) for _ in range(3))
+        filled = 0
+        while filled < n:
+            document = np.append(self.documents[int(queue[place])].astype(np.int64), self.eos_id)
+            count = min(n - filled, len(document) - token)
+            span = slice(filled, filled + count)
+            ids[span] = document[token : token + count]
+            labels[span] = np.append(document, IGNORE_INDEX)[token + 1 : token + 1 + count]
+            positions[span] = np.arange(token, token + count)
+            filled, token = filled + count, token + count
+            if token == len(document):
+                place, token = place + 1, 0
+                if place == len(queue):
+                    epoch, place = epoch + 1, 0
+                    queue = self._queue(number, epoch)
+        self._cursors[index] = [epoch, place, token]
+        return ids, labels, positions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each row of this process is."""
+        return {
+            "fingerprint": self.documents.fingerprint,
+            "settings": [self.segment_length, self.rows, self.eos_id, self.seed],
+            "cursors": [list(cursor) for cursor in self._cursors],
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ``ValueError`` unless ``state`` is of the same documents, rows, segment length, EOS and seed."""
+        own = self.state_dict()
+        names = ("segment_length", "rows", "eos_id", "seed")
+        if state.get("fingerprint") != own["fingerprint"]:
+            raise ValueError("the checkpoint is of other documents: their fingerprint differs")
+        for name, mine, theirs in zip(names, own["settings"], state["settings"], strict=True):
+            if mine != theirs:
+                raise ValueError(f"the checkpoint has {name} = {theirs}, got {mine}")
+        if len(state["cursors"]) != self.batch_size:
+            raise ValueError(f"the checkpoint has {len(state['cursors'])} rows a process, got {self.batch_size}")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+            ValueError: see ``check_state``.
+        """
+        self.check_state(state)
+        self._cursors = [list(cursor) for cursor in state["cursors"]]
+
+
+class DocumentSegments:
+    """Segments of held-out documents, each read once from its beginning.
+
+    Documents are dealt to rows longest first, each to the row with the fewest tokens so far. A row that has ended is
+    padded.
+
+    Args:
+        documents, segment_length, batch_size, eos_id: as for ``DocumentStreams``.
+        max_documents: only so many, evenly out of the order of the corpus; None for all.
+        rank: of this process: it takes every world_size-th document.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        documents: Documents,
+        segment_length: int,
+        batch_size: int,
+        eos_id: int,
+        max_documents: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_positive(segment_length, "segment_length")
+        check_positive(batch_size, "batch_size")
+        self.documents, self.segment_length, self.eos_id = documents, segment_length, eos_id
+        wanted = len(documents) if max_documents is None else min(max_documents, len(documents))
+        chosen = (np.arange(wanted) * len(documents) // wanted)[rank::world_size]
+        longest_first = sorted(chosen.tolist(), key=lambda number: -int(documents.lengths[number]))
+        self.queues: list[list[int]] = [[] for _ in range(batch_size)]
+        loads = [0] * batch_size
+        for number in longest_first:
+            row = loads.index(min(loads))
+            self.queues[row].append(number)
+            loads[row] += int(documents.lengths[number]) + 1
+        self.segments = -(-max(loads) // segment_length)
+        self.num_bytes = int(documents.byte_lengths[chosen].sum())
+        self.num_tokens = int(documents.lengths[chosen].sum())
+
+    def __len__(self) -> int:
+        return self.segments
+
+    def __iter__(self) -> Any:
+        n, size = self.segment_length, self.segments * self.segment_length
+        rows = []
+        for queue in self.queues:
+            ids, labels = np.zeros(size, dtype=np.int64), np.full(size, IGNORE_INDEX, dtype=np.int64)
+            positions, mask = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
+            at = 0
+            for number in queue:
+                document = np.append(self.documents[number].astype(np.int64), self.eos_id)
+                span = slice(at, at + len(document))
+                ids[span], labels[at : at + len(document) - 1] = document, document[1:]
+                positions[span], mask[span] = np.arange(len(document)), True
+                at += len(document)
+            rows.append((ids, labels, mask, positions))
+        whole = [torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)]
+        for start in range(0, size, n):
+            span = slice(start, start + n)
+            yield Segment(
+                ids=whole[0][:, span], labels=whole[1][:, span], mask=whole[2][:, span], positions=whole[3][:, span]
+            )

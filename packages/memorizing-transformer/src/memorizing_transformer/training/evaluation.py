@@ -1,0 +1,158 @@
+"""How well a model predicts held-out documents, read in order: bits per byte, over all and by position.
+
+The position of a token is how many tokens of its document come before it. What a memory is worth shows where there is
+something to remember: the same weights read the same segments with memory and without.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from lm_core.data.documents import Documents
+from lm_core.distributed import all_reduce_sum
+from lm_core.generation.decoding import eval_mode
+from lm_core.losses.losses import linear_cross_entropy
+from lm_core.training.accelerator import Precision, autocast
+from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.model.xl_memories import XLMemories
+from memorizing_transformer.training.documents import IGNORE_INDEX, DocumentSegments, Segment
+
+# First position of each range of positions.
+RANGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a pass over held-out documents gave.
+
+    Attributes:
+        bits_per_byte: summed loss in bits, over bytes of text.
+        loss: mean over the predicted tokens, in nats.
+        tokens: how many were predicted.
+        by_position: first position of each range that has tokens, its tokens, and their mean loss in nats.
+    """
+
+    bits_per_byte: float
+    loss: float
+    tokens: int
+    by_position: list[tuple[int, int, float]]
+
+
+@torch.no_grad()
+def score(
+    model: MemorizingTransformer,
+    segments: DocumentSegments,
+    *,
+    use_memory: bool = True,
+    precision: Precision = "auto",
+    progress: bool = False,
+    ranges: Sequence[int] = RANGES,
+) -> Evaluation:
+    """Reads every segment in evaluation mode, each document with memories that begin empty.
+
+    Every process calls it with its share of the documents and gets the result of all.
+
+    Args:
+        model: the model, which must be told by EOS where documents end.
+        segments: this process's share.
+        use_memory: False reads without kNN memories (the XL window stays).
+        precision: "auto", "fp32" or "bf16".
+        progress: shows a progress bar.
+        ranges: first position of each range of positions to tell apart, ascending from 0.
+
+    Raises:
+        ValueError: the model does not clear its memories at the documents' EOS, or the ranges are in disorder.
+    """
+    if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
+        raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
+    if model.eos_id != segments.eos_id:
+        raise ValueError(
+            f"model must have clear_memories_on_eos_token_id = {segments.eos_id}, which ends the documents, "
+            f"got {model.eos_id}"
+        )
+    device = model.device
+    sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
+    edges = torch.tensor(ranges[1:], dtype=torch.long)
+    memories = model.create_knn_memories(batch_size=len(segments.queues)) if use_memory else None
+    window: XLMemories | None = None
+    try:
+        with eval_mode(model):
+            for segment in tqdm(segments, desc="evaluate", unit="segment", disable=not progress, leave=False):
+                losses, window = token_losses(model, segment, memories, window, precision, device)
+                counted = segment.labels != IGNORE_INDEX
+                bucket = torch.bucketize(segment.positions[counted], edges, right=True)
+                sums[:, 0].index_add_(0, bucket, torch.ones(bucket.shape[0], dtype=torch.float64))
+                sums[:, 1].index_add_(0, bucket, losses.double().cpu()[counted])
+    finally:
+        if memories is not None:
+            memories.cleanup()
+    bytes_ = torch.tensor([segments.num_bytes, segments.num_tokens], dtype=torch.float64)
+    totals = torch.cat((sums.flatten(), bytes_))
+    totals = all_reduce_sum(totals.to(device) if device.type == "cuda" else totals).cpu()
+    sums, (num_bytes, num_tokens) = totals[:-2].view(-1, 2), totals[-2:].tolist()
+    count, nats = float(sums[:, 0].sum()), float(sums[:, 1].sum())
+    by_position = [
+        (first, int(number), total / number)
+        for first, (number, total) in zip(ranges, sums.tolist(), strict=True)
+        if number
+    ]
+    bits = nats / math.log(2) / (count * num_bytes / num_tokens)
+    return Evaluation(bits, nats / count, int(count), by_position)
+
+
+def token_losses(
+    model: MemorizingTransformer,
+    segment: Segment,
+    memories: KNNMemoryList | None,
+    window: XLMemories | None,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[torch.Tensor, XLMemories | None]:
+    """The loss of each token of a segment, and the XL memories behind it."""
+    ids, labels, mask = segment.ids.to(device), segment.labels.to(device), segment.mask
+    mask = None if mask is None else mask.to(device)
+    with autocast(precision, device):
+        features, window = model.read(ids, mask=mask, knn_memories=memories, xl_memories=window)
+        losses = linear_cross_entropy(features, model.output_weight, labels, reduction="none")
+    return losses, window
+
+
+def evaluate(
+    model: MemorizingTransformer,
+    documents: Documents,
+    *,
+    eos_id: int,
+    segment_length: int = 512,
+    batch_size: int = 4,
+    max_documents: int | None = None,
+    use_memory: bool = True,
+    precision: Precision = "auto",
+    progress: bool = False,
+    ranges: Sequence[int] = RANGES,
+) -> Evaluation:
+    """Bits per byte of a model on documents, read in order.
+
+    Args:
+        model: the model.
+        documents: the text, in the model's token ids.
+        eos_id: follows every document.
+        segment_length: tokens a segment.
+        batch_size: documents at a time.
+        max_documents: only so many; None for all.
+        use_memory: False reads without kNN memories.
+        precision: "auto", "fp32" or "bf16".
+        progress: shows a progress bar.
+        ranges: first position of each range of positions to tell apart, ascending from 0.
+    """
+    segments = DocumentSegments(
+        documents=documents,
+        segment_length=segment_length,
+        batch_size=batch_size,
+        eos_id=eos_id,
+        max_documents=max_documents,
+    )
+    return score(model, segments, use_memory=use_memory, precision=precision, progress=progress, ranges=ranges)

@@ -1,0 +1,76 @@
+"""Giving a trained model a memory (arXiv 2203.08913, section 4.4: a pretrained model learns to use one quickly).
+
+A model that was trained with memorizing layers but without memories (``knn_memories=None``) is simply trained on with
+memories, its sigmoid gates opened before (``open_gates``). One without memorizing layers gets new ones, behind a gate
+that begins closed (``retrofit``).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lm_core.checks import typed
+from memorizing_transformer.model.knn_attention import GATE_START, KNNAttention
+from memorizing_transformer.model.transformer import MemorizingTransformer
+
+
+@typed
+def retrofit(
+    model: MemorizingTransformer, *, memorizing_layers: int | Sequence[int] | None = None, **settings: Any
+) -> MemorizingTransformer:
+    """A copy of ``model`` with an attention to the memory behind the plain attention of some layers.
+
+    Its gate begins at tanh(0) = 0: before any training the copy computes what ``model`` does.
+
+    Args:
+        model: without memorizing layers.
+        memorizing_layers: layers to give one, counted from 1; the middle one by default.
+        **settings: constructor arguments to replace, such as ``max_knn_memories``.
+
+    Raises:
+        ValueError: the model has memorizing layers already, or a layer does not exist.
+    """
+    if model.memorizing_layers:
+        raise ValueError(
+            f"model must have no memorizing layers, got {list(model.memorizing_layers)}; train it on with memories"
+        )
+    chosen = max(1, model.depth // 2) if memorizing_layers is None else memorizing_layers
+    twin = MemorizingTransformer.from_config(
+        model.config, **{"memorizing_layers": chosen, "gate_output": True, **settings}
+    ).to(model.device, model.token_emb.weight.dtype)
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    fresh = {name for name in missing if ".attentions.1." in name}
+    assert not unexpected
+    assert fresh == set(missing)
+    return twin.train(model.training)
+
+
+@typed
+def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
+    """Opens, in place, the sigmoid gates of a model that was trained without its memory.
+
+    A gate begins nearly closed, since a model that has learned nothing yet finds nothing worth reading. One that was
+    trained without memories has learned to match contexts in its window, and its gates have not moved: at a half it
+    learns to use a memory in fewer steps (``tests/benchmarks/study_memorizing_transformer_gain.py``). Gates that have
+    been trained are left as they are.
+
+    Args:
+        model: with memorizing layers.
+        part: how much of a head's output is what was retrieved, between 0 and 1.
+
+    Returns:
+        Whether a gate was opened.
+
+    Raises:
+        ValueError: ``part`` is not between 0 and 1.
+    """
+    if not 0 < part < 1:
+        raise ValueError(f"part must be between 0 and 1, got {part}")
+    gates = [module.gate for module in model.modules() if isinstance(module, KNNAttention) and module.gate is not None]
+    untrained = [gate for gate in gates if bool((gate == GATE_START).all())]
+    with torch.no_grad():
+        for gate in untrained:
+            gate.fill_(math.log(part / (1 - part)))
+    return bool(untrained)

@@ -1,0 +1,117 @@
+"""What reward models learn from: pairs of responses to a prompt, or responses with a label.
+
+A JSONL line has ``prompt``, ``chosen``, ``rejected`` and optionally ``margin``; or ``prompt``, ``response``, ``label``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lm_core.nn.masking import right_pad
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One pair: the ids of a prompt, of the better and of the worse response, and by how much it is better."""
+
+    prompt: Int[Tensor, " p"]
+    chosen: Int[Tensor, " c"]
+    rejected: Int[Tensor, " r"]
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A response with its reward, or with its bin."""
+
+    prompt: Int[Tensor, " p"]
+    response: Int[Tensor, " r"]
+    label: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sequences in one batch: ids ``(b, n)``, prompt lengths and lengths ``(b,)``."""
+
+    ids: Int[Tensor, "b n"]
+    prompt_lengths: Int[Tensor, " b"]
+    lengths: Int[Tensor, " b"]
+
+    def to(self, device: torch.device) -> "Judged":
+        """The same on another device."""
+        return Judged(self.ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
+
+
+def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference | Labelled]:
+    """Examples from rows (mappings of text or ids), a ``.jsonl`` file of them, or a Hugging Face dataset.
+
+    Texts get the tokenizer's EOS behind the response, which is what a finished response looks like to a policy.
+
+    Raises:
+        ValueError: there are none, a column is missing, or a text is empty.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"pairs must be a .jsonl file or rows, got {source}")
+        rows: Sequence[Any] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                rows = [*rows, json.loads(line)] if line.strip() else rows
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    else:
+        rows = source
+    examples = [_example(rows[number], number, tokenizer) for number in range(len(rows))]
+    if not examples:
+        raise ValueError("pairs must hold at least one example, got none")
+    if len({type(example) for example in examples}) > 1:
+        raise ValueError("pairs must be all pairs or all labelled responses, got both")
+    return examples
+
+
+def as_batch(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Judged:
+    """Right-padded sequences of prompts with responses."""
+    rows = [torch.cat(both) for both in zip(prompts, responses, strict=True)]
+    ids, mask = right_pad(rows, 0)
+    return Judged(ids, torch.tensor([prompt.shape[0] for prompt in prompts]), mask.sum(dim=1))
+
+
+def _example(row: Any, number: int, tokenizer: Any) -> Preference | Labelled:
+    if isinstance(row, Preference | Labelled):
+        return row
+    if not isinstance(row, Mapping):
+        raise TypeError(f"pairs[{number}] must be a row with prompt, chosen and rejected, got {type(row).__name__}")
+
+    def ids(name: str, *, ends: bool) -> Tensor:
+        value = row[name]
+        if isinstance(value, str):
+            if tokenizer is None:
+                raise ValueError(f"pairs[{number}] is text, which needs a tokenizer, got tokenizer=None")
+            eos = getattr(tokenizer, "eos_id", None)
+            value = [*tokenizer.encode(value), *([eos] if ends and eos is not None else [])]
+        tensor = torch.as_tensor(value)
+        if tensor.ndim != 1 or tensor.numel() == 0 or tensor.is_floating_point():
+            raise ValueError(f"pairs[{number}] must have token ids or text in {name!r}, got {row[name]!r}"[:200])
+        return tensor.long()
+
+    for names in (("prompt", "chosen", "rejected"), ("prompt", "response", "label")):
+        if all(name in row for name in names):
+            if "label" in names:
+                return Labelled(ids("prompt", ends=False), ids("response", ends=True), float(row["label"]))
+            return Preference(
+                prompt=ids("prompt", ends=False),
+                chosen=ids("chosen", ends=True),
+                rejected=ids("rejected", ends=True),
+                margin=float(row.get("margin", 0.0)),
+            )
+    raise ValueError(
+        f"pairs[{number}] must have prompt, chosen and rejected, or prompt, response and label, got {sorted(row)}"
+    )

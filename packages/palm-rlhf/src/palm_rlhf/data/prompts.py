@@ -1,0 +1,170 @@
+"""Prompts: what the policy is asked to answer, from ids, text, chats, JSONL files or Hugging Face datasets.
+
+The order of prompts is a function of the seed and of how many were taken, so that a resumed run needs no more than
+that number: each pass over the prompts is a permutation of its own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lm_core.checks import check_ids
+from lm_core.generation.decoding import prompt_rows
+from lm_core.tokenizers import HuggingFaceTokenizer
+
+PROMPT_COLUMNS = ("prompt", "messages", "text", "query")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        ids: its tokens, 1-D, at least one.
+        text: as text; None where neither text nor a tokenizer is known.
+        columns: the other columns of its row in a dataset, for rewards that check answers.
+    """
+
+    ids: Int[Tensor, " n"]
+    text: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
+    """Prompts of any of the accepted forms.
+
+    Args:
+        source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
+            and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
+            ids; the path of a ``.jsonl`` file of such rows, or of any other file with a text a line; a Hugging Face
+            dataset of rows.
+        tokenizer: for texts and chats; see ``as_tokenizer``.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or text or chat comes without a tokenizer for it.
+        TypeError: a form that is none of these.
+        FileNotFoundError: there is no such file.
+    """
+    if isinstance(source, Tensor):
+        return [Prompt(row.long().cpu(), _decoded(row, tokenizer)) for row in prompt_rows(source)]
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".jsonl", ".json"))):
+        source = _read_rows(Path(source))
+    if tokenizer is not None and not hasattr(tokenizer, "encode"):
+        texts = [source] if isinstance(source, str) else source
+        if texts and all(isinstance(text, str) for text in texts):
+            return load_prompts(tokenizer(list(texts)))
+        tokenizer = None
+    if isinstance(source, str):
+        source = [source]
+    if not isinstance(source, Sequence) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise TypeError(f"prompts must be ids, texts, chats, rows or a dataset, got {type(source).__name__}")
+    prompts = [_prompt(source[number], number, tokenizer) for number in range(len(source))]
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    return prompts
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer with ``encode`` and ``decode``; one of Hugging Face is wrapped, so that its EOS is known.
+
+    A function from texts to ids, which is what PaLM-rlhf-pytorch took, is left as it is.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    if any(cls.__name__ == "PreTrainedTokenizerBase" for cls in type(tokenizer).__mro__):
+        return HuggingFaceTokenizer(tokenizer)
+    both = callable(getattr(tokenizer, "encode", None)) and callable(getattr(tokenizer, "decode", None))
+    if not both and not callable(tokenizer):
+        raise TypeError(f"tokenizer must have encode and decode, got {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
+    """Raises ``ValueError`` unless there are prompts and all their ids are known to the model."""
+    if not prompts:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    if vocab_size is not None:
+        check_ids(torch.cat([prompt.ids for prompt in prompts]), vocab_size, "prompts")
+
+
+class PromptOrder:
+    """Which prompts come when.
+
+    Args:
+        count: how many prompts there are.
+        seed: of the permutations.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        self.count, self.seed = count, seed
+
+    def take(self, first: int, number: int) -> list[int]:
+        """Indices of the prompts taken as number ``first`` and after."""
+        taken: list[int] = []
+        while len(taken) < number:
+            round_, within = divmod(first + len(taken), self.count)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round_) % 2**63)
+            order = torch.randperm(self.count, generator=generator).tolist()
+            taken += order[within : within + number - len(taken)]
+        return taken
+
+
+def _prompt(entry: Any, number: int, tokenizer: Any) -> Prompt:
+    columns: dict[str, Any] = {}
+    text: str | None
+    if isinstance(entry, Prompt):
+        return entry
+    if isinstance(entry, Mapping):
+        found = next((name for name in PROMPT_COLUMNS if name in entry), None)
+        if found is None:
+            raise ValueError(f"prompts[{number}] must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
+        columns = {str(name): value for name, value in entry.items() if name != found}
+        entry = entry[found]
+    if isinstance(entry, str):
+        if tokenizer is None:
+            raise ValueError(f"prompts[{number}] is text, which needs a tokenizer, got tokenizer=None")
+        ids, text = torch.tensor(tokenizer.encode(entry), dtype=torch.long), entry
+    elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
+        template = getattr(tokenizer, "apply_chat_template", None)
+        if template is None:
+            raise ValueError(f"prompts[{number}] is a chat, which needs a tokenizer with apply_chat_template")
+        ids = torch.tensor(template(entry, add_generation_prompt=True), dtype=torch.long)
+        text = _decoded(ids, tokenizer)
+    else:
+        if isinstance(entry, Sequence) and all(type(value) is int for value in entry):
+            entry = torch.tensor(list(entry), dtype=torch.long)
+        if not isinstance(entry, Tensor) or entry.ndim != 1 or entry.is_floating_point() or entry.dtype == torch.bool:
+            raise TypeError(f"prompts[{number}] must be token ids, a text or a chat, got {entry!r}"[:200])
+        ids, text = entry.long().cpu(), _decoded(entry, tokenizer)
+    if ids.numel() == 0:
+        raise ValueError(f"prompts[{number}] must hold at least one token, it is empty")
+    return Prompt(ids, text, columns)
+
+
+def _decoded(ids: Tensor, tokenizer: Any) -> str | None:
+    return None if tokenizer is None else str(tokenizer.decode(ids.tolist()))
+
+
+def _read_rows(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts_path must be a .jsonl file or a file with a prompt a line, got {path}")
+    if path.suffix not in (".jsonl", ".json"):
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    return rows

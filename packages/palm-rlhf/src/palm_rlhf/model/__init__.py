@@ -1,0 +1,1 @@
+"""The PaLM language model and its LoRA scopes."""

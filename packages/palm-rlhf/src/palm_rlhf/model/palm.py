@@ -1,0 +1,481 @@
+"""PaLM (arXiv 2204.02311): parallel blocks with multi-query attention, SwiGLU, rotary positions and no biases.
+
+Beyond the paper: xPos (arXiv 2212.10554) by default, grouped key/value heads, normalised queries and keys, LoRA scopes
+that share one frozen base, and non-causal use as an encoder. The output layer is tied to the embedding.
+
+Legend: b batch, n sequence, d feature, v vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checks import check_ids, check_positive, check_probability, typed
+from lm_core.generation.decoding import prompt_rows
+from lm_core.generation.generate import generate
+from lm_core.generation.sampling import top_k
+from lm_core.losses.losses import linear_cross_entropy
+from lm_core.nn.kv_cache import KVCache
+from lm_core.nn.masking import maybe_and_mask, positions_from_mask, right_pad
+from lm_core.nn.norms import LayerNorm
+from lm_core.nn.rotary import RotaryEmbedding
+from palm_rlhf.model.block import ParallelBlock, Positions
+from palm_rlhf.model.cache import PaLMCache
+from palm_rlhf.model.decode import decode_token, has_hooks
+from palm_rlhf.model.inputs import (
+    as_indices,
+    as_matrix,
+    check_extra_embed,
+    check_inputs,
+    for_all_positions,
+    is_same_everywhere,
+    new_token_count,
+)
+from palm_rlhf.model.scopes import FinetuneScopes
+
+__all__ = ["PaLM", "PaLMCache"]
+
+
+class PaLM(FinetuneScopes, PretrainedMixin):
+    """A PaLM language model, or with ``causal=False`` an encoder.
+
+    Args:
+        dim: features of the residual stream.
+        num_tokens: vocabulary size.
+        depth: blocks.
+        causal: whether a position sees only itself and earlier ones.
+        dim_head: features of a head; even.
+        heads: query heads.
+        kv_heads: key/value heads; 1 is multi-query attention (arXiv 1911.02150). Divides ``heads``.
+        ff_mult: feed-forward inner features over ``dim``.
+        attn_dropout: on attention weights.
+        ff_dropout: on the feed-forward's inner features.
+        qk_rmsnorm: L2-normalises queries and keys before the product, with learned gains and the scale ``qk_scale``.
+        qk_scale: that scale.
+        lora_r: default rank of fine-tuning scopes.
+        rotary_xpos_scale_base: positions over which xPos decays by one power.
+        use_xpos: xPos decay of attention with distance (causal models only).
+        flash_attn: accepted for compatibility; the fastest kernel that fits is always chosen.
+        finetune_scopes: names of LoRA scopes to add.
+        cross_entropy_ignore_index: label that does not count in the loss.
+        gradient_checkpointing: recomputes blocks in the backward to save memory.
+
+    Raises:
+        ValueError: a size is below 1, ``dim_head`` is odd, or ``kv_heads`` does not divide ``heads``.
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_tokens: int,
+        depth: int,
+        causal: bool = True,
+        dim_head: int = 64,
+        heads: int = 8,
+        kv_heads: int = 1,
+        ff_mult: int = 4,
+        attn_dropout: float = 0.0,
+        ff_dropout: float = 0.0,
+        qk_rmsnorm: bool = False,
+        qk_scale: float = 8.0,
+        lora_r: int = 8,
+        rotary_xpos_scale_base: float = 512.0,
+        use_xpos: bool = True,
+        flash_attn: bool = True,
+        finetune_scopes: Sequence[str] = (),
+        cross_entropy_ignore_index: int = -100,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("dim", dim),
+            ("num_tokens", num_tokens),
+            ("depth", depth),
+            ("dim_head", dim_head),
+            ("heads", heads),
+            ("kv_heads", kv_heads),
+            ("ff_mult", ff_mult),
+            ("lora_r", lora_r),
+        ):
+            check_positive(value, name)
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
+        if not 0 < qk_scale < math.inf:
+            raise ValueError(f"qk_scale must be positive, got {qk_scale}")
+        check_probability(attn_dropout, "attn_dropout")
+        check_probability(ff_dropout, "ff_dropout")
+        if isinstance(finetune_scopes, str):
+            raise TypeError(f"finetune_scopes must be a list of names, got the text {finetune_scopes!r}")
+        self.dim = dim
+        self.num_tokens = num_tokens
+        self.depth = depth
+        self.causal = causal
+        self.dim_head = dim_head
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.lora_r = lora_r
+        self.cross_entropy_ignore_index = cross_entropy_ignore_index
+        self.gradient_checkpointing = gradient_checkpointing
+
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.rotary = RotaryEmbedding(dim_head, use_xpos=use_xpos and causal, scale_base=float(rotary_xpos_scale_base))
+        self.layers = nn.ModuleList(
+            ParallelBlock(
+                dim=dim,
+                dim_head=dim_head,
+                heads=heads,
+                kv_heads=kv_heads,
+                ff_mult=ff_mult,
+                causal=causal,
+                attn_dropout=attn_dropout,
+                ff_dropout=ff_dropout,
+                qk_rmsnorm=qk_rmsnorm,
+                qk_scale=float(qk_scale),
+            )
+            for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim)
+        self.finetune_modules = nn.ModuleDict()
+        self.init_weights()
+        for scope in finetune_scopes:
+            self.add_finetune_params(scope)
+
+    def init_weights(self) -> None:
+        """Draws all base weights anew.
+
+        | weight | distribution |
+        |---|---|
+        | token_emb (tied output) | normal, std 0.02 |
+        | proj_in, both parts of proj_out | uniform in +-1/sqrt(fan in of the part) |
+        | norms, q_scale, k_scale | one |
+        """
+        nn.init.normal_(self.token_emb.weight, std=0.02)
+        for block in self.blocks():
+            attn_out, ff_out = block.proj_out.weight.data.split((block.attn_dim, block.ff_dim), dim=1)
+            for weight in (block.proj_in.weight.data, attn_out, ff_out):
+                nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.token_emb.weight.device
+
+    @property
+    def output_weight(self) -> Float[Tensor, "v d"]:
+        """The output layer's weight, which is the embedding's."""
+        return self.token_emb.weight
+
+    # ---------------------------------------------------------------- forward
+
+    def hidden(
+        self,
+        x: Integer[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: PaLMCache | None = None,
+        finetune_scope: str | None = None,
+        disable_lora: bool = False,
+        extra_embed: Float[Tensor, "..."] | None = None,
+        document_ids: Int[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Normalised features before the output layer; ``logits = hidden @ output_weight.T``.
+
+        Args:
+            x: token ids. Without ``causal``, negative ids are masked.
+            mask: True at real tokens, of cached and new positions.
+            cache: what ``init_cache`` made; ``x`` then holds the new tokens only. It remembers the scope it was filled
+                with, which later calls need not repeat.
+            finetune_scope: LoRA scope to use; the base then takes no gradient.
+            disable_lora: ignores ``finetune_scope``.
+            extra_embed: added to the token embeddings, broadcast.
+            document_ids: positions attend only to positions with the same number (packed documents).
+
+        Raises:
+            ValueError: ids out of range, a shape that does not fit, an unknown scope, or a cache with ``causal=False``.
+            TypeError: ids are no integers, or the mask is not boolean.
+        """
+        check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
+        check_extra_embed(extra_embed, (*x.shape, self.dim))
+        past = 0 if cache is None else cache.length
+        scope = None if disable_lora else finetune_scope
+        if cache is not None and past > 0:
+            scope, extra_embed = cache.recalled(scope, disable_lora, extra_embed)
+        lora = None if scope is None else self.scope_modules(scope)
+        x = as_indices(x)
+        if not self.causal:
+            mask = maybe_and_mask(mask, x >= 0)
+            x = x.clamp(min=0)
+
+        h = self._embed(x, frozen=lora is not None)
+        if extra_embed is not None:
+            h = h + extra_embed.to(h.dtype)
+        positions = self._positions(x.shape[1], past, mask, document_ids, h)
+        one_token = past > 0 and x.shape[1] == 1 and mask is None and lora is None and not torch.is_grad_enabled()
+        if cache is not None and one_token and not self.training and not has_hooks(self.blocks()):
+            h = decode_token(self.blocks(), h, positions, cache)
+        else:
+            for layer, block in enumerate(self.blocks()):
+                block_lora = None if lora is None else lora[layer]
+                step = partial(block, lora=block_lora, cache=cache, layer=layer)
+                if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
+                    h = checkpoint(step, h, positions, use_reentrant=False)
+                else:
+                    h = step(h, positions)
+        if cache is not None:
+            if past == 0:
+                cache.remember(scope, extra_embed)
+            cache.masked = mask is not None
+            cache.advance(x.shape[1])
+        gamma = self.norm.gamma.detach() if lora is not None else self.norm.gamma
+        return F.layer_norm(h, gamma.shape, gamma, None, self.norm.eps)
+
+    def forward(
+        self,
+        x: Integer[Tensor, "b n"],
+        return_loss: bool = False,
+        disable_lora: bool = False,
+        finetune_scope: str | None = None,
+        extra_embed: Float[Tensor, "..."] | None = None,
+        return_only_embedding: bool = False,
+        return_logits_with_embedding: bool = False,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: PaLMCache | None = None,
+        *,
+        document_ids: Int[Tensor, "b n"] | None = None,
+        loss_normalizer: float | Tensor | None = None,
+    ) -> Any:
+        """Logits ``(b, n, v)``, or what the flags ask for.
+
+        Args:
+            x: token ids.
+            return_loss: mean cross-entropy (nats a token) of each token given those before it.
+            disable_lora: see ``hidden``.
+            finetune_scope: see ``hidden``.
+            extra_embed: see ``hidden``.
+            return_only_embedding: the features of ``hidden`` instead of logits.
+            return_logits_with_embedding: ``(logits, features)``.
+            mask: see ``hidden``; padding does not count in the loss.
+            cache: see ``hidden``.
+            document_ids: see ``hidden``; the loss does not ask for the first token of a document.
+            loss_normalizer: divides the summed loss, instead of the number of tokens (for means over several batches).
+
+        Raises:
+            ValueError: see ``hidden``; also ``return_loss`` with ``causal=False``, with a cache, or of one token.
+        """
+        settings: dict[str, Any] = {
+            "disable_lora": disable_lora,
+            "finetune_scope": finetune_scope,
+            "extra_embed": extra_embed,
+        }
+        if return_loss:
+            return self._loss(x, mask, cache, document_ids, loss_normalizer, settings)
+        features = self.hidden(x, mask=mask, cache=cache, document_ids=document_ids, **settings)
+        if return_only_embedding:
+            return features
+        frozen = finetune_scope is not None and not disable_lora
+        logits = F.linear(features, self.output_weight.detach() if frozen else self.output_weight)
+        return (logits, features) if return_logits_with_embedding else logits
+
+    def init_cache(self, batch_size: int, max_length: int) -> PaLMCache:
+        """An empty cache for ``batch_size`` rows with room for ``max_length`` tokens.
+
+        Raises:
+            ValueError: the model is not causal.
+        """
+        if not self.causal:
+            raise ValueError("a cache needs a causal model, got causal=False")
+        return PaLMCache(layers=self.depth, batch_size=batch_size, max_length=max_length)
+
+    # ------------------------------------------------------------- generation
+
+    @typed
+    def generate(
+        self,
+        seq_len: int | None = None,
+        prompt: Any = None,
+        temperature: float = 1.0,
+        filter_logits_fn: Callable[..., Tensor] | None = top_k,
+        filter_thres: float = 0.9,
+        pad_value: float | int = 0,
+        eos_token: int | None = None,
+        return_seq_without_prompt: bool = True,
+        use_tqdm: bool = False,
+        *,
+        max_new_tokens: int | None = None,
+        mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> Int[Tensor, "..."]:
+        """Token ids sampled behind ``prompt``, right-padded.
+
+        Args:
+            seq_len: total length, the (longest) prompt included.
+            prompt: ids ``(..., n)`` with any leading dimensions, or a list of 1-D tensors. Without one, a random token
+                starts the sequence and is part of the result.
+            temperature: divides the logits, before the filter; 0 takes the most likely token.
+            filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
+            filter_thres: see there.
+            pad_value: written behind the end of a row (alias ``pad_id``).
+            eos_token: ends a row (alias ``eos_id``).
+            return_seq_without_prompt: False puts each row's prompt before its answer.
+            use_tqdm: shows a progress bar.
+            max_new_tokens: tokens to generate at most, instead of ``seq_len``.
+            mask: True at real tokens of a padded ``prompt``.
+            prompt_lengths: lengths of a right-padded ``prompt``.
+            eos_id: see ``eos_token``.
+            pad_id: see ``pad_value``.
+            generator: source of randomness.
+            use_cache: False recomputes the whole sequence for each token.
+            **kwargs: ``finetune_scope``, ``disable_lora``, ``extra_embed`` for the model, ``min_new_tokens`` and
+                ``repetition_penalty`` for ``lm_core.generation.generate.generate``.
+
+        Returns:
+            ``(..., new)`` ids, with the leading dimensions of ``prompt``.
+
+        Raises:
+            ValueError: no or both lengths, no room below ``seq_len``, ids out of range, and as ``lm_core`` says.
+        """
+        if prompt is None:
+            prompt = torch.randint(self.num_tokens, (1, 1), device=self.device, generator=generator)
+            return_seq_without_prompt = False
+        if not self.causal:
+            raise ValueError("generation needs a causal model, got causal=False")
+        leading: tuple[int, ...] | None = None
+        if isinstance(prompt, Tensor) and prompt.ndim > 0:
+            leading = tuple(prompt.shape[:-1])
+            prompt, mask = as_matrix(prompt), None if mask is None else as_matrix(mask)
+            prompt_lengths = None if prompt_lengths is None else prompt_lengths.reshape(-1)
+        rows = prompt_rows(prompt, mask, prompt_lengths)
+        longest = max(row.shape[0] for row in rows)
+        if kwargs.get("extra_embed") is not None:
+            kwargs["extra_embed"] = for_all_positions(kwargs["extra_embed"], len(rows), self.dim)
+        result = generate(
+            self,
+            rows,
+            max_new_tokens=new_token_count(seq_len, max_new_tokens, longest),
+            temperature=temperature,
+            filters=() if filter_logits_fn is None else (partial(filter_logits_fn, thres=filter_thres),),
+            eos_id=eos_token if eos_id is None else eos_id,
+            pad_id=int(pad_value) if pad_id is None else pad_id,
+            generator=generator,
+            use_cache=use_cache,
+            progress=use_tqdm,
+            **kwargs,
+        )
+        tokens = result.tokens
+        if not return_seq_without_prompt:
+            whole = [
+                torch.cat((row.to(tokens), answer[:length]))
+                for row, answer, length in zip(rows, tokens, result.lengths.tolist(), strict=True)
+            ]
+            tokens, _ = right_pad(whole, int(pad_value) if pad_id is None else pad_id)
+        return tokens if leading is None else tokens.reshape(*leading, -1)
+
+    def set_dropout(self, dropout: float) -> "PaLM":
+        """Sets attention and feed-forward dropout everywhere; returns self.
+
+        Raises:
+            ValueError: ``dropout`` is not in [0, 1).
+        """
+        check_probability(dropout, "dropout")
+        for block in self.blocks():
+            block.ff_dropout = dropout
+            block.attention.dropout = dropout
+        return self
+
+    def load(self, path: str | Path) -> None:
+        """Loads a state dict file of the original package, or of this one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or its weights belong to another architecture.
+        """
+        from palm_rlhf.interop.weight_files import load_weights_file
+
+        load_weights_file(self, path)
+
+    def _loss(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        document_ids: Tensor | None,
+        normalizer: float | Tensor | None,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        if not self.causal:
+            raise ValueError("return_loss needs a causal model, got causal=False")
+        if cache is not None:
+            raise ValueError("return_loss scores whole sequences: cache must be None")
+        if x.ndim != 2 or x.shape[1] < 2:
+            raise ValueError(f"return_loss needs at least two tokens a row, got shape {tuple(x.shape)}")
+        check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
+        if not x.is_cuda:
+            check_ids(x, self.num_tokens, "x")
+        extra_embed = settings["extra_embed"]
+        if extra_embed is not None and not is_same_everywhere(extra_embed):
+            check_extra_embed(extra_embed, (*x.shape, self.dim))
+            settings = {**settings, "extra_embed": extra_embed[..., :-1, :]}
+        labels = x[:, 1:].long()
+        counts = None if mask is None else mask[:, 1:] & mask[:, :-1]
+        if document_ids is not None:
+            counts = maybe_and_mask(counts, document_ids[:, 1:] == document_ids[:, :-1])
+        if counts is not None:
+            labels = labels.masked_fill(~counts, self.cross_entropy_ignore_index)
+        features = self.hidden(
+            x[:, :-1],
+            mask=None if mask is None else mask[:, :-1],
+            document_ids=None if document_ids is None else document_ids[:, :-1],
+            **settings,
+        )
+        frozen = settings["finetune_scope"] is not None and not settings["disable_lora"]
+        weight = self.output_weight.detach() if frozen else self.output_weight
+        ignore_index = self.cross_entropy_ignore_index
+        return linear_cross_entropy(features, weight, labels, ignore_index=ignore_index, normalizer=normalizer)
+
+    def _embed(self, x: Tensor, *, frozen: bool) -> Tensor:
+        weight = self.token_emb.weight.detach() if frozen else self.token_emb.weight
+        if torch.compiler.is_compiling() or weight.is_cuda:
+            return F.embedding(x, weight)
+        try:
+            return F.embedding(x, weight)
+        except IndexError:
+            check_ids(x, self.num_tokens, "x")
+            raise
+
+    def _positions(
+        self, new: int, past: int, mask: Tensor | None, document_ids: Tensor | None, like: Tensor
+    ) -> Positions:
+        device, dtype = like.device, like.dtype
+        if mask is None:
+            key_positions = torch.arange(past + new, device=device)
+            cos, sin = self.rotary.at_range(past, past + new, device=device, dtype=dtype)
+        else:
+            key_positions = positions_from_mask(mask)
+            cos, sin = (rearrange(t, "b n d -> b 1 n d") for t in self.rotary(key_positions[:, past:], dtype))
+        xpos = None
+        if self.rotary.use_xpos:
+            # Under autocast queries and keys are narrower than the residual stream.
+            narrow = torch.is_autocast_enabled(device.type)
+            attention_dtype = torch.get_autocast_dtype(device.type) if narrow else dtype
+            xpos = self.rotary.xpos_blocks(key_positions[..., past:], key_positions, dtype=attention_dtype)
+        if document_ids is not None:
+            same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
+            mask = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
+        return Positions(cos, sin, xpos, mask)

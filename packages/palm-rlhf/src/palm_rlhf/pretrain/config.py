@@ -1,0 +1,41 @@
+"""What can be chosen about a pretraining run, with its defaults: those of the quickstart.
+
+The same names are the flags of ``palm-rlhf train`` and the keys of its YAML file.
+"""
+
+from dataclasses import dataclass
+
+from lm_core.checks import typed
+from lm_core.training.config import CommonSettings
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings(CommonSettings):
+    """Training: data, optimizer, schedule, precision, what is written when.
+
+    Args:
+        sequence_length: tokens a row.
+        batch_size: rows a micro-batch, on each process.
+        gradient_accumulation: micro-batches an update.
+        compile: compiles the model with its loss (torch.compile).
+        fsdp: spreads weights and optimizer state over the processes.
+        validation_tokens: how much held-out text is scored; null for all.
+
+    Raises:
+        ValueError: a value is out of range; it is named.
+        TypeError: a value is of another type.
+    """
+
+    sequence_length: int = 256
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    compile: bool = False
+    fsdp: bool = False
+    validate_every: int = 250
+    validation_tokens: int | None = 32_768
+    checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("sequence_length", "batch_size", "gradient_accumulation", "validation_tokens")

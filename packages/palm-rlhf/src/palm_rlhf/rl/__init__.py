@@ -1,0 +1,1 @@
+"""Reinforcement learning: PPO, GRPO and what they share."""

@@ -1,0 +1,128 @@
+"""What policies and critics are trained on: clipped surrogates per token, and how tokens are weighed into one number.
+
+- :func:`clipped_surrogate`: PPO's L^CLIP (arXiv 1707.06347, equation 7), as a loss; GRPO uses it too.
+- :func:`reinforce_surrogate`: minus advantage times log-probability (Williams 1992).
+- :func:`clipped_value_loss`: squared error with the step from the old value clipped.
+- :func:`token_weights`: mean over tokens; GRPO's mean over responses of means over tokens (arXiv 2402.03300, equation
+  3); Dr. GRPO's constant divisor (arXiv 2503.20783).
+
+Losses are per token and not yet masked: multiplied by ``token_weights`` and summed they are the loss of the GLOBAL
+minibatch, so that parts on several processes add up to it exactly.
+
+Legend: b batch, t tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lm_core.checks import typed
+
+Aggregation = Literal["token", "sequence", "constant"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Per-token loss, the probability ratio new / old, and where clipping cuts the gradient off."""
+
+    loss: Float[Tensor, "*shape"]
+    ratio: Float[Tensor, "*shape"]
+    clipped: Bool[Tensor, "*shape"]
+
+
+@typed
+def clipped_surrogate(
+    log_probs: Float[Tensor, "*shape"],
+    old_log_probs: Float[Tensor, "*shape"],
+    advantages: Float[Tensor, "*shape"],
+    *,
+    eps_clip: float = 0.2,
+    eps_clip_high: float | None = None,
+) -> Surrogate:
+    """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)``.
+
+    Args:
+        log_probs: under the policy that is trained.
+        old_log_probs: under the policy that drew the tokens.
+        advantages: of the tokens.
+        eps_clip: how far the ratio may fall below 1 before its gradient is cut.
+        eps_clip_high: how far it may rise; ``eps_clip`` by default.
+
+    Raises:
+        ValueError: a range is not positive, or ``eps_clip`` not below 1.
+    """
+    high = eps_clip if eps_clip_high is None else eps_clip_high
+    if not 0 < eps_clip < 1:
+        raise ValueError(f"eps_clip must be in (0, 1), got {eps_clip}")
+    if not 0 < high < math.inf:
+        raise ValueError(f"eps_clip_high must be a finite number above 0, got {high}")
+    ratio = (log_probs - old_log_probs.detach()).exp()
+    plain = ratio * advantages
+    bounded = ratio.clamp(1 - eps_clip, 1 + high) * advantages
+    return Surrogate(-torch.minimum(plain, bounded), ratio, bounded < plain)
+
+
+def reinforce_surrogate(
+    log_probs: Float[Tensor, "*shape"], old_log_probs: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"]
+) -> Surrogate:
+    """``-A * log_prob``: the plain policy gradient, right for one pass over what the policy itself drew."""
+    ratio = (log_probs - old_log_probs).detach().exp()
+    return Surrogate(-advantages * log_probs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+@typed
+def clipped_value_loss(
+    values: Float[Tensor, "*shape"],
+    old_values: Float[Tensor, "*shape"],
+    returns: Float[Tensor, "*shape"],
+    *,
+    value_clip: float | None = 0.4,
+) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
+    """``max((V - R)^2, (V_old + clip(V - V_old, +-value_clip) - R)^2) / 2`` per token, and where clipping won.
+
+    Args:
+        values: the critic's, now.
+        old_values: the critic's when the tokens were drawn.
+        returns: what they should be.
+        value_clip: None for the plain squared error.
+
+    Raises:
+        ValueError: ``value_clip`` is not positive.
+    """
+    plain = (values - returns).square()
+    if value_clip is None:
+        return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
+    if not 0 < value_clip < math.inf:
+        raise ValueError(f"value_clip must be a finite number above 0 or None, got {value_clip}")
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    bounded = (near - returns).square()
+    return 0.5 * torch.maximum(plain, bounded), bounded > plain
+
+
+@typed
+def token_weights(
+    mask: Bool[Tensor, "b t"], aggregation: Aggregation = "token", *, max_new_tokens: int | None = None
+) -> Float[Tensor, "b t"]:
+    """Weights of a batch's tokens, 0 outside ``mask``.
+
+    Args:
+        mask: True at response tokens of the whole (global) minibatch.
+        aggregation: "token" weighs all tokens alike, "sequence" all responses alike and the tokens within each,
+            "constant" divides by ``b * max_new_tokens`` whatever the responses' lengths.
+        max_new_tokens: for "constant".
+
+    Raises:
+        ValueError: "constant" without ``max_new_tokens``.
+    """
+    counted = mask.to(torch.float64)
+    if aggregation == "token":
+        return counted / counted.sum().clamp(min=1)
+    if aggregation == "sequence":
+        return counted / counted.sum(dim=1, keepdim=True).clamp(min=1) / max(mask.shape[0], 1)
+    if max_new_tokens is None or max_new_tokens < 1:
+        raise ValueError(f'aggregation "constant" needs max_new_tokens of at least 1, got {max_new_tokens}')
+    return counted / (max(mask.shape[0], 1) * max_new_tokens)

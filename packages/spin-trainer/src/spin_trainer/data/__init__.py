@@ -1,0 +1,1 @@
+"""Supervised data, opponents' answers and pairs."""

@@ -1,0 +1,187 @@
+"""What one iteration trains and is judged on: the opponent's answers, and its log-probabilities of all answers.
+
+At the beginning of an iteration the policy IS the opponent (it was just promoted), so the policy makes both; no second
+model is in memory then, and with both on disk none is needed while the policy trains.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_core.distributed import rank
+from lm_core.generation.decoding import eval_mode
+from spin_trainer.data.fingerprints import fingerprint_of
+from spin_trainer.data.opponent_answers import (
+    Answer,
+    Interrupted,
+    Sampling,
+    answer_prompts,
+    batches_by_length,
+    fill,
+    opponent_log_probs,
+    seed_of,
+)
+from spin_trainer.data.pairs import Pair
+from spin_trainer.data.row_store import RowStore
+from spin_trainer.data.sft_data import SFTDataset
+
+
+class IterationData:
+    """Answers and reference log-probabilities of one dataset in one iteration.
+
+    Args:
+        dataset: prompts with human answers.
+        root: folder of the row stores.
+        sampling: how the opponent answers.
+        split: "train" or "valid".
+        iteration: number of the iteration, from 0.
+        weights: fingerprint of the opponent's weights.
+        previous: the same dataset's data of the iteration before, whose answers are mixed in.
+        score_batch_size: rows scored at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset: SFTDataset,
+        root: Path,
+        sampling: Sampling,
+        split: str,
+        iteration: int,
+        weights: str,
+        previous: "IterationData | None" = None,
+        score_batch_size: int = 16,
+    ) -> None:
+        self.dataset, self.sampling, self.split, self.iteration = dataset, sampling, split, iteration
+        self.previous = None if previous is None else previous.answers
+        self.score_batch_size = score_batch_size
+        prompts = fingerprint_of({"prompts": [list(example.prompt) for example in dataset]})
+        description = {"format_version": 1, "weights": weights, "prompts": prompts, **sampling.description()}
+        description |= {"iteration": iteration, "split": split}
+        self.answer_store = RowStore(root, f"answers-{split}-{iteration}", description, rank=rank())
+        scores = {
+            "format_version": 1,
+            "weights": weights,
+            "dataset": dataset.fingerprint,
+            "answers": self.answer_store.fingerprint,
+            "previous": None if previous is None else previous.answer_store.fingerprint,
+            "batch_size": score_batch_size,
+            "precision": sampling.precision,
+        }
+        self.score_store = RowStore(root, f"scores-{split}-{iteration}", scores, rank=rank())
+        self.answers: list[Answer] = []
+
+    # ------------------------------------------------------------------------------------------------------ making
+
+    def complete(self, model: Any, stop: Callable[[], bool] = lambda: False, *, scores: bool = True) -> None:
+        """Makes what is not on disk yet; every process calls it.
+
+        Args:
+            model: the opponent, a ``CausalLM``.
+            stop: asked between batches.
+            scores: whether log-probabilities are needed.
+
+        Raises:
+            Interrupted: ``stop`` said so before all rows were there.
+        """
+        with eval_mode(model):
+            lengths = [len(example.prompt) for example in self.dataset]
+            batches = batches_by_length(lengths, self.sampling.batch_size)
+            name = f"iteration {self.iteration}: {{}} ({self.split})"
+            fill(
+                self.answer_store,
+                batches,
+                lambda number, rows: self._answer(model, number, rows),
+                description=name.format("answers"),
+                stop=stop,
+            )
+            self._read_answers()
+            if not scores:
+                return
+            totals = [
+                len(example.prompt) + max(len(example.response), len(answer.tokens))
+                for example, answer in zip(self.dataset, self.answers, strict=True)
+            ]
+            fill(
+                self.score_store,
+                batches_by_length(totals, self.score_batch_size),
+                lambda _, rows: self._score(model, rows),
+                description=name.format("log-probs"),
+                stop=stop,
+            )
+            if len(self.score_store.rows) < len(self.dataset):
+                raise Interrupted
+
+    def read(self, *, scores: bool = True) -> None:
+        """Takes everything from disk, for going on within an iteration, when the opponent is gone.
+
+        Raises:
+            FileNotFoundError: rows are missing.
+        """
+        stores = [self.answer_store, *([self.score_store] if scores else [])]
+        for store in stores:
+            if len(store.rows) < len(self.dataset):
+                raise FileNotFoundError(
+                    f"{store.folder} has {len(store.rows)} of {len(self.dataset)} rows, and the weights that made them "
+                    "are gone: resume from an earlier checkpoint, or train into another folder"
+                )
+        self._read_answers()
+
+    def _answer(self, model: Any, number: int, rows: list[int]) -> Iterator[dict[str, Any]]:
+        prompts = [self.dataset[row].prompt for row in rows]
+        seed = seed_of("answers", self.sampling.seed, self.iteration, self.split, number)
+        for row, answer in zip(rows, answer_prompts(model, prompts, self.sampling, seed), strict=True):
+            yield {"row": row, "tokens": list(answer.tokens), "finished": answer.finished}
+
+    def _read_answers(self) -> None:
+        rows = self.answer_store.rows
+        if len(rows) < len(self.dataset):
+            raise Interrupted
+        self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in sorted(rows.items())]
+
+    def _score(self, model: Any, rows: list[int]) -> Iterator[dict[str, Any]]:
+        prompts = [self.dataset[row].prompt for row in rows]
+        kinds: dict[str, Sequence[Sequence[int]]] = {
+            "real": [self.dataset[row].response for row in rows],
+            "generated": [self.answers[row].tokens for row in rows],
+        }
+        if self.previous is not None:
+            kinds["previous"] = [self.previous[row].tokens for row in rows]
+        scores = {
+            kind: opponent_log_probs(model, prompts, answers, self.sampling.precision)
+            for kind, answers in kinds.items()
+        }
+        for place, row in enumerate(rows):
+            yield {"row": row, **{kind: values[place] for kind, values in scores.items()}}
+
+    # ------------------------------------------------------------------------------------------------------- using
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Each example with the opponent's answer, and with that of the iteration before where it is mixed in."""
+        pairs = [Pair(row) for row in range(len(self.dataset))]
+        if self.previous is not None:
+            pairs += [Pair(row, previous=True) for row in range(len(self.dataset))]
+        return pairs
+
+    def answer(self, pair: Pair) -> Answer:
+        """The opponent's answer of a pair."""
+        answers = self.previous if pair.previous else self.answers
+        assert answers is not None
+        return answers[pair.row]
+
+    def reference(self, pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
+        """The opponent's log-probabilities of the human and of the generated answers."""
+        rows = [self.score_store.rows[pair.row] for pair in pairs]
+        generated = [row["previous" if pair.previous else "generated"] for row, pair in zip(rows, pairs, strict=True)]
+        return [row["real"] for row in rows], generated
+
+    def summary(self) -> dict[str, float]:
+        """Mean length of the opponent's answers, share cut off by the length limit, share equal to the human answer."""
+        count = len(self.answers)
+        equal = sum(a.tokens == example.response for a, example in zip(self.answers, self.dataset, strict=True))
+        return {
+            "generated_length": sum(len(answer.tokens) for answer in self.answers) / count,
+            "truncation_rate": sum(not answer.finished for answer in self.answers) / count,
+            "identical_rate": equal / count,
+        }

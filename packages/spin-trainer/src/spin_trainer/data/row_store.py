@@ -1,0 +1,90 @@
+"""Rows on disk that survive kills: each is computed once, whatever instant the process dies at.
+
+A store is a folder with ``description.json`` (what the rows depend on) and a ``rows-R.jsonl`` a process. Rows are
+appended and flushed to the disk a batch at a time; a last line cut short by a kill is cut off when the store is opened
+again. A row that is there is not written twice.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_core.checkpoints.atomic_io import fsync_path, write_file
+from lm_core.checkpoints.manifest import to_json
+from spin_trainer.data.fingerprints import fingerprint_of
+
+
+class RowStore:
+    """Rows by number, for one description.
+
+    Args:
+        root: folder of stores; this one is in a subfolder named by kind and fingerprint.
+        kind: such as "answers".
+        description: JSON values that the rows depend on.
+        rank: this process's number; it writes a file of its own.
+
+    Raises:
+        ValueError: the folder holds rows of another description, or is damaged.
+    """
+
+    def __init__(self, root: Path, kind: str, description: Mapping[str, Any], *, rank: int = 0) -> None:
+        self.fingerprint = fingerprint_of(description)
+        self.folder = root / f"{kind}-{self.fingerprint[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._own = self.folder / f"rows-{rank}.jsonl"
+        record = self.folder / "description.json"
+        if record.exists():
+            try:
+                found = json.loads(record.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{record} is damaged ({error}); delete the folder to make its rows anew") from error
+            if fingerprint_of(found) != self.fingerprint:
+                raise ValueError(f"{self.folder} holds rows of other weights, prompts or settings; use another folder")
+        elif rank == 0:
+            write_file(record, to_json(dict(description)))
+        self._cut_torn_line()
+        self.rows = self._read()
+
+    def _cut_torn_line(self) -> None:
+        if not self._own.exists():
+            return
+        content = self._own.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self._own.open("r+b") as stream:
+                stream.truncate(len(whole))
+            fsync_path(self._own)
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        rows: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.folder.glob("rows-*.jsonl")):
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith("\n"):
+                    break  # another process is writing it
+                try:
+                    row = json.loads(line)
+                    rows[int(row["row"])] = row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{file}, line {number}, is damaged ({error}); delete {self.folder}") from error
+        return rows
+
+    def refresh(self) -> None:
+        """Reads what other processes have written; all of them must have come to a barrier."""
+        self.rows = self._read()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes rows that are not there yet and flushes them to the disk."""
+        new = [dict(row) for row in rows if row["row"] not in self.rows]
+        if not new:
+            return
+        created = not self._own.exists()
+        with self._own.open("ab") as stream:
+            stream.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in new).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        if created:
+            fsync_path(self.folder)
+        self.rows.update({int(row["row"]): row for row in new})

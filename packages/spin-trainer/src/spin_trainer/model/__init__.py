@@ -1,0 +1,1 @@
+"""SPIN's loss, reference and response scores."""

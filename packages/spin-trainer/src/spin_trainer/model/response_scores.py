@@ -1,0 +1,121 @@
+"""Log-probability of an answer given its prompt: what the self-play loss compares.
+
+Logits at position i score token i + 1, so the first token of the answer is scored by the last token of the prompt, and
+the sum equals ``-cross_entropy(reduction="sum")`` over the answer. Models with ``hidden`` and ``output_weight`` never
+make the logits of a whole sequence, and prompts cost no output layer at all.
+
+Legend: b batch, n sequence, d feature, v vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lm_core.losses.losses import hidden_log_probs, token_log_probs
+from lm_core.nn.masking import positions_from_mask, right_pad
+from lm_core.training.accelerator import Precision, autocast
+
+
+def prompt_mask_from_len(lengths: Int[Tensor, " b"], seq: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
+    """True at the first ``lengths`` positions of each row of ``seq``."""
+    return torch.arange(seq.shape[-1], device=seq.device) < rearrange(lengths, "... -> ... 1")
+
+
+def log_prob_from_model_and_seq(model: Any, seq: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:
+    """Log-probability that ``model`` gives each token of ``seq`` but the first, in nats."""
+    return token_log_probs(model, seq)
+
+
+def response_mask(
+    ids: Int[Tensor, "b n"],
+    prompt_lengths: Int[Tensor, " b"],
+    mask: Bool[Tensor, "b n"] | None = None,
+    eos_id: int | Sequence[int] | None = None,
+) -> Bool[Tensor, "b n"]:
+    """Where the answers are: behind the prompt, at real tokens, up to the first EOS of the answer and including it.
+
+    Args:
+        ids: prompts with their answers.
+        prompt_lengths: real tokens of each prompt.
+        mask: True at real tokens; padding may be on either side.
+        eos_id: token or tokens that end an answer; one inside the prompt ends nothing.
+    """
+    if mask is None:
+        answer = ~prompt_mask_from_len(prompt_lengths, ids)
+    else:
+        answer = mask & (positions_from_mask(mask) >= rearrange(prompt_lengths, "b -> b 1"))
+    if eos_id is None:
+        return answer
+    ends = torch.zeros_like(answer)
+    for end in (eos_id,) if isinstance(eos_id, int) else eos_id:
+        ends = ends | (ids == end)
+    ended_before = (ends & answer).long().cumsum(dim=-1) - (ends & answer).long()
+    return answer & (ended_before == 0)
+
+
+def response_log_probs(
+    model: Any,
+    ids: Int[Tensor, "b n"],
+    answer: Bool[Tensor, "b n"],
+    mask: Bool[Tensor, "b n"] | None = None,
+) -> Float[Tensor, " b"]:
+    """Summed log-probability of the tokens that ``answer`` marks.
+
+    Args:
+        model: a ``CausalLM``; it is used in the mode it is in.
+        ids: prompts with their answers.
+        answer: as ``response_mask`` gives it.
+        mask: True at real tokens; None if all are.
+
+    Returns:
+        Shape (b,), in nats, float32 or float64.
+    """
+    arguments: dict[str, Any] = {} if mask is None else {"mask": mask}
+    weight = getattr(model, "output_weight", None)
+    if isinstance(weight, Tensor) and callable(getattr(model, "hidden", None)):
+        # positions that score an answer's token: the answer itself and the token before it
+        scored = answer.clone()
+        scored[:, :-1] |= answer[:, 1:]
+        hidden = model.hidden(ids, **arguments)
+        # an output layer in another dtype than the states (norms in float32) is used in the states' own
+        log_probs = hidden_log_probs(hidden, model.output_weight.to(hidden.dtype), ids, mask=scored)
+    else:
+        log_probs = token_log_probs(model, ids, **arguments)
+    return torch.where(answer[:, 1:], log_probs, 0).sum(dim=-1)
+
+
+class ResponseScores(nn.Module):
+    """``response_log_probs`` of a list of rows as a module, which is what DDP wraps.
+
+    Args:
+        model: a ``CausalLM`` that is a module.
+        precision: of matrix products; see ``lm_core.training.accelerator.pick_precision``.
+    """
+
+    def __init__(self, model: nn.Module, *, precision: Precision = "fp32") -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+
+    def forward(
+        self, ids: Int[Tensor, "b n"], answer: Bool[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """Summed log-probabilities of the answers, (b,)."""
+        with autocast(self.precision, ids.device):
+            return response_log_probs(self.model, ids, answer, mask)
+
+
+def collate(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
+    """Rows of any lengths as ids, the mask of the answers, and the mask of real tokens (None if nothing is padded)."""
+    rows = [torch.tensor([*prompt, *answer], dtype=torch.long) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = right_pad(rows, 0)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    answer_mask = mask & ~prompt_mask_from_len(lengths, ids)
+    padded = None if bool(mask.all()) else mask.to(device)
+    return ids.to(device), answer_mask.to(device), padded

@@ -1,0 +1,213 @@
+"""SPIN: a policy, its frozen opponent, and the loss between them (arXiv 2401.01335, equation 4.7).
+
+Where we deviate from common implementations: log-probabilities are SUMS over the answer's tokens, as in the paper (a
+mean is an option); nothing behind an answer's EOS counts; the policy keeps the mode (train or eval) it is in.
+
+Legend: b batch, n sequence.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lm_core.adapters import as_causal_lm
+from lm_core.checks import check_ids, typed
+from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
+from spin_trainer.model.reference import FrozenReference, MovingReference
+from spin_trainer.model.response_scores import response_log_probs, response_mask
+
+Reduction = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a batch of pairs gave, ``(b,)`` each; log-probabilities of answers, in nats.
+
+    Attributes:
+        losses: of each pair.
+        margins: arguments of the loss function; positive where the policy prefers the human answer more than the
+            reference does.
+        policy_real, policy_generated, reference_real, reference_generated: log-probabilities.
+    """
+
+    losses: Float[Tensor, " b"]
+    margins: Float[Tensor, " b"]
+    policy_real: Float[Tensor, " b"]
+    policy_generated: Float[Tensor, " b"]
+    reference_real: Float[Tensor, " b"]
+    reference_generated: Float[Tensor, " b"]
+
+
+class SPIN(nn.Module):
+    """A policy that learns to prefer human answers to those of its opponent, a frozen copy of itself.
+
+    Args:
+        model: any causal language model that ``lm_core.adapters.as_causal_lm`` takes; it is not copied.
+        lambda_: weight of the log-ratios; the original's keyword ``λ`` is accepted too.
+        pad_id: id of padding, if the batches given to ``forward`` mark it so; it never reaches the model.
+        ref_model_ema_decay: 1 freezes the reference between promotions; below 1 it is a moving average.
+        ema_kwargs: further arguments of ``ema_pytorch.EMA``, for a decay below 1.
+        loss: "logistic" (the paper's choice), "hinge", "exponential" or "correlation".
+        reduction: "sum" over the answer's tokens (the paper), or "mean".
+        eos_id: token or tokens that end an answer; what follows does not count.
+
+    Raises:
+        ValueError: a number is out of range, an unknown name, ``ema_kwargs`` without a decay below 1.
+        TypeError: ``model`` is no module, or an argument is of another type.
+    """
+
+    @typed
+    def __init__(
+        self,
+        model: Any,
+        *,
+        lambda_: float = 0.1,
+        pad_id: int | None = None,
+        ref_model_ema_decay: float = 1.0,
+        ema_kwargs: Mapping[str, Any] | None = None,
+        loss: str = "logistic",
+        reduction: str = "sum",
+        eos_id: int | Sequence[int] | None = None,
+        **original: Any,
+    ) -> None:
+        super().__init__()
+        lambda_ = original.pop("λ", lambda_)
+        if original:
+            raise TypeError(f"SPIN has no argument {', '.join(sorted(original))}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {type(model).__name__}")
+        if not 0 < lambda_ < float("inf"):
+            raise ValueError(f"lambda_ must be a finite number above 0, got {lambda_}")
+        if not 0 <= ref_model_ema_decay <= 1:
+            raise ValueError(f"ref_model_ema_decay must be in [0, 1], got {ref_model_ema_decay}")
+        if ema_kwargs and ref_model_ema_decay == 1:
+            raise ValueError(f"ema_kwargs go with ref_model_ema_decay below 1, got {dict(ema_kwargs)} and 1")
+        if loss not in LOSS_NAMES:
+            raise ValueError(f"loss must be one of {LOSS_NAMES}, got {loss!r}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}')
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"model must have trainable parameters, got a {type(model).__name__} with none")
+        self.lambda_ = float(lambda_)
+        self.pad_id, self.eos_id = pad_id, eos_id
+        self.loss: LossName = loss  # type: ignore[assignment]
+        self.reduction: Reduction = reduction  # type: ignore[assignment]
+        self.policy_model = model
+        # not a submodule: its parameters are those of policy_model
+        object.__setattr__(self, "policy", as_causal_lm(model))
+        self.ref_model: FrozenReference | MovingReference
+        if ref_model_ema_decay == 1:
+            self.ref_model = FrozenReference(self.policy)
+        else:
+            self.ref_model = MovingReference(model, decay=ref_model_ema_decay, settings=ema_kwargs or {})
+
+    policy: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is."""
+        return next(self.policy_model.parameters()).device
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The policy's parameters that train, each once."""
+        return [parameter for parameter in self.policy_model.parameters() if parameter.requires_grad]
+
+    def update_reference_model_with_policy(self) -> None:
+        """Promotes the policy: its present weights are the opponent's from now on."""
+        self.ref_model.copy_params_from_model()
+
+    def update_ema(self) -> None:
+        """One step of a moving reference; nothing for a frozen one."""
+        if isinstance(self.ref_model, MovingReference):
+            self.ref_model.update()
+
+    def forward(
+        self,
+        generated_seq: Int[Tensor, "b n"],
+        real_seq: Int[Tensor, "b m"],
+        prompt_len: Int[Tensor, " b"],
+        generated_seq_mask: Bool[Tensor, "b n"] | None = None,
+        real_seq_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The loss, averaged over pairs; arguments and errors as for ``compare``."""
+        return self.compare(generated_seq, real_seq, prompt_len, generated_seq_mask, real_seq_mask).losses.mean()
+
+    def compare(
+        self,
+        generated_seq: Int[Tensor, "b n"],
+        real_seq: Int[Tensor, "b m"],
+        prompt_len: Int[Tensor, " b"],
+        generated_seq_mask: Bool[Tensor, "b n"] | None = None,
+        real_seq_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> Comparison:
+        """Loss, margin and log-probabilities of each pair; nothing that is given is written to.
+
+        Args:
+            generated_seq: prompts with the opponent's answers.
+            real_seq: the same prompts with the human answers.
+            prompt_len: tokens of each prompt.
+            generated_seq_mask: True at real tokens; not together with ``pad_id``.
+            real_seq_mask: True at real tokens; not together with ``pad_id``.
+
+        Raises:
+            ValueError: shapes that do not match, masks beside ``pad_id``, a row without answer tokens, an id outside
+                the vocabulary, a prompt length below 1.
+        """
+        generated = self._checked(generated_seq, prompt_len, generated_seq_mask, "generated_seq")
+        real = self._checked(real_seq, prompt_len, real_seq_mask, "real_seq")
+        # one call scores both: under DDP a forward has one backward
+        width = max(generated_seq.shape[1], real_seq.shape[1])
+        ids, answer, mask = (
+            torch.cat([F.pad(rows[part], (0, width - rows[part].shape[1])) for rows in (real, generated)])
+            for part in range(3)
+        )
+        given_mask = None if bool(mask.all()) else mask
+        with torch.no_grad(), self.ref_model.model() as reference:
+            reference_scores = self._reduced(response_log_probs(reference, ids, answer, given_mask), answer)
+        policy_scores = self._reduced(response_log_probs(self.policy, ids, answer, given_mask), answer)
+        return self.comparison(policy_scores, reference_scores)
+
+    def comparison(self, policy: Float[Tensor, " two_b"], reference: Float[Tensor, " two_b"]) -> Comparison:
+        """The comparison from log-probabilities: those of the b human answers first, then of the b generated ones."""
+        policy_real, policy_generated = policy.chunk(2)
+        reference_real, reference_generated = reference.chunk(2)
+        margins = self_play_margins(
+            policy_real, policy_generated, reference_real, reference_generated, lambda_=self.lambda_
+        )
+        losses = self_play_losses(margins, self.loss)
+        return Comparison(losses, margins, policy_real, policy_generated, reference_real, reference_generated)
+
+    def _reduced(self, sums: Tensor, answer: Tensor) -> Tensor:
+        return sums if self.reduction == "sum" else sums / answer.sum(dim=-1).clamp(min=1)
+
+    def _checked(
+        self, seq: Tensor, prompt_len: Tensor, mask: Tensor | None, name: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids with 0 at padding, the answer's mask, the mask of real tokens."""
+        if seq.ndim != 2 or seq.dtype == torch.bool or seq.is_floating_point():
+            raise ValueError(f"{name} must hold token ids (b, n), got {seq.dtype} of shape {tuple(seq.shape)}")
+        if prompt_len.shape != seq.shape[:1]:
+            raise ValueError(f"prompt_len must have shape {tuple(seq.shape[:1])}, got {tuple(prompt_len.shape)}")
+        if mask is not None and self.pad_id is not None:
+            raise ValueError(f"{name}_mask must be None where pad_id marks padding, got both (pad_id {self.pad_id})")
+        if mask is not None and (mask.shape != seq.shape or mask.dtype != torch.bool):
+            raise ValueError(f"{name}_mask must be boolean {tuple(seq.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        if mask is None:
+            mask = torch.ones_like(seq, dtype=torch.bool) if self.pad_id is None else seq != self.pad_id
+        ids = seq.long().masked_fill(~mask, 0)
+        answer = response_mask(ids, prompt_len, mask, self.eos_id)
+        if seq.device.type == "cpu" and not torch.compiler.is_compiling():
+            vocabulary = getattr(self.policy, "vocab_size", None)
+            if vocabulary is not None:
+                check_ids(ids, vocabulary, name)
+            if bool((prompt_len < 1).any()):
+                raise ValueError(f"prompt_len must be at least 1, got {int(prompt_len.min())}")
+            empty = (~answer.any(dim=-1)).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(f"{name} must have answer tokens behind every prompt, rows {empty[:8]} have none")
+        return ids, answer, mask

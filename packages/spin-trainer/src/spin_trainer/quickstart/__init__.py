@@ -1,0 +1,1 @@
+"""The sorting task of the quickstart."""

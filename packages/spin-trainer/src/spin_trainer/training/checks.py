@@ -1,0 +1,140 @@
+"""What a self-play run accepts: checks made before any state is changed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_core.checkpoints.checkpoint import Checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checks import check_ids, either
+from lm_core.training.launching import start_accelerator
+from spin_trainer.data.sft_data import SFTDataset, to_tensor
+from spin_trainer.model.reference import FrozenReference
+from spin_trainer.model.spin import SPIN
+from spin_trainer.training.config import SelfPlaySettings
+
+
+def make_spin(
+    model: Any,
+    settings: SelfPlaySettings,
+    spin_kwargs: Mapping[str, Any] | None,
+    pad_id: int | None,
+    eos_ids: Sequence[int],
+) -> SPIN:
+    """The ``SPIN`` of a trainer: the one given, or one of the settings.
+
+    Raises:
+        ValueError: a SPIN is given together with settings it would have to ignore.
+    """
+    if isinstance(model, SPIN):
+        moving = not isinstance(model.ref_model, FrozenReference)
+        if spin_kwargs:
+            raise ValueError(f"spin_kwargs must be None where model is a SPIN already, got {dict(spin_kwargs)}")
+        if moving != (settings.ref_model_ema_decay < 1):
+            raise ValueError(
+                f"ref_model_ema_decay must be that of the SPIN that is given, got {settings.ref_model_ema_decay}"
+            )
+        for name, default in (("loss", "logistic"), ("reduction", "sum"), ("lambda_", 0.1)):
+            if getattr(settings, name) not in (default, getattr(model, name)):
+                raise ValueError(f"{name} must be that of the SPIN that is given, got {getattr(settings, name)!r}")
+        return model
+    chosen: dict[str, Any] = {
+        "lambda_": settings.lambda_,
+        "loss": settings.loss,
+        "reduction": settings.reduction,
+        "ref_model_ema_decay": settings.ref_model_ema_decay,
+        "pad_id": pad_id,
+        "eos_id": tuple(eos_ids) or None,
+        **(spin_kwargs or {}),
+    }
+    if chosen["ref_model_ema_decay"] != settings.ref_model_ema_decay:
+        raise ValueError(f"ref_model_ema_decay is an argument of the trainer, got it in spin_kwargs {spin_kwargs}")
+    return SPIN(model, **chosen)
+
+
+def check_datasets(
+    spin: SPIN,
+    settings: SelfPlaySettings,
+    train: SFTDataset,
+    valid: SFTDataset | None,
+    eos_ids: Sequence[int],
+) -> None:
+    """Raises unless the model knows all ids and has room for ``max_seq_len`` tokens.
+
+    Raises:
+        ValueError: it does not; or early stopping is asked for without held-out data.
+    """
+    policy = spin.policy
+    vocabulary = getattr(policy, "vocab_size", None)
+    weight = getattr(policy, "output_weight", None)
+    if vocabulary is None and isinstance(weight, torch.Tensor):
+        vocabulary = weight.shape[0]
+    limit = getattr(policy, "max_length", None)
+    if limit is not None and settings.max_seq_len > limit:
+        raise ValueError(f"max_seq_len must be at most the model's {limit}, got {settings.max_seq_len}")
+    for name, dataset in (("train_sft_dataset", train), ("valid_sft_dataset", valid)):
+        for number, example in enumerate(dataset or ()):
+            if len(example.prompt) + len(example.response) > settings.max_seq_len:
+                raise ValueError(f"{name}[{number}] must fit into max_seq_len {settings.max_seq_len}")
+            if vocabulary is not None:
+                check_ids(to_tensor((*example.prompt, *example.response)), vocabulary, f"{name}[{number}]")
+    if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
+        raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
+    if settings.early_stop_patience is not None and valid is None:
+        raise ValueError(f"early_stop_patience needs a valid_sft_dataset, got {settings.early_stop_patience} and None")
+
+
+def check_accelerator(
+    accelerator: Any,
+    accelerate_kwargs: Mapping[str, Any] | None,
+    device: torch.device,
+    folder: Path,
+) -> Any:
+    """The accelerator to use; one that would change losses or precision silently is refused.
+
+    Raises:
+        ValueError: it accumulates gradients, mixes precisions, or shards.
+    """
+    if accelerator is not None and accelerate_kwargs:
+        raise ValueError(f"accelerate_kwargs must be None beside an accelerator, got {dict(accelerate_kwargs)}")
+    if accelerator is None and not accelerate_kwargs:
+        return start_accelerator(device, folder=folder)
+    chosen = dict(accelerate_kwargs or {})
+    steps = chosen.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
+    if steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is gradient_accumulation here and must be 1 in accelerate, got {steps}"
+        )
+    mixed = chosen.get("mixed_precision", getattr(accelerator, "mixed_precision", None))
+    if mixed not in ("no", None):
+        raise ValueError(f"mixed_precision is precision= here, got {mixed!r} in accelerate")
+    if accelerator is None:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(**{"cpu": device.type == "cpu", **chosen})
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to spread the weights")
+    return accelerator
+
+
+def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raises ``CheckpointError`` unless a run of this identity can go on from ``checkpoint``."""
+    state = checkpoint.trainer_state
+    differing = [name for name, value in identity.items() if state.get(name) != value]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path} is of another run, which differs in {', '.join(differing)}; train into another folder"
+        )
+
+
+def run_folder(checkpoint_dir: str | Path | None, checkpoint_folder: str | Path | None) -> Path:
+    """The folder of a run, whichever of its two names it was given by.
+
+    Raises:
+        ValueError: both are given.
+    """
+    given = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
+    return Path("./spin-checkpoints" if given is None else given)

@@ -1,4 +1,4 @@
-"""The structure of each distribution: its rooms (top-level modules and folders), arrows (imports between rooms), floors.
+"""The structure of a distribution: rooms (top-level modules and folders), arrows (imports between rooms), floors.
 
 `python .ci/structure.py` prints one row a distribution; `tests/test_structure.py` asserts the directions.
 """

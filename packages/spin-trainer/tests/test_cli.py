@@ -78,7 +78,7 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
 def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(hugging_face_folder, tmp_path):
     pytest.importorskip("peft")
     from spin_trainer import SPINTrainer
-    from spin_trainer.training.loading import load_model, with_lora
+    from spin_trainer.interop import load_model, with_lora
 
     class Dies:
         def log(self, values, step):
@@ -149,7 +149,7 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
 def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
     peft = pytest.importorskip("peft")
     from spin_trainer import SPIN
-    from spin_trainer.training.loading import load_model, with_lora
+    from spin_trainer.interop import load_model, with_lora
 
     model = with_lora(load_model(str(hugging_face_folder)), r=4)
     assert isinstance(model, peft.PeftModel)

@@ -60,7 +60,7 @@ def decoder():
 
 def with_adapters():
     import transformers
-    from spin_trainer.training.loading import with_lora
+    from spin_trainer.interop import with_lora
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}

@@ -12,8 +12,8 @@ from spin_trainer import SPIN, SelfPlaySettings, SPINTrainer, as_sft_dataset, lo
 from spin_trainer.cli import main
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts
 from spin_trainer.data.row_store import RowStore
+from spin_trainer.interop import load_model, with_lora
 from spin_trainer.training.checks import run_folder
-from spin_trainer.training.loading import load_model, with_lora
 
 pytestmark = pytest.mark.plain
 BYTES = ByteTokenizer()

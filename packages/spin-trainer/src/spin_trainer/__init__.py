@@ -11,6 +11,7 @@
 """
 
 from spin_trainer.data.sft_data import Example, SFTDataset, as_sft_dataset
+from spin_trainer.interop import load_original_checkpoint
 from spin_trainer.model.dropout import dropout_of, set_dropout_
 from spin_trainer.model.losses import self_play_losses, self_play_margins, win_rate
 from spin_trainer.model.reference import FrozenReference, MovingReference
@@ -23,7 +24,6 @@ from spin_trainer.model.response_scores import (
 from spin_trainer.model.spin import SPIN, Comparison
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.trainer import SPINResult, SPINTrainer
-from spin_trainer.training.weights import load_original_checkpoint
 
 __all__ = [
     "SPIN",

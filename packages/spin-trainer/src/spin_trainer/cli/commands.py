@@ -18,16 +18,16 @@ from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
 from lm_core.training.launching import start_accelerator
 from lm_core.training.run_directory import Result, write_summary
-from spin_trainer.data.fingerprints import fingerprint_of_weights
 from spin_trainer.data.iteration_data import IterationData
 from spin_trainer.data.opponent_answers import Sampling
 from spin_trainer.data.sft_data import as_sft_dataset
+from spin_trainer.interop import load_model, with_lora
 from spin_trainer.quickstart import sorting_task
 from spin_trainer.quickstart.quickstart import quickstart, quickstart_data, table_lines
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.evaluation import evaluate, win_rate_over
-from spin_trainer.training.loading import load_model, with_lora
 from spin_trainer.training.trainer import SPINResult, SPINTrainer
+from spin_trainer.training.weights import fingerprint_of_weights
 
 
 def train(

@@ -10,7 +10,6 @@ from typing import Any
 
 from lm_core.distributed import rank
 from lm_core.generation.decoding import eval_mode
-from spin_trainer.data.fingerprints import fingerprint_of
 from spin_trainer.data.opponent_answers import (
     Answer,
     Interrupted,
@@ -22,7 +21,7 @@ from spin_trainer.data.opponent_answers import (
     seed_of,
 )
 from spin_trainer.data.pairs import Pair
-from spin_trainer.data.row_store import RowStore
+from spin_trainer.data.row_store import RowStore, fingerprint_of
 from spin_trainer.data.sft_data import SFTDataset
 
 

@@ -20,8 +20,7 @@ from lm_core.generation.decoding import Filter
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_p
 from lm_core.training.accelerator import Precision, autocast
-from spin_trainer.data.fingerprints import name_of_function
-from spin_trainer.data.row_store import RowStore
+from spin_trainer.data.row_store import RowStore, name_of_function
 from spin_trainer.data.sft_data import to_tensor
 from spin_trainer.model.response_scores import collate, response_log_probs
 

@@ -5,15 +5,31 @@ appended and flushed to the disk a batch at a time; a last line cut short by a k
 again. A row that is there is not written twice.
 """
 
+import functools
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm_core.checkpoints.atomic_io import fsync_path, write_file
 from lm_core.checkpoints.manifest import to_json
-from spin_trainer.data.fingerprints import fingerprint_of
+
+
+def fingerprint_of(description: Mapping[str, Any]) -> str:
+    """SHA-256 over JSON values."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def name_of_function(function: Callable[..., Any] | None) -> str | None:
+    """Where a function is defined, as part of a fingerprint; of a partial, with its arguments."""
+    if function is None:
+        return None
+    if isinstance(function, functools.partial):
+        arguments = sorted(function.keywords.items())
+        return f"{name_of_function(function.func)}{function.args!r}{arguments!r}"
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
 class RowStore:

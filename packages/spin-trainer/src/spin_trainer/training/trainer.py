@@ -29,7 +29,6 @@ from lm_core.training.fsdp import check_shardable
 from lm_core.training.metrics import MetricsLog, progress_bar, read_metrics
 from lm_core.training.optimization import NonFiniteGuard
 from lm_core.training.run_directory import RunDirectory
-from spin_trainer.data.fingerprints import fingerprint_of_weights
 from spin_trainer.data.iteration_data import IterationData
 from spin_trainer.data.opponent_answers import Interrupted, Sampling, seed_of
 from spin_trainer.data.pairs import PairOrder
@@ -47,6 +46,7 @@ from spin_trainer.training.pairs import PairTraining
 from spin_trainer.training.parallel import ParallelPolicy
 from spin_trainer.training.state import RunCheckpoints, RunState
 from spin_trainer.training.updates import optimizer_of
+from spin_trainer.training.weights import fingerprint_of_weights
 
 Outcome = Literal["finished", "stopped early", "interrupted"]
 

@@ -5,6 +5,7 @@ is stored is whole: weights that are spread over processes (FSDP) are gathered o
 these functions.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,18 +158,19 @@ def _write_policy(folder: Path, model: nn.Module, gathered: dict[str, Tensor] | 
         write_manifest(folder)
 
 
-def load_original_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The policy's state dict from a checkpoint of self-rewarding-lm-pytorch's ``SPINTrainer``.
+@torch.no_grad()
+def fingerprint_of_weights(model: nn.Module, *, trainable: bool | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a model's parameters, the same whether they are spread or not.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, holds more than tensors, or is no such checkpoint.
+    Args:
+        model: whose parameters and buffers.
+        trainable: only parameters that train (True) or that do not (False).
     """
-    from lm_core.checkpoints.manifest import load_tensors
-
-    content = load_tensors(path)
-    state = content.get("model") if isinstance(content, dict) else None
-    prefix = "policy_model."
-    if not isinstance(state, dict) or not any(name.startswith(prefix) for name in state):
-        raise CheckpointError(f"{path} is no SPIN checkpoint: it has no model with {prefix}* weights")
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if trainable is not None and tensor.requires_grad is not trainable:
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content = whole(tensor.detach()).cpu().contiguous().flatten()
+        digest.update(content.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

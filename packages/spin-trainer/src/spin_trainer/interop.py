@@ -1,26 +1,27 @@
-"""Models and tokenizers by name, as the command line takes them; LoRA adapters on top."""
+"""Models of other libraries and files of the original: opening a folder or hub name, LoRA, the original's weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lm_core.checkpoints.manifest import read_json
-from lm_core.checkpoints.module_specs import package_of
+from lm_core.checkpoints.manifest import CheckpointError, load_tensors, read_json
+from lm_core.checkpoints.module_specs import registered_class
 from lm_core.checkpoints.pretrained import CONFIG_FILE
-from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 
 def load_model(source: str, name: str = "model") -> nn.Module:
     """A model from a folder or the hub.
 
     Args:
-        source: a folder that ``SmallDecoder`` or a transformers causal language model (or a peft adapter of one) was
-            saved to, or ``organisation/name`` on the hub. Code from the hub is never run.
+        source: a folder that a language model of these packages or a transformers causal language model (or a peft
+            adapter of one) was saved to, or ``organisation/name`` on the hub. Code from the hub is never run.
         name: what errors call it.
 
     Raises:
+        CheckpointError: the folder is of a package that is not installed.
+        FileNotFoundError: ``source`` is neither a folder nor a hub name.
         ValueError: the folder holds something else.
         ImportError: transformers or peft is needed and not installed.
     """
@@ -29,13 +30,11 @@ def load_model(source: str, name: str = "model") -> nn.Module:
         raise FileNotFoundError(f"{name} must be a folder or organisation/name on the hub, got {source!r}")
     config = folder / CONFIG_FILE
     stored = read_json(config) if config.is_file() else {}
-    if stored.get("class") == "SmallDecoder" and stored.get("package") == package_of(SmallDecoder):
-        return SmallDecoder.from_pretrained(folder)
     if "class" in stored:
-        raise ValueError(
-            f"{name} {source} is a {stored['class']} of {stored.get('package')}, which this command cannot open: "
-            "call spin_trainer.SPINTrainer(model, ...) with it"
-        )
+        cls: Any = registered_class(str(stored.get("package")), str(stored["class"]))
+        if not hasattr(cls, "init_cache"):
+            raise ValueError(f"{name} must be a language model, {source} holds a {stored['class']}")
+        return cls.from_pretrained(folder)
     local = folder.is_dir()
     try:
         if (folder / "adapter_config.json").is_file():
@@ -87,3 +86,18 @@ def with_lora(
     )
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
+
+
+def load_original_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The policy's state dict from a checkpoint of self-rewarding-lm-pytorch's ``SPINTrainer``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is damaged, holds more than tensors, or is no such checkpoint.
+    """
+    content = load_tensors(path)
+    state = content.get("model") if isinstance(content, dict) else None
+    prefix = "policy_model."
+    if not isinstance(state, dict) or not any(name.startswith(prefix) for name in state):
+        raise CheckpointError(f"{path} is no SPIN checkpoint: it has no model with {prefix}* weights")
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

@@ -47,6 +47,7 @@ def _texts(documents: Documents) -> list[str]:
     return [bytes(document.astype(np.uint8)).decode() for document in documents]
 
 
+@pytest.mark.filterwarnings("ignore:.*1 file.s. passed over. picture.png")
 @pytest.mark.parametrize("form", ["folder", "jsonl", "jsonl.gz"])
 def test_every_reader_gives_the_documents_that_were_written(write, form):
     documents = load_documents(write(form), field="body")
@@ -54,12 +55,12 @@ def test_every_reader_gives_the_documents_that_were_written(write, form):
     assert documents.num_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_a_raw_file_is_one_document_gzipped_or_not(tmp_path):
-    content = bytes(range(256)) * 4
+@pytest.mark.parametrize(("content", "prefix"), [(b"<page>\r\n" * 9, ""), (bytes(range(256)) * 4, "bytes:")])
+def test_a_file_without_suffix_is_one_document_gzipped_or_not(content, prefix, tmp_path):
     (tmp_path / "enwik8").write_bytes(content)
     (tmp_path / "enwik8.gz").write_bytes(gzip.compress(content))
     for name in ("enwik8", "enwik8.gz"):
-        documents = load_documents(tmp_path / name)
+        documents = load_documents(f"{prefix}{tmp_path / name}")
         assert len(documents) == 1
         assert bytes(documents[0].astype(np.uint8)) == content
 
@@ -227,7 +228,7 @@ def _file(path: Path, name: str, content: bytes) -> Path:
         (lambda path: stdlib_corpus(max_documents=1), ValueError, "at least 2.*got 1"),
         (lambda path: stdlib_corpus(max_documents="3"), TypeError, "max_documents"),
         (lambda path: stdlib_corpus(root=path), FileNotFoundError, "sources were not found"),
-        (lambda path: list(read_texts(["a", 2.5])), ValueError, "row 1 of source.*got float"),
+        (lambda path: list(read_texts(["a", 2.5])), ValueError, "row 1 of corpus.*got float"),
     ],
 )
 def test_bad_input_is_named(call, error, message, tmp_path):

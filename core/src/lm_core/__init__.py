@@ -12,7 +12,10 @@ from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.data.corpora import Corpus, load_corpus, stdlib_corpus
 from lm_core.data.documents import Documents, load_documents, read_texts
+from lm_core.data.epochs import EpochOrder, UpdateOrder, permutation
+from lm_core.data.jsonl import read_json_lines
 from lm_core.data.packing import PackedBatch, PackedBatches, ValidationBatches, bits_per_byte
+from lm_core.data.rows import load_rows
 from lm_core.distributed import all_gather, all_reduce_sum, broadcast_object, is_distributed, rank, world_size
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.decoding import CausalLM, Generation, eval_mode
@@ -59,6 +62,7 @@ __all__ = [
     "CheckpointError",
     "Corpus",
     "Documents",
+    "EpochOrder",
     "Generation",
     "HuggingFaceTokenizer",
     "InterruptHandler",
@@ -75,6 +79,7 @@ __all__ = [
     "RunDirectory",
     "SwiGLU",
     "Tokenizer",
+    "UpdateOrder",
     "ValidationBatches",
     "all_gather",
     "all_reduce_sum",
@@ -104,11 +109,13 @@ __all__ = [
     "load_checkpoint",
     "load_corpus",
     "load_documents",
+    "load_rows",
     "load_tokenizer",
     "masked_mean",
     "maybe_and_mask",
     "min_p",
     "optimizer_groups",
+    "permutation",
     "pick_device",
     "pick_precision",
     "plot_curves",
@@ -116,6 +123,7 @@ __all__ = [
     "progress_bar",
     "prompt_mask_from_lengths",
     "rank",
+    "read_json_lines",
     "read_metrics",
     "read_texts",
     "restore_rng",

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from lm_core.data.epochs import EpochOrder
 from lm_core.tokenizers import ByteTokenizer
-from palm_rlhf.data.prompts import PromptOrder, load_prompts
+from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.reward.model import RewardModel
 from palm_rlhf.reward.rewards import ClassifierReward, as_reward, check_scores
 from palm_rlhf.rl.policy import ActorCritic
@@ -187,7 +188,7 @@ def test_chats_go_through_the_template():
 
 
 def test_each_pass_over_the_prompts_is_a_permutation_of_its_own():
-    order = PromptOrder(5, seed=0)
+    order = EpochOrder(5, seed=0)
     taken = order.take(0, 20)
     passes = [taken[k : k + 5] for k in range(0, 20, 5)]
     assert all(sorted(one) == [0, 1, 2, 3, 4] for one in passes)

@@ -1,15 +1,12 @@
-"""Documents: where texts come from, and how they are kept as one flat array of token ids.
+"""Documents: texts as one flat array of token ids.
 
-Reads ``.txt``, ``.jsonl`` and ``.jsonl.gz`` files, folders of them, enwik8-style files and Hugging Face ``datasets``
-objects; tokenises with bytes by default or with anything that has ``encode``; keeps the result on disk, memory-mapped,
-when asked to. ``Documents`` holds token ids without any separator; ``lm_core.data.packing`` adds EOS when it fills
-rows.
+Reads what ``lm_core.data.rows`` reads; tokenises with bytes by default or with anything that has ``encode``; keeps the
+result on disk, memory-mapped, on request. ``Documents`` holds token ids without any separator;
+``lm_core.data.packing`` adds EOS when it fills rows.
 """
 
-import gzip
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,10 +16,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_leftovers
+from lm_core.data.rows import data_fingerprint, iterate_rows
 from lm_core.tokenizers import ByteTokenizer
 
 CACHE_FORMAT_VERSION = 1
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
 
 @runtime_checkable
@@ -60,7 +57,10 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
                 "starts, lengths and byte_lengths must have one entry a document, "
                 f"got {len(starts)}, {len(lengths)} and {len(byte_lengths)}"
             )
-        self.ids, self.starts, self.lengths, self.byte_lengths = ids, starts, lengths, byte_lengths
+        self.ids = ids
+        self.starts = starts
+        self.lengths = lengths
+        self.byte_lengths = byte_lengths
         self._fingerprint: str | None = None
 
     @property
@@ -168,75 +168,32 @@ def _documents(ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64], siz
 
 
 def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
-    """The documents of a file, of a folder, of a Hugging Face dataset, or of any iterable.
-
-    ``.jsonl`` and ``.jsonl.gz``: one document a line, in ``field``. ``.txt`` (and ``.md``, ``.rst``, ``.py``): one
-    document a file. Any other file, gzipped or not, is one document of raw bytes, as enwik8 is. A folder: every text
-    and JSONL file below it, sorted by path.
+    """The documents of ``source``: each row's ``field``, a text file whole.
 
     Args:
-        source: a path; a split of ``datasets``; or an iterable of texts, token-id lists, or mappings with ``field``.
+        source: whatever ``lm_core.data.rows`` reads; or an iterable of texts, token-id lists, or mappings with
+            ``field``.
         field: the column that holds the document.
 
     Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: a folder without readable files, a line that is not JSON, or a missing ``field``.
-        TypeError: ``source`` is neither a path nor an iterable of documents.
+        FileNotFoundError, ValueError, TypeError, ImportError: as ``lm_core.data.rows.load_rows``; also for a row
+            without ``field``.
     """
-    if isinstance(source, str | os.PathLike):
-        return _read_path(Path(source), field)
-    if isinstance(getattr(source, "column_names", None), dict):
-        raise ValueError(f"source must be one split of the dataset, got a dict of {sorted(source)}")
-    if not isinstance(source, Iterable):
-        raise TypeError(f"source must be a path, a dataset or an iterable of texts, got {type(source).__name__}")
-    return (_document_of(row, field, f"row {number} of source") for number, row in enumerate(source))
+    return (_document_of(row, field, where) for where, row in iterate_rows(source, name="corpus"))
 
 
 def _document_of(row: Any, field: str, where: str) -> Document:
     if isinstance(row, dict):
-        if field not in row:
-            raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(row)}")
-        row = row[field]
+        # a text file has one column, whatever the others are called
+        column = "text" if list(row) == ["text"] and isinstance(row["text"], bytes) else field
+        if column not in row:
+            raise ValueError(f"field {field!r} is missing in {where} which has {sorted(row)}")
+        row = row[column]
     if isinstance(row, str | bytes):
         return row
     if isinstance(row, Sequence | np.ndarray) and all(isinstance(value, int | np.integer) for value in row):
         return row  # type: ignore[return-value]
     raise ValueError(f"{where} must be text or a list of token ids, got {type(row).__name__}")
-
-
-def _corpus_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"corpus path does not exist: {path}")
-    if path.is_file():
-        return [path]
-    known = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.lower().endswith(known))
-    if not files:
-        raise ValueError(f"corpus folder {path} holds no file ending in {', '.join(known)}")
-    return files
-
-
-def _read_path(path: Path, field: str) -> Iterator[Document]:
-    return (document for file in _corpus_files(path) for document in _read_file(file, field))
-
-
-def _read_file(file: Path, field: str) -> Iterator[Document]:
-    name = file.name.lower()
-    try:
-        with gzip.open(file, "rb") if name.endswith(".gz") else file.open("rb") as stream:
-            if not name.endswith((".jsonl", ".jsonl.gz")):
-                yield stream.read()
-                return
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}, is not JSON: {error}") from error
-                yield _document_of(row, field, f"{file}, line {number},")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{file} is no whole gzip file: {error}") from error
 
 
 def load_documents(
@@ -275,20 +232,12 @@ def load_documents(
 
 
 def _cache_key(source: Any, tokenizer: Encoder, field: str) -> str:
-    if isinstance(source, str | os.PathLike):
-        parts = [
-            [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in _corpus_files(Path(source))
-        ]
-    elif getattr(source, "_fingerprint", None):
-        parts = [["dataset", source._fingerprint]]
-    else:
-        raise ValueError(f"cache_dir needs a path or a Hugging Face dataset as source, got {type(source).__name__}")
     identity = getattr(tokenizer, "fingerprint", None)
     if identity is None:  # a tokenizer of someone else: told apart by what it does
         probe = "The quick brown fox\n\tdef f(x): return x ** 2  # naïve, 日本語 🙂"
         identity = [type(tokenizer).__qualname__, getattr(tokenizer, "vocab_size", None)]
         identity.append([int(value) for value in tokenizer.encode(probe)])
-    content = json.dumps([CACHE_FORMAT_VERSION, parts, identity, field])
+    content = json.dumps([CACHE_FORMAT_VERSION, data_fingerprint(source), identity, field])
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 

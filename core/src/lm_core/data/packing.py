@@ -10,7 +10,6 @@ Training rows go on over epochs without a break. Each step consumes ``batch_size
 b batch, n sequence
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from lm_core.checks import typed
 from lm_core.data.documents import Documents
+from lm_core.data.epochs import check_same_order, permutation
 
 IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
@@ -55,12 +55,6 @@ class PackedBatch:
             labels=self.labels.to(device, non_blocking=True),
             document_ids=self.document_ids.to(device, non_blocking=True),
         )
-
-
-def _permutation(count: int, *key: int | str) -> NDArray[np.int64]:
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(count, generator=generator).numpy()
 
 
 class _Stream:
@@ -185,10 +179,10 @@ class PackedBatches(Iterator[PackedBatch]):
     def _epoch(self, number: int) -> tuple[_Stream, NDArray[np.int64]]:
         if number not in self._epochs:
             count = len(self.documents)
-            order = _permutation(count, self.seed, number, "documents") if self.shuffle else np.arange(count)
+            order = permutation(count, self.seed, number, "documents") if self.shuffle else np.arange(count)
             stream = _Stream(self.documents, order, self.sequence_length, bos_id=self.bos_id, eos_id=self.eos_id)
             rows = stream.num_rows
-            row_order = _permutation(rows, self.seed, number, "rows") if self.shuffle else np.arange(rows)
+            row_order = permutation(rows, self.seed, number, "rows") if self.shuffle else np.arange(rows)
             # a batch reaches over at most into the next epoch, so older plans are done with
             self._epochs = {key: plan for key, plan in self._epochs.items() if key >= number - 1}
             self._epochs[number] = stream, row_order
@@ -221,15 +215,7 @@ class PackedBatches(Iterator[PackedBatch]):
         Raises:
             ValueError: the state belongs to other data, another seed or another sequence length.
         """
-        current = self.state_dict()
-        if set(state) != set(current):
-            raise ValueError(f"state must have the keys {sorted(current)}, got {sorted(state)}")
-        for name, value in current.items():
-            if name != "rows_seen" and state[name] != value:
-                what = (
-                    "the documents differ from those" if name == "data" else f"{name} is {value}, but was {state[name]}"
-                )
-                raise ValueError(f"cannot resume the data order: {what} when the state was saved")
+        check_same_order(state, self.state_dict(), cursor="rows_seen")
         self.rows_seen = int(state["rows_seen"])
 
 

@@ -3,16 +3,15 @@
 A JSONL line has ``prompt``, ``chosen``, ``rejected`` and optionally ``margin``; or ``prompt``, ``response``, ``label``.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lm_core.data.rows import load_rows
 from lm_core.nn.masking import right_pad
 
 
@@ -49,27 +48,15 @@ class Judged:
 
 
 def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference | Labelled]:
-    """Examples from rows (mappings of text or ids), a ``.jsonl`` file of them, or a Hugging Face dataset.
+    """Examples from rows (mappings of text or ids), or from any source of ``lm_core.data.rows``.
 
-    Texts get the tokenizer's EOS behind the response, which is what a finished response looks like to a policy.
+    Texts get the tokenizer's EOS after the response, which is what a finished response looks like to a policy.
 
     Raises:
         ValueError: there are none, a column is missing, or a text is empty.
         FileNotFoundError: there is no such file.
     """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"pairs must be a .jsonl file or rows, got {source}")
-        rows: Sequence[Any] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows = [*rows, json.loads(line)] if line.strip() else rows
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    else:
-        rows = source
-    examples = [_example(rows[number], number, tokenizer) for number in range(len(rows))]
+    examples = [_example(row, number, tokenizer) for number, row in enumerate(load_rows(source, name="pairs"))]
     if not examples:
         raise ValueError("pairs must hold at least one example, got none")
     if len({type(example) for example in examples}) > 1:

@@ -4,7 +4,6 @@ The order of prompts is a function of the seed and of how many were taken, so th
 that number: each pass over the prompts is a permutation of its own.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lm_core.checks import check_ids
+from lm_core.data.rows import load_rows
 from lm_core.generation.decoding import prompt_rows
 from lm_core.tokenizers import HuggingFaceTokenizer
 
@@ -42,8 +42,8 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
     Args:
         source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
             and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
-            ids; the path of a ``.jsonl`` file of such rows, or of any other file with a text a line; a Hugging Face
-            dataset of rows.
+            ids; a ``Path`` (or the name of a ``.jsonl`` or ``.json`` file) of any source of ``lm_core.data.rows``
+            with such rows, a text file having a prompt a line; a Hugging Face dataset of rows.
         tokenizer: for texts and chats; see ``as_tokenizer``.
 
     Raises:
@@ -54,7 +54,7 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
     if isinstance(source, Tensor):
         return [Prompt(row.long().cpu(), _decoded(row, tokenizer)) for row in prompt_rows(source)]
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".jsonl", ".json"))):
-        source = _read_rows(Path(source))
+        source = load_rows(source, text_rows="line", name="prompts_path")
     if tokenizer is not None and not hasattr(tokenizer, "encode"):
         texts = [source] if isinstance(source, str) else source
         if texts and all(isinstance(text, str) for text in texts):
@@ -96,28 +96,6 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
         check_ids(torch.cat([prompt.ids for prompt in prompts]), vocab_size, "prompts")
 
 
-class PromptOrder:
-    """Which prompts come when.
-
-    Args:
-        count: how many prompts there are.
-        seed: of the permutations.
-    """
-
-    def __init__(self, count: int, *, seed: int) -> None:
-        self.count, self.seed = count, seed
-
-    def take(self, first: int, number: int) -> list[int]:
-        """Indices of the prompts taken as number ``first`` and after."""
-        taken: list[int] = []
-        while len(taken) < number:
-            round_, within = divmod(first + len(taken), self.count)
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + round_) % 2**63)
-            order = torch.randperm(self.count, generator=generator).tolist()
-            taken += order[within : within + number - len(taken)]
-        return taken
-
-
 def _prompt(entry: Any, number: int, tokenizer: Any) -> Prompt:
     columns: dict[str, Any] = {}
     text: str | None
@@ -152,19 +130,3 @@ def _prompt(entry: Any, number: int, tokenizer: Any) -> Prompt:
 
 def _decoded(ids: Tensor, tokenizer: Any) -> str | None:
     return None if tokenizer is None else str(tokenizer.decode(ids.tolist()))
-
-
-def _read_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts_path must be a .jsonl file or a file with a prompt a line, got {path}")
-    if path.suffix not in (".jsonl", ".json"):
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    return rows

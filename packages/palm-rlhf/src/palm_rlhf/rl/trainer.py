@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from lm_core.checkpoints.checkpoint import load_checkpoint
 from lm_core.checks import check_ids
+from lm_core.data.epochs import EpochOrder
 from lm_core.distributed import rank, world_size
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision
 from lm_core.training.launching import start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
 from lm_core.training.run_directory import RunDirectory
-from palm_rlhf.data.prompts import Prompt, PromptOrder, as_tokenizer, check_prompts, load_prompts
+from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
 from palm_rlhf.reward.rewards import as_reward, check_scores
 from palm_rlhf.rl.config import PolicySettings
 from palm_rlhf.rl.experience import (
@@ -119,7 +120,7 @@ class PolicyTrainer:
             check_prompts(self.prompts, actor_critic.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
-        self.order = PromptOrder(max(1, len(self.prompts)), seed=settings.seed)
+        self.order = EpochOrder(max(1, len(self.prompts)), seed=settings.seed)
         self.update = PolicyUpdate(actor_critic, settings, self.kl)
         self.phase = Phase(seed=settings.seed, epochs=settings.epochs, minibatch_size=settings.minibatch_size)
         self._restored = False

@@ -1,0 +1,273 @@
+"""Rows of data from files, folders, globs, the hub or Python objects: one door for every package.
+
+| source | what is read |
+|---|---|
+| ``.jsonl`` | a row a line |
+| ``.json`` | a list of rows, or a row a line |
+| ``.csv``, ``.tsv`` | a row a line, values as text |
+| ``.txt``, ``.md``, ``.rst``, ``.py``, no suffix | one row a file (or a line), ``{"text": ...}`` |
+| ``.parquet``, ``.arrow``, a folder of ``save_to_disk`` | the table's rows (extra ``datasets``) |
+| ``"bytes:PATH"`` | one row of raw bytes |
+| a folder, a glob, a list of ``Path`` | all their files, sorted |
+| ``"org/name"``, ``"org/name:config"`` | a data set of the hub (extra ``datasets``) |
+| a Hugging Face ``Dataset``, a sequence, an iterable | its entries, as they are |
+
+Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``). A file of another format is refused with the way to
+convert it; in a folder it is passed over, and a warning counts and names what was.
+"""
+
+import csv
+import glob
+import io
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_core.data.jsonl import COMPRESSED, open_bytes, read_json_lines
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TABLE_SUFFIXES = (".csv", ".tsv")
+JSON_SUFFIXES = (".jsonl", ".json")
+DATASET_SUFFIXES = (".parquet", ".arrow")
+SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *DATASET_SUFFIXES)
+RAW = "bytes:"
+
+TextRows = Literal["file", "line"]
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+# what people bring along, and what turns it into a format that is read
+_CONVERSIONS = {
+    ".zst": "zstd -d FILE",
+    ".zip": "unzip FILE -d FOLDER",
+    ".tar": "tar xf FILE",
+    ".pdf": "pdftotext FILE FILE.txt",
+    ".docx": "pandoc FILE -o FILE.txt",
+    ".html": "pandoc FILE -t plain -o FILE.txt",
+    ".epub": "pandoc FILE -t plain -o FILE.txt",
+    ".xlsx": "pandas.read_excel(FILE).to_json(FILE.jsonl, orient='records', lines=True)",
+    ".yaml": "python -c 'import sys,json,yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout)' < FILE > FILE.json",
+    ".npy": "numpy.load(FILE).tolist(), passed as token ids",
+}
+
+
+def load_rows(source: Any, *, text_rows: TextRows = "file", split: str = "train", name: str = "source") -> list[Any]:
+    """All rows of ``source``, in order.
+
+    Args:
+        source: as the module lists it.
+        text_rows: whether a text file is one row or a row a line (blank lines left out).
+        split: split of a data set that has several.
+        name: the argument's name in errors.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: a format is not read, a line is damaged, or there is no readable file.
+        TypeError: ``source`` is none of the listed kinds.
+        ImportError: a format needs the extra ``datasets``.
+    """
+    return [row for _, row in iterate_rows(source, text_rows=text_rows, split=split, name=name)]
+
+
+def iterate_rows(
+    source: Any, *, text_rows: TextRows = "file", split: str = "train", name: str = "source"
+) -> Iterator[tuple[str, Any]]:
+    """Where each row stands ("pairs.jsonl, line 3,"), for error messages, and the row; see ``load_rows``.
+
+    Whether the source exists is checked at once, its rows are read as they are asked for.
+    """
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        path = Path(text)
+        if text.startswith(RAW):
+            return _raw_row(_existing(Path(text.removeprefix(RAW)), name))
+        if isinstance(source, str) and _HUB_NAME.fullmatch(text) and not _suffix(path) and not path.exists():
+            return _numbered(_hub_dataset(text, split, name), text)
+        if _is_saved_dataset(path):
+            return _numbered(_one_split(_datasets(text).load_from_disk(text), split, text), text)
+        return (row for file in source_files(source, name) for row in _file_rows(file, text_rows))
+    if isinstance(source, list | tuple) and source and all(isinstance(part, Path) for part in source):
+        return (row for part in source for row in iterate_rows(part, text_rows=text_rows, split=split, name=name))
+    if isinstance(getattr(source, "column_names", None), dict):
+        raise ValueError(f"{name} must be one split of the dataset, got a dict of {sorted(source)}")
+    if isinstance(source, Mapping):
+        raise TypeError(f"{name} must be rows, not one row, got a mapping of {sorted(map(str, source))}")
+    return _numbered(source, name)
+
+
+def source_files(source: str | os.PathLike[str], name: str = "source") -> list[Path]:
+    """The files that a path, a folder or a glob stands for, sorted.
+
+    Hidden files and those of unknown formats in a folder are passed over; a warning names the latter.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a folder holds no file of a known format.
+    """
+    path = Path(os.fspath(source).removeprefix(RAW))
+    if not path.exists() and any(character in str(path) for character in "*?["):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if not matches:
+            raise FileNotFoundError(f"{name}: no file matches {path}")
+        return [file for match in matches for file in source_files(match, name)]
+    _existing(path, name)
+    if path.is_file():
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
+    known = [file for file in files if _suffix(file) in SUFFIXES]
+    if not known:
+        raise ValueError(f"{name}: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+    if len(known) < len(files):
+        others = [file.relative_to(path).as_posix() for file in files if _suffix(file) not in SUFFIXES]
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        warnings.warn(f"{path}: {len(others)} file(s) passed over: {', '.join(others[:5])}{more}", stacklevel=2)
+    return known
+
+
+def _existing(path: Path, name: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{name} path does not exist: {path}")
+    return path
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of a file below its compression."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
+    # torch data sets need not be iterable
+    if not isinstance(rows, Iterable) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
+        return ((f"row {number} of {name}", rows[number]) for number in range(len(rows)))
+    if not isinstance(rows, Iterable):
+        raise TypeError(f"{name} must be a path, a dataset or an iterable of rows, got {type(rows).__name__}")
+    return ((f"row {number} of {name}", row) for number, row in enumerate(rows))
+
+
+def _file_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
+    suffix = _suffix(file)
+    if suffix == ".jsonl":
+        return _located(file, "line", read_json_lines(file, objects=False))
+    if suffix == ".json":
+        return _json_rows(file)
+    if suffix in TABLE_SUFFIXES:
+        return _located(file, "line", _table_rows(file, "\t" if suffix == ".tsv" else ","))
+    if suffix in DATASET_SUFFIXES:
+        return _located(file, "row", enumerate(_dataset_file(file, suffix)))
+    if suffix not in (*TEXT_SUFFIXES, ""):
+        how = _CONVERSIONS.get(suffix, "write it as .jsonl with a row a line").replace("FILE", file.name)
+        raise ValueError(
+            f"{file}: the format {suffix} is not read. Convert it ({how}), or read its raw bytes with {RAW}{file}; "
+            f"read are {', '.join(SUFFIXES)}"
+        )
+    return _text_rows(file, text_rows)
+
+
+def _located(file: Path, unit: str, rows: Iterable[tuple[int, Any]]) -> Iterator[tuple[str, Any]]:
+    return ((f"{file}, {unit} {number},", row) for number, row in rows)
+
+
+def _raw_row(file: Path) -> Iterator[tuple[str, Any]]:
+    with open_bytes(file) as stream:
+        yield str(file), {"text": stream.read()}
+
+
+def _text_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
+    with open_bytes(file) as stream:
+        content = stream.read()
+    if b"\0" in content:
+        raise ValueError(f"{file} holds zero bytes, so it is no text; read its raw bytes with {RAW}{file}")
+    if text_rows == "file":
+        yield str(file), {"text": content}
+        return
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            yield f"{file}, line {number},", {"text": line.removesuffix("\r")}
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with open_bytes(file) as stream:
+        content = stream.read()
+    try:
+        rows = json.loads(content)
+    except ValueError:  # JSON lines under another name
+        return _located(file, "line", read_json_lines(file, objects=False))
+    return _located(file, "row", enumerate(rows if isinstance(rows, list) else [rows]))
+
+
+def _table_rows(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open_bytes(file) as stream:
+        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def _datasets(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{path} is read by Hugging Face datasets: pip install datasets") from error
+    return datasets
+
+
+def _dataset_file(file: Path, suffix: str) -> Iterator[Any]:
+    datasets = _datasets(str(file))
+    if suffix == ".arrow":
+        return iter(datasets.Dataset.from_file(str(file)))
+    import pyarrow.parquet  # comes with datasets, whose own reader copies the file into a cache
+
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+    return (row for batch in batches for row in batch.to_pylist())
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def _hub_dataset(repository: str, split: str, name: str) -> Any:
+    missing = f"{name} path does not exist: {repository}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise FileNotFoundError(f"{missing} (a data set of the hub needs pip install datasets)") from error
+    path, _, config = repository.partition(":")
+    try:
+        return _one_split(datasets.load_dataset(path, config or None), split, repository)
+    except OSError as error:  # what datasets raises for unknown names and without a network
+        raise FileNotFoundError(f"{missing}; nor does the hub give it: {str(error).strip()}") from error
+
+
+def _one_split(dataset: Any, split: str, name: str) -> Any:
+    if not isinstance(dataset, Mapping):
+        return dataset
+    if split not in dataset:
+        raise ValueError(f"{name} must have the split {split!r}, it has {sorted(dataset)}")
+    return dataset[split]
+
+
+def data_fingerprint(source: Any) -> Sequence[Any]:
+    """What tells one version of ``source`` from another without reading it: names, sizes and times of its files.
+
+    Raises:
+        ValueError: ``source`` is neither files nor a Hugging Face dataset.
+    """
+    if getattr(source, "_fingerprint", None):
+        return ["dataset", source._fingerprint]
+    sources = [Path(source)] if isinstance(source, str | os.PathLike) else source
+    if not isinstance(sources, list | tuple) or not all(isinstance(part, Path) for part in sources):
+        raise ValueError(f"cache_dir needs a path or a Hugging Face dataset as source, got {type(source).__name__}")
+    files = [
+        file
+        for part in sources
+        for file in (sorted(part.rglob("*")) if _is_saved_dataset(part) else source_files(part))
+    ]
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

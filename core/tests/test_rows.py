@@ -1,0 +1,140 @@
+"""The data door: every format gives the rows that were written, and what is not read is named."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from lm_core.data.jsonl import read_json_lines
+from lm_core.data.rows import iterate_rows, load_rows
+
+ROWS = [{"prompt": "a", "response": "b\u2028c"}, {"prompt": "naïve", "response": "line\nbreak"}]
+
+
+def _write(folder: Path, form: str) -> Path:
+    path = folder / f"rows.{form}"
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS)
+    if form == "jsonl":
+        path.write_text(lines, encoding="utf-8", newline="")
+    elif form == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif form == "json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif form in ("csv", "tsv"):
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(ROWS[0]), delimiter="," if form == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        dataset = pytest.importorskip("datasets").Dataset.from_list(ROWS)
+        if form == "parquet":
+            dataset.to_parquet(path)
+        else:
+            dataset.save_to_disk(path)
+            path = next(path.glob("*.arrow")) if form == "arrow" else path
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet", "arrow", "saved"])
+def test_every_format_gives_the_rows_that_were_written(form, tmp_path):
+    assert load_rows(_write(tmp_path, form)) == ROWS
+
+
+def test_several_files_a_glob_and_a_folder_are_read_in_order_without_hidden_files(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", ".cache/c.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": name}) + "\n")
+    expected = [{"text": "a.jsonl"}, {"text": "b.jsonl"}]
+    assert load_rows(tmp_path) == load_rows(str(tmp_path / "*.jsonl")) == expected
+    assert load_rows([tmp_path / "b.jsonl", tmp_path / "a.jsonl"]) == expected[::-1]
+
+
+def test_files_passed_over_are_counted_and_named(tmp_path):
+    for name in ("a.txt", "picture.png", "notes.docx"):
+        (tmp_path / name).write_bytes(b"text")
+    with pytest.warns(UserWarning, match=r"2 file\(s\) passed over: notes.docx, picture.png"):
+        assert load_rows(tmp_path) == [{"text": b"text"}]
+
+
+def test_a_text_file_is_one_row_or_a_row_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("one\u2028still one\r\n\r\ntwo\x0b\n".encode())
+    assert load_rows(path) == [{"text": path.read_bytes()}]
+    assert load_rows(path, text_rows="line") == [{"text": "one\u2028still one"}, {"text": "two\x0b"}]
+
+
+def test_python_objects_pass_as_they_are():
+    class Indexed:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return ROWS[index]
+
+    assert load_rows(iter(ROWS)) == load_rows(ROWS) == load_rows(Indexed()) == ROWS
+    assert [where for where, _ in iterate_rows(["a"])] == ["row 0 of source"]
+
+
+def test_a_split_of_a_saved_dictionary_of_datasets_is_chosen(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    assert load_rows(tmp_path / "saved", split="test") == ROWS
+    with pytest.raises(ValueError, match=r"must have the split 'train', it has \['test'\]"):
+        load_rows(tmp_path / "saved")
+
+
+def test_a_last_line_cut_short_by_a_kill_is_left_out_on_request(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a":')
+    assert list(read_json_lines(path, torn_end=True)) == [(1, {"a": 1}), (2, {"a": 2})]
+    with pytest.raises(ValueError, match="line 3, is not JSON"):
+        list(read_json_lines(path))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("a.pdf", b"%PDF", ValueError, r"\.pdf is not read. Convert it \(pdftotext a.pdf a.pdf.txt\)"),
+        ("a.jsonl.zst", b"", ValueError, r"\.zst is not read. Convert it \(zstd -d a.jsonl.zst\)"),
+        ("a.strange", b"", ValueError, "write it as .jsonl"),
+        ("a.txt", b"a\0b", ValueError, "zero bytes.*bytes:"),
+        ("a.jsonl", b'{"a": 1}\n\n[3\n', ValueError, "a.jsonl, line 3, is not JSON"),
+        ("a.json", b'[{"a": 1}', ValueError, "a.json, line 1, is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, content, error, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("nothing-here.jsonl", FileNotFoundError, "does not exist: nothing-here.jsonl"),
+        ("nothing*here.txt", FileNotFoundError, "no file matches"),
+        (3, TypeError, "got int"),
+        ({"prompt": "a"}, TypeError, r"a mapping of \['prompt'\]"),
+    ],
+)
+def test_a_source_that_is_none_is_named(source, error, message):
+    with pytest.raises(error, match=message):
+        load_rows(source)
+
+
+def test_a_hub_name_that_cannot_be_had_is_named(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(FileNotFoundError, match="some/dataset; nor does the hub give it: no network"):
+        load_rows("some/dataset")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: {"train": [list(name)]})
+    assert load_rows("some/dataset:main") == [["some/dataset", "main"]]

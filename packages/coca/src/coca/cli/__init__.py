@@ -13,7 +13,7 @@ from coca.cli.model_settings import ModelSettings, build_model, encoder_preproce
 from coca.data.captioned_images import CaptionedImages
 from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
 from coca.data.image_files import load_images
-from coca.data.preprocessing import ImagePreprocessing
+from coca.model.preprocessing import ImagePreprocessing
 from coca.training.config import TrainingSettings
 from lm_core.cli.main import run_command, say, say_how_to_go_on, summary_of, taken_out
 from lm_core.rng import seed_everything

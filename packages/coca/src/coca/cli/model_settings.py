@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from coca.data.preprocessing import ImagePreprocessing
 from coca.model.attentional_pooling import Pooling
 from coca.model.coca import CoCa
+from coca.model.preprocessing import ImagePreprocessing
 from coca.model.vit import VisionTransformer
 from lm_core.checks import typed
 

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from coca.data.captioned_images import CaptionedImages, Pixels
-from coca.data.preprocessing import ImagePreprocessing
+from coca.model.preprocessing import ImagePreprocessing
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.csv", "metadata.jsonl")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from coca.data.captioned_images import CaptionedImages
 from coca.data.captions import caption_ids
-from coca.data.preprocessing import ImagePreprocessing
+from coca.model.preprocessing import ImagePreprocessing
 from lm_core.nn.masking import right_pad
 
 

@@ -21,7 +21,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca.data.preprocessing import ImagePreprocessing
 from coca.evaluation.zero_shot import zero_shot_classifier
 from coca.model.attentional_pooling import AttentionalPooling, Pooling
 from coca.model.block import ParallelBlock
@@ -29,6 +28,7 @@ from coca.model.captioning import CoCaCache, caption, decoder_states
 from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
 from coca.model.image_encoders import ImageEncoder, token_width
 from coca.model.multimodal import MultimodalLayer
+from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import IGNORED, TextLayout, layout_of
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_positive, typed

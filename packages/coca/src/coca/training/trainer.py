@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from coca.data.captioned_images import CaptionedImages
 from coca.data.pair_batches import PairBatches
-from coca.data.preprocessing import ImagePreprocessing
 from coca.evaluation.evaluation import caption_images, embed, evaluate
 from coca.evaluation.grid import save_grid
 from coca.model.coca import CoCa
+from coca.model.preprocessing import ImagePreprocessing
 from coca.training.config import TrainingSettings
 from lm_core.checkpoints.checkpoint import load_checkpoint, on_main_process, save_checkpoint
 from lm_core.checkpoints.pretrained import check_vocabulary

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coca.model.packed_weights import packed_product, plain_product
 from lm_core.losses.losses import token_log_probs
 
 PAD, BOS, EOS = 0, 1, 2
@@ -27,7 +26,6 @@ def test_cached_captions_equal_uncached_ones_for_prefixes_of_different_lengths(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(len(lengths), 5, 12, generator=generator)
     prefix = [torch.randint(3, 23, (length,), generator=generator) for length in lengths]
-    # Long enough for packed weights.
     inputs = {"image_tokens": tokens, "prefix": prefix, "max_new_tokens": 12, "beams": beams}
 
     cached, uncached = (model.generate(**inputs, use_cache=use_cache) for use_cache in (True, False))
@@ -54,42 +52,8 @@ def test_cached_features_equal_the_full_forward(make_coca, make_batch):
     torch.testing.assert_close(logits, expected, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_step_of_one_token_equals_the_layers_forward(make_coca, make_batch, padded):
-    """Steps run without submodule calls; a hook on a layer is heard, so the layers are then called."""
-    model, (text, tokens) = make_coca().eval(), make_batch()
-    pooled = model.embed_image(image_tokens=tokens)[1]
-    mask = torch.ones_like(text, dtype=torch.bool)
-    mask[1, :2] = False
-    results, calls = [], []
-    for listening in (False, True):
-        if listening:
-            model.multimodal_layers[0].block.register_forward_hook(lambda *_: calls.append(1))
-        with torch.no_grad():
-            cache = model.init_cache(4, 20)
-            masks = [mask[:, :stop] if padded else None for stop in range(8)]
-            model.hidden(text[:, :3], cache=cache, pooled=pooled, mask=masks[3])
-            steps = [model.hidden(text[:, n : n + 1], cache=cache, mask=masks[n + 1]) for n in range(3, 7)]
-        results.append(torch.cat(steps, dim=1))
-
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    assert len(calls) == 5
-
-
-@pytest.mark.parametrize("rows", [1, 3, 16, 70])
-def test_a_packed_weight_gives_the_products_of_the_plain_one(rows):
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(rows, 48, generator=generator), torch.randn(80, 48, generator=generator)
-    expected = x.double() @ weight.double().T
-
-    for multiply in (packed_product(weight), plain_product(weight)):
-        torch.testing.assert_close(multiply(x).double(), expected, atol=1e-5, rtol=1e-5)
-    double = packed_product(weight.double())(x.double())
-    torch.testing.assert_close(double, expected, atol=1e-12, rtol=0)
-
-
 def test_captions_follow_weights_that_have_changed(make_coca, make_batch):
-    """Packed copies are made anew for each caption, since nothing tells of a change through ``.data``."""
+    """Layouts of weights end with the caption they are for, since nothing tells of a change through ``.data``."""
     model, (_, tokens) = make_coca().eval(), make_batch()
     inputs = {"image_tokens": tokens, "max_new_tokens": 12, "min_new_tokens": 12}
     before = model.generate(**inputs)
@@ -108,24 +72,13 @@ def test_beams_of_one_image_share_its_keys_without_copies(make_coca, make_batch)
     with torch.no_grad():
         model.hidden(torch.ones(4, 1, dtype=torch.long), cache=cache, pooled=model.embed_image(image_tokens=tokens)[1])
     cache.reorder(torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
-    widened = cache.image[0][0]
+    widened = cache.image[2][0]
     cache.reorder(torch.tensor([1, 0, 2, 2, 5, 4, 6, 7]))
-    assert cache.image[0][0] is widened
+    assert cache.image[2][0] is widened
 
     cache.reorder(torch.tensor([6, 0]))
 
-    assert torch.equal(cache.image[0][0], widened[[6, 0]])
-
-
-def test_image_keys_are_computed_once_a_caption(make_coca, make_batch):
-    model, (_, tokens) = make_coca().eval(), make_batch()
-    calls = []
-    for layer in model.multimodal_layers:
-        layer.cross_attention.to_kv.register_forward_hook(lambda *_: calls.append(1))
-
-    model.generate(image_tokens=tokens, max_new_tokens=8, min_new_tokens=8)
-
-    assert len(calls) == len(model.multimodal_layers)
+    assert torch.equal(cache.image[2][0], widened[[6, 0]])
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

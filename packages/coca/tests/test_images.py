@@ -14,7 +14,7 @@ from torch import nn
 from coca import CoCa, ImagePreprocessing, VisionTransformer
 from coca.data.image_files import load_images
 from coca.evaluation.grid import save_grid
-from coca.model.image_encoders import ImageEncoder, token_width, tokens_of
+from coca.model.image_encoders import token_width, tokens_of
 from coca.model.vit import waves
 
 GREY = ImagePreprocessing(image_size=4, channels=1)
@@ -311,7 +311,7 @@ def test_maps_become_their_places_row_by_row():
 @pytest.mark.plain
 def test_an_encoder_that_returns_no_tensor_is_refused():
     with pytest.raises(TypeError, match="must return a tensor of tokens"):
-        ImageEncoder(nn.Identity(), width=None)._tokens({"a": 1})
+        tokens_of({"a": 1})
 
 
 def test_positions_start_distinct():

@@ -10,13 +10,13 @@
 torch.Size([4, 8])
 """
 
-from coca.data.captions import encode_captions
 from coca.evaluation.retrieval import retrieval_metrics
 from coca.evaluation.zero_shot import classify, zero_shot_classifier
 from coca.model.coca import CoCa, CoCaLoss
 from coca.model.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
 from coca.model.image_encoders import ImageEncoder
 from coca.model.preprocessing import ImagePreprocessing
+from coca.model.text_layout import encode_captions
 from coca.model.vit import VisionTransformer
 
 __all__ = [

@@ -14,13 +14,13 @@ import torch
 
 from coca.cli.model_settings import load_encoder
 from coca.data.captioned_images import CaptionedImages
-from coca.data.captions import encode_captions
 from coca.data.digits import handwritten_digits
 from coca.data.image_files import SUFFIXES, load_images
 from coca.evaluation.evaluation import decoded, evaluate
 from coca.evaluation.zero_shot import zero_shot_classifier
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
+from coca.model.text_layout import encode_captions
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.generation.decoding import eval_mode
 from lm_core.tokenizers import load_tokenizer

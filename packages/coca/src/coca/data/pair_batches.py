@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coca.data.captioned_images import CaptionedImages
-from coca.data.captions import caption_ids
 from coca.model.preprocessing import ImagePreprocessing
+from coca.model.text_layout import caption_ids
 from lm_core.nn.masking import right_pad
 
 

@@ -14,11 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coca.data.captioned_images import CaptionedImages
-from coca.data.captions import encode_captions
 from coca.evaluation.retrieval import retrieval_metrics
 from coca.evaluation.zero_shot import zero_shot_classifier
 from coca.model.preprocessing import ImagePreprocessing
-from coca.model.text_layout import layout_of
+from coca.model.text_layout import encode_captions, layout_of
 from lm_core.generation.decoding import eval_mode
 
 

@@ -43,7 +43,7 @@ class Pooler(nn.Module):
     def forward(self, tokens: Float[Tensor, "b m c"]) -> Float[Tensor, "b q d"]:
         """One vector a query."""
         queries = repeat(self.queries, "q d -> b q d", b=tokens.shape[0])
-        return self.norm(self.attention(queries, self.attention.keys_values(tokens)))
+        return self.norm(self.attention(queries, tokens))
 
 
 class AttentionalPooling(nn.Module):

@@ -7,16 +7,12 @@ takes both outputs back. The original kept two output matrices; side by side in 
 Legend: b batch, n sequence, h query heads, d head feature.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coca.model.packed_weights import Products
 from lm_core.nn.attention import attend
-from lm_core.nn.feedforward import project_split_swiglu, split_swiglu
+from lm_core.nn.feedforward import split_swiglu
 from lm_core.nn.kv_cache import KVCache
 from lm_core.nn.norms import LayerNorm
 from lm_core.nn.rotary import apply_rotary
@@ -63,7 +59,7 @@ class ParallelBlock(nn.Module):
             layer: number of this layer in the cache.
         """
         b, n, _ = x.shape
-        qk, v, inner = fused_parts(self.proj_in, self.norm(x), self.in_dims[:2])
+        qk, v, inner = split_swiglu(self.proj_in(self.norm(x)), self.in_dims[:2])
         qk = qk.view(b, n, -1, self.dim_head).transpose(1, 2)
         v = v.view(b, n, 1, self.dim_head).transpose(1, 2)
         if rotation is not None:
@@ -76,47 +72,6 @@ class ParallelBlock(nn.Module):
         attended = attended.transpose(1, 2).reshape(b, n, self.attn_dim)
         # Added outside the product, so that under autocast the residual stream stays in float32.
         return x + self.proj_out(torch.cat((attended, inner), dim=-1))
-
-    def decode(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        append: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        products: Products,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """``forward`` for one new token a row, ``(b, dim)`` to ``(b, dim)``, without gradient.
-
-        Between two products the weights have swept the processor's caches, so every small operation is slow: they are
-        as few as can be.
-
-        Args:
-            x: residual stream.
-            rotation: as in ``forward``, for the new position.
-            append: adds the new key and value, ``(b, 1, 1, d)`` each, to the earlier ones and returns all.
-            products: with the weights of ``proj_in`` and ``proj_out``.
-            mask: ``(b, 1, 1, j)``, True at keys that may be seen, the new one among them.
-        """
-        b = x.shape[0]
-        normed = torch.layer_norm(x, self.norm.gamma.shape, self.norm.gamma, None, self.norm.eps)
-        qk, v, ff, gate = products.proj_in(normed).split_with_sizes(
-            (self.attn_dim + self.dim_head, self.dim_head, self.ff_dim, self.ff_dim), -1
-        )
-        # One query folds its heads into the sequence: no key is repeated.
-        q, k = apply_rotary(qk.view(b, 1, -1, self.dim_head), *rotation).split_with_sizes((self.heads, 1), 2)
-        attended = F.scaled_dot_product_attention(q, *append(k, v.view(b, 1, 1, self.dim_head)), mask)
-        merged = torch.cat((attended.reshape(b, self.attn_dim), F.silu(gate).mul_(ff)), dim=-1)
-        return products.proj_out(merged, x)
-
-
-def fused_parts(layer: nn.Linear, x: Float[Tensor, "b n dim"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """The parts of a fused projection with ``sizes``, and SwiGLU of the rest of it.
-
-    In one operation, unless ``layer`` is more than its weight: an adapter that took its place, or one with hooks.
-    """
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return split_swiglu(layer(x), sizes)
-    return project_split_swiglu(x, layer.weight, sizes)
 
 
 def joint_output(dim: int, *fan_in: int) -> nn.Linear:

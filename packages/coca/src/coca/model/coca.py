@@ -12,6 +12,7 @@ Legend: b batch, n text tokens, m image tokens, q captioning tokens, d feature, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,19 +22,24 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca.evaluation.zero_shot import zero_shot_classifier
 from coca.model.attentional_pooling import AttentionalPooling, Pooling
 from coca.model.block import ParallelBlock
-from coca.model.captioning import CoCaCache, caption, decoder_states
+from coca.model.captioning import CoCaCache, prefix_rows
 from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
+from coca.model.cross_attention import MultimodalLayer
 from coca.model.image_encoders import ImageEncoder, token_width
-from coca.model.multimodal import MultimodalLayer
 from coca.model.preprocessing import ImagePreprocessing
-from coca.model.text_layout import IGNORED, TextLayout, layout_of
+from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_positive, typed
 from lm_core.distributed import all_reduce_sum, world_size
+from lm_core.generation.beam_search import beam_search
+from lm_core.generation.decoding import Filter, eval_mode, without_tokens
+from lm_core.generation.generate import generate
+from lm_core.generation.sampling import top_k as keep_top_k
+from lm_core.generation.sampling import top_p as keep_top_p
 from lm_core.losses.losses import linear_cross_entropy
+from lm_core.nn.masking import positions_from_mask, right_pad
 from lm_core.nn.norms import LayerNorm, l2norm
 from lm_core.nn.rotary import RotaryEmbedding
 
@@ -382,38 +388,150 @@ class CoCa(PretrainedMixin):
         Raises:
             ValueError: there is no image, or shapes do not fit.
         """
-        return decoder_states(self, text, mask=mask, cache=cache, pooled=pooled)
+        past = 0 if cache is None else cache.length
+        self._check_hidden(text, mask, cache, pooled, past)
+        if cache is not None and past == 0:
+            cache.image = {}  # of a forward that failed half way
+        x = self.token_emb(text)
+        if mask is None:
+            rotation = self._rotation(past, past + text.shape[1], x)
+        else:
+            cos, sin = self.rotary(positions_from_mask(mask)[:, past:], x.dtype)
+            rotation = (cos.unsqueeze(1), sin.unsqueeze(1))  # the same for all heads
+        x = self._decode(self.unimodal_layers, x, rotation, mask=mask, cache=cache)
+        first = len(self.unimodal_layers)
+        x = self.norm(self._decode(self.multimodal_layers, x, rotation, pooled, mask=mask, cache=cache, first=first))
+        if cache is not None:
+            cache.masked = mask is not None
+            cache.advance(text.shape[1])
+        return x
 
+    @torch.no_grad()
     @typed
     def generate(
         self,
         images: Tensor | None = None,
         image_tokens: Tensor | None = None,
         prefix: Any = None,
-        **settings: Any,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        eos_id: int | None = None,
+        repetition_penalty: float = 1.0,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        return_prefix: bool = False,
+        prefix_mask: Tensor | None = None,
+        progress: bool = False,
     ) -> Int[Tensor, "b new"]:
         """Captions of images as token ids, right-padded with ``pad_id``, which is never generated unless it is EOS.
 
         Args:
             images: given to ``img_encoder``.
             image_tokens: what an encoder returned, instead of images.
-            prefix: how captions begin: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
+            prefix: beginning of the captions: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
                 ``bos_id``.
-            **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``beams``, ``length_penalty``,
-                ``min_new_tokens``, ``eos_id``, ``repetition_penalty``, ``generator``, ``use_cache``, ``return_prefix``,
-                ``prefix_mask``, ``progress``: see ``coca.model.captioning.caption``.
+            max_new_tokens: tokens to generate at most, a caption.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: samples among so many of the most likely tokens only.
+            top_p: samples among the most likely tokens of this mass only.
+            beams: above 1 searches with so many beams instead of sampling.
+            length_penalty: of the beam search; see ``lm_core.generation.beam_search``.
+            min_new_tokens: EOS is not generated before this many tokens.
+            eos_id: ends a caption; the model's by default.
+            repetition_penalty: above 1, tokens already seen become less likely.
+            generator: source of randomness.
+            use_cache: False recomputes the whole caption for each token.
+            return_prefix: whether captions begin with their prefix.
+            prefix_mask: True at real tokens of a padded ``prefix``.
+            progress: shows a progress bar.
 
         Raises:
-            ValueError: see ``embed_image`` and ``coca.model.captioning.caption``.
-            TypeError: an unknown setting, or a value of another type.
+            ValueError: an argument is out of range, the prefix does not fit the images, or there is neither a prefix
+                nor a ``bos_id``; settings of sampling together with beams; see also ``embed_image``.
+            TypeError: a value is of another type.
         """
-        return caption(self, images, image_tokens, prefix, **settings)
+        if beams > 1 and (temperature != 0.0 or top_k is not None or top_p is not None):
+            raise ValueError(f"beams = {beams} searches: temperature, top_k and top_p must be left at their defaults")
+        if temperature == 0.0 and (top_k is not None or top_p is not None):
+            raise ValueError("top_k and top_p need a temperature above 0, got 0 (the most likely token)")
+        end = self.eos_id if eos_id is None else eos_id
+        filters: list[Filter] = [] if end == self.pad_id else [partial(without_tokens, ids=(self.pad_id,))]
+        filters += [] if top_k is None else [partial(keep_top_k, k=top_k)]
+        filters += [] if top_p is None else [partial(keep_top_p, p=top_p)]
+        with eval_mode(self):
+            pooled = self.embed_image(images, image_tokens)[1]
+        rows = prefix_rows(prefix, prefix_mask, count=len(pooled), bos_id=self.bos_id, num_tokens=self.num_tokens)
+        shared: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "filters": filters,
+            "eos_id": end,
+            "pad_id": self.pad_id,
+            "min_new_tokens": min_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            "use_cache": use_cache,
+            "progress": progress,
+            "pooled": pooled,
+        }
+        if beams != 1:
+            result = beam_search(self, rows, beams=beams, length_penalty=length_penalty, **shared)
+        else:
+            result = generate(self, rows, temperature=temperature, generator=generator, **shared)
+        if not return_prefix:
+            return result.tokens
+        captions = [
+            torch.cat((row.to(tokens), tokens[:length]))
+            for row, tokens, length in zip(rows, result.tokens, result.lengths.tolist(), strict=True)
+        ]
+        return right_pad(captions, self.pad_id)[0]
 
+    @torch.no_grad()
     def zero_shot_classifier(
-        self, class_names: Sequence[str], templates: Sequence[str] = ("{}",), *, tokenizer: Any
+        self,
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        *,
+        tokenizer: Any,
+        max_length: int | None = None,
     ) -> Float[Tensor, "classes l"]:
-        """One latent a class; see ``coca.evaluation.zero_shot.zero_shot_classifier``."""
-        return zero_shot_classifier(self, class_names, templates, tokenizer=tokenizer)
+        """One L2-normalised latent a class: the mean of its captions' latents (arXiv 2103.00020, section 3.1).
+
+        Args:
+            class_names: put into the templates.
+            templates: captions with one ``{}``.
+            tokenizer: as in training; see ``lm_core.tokenizers``.
+            max_length: tokens at which a caption is cut, as in training.
+
+        Returns:
+            ``(classes, l)``; ``model.encode_image(images) @ classifier.T`` is highest at the predicted class.
+
+        Raises:
+            TypeError: one string is given instead of a list.
+            ValueError: there is no class or template, a class comes twice, or a template has not exactly one ``{}``.
+        """
+        if isinstance(class_names, str) or isinstance(templates, str):
+            raise TypeError("class_names and templates must be lists of strings, got one string")
+        names, forms = list(class_names), list(templates)
+        if not names or not forms:
+            raise ValueError(f"class_names and templates must not be empty, got {len(names)} and {len(forms)}")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"class_names must differ, got {twice[:8]} more than once")
+        for form in forms:
+            if form.count("{}") != 1:
+                raise ValueError(f"each template must have exactly one {{}}, got {form!r}")
+        latents = []
+        with eval_mode(self):
+            for name in names:
+                captions = [form.replace("{}", name) for form in forms]
+                texts = encode_captions(captions, tokenizer, self.pad_id, max_length)
+                latents.append(self.encode_text(texts.to(self.device)).mean(dim=0))
+        return l2norm(torch.stack(latents))
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -434,23 +552,35 @@ class CoCa(PretrainedMixin):
     def _unimodal(self, layout: TextLayout) -> tuple[Tensor, Tensor]:
         """The normalised state at CLS, and the states of the tokens in the layout's order."""
         x = layout.with_cls(self.token_emb(layout.ids), self.text_cls)
-        rotation = self.rotary.at_range(0, x.shape[1], device=x.device, dtype=x.dtype)
-        for layer in self.unimodal_layers:
-            x = self._run(layer, x, rotation)
+        x = self._decode(self.unimodal_layers, x, self._rotation(0, x.shape[1], x))
         return self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
 
     def _multimodal(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Normalised features before the output layer."""
-        rotation = self.rotary.at_range(0, x.shape[1], device=x.device, dtype=x.dtype)
-        for layer in self.multimodal_layers:
-            x = self._run(layer, x, rotation, pooled)
-        return self.norm(x)
+        return self.norm(self._decode(self.multimodal_layers, x, self._rotation(0, x.shape[1], x), pooled))
 
-    def _run(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            result: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-            return result
-        return layer(*inputs)
+    def _rotation(self, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary cosine and sine at positions ``start:stop``."""
+        cos, sin = self.rotary(torch.arange(start, stop, device=like.device), like.dtype)
+        return cos, sin
+
+    def _decode(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        *inputs: Any,
+        mask: Tensor | None = None,
+        cache: CoCaCache | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """The layers one after another; ``first`` is the number of the first one in the cache."""
+        recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
+        for index, layer in enumerate(layers, start=first):
+            if recompute:
+                x = checkpoint(layer, x, *inputs, mask=mask, use_reentrant=False)
+            else:
+                x = layer(x, *inputs, mask=mask, cache=cache, layer=index)
+        return x
 
     def _image_tokens(self, images: Tensor | None, image_tokens: Tensor | None) -> Tensor:
         if (images is None) == (image_tokens is None):
@@ -485,3 +615,22 @@ class CoCa(PretrainedMixin):
                 f"{tuple(labels.shape)}"
             )
         return labels.long()
+
+    def _check_hidden(
+        self, text: Tensor, mask: Tensor | None, cache: CoCaCache | None, pooled: Tensor | None, past: int
+    ) -> None:
+        if text.dtype.is_floating_point or text.ndim != 2 or 0 in text.shape:
+            raise ValueError(f"text must be integer ids (b, n), got {text.dtype} of shape {tuple(text.shape)}")
+        if pooled is None and (cache is None or len(cache.image) < len(self.multimodal_layers)):
+            raise ValueError(
+                "pooled image tokens are needed for the first call: pass pooled=model.embed_image(images)[1]"
+            )
+        if pooled is not None and pooled.shape[0] != text.shape[0]:
+            raise ValueError(f"pooled must have a row for each text, got {pooled.shape[0]} and {text.shape[0]}")
+        if cache is not None and cache.batch_size != text.shape[0]:
+            raise ValueError(f"cache holds {cache.batch_size} rows, got a batch of {text.shape[0]}")
+        expected = (text.shape[0], past + text.shape[1])
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}")
+        if mask is None and cache is not None and cache.masked:
+            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")

@@ -1,4 +1,7 @@
-"""Where the real tokens of a text are, and where its CLS goes.
+"""Texts: captions as token ids, where the real tokens are, and where CLS goes.
+
+A caption is ``BOS text EOS`` with a tokenizer that has both, and without what it lacks; a long one loses text, not its
+end, so that the model learns to stop. Training, embedding and zero-shot classification share this rule.
 
 The learned CLS embedding stands behind the last real token of its row, wherever padding begins. Under a causal mask it
 then sees the row's real tokens and nothing else, no token sees it, and no key needs a mask: padding comes after all
@@ -10,7 +13,9 @@ the side of the padding, and results are put back.
 Legend: b batch, n sequence, d feature.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +24,47 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_core.checks import check_ids
-from lm_core.nn.masking import positions_from_mask
+from lm_core.nn.masking import positions_from_mask, right_pad
 
 IGNORED = -100
+
+
+def caption_ids(caption: str, tokenizer: Any, max_length: int | None = None) -> list[int]:
+    """Ids of one caption.
+
+    Args:
+        caption: the text.
+        tokenizer: see ``lm_core.tokenizers``.
+        max_length: tokens at most, BOS and EOS included; None for all.
+
+    Raises:
+        ValueError: ``max_length`` leaves no room for text.
+    """
+    bos, eos = getattr(tokenizer, "bos_id", None), tokenizer.eos_id
+    before = [] if bos is None else [bos]
+    after = [] if eos is None else [eos]
+    ids = list(tokenizer.encode(caption))
+    if max_length is not None:
+        room = max_length - len(before) - len(after)
+        if room < 1:
+            raise ValueError(f"max_length must leave room for text beside BOS and EOS, got {max_length}")
+        ids = ids[:room]
+    return [*before, *ids, *after]
+
+
+def encode_captions(
+    captions: Sequence[str], tokenizer: Any, pad_id: int, max_length: int | None = None
+) -> Int[Tensor, "b n"]:
+    """Captions as one right-padded tensor.
+
+    Raises:
+        ValueError: there is no caption, one has no tokens, or ``max_length`` leaves no room for text.
+    """
+    rows = [caption_ids(caption, tokenizer, max_length) for caption in captions]
+    empty = [number for number, row in enumerate(rows) if not row]
+    if empty:
+        raise ValueError(f"captions must have at least one token each, got none in rows {empty[:8]}")
+    return right_pad([torch.tensor(row) for row in rows], pad_id)[0]
 
 
 @dataclass(frozen=True)

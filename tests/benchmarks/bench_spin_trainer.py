@@ -109,7 +109,7 @@ class Step:
             loss = self.spin(generated, real, lengths)
         else:
             policy = response_log_probs(self.spin.policy, self.ids, self.answer)
-            loss = self.spin.comparison(policy, self.known).losses.mean()
+            loss = self.spin.comparison(policy, self.known, self.answer).losses.mean()
         loss.backward()
         return loss.item()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
 from lm_core.checks import check_ids, typed
+from lm_core.training.accelerator import Precision, autocast
 from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
 from spin_trainer.model.reference import FrozenReference, MovingReference
 from spin_trainer.model.response_scores import response_log_probs, response_mask
@@ -167,13 +168,39 @@ class SPIN(nn.Module):
             for part in range(3)
         )
         given_mask = None if bool(mask.all()) else mask
-        with torch.no_grad(), self.ref_model.model() as reference:
-            reference_scores = self._reduced(response_log_probs(reference, ids, answer, given_mask), answer)
-        policy_scores = self._reduced(response_log_probs(self.policy, ids, answer, given_mask), answer)
-        return self.comparison(policy_scores, reference_scores)
+        # before the policy's forward: the reference may borrow the policy's module
+        reference = self.reference_log_probs(ids, answer, given_mask)
+        return self.comparison(response_log_probs(self.policy, ids, answer, given_mask), reference, answer)
 
-    def comparison(self, policy: Float[Tensor, " two_b"], reference: Float[Tensor, " two_b"]) -> Comparison:
-        """The comparison from log-probabilities: those of the b human answers first, then of the b generated ones."""
+    @torch.no_grad()
+    def reference_log_probs(
+        self,
+        ids: Int[Tensor, "b n"],
+        answer: Bool[Tensor, "b n"],
+        mask: Bool[Tensor, "b n"] | None = None,
+        *,
+        precision: Precision = "fp32",
+    ) -> Float[Tensor, " b"]:
+        """Summed log-probabilities of the answers under the reference; arguments as for ``response_log_probs``."""
+        with self.ref_model.model() as reference, autocast(precision, ids.device):
+            return response_log_probs(reference, ids, answer, mask)
+
+    def comparison(
+        self,
+        policy: Float[Tensor, " two_b"],
+        reference: Float[Tensor, " two_b"],
+        answer: Bool[Tensor, "two_b n"],
+    ) -> Comparison:
+        """The comparison from summed log-probabilities: of b human answers first, then of b generated ones.
+
+        Args:
+            policy: of the policy.
+            reference: of the reference.
+            answer: True at the answers' tokens, for a mean over them.
+        """
+        if self.reduction == "mean":
+            lengths = answer.sum(dim=-1).clamp(min=1)
+            policy, reference = policy / lengths, reference / lengths
         policy_real, policy_generated = policy.chunk(2)
         reference_real, reference_generated = reference.chunk(2)
         margins = self_play_margins(
@@ -181,9 +208,6 @@ class SPIN(nn.Module):
         )
         losses = self_play_losses(margins, self.loss)
         return Comparison(losses, margins, policy_real, policy_generated, reference_real, reference_generated)
-
-    def _reduced(self, sums: Tensor, answer: Tensor) -> Tensor:
-        return sums if self.reduction == "sum" else sums / answer.sum(dim=-1).clamp(min=1)
 
     def _checked(
         self, seq: Tensor, prompt_len: Tensor, mask: Tensor | None, name: str

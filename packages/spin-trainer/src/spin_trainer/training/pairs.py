@@ -1,126 +1,131 @@
-"""Updates and validations of a policy on pairs of a human and a generated answer."""
+"""Pairs of a human and a generated answer: their comparison by policy and reference, measures, validation."""
 
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.generation.decoding import eval_mode
-from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update
 from spin_trainer.data.iteration_data import IterationData
-from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length, seed_of
-from spin_trainer.data.pairs import MicroBatch, Pair, PairOrder
+from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length
+from spin_trainer.data.pairs import Pair
+from spin_trainer.data.sft_data import Example
+from spin_trainer.model.response_scores import ResponseScores, collate
 from spin_trainer.model.spin import SPIN, Comparison
 from spin_trainer.training.config import SelfPlaySettings
-from spin_trainer.training.pair_comparison import PairComparison
-from spin_trainer.training.pair_measures import PairMeasures
-from spin_trainer.training.parallel import ParallelPolicy
-from spin_trainer.training.state import RunState
+
+# Means over pairs; log-probabilities and the negative log-likelihood are those of whole answers, in nats.
+PER_PAIR = (
+    *("loss", "margin", "win_rate", "real_log_prob", "generated_log_prob"),
+    *("real_length", "generated_length", "truncation_rate"),
+)
 
 
-class PairTraining:
-    """What is done with pairs: the loss, an update, a validation.
+class PairMeasures:
+    """Sums of what comparisons and answers give, in float64 where the device has it.
+
+    Args:
+        device: of the comparisons; collectives need it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(PER_PAIR) + 1, dtype=dtype, device=device)
+
+    def add(
+        self, comparison: Comparison, examples: Sequence[Example], answers: Sequence[Answer], weights: Tensor
+    ) -> None:
+        """Adds a batch; ``weights (b,)`` is how much each pair counts."""
+        margins, device = comparison.margins.detach(), self.sums.device
+        columns = [
+            comparison.losses.detach(),
+            margins,
+            (margins > 0) + 0.5 * (margins == 0),
+            comparison.policy_real.detach(),
+            comparison.policy_generated.detach(),
+            torch.tensor([len(example.response) for example in examples], device=device),
+            torch.tensor([len(answer.tokens) for answer in answers], device=device),
+            torch.tensor([float(not answer.finished) for answer in answers], device=device),
+            torch.ones_like(margins),
+        ]
+        self.sums += torch.stack([column.to(self.sums.dtype) for column in columns]) @ weights.to(self.sums.dtype)
+
+    def means(self) -> dict[str, float]:
+        """Means over the pairs of all processes; every process calls it and gets the same."""
+        *sums, count = all_reduce_sum(self.sums).tolist()
+        values = {name: total / count for name, total in zip(PER_PAIR, sums, strict=True)}
+        values["nll"] = -values["real_log_prob"]
+        return values
+
+
+class PairComparison:
+    """Compares human answers with the opponent's.
 
     Args:
         spin: policy and reference.
         settings: of self-play.
-        sampling: how the opponent answers, where it answers live.
-        parallel: how the policy is spread over processes.
-        compare: pairs by policy and reference.
-        guard: skips updates whose loss is not finite.
-        state: where the run is.
+        sampling: of the opponent where it answers live.
     """
 
-    def __init__(
+    def __init__(self, spin: SPIN, settings: SelfPlaySettings, sampling: Sampling) -> None:
+        self.spin = spin
+        self.settings = settings
+        self.sampling = sampling
+        self.scores = ResponseScores(spin.policy, precision=settings.precision)
+
+    def compare(
         self,
+        examples: Sequence[Example],
+        answers: Sequence[Answer],
+        reference: tuple[list[float], list[float]] | None = None,
         *,
-        spin: SPIN,
-        settings: SelfPlaySettings,
-        sampling: Sampling,
-        parallel: ParallelPolicy,
-        compare: PairComparison,
-        guard: NonFiniteGuard,
-        state: RunState,
-    ) -> None:
-        self.spin, self.settings, self.sampling = spin, settings, sampling
-        self.parallel, self.compare, self.guard, self.state = parallel, compare, guard, state
+        scores: nn.Module | None = None,
+    ) -> Comparison:
+        """Loss, margin and log-probabilities of each pair, by one forward of the policy.
 
-    def update(
-        self, data: IterationData, order: PairOrder, optimizer: torch.optim.Optimizer, schedule: LearningRateSchedule
-    ) -> dict[str, Any]:
-        """One optimizer update; its metrics."""
-        started = time.monotonic()
-        measures = PairMeasures(self.spin.device)
-        batches = order.micro_batches(self.state.update)
-        total = len(order.chosen(self.state.update))
-        self.spin.policy_model.train()
-        for number, batch in enumerate(batches, start=1):
-            with self.parallel.synchronising(number == len(batches)):
-                answers = self._answers(data, batch, number)
-                comparison = self._compared(data, batch.pairs, answers, scores=self.parallel.called)
-                weights = torch.tensor(batch.weights, device=self.spin.device)
-                # gradients are averaged over processes, so each divides by its part of the pairs
-                loss = (comparison.losses * weights).sum() * world_size() / total
-                self.parallel.backward(loss)
-            measures.add(comparison, [data.dataset[pair.row] for pair in batch.pairs], answers, weights)
-        values = measures.summed(all_reduce_sum)
-        finished = finish_update(
-            self.state.steps + 1,
-            values["loss"],
-            self.spin.trainable_parameters(),
-            optimizer=optimizer,
-            schedule=schedule,
-            guard=self.guard,
-            max_grad_norm=self.settings.max_grad_norm,
-        )
-        self.spin.update_ema()
-        return {
-            **values,
-            "iteration": self.state.iteration,
-            **finished,
-            "pairs_per_second": round(total / max(time.monotonic() - started, 1e-9), 2),
-        }
+        Args:
+            examples: prompts with human answers.
+            answers: the opponent's.
+            reference: its log-probabilities of the human and of the generated answers; computed here if None.
+            scores: called instead of the plain ``ResponseScores``: the one that DDP wraps.
+        """
+        prompts = [example.prompt for example in examples]
+        both = [*(example.response for example in examples), *(answer.tokens for answer in answers)]
+        ids, answer, mask = collate([*prompts, *prompts], both, self.spin.device)
+        if reference is None:
+            # before the policy's forward: the reference may borrow the policy's module
+            known = self.spin.reference_log_probs(ids, answer, mask, precision=self.settings.precision)
+        policy = (scores or self.scores)(ids, answer, mask)
+        if reference is not None:
+            known = torch.tensor([*reference[0], *reference[1]], dtype=policy.dtype, device=policy.device)
+        return self.spin.comparison(policy, known, answer)
 
-    @torch.no_grad()
-    def validate(self, data: IterationData) -> dict[str, float]:
-        """Measures of all held-out pairs, each process its share; nothing is trained."""
-        measures = PairMeasures(self.spin.device)
-        lengths = [len(example.prompt) + len(example.response) for example in data.dataset]
-        with self.parallel.whole(), eval_mode(self.spin.policy):
-            for number, rows in enumerate(batches_by_length(lengths, self.settings.batch_size)):
-                if number % world_size() == rank():
-                    pairs = [Pair(row) for row in rows]
-                    answers = [data.answer(pair) for pair in pairs]
-                    comparison = self._compared(data, pairs, answers)
-                    weights = torch.ones(len(rows), device=self.spin.device)
-                    measures.add(comparison, [data.dataset[row] for row in rows], answers, weights)
-        return measures.summed(all_reduce_sum)
+    def of_pairs(
+        self, data: IterationData, pairs: Sequence[Pair], answers: Sequence[Answer], scores: nn.Module | None = None
+    ) -> Comparison:
+        """``compare`` for pairs of an iteration, with its stored log-probabilities unless the reference is live."""
+        reference = None if self.settings.live_reference else data.reference(pairs)
+        return self.compare([data.dataset[pair.row] for pair in pairs], answers, reference, scores=scores)
 
     def live_answers(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Answer]:
-        """Answers that the opponent gives now, drawn by ``seed``."""
+        """The opponent's answers now, drawn by ``seed``."""
         if self.settings.opponent == "policy":
             return answer_prompts(self.spin.policy, prompts, self.sampling, seed)
         with self.spin.ref_model.model() as reference:
             return answer_prompts(reference, prompts, self.sampling, seed)
 
-    def _answers(self, data: IterationData, batch: MicroBatch, number: int) -> list[Answer]:
-        if self.settings.opponent == "reference":
-            return [data.answer(pair) for pair in batch.pairs]
-        prompts = [data.dataset[pair.row].prompt for pair in batch.pairs]
-        place = number * world_size() + rank()
-        seed = seed_of("live", self.settings.seed, self.state.iteration, self.state.update, place)
-        return self.live_answers(prompts, seed)
-
-    def _compared(
-        self, data: IterationData, pairs: Sequence[Pair], answers: Sequence[Answer], scores: Any = None
-    ) -> Comparison:
-        examples = [data.dataset[pair.row] for pair in pairs]
-        return self.compare(
-            [example.prompt for example in examples],
-            [example.response for example in examples],
-            [answer.tokens for answer in answers],
-            None if self.settings.live_reference else data.reference(pairs),
-            scores=scores,
-        )
+    @torch.no_grad()
+    def validate(self, data: IterationData) -> dict[str, float]:
+        """Measures of all held-out pairs, each process its share."""
+        measures = PairMeasures(self.spin.device)
+        lengths = [len(example.prompt) + len(example.response) for example in data.dataset]
+        with eval_mode(self.spin.policy):
+            for number, rows in enumerate(batches_by_length(lengths, self.settings.batch_size)):
+                if number % world_size() == rank():
+                    pairs = [Pair(row) for row in rows]
+                    answers = [data.answer(pair) for pair in pairs]
+                    weights = torch.ones(len(rows), device=self.spin.device)
+                    comparison = self.of_pairs(data, pairs, answers)
+                    measures.add(comparison, [data.dataset[row] for row in rows], answers, weights)
+        return measures.means()

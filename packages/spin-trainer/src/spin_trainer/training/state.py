@@ -1,20 +1,27 @@
-"""Where a self-play run is, and its checkpoints: all that the next update depends on."""
+"""State of a self-play run: where it is, its best iteration, and checkpoints with all that the next update needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard
 from lm_core.training.run_directory import RunDirectory
 from spin_trainer.model.spin import SPIN
-from spin_trainer.training.best_iteration import BestIteration
 from spin_trainer.training.checks import check_same_run
 from spin_trainer.training.parallel import ParallelPolicy
-from spin_trainer.training.weights import is_partly_frozen, load_stored_weights, stored_weights
+from spin_trainer.training.weights import (
+    is_partly_frozen,
+    load_stored_weights,
+    read_stored_weights,
+    stored_weights,
+    write_stored_weights,
+)
 
 
 @dataclass
@@ -34,6 +41,47 @@ class RunState:
     steps: int = 0
     opponent: str = ""
     previous_opponent: str | None = None
+
+
+class BestIteration:
+    """Held-out measures before self-play (entry 0) and after each iteration.
+
+    Args:
+        folder: where the best weights are kept.
+        patience: iterations without a better likelihood before stopping; None never stops and keeps no weights.
+    """
+
+    def __init__(self, folder: Path, patience: int | None) -> None:
+        self.folder, self.patience = folder, patience
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def number(self) -> int | None:
+        """Iterations after which the likelihood was best; None before any measure."""
+        losses = [entry["nll"] for entry in self.history]
+        return losses.index(min(losses)) if losses else None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the likelihood has not improved for long enough."""
+        return (
+            self.patience is not None
+            and self.number is not None
+            and len(self.history) - 1 - self.number >= self.patience
+        )
+
+    def add(self, measures: dict[str, Any], policy: nn.Module) -> None:
+        """Notes the measures, and keeps the policy's weights if it is the best so far; every process calls it."""
+        self.history.append(measures)
+        number = len(self.history) - 1
+        if self.patience is not None and self.number == number:
+            write_stored_weights(self.folder / f"iteration-{number}", policy)
+
+    def put_back(self, policy: nn.Module) -> None:
+        """Gives the policy the best weights, if any are kept."""
+        if self.patience is not None and self.number is not None:
+            folder = self.folder / f"iteration-{self.number}"
+            load_stored_weights(policy, read_stored_weights(folder), str(folder))
 
 
 class RunCheckpoints:

@@ -10,6 +10,7 @@ and number of processes). At step N come first the row of metrics, then a valida
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import on_main_process
@@ -26,27 +29,22 @@ from lm_core.generation.sampling import top_p
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision
 from lm_core.training.fsdp import check_shardable
-from lm_core.training.metrics import MetricsLog, progress_bar, read_metrics
-from lm_core.training.optimization import NonFiniteGuard
+from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
+from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
 from spin_trainer.data.iteration_data import IterationData
-from spin_trainer.data.opponent_answers import Interrupted, Sampling, seed_of
-from spin_trainer.data.pairs import PairOrder
+from spin_trainer.data.opponent_answers import Answer, Interrupted, Sampling, seed_of
+from spin_trainer.data.pairs import Pair, PairOrder
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN
-from spin_trainer.training.best_iteration import BestIteration
 from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin, run_folder
 from spin_trainer.training.config import SelfPlaySettings
-from spin_trainer.training.curves import draw_curves
-from spin_trainer.training.original_trainer import OriginalInterface
-from spin_trainer.training.pair_comparison import PairComparison
-from spin_trainer.training.pairs import PairTraining
+from spin_trainer.training.pairs import PairComparison, PairMeasures
 from spin_trainer.training.parallel import ParallelPolicy
-from spin_trainer.training.state import RunCheckpoints, RunState
-from spin_trainer.training.updates import optimizer_of
-from spin_trainer.training.weights import fingerprint_of_weights
+from spin_trainer.training.state import BestIteration, RunCheckpoints, RunState
+from spin_trainer.training.weights import export_policy, fingerprint_of_weights
 
 Outcome = Literal["finished", "stopped early", "interrupted"]
 
@@ -78,7 +76,7 @@ class SPINResult:
     curves: Path | None
 
 
-class SPINTrainer(OriginalInterface):
+class SPINTrainer:
     """Trains any causal language model by self-play; call it like a function.
 
     Args:
@@ -164,33 +162,23 @@ class SPINTrainer(OriginalInterface):
         )
         self.model: SPIN = make_spin(model, self.settings, spin_kwargs, pad_id, self.eos_ids)
         check_datasets(self.model, self.settings, self.train_dataset, self.valid_dataset, self.eos_ids)
-        self._adam_kwargs = dict(adam_kwargs or {})
+        self.adam_kwargs = dict(adam_kwargs or {})
         self.accelerator = check_accelerator(accelerator, accelerate_kwargs, self.device, self.checkpoint_folder)
         if self.settings.fsdp:
             check_shardable(self.device)
         self.model.to(self.device)
         self._base_lambda = self.model.lambda_
-        self._frozen: str | None = None
         self._log: Any = None
         self.state = RunState()
+        self.guard = NonFiniteGuard()
         self.best = BestIteration(self.checkpoint_folder / "best", self.settings.early_stop_patience)
-        self.compare = PairComparison(self.model, precision=self.settings.precision)
-        self.parallel = ParallelPolicy(self.compare.scores, self.model.policy_model, fsdp=self.settings.fsdp)
-        guard = NonFiniteGuard()
-        self.pair_training = PairTraining(
-            spin=self.model,
-            settings=self.settings,
-            sampling=self.sampling,
-            parallel=self.parallel,
-            compare=self.compare,
-            guard=guard,
-            state=self.state,
-        )
+        self.pairs = PairComparison(self.model, self.settings, self.sampling)
+        self.parallel = ParallelPolicy(self.pairs.scores, self.model.policy_model, fsdp=self.settings.fsdp)
         self._checkpoints = RunCheckpoints(
             spin=self.model,
             parallel=self.parallel,
             best=self.best,
-            guard=guard,
+            guard=self.guard,
             live_reference=self.settings.live_reference,
             tokenizer=tokenizer,
             keep=self.settings.keep_checkpoints,
@@ -297,9 +285,7 @@ class SPINTrainer(OriginalInterface):
             rank=rank(),
             world_size=world_size(),
         )
-        optimizer, schedule = optimizer_of(
-            policy, settings, iteration=t, updates=order.updates, adam_kwargs=self._adam_kwargs
-        )
+        optimizer, schedule = self._optimizer(t, order.updates)
         if within:
             self.parallel.load_optimizer_state(optimizer, stored["optimizer"])
             schedule.load_state_dict(stored["schedule"])
@@ -312,7 +298,7 @@ class SPINTrainer(OriginalInterface):
                 begins = None if f"validation {t}" in begun else f"validation {t}"
                 self.best.add(self._validate(valid, begins=begins, logged=begins is not None), policy)
         while state.update < order.updates:
-            self._log.log(self.steps + 1, self.pair_training.update(train, order, optimizer, schedule))
+            self._log.log(self.steps + 1, self._update(train, order, optimizer, schedule))
             state.update += 1
             state.steps += 1
             self._log.progress.update()
@@ -334,8 +320,65 @@ class SPINTrainer(OriginalInterface):
         self._checkpoints.write(run, state, self._identity())
         return "stopped early" if self.best.stops else "finished"
 
+    def _optimizer(self, iteration: int, updates: int) -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
+        """AdamW and a learning rate that falls along a line; both new in each iteration, as in the paper."""
+        settings = self.settings
+        optimizer = torch.optim.AdamW(
+            optimizer_groups(self.model.policy_model, weight_decay=settings.weight_decay),
+            **{"lr": settings.learning_rate_of(iteration), "betas": (0.9, 0.99), **self.adam_kwargs},
+        )
+        rising = int(settings.warmup * updates)
+        schedule = LearningRateSchedule(
+            optimizer,
+            kind="linear",
+            warmup_steps=rising,
+            total_steps=max(settings.learning_rate_num_decay_steps or updates, rising + 1),
+            final_scale=settings.end_learning_rate / settings.learning_rate,
+        )
+        return optimizer, schedule
+
+    def _update(
+        self, data: IterationData, order: PairOrder, optimizer: torch.optim.Optimizer, schedule: LearningRateSchedule
+    ) -> dict[str, Any]:
+        """One optimizer update; its metrics."""
+        started = time.monotonic()
+        measures = PairMeasures(self.device)
+        batches = order.micro_batches(self.state.update)
+        total = len(order.chosen(self.state.update))
+        self.model.policy_model.train()
+        for number, batch in enumerate(batches, start=1):
+            with self.parallel.synchronising(number == len(batches)):
+                answers = self._answers(data, batch.pairs, number)
+                comparison = self.pairs.of_pairs(data, batch.pairs, answers, self.parallel.called)
+                weights = torch.tensor(batch.weights, device=self.device)
+                # gradients are averaged over processes, so each divides by its part of the pairs
+                self.parallel.backward((comparison.losses * weights).sum() * world_size() / total)
+            measures.add(comparison, [data.dataset[pair.row] for pair in batch.pairs], answers, weights)
+        values = measures.means()
+        finished = finish_update(
+            self.steps + 1,
+            values["loss"],
+            self.model.trainable_parameters(),
+            optimizer=optimizer,
+            schedule=schedule,
+            guard=self.guard,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
+        self.model.update_ema()
+        seconds = max(time.monotonic() - started, 1e-9)
+        return {**values, "iteration": self.iteration, **finished, "pairs_per_second": round(total / seconds, 2)}
+
+    def _answers(self, data: IterationData, pairs: Sequence[Pair], number: int) -> list[Answer]:
+        """The opponent's answers to the pairs of micro-batch ``number``: stored ones, or live ones of the policy."""
+        if self.settings.opponent == "reference":
+            return [data.answer(pair) for pair in pairs]
+        place = number * world_size() + rank()
+        seed = seed_of("live", self.settings.seed, self.iteration, self.state.update, place)
+        return self.pairs.live_answers([data.dataset[pair.row].prompt for pair in pairs], seed)
+
     def _validate(self, valid: IterationData, *, logged: bool = True, begins: str | None = None) -> dict[str, float]:
-        values = self.pair_training.validate(valid)
+        with self.parallel.whole():
+            values = self.pairs.validate(valid)
         if logged:
             extra = {} if begins is None else {"begins": begins}
             self._log.log(self.steps, {**{f"validation_{name}": value for name, value in values.items()}, **extra})
@@ -374,15 +417,17 @@ class SPINTrainer(OriginalInterface):
             packages=("spin-trainer", "accelerate"),
         )
 
+    @functools.cached_property
+    def _frozen_weights(self) -> str:
+        return fingerprint_of_weights(self.model.policy_model, trainable=False)
+
     def _identity(self) -> dict[str, Any]:
         """What has to be equal for a run to go on."""
-        if self._frozen is None:
-            self._frozen = fingerprint_of_weights(self.model.policy_model, trainable=False)
         return {
             "trainer": type(self).__name__,
             "train_sft_dataset": self.train_dataset.fingerprint,
             "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
-            "frozen_weights": self._frozen,
+            "frozen_weights": self._frozen_weights,
             "seed": self.settings.seed,
             "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
             "epochs": self.settings.epochs,
@@ -390,3 +435,69 @@ class SPINTrainer(OriginalInterface):
             "sampling": repr(sorted(self.sampling.description().items())),
             "fsdp": self.settings.fsdp,
         }
+
+    # ---------------------------------------------------------------------------- what scripts for the original use
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the main process."""
+        return rank() == 0
+
+    @property
+    def unwrapped_model(self) -> SPIN:
+        """Policy and reference."""
+        return self.model
+
+    def print(self, *message: Any) -> None:
+        """Prints on the main process."""
+        self.accelerator.print(*message)
+
+    def log(self, **data: Any) -> None:
+        """Adds a row to the metrics of a running training, and sends it to accelerate's trackers."""
+        if self._log is not None:
+            self._log.log(self.steps, data)
+        self.accelerator.log(data, step=self.steps)
+
+    def wait(self) -> None:
+        """Waits for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Writes the policy, with its tokenizer, into a folder below ``checkpoint_folder``; every process calls it.
+
+        Raises:
+            FileExistsError: the folder exists and ``overwrite`` is False.
+        """
+        folder = self.checkpoint_folder / path
+        export_policy(self.model.policy_model, folder, self.tokenizer, overwrite=overwrite)
+        return folder
+
+    def calc_spin_loss(self, real_seq: Int[Tensor, "b n"], prompt_len: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The loss of a batch, with answers that the opponent gives now.
+
+        Args:
+            real_seq: prompts with human answers, padded with ``pad_id``.
+            prompt_len: tokens of each prompt.
+        """
+        rows = [
+            (row[row != self.pad_id].tolist(), int(length)) for row, length in zip(real_seq, prompt_len, strict=True)
+        ]
+        dataset = as_sft_dataset(rows, max_seq_len=self.settings.max_seq_len, pad_id=self.pad_id, name="real_seq")
+        seed = seed_of("live", self.settings.seed, self.iteration, self.steps)
+        answers = self.pairs.live_answers([example.prompt for example in dataset], seed)
+        return self.pairs.compare(dataset, answers).losses.mean()
+
+
+SHOWN = ("loss", "nll", "margin", "win_rate", "real_log_prob", "generated_log_prob", "generated_length", "grad_norm")
+
+
+def draw_curves(metrics: Path, output: Path) -> Path | None:
+    """Draws a run's measures over its updates; None without matplotlib, or with too few rows."""
+    rows = read_metrics(metrics)
+    names = [name for shown in SHOWN for name in (shown, f"validation_{shown}") if sum(name in row for row in rows) > 1]
+    if sum("loss" in row for row in rows) < 2:
+        return None  # one point is no curve
+    try:
+        return plot_curves(metrics, output, names=names) if names else None
+    except ImportError:
+        return None

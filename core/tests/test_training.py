@@ -305,7 +305,7 @@ def test_the_record_of_a_run_keeps_its_start_and_every_resume(tmp_path):
 
 def test_a_second_run_in_one_folder_is_refused_until_the_first_ends(tmp_path):
     code = (
-        "import sys\nfrom lm_core.training.accelerator import RunDirectory\n"
+        "import sys\nfrom lm_core.training.run_directory import RunDirectory\n"
         "try:\n    RunDirectory(sys.argv[1]).__enter__()\n"
         "except RuntimeError as error:\n    print(error); sys.exit(3)\n"
     )
@@ -399,7 +399,7 @@ def test_a_gpu_s_random_states_come_back():
 
 def test_the_first_interrupt_asks_and_the_second_raises(capfd):
     before = signal.getsignal(signal.SIGINT)
-    with InterruptHandler() as interrupt:
+    with InterruptHandler(grace=0.0) as interrupt:
         assert not interrupt.should_stop()
         signal.raise_signal(signal.SIGINT)
         assert interrupt.should_stop()
@@ -409,9 +409,17 @@ def test_the_first_interrupt_asks_and_the_second_raises(capfd):
     assert capfd.readouterr().err.count("saving a checkpoint") == 1
 
 
-def test_a_scheduler_s_termination_asks_as_well():
+def test_a_scheduler_s_termination_asks_as_well_however_often_it_comes():
+    with InterruptHandler(grace=0.0) as interrupt:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.requested
+
+
+def test_a_ctrl_c_that_the_launcher_repeats_at_once_is_one_request():
     with InterruptHandler() as interrupt:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert interrupt.requested
 
 

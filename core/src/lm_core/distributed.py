@@ -11,13 +11,15 @@ gradient without the sum, as is often done, loses the other ranks' share.
 Legend: b batch of this rank, s sum of the batches of all ranks.
 """
 
+import gc
 import zlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 T = TypeVar("T")
@@ -62,6 +64,25 @@ def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[T
     if not _alone(group):
         dist.all_reduce(total, group=group)
     return total
+
+
+def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sums gradients over the processes, once an update; a parameter without a gradient counts as 0.
+
+    For models that ``DistributedDataParallel`` cannot wrap, since it expects every process to use every parameter in
+    each forward: adapters of several models on one base, or a minibatch with fewer rows than processes.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if world_size() == 1:
+        return
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        gradients = [p.grad for p in parameters if p.dtype == dtype and p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
 
 def sum_over_processes(value: float | int, device: torch.device) -> float:
@@ -189,6 +210,47 @@ class _AllGather(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
+
+
+def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn.Module:
+    """``module`` in a ``DistributedDataParallel`` on ``device``; call ``release`` when training ends.
+
+    Args:
+        module: a module with parameters that require gradients, on ``device``.
+        device: the device that is trained on.
+        options: further arguments of ``DistributedDataParallel``.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def release(wrapper: nn.Module) -> None:
+    """Frees the process group that a ``DistributedDataParallel`` holds; it cannot be called afterwards.
+
+    Its ``Reducer`` holds the group. Collected later than ``destroy_process_group``, it is the last to do so: it joins
+    gloo's threads while it holds the GIL, for which a thread that frees a tensor waits, and the process hangs.
+    """
+    wrapper.logger = None  # type: ignore[assignment]
+    wrapper.reducer = None  # type: ignore[assignment]
+
+
+def end_process_group() -> None:
+    """Destroys the process group, if there is one, in the order that neither aborts nor hangs the process.
+
+    Wrappers that hold the group go first, whoever made them. Then the group ends and joins its threads: one that
+    outlives the interpreter aborts the process ("terminate called without an active exception").
+    """
+    if not is_distributed():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), DistributedDataParallel):  # isinstance would load lazy modules
+            release(candidate)
+    gc.collect()
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def _alone(group: Group) -> bool:

@@ -8,7 +8,6 @@
 | 130 | Ctrl-C; a run has saved a checkpoint, and the same command goes on from it |
 """
 
-import gc
 import shlex
 import sys
 import traceback
@@ -17,10 +16,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 import lm_core
-from lm_core.distributed import barrier, rank
+from lm_core.distributed import barrier, end_process_group, rank
 
 if TYPE_CHECKING:
     from lm_core.cli.parser import CommandParser
@@ -65,10 +62,7 @@ def run_command(
         print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {command}", file=sys.stderr)
         return INTERRUPTED
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            # joins gloo's threads: one that lets go of a tensor while the interpreter ends aborts the process
-            gc.collect()
+        end_process_group()
 
 
 def command_line(program: str) -> str:

@@ -1,61 +1,36 @@
-"""Training parts, not a framework: the pieces from which each package's trainer composes its one readable loop.
+"""Device, precision, processes and Ctrl-C of a training run.
 
-| concept | module |
-|---|---|
-| optimizer groups, learning-rate schedule, clipping, non-finite guard | ``lm_core.training.optimization`` |
-| rows of metrics, progress bar, curves | ``lm_core.training.metrics`` |
-| the run's folder, its lock and its record | ``lm_core.training.run_directory`` |
-| random states | ``lm_core.rng`` |
-| devices, precision, Ctrl-C | here |
+Processes are started by torchrun. ``start_accelerator`` refuses by name what would silently do something else:
+``accelerate launch --cpu --num_processes 2`` runs one process, ``accelerate``'s FSDP plugin becomes DDP on a CPU, and a
+launcher's gradient accumulation divides losses again.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
+from torch.torch_version import TorchVersion
 
 from lm_core.checks import typed
-from lm_core.distributed import any_rank
-from lm_core.rng import capture_rng, restore_rng, seed_everything
-from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
-from lm_core.training.optimization import (
-    LearningRateSchedule,
-    NonFiniteGuard,
-    clip_global_norm,
-    finish_update,
-    learning_rate_scale,
-    optimizer_groups,
-)
-from lm_core.training.run_directory import RunDirectory
-
-__all__ = [
-    "InterruptHandler",
-    "LearningRateSchedule",
-    "MetricsLog",
-    "NonFiniteGuard",
-    "RunDirectory",
-    "autocast",
-    "capture_rng",
-    "clip_global_norm",
-    "finish_update",
-    "learning_rate_scale",
-    "optimizer_groups",
-    "pick_device",
-    "pick_precision",
-    "plot_curves",
-    "progress_bar",
-    "read_metrics",
-    "restore_rng",
-    "seed_everything",
-]
+from lm_core.distributed import any_rank, end_process_group, is_distributed
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+_INSTEAD = "start with torchrun (DDP), with fsdp=True where the trainer has it"
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_FSDP": "accelerate's FSDP plugin",
+}
 
 
 @typed
@@ -113,8 +88,66 @@ def autocast(precision: Precision, device: torch.device | str) -> contextlib.Abs
     return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
+def check_compilable(device: torch.device) -> None:
+    """Raises where a model compiled by ``torch.compile`` would be trained wrongly.
+
+    Raises:
+        ValueError: the device is the CPU and torch older than 2.7, which compiles a wrong gradient of embeddings.
+    """
+    if device.type == "cpu" and TorchVersion(torch.__version__) < "2.7":
+        raise ValueError(
+            f"compile=True on the CPU needs torch 2.7 or newer, got {torch.__version__}, which compiles the gradient "
+            "of an embedding wrongly"
+        )
+
+
+def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = (), folder: str | Path = ".") -> Any:
+    """An ``accelerate.Accelerator`` that leaves precision and gradient accumulation to the trainer.
+
+    A process group that it creates is destroyed when the interpreter exits; see ``end_process_group``.
+
+    Args:
+        device: decides the backend between processes: gloo on the CPU, NCCL on CUDA.
+        tracker_names: trackers to start later with ``init_trackers``.
+        folder: where trackers that write files write them.
+
+    Raises:
+        ValueError: the launcher asks for DeepSpeed, Megatron-LM or a plugin of accelerate's, or a tracker is unknown
+            or not installed.
+        RuntimeError: the launcher started several processes, but they did not find each other.
+    """
+    for variable, name in _REFUSED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise ValueError(f"{name} is not supported: {_INSTEAD}; got {variable}={os.environ[variable]}")
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import GradientAccumulationPlugin
+
+    available = sorted(str(name) for name in get_available_trackers())
+    missing = [name for name in tracker_names if name not in available]
+    if missing:
+        raise ValueError(f"trackers must be installed and known to accelerate, got {missing}; there are {available}")
+    had_group = is_distributed()
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(tracker_names) or None,
+        project_dir=str(folder),
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise RuntimeError(f"{started} processes were started, but accelerate sees {accelerator.num_processes}")
+    if is_distributed() and not had_group:
+        atexit.register(end_process_group)  # later trainers of this process use the group too
+    return accelerator
+
+
 class InterruptHandler:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the update at hand; the second stops at once.
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current update; a second Ctrl-C stops at once.
+
+    A launcher passes on the signal that its processes have received from the terminal or the scheduler already, so
+    repeats within ``grace`` seconds, and any further SIGTERM, are one request.
 
     ::
 
@@ -128,23 +161,31 @@ class InterruptHandler:
     Outside the main thread, where Python delivers no signals, it does nothing.
 
     Args:
-        signals: which signals.
+        signals: signals to handle.
         message: printed to standard error at the first.
+        grace: seconds after the first signal in which further ones are ignored.
     """
 
     def __init__(
         self,
         signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
         message: str = "Stopping after this update and saving a checkpoint; press Ctrl-C again to stop at once.",
+        grace: float = 1.0,
     ) -> None:
-        self.signals, self.message = tuple(signals), message
+        self.signals = tuple(signals)
+        self.message = message
+        self.grace = grace
         self.requested = False
+        self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT and time.monotonic() - self._requested_at > self.grace:
+                raise KeyboardInterrupt
+            return
         self.requested = True
+        self._requested_at = time.monotonic()
         # os.write: the signal may have come in the middle of a print
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self.message}\n".encode())
 

@@ -55,7 +55,7 @@ class MetricsLog:
     """Writes rows of metrics.
 
     Args:
-        path: of ``metrics.jsonl``.
+        path: of ``metrics.jsonl``; None writes no file, so that only trackers and the bar get the rows.
         resume_step: rows of later steps are dropped; -1 starts anew.
         is_main: False makes everything a no-op, for processes other than the main one.
         trackers: each with ``log(values, step=step)``, such as an ``accelerate.Accelerator`` or its trackers.
@@ -70,7 +70,7 @@ class MetricsLog:
     @typed
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         *,
         resume_step: int = -1,
         is_main: bool = True,
@@ -81,18 +81,22 @@ class MetricsLog:
         for tracker in trackers:
             if not callable(getattr(tracker, "log", None)):
                 raise TypeError(f"trackers must have log(values, step=...), got {type(tracker).__name__}")
-        self.path, self.is_main, self.trackers = Path(path), is_main, list(trackers)
-        self.progress, self.shown = progress, list(shown)
+        self.path = None if path is None else Path(path)
+        self.is_main = is_main
+        self.trackers = list(trackers)
+        self.progress = progress
+        self.shown = list(shown)
+        self._is_open = True
         self._stream: TextIO | None = None
-        if is_main:
+        if is_main and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                self._drop_after(resume_step)
+                self._drop_after(self.path, resume_step)
             self._stream = self.path.open("a", encoding="utf-8")
 
-    def _drop_after(self, step: int) -> None:
-        kept = [] if step < 0 else [row for row in read_metrics(self.path) if row.get("step", -1) <= step]
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+    def _drop_after(self, path: Path, step: int) -> None:
+        kept = [] if step < 0 else [row for row in read_metrics(path) if row.get("step", -1) <= step]
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Writes one row.
@@ -105,13 +109,14 @@ class MetricsLog:
         Raises:
             TypeError: a value is of another type, or is named "step".
         """
-        if self._stream is None:
+        if not self.is_main or not self._is_open:
             return
         row = {name: _number(name, value) for name, value in {**(values or {}), **more}.items()}
         if "step" in row:
             raise TypeError("the name 'step' is taken by the number of updates")
-        self._stream.write(json.dumps({"step": step, **row}) + "\n")
-        self._stream.flush()
+        if self._stream is not None:
+            self._stream.write(json.dumps({"step": step, **row}) + "\n")
+            self._stream.flush()
         for tracker in self.trackers:
             tracker.log(row, step=step)
         if self.progress is not None:
@@ -121,11 +126,12 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Forces the rows to the disk; before a checkpoint, so that a power failure keeps both or neither."""
-        if self._stream is not None:
+        if self._stream is not None and self.path is not None:
             fsync_path(self.path)
 
     def close(self) -> None:
         """Closes the file; later rows are ignored."""
+        self._is_open = False
         if self._stream is not None:
             self._stream.close()
             self._stream = None

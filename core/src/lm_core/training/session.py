@@ -1,28 +1,705 @@
-"""The beginning and the end of a training run, which every trainer's loop stands between.
+"""The lifecycle of a training run, around a loop that stays in the trainer.
 
-A trainer's ``train`` is its own readable loop; what it does before the first update, to decide whether there is
-another, and with the checkpoint of a killed run is the same everywhere and is here.
+A session owns the run's folder and its lock, resuming and its checks, seeds, progress bar, metrics, trackers, curves,
+validation and checkpoints on schedule, the time limit, the guard against losses that are not finite, Ctrl-C and
+SIGTERM, the wrapping for several processes, and the release of all that at the end::
+
+    class Trainer:
+        def __init__(self, model, data, checkpoint_dir, settings):
+            self.session = TrainingSession("Trainer", config=settings, checkpoint_dir=checkpoint_dir)
+            self.objective = Loss(model.to(self.session.device))
+            self.batches = Batches(data, rank=rank(), world_size=world_size())
+            self.session.register(
+                model=model,
+                objective=self.objective,
+                optimizer=lambda: adamw(model, settings),
+                state={"batches": self.batches},
+                validate=self._validate,
+            )
+
+        def train(self):
+            with self.session.run() as session:
+                for _ in session.steps():
+                    batches = [next(self.batches) for _ in range(4)]
+                    labels, normalizer = loss_normalizer(sum(batch.num_labels for batch in batches), session.device)
+                    for batch in session.micro_batches(batches):
+                        session.backward(session.module(batch.ids, batch.labels, normalizer))
+                    session.log(session.optimizer_step(), epoch=self.batches.epoch)
+            return session.result(TrainingResult)
+
+A checkpoint holds all that the next update depends on: a run that was killed at any instant and resumed ends with the
+weights, bit for bit, of one that was not (with equal settings, device, torch and number of processes). At step N come
+the row of metrics, then a validation, then the checkpoint; a resumed run drops rows after its checkpoint, so
+``metrics.jsonl`` has every update once.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lm_core.checkpoints.checkpoint import Checkpoint, on_main_process
-from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, on_main_process, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError, plain
+from lm_core.checkpoints.pretrained import PretrainedMixin, check_config
+from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import typed
-from lm_core.distributed import broadcast_object, rank
-from lm_core.training.config import CommonSettings
+from lm_core.distributed import (
+    all_reduce_gradients,
+    all_reduce_sum,
+    broadcast_object,
+    data_parallel,
+    rank,
+    release,
+    world_size,
+)
+from lm_core.rng import capture_rng, restore_rng, seed_everything
+from lm_core.training import fsdp as sharding
+from lm_core.training.accelerator import (
+    InterruptHandler,
+    check_compilable,
+    pick_device,
+    pick_precision,
+    start_accelerator,
+)
+from lm_core.training.config import CommonSettings, RunSettings
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
-from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
+from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
 
-Outcome = Literal["finished", "interrupted", "out of time"]
+Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
+
+T = TypeVar("T")
+R = TypeVar("R", bound="TrainingResult")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        outcome: "finished", "stopped early" (no improvement), "interrupted" (Ctrl-C or SIGTERM) or "out of time"
+            (``max_seconds``).
+        first_step: updates that were done when this call began.
+        step: updates done.
+        seconds: duration of this call; None where nothing was left to do.
+        checkpoints: folder of the checkpoints, the newest one of ``step``; None for a run without a folder.
+        curves: picture of the metrics; None without a folder or matplotlib, or with nothing to draw.
+    """
+
+    outcome: Outcome
+    first_step: int
+    step: int
+    seconds: float | None
+    checkpoints: Path | None
+    curves: Path | None
+
+
+@dataclass(frozen=True)
+class SavedValue:
+    """A part of a checkpoint given by two functions, where no object has ``state_dict`` and ``load_state_dict``.
+
+    Args:
+        save: returns the value; nested containers of tensors, numbers and strings.
+        load: takes it back.
+    """
+
+    save: Callable[[], Any]
+    load: Callable[[Any], None]
+
+    def state_dict(self) -> Any:
+        """The value, for a checkpoint."""
+        return self.save()
+
+    def load_state_dict(self, state: Any) -> None:
+        """Takes the value of a checkpoint."""
+        self.load(state)
+
+
+class TrainingSession:
+    """A training run; see the module. Construct it first (it starts the processes), then ``register``, then ``run``.
+
+    Args:
+        trainer: class name of the trainer; a checkpoint of another one is refused.
+        config: settings of the run.
+        checkpoint_dir: folder of the run; None writes nothing.
+        resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        trackers: names of trackers that ``accelerate`` knows ("tensorboard", "wandb"), and objects with
+            ``log(values, step=...)``.
+        packages: distributions whose versions are recorded; the first names the run for the trackers.
+        accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
+
+    Attributes:
+        device: the device that is trained on.
+        step: optimizer updates done.
+        outcome: "finished" until something stops the run.
+        module: the objective as the loop calls it: compiled, wrapped in DDP or sharded. None outside of ``run``.
+        optimizer: the optimizer; None before the first ``run``.
+        schedule: its learning-rate schedule.
+        guard: skips updates that are not finite.
+        first_validation: metrics of the validation before training.
+        last_validation: metrics of the newest validation.
+        folder: the open run directory; None without ``checkpoint_dir``.
+
+    Raises:
+        ValueError: the device or the precision is not available, a tracker is unknown, or the launcher would do
+            something else.
+        TypeError: a tracker has no ``log``.
+    """
+
+    @typed
+    def __init__(
+        self,
+        trainer: str,
+        *,
+        config: RunSettings,
+        checkpoint_dir: str | Path | None,
+        resume: bool | Literal["auto"] = "auto",
+        trackers: Sequence[Any] = (),
+        packages: Sequence[str] = (),
+        accelerator: Any = None,
+    ) -> None:
+        self.trainer = trainer
+        self.config = config
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.packages = tuple(packages)
+        self._resume: bool | Literal["auto"] = resume
+        self._tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]
+        self._trackers = [tracker for tracker in trackers if not isinstance(tracker, str)]
+        for tracker in self._trackers:
+            if not callable(getattr(tracker, "log", None)):
+                raise TypeError(f"trackers must have log(values, step=...), got {type(tracker).__name__}")
+        self.device = pick_device(config.device) if accelerator is None else accelerator.device
+        pick_precision(config.precision, self.device)  # refuses what the device cannot do
+        if accelerator is None:
+            accelerator = start_accelerator(
+                self.device, tracker_names=self._tracker_names, folder=self.checkpoint_dir or "."
+            )
+        self.accelerator = accelerator
+        self.step = 0
+        self.outcome: Outcome = "finished"
+        self.guard = NonFiniteGuard()
+        self.optimizer: Any = None
+        self.schedule: Any = None
+        self.module: Any = None
+        self.first_validation: dict[str, Any] = {}
+        self.last_validation: dict[str, Any] = {}
+        self.folder: RunDirectory | None = None
+        self._prepared = False
+        self._stored_optimizer: tuple[Any, Any] | None = None
+        self._loss: Tensor | None = None
+
+    # ------------------------------------------------------------------------------------------- what is trained
+
+    def register(
+        self,
+        *,
+        model: nn.Module,
+        objective: nn.Module | None = None,
+        optimizer: Callable[[], tuple[Any, Any]] | None = None,
+        gradients: Literal["average", "sum"] = "average",
+        blocks: Callable[[], Iterable[nn.Module]] | None = None,
+        compile: bool = False,
+        state: Mapping[str, Any] | None = None,
+        rank_state: Mapping[str, Any] | None = None,
+        architecture: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        check: Callable[[Checkpoint], None] | None = None,
+        save_weights: Callable[[], nn.Module | Mapping[str, Tensor]] | None = None,
+        load_weights: Callable[[Checkpoint], None] | None = None,
+        model_config: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        tokenizer: Any = None,
+        validate: Callable[[], Mapping[str, Any]] | None = None,
+        validate_every: int | None = None,
+        max_steps: int | None = None,
+        rows_until: Callable[[], int] | None = None,
+        record: Mapping[str, Any] | None = None,
+        curves: Sequence[str] | None = None,
+        shown: Sequence[str] = ("loss", "tokens_per_second"),
+        ddp_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Says what is trained, saved, checked and shown.
+
+        Args:
+            model: what checkpoints hold, on the device.
+            objective: what the loop calls (``module``); in training mode within ``run``. By default the model.
+            optimizer: makes optimizer and schedule, once the module is sharded; None if the trainer has its own, or
+                calls ``use_optimizer``.
+            gradients: "average" over processes, by DDP or FSDP; "sum" adds them up in ``optimizer_step``, for
+                objectives that DDP cannot wrap.
+            blocks: returns the parts that FSDP gathers one at a time; None does not shard.
+            compile: compiles the objective.
+            state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. All
+                ``check_state(state)`` that they have run before the first ``load_state_dict``.
+            rank_state: the same, of each process's own.
+            architecture: arguments of the model that have to be equal to resume.
+            identity: other values that have to be equal to resume, besides the seed.
+            check: raises if a run cannot resume from a checkpoint for another reason.
+            save_weights: returns what checkpoints hold instead of ``model``.
+            load_weights: loads the weights of a checkpoint; nothing is sharded or wrapped yet.
+            model_config: ``config.json`` of checkpoints, by default the model's own.
+            tokenizer: travels with the checkpoints, if it can be saved.
+            validate: returns metrics of held-out data, to be logged under these names; every process calls it.
+            validate_every: updates between validations; by default as ``config`` has it.
+            max_steps: updates of the run, by default as ``config`` has it; None if unknown.
+            rows_until: step of the last row of metrics that a resumed run keeps; by default ``step``.
+            record: further values for ``run.json``.
+            curves: names of the metrics that are drawn; by default all.
+            shown: names of the metrics that the progress bar shows.
+            ddp_options: further arguments of ``DistributedDataParallel``.
+
+        Raises:
+            ValueError: the device or torch cannot shard or compile.
+        """
+        if compile:
+            check_compilable(self.device)
+        if blocks is not None:
+            sharding.check_shardable(self.device)
+        self.model = model
+        self.objective = model if objective is None else objective
+        self._make_optimizer = optimizer
+        self._gradients = gradients
+        self._blocks = blocks
+        self._compile = compile
+        self._state = dict(state or {})
+        self._rank_state = dict(rank_state or {})
+        self._architecture = dict(architecture or {})
+        self._identity = identity if callable(identity) else lambda: identity or {}
+        self._check = check
+        self._save_weights = save_weights
+        self._load_weights = load_weights
+        self._model_config = model_config
+        self._tokenizer = tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
+        self._validate = validate
+        self._validate_every: int | None = validate_every or getattr(self.config, "validate_every", None)
+        self.max_steps: int | None = max_steps or getattr(self.config, "max_steps", None)
+        self._rows_until = rows_until
+        self._record = dict(record or {})
+        self._curves = curves
+        self._shown = tuple(shown)
+        self._ddp_options = dict(ddp_options or {})
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer | None, schedule: Any = None) -> None:
+        """Sets the optimizer; the first one after resuming takes the state that the checkpoint has of it."""
+        self.optimizer = optimizer
+        self.schedule = schedule
+        stored, self._stored_optimizer = self._stored_optimizer, None
+        if stored is None or optimizer is None:
+            return
+        # the learning rate and decay are those of this run
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        if self._blocks is not None:
+            sharding.load_full_optimizer_state(self.objective, optimizer, stored[0])
+        else:
+            optimizer.load_state_dict(stored[0])
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        if schedule is not None:
+            schedule.load_state_dict(stored[1])
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator["TrainingSession"]:
+        """Opens the run, anew or where it was; seeds python's, numpy's and torch's generators or restores them.
+
+        A second ``run`` of the same session continues with the weights and counters it has.
+
+        Raises:
+            RuntimeError: another run is using the folder.
+            CheckpointError: the checkpoint is damaged, or of another trainer, model, data, seed or number of processes;
+                nothing was changed.
+            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.checkpoint_dir is not None:
+                self.folder = stack.enter_context(self._run_directory())
+            if not self._prepared:
+                resumes = self.folder is not None and self.folder.resumes
+                self._prepare(load_checkpoint(self.folder.checkpoints) if self.folder and resumes else None)
+            self.outcome = "finished"
+            self._curves_path: Path | None = None
+            self._first_step = self.step
+            self._started = time.monotonic()
+            stack.callback(self._release)
+            self._wrap()
+            if self._blocks is not None:
+                stack.enter_context(sharding.quiet())
+            self._open_metrics(stack)
+            self.interrupt = stack.enter_context(InterruptHandler())
+            yield self
+            self._seconds = time.monotonic() - self._started
+            if self.folder is not None:
+                self._curves_path = draw_curves(self.folder, self._curves)
+
+    def steps(self, until: int | None = None, *, ends: bool = True) -> Iterator[int]:
+        """Yields the number of updates done before each update, until there are enough or something stops the run.
+
+        After each update come validation and checkpoint, where they are due.
+
+        Args:
+            until: number of updates to reach; by default ``max_steps``.
+            ends: whether there is a validation before the first update of the run and after the last of these, and a
+                checkpoint after it; False leaves them to the caller.
+        """
+        goal = self.max_steps if until is None else until
+        if goal is None:
+            raise ValueError("until must be given to a session without max_steps, got None")
+        if ends and self.step == 0:
+            self.validate()
+        while self.step < goal and self.outcome == "finished":
+            done = self.step
+            yield done
+            if self.step == done:
+                raise RuntimeError("the loop must call optimizer_step, or count its own update in session.step")
+            last = self.step >= goal
+            self.end_update(last=last)
+            if last and ends:
+                self.validate()
+                self.save()
+
+    def micro_batches(self, batches: Sequence[T]) -> Iterator[T]:
+        """The micro-batches of one update; processes exchange gradients in the backward of the last one only."""
+        for number, batch in enumerate(batches, start=1):
+            with self._synchronized(number == len(batches)):
+                yield batch
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss, and the loss to that of the update.
+
+        DDP and FSDP average gradients over processes: each passes its summed loss over
+        ``lm_core.distributed.loss_normalizer``. With ``gradients="sum"``, each passes its share of the loss.
+        """
+        loss.backward()
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        part = loss.detach().to(dtype)
+        if self._gradients == "average":
+            part = part / world_size()
+        self._loss = part if self._loss is None else self._loss + part
+
+    def optimizer_step(self) -> dict[str, float]:
+        """Clips the gradients, steps the optimizer unless something is not finite, and counts the update.
+
+        Returns:
+            The ``loss`` of all processes, ``learning_rate``, ``grad_norm`` before clipping, ``skipped`` updates so far.
+
+        Raises:
+            RuntimeError: too many updates in a row had to be skipped.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self._gradients == "sum":
+            all_reduce_gradients(parameters)
+        loss = all_reduce_sum(torch.zeros((), device=self.device) if self._loss is None else self._loss)
+        self._loss = None
+        values = finish_update(
+            self.step + 1,
+            loss,
+            parameters,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            guard=self.guard,
+            max_grad_norm=self.config.max_grad_norm,
+        )
+        self.step += 1
+        return {"loss": float(loss), **values}
+
+    def end_update(self, *, last: bool = False) -> None:
+        """What follows an update: the bar, a request to stop, validation and checkpoint where due; ``steps`` calls it.
+
+        Args:
+            last: whether the caller ends its loop here, and validates and saves itself.
+        """
+        self.progress.update()
+        interrupted = self.interrupt.should_stop()
+        # one clock decides, or some processes would continue alone
+        limit = self.config.max_seconds
+        late = limit is not None and broadcast_object(time.monotonic() - self._started > limit)
+        if last:
+            return
+        self.outcome = "interrupted" if interrupted else "out of time" if late else "finished"
+        if self.outcome == "out of time" or _is_due(self.step, self._validate_every):
+            self.validate()
+        if self.outcome != "finished" or _is_due(self.step, self.config.checkpoint_every):
+            self.save()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop, for work between updates that can be left at any point."""
+        return self.interrupt.requested
+
+    def log(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
+        """Writes a row of metrics at ``step``; see ``MetricsLog.log``."""
+        self.metrics.log(self.step, values, **more)
+
+    def validate(self) -> dict[str, Any]:
+        """Validates and logs; returns the metrics."""
+        if self._validate is None:
+            return {}
+        values = dict(self._validate())
+        if values:
+            self.log(values)
+        self.last_validation = values
+        if not self.first_validation:
+            self.first_validation = values
+        return values
+
+    def result(self, kind: type[R], **values: Any) -> R:
+        """The result of the last ``run``, as a ``TrainingResult`` or a dataclass that extends it with ``values``."""
+        common: dict[str, Any] = {
+            "outcome": self.outcome,
+            "first_step": self._first_step,
+            "step": self.step,
+            "seconds": None if self.step == self._first_step else round(self._seconds, 1),
+            "checkpoints": None if self.folder is None else self.folder.checkpoints,
+            "curves": self._curves_path,
+        }
+        return kind(**{**common, **values})
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, directory: str | Path | None = None, *, keep: int | None = None) -> Path | None:
+        """Writes a checkpoint; every process calls it.
+
+        Args:
+            directory: folder of checkpoints, by default that of the run; without one, nothing is written.
+            keep: checkpoints that stay there, by default as ``config`` has it.
+
+        Returns:
+            Its folder.
+        """
+        if directory is None:
+            if self.folder is None:
+                return None
+            directory = self.folder.checkpoints
+            self.metrics.sync()
+        if not self._prepared:
+            self._prepare(None)
+        weights: Any = self.model
+        if self._save_weights is not None:
+            weights = self._save_weights()
+        elif self._blocks is not None:
+            weights = sharding.full_weights(self.model)
+        config = self._model_config() if callable(self._model_config) else self._model_config
+        if config is None and isinstance(self.model, PretrainedMixin):
+            config = self.model.config
+        return save_checkpoint(
+            directory,
+            self.step,
+            model=weights,
+            config=config,
+            trainer_state={
+                "trainer": self.trainer,
+                "architecture": self._architecture,
+                "identity": self._full_identity(),
+                "optimizer": self._optimizer_state(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "guard": self.guard.state_dict(),
+                "validation": [self.first_validation, self.last_validation],
+                "state": {name: part.state_dict() for name, part in self._state.items()},
+            },
+            # what each process has of its own goes with its random states
+            rng={**capture_rng(), "state": {name: part.state_dict() for name, part in self._rank_state.items()}},
+            tokenizer=self._tokenizer,
+            keep=keep or self.config.keep_checkpoints,
+        )
+
+    def load(self, directory: str | Path) -> None:
+        """Takes the newest checkpoint in a folder, before the first ``run``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: see ``run``.
+        """
+        if self._prepared:
+            raise RuntimeError("load must come before training begins")
+        self._prepare(load_checkpoint(directory))
+
+    def _full_identity(self) -> dict[str, Any]:
+        return {"seed": self.config.seed, "fsdp": self._blocks is not None, **self._identity()}
+
+    def _optimizer_state(self) -> Any:
+        if self.optimizer is None:
+            return None
+        if self._blocks is not None:
+            return sharding.full_optimizer_state(self.objective, self.optimizer)
+        return self.optimizer.state_dict()
+
+    def _prepare(self, checkpoint: Checkpoint | None) -> None:
+        """Loads weights and states, shards, makes the optimizer; a checkpoint is refused before anything is changed."""
+        if checkpoint is not None:
+            self._check_resumable(checkpoint)
+            self._restore(checkpoint)
+        if self._blocks is not None:
+            sharding.shard(self.objective, iter(self._blocks()))
+        # only training runs often enough to be worth compiling for: validation calls the objective
+        self._compiled: Any = torch.compile(self.objective) if self._compile else self.objective
+        if self._make_optimizer is not None:
+            self.use_optimizer(*self._make_optimizer())
+        if checkpoint is None:
+            seed_everything((self.config.seed + rank()) % 2**32)
+        else:
+            restore_rng(checkpoint.rng)
+        self._prepared = True
+
+    def _check_resumable(self, checkpoint: Checkpoint) -> None:
+        """Raises ``CheckpointError`` unless this run can resume from ``checkpoint``."""
+        state, where = checkpoint.trainer_state, checkpoint.path
+        written_by = state.get("trainer")
+        if written_by != self.trainer:
+            raise CheckpointError(f"{where} was not written by {self.trainer}, got {written_by!r}")
+        if not {"architecture", "identity", "state"} <= set(state):
+            raise CheckpointError(f"{where} was written by an earlier version; only its weights can be used")
+        if isinstance(self.model, PretrainedMixin) and checkpoint.config:
+            check_config(type(self.model), checkpoint.config, where / "config.json")
+        for what, current, stored in (
+            ("is of another architecture", self._architecture, state["architecture"]),
+            ("is of another run", self._full_identity(), state["identity"]),
+        ):
+            changed = [
+                f"{name} is {value}, but was {stored.get(name)}"
+                for name, value in plain(current).items()
+                if stored.get(name) != value
+            ]
+            if changed:
+                raise CheckpointError(f"{where} {what}: {', '.join(changed)}; train into another folder")
+        if self._check is not None:
+            self._check(checkpoint)
+        for parts, states in self._parts(checkpoint):
+            if set(parts) != set(states):
+                raise CheckpointError(f"{where} has the states {sorted(states)}, but this run {sorted(parts)}")
+            for name, part in parts.items():
+                if hasattr(part, "check_state"):
+                    part.check_state(states[name])
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.trainer_state
+        for parts, states in self._parts(checkpoint):
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
+        if self._load_weights is not None:
+            self._load_weights(checkpoint)
+        else:
+            load_weights(self.model, checkpoint.model_state or {}, where=str(checkpoint.path))
+        self.guard.load_state_dict(state["guard"])
+        self.first_validation, self.last_validation = state["validation"]
+        if state["optimizer"] is not None:
+            self._stored_optimizer = state["optimizer"], state["schedule"]
+        self.step = checkpoint.step
+
+    def _parts(self, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Objects with a state, and their states in ``checkpoint``."""
+        return [(self._state, checkpoint.trainer_state["state"]), (self._rank_state, checkpoint.rng["state"])]
+
+    # --------------------------------------------------------------------------------------- beginning and end
+
+    def _run_directory(self) -> RunDirectory:
+        assert self.checkpoint_dir is not None
+        return RunDirectory(
+            self.checkpoint_dir,
+            resume="auto" if self._prepared else self._resume,
+            seed=self.config.seed,
+            device=self.device,
+            settings={**asdict(self.config), **self._record},
+            packages=(*self.packages, "accelerate"),
+        )
+
+    def _wrap(self) -> None:
+        self.module = self._compiled
+        if self._gradients == "average" and self._blocks is None and world_size() > 1:
+            handler = getattr(self.accelerator, "ddp_handler", None)
+            options = {} if handler is None else handler.to_kwargs()
+            self.module = data_parallel(self._compiled, self.device, **{**options, **self._ddp_options})
+
+    def _release(self) -> None:
+        """Lets go of what holds the process group, which may end at any time from now on."""
+        if self.module is not None and self.module is not self._compiled:
+            release(self.module)
+        self.module = None
+
+    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if self._blocks is not None:
+            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
+        no_sync = getattr(self.module, "no_sync", None)
+        wrapped = self.module is not self._compiled
+        return no_sync() if wrapped and no_sync is not None and not last else contextlib.nullcontext()
+
+    def _open_metrics(self, stack: contextlib.ExitStack) -> None:
+        """The log with its bar and trackers; the objective is in training mode until ``stack`` closes."""
+        for module in self.objective.modules():
+            stack.callback(setattr, module, "training", module.training)
+        self.objective.train()
+        trackers = list(self._trackers)
+        if self._tracker_names:
+            kept = {name: value for name, value in asdict(self.config).items() if _is_plain(value)}
+            self.accelerator.init_trackers(self.packages[0] if self.packages else self.trainer, config=kept)
+            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+            trackers.append(self.accelerator)
+        is_main = rank() == 0
+        self.progress = stack.enter_context(
+            progress_bar(self.max_steps, initial=self.step, description="train", is_main=is_main)
+        )
+        last_row = self.step if self._rows_until is None else self._rows_until()
+        self.metrics = stack.enter_context(
+            MetricsLog(
+                None if self.folder is None else self.folder.metrics_path,
+                resume_step=last_row if self.step else -1,
+                is_main=is_main,
+                trackers=trackers,
+                progress=self.progress,
+                shown=self._shown,
+            )
+        )
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def adamw(model: nn.Module, settings: CommonSettings) -> tuple[torch.optim.AdamW, LearningRateSchedule]:
+    """AdamW (arXiv 1711.05101) on the trainable parameters of ``model``, and its schedule: warmup, then a cosine."""
+    optimizer = torch.optim.AdamW(
+        optimizer_groups(model, weight_decay=settings.weight_decay),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+    )
+    schedule = LearningRateSchedule(
+        optimizer,
+        kind="cosine",
+        warmup_steps=settings.warmup_steps,
+        total_steps=settings.max_steps,
+        final_scale=settings.final_learning_rate,
+    )
+    return optimizer, schedule
+
+
+def draw_curves(run: RunDirectory, names: Sequence[str] | None = None) -> Path | None:
+    """``curves.png`` of those ``names`` (by default all) that are numbers in two rows or more, drawn by rank 0.
+
+    None, for every process, where there is nothing to draw or matplotlib is not installed.
+    """
+
+    def draw() -> Path | None:
+        rows = read_metrics(run.metrics_path)
+        wanted = dict.fromkeys(name for row in rows for name in row if name != "step") if names is None else names
+        present = [name for name in wanted if sum(_is_number(row.get(name)) for row in rows) > 1]
+        with contextlib.suppress(ImportError):
+            return plot_curves(run.metrics_path, run.curves_path, names=present) if present else None
+        return None
+
+    drawn: Path | None = on_main_process(draw)
+    return drawn
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Stopping:
@@ -108,23 +785,6 @@ def open_metrics(
         )
 
 
-def adamw(model: nn.Module, settings: CommonSettings) -> tuple[torch.optim.AdamW, LearningRateSchedule]:
-    """AdamW (arXiv 1711.05101) on what of ``model`` is trained, and its schedule: warmup, then a cosine."""
-    optimizer = torch.optim.AdamW(
-        optimizer_groups(model, weight_decay=settings.weight_decay),
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-    )
-    schedule = LearningRateSchedule(
-        optimizer,
-        kind="cosine",
-        warmup_steps=settings.warmup_steps,
-        total_steps=settings.max_steps,
-        final_scale=settings.final_learning_rate,
-    )
-    return optimizer, schedule
-
-
 @contextlib.contextmanager
 def own_settings(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Loading a state inside leaves the groups' settings (learning rate, decay) those of this run."""
@@ -154,20 +814,3 @@ def check_goes_on(
     if changed:
         what = ", ".join(f"{name} is {arguments[name]}, but was {stored.get(name)}" for name in changed)
         raise CheckpointError(f"{where} is of another architecture: {what}")
-
-
-def draw_curves(run: RunDirectory, names: Sequence[str]) -> Path | None:
-    """``curves.png`` of those ``names`` that the run has at two updates or more, drawn by rank 0.
-
-    None, for every process, where there is nothing to draw or matplotlib is not installed.
-    """
-
-    def draw() -> Path | None:
-        rows = read_metrics(run.metrics_path)
-        present = [name for name in names if sum(row.get(name) is not None for row in rows) > 1]
-        with contextlib.suppress(ImportError):
-            return plot_curves(run.metrics_path, run.curves_path, names=present) if present else None
-        return None
-
-    drawn: Path | None = on_main_process(draw)
-    return drawn

@@ -29,8 +29,7 @@ from lm_core.checks import either, typed
 from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.generation.decoding import eval_mode
 from lm_core.rng import restore_rng, seed_everything
-from lm_core.training.accelerator import InterruptHandler, pick_precision
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import InterruptHandler, pick_precision, start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
@@ -50,7 +49,7 @@ class FineTuner:
         data_kwarg_names: names of what a tuple holds.
         accelerate_kwargs: "log_with": names of trackers.
         checkpoint_every: updates between checkpoints; there is always one at the end.
-        checkpoint_dir: folder of the run (``lm_core.training.accelerator.RunDirectory``); by default "./checkpoints".
+        checkpoint_dir: folder of the run (``lm_core.training.run_directory.RunDirectory``); by default "./checkpoints".
         checkpoint_path: the original's name of ``checkpoint_dir``.
         scheduler: a torch scheduler class; None keeps the peak after the warmup.
         scheduler_kwargs: of the scheduler.

@@ -28,8 +28,14 @@ from lm_core.checks import typed
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.tokenizers import ByteTokenizer
-from lm_core.training.accelerator import InterruptHandler, Precision, autocast, pick_device, pick_precision
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import (
+    InterruptHandler,
+    Precision,
+    autocast,
+    pick_device,
+    pick_precision,
+    start_accelerator,
+)
 from lm_core.training.metrics import MetricsLog
 from lm_core.training.optimization import NonFiniteGuard, finish_update
 from lm_core.training.run_directory import RunDirectory
@@ -108,7 +114,7 @@ class CoCaTrainer:
         data: images to train on.
         held_out: images to validate on.
         preprocessing: how pixels are normalised; travels with the checkpoints.
-        checkpoint_dir: folder of the run; see ``lm_core.training.accelerator.RunDirectory``.
+        checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
         tokenizer: of the captions; travels with the checkpoints; bytes by default.
         settings: everything else.
         resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.

@@ -30,8 +30,14 @@ from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_siz
 from lm_core.losses.losses import linear_cross_entropy
 from lm_core.rng import capture_rng, restore_rng, seed_everything
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
-from lm_core.training.accelerator import InterruptHandler, Precision, autocast, pick_device, pick_precision
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import (
+    InterruptHandler,
+    Precision,
+    autocast,
+    pick_device,
+    pick_precision,
+    start_accelerator,
+)
 from lm_core.training.metrics import MetricsLog
 from lm_core.training.optimization import NonFiniteGuard, finish_update
 from lm_core.training.run_directory import RunDirectory
@@ -122,7 +128,7 @@ class MemoryTrainer:
     Args:
         model: trained in place; moved to the device.
         corpus: documents in the ids of ``tokenizer``; see ``lm_core.data.corpora``.
-        checkpoint_dir: folder of the run; see ``lm_core.training.accelerator.RunDirectory``.
+        checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
         tokenizer: says which id ends documents, and travels with the checkpoints; bytes by default.
         settings: everything else.
         resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.

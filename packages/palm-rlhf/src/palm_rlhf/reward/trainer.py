@@ -16,11 +16,10 @@ from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_che
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import check_ids, check_positive, typed
-from lm_core.distributed import all_reduce_sum, rank, world_size
+from lm_core.distributed import all_reduce_gradients, all_reduce_sum, rank, world_size
 from lm_core.generation.decoding import eval_mode
 from lm_core.rng import restore_rng, seed_everything
-from lm_core.training.accelerator import InterruptHandler, pick_device
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import InterruptHandler, pick_device, start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
@@ -28,7 +27,6 @@ from palm_rlhf.data.preferences import Labelled, Preference, as_batch, load_pref
 from palm_rlhf.data.prompts import as_tokenizer
 from palm_rlhf.reward.losses import bin_cross_entropy, bradley_terry_loss, squared_error
 from palm_rlhf.reward.model import RewardModel
-from palm_rlhf.rl.gradient_sums import sum_gradients
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,7 @@ class RewardModelTrainer:
             part = part * (len(mine) / len(rows))
             part.backward()
             loss = part.detach()
-        sum_gradients(self.parameters)
+        all_reduce_gradients(self.parameters)
         total = all_reduce_sum(loss)
         finish_update(
             self.step + 1,

@@ -25,8 +25,7 @@ from lm_core.checks import check_ids
 from lm_core.data.epochs import EpochOrder
 from lm_core.distributed import rank, world_size
 from lm_core.rng import restore_rng, seed_everything
-from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision, start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
 from lm_core.training.run_directory import RunDirectory
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
@@ -83,7 +82,7 @@ class PolicyTrainer:
         tokenizer: see ``palm_rlhf.data.prompts.as_tokenizer``.
         settings: everything that is a number or a name.
         checkpoint_dir: folder of the run; None writes nothing.
-        resume: as of ``lm_core.training.accelerator.RunDirectory``.
+        resume: as of ``lm_core.training.run_directory.RunDirectory``.
         trackers: objects with ``log(values, step=...)``.
     """
 

@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lm_core.distributed import rank, world_size
+from lm_core.distributed import all_reduce_gradients, rank, world_size
 from lm_core.generation.decoding import eval_mode
 from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
 from palm_rlhf.rl.config import PolicySettings
 from palm_rlhf.rl.experience import Experience, rows_of
-from palm_rlhf.rl.gradient_sums import sum_gradients
 from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
 from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, reinforce_surrogate, token_weights
 from palm_rlhf.rl.policy import ActorCritic, Judgement
@@ -56,7 +55,7 @@ class PolicyUpdate:
             RuntimeError: losses were not finite too often in a row.
         """
         sums = self._accumulate(experience, rows.to(experience["ids"].device))
-        sum_gradients([*self.actor_parameters, *self.critic_parameters])
+        all_reduce_gradients([*self.actor_parameters, *self.critic_parameters])
         norms = [
             clip_global_norm(group, self.settings.max_grad_norm)
             for group in (self.actor_parameters, self.critic_parameters)

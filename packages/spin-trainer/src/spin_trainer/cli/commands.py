@@ -15,8 +15,7 @@ from lm_core.distributed import rank, world_size
 from lm_core.generation.sampling import top_p as keep_nucleus
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training.accelerator import pick_device
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import pick_device, start_accelerator
 from lm_core.training.run_directory import Result, write_summary
 from spin_trainer.data.iteration_data import IterationData
 from spin_trainer.data.opponent_answers import Sampling

@@ -9,7 +9,7 @@ import torch
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checks import check_ids, either
-from lm_core.training.launching import start_accelerator
+from lm_core.training.accelerator import start_accelerator
 from spin_trainer.data.sft_data import SFTDataset, to_tensor
 from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN

@@ -10,9 +10,9 @@ from memorizing_transformer import (
     MemorizingTransformer,
     XLMemories,
     open_gates,
+    retrofit,
 )
 from memorizing_transformer.memory.directory import MemoryDirectory
-from memorizing_transformer.training import retrofit
 from memorizing_transformer.training.config import TrainingSettings
 from memorizing_transformer.training.documents import DocumentSegments, DocumentStreams
 from memorizing_transformer.training.evaluation import evaluate

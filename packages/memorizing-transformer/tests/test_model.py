@@ -6,10 +6,10 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories
+from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories, retrofit
 from memorizing_transformer.memory.exact_search import CPU_CHUNK
-from memorizing_transformer.model.relative_position import RelativePositionBias
-from memorizing_transformer.training import retrofit
+from memorizing_transformer.model.attention import RelativePositionBias
+from memorizing_transformer.model.segment import Past, view_of
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
@@ -70,9 +70,9 @@ def test_segments_longer_than_the_window_see_a_band(tiny_model, read_in_segments
 
 def test_distance_zero_is_the_query_itself_with_keys_before_it():
     bias = RelativePositionBias(heads=2, scale=1.0)
-    from memorizing_transformer.model.attention import causal_distances
-
-    distances = causal_distances(3, 7, torch.device("cpu"))
+    distances = view_of(
+        torch.zeros(1, 3, dtype=torch.long), Past([torch.zeros(1, 1, 4, 2, 8)]), mask=None, documents=None
+    ).distances[0]
     assert distances.diagonal(4).tolist() == [0, 0, 0]
     assert bias.bucket(distances)[0].tolist() == [4, 3, 2, 1, 0, 0, 0]
 

@@ -15,8 +15,8 @@ from memorizing_transformer.memory.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.generation_cache import MemoryCache
 from memorizing_transformer.model.knn_attention import KNNAttention
+from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.model.xl_memories import XLMemories
 from memorizing_transformer.training.retrofit import open_gates, retrofit
 
 __all__ = [

@@ -1,28 +1,76 @@
-"""Local causal attention over the segment and remembered keys: the layers that do not search a memory.
+"""Local causal attention over the segment and what came before it, and T5's relative position bias for it.
 
 Keys and values are shared by all heads (arXiv 1911.02150) or each head has its own. Positions come in through an
 additive bias, in which what a query may not see is -inf.
 
-Legend: b batch, h heads, g key heads (1 or h), i queries, j keys, d feature of a head.
+The bias (arXiv 1910.10683, section 2.1; causal buckets) is a function of DISTANCES between positions: with past keys in
+front, the first query of a segment is not at distance 0 of the first key. Nothing else tells a layer about order, and
+biases that all begin near 0 leave its heads alike for hundreds of updates. So with ``look_back`` head h begins by
+looking h tokens back: 200 updates took a byte model to 2.8 bits/byte, and from biases near 0 to 3.7.
+
+Legend: b batch, h heads, g key heads (1 or h), i queries, m past keys, j all keys, d feature of a head.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_core.checks import check_positive, check_probability, typed
 
-# Takes the new keys and values (b, g, i, d), returns those of everything that may be attended to (b, g, j, d).
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+class RelativePositionBias(nn.Module):
+    """A learned bias for each head and each bucket of distances, added to attention scores.
 
-def keys_as_given(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Remembers nothing: the keys of the segment alone."""
-    return keys, values
+    Half of the buckets are single distances from 0, the others grow logarithmically up to ``max_distance``; greater
+    distances share the last one.
+
+    Args:
+        heads: attention heads.
+        scale: factor on the learned biases.
+        num_buckets: buckets.
+        max_distance: distance from which on all are alike.
+        look_back: whether head h begins by preferring the token h before its own (modulo half of the buckets).
+    """
+
+    @typed
+    def __init__(
+        self,
+        *,
+        heads: int,
+        scale: float,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        look_back: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("heads", heads), ("num_buckets", num_buckets), ("max_distance", max_distance)):
+            check_positive(value, name)
+        self.scale = scale
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bias = nn.Embedding(num_buckets, heads)
+        nn.init.normal_(self.bias.weight, std=0.1)
+        if look_back:
+            with torch.no_grad():
+                for head in range(heads):
+                    self.bias.weight[head % max(1, num_buckets // 2), head] += 1.0
+
+    def bucket(self, distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """The bucket of each distance; keys ahead of the query share that of distance 0."""
+        distance = distance.clamp(min=0)
+        exact = self.num_buckets // 2
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (growth * (self.num_buckets - exact)).long()
+        return torch.where(distance < exact, distance, far.clamp(max=self.num_buckets - 1))
+
+    def forward(self, distance: Int[Tensor, "*b i j"]) -> Float[Tensor, "*b h i j"]:
+        """The bias for each pair."""
+        return rearrange(self.bias(self.bucket(distance)), "... i j h -> ... h i j") * self.scale
 
 
 class Projections(nn.Module):
@@ -32,7 +80,7 @@ class Projections(nn.Module):
         dim: features of the residual stream.
         heads: query heads.
         dim_head: features of a head.
-        multi_head_keys: keys and values of their own for each head.
+        multi_head_keys: whether each head has its own keys and values.
         output_bias: whether the output projection has a bias.
     """
 
@@ -41,7 +89,8 @@ class Projections(nn.Module):
         super().__init__()
         for name, value in (("dim", dim), ("heads", heads), ("dim_head", dim_head)):
             check_positive(value, name)
-        self.heads, self.dim_head = heads, dim_head
+        self.heads = heads
+        self.dim_head = dim_head
         self.key_heads = heads if multi_head_keys else 1
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * self.key_heads * dim_head, bias=False)
@@ -78,26 +127,35 @@ class LocalAttention(nn.Module):
         )
 
     def forward(
-        self,
-        x: Float[Tensor, "b i dim"],
-        *,
-        bias: Float[Tensor, "#b h i j"],
-        remember: Remember = keys_as_given,
-    ) -> Float[Tensor, "b i dim"]:
-        """Attends to what ``remember`` returns for the new keys.
+        self, x: Float[Tensor, "b i dim"], *, bias: Float[Tensor, "#b h i j"], past: Sequence[Tensor] = ()
+    ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
+        """Attends to the past and the segment.
 
         Args:
             x: normalised features.
             bias: added to the scores; -inf where a query may not look.
-            remember: see ``Remember``.
+            past: keys and values ``(b, g, m, 2, d)`` before ``x``, in the order of time.
+
+        Returns:
+            The output, and the new keys and values.
         """
         q, k, v = self.projections(x)
-        k, v = (t.to(q.dtype).expand(-1, q.shape[1], -1, -1) for t in remember(k, v))
+        keys, values = (t.to(q.dtype).expand(-1, q.shape[1], -1, -1) for t in joined(past, k, v))
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).expand(q.shape[0], -1, -1, -1), dropout)
-        return self.projections.back(out)
+        out = F.scaled_dot_product_attention(q, keys, values, bias.to(q.dtype).expand(len(q), -1, -1, -1), dropout)
+        return self.projections.back(out), stacked(k, v)
 
 
-def causal_distances(i: int, j: int, device: torch.device) -> Tensor:
-    """Distances ``(i, j)`` of the last ``i`` of ``j`` positions to all of them; negative ahead of the query."""
-    return torch.arange(j - i, j, device=device).unsqueeze(1) - torch.arange(j, device=device)
+def joined(
+    past: Sequence[Float[Tensor, "b g _ 2 d"]], k: Float[Tensor, "b g i d"], v: Float[Tensor, "b g i d"]
+) -> tuple[Float[Tensor, "b g j d"], Float[Tensor, "b g j d"]]:
+    """Past and new keys, past and new values."""
+    if not past:
+        return k, v
+    keys, values = zip(*(kv.unbind(dim=-2) for kv in past), strict=True)
+    return torch.cat([*(t.to(k) for t in keys), k], dim=2), torch.cat([*(t.to(v) for t in values), v], dim=2)
+
+
+def stacked(k: Float[Tensor, "b g i d"], v: Float[Tensor, "b g i d"]) -> Float[Tensor, "b g i 2 d"]:
+    """Keys and values in one tensor, without gradient, as the XL window and the memory hold them."""
+    return torch.stack((k, v), dim=-2).detach()

@@ -1,28 +1,94 @@
-"""All layers of the model, and the loop over them that whole segments and pieces of one share.
+"""The layers of the model: pre-norm attention, in some a second one to the memory, and a feed-forward.
 
-T5 relative bias on local attention is learned once for the plain and once for the memorizing layers.
+The T5 bias of local attention is learned once for the plain and once for the memorizing layers.
 
-Legend: b batch, i queries, j keys (remembered ones, then the segment's), d feature, h heads.
+Legend: b batch, i queries, j keys (past ones, then the new ones), g key heads, h heads, d feature of a head.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from memorizing_transformer.memory.memory_list import KNNMemoryList
-from memorizing_transformer.model.attention import LocalAttention
-from memorizing_transformer.model.block import Attention, Block, FeedForward
-from memorizing_transformer.model.knn_attention import KNNAttention
-from memorizing_transformer.model.relative_position import RelativePositionBias
-from memorizing_transformer.model.segment import Documents, additive
+from memorizing_transformer.model.attention import LocalAttention, RelativePositionBias
+from memorizing_transformer.model.knn_attention import MemorizingAttention
+from memorizing_transformer.model.segment import Past, Place, View
 
-# Takes the number of an attention and its new keys and values, returns all that may be attended to.
-RememberOf = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-# A model from token ids (b, i), with the keywords of ``Layers.forward``, to what its output layer is applied to.
-FeaturesOf = Callable[..., Tensor]
+
+class FeedForward(nn.Sequential):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, *, dim: int, mult: int, dropout: float) -> None:
+        super().__init__(nn.Linear(dim, dim * mult), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
+
+
+class Attention(nn.Module):
+    """A norm and an attention of either kind, with their residual.
+
+    Args:
+        dim: features of the residual stream.
+        inner: the attention.
+        place: in the model.
+    """
+
+    def __init__(self, dim: int, inner: LocalAttention | MemorizingAttention, place: Place) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.inner = inner
+        self.place = place
+
+    def forward(
+        self,
+        h: Float[Tensor, "b i dim"],
+        *,
+        bias: Float[Tensor, "#b h i j"],
+        view: View,
+        past: Past,
+        memories: KNNMemoryList | None,
+    ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
+        """The residual stream behind it, and the new keys and values."""
+        # without an XL window there are no keys for the first columns
+        bias = bias if self.place.reads_xl is not None else bias[..., past.width :]
+        recall: dict[str, Any] = {}
+        if self.place.reads_memory is not None and memories:
+            recall = {"memory": memories[self.place.reads_memory], "may_recall": view.continues_document}
+        out, kv = self.inner(self.norm(h), bias=bias, past=past.of(self.place), **recall)
+        return h + out, kv
+
+
+class Block(nn.Module):
+    """One layer of the model.
+
+    Args:
+        dim: features of the residual stream.
+        attentions: one, or the layer's own and a gated one to the memory.
+        feed_forward: what follows.
+    """
+
+    def __init__(self, *, dim: int, attentions: Sequence[Attention], feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(attentions)
+        self.ff_norm = nn.LayerNorm(dim)
+        self.ff = feed_forward
+
+    def forward(
+        self, h: Float[Tensor, "b i dim"], *, biases: tuple[Tensor, Tensor], **reading: Any
+    ) -> tuple[Float[Tensor, "b i dim"], list[Tensor]]:
+        """The residual stream behind it, and what its attentions keep.
+
+        Args:
+            h: the residual stream.
+            biases: of plain and of memorizing attentions.
+            **reading: as for ``Layers.forward``.
+        """
+        kept = []
+        for attention in self.attentions:
+            bias = biases[isinstance(attention.inner, MemorizingAttention)]
+            h, kv = attention(h, bias=bias, **reading)
+            kept.append(kv)
+        return h + self.ff(self.ff_norm(h)), kept
 
 
 class Layers(nn.Module):
@@ -34,8 +100,9 @@ class Layers(nn.Module):
         memorizing_layers: those with a memory, counted from 1, in ascending order.
         xl_memory_layers: those with an XL window, likewise.
         shift_knn: how many memories farther up a memorizing layer searches.
+        shift_xl: how many XL windows farther up a layer reads.
         plain: arguments of ``LocalAttention`` other than ``dim``.
-        memorizing: arguments of ``KNNAttention`` other than ``dim``.
+        memorizing: arguments of ``MemorizingAttention`` other than ``dim``.
         feed_forward: arguments of ``FeedForward`` other than ``dim``.
     """
 
@@ -47,12 +114,12 @@ class Layers(nn.Module):
         memorizing_layers: Sequence[int],
         xl_memory_layers: Sequence[int],
         shift_knn: int,
+        shift_xl: int,
         plain: dict[str, Any],
         memorizing: dict[str, Any],
         feed_forward: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.shift_knn = shift_knn
         scale = plain["dim_head"] ** 0.5
         self.position_bias = RelativePositionBias(heads=plain["heads"], scale=scale, look_back=True)
         # here a head that looked back from the start would drown what the memory finds
@@ -60,63 +127,58 @@ class Layers(nn.Module):
         # unused without memorizing layers, and processes that train together expect a gradient of all that needs one
         self.knn_position_bias.requires_grad_(bool(memorizing_layers))
         self.blocks = nn.ModuleList()
+        number = 0
         for layer in range(1, depth + 1):
             xl = xl_memory_layers.index(layer) if layer in xl_memory_layers else None
             memory = memorizing_layers.index(layer) if layer in memorizing_layers else None
-            attentions = []
+            inner: list[LocalAttention | MemorizingAttention] = []
             if memory is None or memorizing["gate_output"]:
-                attentions.append(Attention(dim, LocalAttention(dim=dim, **plain), xl=xl, memory=None))
+                inner.append(LocalAttention(dim=dim, **plain))
             if memory is not None:
-                behind = bool(attentions)
-                attention = KNNAttention(dim=dim, **memorizing)
-                attentions.append(Attention(dim, attention, xl=None if behind else xl, memory=memory))
+                inner.append(MemorizingAttention(dim=dim, **memorizing))
+            attentions = []
+            for attention in inner:
+                # a layer with two has its XL window in the first, its memory in the second
+                own_xl = xl if attention is inner[0] else None
+                own_memory = memory if attention is inner[-1] else None
+                place = Place(
+                    number=number,
+                    key_heads=attention.projections.key_heads,
+                    xl=own_xl,
+                    memory=own_memory,
+                    reads_xl=_shifted(own_xl, shift_xl, len(xl_memory_layers)),
+                    reads_memory=_shifted(own_memory, shift_knn, len(memorizing_layers)),
+                )
+                attentions.append(Attention(dim, attention, place))
+                number += 1
             self.blocks.append(Block(dim=dim, attentions=attentions, feed_forward=FeedForward(dim=dim, **feed_forward)))
 
-    def attentions(self) -> list[Attention]:
-        """All attentions in the order they are applied."""
-        return [one for block in self.blocks for one in block.attentions]  # type: ignore[union-attr]
+    def places(self) -> list[Place]:
+        """Those of all attentions, in the order they are applied."""
+        return [attention.place for block in self.blocks for attention in block.attentions]  # type: ignore[union-attr]
 
     def forward(
-        self,
-        h: Float[Tensor, "b i d"],
-        *,
-        distances: Int[Tensor, "#b i j"],
-        visible: Bool[Tensor, "#b i j"],
-        past: int,
-        documents: Documents | None,
-        memories: KNNMemoryList | None,
-        remember: RememberOf,
-    ) -> Float[Tensor, "b i d"]:
+        self, h: Float[Tensor, "b i dim"], *, view: View, past: Past, memories: KNNMemoryList | None
+    ) -> tuple[Float[Tensor, "b i dim"], list[Tensor]]:
         """Applies all layers to a segment or a piece of one.
 
         Args:
             h: embedded tokens.
-            distances: position of the query minus that of the key.
-            visible: which keys each query may see.
-            past: how many of the columns are the XL window's.
-            documents: of the queries; those that do not continue what came before use no memory.
+            view: what the tokens may see.
+            past: keys and values before them.
             memories: to search; None for local attention alone.
-            remember: called for each attention, by its number.
+
+        Returns:
+            The residual stream, and the new keys and values ``(b, g, i, 2, d)`` of each attention.
         """
-        plain = additive(self.position_bias(distances), visible)
-        memorizing = additive(self.knn_position_bias(distances), visible)
-        reads_memory = None if documents is None else documents.ids == 0
-        number = 0
+        biases = view.masked(self.position_bias(view.distances)), view.masked(self.knn_position_bias(view.distances))
+        kept: list[Tensor] = []
         for block in self.blocks:
-            for one in block.attentions:  # type: ignore[union-attr]
-                columns = slice(None) if one.xl is not None else slice(past, None)
-                step = partial(remember, number)
-                normed = one.norm(h)
-                if isinstance(one.inner, KNNAttention):
-                    h = h + one.inner.attend(
-                        normed,
-                        bias=memorizing[..., columns],
-                        memory=memories[min(one.memory + self.shift_knn, len(memories) - 1)] if memories else None,
-                        reads_memory=reads_memory,
-                        remember=step,
-                    )
-                else:
-                    h = h + one.inner(normed, bias=plain[..., columns], remember=step)
-                number += 1
-            h = block.feed(h)  # type: ignore[operator]
-        return h
+            h, new = block(h, biases=biases, view=view, past=past, memories=memories)
+            kept += new
+        return h, kept
+
+
+def _shifted(own: int | None, shift: int, count: int) -> int | None:
+    """Index of what is ``shift`` farther up, or of the last."""
+    return None if own is None else min(own + shift, count - 1)

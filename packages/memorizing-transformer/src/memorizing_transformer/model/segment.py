@@ -1,19 +1,114 @@
-"""What of the past a segment may see, and what of it is remembered afterwards.
+"""What tokens may see of the past, and what of them is remembered afterwards.
+
+The XL window (arXiv 1901.02860) holds keys and values of the newest tokens, passed from segment to segment. The memory
+is searched as it was BEFORE a segment; afterwards what leaves the window is added, so no segment retrieves itself.
 
 Documents: a start-of-document token begins one, an end-of-document token ends one. Tokens of document 0 continue what
 came before the segment; later ones see neither the past nor another document of the segment. Afterwards only tokens of
 the document that is still open are remembered, oldest first: the newest ``width`` of them stay in the XL window, the
 others go to the memory. Padding is seen by no token and remembered nowhere.
 
-Legend: b batch, n tokens, j columns (remembered ones, then the segment's), g key heads, d feature of a head.
+Legend: b batch, n new tokens, m tokens of the window, f tokens of the segment before the new ones, j columns (window,
+segment so far, new), g key heads, d feature of a head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lm_core.nn.masking import maybe_and_mask, positions_from_mask
+from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.knn_attention import as_memories
+
+
+class XLMemories(list[Tensor]):
+    """Keys and values ``(b, m, 2, d)`` (with several key heads ``(b, h, m, 2, d)``) of each XL layer, not normalised.
+
+    Attributes:
+        mask: ``(b, m)`` False at columns on the left that hold nothing; None where all hold something.
+    """
+
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of an attention in the model.
+
+    Attributes:
+        number: its index among all attentions.
+        key_heads: heads of its keys and values.
+        xl: its index among those that have an XL window, or None.
+        memory: its index among those that have a memory, or None.
+        reads_xl: index of the XL window that it reads (another one's where windows are shifted), or None.
+        reads_memory: index of the memory that it searches, or None.
+    """
+
+    number: int
+    key_heads: int
+    xl: int | None
+    memory: int | None
+    reads_xl: int | None
+    reads_memory: int | None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What comes before the new tokens.
+
+    Attributes:
+        windows: XL window of each attention that has one; empty before a first segment.
+        window_mask: False at columns of the windows that hold nothing; None where all hold something.
+        segments: of each attention, the part of the segment that was read before; empty at the segment's start.
+        fill: how many columns of ``segments`` each row has, for one row where all have the same.
+        documents: which document those columns belong to; None without boundaries.
+    """
+
+    windows: Sequence[Float[Tensor, "b _ m 2 d"]] = ()
+    window_mask: Bool[Tensor, "b m"] | None = None
+    segments: Sequence[Float[Tensor, "b _ f 2 d"]] = ()
+    fill: Int[Tensor, "#b 1"] | None = None
+    documents: Int[Tensor, "b f"] | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of the windows."""
+        return self.windows[0].shape[2] if self.windows else 0
+
+    @property
+    def columns(self) -> int:
+        """Columns of the segment so far."""
+        return self.segments[0].shape[2] if self.segments else 0
+
+    def of(self, place: Place) -> list[Tensor]:
+        """What an attention sees."""
+        window = [self.windows[place.reads_xl]] if place.reads_xl is not None and self.windows else []
+        return window + ([self.segments[place.number]] if self.segments else [])
+
+
+def past_of_windows(xl_memories: Sequence[Tensor] | None, *, layers: int, b: int, dim_head: int) -> Past:
+    """XL memories, as they were passed to the model, before a segment of ``b`` rows.
+
+    Raises:
+        ValueError: they are not one for each of ``layers``, or a shape does not fit.
+    """
+    if xl_memories is None:
+        return Past()
+    if len(xl_memories) != layers:
+        raise ValueError(f"xl_memories must have one entry for each of {layers} XL layers, got {len(xl_memories)}")
+    windows = [kv if kv.ndim == 5 else kv.unsqueeze(1) for kv in xl_memories]
+    width = windows[0].shape[2] if windows else 0
+    for number, kv in enumerate(windows):
+        if kv.ndim != 5 or kv.shape != (b, kv.shape[1], width, 2, dim_head):
+            raise ValueError(
+                f"xl_memories[{number}] must have shape (b, m, 2, d) with b = {b}, one m for all and "
+                f"d = {dim_head}, got {tuple(xl_memories[number].shape)}"
+            )
+    return Past(windows, xl_memories.mask if isinstance(xl_memories, XLMemories) else None)
 
 
 @dataclass(frozen=True)
@@ -22,7 +117,7 @@ class Documents:
 
     Attributes:
         ids: 0 continues what came before; counted up at each boundary.
-        open: the document that goes on behind the last token.
+        open: the document that continues after the last token.
     """
 
     ids: Int[Tensor, "b n"]
@@ -59,67 +154,127 @@ def find_documents(
     return Documents(ids=boundaries - ends.long(), open=boundaries[:, -1])
 
 
-def additive(bias: Float[Tensor, "#b h i j"], visible: Bool[Tensor, "#b i j"]) -> Float[Tensor, "#b h i j"]:
-    """The bias with -inf where a query may not look."""
-    return bias.masked_fill(~visible.unsqueeze(1), -torch.inf)
+@dataclass(frozen=True)
+class View:
+    """What each new token may see.
+
+    Attributes:
+        distances: position of the query minus that of the key; negative ahead of the query.
+        visible: True where a query may look.
+        continues_document: False at queries whose document began within the segment, which may use no memory; None
+            where all may.
+    """
+
+    distances: Int[Tensor, "#b n j"]
+    visible: Bool[Tensor, "#b n j"]
+    continues_document: Bool[Tensor, "b n"] | None
+
+    def masked(self, bias: Float[Tensor, "#b h n j"]) -> Float[Tensor, "#b h n j"]:
+        """The bias with -inf where a query may not look."""
+        return bias.masked_fill(~self.visible.unsqueeze(1), -torch.inf)
 
 
-def visible_pairs(
-    distances: Int[Tensor, "#b i j"],
-    *,
-    past: int,
-    past_mask: Bool[Tensor, "b past"] | None = None,
-    key_mask: Bool[Tensor, "b n"] | None = None,
-    query_documents: Int[Tensor, "b i"] | None = None,
-    key_documents: Int[Tensor, "b n"] | None = None,
-) -> Bool[Tensor, "#b i j"]:
-    """Which keys each query may see: not ahead, no padding, of its own document.
+def view_of(
+    x: Int[Tensor, "b n"], past: Past, *, mask: Bool[Tensor, "b n"] | None, documents: Documents | None
+) -> View:
+    """What new tokens may see: nothing ahead, no padding, their own document.
 
     Args:
-        distances: position of the query minus that of the key.
-        past: how many of the columns come before the segment.
-        past_mask: False at columns before the segment that hold nothing.
-        key_mask: False at padding.
-        query_documents: of the queries.
-        key_documents: of the segment's columns.
+        x: token ids.
+        past: keys before them.
+        mask: False at padding; None where there is none.
+        documents: of the new tokens.
     """
+    (b, n), m, f, device = x.shape, past.width, past.columns, x.device
+    # padding takes no position
+    positions = torch.arange(n, device=device).unsqueeze(0) if mask is None else positions_from_mask(mask)
+    if past.fill is not None:
+        positions = positions + past.fill
+    before = torch.cat((torch.arange(-m, 0, device=device), torch.arange(f, device=device))).expand(len(positions), -1)
+    distances = positions.unsqueeze(2) - torch.cat((before, positions), dim=1).unsqueeze(1)
+    if mask is not None:
+        # two pads, or a pad and the token before it, have one position: the order of columns decides
+        distances = distances.masked_fill(torch.ones_like(distances[0], dtype=torch.bool).triu(m + f + 1), -1)
     visible = distances >= 0
-    b = next((t.shape[0] for t in (past_mask, key_mask, query_documents) if t is not None), None)
-    if b is None:
-        return visible
-    j = distances.shape[-1]
-    old = torch.ones(b, past, dtype=torch.bool, device=distances.device) if past_mask is None else past_mask
-    new = torch.ones(b, j - past, dtype=torch.bool, device=distances.device) if key_mask is None else key_mask
-    visible = visible & torch.cat((old, new), dim=1).unsqueeze(1)
-    if query_documents is not None and key_documents is not None:
-        same = query_documents.unsqueeze(2) == F.pad(key_documents, (past, 0)).unsqueeze(1)
-        visible = visible & same
+    # columns of rows that have read less of their segment than others hold nothing
+    filled = before[:, m:] < past.fill if past.fill is not None and len(past.fill) > 1 else None
+    if any(part is not None for part in (past.window_mask, filled, mask, documents)):
+        parts = zip((past.window_mask, filled, mask), (m, f, n), strict=True)
+        visible = visible & torch.cat([_all_true(part, b, width, x) for part, width in parts], dim=1).unsqueeze(1)
+    if documents is not None:
+        so_far = x.new_zeros(b, f) if past.documents is None else past.documents
+        keys = torch.cat((F.pad(so_far, (m, 0)), documents.ids), dim=1)
+        visible = visible & (documents.ids.unsqueeze(2) == keys.unsqueeze(1))
     # padding sees everything rather than nothing: its output is not used, but must not be NaN
-    return visible | ~visible.any(dim=-1, keepdim=True)
+    visible = visible | ~visible.any(dim=-1, keepdim=True)
+    return View(distances, visible, None if documents is None else documents.ids == 0)
 
 
-def remembered_columns(
+def _all_true(mask: Tensor | None, b: int, width: int, like: Tensor) -> Tensor:
+    return torch.ones(b, width, dtype=torch.bool, device=like.device) if mask is None else mask
+
+
+def remember(
+    places: Sequence[Place],
+    kept: Sequence[Float[Tensor, "b _ n 2 d"]],
+    past: Past,
     *,
-    past: int,
-    past_mask: Bool[Tensor, "b past"] | None,
-    key_mask: Bool[Tensor, "b n"] | None,
+    mask: Bool[Tensor, "b n"] | None,
     documents: Documents | None,
-    new: int,
-) -> Bool[Tensor, "b j"] | None:
-    """Which columns are remembered: no padding, and of the open document; None for all."""
-    if past_mask is None and key_mask is None and documents is None:
+    window: int,
+    memories: KNNMemoryList | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Moves a segment that has been read into the XL windows, and what leaves them into the memories.
+
+    Args:
+        places: of all attentions.
+        kept: keys and values of the segment, of each attention.
+        past: the windows before it.
+        mask: False at padding.
+        documents: of the segment.
+        window: columns of the windows at most.
+        memories: added to, and emptied in rows where a document ended; None leaves them as they are.
+
+    Returns:
+        The new windows, and which of their columns hold something (None: all).
+    """
+    if memories and documents is not None:
+        ended = (documents.open > 0).nonzero().flatten().tolist()
+        for memory in memories:
+            memory.clear([memory.scoped_indices[row] for row in ended])
+    windows: list[Tensor] = []
+    window_mask = None
+    for place, kv in zip(places, kept, strict=True):
+        if place.xl is None and place.memory is None:
+            continue
+        before = Past()
+        if place.xl is not None and past.windows:
+            before = past
+            kv = torch.cat((past.windows[place.xl].to(kv), kv), dim=2)
+        keep = _remembered(before, mask, documents, kept[0])
+        split = _split(kv, keep, 0 if place.xl is None else window)
+        if place.xl is not None:
+            windows.append(split.staying)
+            window_mask = split.staying_mask
+        if place.memory is not None and memories and split.leaving.shape[2]:
+            memories[place.memory].add(as_memories(split.leaving), mask=_finite(split))
+    return windows, window_mask
+
+
+def _remembered(past: Past, mask: Tensor | None, documents: Documents | None, like: Tensor) -> Tensor | None:
+    """Which columns of window and segment are remembered: no padding, and of the open document; None for all."""
+    if past.window_mask is None and mask is None and documents is None:
         return None
-    some = next(t for t in (past_mask, key_mask, None if documents is None else documents.ids) if t is not None)
-    old = torch.ones(some.shape[0], past, dtype=torch.bool, device=some.device) if past_mask is None else past_mask
-    fresh = torch.ones(some.shape[0], new, dtype=torch.bool, device=some.device) if key_mask is None else key_mask
+    b, n = like.shape[0], like.shape[2]
+    old, new = _all_true(past.window_mask, b, past.width, like), _all_true(mask, b, n, like)
     if documents is not None:
         old = old & (documents.open == 0).unsqueeze(1)
-        fresh = fresh & (documents.ids == documents.open.unsqueeze(1))
-    return torch.cat((old, fresh), dim=1)
+        new = new & (documents.ids == documents.open.unsqueeze(1))
+    return torch.cat((old, new), dim=1)
 
 
 @dataclass(frozen=True)
-class Split:
+class _Split:
     """Columns that leave the XL window, and those that stay in it.
 
     Attributes:
@@ -135,15 +290,7 @@ class Split:
     staying_mask: Bool[Tensor, "b m"] | None
 
 
-def staying_mask(keep: Bool[Tensor, "b j"] | None, width: int) -> Bool[Tensor, "b width"] | None:
-    """Which of ``width`` columns hold something once the newest kept ones are moved to the right; None for all."""
-    if keep is None:
-        return None
-    count = keep.sum(dim=1, keepdim=True)
-    return torch.arange(width - 1, -1, -1, device=keep.device) < count
-
-
-def split_columns(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int) -> Split:
+def _split(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int) -> _Split:
     """Moves the newest ``window`` remembered columns of each row to the right; the others leave.
 
     Args:
@@ -155,7 +302,7 @@ def split_columns(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | No
     width = min(window, j)
     if keep is None:
         leaving, staying = kv.split((j - width, width), dim=2)
-        return Split(leaving, None, staying, None)
+        return _Split(leaving, None, staying, None)
     # rank 1 is the newest remembered column
     rank = keep.flip(1).cumsum(1).flip(1)
     stays = keep & (rank <= width)
@@ -163,7 +310,14 @@ def split_columns(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | No
     # a stable sort by "stays" puts what stays on the right, in the order of time
     order = stays.long().sort(dim=1, stable=True).indices[:, j - width :]
     index = order[:, None, :, None, None].expand(-1, kv.shape[1], -1, 2, kv.shape[-1])
-    mask = staying_mask(keep, width)
-    assert mask is not None
+    mask = torch.arange(width - 1, -1, -1, device=keep.device) < keep.sum(dim=1, keepdim=True)
     staying = kv.gather(2, index).masked_fill(~mask[:, None, :, None, None], 0.0)
-    return Split(kv, leaves, staying, mask)
+    return _Split(kv, leaves, staying, mask)
+
+
+def _finite(split: _Split) -> Tensor | None:
+    """What may be added: a loss that overflowed is the trainer's to skip, and must not stay in the memory."""
+    if split.leaving.is_cuda or torch.compiler.is_compiling():
+        return split.leaving_mask
+    finite = torch.isfinite(split.leaving).all(dim=-1).all(dim=-1).all(dim=1)
+    return split.leaving_mask if bool(finite.all()) else maybe_and_mask(split.leaving_mask, finite)

@@ -7,16 +7,14 @@ Shifting (ERNIE-Doc, arXiv 2012.15688, equation 3: a layer reads what the SAME l
 with a shift of s, the i-th layer that has a window (a memory) reads that of the (i + s)-th, or of the last; each adds
 to its own.
 
-Segments are read in ``segment_reading``, new tokens behind a cache in ``cached_reading``, both through one loop in
-``layers``.
-
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,25 +30,22 @@ from lm_core.losses.losses import linear_cross_entropy
 from lm_core.nn.masking import maybe_and_mask
 from memorizing_transformer.memory.knn_memory import Backend
 from memorizing_transformer.memory.memory_list import KNNMemoryList
-from memorizing_transformer.memory.memory_making import MakesMemories
 from memorizing_transformer.memory.ring_storage import StorageFormat
-from memorizing_transformer.model.cached_reading import CachedReader
-from memorizing_transformer.model.generation_cache import MemoryCache, kept_of
-from memorizing_transformer.model.knn_attention import Gate, KNNAttention
+from memorizing_transformer.model.generation_cache import MemoryCache
+from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, packed
 from memorizing_transformer.model.layers import Layers
-from memorizing_transformer.model.model_checks import (
-    check_inputs,
-    check_labels,
-    check_memories,
-    check_token,
-    layer_numbers,
-    whole_number,
+from memorizing_transformer.model.segment import (
+    Documents,
+    Past,
+    XLMemories,
+    find_documents,
+    past_of_windows,
+    remember,
+    view_of,
 )
-from memorizing_transformer.model.segment_reading import read_segment
-from memorizing_transformer.model.xl_memories import XLMemories, check_window
 
 
-class MemorizingTransformer(MakesMemories, PretrainedMixin):
+class MemorizingTransformer(PretrainedMixin):
     """A causal language model with a kNN memory.
 
     Args:
@@ -134,20 +129,26 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
             check_positive(value, name)
         check_probability(attn_dropout, "attn_dropout")
         check_probability(ff_dropout, "ff_dropout")
-        self.shift_xl = whole_number(shift_xl_memories_down, "shift_xl_memories_down")
-        self.xl_max_memories = whole_number(xl_max_memories, "xl_max_memories")
-        check_token(clear_memories_on_sos_token_id, num_tokens, "clear_memories_on_sos_token_id")
-        check_token(clear_memories_on_eos_token_id, num_tokens, "clear_memories_on_eos_token_id")
-        check_token(pad_id, num_tokens, "pad_id")
+        shift_knn = _whole_number(shift_knn_memories_down, "shift_knn_memories_down")
+        shift_xl = _whole_number(shift_xl_memories_down, "shift_xl_memories_down")
+        self.xl_max_memories = _whole_number(xl_max_memories, "xl_max_memories")
+        _check_token(clear_memories_on_sos_token_id, num_tokens, "clear_memories_on_sos_token_id")
+        _check_token(clear_memories_on_eos_token_id, num_tokens, "clear_memories_on_eos_token_id")
+        _check_token(pad_id, num_tokens, "pad_id")
         middle = (max(1, depth // 2),)
-        self.memorizing_layers = layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
+        self.memorizing_layers = _layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
         every = tuple(range(1, depth + 1)) if self.xl_max_memories else ()
-        self.xl_memory_layers = layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
+        self.xl_memory_layers = _layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
         if not self.xl_max_memories:
             self.xl_memory_layers = ()
-        self.num_tokens, self.dim, self.depth, self.dim_head, self.heads = num_tokens, dim, depth, dim_head, heads
-        self.max_knn_memories, self.segment_length, self.pad_id = max_knn_memories, segment_length, pad_id
-        self.sos_id, self.eos_id = clear_memories_on_sos_token_id, clear_memories_on_eos_token_id
+        self.num_tokens = num_tokens
+        self.depth = depth
+        self.dim_head = dim_head
+        self.max_knn_memories = max_knn_memories
+        self.segment_length = segment_length
+        self.pad_id = pad_id
+        self.sos_id = clear_memories_on_sos_token_id
+        self.eos_id = clear_memories_on_eos_token_id
         self.knn_memories_directory = knn_memories_directory
         self.cross_entropy_ignore_index = cross_entropy_ignore_index
         self.memory_settings: dict[str, Any] = {
@@ -168,7 +169,8 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
             depth=depth,
             memorizing_layers=self.memorizing_layers,
             xl_memory_layers=self.xl_memory_layers,
-            shift_knn=whole_number(shift_knn_memories_down, "shift_knn_memories_down"),
+            shift_knn=shift_knn,
+            shift_xl=shift_xl,
             plain={"heads": heads, **shared},
             memorizing={
                 "heads": knn_heads,
@@ -185,13 +187,67 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
     # ---------------------------------------------------------------------------------------------------- structure
 
     @property
-    def output_weight(self) -> Float[Tensor, "v d1"]:
-        """The output layer's weight with its bias as the last column; ``hidden`` has a one there."""
-        return torch.cat((self.to_logits.weight, self.to_logits.bias.unsqueeze(1)), dim=1)
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.token_emb.weight.device
 
-    def memory_attentions(self) -> list[KNNAttention]:
+    @property
+    def output_weight(self) -> Float[Tensor, "v d1"]:
+        """The output layer's weight with its bias as the last column; ``hidden`` has a one there.
+
+        Raises:
+            AttributeError: the output layer is wrapped or has hooks, so that only calling it gives the logits.
+        """
+        layer = self.to_logits
+        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+        if type(layer) is not nn.Linear or any(hooks):
+            raise AttributeError("to_logits is wrapped or has hooks: logits are not hidden @ output_weight.T")
+        return torch.cat((layer.weight, layer.bias.unsqueeze(1)), dim=1)
+
+    def memory_attentions(self) -> list[MemorizingAttention]:
         """Those that search a memory."""
-        return [one.inner for one in self.layers.attentions() if isinstance(one.inner, KNNAttention)]
+        return [module for module in self.layers.modules() if isinstance(module, MemorizingAttention)]
+
+    # ----------------------------------------------------------------------------------------------------- memories
+
+    def create_knn_memories(
+        self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
+    ) -> KNNMemoryList:
+        """Empty memories, one for each memorizing layer; with ``name``, what the folder of that name holds.
+
+        Args:
+            batch_size: rows.
+            name: of the folder in ``knn_memories_directory`` that is kept and opened again by its name. Without it, a
+                scratch folder that ``cleanup`` removes.
+            timeout: seconds to wait for another process that uses the folder.
+            **settings: arguments of ``KNNMemory`` other than the model's.
+
+        Raises:
+            ValueError: a name without ``knn_memories_directory``, or a folder with other memories.
+            TimeoutError: another process uses the folder.
+        """
+        check_positive(batch_size, "batch_size")
+        directory = self.knn_memories_directory
+        if name is not None and directory is None:
+            raise ValueError(f"name {name!r} needs a model with knn_memories_directory, got None")
+        create = KNNMemoryList.create_memories(
+            batch_size=batch_size,
+            num_memory_layers=len(self.memorizing_layers),
+            memories_directory=directory,
+            name=name,
+            timeout=timeout,
+        )
+        place = {} if directory is not None else {"device": self.device}
+        return create(**{**self.memory_settings, **place, **settings})
+
+    @contextmanager
+    def knn_memories_context(self, **settings: Any) -> Iterator[KNNMemoryList]:
+        """``create_knn_memories`` for a block; files are closed at its end, also after an error."""
+        memories = self.create_knn_memories(**settings)
+        try:
+            yield memories
+        finally:
+            memories.cleanup()
 
     # ------------------------------------------------------------------------------------------------------ forward
 
@@ -211,12 +267,12 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
 
         Args:
             x: token ids of one segment.
-            knn_memories: of ``create_knn_memories``; searched, and then added to. None attends locally alone.
+            knn_memories: from ``create_knn_memories``; searched, and then added to. None attends locally alone.
             xl_memories: what the call before returned.
             labels: what each position should predict, ALIGNED with ``x``: nothing is shifted.
             add_knn_memory: False leaves the memories as they are.
             mask: True at real tokens, of cached and new positions.
-            cache: what ``init_cache`` made; ``x`` then holds the new tokens only.
+            cache: from ``init_cache``; ``x`` then holds the new tokens only.
             loss_normalizer: divides the summed loss, instead of the number of labels.
 
         Returns:
@@ -227,29 +283,13 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
             TypeError: ids or labels are no integers, or the mask is not boolean.
         """
         if labels is not None:
-            check_labels(labels, x, num_tokens=self.num_tokens, ignore_index=self.cross_entropy_ignore_index)
-        settings: dict[str, Any] = {
-            "knn_memories": knn_memories,
-            "xl_memories": xl_memories,
-            "add_knn_memory": add_knn_memory,
-        }
-        if cache is not None:
-            features, new = self.hidden(x, mask=mask, cache=cache, **settings), None
-        else:
-            features, new = self.read(x, mask=mask, **settings)
+            self._check_labels(labels, x)
+        settings: dict[str, Any] = {"mask": mask, "knn_memories": knn_memories, "add_knn_memory": add_knn_memory}
+        features, new = self._read_with(cache, x, xl_memories, settings)
         if labels is None:
-            result = F.linear(features, self.output_weight.to(features.dtype))
+            result = self.to_logits(features)
         else:
-            labels = labels.long()
-            if self.pad_id is not None:
-                labels = labels.masked_fill(labels == self.pad_id, self.cross_entropy_ignore_index)
-            result = linear_cross_entropy(
-                features,
-                self.output_weight,
-                labels,
-                ignore_index=self.cross_entropy_ignore_index,
-                normalizer=loss_normalizer,
-            )
+            result = self.loss(features, labels, normalizer=loss_normalizer)
         return result if new is None else (result, new)
 
     def hidden(
@@ -266,13 +306,39 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
 
         With a cache, ``knn_memories`` may be given with the first tokens: they are copied, not changed.
         """
-        if cache is None:
-            return self.read(
-                x, mask=mask, knn_memories=knn_memories, xl_memories=xl_memories, add_knn_memory=add_knn_memory
-            )[0]
-        if xl_memories is not None:
-            raise ValueError("a cache has an XL window of its own: xl_memories must be None")
-        return self._read_cached(x, mask, cache, knn_memories, add_knn_memory)
+        settings: dict[str, Any] = {"mask": mask, "knn_memories": knn_memories, "add_knn_memory": add_knn_memory}
+        return _with_ones(self._read_with(cache, x, xl_memories, settings)[0])
+
+    def loss(
+        self,
+        features: Float[Tensor, "b n d"],
+        labels: Int[Tensor, "b n"],
+        *,
+        reduction: Literal["mean", "none"] = "mean",
+        normalizer: float | Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the output layer, in nats, without holding all logits where that layer is plain.
+
+        Args:
+            features: of ``read``.
+            labels: what each position should predict.
+            reduction: "mean" over the labels, or "none".
+            normalizer: divides the sum of "mean", instead of the number of labels.
+        """
+        ignored, labels = self.cross_entropy_ignore_index, labels.long()
+        if self.pad_id is not None:
+            labels = labels.masked_fill(labels == self.pad_id, ignored)
+        weight = getattr(self, "output_weight", None)
+        if weight is not None:
+            return linear_cross_entropy(
+                _with_ones(features), weight, labels, ignore_index=ignored, reduction=reduction, normalizer=normalizer
+            )
+        logits = self.to_logits(features).transpose(1, 2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="none")
+        if reduction == "none":
+            return losses
+        return losses.sum() / ((labels != ignored).sum().clamp(min=1) if normalizer is None else normalizer)
 
     def read(
         self,
@@ -282,32 +348,34 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
         knn_memories: KNNMemoryList | None = None,
         xl_memories: Sequence[Tensor] | None = None,
         add_knn_memory: bool = True,
-    ) -> tuple[Float[Tensor, "b n d1"], XLMemories | None]:
-        """Features of a segment, and the XL memories behind it; arguments as for ``forward``."""
-        check_inputs(x, mask=mask, past=0, num_tokens=self.num_tokens)
-        self._check_memories(knn_memories, x.shape[0])
-        window = check_window(xl_memories, len(self.xl_memory_layers), x.shape[0], self.dim_head)
-        x = x.long()
-        if self.pad_id is not None:
-            mask = maybe_and_mask(mask, x != self.pad_id)
-        return read_segment(
-            x,
-            features_of=self._features,
-            attentions=self.layers.attentions(),
+    ) -> tuple[Float[Tensor, "b n d"], XLMemories | None]:
+        """Features of a segment before the output layer, and the XL memories after it; arguments as for ``forward``."""
+        x, mask = self._checked(x, mask, past=0, memories=knn_memories)
+        past = past_of_windows(xl_memories, layers=len(self.xl_memory_layers), b=x.shape[0], dim_head=self.dim_head)
+        documents = find_documents(x, sos_id=self.sos_id, eos_id=self.eos_id, mask=mask)
+        features, kept = self._features(x, past, mask, documents, knn_memories)
+        windows, window_mask = remember(
+            self.layers.places(),
+            kept,
+            past,
             mask=mask,
-            memories=knn_memories,
-            adds=add_knn_memory,
-            window=window,
-            window_mask=xl_memories.mask if isinstance(xl_memories, XLMemories) else None,
-            max_window=self.xl_max_memories,
-            shift_window=self.shift_xl,
-            sos_id=self.sos_id,
-            eos_id=self.eos_id,
+            documents=documents,
+            window=self.xl_max_memories,
+            memories=knn_memories if add_knn_memory else None,
         )
+        if not self.xl_max_memories:
+            return features, None
+        new = XLMemories(packed(window) for window in windows)
+        new.mask = window_mask
+        return features, new
 
-    def _features(self, x: Tensor, **settings: Any) -> Tensor:
-        """From ids to what the output layer is applied to; ``settings`` as for ``Layers.forward``."""
-        return F.pad(self.norm(self.layers(self._embed(x), **settings)), (0, 1), value=1.0)
+    def _features(
+        self, x: Tensor, past: Past, mask: Tensor | None, documents: Documents | None, memories: KNNMemoryList | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features before the output layer, and the new keys and values of each attention."""
+        view = view_of(x, past, mask=mask, documents=documents)
+        h, kept = self.layers(self._embed(x), view=view, past=past, memories=memories)
+        return self.norm(h), kept
 
     def _embed(self, x: Tensor) -> Tensor:
         try:
@@ -316,9 +384,14 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
             check_ids(x, self.num_tokens, "x")
             raise
 
-    def _check_memories(self, memories: KNNMemoryList | None, b: int) -> None:
-        layers, key_heads = len(self.memorizing_layers), int(self.memory_settings["heads"])
-        check_memories(memories, b, layers=layers, dim_head=self.dim_head, key_heads=key_heads)
+    def _read_with(
+        self, cache: MemoryCache | None, x: Tensor, xl_memories: Sequence[Tensor] | None, settings: dict[str, Any]
+    ) -> tuple[Tensor, XLMemories | None]:
+        if cache is None:
+            return self.read(x, xl_memories=xl_memories, **settings)
+        if xl_memories is not None:
+            raise ValueError("a cache has an XL window of its own: xl_memories must be None")
+        return self._read_cached(x, cache, **settings), None
 
     # ------------------------------------------------------------------------------------------------- generation
 
@@ -334,32 +407,49 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
         check_positive(max_length, "max_length")
         length = self.segment_length if segment_length is None else segment_length
         check_positive(length, "segment_length")
+        create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=len(self.memorizing_layers))
         return MemoryCache(
-            kept=kept_of(self.layers.attentions(), self.shift_xl),
+            places=self.layers.places(),
             batch_size=batch_size,
             segment_length=length,
             window=self.xl_max_memories,
             dim_head=self.dim_head,
-            make_memories=self._memories_in_passing,
+            # never in files, whatever the model's other memories are in
+            make_memories=lambda: create(**self.memory_settings, device=self.device),
         )
 
     @torch.no_grad()
     def _read_cached(
-        self, x: Tensor, mask: Tensor | None, cache: MemoryCache, memories: KNNMemoryList | None, adds: bool
+        self,
+        x: Tensor,
+        cache: MemoryCache,
+        *,
+        mask: Tensor | None,
+        knn_memories: KNNMemoryList | None,
+        add_knn_memory: bool,
     ) -> Tensor:
-        check_inputs(x, mask=mask, past=cache.length, num_tokens=self.num_tokens)
-        self._check_memories(memories, x.shape[0])
-        x = x.long()
-        cache.check_next(x, mask, memories)
+        """Features of new tokens, read piece by piece into the cache."""
+        x, fresh = self._checked(x, mask, past=cache.length, memories=knn_memories)
+        cache.check_next(x, mask, knn_memories)
         if cache.length == 0:
-            cache.begin(self.token_emb.weight, memories, adds)
-        fresh = cache.take_up(x, mask)
-        if self.pad_id is not None:
-            fresh = maybe_and_mask(fresh, x != self.pad_id)
-        reader = CachedReader(
-            cache, features_of=self._features, features=self.dim + 1, sos_id=self.sos_id, eos_id=self.eos_id
-        )
-        return reader.read(x, fresh)
+            cache.begin(self.token_emb.weight, knn_memories, add_knn_memory)
+        cache.length += x.shape[1]
+        cache.masked = cache.masked or mask is not None
+        out: Tensor | None = None
+        for piece in cache.pieces(x, None if fresh is None or bool(fresh.all()) else fresh):
+            tokens = x.gather(1, piece.columns)
+            documents = find_documents(
+                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=piece.mask, before=cache.open_documents
+            )
+            features, kept = self._features(tokens, cache.past(), piece.mask, documents, cache.memories)
+            cache.append(kept, piece.mask, documents)
+            # zeros stay where there is padding
+            out = features.new_zeros(*x.shape, features.shape[-1]) if out is None else out
+            if piece.mask is None:
+                out.scatter_(1, piece.columns.unsqueeze(-1).expand_as(features), features)
+            else:
+                out[piece.mask.nonzero()[:, 0], piece.columns[piece.mask]] = features[piece.mask]
+        return self.token_emb.weight.new_zeros(*x.shape, self.norm.normalized_shape[0]) if out is None else out
 
     @torch.no_grad()
     def generate(
@@ -402,3 +492,85 @@ class MemorizingTransformer(MakesMemories, PretrainedMixin):
             **kwargs,
         )
         return result.tokens
+
+    # ------------------------------------------------------------------------------------------------------ checks
+
+    def _checked(
+        self, x: Tensor, mask: Tensor | None, *, past: int, memories: KNNMemoryList | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The ids as int64, and which of them are real (None: all).
+
+        Raises:
+            TypeError: ``x`` holds no integers or ``mask`` is not boolean.
+            ValueError: a shape does not fit, or (on the CPU) an id is out of range; memories of another number, batch,
+                features or key heads.
+        """
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise TypeError(f"x must hold integer token ids, got dtype {x.dtype}")
+        if x.ndim != 2 or 0 in x.shape:
+            raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
+        (b, n), fresh = x.shape, None
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
+            if mask.shape != (b, past + n):
+                raise ValueError(f"mask must have shape (b, cached + new) = {(b, past + n)}, got {tuple(mask.shape)}")
+            fresh = mask[:, past:]
+        if not x.is_cuda:
+            check_ids(x, self.num_tokens, "x")
+        if memories is not None:
+            self._check_memories(memories, b)
+        x = x.long()
+        return x, fresh if self.pad_id is None else maybe_and_mask(fresh, x != self.pad_id)
+
+    def _check_memories(self, memories: KNNMemoryList, b: int) -> None:
+        sizes = self.dim_head, int(self.memory_settings["heads"])
+        if len(memories) != len(self.memorizing_layers):
+            raise ValueError(f"knn_memories must have {len(self.memorizing_layers)} memories, got {len(memories)}")
+        for number, memory in enumerate(memories):
+            if len(memory.scoped_indices) != b:
+                raise ValueError(f"knn_memories have {len(memory.scoped_indices)} rows in scope, x has a batch of {b}")
+            if (memory.dim, memory.heads) != sizes:
+                raise ValueError(
+                    f"knn_memories[{number}] must have dim {sizes[0]} and {sizes[1]} key heads, "
+                    f"got {memory.dim} and {memory.heads}"
+                )
+
+    def _check_labels(self, labels: Tensor, x: Tensor) -> None:
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
+        if labels.shape != x.shape:
+            raise ValueError(f"labels must have the shape of x {tuple(x.shape)}, got {tuple(labels.shape)}")
+        if not labels.is_cuda:
+            check_ids(labels[labels != self.cross_entropy_ignore_index], self.num_tokens, "labels")
+
+
+def _with_ones(features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d1"]:
+    """Features with a last one, which the output layer's bias is multiplied by."""
+    return F.pad(features, (0, 1), value=1.0)
+
+
+def _whole_number(value: int | float, name: str) -> int:
+    if value != int(value) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value}")
+    return int(value)
+
+
+def _layer_numbers(
+    layers: int | Sequence[int] | None, depth: int, name: str, *, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Layers counted from 1, in ascending order; refused if one does not exist or comes twice."""
+    if layers is None:
+        return default
+    chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+    wrong = [layer for layer in chosen if not 1 <= layer <= depth]
+    if wrong:
+        raise ValueError(f"{name} must be in 1 to {depth}, got {wrong}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{name} must be different from each other, got {list(chosen)}")
+    return tuple(sorted(chosen))
+
+
+def _check_token(token: int | None, num_tokens: int, name: str) -> None:
+    if token is not None and not 0 <= token < num_tokens:
+        raise ValueError(f"{name} must be a token in [0, {num_tokens}), got {token}")

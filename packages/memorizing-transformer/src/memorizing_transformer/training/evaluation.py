@@ -14,11 +14,10 @@ from tqdm import tqdm
 from lm_core.data.documents import Documents
 from lm_core.distributed import all_reduce_sum
 from lm_core.generation.decoding import eval_mode
-from lm_core.losses.losses import linear_cross_entropy
 from lm_core.training.accelerator import Precision, autocast
 from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.model.xl_memories import XLMemories
 from memorizing_transformer.training.documents import IGNORE_INDEX, DocumentSegments, Segment
 
 # First position of each range of positions.
@@ -117,7 +116,7 @@ def token_losses(
     mask = None if mask is None else mask.to(device)
     with autocast(precision, device):
         features, window = model.read(ids, mask=mask, knn_memories=memories, xl_memories=window)
-        losses = linear_cross_entropy(features, model.output_weight, labels, reduction="none")
+        losses = model.loss(features, labels, reduction="none")
     return losses, window
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lm_core.checks import typed
-from memorizing_transformer.model.knn_attention import GATE_START, KNNAttention
+from memorizing_transformer.model.knn_attention import GATE_START
 from memorizing_transformer.model.transformer import MemorizingTransformer
 
 
@@ -68,7 +68,7 @@ def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
     """
     if not 0 < part < 1:
         raise ValueError(f"part must be between 0 and 1, got {part}")
-    gates = [module.gate for module in model.modules() if isinstance(module, KNNAttention) and module.gate is not None]
+    gates = [attention.gate for attention in model.memory_attentions() if attention.gate is not None]
     untrained = [gate for gate in gates if bool((gate == GATE_START).all())]
     with torch.no_grad():
         for gate in untrained:

@@ -27,7 +27,6 @@ from lm_core.checks import check_ids, typed
 from lm_core.data.corpora import Corpus
 from lm_core.data.packing import bits_per_byte
 from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
-from lm_core.losses.losses import linear_cross_entropy
 from lm_core.rng import capture_rng, restore_rng, seed_everything
 from lm_core.tokenizers import ByteTokenizer, Tokenizer
 from lm_core.training.accelerator import (
@@ -52,8 +51,8 @@ from lm_core.training.session import (
     split_trackers,
 )
 from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.model.xl_memories import XLMemories
 from memorizing_transformer.training.config import TrainingSettings
 from memorizing_transformer.training.documents import DocumentSegments, DocumentStreams
 from memorizing_transformer.training.evaluation import Evaluation, score
@@ -118,8 +117,9 @@ class SegmentLoss(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:
         """Summed loss of a segment over ``normalizer``; memories and window then go on behind it."""
         with autocast(self.precision, ids.device):
-            features, self.window = self.model.read(ids, knn_memories=self.memories, xl_memories=self.window)
-            return linear_cross_entropy(features, self.model.output_weight, labels, normalizer=normalizer)
+            result = self.model(ids, self.memories, self.window, labels, loss_normalizer=normalizer)
+        loss, self.window = result if isinstance(result, tuple) else (result, None)
+        return loss
 
 
 class MemoryTrainer:

@@ -65,7 +65,9 @@ def test_hugging_face_datasets_and_files_give_the_same_rows(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines)
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
         stream.write(lines)
+    (tmp_path / "a.csv").write_text("prompt,response\n" + "".join(f"p{n},r{n}\n" for n in range(4)))
     sources = [rows, datasets.Dataset.from_list(rows), tmp_path / "a.jsonl", str(tmp_path / "a.jsonl.gz")]
+    sources.append(tmp_path / "a.csv")
     found = [as_sft_dataset(source, max_seq_len=20, tokenizer=BYTES) for source in sources]
 
     assert len({one.fingerprint for one in found}) == 1

@@ -63,7 +63,7 @@ DATA = {
     "rows of three": ([(1, 2, 3)], {}, TypeError, r"must be \(sequence, prompt_len\)"),
     "rows that are numbers": ([3], {}, TypeError, r"got int '3'"),
     "no rows": ([], {}, ValueError, r"at least one row, got none"),
-    "a number as dataset": (3, {}, TypeError, r"sequence or dataset of rows or a path, got int"),
+    "a number as dataset": (3, {}, TypeError, r"path, a dataset or an iterable of rows, got int"),
     "a file that is not there": ("nowhere.jsonl", {}, FileNotFoundError, r"nowhere.jsonl"),
     "missing EOS": ([([1, 2, 3], 1)], {"eos_id": 11}, ValueError, r"answers that end with eos_id 11, none does"),
     "text without a tokenizer": ([("a", "b")], {}, ValueError, r"a tokenizer is needed, got tokenizer=None"),
@@ -250,9 +250,9 @@ TRAINERS = [
     (
         {"train_sft_dataset": [([1, 2, 15, 11], 1)]},
         ValueError,
-        r"train_sft_dataset\[0\] must hold token ids in \[0, 12\)",
+        r"row 0 of train_sft_dataset must hold token ids in \[0, 12\)",
     ),
-    ({"valid_sft_dataset": [([1, 2], 2)]}, ValueError, r"valid_sft_dataset\[0\] must have answer tokens"),
+    ({"valid_sft_dataset": [([1, 2], 2)]}, ValueError, r"row 0 of valid_sft_dataset must have answer tokens"),
     ({"checkpoint_every": 1.5}, TypeError, r"checkpoint_every"),
     ({"fsdp": True}, ValueError, r"fsdp=True needs several processes, got one"),
     ({"overlong": "cut"}, TypeError, r"overlong"),
@@ -327,11 +327,14 @@ def test_damaged_rows_are_named(tmp_path):
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2, is no JSON"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2, is not JSON"):
         as_sft_dataset(tmp_path / "a.jsonl", max_seq_len=9, tokenizer=BYTES)
-    (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"must be a .jsonl or .jsonl.gz file"):
-        as_sft_dataset(tmp_path / "a.csv", max_seq_len=9, tokenizer=BYTES)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2, must have the columns 'messages', or 'prompt' and one of"):
+        as_sft_dataset(tmp_path / "a.jsonl", max_seq_len=9, tokenizer=BYTES)
+    (tmp_path / "a.xlsx").write_text("a,b")
+    with pytest.raises(ValueError, match=r"the format .xlsx is not read. Convert it"):
+        as_sft_dataset(tmp_path / "a.xlsx", max_seq_len=9, tokenizer=BYTES)
 
 
 def test_prompts_that_leave_no_room_are_refused(make_model):

@@ -11,7 +11,6 @@ from lm_core.checkpoints.checkpoint import list_checkpoints
 from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, SPINTrainer
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts
-from spin_trainer.data.pairs import Pair, PairOrder
 from spin_trainer.data.row_store import RowStore
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 
@@ -221,23 +220,6 @@ def test_a_limited_models_rows_are_filled_each_to_its_end(make_model):
 
     assert answer_prompts(model, prompts, free, 0) == expected
     assert [len(answer.tokens) for answer in expected] == [7, 5, 8]
-
-
-def weighed(batch):
-    return zip(batch.pairs, batch.weights, strict=True)
-
-
-def test_every_pair_comes_once_an_epoch_on_any_number_of_processes():
-    pairs = [Pair(row) for row in range(11)]
-    common = {"pairs": pairs, "accumulation": 2, "epochs": 2, "seed": 0, "iteration": 0}
-    one = PairOrder(batch_size=4, **common)
-    two = [PairOrder(batch_size=2, rank=rank, world_size=2, **common) for rank in (0, 1)]
-    for update in range(one.updates):
-        seen = [pair for order in two for b in order.micro_batches(update) for pair, w in weighed(b) if w]
-        assert sorted(p.row for p in seen) == sorted(p.row for p in one.chosen(update))
-        assert len({len(order.micro_batches(update)) for order in two}) == 1
-    epoch = [pair.row for update in range(one.updates_per_epoch) for pair in one.chosen(update)]
-    assert sorted(epoch) == list(range(11))
 
 
 def test_a_store_cuts_a_torn_line_and_never_writes_a_row_twice(tmp_path):

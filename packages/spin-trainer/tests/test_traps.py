@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.data.epochs import seed_of
 from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, SPINTrainer
-from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length, seed_of
+from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length
 
 LN_2 = torch.tensor(2.0).log().item()
 SAMPLING = Sampling(max_seq_len=10, eos_id=(11,), batch_size=6)

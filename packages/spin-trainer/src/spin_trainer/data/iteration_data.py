@@ -5,9 +5,11 @@ model is in memory then, and with both on disk none is needed while the policy t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_core.data.epochs import seed_of
 from lm_core.distributed import rank
 from lm_core.generation.decoding import eval_mode
 from spin_trainer.data.opponent_answers import (
@@ -18,11 +20,22 @@ from spin_trainer.data.opponent_answers import (
     batches_by_length,
     fill,
     opponent_log_probs,
-    seed_of,
 )
-from spin_trainer.data.pairs import Pair
 from spin_trainer.data.row_store import RowStore, fingerprint_of
 from spin_trainer.data.sft_data import SFTDataset
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of the dataset with an answer of the opponent.
+
+    Attributes:
+        row: number of the example.
+        previous: whether the answer is of the iteration before.
+    """
+
+    row: int
+    previous: bool = False
 
 
 class IterationData:
@@ -69,6 +82,9 @@ class IterationData:
         }
         self.score_store = RowStore(root, f"scores-{split}-{iteration}", scores, rank=rank())
         self.answers: list[Answer] = []
+        # each example with the opponent's answer, and with that of the iteration before
+        kinds = (False,) if previous is None else (False, True)
+        self.pairs = [Pair(row, previous=kind) for kind in kinds for row in range(len(dataset))]
 
     # ------------------------------------------------------------------------------------------------------ making
 
@@ -154,14 +170,6 @@ class IterationData:
             yield {"row": row, **{kind: values[place] for kind, values in scores.items()}}
 
     # ------------------------------------------------------------------------------------------------------- using
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """Each example with the opponent's answer, and with that of the iteration before where it is mixed in."""
-        pairs = [Pair(row) for row in range(len(self.dataset))]
-        if self.previous is not None:
-            pairs += [Pair(row, previous=True) for row in range(len(self.dataset))]
-        return pairs
 
     def answer(self, pair: Pair) -> Answer:
         """The opponent's answer of a pair."""

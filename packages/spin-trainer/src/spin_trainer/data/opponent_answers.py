@@ -5,7 +5,6 @@ batch draws, depends on the data and the seed only: so a resumed run, and a run 
 the same answers. A batch that a kill interrupted is generated again and only its missing rows are written.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lm_core.data.epochs import seed_of
 from lm_core.distributed import barrier, rank, world_size
 from lm_core.generation.decoding import Filter
 from lm_core.generation.generate import generate
@@ -78,11 +78,6 @@ class Answer:
 
     tokens: tuple[int, ...]
     finished: bool
-
-
-def seed_of(*parts: object) -> int:
-    """A seed for a generator from the names of what it is for."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Answer]:

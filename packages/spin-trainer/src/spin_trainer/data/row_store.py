@@ -15,6 +15,7 @@ from typing import Any
 
 from lm_core.checkpoints.atomic_io import fsync_path, write_file
 from lm_core.checkpoints.manifest import to_json
+from lm_core.data.jsonl import read_json_lines
 
 
 def fingerprint_of(description: Mapping[str, Any]) -> str:
@@ -76,15 +77,11 @@ class RowStore:
     def _read(self) -> dict[int, dict[str, Any]]:
         rows: dict[int, dict[str, Any]] = {}
         for file in sorted(self.folder.glob("rows-*.jsonl")):
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith("\n"):
-                    break  # another process is writing it
-                try:
-                    row = json.loads(line)
-                    rows[int(row["row"])] = row
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}, line {number}, is damaged ({error}); delete {self.folder}") from error
+            # another process may be writing the last line
+            for number, row in read_json_lines(file, torn_end=True):
+                if not isinstance(row.get("row"), int):
+                    raise ValueError(f"{file}, line {number}, is damaged: it has no row number; delete {self.folder}")
+                rows[row["row"]] = row
         return rows
 
     def refresh(self) -> None:

@@ -8,16 +8,15 @@ and training see the same text.
 An answer that the length limit cuts off gets no EOS: the model must not learn that it ended there.
 """
 
-import gzip
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lm_core.data.rows import iterate_rows
 
 ANSWER_COLUMNS = ("response", "completion", "answer")
 Overlong = Literal["error", "drop"]
@@ -77,8 +76,7 @@ def as_sft_dataset(
     """Reads a dataset whole.
 
     Args:
-        source: a sequence, a ``torch`` or Hugging Face dataset, or the path of a ``.jsonl`` or ``.jsonl.gz`` file; rows
-            as the module describes them.
+        source: files, a dataset or a sequence, as ``lm_core.data.rows`` takes them; rows as the module describes them.
         max_seq_len: longest prompt with answer; longer answers are cut off.
         tokenizer: in the protocol of ``lm_core.tokenizers``, for texts and chats.
         eos_id: ends answers; by default the tokenizer's.
@@ -96,13 +94,9 @@ def as_sft_dataset(
         raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
     if eos_id is None and tokenizer is not None:
         eos_id = tokenizer.eos_id
-    columns = getattr(source, "column_names", None)
-    if isinstance(columns, list):
-        _check_columns(columns, name)
     examples: list[Example] = []
     dropped = 0
-    for number, row in enumerate(_rows(source, name)):
-        where = f"{name}[{number}]"
+    for where, row in iterate_rows(source, name=name):
         prompt, response = _encoded(row, tokenizer, eos_id, pad_id, where)
         if not prompt:
             raise ValueError(f"{where} must have a prompt of at least one token, got none")
@@ -138,31 +132,6 @@ def _check_columns(columns: Sequence[str], where: str) -> None:
     )
 
 
-def _rows(source: Any, name: str) -> Iterator[Any]:
-    if isinstance(source, str | Path):
-        yield from _read_lines(Path(source))
-    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, Mapping):
-        # torch datasets need not be iterable
-        yield from (source[number] for number in range(len(source)))
-    else:
-        raise TypeError(f"{name} must be a sequence or dataset of rows or a path, got {type(source).__name__}")
-
-
-def _read_lines(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"a dataset must be a .jsonl or .jsonl.gz file, got {path}")
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
-
-
 def _encoded(
     row: Any, tokenizer: Any, eos_id: int | None, pad_id: int | None, where: str
 ) -> tuple[list[int], list[int]]:
@@ -191,7 +160,7 @@ def _ids(sequence: Any, prompt_len: Any, pad_id: int | None, where: str) -> tupl
         ids = torch.as_tensor(sequence)
         length = int(prompt_len)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{where} must be (token ids, prompt_len), got {row_kinds(sequence, prompt_len)}") from error
+        raise TypeError(f"{where} must be (token ids, prompt_len), got {_kinds(sequence, prompt_len)}") from error
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"{where} must hold 1-D integer ids, got {ids.dtype} of shape {tuple(ids.shape)}")
     values: list[int] = ids.tolist()
@@ -206,17 +175,14 @@ def _ids(sequence: Any, prompt_len: Any, pad_id: int | None, where: str) -> tupl
     return values[:length], values[length:]
 
 
-def row_kinds(*parts: Any) -> str:
-    """Type names for an error message."""
+def _kinds(*parts: Any) -> str:
     return ", ".join(type(part).__name__ for part in parts)
 
 
-def _needs_tokenizer(tokenizer: Any, where: str) -> None:
+def _check_ends(tokenizer: Any, eos_id: int | None, where: str) -> int:
+    """The id that ends an answer, if there is a tokenizer for texts and such an id."""
     if tokenizer is None:
         raise ValueError(f"{where} holds text, so a tokenizer is needed, got tokenizer=None")
-
-
-def _needs_eos(eos_id: int | None, where: str) -> int:
     if eos_id is None:
         raise ValueError(f"{where} holds text, so answers need an end: the tokenizer has no eos_id, pass eos_id")
     return eos_id
@@ -224,17 +190,13 @@ def _needs_eos(eos_id: int | None, where: str) -> int:
 
 def _text(prompt: Any, answer: Any, tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
     if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise TypeError(f"{where} must have texts as prompt and answer, got {row_kinds(prompt, answer)}")
-    _needs_tokenizer(tokenizer, where)
-    end = _needs_eos(eos_id, where)
-    if not answer:
-        return tokenizer.encode(prompt), []
-    return tokenizer.encode(prompt), [*tokenizer.encode(answer), end]
+        raise TypeError(f"{where} must have texts as prompt and answer, got {_kinds(prompt, answer)}")
+    end = _check_ends(tokenizer, eos_id, where)
+    return tokenizer.encode(prompt), [*tokenizer.encode(answer), end] if answer else []
 
 
 def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
-    _needs_tokenizer(tokenizer, where)
-    end = _needs_eos(eos_id, where)
+    end = _check_ends(tokenizer, eos_id, where)
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")

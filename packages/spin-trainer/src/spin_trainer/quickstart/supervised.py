@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lm_core.checks import check_positive
+from lm_core.data.epochs import seed_of
 from lm_core.training.optimization import clip_global_norm, optimizer_groups
-from spin_trainer.data.opponent_answers import seed_of
 from spin_trainer.data.sft_data import SFTDataset
 from spin_trainer.model.response_scores import collate, response_log_probs
 

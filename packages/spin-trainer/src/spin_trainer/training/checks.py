@@ -77,9 +77,9 @@ def check_datasets(
     for name, dataset in (("train_sft_dataset", train), ("valid_sft_dataset", valid)):
         for number, example in enumerate(dataset or ()):
             if len(example.prompt) + len(example.response) > settings.max_seq_len:
-                raise ValueError(f"{name}[{number}] must fit into max_seq_len {settings.max_seq_len}")
+                raise ValueError(f"row {number} of {name} must fit into max_seq_len {settings.max_seq_len}")
             if vocabulary is not None:
-                check_ids(to_tensor((*example.prompt, *example.response)), vocabulary, f"{name}[{number}]")
+                check_ids(to_tensor((*example.prompt, *example.response)), vocabulary, f"row {number} of {name}")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
     if settings.early_stop_patience is not None and valid is None:

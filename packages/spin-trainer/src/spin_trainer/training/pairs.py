@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.generation.decoding import eval_mode
-from spin_trainer.data.iteration_data import IterationData
+from spin_trainer.data.iteration_data import IterationData, Pair
 from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length
-from spin_trainer.data.pairs import Pair
 from spin_trainer.data.sft_data import Example
 from spin_trainer.model.response_scores import ResponseScores, collate
 from spin_trainer.model.spin import SPIN, Comparison

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checks import typed
+from lm_core.data.epochs import UpdateOrder, seed_of
 from lm_core.distributed import rank, world_size
 from lm_core.generation.sampling import top_p
 from lm_core.rng import restore_rng, seed_everything
@@ -32,9 +33,8 @@ from lm_core.training.fsdp import check_shardable
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
-from spin_trainer.data.iteration_data import IterationData
-from spin_trainer.data.opponent_answers import Answer, Interrupted, Sampling, seed_of
-from spin_trainer.data.pairs import Pair, PairOrder
+from spin_trainer.data.iteration_data import IterationData, Pair
+from spin_trainer.data.opponent_answers import Answer, Interrupted, Sampling
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.reference import FrozenReference
@@ -275,17 +275,18 @@ class SPINTrainer:
                 self.model.ref_model.restore(stored["reference"])
         train = self._data("train", self.train_dataset, interrupt, within=within)
         valid = self._data("valid", self.valid_dataset, interrupt, within=within) if self.valid_dataset else None
-        order = PairOrder(
-            pairs=train.pairs,
-            batch_size=settings.batch_size,
-            accumulation=settings.gradient_accumulation,
-            epochs=settings.epochs,
+        order = UpdateOrder(
+            len(train.pairs),
+            batch_size=settings.batch_size * settings.gradient_accumulation * world_size(),
+            micro_batches=settings.gradient_accumulation,
+            last="short",
             seed=settings.seed,
-            iteration=t,
+            key=("pairs", t),
             rank=rank(),
             world_size=world_size(),
         )
-        optimizer, schedule = self._optimizer(t, order.updates)
+        updates = order.updates_per_epoch * settings.epochs
+        optimizer, schedule = self._optimizer(t, updates)
         if within:
             self.parallel.load_optimizer_state(optimizer, stored["optimizer"])
             schedule.load_state_dict(stored["schedule"])
@@ -297,12 +298,12 @@ class SPINTrainer:
             if valid is not None and not self.best.history:
                 begins = None if f"validation {t}" in begun else f"validation {t}"
                 self.best.add(self._validate(valid, begins=begins, logged=begins is not None), policy)
-        while state.update < order.updates:
+        while state.update < updates:
             self._log.log(self.steps + 1, self._update(train, order, optimizer, schedule))
             state.update += 1
             state.steps += 1
             self._log.progress.update()
-            last = state.update == order.updates
+            last = state.update == updates
             if valid is not None and state.update % settings.validate_every == 0 and not last:
                 self._validate(valid)
             stopping = interrupt.should_stop() and not last
@@ -338,22 +339,24 @@ class SPINTrainer:
         return optimizer, schedule
 
     def _update(
-        self, data: IterationData, order: PairOrder, optimizer: torch.optim.Optimizer, schedule: LearningRateSchedule
+        self, data: IterationData, order: UpdateOrder, optimizer: torch.optim.Optimizer, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
         """One optimizer update; its metrics."""
         started = time.monotonic()
         measures = PairMeasures(self.device)
         batches = order.micro_batches(self.state.update)
-        total = len(order.chosen(self.state.update))
+        total = len(order.indices(self.state.update))
         self.model.policy_model.train()
-        for number, batch in enumerate(batches, start=1):
+        for number, indices in enumerate(batches, start=1):
+            # a process without a pair takes one of no weight: all run the same number of forwards
+            pairs = [data.pairs[index] for index in indices or [0]]
+            weights = torch.full((len(pairs),), float(bool(indices)), device=self.device)
             with self.parallel.synchronising(number == len(batches)):
-                answers = self._answers(data, batch.pairs, number)
-                comparison = self.pairs.of_pairs(data, batch.pairs, answers, self.parallel.called)
-                weights = torch.tensor(batch.weights, device=self.device)
+                answers = self._answers(data, pairs, number)
+                comparison = self.pairs.of_pairs(data, pairs, answers, self.parallel.called)
                 # gradients are averaged over processes, so each divides by its part of the pairs
                 self.parallel.backward((comparison.losses * weights).sum() * world_size() / total)
-            measures.add(comparison, [data.dataset[pair.row] for pair in batch.pairs], answers, weights)
+            measures.add(comparison, [data.dataset[pair.row] for pair in pairs], answers, weights)
         values = measures.means()
         finished = finish_update(
             self.steps + 1,

@@ -161,7 +161,7 @@ def test_the_default_filter_keeps_a_tenth_of_the_vocabulary(make_palm):
     assert len(free.unique()) > 10
 
 
-@pytest.mark.parametrize(("shape", "seed"), [((16,), 6), ((1, 16), 6), ((1, 1, 16), 6), ((6, 1, 16), 3)])
+@pytest.mark.parametrize(("shape", "seed"), [((16,), 6), ((1, 16), 6), ((1, 1, 16), 6), ((6, 1, 16), 13)])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_an_extra_embedding_holds_for_new_tokens_too(shape, seed, use_cache, make_palm):
     palm, extra = make_palm(seed).double(), torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -282,7 +282,7 @@ def test_generation_restores_modes_keeps_the_rng_and_leaves_the_model_trainable(
 
 
 def test_equal_generators_give_equal_answers(make_palm):
-    palm = make_palm()
+    palm = make_palm(1)
     draws = [palm.generate(30, torch.tensor([1]), generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])

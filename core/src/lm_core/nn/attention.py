@@ -132,14 +132,15 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if xpos is None:
             return attend(q, k, v, mask=mask, causal=self.causal, dropout=dropout, scale=self.scale)
+        if len(xpos) == 1:
+            q, k = _scaled(q, xpos[0].query_scale), _scaled(k, xpos[0].key_scale)
+            return attend(q, k, v, mask=mask, causal=True, dropout=dropout, scale=self.scale)
         if mask is not None:
             mask = _four_dimensional(mask, q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
         outputs = []
         for block in xpos:
-            block_q = q[..., block.start : block.stop, :]
-            if block.query_scale is not None:
-                block_q = block_q * _per_head(block.query_scale, q.dtype)
-            block_k = k[..., : block.key_stop, :] * _per_head(block.key_scale, k.dtype)
+            block_q = _scaled(q[..., block.start : block.stop, :], block.query_scale)
+            block_k = _scaled(k[..., : block.key_stop, :], block.key_scale)
             block_mask = mask
             if mask is not None:
                 block_mask = mask[..., : block.key_stop]
@@ -149,8 +150,10 @@ class Attention(nn.Module):
             outputs.append(
                 attend(block_q, block_k, block_v, mask=block_mask, causal=True, dropout=dropout, scale=self.scale)
             )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+        return torch.cat(outputs, dim=-2)
 
 
-def _per_head(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return (scale if scale.ndim == 2 else rearrange(scale, "b n d -> b 1 n d")).to(dtype)
+def _scaled(t: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return t
+    return t * (scale if scale.ndim == 2 else rearrange(scale, "b n d -> b 1 n d")).to(t.dtype)

@@ -90,27 +90,45 @@ class RotaryEmbedding(nn.Module):
         self._tables: dict[tuple[torch.device, torch.dtype, float], tuple[Tensor, Tensor]] = {}
 
     def forward(
-        self, positions: Int[Tensor, "*b n"], dtype: torch.dtype = torch.float32
+        self,
+        positions: Int[Tensor, "*b n"] | tuple[int, int],
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: torch.device | None = None,
     ) -> tuple[Float[Tensor, "*b n d"], Float[Tensor, "*b n d"]]:
         """Cosine and signed sine of the angles at ``positions``, float64 if ``dtype`` is and float32 otherwise.
 
         The sine's first half is negated, as ``apply_rotary`` expects.
+
+        Args:
+            positions: any integers, or the two ends of a range, which is read from a table.
+            dtype: of queries and keys.
+            device: where the angles of a range are wanted.
         """
+        if isinstance(positions, Tensor):
+            return self._angles(positions, dtype)
+        return self._from_table(*positions, torch.device("cpu") if device is None else device, dtype)
+
+    def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
+        angles: tuple[Tensor, Tensor] = self((start, stop), dtype, device=device)
+        return angles
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = rearrange(positions, "... -> ... 1") * self._inverse_frequencies(positions.device, dtype)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
+    def _from_table(self, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return self.forward(torch.arange(start, stop, device=device), dtype)
+            return self._angles(torch.arange(start, stop, device=device), dtype)
         key = (device, _angle_dtype(dtype), self.theta)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < stop:
             length = max(64, 1 << (stop - 1).bit_length())
             # A table made under inference_mode could not be used by the next training step.
             with torch.inference_mode(False), torch.no_grad():
-                table = self.forward(torch.arange(length, device=device), dtype)
+                table = self._angles(torch.arange(length, device=device), dtype)
             self._tables[key] = table
         return table[0][start:stop], table[1][start:stop]
 

@@ -21,6 +21,7 @@ from palm_rlhf.interop.cohere import COHERE_MODULES, free_directory, joined_rows
 from palm_rlhf.interop.original import check_keys
 from palm_rlhf.model.lora import LoRASettings, lora_settings
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.model.scopes import target_dims
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -174,7 +175,7 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoRASet
 
 
 def _expected_shapes(palm: PaLM, settings: LoRASettings) -> dict[str, tuple[int, ...]]:
-    dims = next(palm.blocks()).lora_dims()
+    dims = target_dims(next(palm.blocks()))
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(palm.depth):
         for target in settings.targets:

@@ -18,6 +18,8 @@ from lm_core.checks import check_positive, check_probability, typed
 
 TARGETS = ("q", "k", "v", "o", "ff_in", "ff_out")
 ATTENTION_TARGETS = ("q", "k", "v", "o")
+# Parts of the fused projection, in the order of its output.
+PROJECTED_TARGETS = ("q", "k", "v", "ff_in")
 
 
 class LoRA(nn.Module):
@@ -67,10 +69,28 @@ class LoRA(nn.Module):
 
 
 class BlockLoRA(nn.ModuleDict):
-    """The adapters of one block, by target name."""
+    """The adapters of one block, by target name: its ``lm_core.nn.parallel_block.Adapters``.
 
-    def maybe(self, target: str, x: Tensor, out: Tensor) -> Tensor:
-        """``out`` plus the adapter's contribution, where this target has one."""
+    Args:
+        adapters: by target.
+        dims: input and output features of every target.
+    """
+
+    def __init__(self, adapters: dict[str, LoRA], dims: dict[str, tuple[int, int]]) -> None:
+        super().__init__(adapters)
+        self._sizes = [dims[target][1] for target in PROJECTED_TARGETS]
+
+    def after_projection(self, x: Tensor, projected: Tensor) -> Tensor:
+        """The output of the fused projection with the adapters of its parts."""
+        parts = projected.split(self._sizes, dim=-1)
+        targets = zip(PROJECTED_TARGETS, parts, strict=True)
+        return torch.cat([self._add(target, x, part) for target, part in targets], dim=-1)
+
+    def after_output(self, attended: Tensor, inner: Tensor, out: Tensor) -> Tensor:
+        """The block's output with the adapters of both output matrices."""
+        return self._add("ff_out", inner, self._add("o", attended, out))
+
+    def _add(self, target: str, x: Tensor, out: Tensor) -> Tensor:
         return out + self[target](x) if target in self else out
 
     def by_target(self) -> dict[str, LoRA]:
@@ -112,7 +132,7 @@ class LoRAScope(nn.ModuleList):
                 )
                 for target in settings.targets
             }
-            self.append(BlockLoRA(adapters))
+            self.append(BlockLoRA(adapters, dims))
 
     def blocks(self) -> list[BlockLoRA]:
         """The adapters of each block of the model, in order."""

@@ -8,6 +8,7 @@ Legend: b batch, n sequence, d feature, v vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,11 @@ from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_k
 from lm_core.losses.losses import linear_cross_entropy
 from lm_core.nn.kv_cache import KVCache
-from lm_core.nn.masking import maybe_and_mask, positions_from_mask, right_pad
+from lm_core.nn.masking import maybe_and_mask, right_pad
 from lm_core.nn.norms import LayerNorm
+from lm_core.nn.parallel_block import ParallelBlock, Positions, called, called_as_constant
 from lm_core.nn.rotary import RotaryEmbedding
-from palm_rlhf.model.block import ParallelBlock, Positions
 from palm_rlhf.model.cache import PaLMCache
-from palm_rlhf.model.decode import decode_token, has_hooks
 from palm_rlhf.model.inputs import (
     as_indices,
     as_matrix,
@@ -141,7 +141,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
                 causal=causal,
                 attn_dropout=attn_dropout,
                 ff_dropout=ff_dropout,
-                qk_rmsnorm=qk_rmsnorm,
+                qk_norm=qk_rmsnorm,
                 qk_scale=float(qk_scale),
             )
             for _ in range(depth)
@@ -218,28 +218,30 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             mask = maybe_and_mask(mask, x >= 0)
             x = x.clamp(min=0)
 
-        h = self._embed(x, frozen=lora is not None)
+        call = called if lora is None else called_as_constant
+        h = self._embed(x, call)
         if extra_embed is not None:
             h = h + extra_embed.to(h.dtype)
-        positions = self._positions(x.shape[1], past, mask, document_ids, h)
-        one_token = past > 0 and x.shape[1] == 1 and mask is None and lora is None and not torch.is_grad_enabled()
-        if cache is not None and one_token and not self.training and not has_hooks(self.blocks()):
-            h = decode_token(self.blocks(), h, positions, cache)
-        else:
-            for layer, block in enumerate(self.blocks()):
-                block_lora = None if lora is None else lora[layer]
-                step = partial(block, lora=block_lora, cache=cache, layer=layer)
-                if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None:
-                    h = checkpoint(step, h, positions, use_reentrant=False)
-                else:
-                    h = step(h, positions)
+        positions = Positions.of(self.rotary, h, past=past, mask=mask)
+        if document_ids is not None:
+            same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
+            visible = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
+            positions = replace(positions, mask=visible)
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        for layer, block in enumerate(self.blocks()):
+            adapters = None if lora is None else lora[layer]
+            if recompute:
+                step = partial(block, adapters=adapters)
+                h = checkpoint(step, h, positions, use_reentrant=False)
+            else:
+                h = block(h, positions, cache=cache, layer=layer, adapters=adapters)
         if cache is not None:
             if past == 0:
                 cache.remember(scope, extra_embed)
             cache.masked = mask is not None
             cache.advance(x.shape[1])
-        gamma = self.norm.gamma.detach() if lora is not None else self.norm.gamma
-        return F.layer_norm(h, gamma.shape, gamma, None, self.norm.eps)
+        features: Tensor = call(self.norm, h)
+        return features
 
     def forward(
         self,
@@ -449,33 +451,10 @@ class PaLM(FinetuneScopes, PretrainedMixin):
         ignore_index = self.cross_entropy_ignore_index
         return linear_cross_entropy(features, weight, labels, ignore_index=ignore_index, normalizer=normalizer)
 
-    def _embed(self, x: Tensor, *, frozen: bool) -> Tensor:
-        weight = self.token_emb.weight.detach() if frozen else self.token_emb.weight
-        if torch.compiler.is_compiling() or weight.is_cuda:
-            return F.embedding(x, weight)
+    def _embed(self, x: Tensor, call: Callable[[nn.Module, Tensor], Any]) -> Tensor:
         try:
-            return F.embedding(x, weight)
+            embedded: Tensor = call(self.token_emb, x)
         except IndexError:
             check_ids(x, self.num_tokens, "x")
             raise
-
-    def _positions(
-        self, new: int, past: int, mask: Tensor | None, document_ids: Tensor | None, like: Tensor
-    ) -> Positions:
-        device, dtype = like.device, like.dtype
-        if mask is None:
-            key_positions = torch.arange(past + new, device=device)
-            cos, sin = self.rotary.at_range(past, past + new, device=device, dtype=dtype)
-        else:
-            key_positions = positions_from_mask(mask)
-            cos, sin = (rearrange(t, "b n d -> b 1 n d") for t in self.rotary(key_positions[:, past:], dtype))
-        xpos = None
-        if self.rotary.use_xpos:
-            # Under autocast queries and keys are narrower than the residual stream.
-            narrow = torch.is_autocast_enabled(device.type)
-            attention_dtype = torch.get_autocast_dtype(device.type) if narrow else dtype
-            xpos = self.rotary.xpos_blocks(key_positions[..., past:], key_positions, dtype=attention_dtype)
-        if document_ids is not None:
-            same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
-            mask = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
-        return Positions(cos, sin, xpos, mask)
+        return embedded

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.checks import typed
-from palm_rlhf.model.block import ParallelBlock
+from lm_core.nn.parallel_block import ParallelBlock
 from palm_rlhf.model.lora import ATTENTION_TARGETS, LoRAScope, LoRASettings, lora_settings
 
 
@@ -149,7 +149,7 @@ class FinetuneScopes(nn.Module):
         if not scope or "." in scope or hasattr(self.finetune_modules, scope):
             raise ValueError(f"scope must be a non-empty name without dots and no attribute of modules, got {scope!r}")
         first = next(self.blocks())
-        modules = LoRAScope(depth=len(self.layers), dims=first.lora_dims(), settings=settings)
+        modules = LoRAScope(depth=len(self.layers), dims=target_dims(first), settings=settings)
         self.finetune_modules[scope] = modules.to(self.token_emb.weight).train(self.training)
 
     def blocks(self) -> Iterator[ParallelBlock]:
@@ -162,6 +162,19 @@ class FinetuneScopes(nn.Module):
             weights = target_weights(block)
             for target, adapter in adapters.by_target().items():
                 weights[target] += sign * adapter.delta()
+
+
+def target_dims(block: ParallelBlock) -> dict[str, tuple[int, int]]:
+    """Input and output features of every LoRA target of a block."""
+    dim, (qk_dim, kv_dim, ff_in_dim) = block.norm.gamma.shape[0], block.in_dims
+    return {
+        "q": (dim, block.attn_dim),
+        "k": (dim, qk_dim - block.attn_dim),
+        "v": (dim, kv_dim),
+        "o": (block.attn_dim, dim),
+        "ff_in": (dim, ff_in_dim),
+        "ff_out": (block.ff_dim, dim),
+    }
 
 
 def target_weights(block: ParallelBlock) -> dict[str, Tensor]:

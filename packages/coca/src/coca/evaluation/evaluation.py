@@ -1,4 +1,4 @@
-"""How well a model sees and tells, on images it was not trained on.
+"""Losses, retrieval, zero-shot classification and generated captions on held-out images.
 
 Legend: i images, t captions, l latent feature.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from coca.data.captioned_images import CaptionedImages
 from coca.evaluation.retrieval import retrieval_metrics
-from coca.evaluation.zero_shot import zero_shot_classifier
+from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
-from coca.model.text_layout import encode_captions, layout_of
+from coca.model.text_layout import caption_ids, encode_captions
 from lm_core.generation.decoding import eval_mode
 
 
@@ -43,13 +43,13 @@ def image_batches(
 ) -> Iterator[Float[Tensor, "b c height width"]]:
     """The images in order."""
     for start in range(0, len(data), batch_size):
-        numbers = range(start, min(start + batch_size, len(data)))
-        yield preprocessing.normalised(np.stack([data.read(number) for number in numbers]))
+        indices = range(start, min(start + batch_size, len(data)))
+        yield preprocessing.normalised(np.stack([data.read(index) for index in indices]))
 
 
 @torch.no_grad()
 def embed(
-    model: Any,
+    model: CoCa,
     data: CaptionedImages,
     tokenizer: Any,
     preprocessing: ImagePreprocessing,
@@ -58,38 +58,30 @@ def embed(
     batch_size: int = 256,
 ) -> Latents:
     """Latents of all images and of every distinct pair of image and caption."""
-    pairs = [(caption, number) for number, captions in enumerate(data.captions) for caption in captions]
+    captions = [caption for captions in data.captions for caption in captions]
+    image_of_text = [index for index, captions in enumerate(data.captions) for _ in captions]
     with eval_mode(model):
         images = [model.encode_image(part.to(model.device)) for part in image_batches(data, preprocessing, batch_size)]
         texts = []
-        for start in range(0, len(pairs), batch_size):
-            captions = [caption for caption, _ in pairs[start : start + batch_size]]
-            texts.append(
-                model.encode_text(encode_captions(captions, tokenizer, model.pad_id, max_length).to(model.device))
-            )
-    return Latents(
-        torch.cat(images).float(),
-        torch.cat(texts).float(),
-        tuple(caption for caption, _ in pairs),
-        torch.tensor([number for _, number in pairs]),
-    )
+        for start in range(0, len(captions), batch_size):
+            ids = encode_captions(captions[start : start + batch_size], tokenizer, model.pad_id, max_length)
+            texts.append(model.encode_text(ids.to(model.device)))
+    return Latents(torch.cat(images).float(), torch.cat(texts).float(), tuple(captions), torch.tensor(image_of_text))
 
 
-@torch.no_grad()
 def caption_images(
-    model: Any,
+    model: CoCa,
     data: CaptionedImages,
     tokenizer: Any,
     preprocessing: ImagePreprocessing,
     *,
-    max_new_tokens: int = 64,
     batch_size: int = 128,
     **settings: Any,
 ) -> list[str]:
-    """A generated caption for each image, in order; ``settings`` as ``coca.model.captioning.caption`` takes them."""
+    """A generated caption for each image, in order; ``settings`` as ``CoCa.generate`` takes them."""
     captions = []
     for images in image_batches(data, preprocessing, batch_size):
-        tokens = model.generate(images.to(model.device), max_new_tokens=max_new_tokens, **settings)
+        tokens = model.generate(images.to(model.device), **settings)
         captions += [decoded(row, tokenizer, model.eos_id) for row in tokens.tolist()]
     return captions
 
@@ -111,7 +103,7 @@ def names_class(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    model: Any,
+    model: CoCa,
     data: CaptionedImages,
     tokenizer: Any,
     preprocessing: ImagePreprocessing,
@@ -141,13 +133,12 @@ def evaluate(
     """
     caption_nats = contrastive = tokens = 0.0
     with eval_mode(model):
-        for number, images in enumerate(image_batches(data, preprocessing, batch_size)):
-            firsts = [own[0] for own in data.captions[number * batch_size : number * batch_size + len(images)]]
+        for index, images in enumerate(image_batches(data, preprocessing, batch_size)):
+            firsts = [texts[0] for texts in data.captions[index * batch_size :][: len(images)]]
             text = encode_captions(firsts, tokenizer, model.pad_id, max_length).to(model.device)
             loss = model.loss(text, images.to(model.device), gather=False)
-            layout = layout_of(text, None, pad_id=model.pad_id, eos_id=model.eos_id, num_tokens=model.num_tokens)
             # Each row predicts all its tokens but the first.
-            count = int((layout.lengths - 1).sum())
+            count = sum(len(caption_ids(caption, tokenizer, max_length)) - 1 for caption in firsts)
             caption_nats += float(loss.caption) * count
             tokens += count
             contrastive += float(loss.contrastive) * len(images)
@@ -158,17 +149,17 @@ def evaluate(
         metrics |= retrieval_metrics(latents.images, latents.texts, latents.image_of_text)
     if data.labels is None:
         return metrics
-    labels = torch.tensor(data.labels)
-    classifier = zero_shot_classifier(
-        model, data.class_names, data.templates or ("{}",), tokenizer=tokenizer, max_length=max_length
-    )
+    templates = data.templates or ("{}",)
+    classifier = model.zero_shot_classifier(data.class_names, templates, tokenizer=tokenizer, max_length=max_length)
     predicted = (latents.images @ classifier.float().t()).argmax(dim=-1).cpu()
-    metrics["zero_shot_accuracy"] = float((predicted == labels).float().mean())
-    chosen = data if captions is None else data.select(range(min(captions, len(data)))) if captions else None
-    if chosen is not None and chosen.labels is not None:
-        texts = caption_images(
-            model, chosen, tokenizer, preprocessing, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-        right = [names_class(text, label, data.class_names) for text, label in zip(texts, chosen.labels, strict=True)]
-        metrics["caption_accuracy"] = sum(right) / len(right)
+    metrics["zero_shot_accuracy"] = float((predicted == torch.tensor(data.labels)).float().mean())
+    count = len(data) if captions is None else min(captions, len(data))
+    if count:
+        chosen = data.select(range(count))
+        settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        texts = caption_images(model, chosen, tokenizer, preprocessing, **settings)
+        right = [
+            names_class(text, label, data.class_names) for text, label in zip(texts, data.labels[:count], strict=True)
+        ]
+        metrics["caption_accuracy"] = sum(right) / count
     return metrics

@@ -1,7 +1,4 @@
-"""A picture of what a model says: images, each with its generated caption and the nearest texts.
-
-Drawn with Pillow alone.
-"""
+"""A picture of results: images, each with its generated caption and the nearest texts. Drawn with Pillow alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +7,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coca.data.captioned_images import CaptionedImages
+from coca.evaluation.evaluation import caption_images, embed
+from coca.model.coca import CoCa
+from coca.model.preprocessing import ImagePreprocessing
+
 _CELL, _MARGIN, _LINE, _FONT = 132, 12, 17, 13
 _WIDTH = 2 * _CELL + 150
+
+
+def draw_grid(
+    path: Path,
+    model: CoCa,
+    data: CaptionedImages,
+    tokenizer: Any,
+    preprocessing: ImagePreprocessing,
+    *,
+    max_length: int,
+    title: str = "",
+    count: int = 12,
+    texts: int = 4,
+) -> Path:
+    """Draws the first images of ``data`` with generated captions, each with the nearest of all captions in ``data``.
+
+    Args:
+        path: a ``.png``.
+        model: captions the images.
+        data: images with captions.
+        tokenizer: as in training.
+        preprocessing: as in training.
+        max_length: tokens of a caption.
+        title: written above.
+        count: images to draw.
+        texts: nearest texts to show, an image.
+    """
+    chosen = data.select(range(min(count, len(data))))
+    captions = caption_images(model, chosen, tokenizer, preprocessing, max_new_tokens=max_length)
+    latents = embed(model, data, tokenizer, preprocessing, max_length=max_length)
+    nearest = []
+    for image in latents.images[: len(chosen)]:
+        similarity = latents.texts @ image
+        best: dict[str, float] = {}
+        for index in similarity.argsort(descending=True).tolist():
+            best.setdefault(latents.captions[index], float(similarity[index]))
+        nearest.append(list(best.items())[:texts])
+    return save_grid(path, [chosen.read(index) for index in range(len(chosen))], captions, nearest, title=title)
 
 
 def save_grid(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from coca.data.captioned_images import CaptionedImages
 from coca.data.pair_batches import PairBatches
-from coca.evaluation.evaluation import caption_images, embed, evaluate
-from coca.evaluation.grid import save_grid
+from coca.evaluation.evaluation import caption_images, evaluate
+from coca.evaluation.grid import draw_grid
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 from coca.training.config import TrainingSettings
@@ -56,7 +56,6 @@ CURVES = (
     *("validation_image_to_text_r@1", "validation_text_to_image_r@1"),
     *("logit_scale", "learning_rate", "grad_norm"),
 )
-GRID_IMAGES = 12
 
 
 @dataclass(frozen=True)
@@ -354,15 +353,9 @@ class CoCaTrainer:
         )
 
     def _draw(self, grid: Path) -> None:
-        draw_grid(
-            self.model,
-            self.held_out,
-            self.tokenizer,
-            self.preprocessing,
-            grid,
-            max_length=self.settings.max_length,
-            title=f"Held-out images after {self.step} updates: generated caption, and the nearest texts",
-        )
+        title = f"Held-out images after {self.step} updates: generated caption, and the nearest texts"
+        shown = (self.model, self.held_out, self.tokenizer, self.preprocessing)
+        draw_grid(grid, *shown, max_length=self.settings.max_length, title=title)
 
 
 def check_tokens(model: CoCa, tokenizer: Any) -> None:
@@ -377,31 +370,3 @@ def check_tokens(model: CoCa, tokenizer: Any) -> None:
         wanted, own = getattr(tokenizer, name, None), getattr(model, name)
         if wanted is not None and wanted != own:
             raise ValueError(f"model must have the tokenizer's {name}, {wanted}, got {own}")
-
-
-def draw_grid(
-    model: CoCa,
-    data: CaptionedImages,
-    tokenizer: Any,
-    preprocessing: ImagePreprocessing,
-    path: Path,
-    *,
-    max_length: int,
-    title: str = "",
-    count: int = GRID_IMAGES,
-    texts: int = 4,
-) -> Path:
-    """Draws the first images of ``data`` with generated captions, each with the nearest of all captions in ``data``."""
-    chosen = data.select(range(min(count, len(data))))
-    captions = caption_images(model, chosen, tokenizer, preprocessing, max_new_tokens=max_length)
-    latents = embed(model, data, tokenizer, preprocessing, max_length=max_length)
-    nearest = []
-    for image in latents.images[: len(chosen)]:
-        found: dict[str, float] = {}
-        similarity = latents.texts @ image
-        for place in similarity.argsort(descending=True).tolist():
-            found.setdefault(latents.captions[place], float(similarity[place]))
-            if len(found) == texts:
-                break
-        nearest.append(list(found.items()))
-    return save_grid(path, [chosen.read(i) for i in range(len(chosen))], captions, nearest, title=title)

@@ -37,6 +37,8 @@ TINY = TrainingSettings(
     checkpoint_every=2,
     keep_checkpoints=None,
     device="cpu",
+    # No gradient of this order is so near zero that Adam makes an update of what is only rounded.
+    seed=3,
 )
 PREPROCESSING = ImagePreprocessing(image_size=4, channels=1)
 
@@ -162,7 +164,7 @@ def test_training_stops_in_time_and_goes_on(whole_run, tmp_path):
     ("changes", "settings", "message"),
     [
         ({"dim": 16}, TINY, "another architecture: dim is 16, but was 8"),
-        ({}, replace(TINY, seed=1), "was made with seed 0, it cannot go on with 1"),
+        ({}, replace(TINY, seed=1), "seed is 1, but was 3"),
     ],
 )
 def test_a_run_does_not_go_on_with_something_else(whole_run, tmp_path, changes, settings, message):

@@ -10,7 +10,6 @@ Several lines for one image, several lines in a ``.txt`` and a JSON list are sev
 once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
 """
 
-import csv
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from coca.data.captioned_images import CaptionedImages, Pixels
 from coca.model.preprocessing import ImagePreprocessing
+from lm_core.data.rows import iterate_rows
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -152,41 +152,20 @@ def _folder(folder: Path) -> Iterator[_Entry]:
 
 
 def _table(table: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
-    for number, row in _rows(table):
+    for where, row in iterate_rows(table):
         for column in (columns["image"], columns["caption"]):
-            if row.get(column) in (None, ""):
-                raise ValueError(
-                    f"{table}, line {number}, must have {column!r}, got the columns {sorted(map(str, row))}"
-                )
+            if not isinstance(row, Mapping) or row.get(column) in (None, ""):
+                raise ValueError(f"{where} must have {column!r}, got the columns {sorted(map(str, row))}")
         path = table.parent / str(row[columns["image"]])
         if not path.is_file():
-            raise FileNotFoundError(f"{table}, line {number}, names the image {path}, which is not there")
+            raise FileNotFoundError(f"{where} names the image {path}, which is not there")
         label = row.get(columns["label"])
         yield _Entry(
             path.relative_to(table.parent).as_posix() if path.is_relative_to(table.parent) else str(path),
-            _texts(row[columns["caption"]], f"{table}, line {number}"),
+            _texts(row[columns["caption"]], where),
             None if label in (None, "") else str(label),
             path.read_bytes,
         )
-
-
-def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with table.open(encoding="utf-8-sig", newline="") as stream:
-        if table.suffix.lower() != ".jsonl":
-            reader = csv.DictReader(stream, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{table}, line {number}, is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{table}, line {number}, must be a JSON object, got {type(row).__name__}")
-            yield number, row
 
 
 def _tar(path: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:

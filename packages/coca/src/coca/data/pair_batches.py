@@ -20,6 +20,7 @@ from torch import Tensor
 from coca.data.captioned_images import CaptionedImages
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import caption_ids
+from lm_core.data.epochs import EpochOrder, check_same_order, shard
 from lm_core.nn.masking import right_pad
 
 
@@ -77,13 +78,18 @@ class PairBatches(Iterator[PairBatch]):
             raise ValueError(f"batch_size must be at most the number of images, {len(data)}, got {batch_size}")
         if batch_size < world_size:
             raise ValueError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}")
-        self.data, self.tokenizer, self.preprocessing = data, tokenizer, preprocessing
-        self.batch_size, self.pad_id, self.max_length = batch_size, pad_id, max_length
-        self.shift, self.seed = shift, seed
-        self.first = batch_size * rank // world_size
-        self.stop = batch_size * (rank + 1) // world_size
+        self.data = data
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.pad_id = pad_id
+        self.max_length = max_length
+        self.shift = shift
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.position = 0
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
+        self.order = EpochOrder(len(data), seed=seed)
 
     @property
     def epoch(self) -> float:
@@ -92,9 +98,9 @@ class PairBatches(Iterator[PairBatch]):
 
     def __next__(self) -> PairBatch:
         rows, pixels = [], []
-        for place in range(self.position + self.first, self.position + self.stop):
-            epoch, number = divmod(place, len(self.data))
-            index = int(self._permutation(epoch)[number])
+        positions = list(range(self.position, self.position + self.batch_size))
+        for position in shard(positions, self.rank, self.world_size):
+            epoch, index = self.order.at(position)
             draw = np.random.default_rng([self.seed, epoch, index])
             captions = self.data.captions[index]
             caption = captions[int(draw.integers(len(captions)))]
@@ -103,25 +109,17 @@ class PairBatches(Iterator[PairBatch]):
         self.position += self.batch_size
         return PairBatch(right_pad(rows, self.pad_id)[0], self.preprocessing.normalised(np.stack(pixels)))
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.data)))
-        return self._order[1]
-
     def state_dict(self) -> dict[str, int]:
         """Where the sequence stands."""
-        return {"position": self.position, "seed": self.seed, "fingerprint": self.data.fingerprint}
+        return {"position": self.position, "seed": self.seed, "image_fingerprint": self.data.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues where ``state`` was taken.
 
         Raises:
             ValueError: the state is of other data or another seed.
         """
-        if state["fingerprint"] != self.data.fingerprint:
-            raise ValueError("the run was made with other images or captions, it cannot go on with these")
-        if state["seed"] != self.seed:
-            raise ValueError(f"the run was made with seed {state['seed']}, it cannot go on with {self.seed}")
+        check_same_order(state, self.state_dict(), cursor="position")
         self.position = int(state["position"])
 
 

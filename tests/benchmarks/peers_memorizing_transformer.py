@@ -126,14 +126,14 @@ def add_with_kept_graph(memory: Any, kv: torch.Tensor, file: Path) -> None:
     """Adds ``kv``; its graph is read from ``file``, or built and written there."""
     import faiss
 
-    row = memory._indexes[0]
+    row = memory.indexes[0]
     if file.is_file():
-        row._index._index = faiss.read_index(str(file))
+        row.index.index = faiss.read_index(str(file))
         memory.add(kv)  # finds them in the index
         return
     memory.add(kv)
     file.parent.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(row._index._index, str(file))
+    faiss.write_index(row.index.index, str(file))
 
 
 @contextmanager

@@ -68,20 +68,27 @@ def test_a_killed_writer_leaves_a_committed_prefix_with_matching_values(tmp_path
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("interrupted", ["before the data", "within the data"])
-def test_what_is_about_to_be_overwritten_is_given_up_first(tmp_path, monkeypatch, interrupted):
+class Interrupted(torch.Tensor):
+    """A tensor that is interrupted when it is written somewhere, after so many of its tokens."""
+
+    written = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__setitem__:
+            target, (row, span), value = args
+            target[row, span.start : span.start + cls.written] = value[: cls.written].as_subclass(torch.Tensor)
+            raise KeyboardInterrupt
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_what_is_about_to_be_overwritten_is_given_up_first(tmp_path, monkeypatch, written):
     memory = KNNMemory(1, 8, 1, tmp_path / "memory")
     memory.add(torch.arange(10.0)[None, :, None, None].expand(1, -1, 2, 1).contiguous())
-    write = memory.store._write
-
-    def stops(row, position, new):
-        if interrupted == "within the data":
-            write(row, position, new[:1])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(memory.store, "_write", stops)
+    monkeypatch.setattr(Interrupted, "written", written)
     with pytest.raises(KeyboardInterrupt):
-        memory.add(torch.full((1, 3, 2, 1), 99.0))
+        memory.add(torch.full((1, 3, 2, 1), 99.0).as_subclass(Interrupted))
     memory.close()
 
     again = KNNMemory(1, 8, 1, tmp_path / "memory")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memorizing_transformer import KNNMemory, KNNMemoryList
-from memorizing_transformer.memory import exact_search
 from memorizing_transformer.memory.exact_search import CPU_CHUNK, exact_top_k, own_products, screened_top_k
+from memorizing_transformer.memory.knn_memory import warn_without_effect
 from memorizing_transformer.memory.ring_storage import quantise
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
@@ -98,29 +99,39 @@ def test_nan_is_found_not_passed_by(of, at):
         assert scores.isnan().any(dim=1).nonzero().flatten().tolist() == broken
 
 
-def test_memory_that_products_share_can_be_written_to_outside_of_inference_mode_too():
-    def in_a_thread_of_its_own():  # which has no such memory yet
+def test_a_search_in_inference_mode_leaves_the_next_one_outside_of_it_alone():
+    queries, chunks = unit(1, 8), [(0, unit(9, 8))]
+
+    def in_a_thread_of_its_own():  # which has no buffer for products yet
         with torch.inference_mode():
-            exact_top_k(unit(1, 8), [(0, unit(9, 8))], 4)
-        return exact_search._kept_rooms.memory.is_inference()
+            inside = exact_top_k(queries, chunks, 4)
+        return inside, exact_top_k(queries, chunks, 4)
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(in_a_thread_of_its_own).result() is False
+        inside, outside = pool.submit(in_a_thread_of_its_own).result()
+    assert torch.equal(inside[1], outside[1])
 
 
-def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close(monkeypatch):
-    searched = []
+class Products(TorchDispatchMode):
+    """Dtype and number of queries of each product."""
 
-    def counting(queries, chunks, k):
-        searched.append(len(queries))
-        return exact_top_k(queries, chunks, k)
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-    monkeypatch.setattr("memorizing_transformer.memory.exact_search.exact_top_k", counting)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().startswith("aten::mm"):
+            self.seen.append((args[0].dtype, len(args[0])))
+        return function(*args, **(kwargs or {}))
+
+
+def test_screening_falls_back_only_for_queries_whose_best_keys_are_too_close():
     apart, alike = torch.eye(16)[:1], torch.eye(16)[1:2]
     keys = torch.cat((apart * torch.linspace(0.1, 1, 500)[:, None], alike.expand(500, 16)))
-    screened(torch.cat((apart, alike, apart)), keys, 8, 128)
+    with Products() as products:
+        screened(torch.cat((apart, alike, apart)), keys, 8, 128)
 
-    assert searched == [1]
+    assert set(products.seen) == {(torch.bfloat16, 3), (torch.float32, 1)}
 
 
 def test_negative_scores_in_bfloat16_prove_nothing_of_keys_nearer_to_zero():
@@ -141,10 +152,10 @@ def test_a_memory_finds_the_same_with_and_without_screening(storage, monkeypatch
     memory.add(torch.stack((unit(1, 9000, 16), unit(1, 9000, 16, seed=1)), dim=-2))
     found = {}
     for screens in (False, True):
-        monkeypatch.setattr(
-            "memorizing_transformer.memory.knn_memory.worth_screening", lambda *_, screens=screens: screens
-        )
-        found[screens] = memory.retrieve(queries, 32)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda screens=screens: screens)
+        with Products() as products:
+            found[screens] = memory.retrieve(queries, 32)
+        assert any(dtype == torch.bfloat16 for dtype, _ in products.seen) == screens
 
     torch.testing.assert_close(found[True].scores, found[False].scores, atol=1e-6, rtol=0)
     same = (found[True].positions == found[False].positions).float().mean()
@@ -312,9 +323,7 @@ def test_several_key_heads_search_their_own_keys():
 
 
 def test_options_without_effect_are_said_once(recwarn):
-    from memorizing_transformer.memory import knn_memory
-
-    knn_memory._said.clear()
+    warn_without_effect.cache_clear()
     memory = KNNMemory(4, 8, 1, multiprocessing=True)
     memory.search(unit(1, 2, 4), 1, nprobe=8, increment_hits=True)
     memory.search(unit(1, 2, 4), 1, nprobe=8, increment_hits=True)

@@ -191,7 +191,7 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
     kept: list[_Kept | None] = [None] * len(tiles)
     for first, keys in chunks:
         for number, part in enumerate(tiles):
-            scores = torch.mm(part, keys.t(), out=_room(len(part), len(keys), queries))
+            scores = torch.mm(part, keys.t(), out=_scratch_buffer(len(part), len(keys), queries))
             kept[number] = _improved(kept[number], scores.view(torch.int16) if as_codes else scores, first, k)
     found = [one for one in kept if one is not None]
     if not found:
@@ -205,10 +205,10 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
     )
 
 
-_kept_rooms = threading.local()
+_scratch = threading.local()
 
 
-def _room(rows: int, columns: int, like: Tensor) -> Tensor:
+def _scratch_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     """Memory for a product, whatever is in it. On a CPU the same for all of a thread.
 
     Fresh memory costs a CPU as much as what is put into it: of 16 ms for 8,192 keys, its pages took 2.
@@ -216,10 +216,10 @@ def _room(rows: int, columns: int, like: Tensor) -> Tensor:
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
     size = rows * columns * like.itemsize
-    held: Tensor | None = getattr(_kept_rooms, "memory", None)
+    held: Tensor | None = getattr(_scratch, "memory", None)
     if held is None or held.numel() < size:
         with torch.inference_mode(False):  # or it could not be written to outside of that mode
-            held = _kept_rooms.memory = torch.empty(size, dtype=torch.uint8)
+            held = _scratch.memory = torch.empty(size, dtype=torch.uint8)
     return held[:size].view(like.dtype).view(rows, columns)
 
 

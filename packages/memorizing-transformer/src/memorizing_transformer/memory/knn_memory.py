@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from memorizing_transformer.memory.exact_search import (
     screened_top_k,
     worth_screening,
 )
-from memorizing_transformer.memory.faiss_search import FaissRow
+from memorizing_transformer.memory.faiss import FaissRow
 from memorizing_transformer.memory.ring_storage import RingStorage, StorageFormat
 
 Backend = Literal["exact", "faiss"]
@@ -110,13 +110,21 @@ class KNNMemory:
         if memmap_filename is not None and place.type != "cpu":
             raise ValueError(f"a memory in files is searched on the CPU, got device {place}")
         if multiprocessing:
-            _say_without_effect("multiprocessing")
-        self.dim, self.max_memories, self.num_indices, self.heads = dim, max_memories, num_indices, heads
-        self.backend, self.index, self.nprobe, self.ef_search = backend, index, nprobe, ef_search
-        self._device = place
+            warn_without_effect("multiprocessing")
+        self.dim = dim
+        self.max_memories = max_memories
+        self.num_indices = num_indices
+        self.heads = heads
+        self._index_settings: dict[str, Any] = {
+            "dim": dim,
+            "factory": index,
+            "nprobe": nprobe,
+            "ef_search": ef_search,
+            "device": place,
+        }
         shape: dict[str, Any] = {"rows": num_indices * heads, "capacity": max_memories, "dim": dim, "storage": storage}
         # made first: a wrong factory string must not leave files behind
-        self._indexes = [self._new_index() for _ in range(num_indices * heads)] if backend == "faiss" else None
+        self.indexes = self._new_indexes(num_indices * heads) if backend == "faiss" else None
         self.store: RingStorage = (
             RingStorage(device=place, **shape) if memmap_filename is None else DiskStorage(memmap_filename, **shape)
         )
@@ -124,10 +132,8 @@ class KNNMemory:
         for row in range(num_indices * heads):
             self._update_index(row)
 
-    def _new_index(self) -> FaissRow:
-        return FaissRow(
-            dim=self.dim, factory=self.index, nprobe=self.nprobe, ef_search=self.ef_search, device=self._device
-        )
+    def _new_indexes(self, rows: int) -> list[FaissRow]:
+        return [FaissRow(**self._index_settings) for _ in range(rows)]
 
     # ----------------------------------------------------------------------------------------------------- sizes
 
@@ -232,20 +238,13 @@ class KNNMemory:
         self._check_rows(rows)
         stored = [row * self.heads + head for row in rows for head in range(self.heads)]
         self.store.clear(stored)
-        if self._indexes is not None:
+        if self.indexes is not None:
             for row in stored:
-                self._indexes[row].reset()
+                self.indexes[row].reset()
 
     def _update_index(self, row: int) -> None:
-        if self._indexes is None:
-            return
-        index, first, written = self._indexes[row], self.store.first[row], self.store.written[row]
-        if not index.is_ready(written - first):
-            return
-        if index.stop == index.base or index.stop < first or index.needs_rebuild(first, written):
-            index.rebuild(self.store.tokens(row)[:, 0], first)
-        elif index.stop < written:
-            index.add(self.store.tokens(row, index.stop)[:, 0])
+        if self.indexes is not None:
+            self.indexes[row].update(self.store, row)
 
     # --------------------------------------------------------------------------------------------------- searching
 
@@ -271,7 +270,7 @@ class KNNMemory:
         """
         for name, value in (("nprobe", nprobe), ("increment_hits", increment_hits), ("increment_age", increment_age)):
             if value is not None:
-                _say_without_effect(name)
+                warn_without_effect(name)
         found = self.retrieve(queries, topk)
         return found.kv, found.mask
 
@@ -295,7 +294,7 @@ class KNNMemory:
             if size := self.store.size(row):
                 scores[number], positions[number], slots = self._search_row(row, flat[number].to(scores.dtype), topk)
                 self.store.read(row, slots, out=kv[number])
-                if size < topk or self._indexes is not None:
+                if size < topk or self.indexes is not None:
                     kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
             else:
                 kv[number].zero_()
@@ -308,7 +307,7 @@ class KNNMemory:
     def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, positions and slots of the nearest tokens of a row that holds some."""
         store, size = self.store, self.store.size(row)
-        index = None if self._indexes is None else self._indexes[row]
+        index = None if self.indexes is None else self.indexes[row]
         if index is not None and index.is_ready(size):
             scores, positions = index.search(queries, k, store.first[row])
             return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
@@ -336,8 +335,8 @@ class KNNMemory:
         stored = [row * self.heads + head for row in chosen for head in range(self.heads)]
         twin.store = self.store.selected(stored)
         twin.num_indices, twin.scoped_indices = len(chosen), list(range(len(chosen)))
-        if self._indexes is not None:
-            twin._indexes = [twin._new_index() for _ in stored]
+        if self.indexes is not None:
+            twin.indexes = self._new_indexes(len(stored))
             for row in range(len(stored)):
                 twin._update_index(row)
         return twin
@@ -365,8 +364,8 @@ class KNNMemory:
         self.check_state(state)
         self.store.load_state(state)
         for row in range(self.num_indices * self.heads):
-            if self._indexes is not None:
-                self._indexes[row].reset()
+            if self.indexes is not None:
+                self.indexes[row].reset()
             self._update_index(row)
 
     @typed
@@ -403,10 +402,7 @@ class KNNMemory:
             self.store.close()
 
 
-_said: set[str] = set()
-
-
-def _say_without_effect(name: str) -> None:
-    if name not in _said:
-        _said.add(name)
-        warnings.warn(f"{name} is accepted for compatibility and has no effect", UserWarning, stacklevel=4)
+@cache
+def warn_without_effect(name: str) -> None:
+    """Warns, once a process, that an argument of the original does nothing."""
+    warnings.warn(f"{name} is accepted for compatibility and has no effect", UserWarning, stacklevel=4)

@@ -92,7 +92,7 @@ def training_row(threads: int, rounds: int, length: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     calm = composition().train()
     seq, prompt = training_inputs(length)
-    states = calm.augment_states(prompt, seq=seq)
+    states = calm.augment_states(prompt)
     seconds = in_turns(
         {
             "step": lambda: stepped(calm, calm(seq, prompt=prompt)),

@@ -125,7 +125,7 @@ def products(calm: CALM, length: int, *, kept: bool) -> float:
     depth = len(calm.anchor_blocks)
     # frozen: a product forward, one backward behind the first connection; learned: one more for their gradients
     behind = (depth - first) / depth
-    work = tokens * (stack * ((behind if kept else 1) + behind) + 2 * size(anchor.to_logits))
+    work = tokens * (stack * (1 + behind) + 2 * size(anchor.to_logits))
     for block in calm.cross_attns[0]:
         learned = size(block)
         of_context = size(block.context_proj) + size(block.attn.to_k) + size(block.attn.to_v)
@@ -141,7 +141,7 @@ def training_rows(length: int, threads: int, rounds: int) -> list[dict[str, Any]
     torch.set_num_threads(threads)
     calm, original = composition().train(), original_composition()
     seq, prompt = training_inputs(length)
-    states, peaks = calm.augment_states(prompt, seq=seq), []
+    states, peaks = calm.augment_states(prompt), []
     seconds = in_turns(
         {
             "peak": lambda: peaks.append(matmul_flops(1024, 256, 1024)),

@@ -18,7 +18,6 @@ from calm_pytorch import (
     hugging_face_blocks,
     x_transformer_blocks,
 )
-from calm_pytorch.model import decoder_stack
 
 KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
 
@@ -111,72 +110,33 @@ def test_hidden_states_after_a_block_are_the_naive_cross_attention_of_them(model
     assert torch.allclose(calm(seq, prompt=prompt, return_loss=False)[0], logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 1}, {"gate_value_heads": False}, {"pre_rmsnorm": False}])
-def test_the_fast_cross_attention_is_x_transformers_own(options):
-    from calm_pytorch import CrossAttentionBlock
+def test_cross_attention_computes_what_x_transformers_own_attention_does(options, n):
+    from x_transformers.x_transformers import Attention
 
     torch.manual_seed(0)
-    block = CrossAttentionBlock(
-        dim=12, dim_context=10, heads=2, dim_head=8, flash=True, zero_init_output=False, **options
-    )
-    x, hidden = torch.randn(2, 5, 12), torch.randn(2, 7, 10)
-    mask = torch.rand(2, 7) > 0.4
-    mask[:, 0] = True
-    whole = block.attn(block.pre_rmsnorm(x), block.context_proj(hidden), context_mask=mask)
-    assert torch.allclose(block(x, hidden, mask=mask), x + whole, atol=1e-5)
-    plain, block._is_plain = block(x, hidden, mask=mask), False
-    assert torch.allclose(block(x, hidden, mask=mask), plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{}, {"gate_value_heads": False}, {"pre_rmsnorm": False}])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 100.0])
-def test_a_single_token_reads_what_x_transformers_own_attention_reads(options, scale):
-    from calm_pytorch import CrossAttentionBlock
-
-    torch.manual_seed(0)
-    block = CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8, zero_init_output=False, **options)
+    settings = {
+        "heads": 2,
+        "dim_head": 8,
+        "flash": True,
+        "zero_init_output": False,
+        "gate_value_heads": True,
+        **options,
+    }
+    block = CrossAttentionBlock(dim=12, dim_context=10, **settings)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-        x, hidden = torch.randn(1, 1, 12) * scale, torch.randn(1, 7, 10)
-        read = block.attn(block.pre_rmsnorm(x), block.context_proj(hidden))
-        context = block.context(hidden)
-        for one_row, causal in (
-            (block.one_row(), False),
-            (block.one_row(), True),
-            (block.one_row(context), False),
-            (block.one_row(block.context(torch.randn(1, 9, 10))), False),  # longer than a head is wide
-        ):
-            assert one_row is not None
-            found = block.attend_to(x, context, causal=causal, one_row=one_row)
-            assert torch.allclose(found, x + read, rtol=1e-5, atol=1e-5)
-    assert block.one_row(context).values is not None
-    assert block.one_row(block.context(torch.randn(1, 9, 10))).values is None
-
-
-def test_a_layer_of_a_connection_that_was_replaced_or_listened_to_has_no_short_way():
-    from calm_pytorch import CrossAttentionBlock
-
-    class Doubled(torch.nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    for name in ("to_q", "to_out", "to_v_head_gate"):
-        block = CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8)
-        assert block.one_row() is not None
-        part = getattr(block.attn, name)
-        handle = part.register_forward_hook(lambda *_: None)
-        assert block.one_row() is None
-        handle.remove()
-        setattr(block.attn, name, Doubled(part.in_features, part.out_features, bias=part.bias is not None))
-        assert block.one_row() is None
-
-
-@pytest.mark.parametrize("options", [{"kv_heads": 1}, {"num_mem_kv": 2}])
-def test_what_is_not_plain_has_no_short_way_for_single_tokens(options):
-    from calm_pytorch import CrossAttentionBlock
-
-    assert CrossAttentionBlock(dim=12, dim_context=10, heads=2, dim_head=8, **options).one_row() is None
+    settings.pop("pre_rmsnorm", None)
+    library = Attention(dim=12, dim_context=12, **settings)
+    library.load_state_dict(block.attn.state_dict())
+    x, hidden = torch.randn(2, n, 12), torch.randn(2, 7, 10)
+    mask = torch.rand(2, 7) > 0.4
+    mask[:, 0] = True
+    expected = x + library(block.pre_rmsnorm(x), block.context_proj(hidden), context_mask=mask)
+    assert torch.allclose(block(x, hidden, mask=mask), expected, atol=1e-5)
+    assert torch.equal(block(x, context=block.context(hidden), mask=mask), block(x, hidden, mask=mask))
 
 
 # ------------------------------------------------------------------------------------------------- nothing else learns
@@ -491,100 +451,6 @@ def test_states_read_once_give_the_logits_of_reading_again(model_of, compose, id
     states = calm.augment_states(prompt)
     assert torch.equal(calm(ids(2, 5), augment_states=states), calm(ids(2, 5), prompt=prompt))
     assert not any(hidden.requires_grad for hidden in states.hiddens[0])
-
-
-@pytest.mark.parametrize("rounds", [False, True])
-def test_the_short_way_of_single_tokens_is_not_taken_where_autocast_would_round_their_sums(
-    model_of, compose, ids, monkeypatch, rounds
-):
-    calm = compose(model_of("x-transformers"), model_of("gpt2", seed=1))
-    taken, short = [], CrossAttentionBlock._attend_to_one
-    monkeypatch.setattr(CrossAttentionBlock, "_attend_to_one", lambda *args: taken.append(1) or short(*args))
-    language_model = calm.as_causal_lm()
-    cache = language_model.init_cache(1, 8)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=rounds):
-        language_model.hidden(ids(1, 4), cache=cache, prompt_0=ids(1, 4))
-        for _ in range(2):
-            language_model.hidden(ids(1, 1), cache=cache)
-    assert bool(taken) is not rounds
-
-
-@pytest.fixture
-def layers_run(monkeypatch):
-    """The numbers of the layers that ``DecoderStack`` runs, in turn."""
-    ran, run = [], decoder_stack._layer
-
-    def counted(layer, number, x, **how):
-        ran.append(number)
-        return run(layer, number, x, **how)
-
-    monkeypatch.setattr(decoder_stack, "_layer", counted)
-    return ran
-
-
-def starting(model_of, compose, **options):
-    """An x-transformers anchor of four layers, read into behind the second and the fourth."""
-    anchor = model_of("x-transformers", **options).double()
-    augment = AugmentParams(model_of("gpt2", seed=1).double(), connections=[(2, 2), (4, 4)])
-    return compose(anchor, augment, trained=True).double().train()
-
-
-def loss_and_gradients(calm, **inputs):
-    loss = calm(**inputs)
-    gradients = torch.autograd.grad(loss, list(calm.trainable_parameters()))
-    return torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in gradients)])
-
-
-@pytest.mark.parametrize("options", [{}, {"rotary_pos_emb": True, "attn_flash": True}], ids=["positions", "rotary"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_an_anchor_that_begins_behind_kept_states_has_the_loss_and_gradients_of_the_whole(
-    model_of, compose, ids, layers_run, options, padded
-):
-    calm, seq, prompt = starting(model_of, compose, **options), ids(3, 9), ids(3, 4)
-    if padded:
-        seq[0, 6:] = -1
-    expected = loss_and_gradients(calm, seq=seq, prompt=prompt)
-    states = calm.augment_states(prompt, seq=seq)
-    layers_run.clear()
-    found = loss_and_gradients(calm, seq=seq, augment_states=states)
-    assert layers_run == [2, 3]
-    assert not states.anchor.hidden.requires_grad
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("case", ["other tokens", "padding first", "logits", "a hook", "checkpointing"])
-def test_kept_states_of_the_anchor_are_used_only_where_they_are_what_it_would_make(
-    model_of, compose, ids, layers_run, case
-):
-    calm, seq, prompt = starting(model_of, compose), ids(2, 7), ids(2, 4)
-    if case == "padding first":
-        seq[0, :3] = -1
-    states = calm.augment_states(prompt, seq=seq)
-    inputs = {"seq": seq}
-    if case == "other tokens":
-        inputs = {"seq": torch.cat((seq[:, :2], (seq[:, 2:3] + 1) % 40, seq[:, 3:]), dim=1)}
-    elif case == "logits":
-        inputs["return_loss"] = False
-    elif case == "a hook":
-        calm.anchor_blocks[0].register_forward_hook(lambda module, args, output: output * 1.5)
-    calm.gradient_checkpointing = case == "checkpointing"
-    layers_run.clear()
-    found = calm(**inputs, augment_states=states)
-    assert layers_run in ([], [0, 1, 2, 3])  # [] where the library's own code ran
-    assert torch.equal(found, calm(**inputs, prompt=prompt))
-
-
-@pytest.mark.parametrize("case", ["a Hugging Face model", "dropout below", "a connection at an input"])
-def test_nothing_is_kept_of_an_anchor_that_cannot_begin_in_the_middle(model_of, compose, ids, case):
-    augment = AugmentParams(model_of("gpt2", seed=1), connections=[(2, 2), (4, 4)])
-    options = {"anchor_hidden_position": "input"} if case == "a connection at an input" else {}
-    anchor = model_of("llama") if case == "a Hugging Face model" else model_of("x-transformers")
-    calm = compose(anchor, augment, **options).train()
-    if case == "dropout below":
-        calm.anchor_llm.emb_dropout.p = 0.1
-    assert calm.augment_states(ids(2, 4), seq=ids(2, 7)).anchor is None
-    if case == "dropout below":  # which in evaluation mode does nothing
-        assert calm.eval().augment_states(ids(2, 4), seq=ids(2, 7)).anchor is not None
 
 
 @pytest.mark.parametrize("kind", ["x-transformers", "llama", "plain"])

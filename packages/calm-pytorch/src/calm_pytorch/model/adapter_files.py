@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_directory
 from lm_core.checkpoints.manifest import CheckpointError, verify_manifest, write_manifest
@@ -17,39 +17,21 @@ ADAPTER_FILE = "adapter.safetensors"
 METADATA_KEY = "calm_pytorch"
 
 
-def wiring(calm: Any) -> dict[str, Any]:
-    """What an adapter's weights depend on, in JSON: connections, positions, widths, attention options."""
-    return {
-        "connections": [[list(pair) for pair in pairs] for pairs in calm.connections],
-        "shared_sequence": [augment.shared_sequence for augment in calm.augments],
-        "anchor_hidden_position": [
-            [calm.anchor_positions[anchor_layer - 1] for _, anchor_layer in pairs] for pairs in calm.connections
-        ],
-        "augment_hidden_position": [
-            [augment.position_of(augment_layer) for augment_layer, _ in augment.connections]
-            for augment in calm.augments
-        ],
-        "anchor_dims": [[calm.anchor_dims[anchor_layer - 1] for _, anchor_layer in p] for p in calm.connections],
-        "augment_dims": [
-            [augment.dims[augment_layer - 1] for augment_layer, _ in augment.connections] for augment in calm.augments
-        ],
-        "attn_kwargs": json.loads(json.dumps(calm.attn_kwargs, default=str, sort_keys=True)),
-    }
-
-
-def check_wiring(calm: Any, stored: dict[str, Any], where: str) -> None:
-    """Raises ``CheckpointError`` naming the entries in which a stored wiring is not that of ``calm``."""
-    own = wiring(calm)
-    differing = [f"{name} is {own[name]}, but was {stored.get(name)}" for name in own if own[name] != stored.get(name)]
+def check_wiring(wiring: dict[str, Any], stored: dict[str, Any], where: str) -> None:
+    """Raises ``CheckpointError`` naming the entries in which a stored wiring differs from a composition's."""
+    differing = [
+        f"{name} is {wiring[name]}, but was {stored.get(name)}" for name in wiring if wiring[name] != stored.get(name)
+    ]
     if differing:
         raise CheckpointError(f"{where} is an adapter of another wiring: {'; '.join(differing)}")
 
 
-def save_adapter(calm: Any, directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the cross-attentions into a folder that is there whole or not at all.
+def save_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str | Path, *, overwrite: bool) -> Path:
+    """Writes the cross-attentions into a folder, atomically.
 
     Args:
-        calm: the composition.
+        cross_attns: the learned part.
+        wiring: ``CALM.wiring``.
         directory: a new or empty folder; with ``overwrite`` also one that holds an adapter.
         overwrite: whether an adapter may be replaced.
 
@@ -65,18 +47,23 @@ def save_adapter(calm: Any, directory: str | Path, *, overwrite: bool = False) -
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not (overwrite and (target / ADAPTER_FILE).is_file()):
         raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
-    state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in calm.cross_attns.state_dict().items()}
+    state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in cross_attns.state_dict().items()}
     if occupied:
         remove_directory(target)
     with new_directory(target) as temporary:
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"format_version": 1, **wiring(calm)})}
+        metadata = {"format": "pt", METADATA_KEY: json.dumps({"format_version": 1, **wiring})}
         save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
         write_manifest(temporary)
     return target
 
 
-def load_adapter(calm: Any, directory: str | Path) -> None:
-    """Loads the cross-attentions of a composition; it stays as it was if anything does not fit.
+def load_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str | Path) -> None:
+    """Loads the cross-attentions of a composition; they stay as they were if anything does not fit.
+
+    Args:
+        cross_attns: the learned part.
+        wiring: ``CALM.wiring``.
+        directory: the folder.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -96,5 +83,5 @@ def load_adapter(calm: Any, directory: str | Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{file} has no wiring of a composition in its metadata")
-    check_wiring(calm, stored, str(folder))
-    load_weights(calm.cross_attns, read_weights(file), where=str(folder))
+    check_wiring(wiring, stored, str(folder))
+    load_weights(cross_attns, read_weights(file), where=str(folder))

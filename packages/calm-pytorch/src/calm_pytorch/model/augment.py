@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm_pytorch.model.blocks import BlocksFunction, find_blocks
+from calm_pytorch.model.blocks import Blocks, BlocksFunction, hidden_widths
 from calm_pytorch.model.connections import Connection, checked_connections, plan_connections
-from calm_pytorch.model.decoder_stack import DecoderStack, PlainDecoderLM, as_fast_causal_lm
-from calm_pytorch.model.hooks import HiddenPosition, one_each, read_hiddens, running_order
+from calm_pytorch.model.hooks import HiddenPosition
+from lm_core.adapters import as_causal_lm
 from lm_core.adapters.huggingface import undisturbed
 from lm_core.adapters.padding import moved_back, with_padding_last
 from lm_core.checks import check_ids, check_positive, typed
@@ -65,44 +65,38 @@ class Augment(nn.Module):
         dims: features of each of them.
         connections: 1-indexed pairs.
         layers: the augment layers that are read, rising.
+        decodes: whether its states of a growing sequence can be read from a cache; True where it reads a prompt.
     """
 
     def __init__(self, params: AugmentParams, number: int, anchor_depth: int) -> None:
         super().__init__()
         self.model = params.model
         self.name = f"augment {number} ({type(params.model).__name__})"
-        self.input_shape, self.shared_sequence = params.input_shape, params.shared_sequence
+        self.input_shape = params.input_shape
+        self.shared_sequence = params.shared_sequence
         check_positive(params.connect_every_num_layers, "connect_every_num_layers")
         if params.shared_sequence and (params.input_shape is not None or params.model_return_hiddens):
             raise ValueError(f"{self.name}: shared_sequence needs a language model with blocks, reading tokens")
-        self._returns_hiddens = params.model_return_hiddens
-        # in a tuple, so that blocks and adapter are not registered a second time
-        self._blocks: tuple[nn.Module, ...] = ()
-        self._positions: tuple[HiddenPosition, ...] = ()
-        self._language_model: tuple[Any, ...] = ()
         self._mask_kwarg = params.mask_kwarg if params.mask_kwarg is not None else _known_mask_kwarg(self.model)
         self._is_causal = bool(getattr(getattr(self.model, "attn_layers", None), "causal", False))
         self._vocab_size = vocabulary_of(self.model)
-        parameters = _parameters_of(self.model)
-        self._settings = {"use_cache": False} if "use_cache" in parameters else {}
-        self._stack: tuple[DecoderStack, ...] = ()
-        if self._is_causal and type(self.model).__name__ == "TransformerWrapper" and not self._settings:
-            reads = as_fast_causal_lm(self.model)
-            self._stack = (reads.stack,) if isinstance(reads, PlainDecoderLM) else ()
-        if not self._returns_hiddens:
-            blocks = find_blocks(self.model, params.transformer_blocks, params.extract_blocks_fn, self.name)
-            positions = one_each(params.hidden_position, len(blocks), f"{self.name}: hidden_position")
-            order = running_order(lambda: self._call(self._probe()), self.model, blocks, positions, self.name)
-            self._blocks = tuple(blocks[i] for i in order)
-            self._positions = tuple(positions[i] for i in order)
-        self.layers: list[int] = list(range(1, len(self._blocks) + 1))
+        self._settings = {"use_cache": False} if "use_cache" in _parameters_of(self.model) else {}
+        # None for a model that returns its hidden states itself
+        self._blocks: Blocks | None = None
+        if not params.model_return_hiddens:
+            self._blocks = Blocks.found(
+                self.model,
+                params.transformer_blocks,
+                params.extract_blocks_fn,
+                params.hidden_position,
+                run=lambda: self._call(self._probe()),
+                where=self.name,
+                argument=f"{self.name}: hidden_position",
+            )
+        self.layers: list[int] = []
         with undisturbed(self.model):
-            hiddens = self._read(self._probe(), {})
-        for layer, hidden in enumerate(hiddens, start=1):
-            if hidden.ndim != 3:
-                raise ValueError(f"{self.name}: layer {layer} must give (b, m, c), got shape {tuple(hidden.shape)}")
-        self.dims = tuple(hidden.shape[-1] for hidden in hiddens)
-        self.depth = len(hiddens)
+            self.dims = hidden_widths(self._read(self._probe()), self.name)
+        self.depth = len(self.dims)
         self.connections: tuple[Connection, ...]
         if params.connections is None:
             self.connections = plan_connections(self.depth, anchor_depth, params.connect_every_num_layers)
@@ -110,35 +104,30 @@ class Augment(nn.Module):
             where = f"{self.name}: connections"
             self.connections = checked_connections(params.connections, self.depth, anchor_depth, where)
         self.layers = sorted({augment_layer for augment_layer, _ in self.connections})
+        # in a tuple, so that the adapter does not register the model a second time
+        self._language_model: tuple[Any, ...] = ()
+        self.decodes = True
         if self.shared_sequence:
-            self._language_model = (as_fast_causal_lm(self.model),)
+            self._language_model = (as_causal_lm(self.model),)
             with undisturbed(self.model):
                 self._refuse_what_looks_ahead()
-                self._caches = self._can_cache()
-
-    @property
-    def can_decode(self) -> bool:
-        """Whether a shared sequence can be read on from a cache."""
-        return not self.shared_sequence or self._caches
+                self.decodes = self._can_cache()
 
     @property
     def max_length(self) -> int | None:
         """Positions of a shared sequence the model knows; None without a bound."""
         return getattr(self._language_model[0], "max_length", None) if self._language_model else None
 
-    @property
-    def dim_of(self) -> dict[int, int]:
-        """Features of each layer that is read."""
-        return {layer: self.dims[layer - 1] for layer in self.layers}
-
     def position_of(self, layer: int) -> str:
         """Whether a layer is read before or behind its block; "output" for a model that returns its states."""
-        return self._positions[layer - 1] if self._positions else "output"
+        return "output" if self._blocks is None else self._blocks.positions[layer - 1]
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return device_of(self.model)
+
+    # ---------------------------------------------------------------------------------------------- reading a prompt
 
     def _probe(self) -> Tensor:
         if self.input_shape is not None:
@@ -146,23 +135,18 @@ class Augment(nn.Module):
         return torch.zeros(1, 2, dtype=torch.long, device=self.device)
 
     def _call(self, prompt: Tensor, **kwargs: Any) -> Any:
-        if self._stack and not kwargs and self._stack[0].is_untouched():
-            return self._stack[0].hidden(prompt)
         return self.model(prompt, **self._settings, **kwargs)
 
-    def _read(self, prompt: Tensor, kwargs: dict[str, Any]) -> list[Tensor]:
-        """States of ``self.layers``, in their order."""
-        if self._returns_hiddens:
-            hiddens = self._call(prompt, **kwargs)
-            if not isinstance(hiddens, (list, tuple)) or not hiddens or not isinstance(hiddens[0], Tensor):
-                raise TypeError(
-                    f"{self.name}: model_return_hiddens needs a list of tensors, got {type(hiddens).__name__}"
-                )
-            wanted = self.layers or range(1, len(hiddens) + 1)
-            return [hiddens[layer - 1].detach() for layer in wanted]
-        blocks = [self._blocks[layer - 1] for layer in self.layers]
-        positions = [self._positions[layer - 1] for layer in self.layers]
-        return read_hiddens(lambda: self._call(prompt, **kwargs), blocks, positions, where=self.name, stop_early=True)
+    def _read(self, prompt: Tensor, **kwargs: Any) -> list[Tensor]:
+        """States of ``self.layers``, in their order; of all layers before these are known."""
+        if self._blocks is not None:
+            blocks = self._blocks.layers(self.layers) if self.layers else self._blocks
+            return blocks.read(lambda: self._call(prompt, **kwargs), stop_early=True)
+        hiddens = self._call(prompt, **kwargs)
+        if not isinstance(hiddens, (list, tuple)) or not hiddens or not isinstance(hiddens[0], Tensor):
+            raise TypeError(f"{self.name}: model_return_hiddens needs a list of tensors, got {type(hiddens).__name__}")
+        wanted = self.layers or range(1, len(hiddens) + 1)
+        return [hiddens[layer - 1].detach() for layer in wanted]
 
     @torch.no_grad()
     def read(self, prompt: Tensor, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -175,14 +159,14 @@ class Augment(nn.Module):
         with eval_mode(self.model):
             if prompt.is_floating_point():
                 kwargs = {} if mask is None or self._mask_kwarg is None else {self._mask_kwarg: mask}
-                return self._checked(self._read(prompt.to(_float_type(self.model)), kwargs), mask)
+                return self._checked(self._read(prompt.to(_float_type(self.model)), **kwargs), mask)
             if mask is None or bool(mask.all()):
-                return self._checked(self._read(prompt, {}), None)
+                return self._checked(self._read(prompt), None)
             last = with_padding_last(prompt.masked_fill(~mask, 0), mask)
             if self._mask_kwarg is not None:
-                hiddens = self._read(last.ids, {self._mask_kwarg: last.mask})
+                hiddens = self._read(last.ids, **{self._mask_kwarg: last.mask})
             elif self._is_causal:
-                hiddens = self._read(last.ids, {})
+                hiddens = self._read(last.ids)
             else:
                 hiddens = self._read_by_length(last.ids, last.mask)
         self._checked(hiddens, mask)
@@ -204,12 +188,12 @@ class Augment(nn.Module):
         hiddens: list[Tensor] = []
         for length in sorted(set(lengths.tolist()) - {0}):
             rows = (lengths == length).nonzero().squeeze(-1)
-            read = self._read(ids[rows, :length], {})
+            read = self._read(ids[rows, :length])
             if not hiddens:
                 hiddens = [part.new_zeros(*ids.shape, part.shape[-1]) for part in read]
             for hidden, part in zip(hiddens, read, strict=True):
                 hidden[rows, :length] = part
-        return hiddens or [torch.zeros(*ids.shape, dim, device=ids.device) for dim in self.dim_of.values()]
+        return hiddens or [torch.zeros(*ids.shape, self.dims[layer - 1], device=ids.device) for layer in self.layers]
 
     def _check(self, prompt: Tensor, mask: Tensor | None) -> None:
         if prompt.is_floating_point():
@@ -256,14 +240,12 @@ class Augment(nn.Module):
         """
         model = self._language_model[0]
         forward = model.hidden if hasattr(model, "hidden") else model
-        blocks = [self._blocks[layer - 1] for layer in self.layers]
-        positions = [self._positions[layer - 1] for layer in self.layers]
+        assert self._blocks is not None
+        blocks = self._blocks.layers(self.layers)
         kwargs = {} if cache is None else {"cache": cache}
         with eval_mode(self.model):
             # with a cache the model runs to its end, or the layers above would lack these tokens
-            hiddens = read_hiddens(
-                lambda: forward(ids, mask=mask, **kwargs), blocks, positions, where=self.name, stop_early=cache is None
-            )
+            hiddens = blocks.read(lambda: forward(ids, mask=mask, **kwargs), stop_early=cache is None)
         if mask is not None:
             real = mask[:, -ids.shape[1] :].unsqueeze(-1)
             hiddens = [hidden.masked_fill(~real, 0.0) for hidden in hiddens]

@@ -6,10 +6,12 @@ the longest list of layers.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from calm_pytorch.model.hooks import HiddenPosition, one_each, read_hiddens, running_order
 from lm_core.checks import typed
 
 BlocksFunction = Callable[[nn.Module], Sequence[nn.Module]]
@@ -69,6 +71,73 @@ def hugging_face_blocks(model: nn.Module) -> list[nn.Module]:
         raise ValueError(f"no list of layers was found in {type(base).__name__}: give transformer_blocks")
     longest = max(len(layers) for layers in found)
     return list(next(layers for layers in found if len(layers) == longest))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a model in the order they run in, and whether each is read behind it or before it.
+
+    Attributes:
+        modules: the blocks.
+        positions: of each.
+        where: names the model in errors.
+    """
+
+    modules: tuple[nn.Module, ...]
+    positions: tuple[HiddenPosition, ...]
+    where: str
+
+    @classmethod
+    def found(
+        cls,
+        model: nn.Module,
+        blocks: str | Sequence[nn.Module | str] | None,
+        extract: BlocksFunction | None,
+        positions: HiddenPosition | Sequence[HiddenPosition],
+        *,
+        run: Callable[[], Any],
+        where: str,
+        argument: str,
+    ) -> "Blocks":
+        """The blocks ``find_blocks`` gives, sorted with their positions.
+
+        Args:
+            model: whose blocks.
+            blocks: as for ``find_blocks``.
+            extract: as for ``find_blocks``.
+            positions: one for all, or one each.
+            run: calls the model, which stays undisturbed.
+            where: names the model in errors.
+            argument: names ``positions`` in errors.
+
+        Raises:
+            ValueError: as ``find_blocks``, another number of positions, or a block does not run once.
+        """
+        modules = find_blocks(model, blocks, extract, where)
+        each = one_each(positions, len(modules), argument)
+        order = running_order(run, model, modules, each, where)
+        return cls(tuple(modules[i] for i in order), tuple(each[i] for i in order), where)
+
+    def layers(self, layers: Sequence[int]) -> "Blocks":
+        """Some of the blocks, by their numbers from 1."""
+        modules = tuple(self.modules[layer - 1] for layer in layers)
+        return Blocks(modules, tuple(self.positions[layer - 1] for layer in layers), self.where)
+
+    def read(self, run: Callable[[], Any], *, stop_early: bool = False) -> list[Tensor]:
+        """``read_hiddens`` of these blocks."""
+        return read_hiddens(run, self.modules, self.positions, where=self.where, stop_early=stop_early)
+
+
+def hidden_widths(hiddens: Sequence[Tensor], where: str) -> tuple[int, ...]:
+    """Features of each layer's hidden states.
+
+    Raises:
+        ValueError: hidden states are not ``(b, n, d)``, or have no features.
+    """
+    for layer, hidden in enumerate(hiddens, start=1):
+        if hidden.ndim != 3 or hidden.shape[-1] < 1:
+            raise ValueError(f"{where}: layer {layer} must give (b, n, d), got shape {tuple(hidden.shape)}")
+    return tuple(hidden.shape[-1] for hidden in hiddens)
 
 
 def recomputed_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:

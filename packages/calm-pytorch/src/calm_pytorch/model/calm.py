@@ -10,8 +10,8 @@ Legend: b batch, n sequence, m prompt positions, v vocabulary.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ from calm_pytorch.model import adapter_files
 from calm_pytorch.model.anchor import Anchor
 from calm_pytorch.model.augment import Augment, AugmentParams, device_of
 from calm_pytorch.model.blocks import BlocksFunction, attention_heads, freeze_all_layers_
-from calm_pytorch.model.composed_lm import AugmentStates, ComposedLM, anchor_start, compose
+from calm_pytorch.model.composed_lm import AugmentStates, ComposedLM
 from calm_pytorch.model.cross_attention import CrossAttentionBlock
-from calm_pytorch.model.description import describe
 from calm_pytorch.model.hooks import HiddenPosition, unchanged_buffers
-from calm_pytorch.model.inputs import IGNORED, each_augment, generation_inputs, labels_of, real_tokens
+from calm_pytorch.model.inputs import IGNORED, each_augment, labels_of, real_tokens
 from lm_core.checks import check_ids, typed
 from lm_core.generation.decoding import eval_mode
 from lm_core.generation.generate import sample
@@ -82,33 +81,28 @@ class CALM(nn.Module):
             raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
         self.pad_id = pad_id
         self.gradient_checkpointing = False
-        # not a module, so that the anchor is registered once, under its own name
+        # not modules, so that the models are registered once, under their own names
         self._reader = Anchor(
             anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
         )
-        dims, depth = self._reader.dims, len(self._reader.blocks)
-        modules = [Augment(one, number, depth) for number, one in enumerate(params)]
-        self.connections = [augment.connections for augment in modules]
-        self.anchor_layers = sorted({anchor_layer for pairs in self.connections for _, anchor_layer in pairs})
+        dims, depth = self._reader.dims, len(self._reader.dims)
+        self._augments = tuple(Augment(one, number, depth) for number, one in enumerate(params))
+        self.connections = [augment.connections for augment in self._augments]
         options: dict[str, Any] = {"flash": True}
         heads = attention_heads(anchor_llm)
         if heads is not None:
             options |= {"heads": heads[0], "dim_head": heads[1]}
-        options |= attn_kwargs or {}
-        for pairs in self.connections:
-            for _, anchor_layer in pairs:
-                if dims[anchor_layer - 1] < 1:
-                    raise ValueError(f"anchor: layer {anchor_layer} has no features")
-        self.attn_kwargs = options
+        self.attn_kwargs = options | (attn_kwargs or {})
         self.anchor_llm = anchor_llm
         self.augment_llms = nn.ModuleList(one.model for one in params)
-        self._augments = tuple(modules)
         self.cross_attns = nn.ModuleList(
             nn.ModuleList(
-                CrossAttentionBlock(dim=dims[anchor_layer - 1], dim_context=augment.dims[augment_layer - 1], **options)
+                CrossAttentionBlock(
+                    dim=dims[anchor_layer - 1], dim_context=augment.dims[augment_layer - 1], **self.attn_kwargs
+                )
                 for augment_layer, anchor_layer in augment.connections
             )
-            for augment in modules
+            for augment in self._augments
         ).to(devices[0])
         freeze_all_layers_(self.anchor_llm)
         freeze_all_layers_(self.augment_llms)
@@ -117,23 +111,13 @@ class CALM(nn.Module):
 
     @property
     def anchor(self) -> Any:
-        """The anchor in the protocol of ``lm_core.generation.generate.CausalLM``."""
+        """The anchor in the protocol of ``lm_core.generation.decoding.CausalLM``."""
         return self._reader.language_model
 
     @property
     def anchor_blocks(self) -> tuple[nn.Module, ...]:
         """Where the anchor's stream can be changed, in the order they run in."""
-        return self._reader.blocks
-
-    @property
-    def anchor_positions(self) -> tuple[HiddenPosition, ...]:
-        """Of each of these, whether it is changed behind it or before it."""
-        return self._reader.positions
-
-    @property
-    def anchor_dims(self) -> tuple[int, ...]:
-        """Features at each of them."""
-        return self._reader.dims
+        return self._reader.blocks.modules
 
     @property
     def augments(self) -> tuple[Augment, ...]:
@@ -143,33 +127,66 @@ class CALM(nn.Module):
     @property
     def can_decode(self) -> bool:
         """Whether generation uses caches; otherwise every token runs over the whole sequence."""
-        return self._reader.caches and all(augment.can_decode for augment in self.augments)
-
-    def recomputed_parts(self) -> list[nn.Module]:
-        """The anchor's modules that gradient checkpointing computes again."""
-        return self._reader.recomputed(self.anchor_llm, self.anchor_layers[0])
+        return self.as_causal_lm().decodes
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """What is learned: the parameters of the cross-attentions."""
         return self.cross_attns.parameters()
 
     def as_causal_lm(self) -> ComposedLM:
-        """This composition for ``lm_core.generate`` and its like."""
-        return ComposedLM(self)
+        """This composition for ``lm_core.generate`` and its like; it shares all weights."""
+        return ComposedLM(
+            self._reader,
+            self._augments,
+            self.cross_attns,
+            pad_id=self.pad_id,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    @property
+    def wiring(self) -> dict[str, Any]:
+        """What the learned weights depend on, in JSON: connections, positions, widths, attention options."""
+        anchor_layers = [[anchor_layer for _, anchor_layer in pairs] for pairs in self.connections]
+        read = [(a, [augment_layer for augment_layer, _ in a.connections]) for a in self._augments]
+        positions, dims = self._reader.blocks.positions, self._reader.dims
+        return {
+            "connections": [[list(pair) for pair in pairs] for pairs in self.connections],
+            "shared_sequence": [augment.shared_sequence for augment in self._augments],
+            "anchor_hidden_position": [[positions[layer - 1] for layer in layers] for layers in anchor_layers],
+            "augment_hidden_position": [[a.position_of(layer) for layer in layers] for a, layers in read],
+            "anchor_dims": [[dims[layer - 1] for layer in layers] for layers in anchor_layers],
+            "augment_dims": [[a.dims[layer - 1] for layer in layers] for a, layers in read],
+            "attn_kwargs": json.loads(json.dumps(self.attn_kwargs, default=str, sort_keys=True)),
+        }
 
     def describe(self) -> str:
         """The wiring and the share of added parameters, as text."""
-        return describe(self)
+        added = sum(parameter.numel() for parameter in self.trainable_parameters())
+        anchor = sum(parameter.numel() for parameter in self.anchor_llm.parameters())
+        depth = len(self.anchor_blocks)
+        lines = [f"anchor: {type(self.anchor_llm).__name__}, {depth} layers, {anchor:,} parameters"]
+        for augment in self._augments:
+            count = sum(parameter.numel() for parameter in augment.model.parameters())
+            reads = "the anchor's sequence" if augment.shared_sequence else "a prompt"
+            lines.append(f"{augment.name}: {augment.depth} layers, {count:,} parameters, reads {reads}")
+            lines += [
+                f"  layer {augment_layer:>3} ({augment.dims[augment_layer - 1]}) -> anchor layer {anchor_layer:>3} "
+                f"({self._reader.dims[anchor_layer - 1]}, {self._reader.blocks.positions[anchor_layer - 1]})"
+                for augment_layer, anchor_layer in augment.connections
+            ]
+        lines.append(f"added: {added:,} parameters, {added / max(anchor, 1):.1%} of the anchor's")
+        lines.append(f"generation: {'cached' if self.can_decode else 'uncached'}")
+        return "\n".join(lines)
 
     @typed
     def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the learned part and the wiring into a folder; see ``adapter_files.save_adapter``."""
-        return adapter_files.save_adapter(self, directory, overwrite=overwrite)
+        return adapter_files.save_adapter(self.cross_attns, self.wiring, directory, overwrite=overwrite)
 
     @typed
     def load_adapter(self, directory: str | Path) -> None:
         """Loads the learned part, strictly; see ``adapter_files.load_adapter``."""
-        adapter_files.load_adapter(self, directory)
+        adapter_files.load_adapter(self.cross_attns, self.wiring, directory)
 
     # --------------------------------------------------------------------------------------------------- reading, loss
 
@@ -178,49 +195,21 @@ class CALM(nn.Module):
         self,
         prompt: Tensor | Sequence[Tensor | None] | None,
         prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
-        *,
-        seq: Int[Tensor, "b n"] | None = None,
     ) -> AugmentStates:
         """Hidden states of prompts, to be given to ``forward`` any number of times.
 
         Args:
             prompt: as for ``forward``.
             prompt_mask: as for ``forward``.
-            seq: the tokens whose loss is wanted, if what the frozen anchor makes of them up to its first connection is
-                to be kept too. It is where the anchor is a plain x-transformers decoder that drops nothing there.
 
         Raises:
             ValueError: as ``forward``.
         """
-        count = len(self.augments)
-        states = self.read_prompts(
-            each_augment(prompt, self.augments, "prompt"),
-            each_augment(prompt_mask, self.augments, "prompt_mask") if prompt_mask is not None else [None] * count,
-        )
-        return states if seq is None else replace(states, anchor=anchor_start(self, self.tokens_read(seq)))
-
-    def tokens_read(self, seq: Int[Tensor, "b n"]) -> Int[Tensor, "b n1"]:
-        """What the anchor reads where a loss is taken: all tokens but the last, 0 at padding."""
-        real = real_tokens(seq, None, self.pad_id)
-        return (seq if real is None else seq.masked_fill(~real, 0))[:, :-1]
-
-    def read_prompts(self, prompts: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> AugmentStates:
-        """``augment_states`` of one prompt and mask for each augment, None for those that share the sequence."""
-        hiddens: list[tuple[Tensor, ...]] = []
-        kept: list[Tensor | None] = []
-        for augment, prompt, mask in zip(self.augments, prompts, masks, strict=True):
-            if augment.shared_sequence:
-                if prompt is not None:
-                    raise ValueError(f"{augment.name} reads the anchor's sequence: its prompt must be None")
-                hiddens.append(())
-                kept.append(None)
-                continue
-            if prompt is None:
-                raise ValueError(f"{augment.name} reads a prompt: prompt must be given, got None")
-            read, real = augment.read(prompt, real_tokens(prompt, mask, self.pad_id))
-            hiddens.append(read)
-            kept.append(real)
-        return AugmentStates(tuple(hiddens), tuple(kept))
+        prompts = each_augment(prompt, self.augments, "prompt")
+        masks: list[Tensor | None] = [None] * len(prompts)
+        if prompt_mask is not None:
+            masks = each_augment(prompt_mask, self.augments, "prompt_mask")
+        return self.as_causal_lm().read_prompts(prompts, masks)
 
     @typed
     def forward(
@@ -283,7 +272,8 @@ class CALM(nn.Module):
                 stack.enter_context(eval_mode(self.anchor_llm))
             stack.enter_context(unchanged_buffers(self.anchor_llm))
             through_hidden = labels is not None and hasattr(self.anchor, "hidden")
-            out = compose(self, inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
+            composed = self.as_causal_lm()
+            out = composed.read(inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
         if labels is None:
             return out
         if through_hidden:
@@ -353,7 +343,7 @@ class CALM(nn.Module):
         Raises:
             ValueError: as ``forward`` and ``lm_core.sample``.
         """
-        rows, inputs = generation_inputs(self, prompt, prompt_mask, anchor_prompt)
+        rows, inputs = self._generation_inputs(prompt, prompt_mask, anchor_prompt)
         return sample(
             self.as_causal_lm(),
             rows,
@@ -369,3 +359,35 @@ class CALM(nn.Module):
             **inputs,
             **kwargs,
         )
+
+    def _generation_inputs(
+        self, prompt: Any, prompt_mask: Any, anchor_prompt: Tensor | None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The rows the anchor continues, without padding, and the further arguments of ``ComposedLM``.
+
+        Raises:
+            ValueError: no ids are given to continue, or a prompt has another number of rows.
+        """
+        prompts = each_augment(prompt, self.augments, "prompt", shared_too=anchor_prompt is None)
+        masks: list[Tensor | None] = [None] * len(prompts)
+        if prompt_mask is not None:
+            masks = each_augment(prompt_mask, self.augments, "prompt_mask", shared_too=anchor_prompt is None)
+        start, start_mask = anchor_prompt, None
+        if start is None:
+            ids = [(p, m) for p, m in zip(prompts, masks, strict=True) if p is not None and not p.is_floating_point()]
+            if not ids:
+                raise ValueError("anchor_prompt must be given where no augment reads token ids, got None")
+            start, start_mask = ids[0]
+        real = real_tokens(start, start_mask, self.pad_id)
+        rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
+        inputs: dict[str, Tensor] = {}
+        for index, (augment, read, mask) in enumerate(zip(self.augments, prompts, masks, strict=True)):
+            if augment.shared_sequence or read is None:
+                continue
+            if read.shape[0] != len(rows):
+                raise ValueError(f"{augment.name}: prompt must have {len(rows)} rows, got {read.shape[0]}")
+            inputs[f"prompt_{index}"] = read
+            visible = real_tokens(read, mask, self.pad_id)
+            if visible is not None:
+                inputs[f"prompt_mask_{index}"] = visible
+        return rows, inputs

@@ -1,7 +1,7 @@
-"""Reading and changing the hidden states of blocks through hooks that live only as long as one ``with`` block.
+"""Reads and changes the hidden states of blocks through hooks that live only as long as one ``with`` block.
 
-Block outputs may be tensors, tuples, dataclasses or dicts: the hidden state is the first tensor in them, and what
-replaces it goes back into an object of the same type.
+Block outputs may be tensors, tuples, dataclasses or dicts: the hidden state is the first tensor in them, and its
+replacement goes into an object of the same type.
 
 Legend: b batch, n sequence, d feature.
 """
@@ -20,7 +20,6 @@ from lm_core.adapters.huggingface import undisturbed
 from lm_core.checks import typed
 
 HiddenPosition = Literal["input", "output"]
-Change = Callable[[Tensor], Tensor]
 _CHECKPOINT = partial(checkpoint, use_reentrant=False)
 
 
@@ -49,11 +48,6 @@ def hidden_of(value: Any, where: str) -> Tensor:
     raise TypeError(f"{where} must give a tensor, or begin with one, got {type(value).__name__}")
 
 
-def is_heard(module: Any) -> bool:
-    """Whether something is attached to a module that a call of it would run."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def with_hidden(value: Any, hidden: Tensor) -> Any:
     """``value`` with its first tensor replaced, in an object of the same type; ``value`` itself is not changed."""
     if isinstance(value, Tensor):
@@ -72,47 +66,86 @@ def with_hidden(value: Any, hidden: Tensor) -> Any:
     return type(value)(entries)
 
 
-def _with_hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[Any, dict[str, Any]]:
-    if any(isinstance(argument, Tensor) for argument in args):
-        return with_hidden(args, hidden), kwargs
-    return args, with_hidden(kwargs, hidden)
+def one_each(positions: Any, count: int, name: str) -> tuple[HiddenPosition, ...]:
+    """``positions`` for each of ``count`` blocks.
+
+    Raises:
+        ValueError: another number of them, or one is neither "input" nor "output".
+    """
+    each: tuple[Any, ...] = (positions,) * count if isinstance(positions, str) else tuple(positions)
+    if len(each) != count:
+        raise ValueError(f"{name} must be one for all blocks or one for each of {count}, got {len(each)}")
+    for position in each:
+        if position not in ("input", "output"):
+            raise ValueError(f"{name} must be 'input' or 'output', got {position!r}")
+    return each
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Tensor:
-    has_tensor = any(isinstance(argument, Tensor) for argument in args)
-    return hidden_of(args if has_tensor else kwargs, where)
+# ------------------------------------------------------------------------------------------------------------- hooks
 
 
 @contextlib.contextmanager
-def _hooks() -> Iterator[list[Any]]:
+def hooked(
+    blocks: Sequence[nn.Module],
+    positions: Sequence[HiddenPosition],
+    visit: Callable[[int, Tensor], Tensor | None],
+    *,
+    where: str,
+) -> Iterator[None]:
+    """Calls ``visit(index, hidden)`` whenever a block runs; the hidden state becomes what it returns, if not None."""
+
+    def before(index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        is_keyword = not any(isinstance(argument, Tensor) for argument in args)
+        inputs = kwargs if is_keyword else args
+        changed = visit(index, hidden_of(inputs, f"{where}: the input of block {index + 1}"))
+        if changed is None:
+            return None
+        inputs = with_hidden(inputs, changed)
+        return (args, inputs) if is_keyword else (inputs, kwargs)
+
+    def after(index: int, module: nn.Module, args: Any, output: Any) -> Any:
+        changed = visit(index, hidden_of(output, f"{where}: the output of block {index + 1}"))
+        return None if changed is None else with_hidden(output, changed)
+
     handles: list[Any] = []
     try:
-        yield handles
+        for index, (block, position) in enumerate(zip(blocks, positions, strict=True)):
+            if position == "input":
+                handles.append(block.register_forward_pre_hook(partial(before, index), with_kwargs=True))
+            else:
+                handles.append(block.register_forward_hook(partial(after, index)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextlib.contextmanager
-def visiting(
-    blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], visit: Callable[[int, Tensor], None]
+def changing(
+    blocks: Sequence[nn.Module],
+    positions: Sequence[HiddenPosition],
+    change: Callable[[int, Tensor], Tensor | None],
+    *,
+    where: str,
 ) -> Iterator[None]:
-    """Calls ``visit(index, hidden)`` whenever a block runs; what the blocks compute is not changed."""
-    with _hooks() as handles:
-        for index, (block, position) in enumerate(zip(blocks, positions, strict=True)):
-            if position == "input":
+    """``hooked`` for one forward, in which each block must run exactly once.
 
-                def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-                    visit(index, _input_of(args, kwargs, f"the input of block {index + 1}"))
+    Raises:
+        RuntimeError: (on leaving) a block did not run, or (when it happens) runs a second time.
+    """
+    done: set[int] = set()
 
-                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            else:
+    def once(index: int, hidden: Tensor) -> Tensor | None:
+        if index in done:
+            raise RuntimeError(f"{where}: block {index + 1} ran more than once in one forward")
+        done.add(index)
+        return change(index, hidden)
 
-                def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
-                    visit(index, hidden_of(output, f"the output of block {index + 1}"))
-
-                handles.append(block.register_forward_hook(after))
+    with hooked(blocks, positions, once, where=where):
         yield
+    missing = [index + 1 for index in range(len(blocks)) if index not in done]
+    if missing:
+        raise RuntimeError(f"{where}: blocks {missing} did not run")
 
 
 def read_hiddens(
@@ -123,7 +156,7 @@ def read_hiddens(
     where: str,
     stop_early: bool = False,
 ) -> list[Tensor]:
-    """What ``run()`` makes of the hidden states at ``blocks``, detached.
+    """Detached hidden states at ``blocks`` in a call of ``run()``.
 
     Args:
         run: calls the model.
@@ -135,21 +168,16 @@ def read_hiddens(
     Raises:
         RuntimeError: a block did not run, or ran more than once.
     """
-    found: dict[int, Tensor] = {}
+    hiddens: dict[int, Tensor] = {}
 
-    def visit(index: int, hidden: Tensor) -> None:
-        if index in found:
-            raise RuntimeError(f"{where}: block {index + 1} ran more than once in one forward")
-        found[index] = hidden.detach()
-        if stop_early and len(found) == len(blocks):
+    def keep(index: int, hidden: Tensor) -> None:
+        hiddens[index] = hidden.detach()
+        if stop_early and len(hiddens) == len(blocks):
             raise _EnoughRead
 
-    with visiting(blocks, positions, visit), contextlib.suppress(_EnoughRead):
+    with changing(blocks, positions, keep, where=where), contextlib.suppress(_EnoughRead):
         run()
-    missing = [index + 1 for index in range(len(blocks)) if index not in found]
-    if missing:
-        raise RuntimeError(f"{where}: blocks {missing} did not run")
-    return [found[index] for index in range(len(blocks))]
+    return [hiddens[index] for index in range(len(blocks))]
 
 
 def running_order(
@@ -165,7 +193,7 @@ def running_order(
         ValueError: a block does not run, or runs more than once.
     """
     order: list[int] = []
-    with undisturbed(model), visiting(blocks, positions, lambda index, hidden: order.append(index)):
+    with undisturbed(model), hooked(blocks, positions, lambda index, hidden: order.append(index), where=where):
         run()
     silent = sorted(set(range(len(blocks))) - set(order))
     if silent:
@@ -176,48 +204,40 @@ def running_order(
     return order
 
 
-@contextlib.contextmanager
-def changing(
-    blocks: Sequence[nn.Module], positions: Sequence[HiddenPosition], changes: Sequence[Change], *, where: str
-) -> Iterator[None]:
-    """Inside, the hidden state at each block is replaced by ``change(hidden)``; each block must run exactly once.
+class ExtractHiddensWrapper(nn.Module):
+    """A model that returns the hidden states of its blocks instead of its output.
+
+    Args:
+        model: the model.
+        blocks: in the order they run in.
+        hidden_positions: one for all, or one each.
 
     Raises:
-        RuntimeError: (on leaving) a block did not run, or (when it happens) runs a second time.
+        ValueError: there are no blocks, or another number of positions.
     """
-    counts = [0] * len(blocks)
 
-    def count(index: int) -> None:
-        counts[index] += 1
-        if counts[index] > 1:
-            raise RuntimeError(f"{where}: block {index + 1} ran more than once in one forward")
+    @typed
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        hidden_positions: HiddenPosition | Sequence[HiddenPosition] = "output",
+    ) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks must hold at least one module, got none")
+        self.model = model
+        self.hidden_positions = one_each(hidden_positions, len(blocks), "hidden_positions")
+        # a tuple keeps the blocks out of this module's parameters, which are the model's
+        self.blocks = tuple(blocks)
 
-    with _hooks() as handles:
-        for index, (block, position, change) in enumerate(zip(blocks, positions, changes, strict=True)):
-            if position == "input":
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Calls the model; hidden states ``(b, n, d)``, detached, one for each block."""
+        where = type(self.model).__name__
+        return read_hiddens(lambda: self.model(*args, **kwargs), self.blocks, self.hidden_positions, where=where)
 
-                def before(
-                    module: nn.Module, args: Any, kwargs: Any, index: int = index, change: Change = change
-                ) -> Any:
-                    count(index)
-                    hidden = _input_of(args, kwargs, f"{where}: the input of block {index + 1}")
-                    return _with_hidden_input(args, kwargs, change(hidden))
 
-                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            else:
-
-                def after(
-                    module: nn.Module, args: Any, output: Any, index: int = index, change: Change = change
-                ) -> Any:
-                    count(index)
-                    hidden = hidden_of(output, f"{where}: the output of block {index + 1}")
-                    return with_hidden(output, change(hidden))
-
-                handles.append(block.register_forward_hook(after))
-        yield
-    missing = [index + 1 for index, number in enumerate(counts) if number == 0]
-    if missing:
-        raise RuntimeError(f"{where}: blocks {missing} did not run, so nothing could be composed there")
+# ------------------------------------------------------------------------------------------ frozen models in training
 
 
 @contextlib.contextmanager
@@ -240,7 +260,6 @@ def checkpointing(blocks: Sequence[nn.Module], how: Callable[..., Any] = _CHECKP
             def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
                 return how(partial(original, **kwargs), *args)
 
-            forward.recomputes = True  # type: ignore[attr-defined]
             replaced.append((block, own))
             block.__dict__["forward"] = forward
         yield
@@ -281,17 +300,9 @@ def hooks_outside_checkpoints(model: nn.Module) -> Iterator[None]:
             vars(module)[name] = how
 
 
-def is_recomputed(module: nn.Module) -> bool:
-    """Whether the module is inside ``checkpointing``."""
-    return getattr(module.__dict__.get("forward"), "recomputes", False)
-
-
 @contextlib.contextmanager
 def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers of ``model`` are on leaving what they were: a frozen model's statistics do not follow the batches."""
-    if not model.training and not any(module.training for module in model.modules()):
-        yield
-        return
+    """Restores the buffers of ``model`` on leaving: a frozen model's statistics do not follow the batches."""
     kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -308,51 +319,3 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-class ExtractHiddensWrapper(nn.Module):
-    """A model that returns the hidden states of its blocks instead of its output.
-
-    Args:
-        model: the model.
-        blocks: in the order they run in.
-        hidden_positions: one for all, or one each.
-
-    Raises:
-        ValueError: there are no blocks, or another number of positions.
-    """
-
-    @typed
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[nn.Module],
-        hidden_positions: HiddenPosition | Sequence[HiddenPosition] = "output",
-    ) -> None:
-        super().__init__()
-        if not blocks:
-            raise ValueError("blocks must hold at least one module, got none")
-        self.model = model
-        self.hidden_positions = one_each(hidden_positions, len(blocks), "hidden_positions")
-        # a tuple keeps the blocks out of this module's parameters, which are the model's
-        self.blocks = tuple(blocks)
-
-    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Calls the model; hidden states ``(b, n, d)``, detached, one for each block."""
-        where = type(self.model).__name__
-        return read_hiddens(lambda: self.model(*args, **kwargs), self.blocks, self.hidden_positions, where=where)
-
-
-def one_each(positions: Any, count: int, name: str) -> tuple[HiddenPosition, ...]:
-    """``positions`` for each of ``count`` blocks.
-
-    Raises:
-        ValueError: another number of them, or one is neither "input" nor "output".
-    """
-    each: tuple[Any, ...] = (positions,) * count if isinstance(positions, str) else tuple(positions)
-    if len(each) != count:
-        raise ValueError(f"{name} must be one for all blocks or one for each of {count}, got {len(each)}")
-    for position in each:
-        if position not in ("input", "output"):
-            raise ValueError(f"{name} must be 'input' or 'output', got {position!r}")
-    return each

@@ -3,6 +3,7 @@
 Legend: n anchor positions, m augment positions.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,33 +23,18 @@ def read_strengths(calm: Any, seq: Tensor, prompt: Any = None) -> list[tuple[str
         seq: ``(b, n)`` tokens of the anchor, without padding.
         prompt: as for ``CALM.forward``.
     """
-    named: list[tuple[str, Tensor]] = []
-    with eval_mode(calm):
+    named: dict[str, Tensor] = {}
+    with eval_mode(calm), contextlib.ExitStack() as hooks:
         for number, (augment, attentions) in enumerate(zip(calm.augments, calm.cross_attns, strict=True)):
             for (augment_layer, anchor_layer), attention in zip(augment.connections, attentions, strict=True):
-                found: list[Tensor] = []
-                original = attention.attend_to
+                name = f"augment {number}, layer {augment_layer} → anchor layer {anchor_layer}"
 
-                def spying(
-                    x: Tensor,
-                    context: Any,
-                    *,
-                    mask: Any = None,
-                    causal: bool = False,
-                    a: Any = attention,
-                    f: Any = found,
-                    o: Any = original,
-                ) -> Tensor:
-                    f.append(a.weights(x, context, mask=mask, causal=causal).mean(dim=(0, 1)))
-                    return o(x, context, mask=mask, causal=causal)
+                def keep(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                    named[name] = module.weights(*args, **kwargs).mean(dim=(0, 1))
 
-                attention.__dict__["attend_to"] = spying
-                try:
-                    calm(seq, prompt=prompt, return_loss=False)
-                finally:
-                    del attention.__dict__["attend_to"]
-                named.append((f"augment {number}, layer {augment_layer} → anchor layer {anchor_layer}", found[0]))
-    return named
+                hooks.callback(attention.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        calm(seq, prompt=prompt, return_loss=False)
+    return list(named.items())
 
 
 def draw_attention(

@@ -44,7 +44,7 @@ class Batches:
         batch = {name: _moved(value, self.device) for name, value in batch.items()}
         if cache is not None:
             prompt, mask = batch.pop("prompt", None), batch.pop("prompt_mask", None)
-            batch["augment_states"] = cache.states(indices, prompt, mask, batch.get("seq"))
+            batch["augment_states"] = cache.states(indices, prompt, mask)
         return batch
 
 

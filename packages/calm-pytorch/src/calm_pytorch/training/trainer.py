@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from calm_pytorch.model.adapter_files import check_wiring, wiring
+from calm_pytorch.model.adapter_files import check_wiring
 from calm_pytorch.model.calm import CALM
 from calm_pytorch.training.data import Batches
 from calm_pytorch.training.example_order import ExampleOrder
@@ -275,7 +275,7 @@ class FineTuner:
             resume=self.resume if self._parallel is None else "auto",
             seed=self.seed,
             device=self.device,
-            settings={"num_train_steps": self.num_train_steps, "wiring": wiring(self.calm)},
+            settings={"num_train_steps": self.num_train_steps, "wiring": self.calm.wiring},
             packages=("calm-pytorch", "accelerate", "x-transformers"),
         )
 
@@ -312,7 +312,7 @@ class FineTuner:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, where = checkpoint.trainer_state, str(checkpoint.path)
-        check_wiring(self.calm, checkpoint.config.get("wiring", {}), where)
+        check_wiring(self.calm.wiring, checkpoint.config.get("wiring", {}), where)
         if state["order"] != self.order.fingerprint():
             raise CheckpointError(f"{where} is of other data: {state['order']}, now {self.order.fingerprint()}")
         load_weights(self.calm.cross_attns, checkpoint.model_state or {}, where=where)
@@ -327,7 +327,7 @@ class FineTuner:
             directory,
             self.step,
             model=dict(self.calm.cross_attns.state_dict()),
-            config={"wiring": wiring(self.calm)},
+            config={"wiring": self.calm.wiring},
             trainer_state={
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),

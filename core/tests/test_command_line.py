@@ -2,18 +2,28 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
+import torch
 
-from lm_core.cli.main import INTERRUPTED, command_line, run_command, say_how_to_go_on, taken_out
-from lm_core.cli.parser import CommandParser
+import lm_core
+from lm_core.cli.main import INTERRUPTED, command_line, print_resume_hint, report_run, run_command
+from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.training.run_directory import Result, write_summary
 
 
+def parser_of(command):
+    return command_parser("lm", "Works.", {"work": command, "rest": rest}, package="lm_core")
+
+
+def rest() -> int:
+    """Rests."""
+    return 0
+
+
 def run(function, argv):
-    parser = CommandParser(prog="lm")
-    parser.add_command("work", "Works.").add_function(function)
-    return run_command(parser, ["work", *argv], {"work": function}, package="lm_core")
+    return run_command(parser_of(function), ["work", *argv])
 
 
 def test_a_command_gets_its_arguments_and_its_status_is_returned(capsys):
@@ -54,7 +64,7 @@ def test_a_defect_keeps_its_traceback():
         run(work, [])
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch):
+def test_ctrl_c_ends_with_130_and_prints_how_to_resume(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lm", "work", "a b"])
 
     def work() -> int:
@@ -67,22 +77,172 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("outcome", "status"), [("finished", 0), ("interrupted", 130), ("out of time", 0)])
-def test_a_run_that_did_not_finish_says_how_it_goes_on(capsys, outcome, status):
-    assert say_how_to_go_on("lm", outcome, 3, 10) == status
+def test_a_run_that_did_not_finish_prints_how_to_resume(capsys, outcome, status):
+    assert print_resume_hint("lm", outcome, 3, 10) == status
     printed = capsys.readouterr().out
     assert (outcome == "finished") == (printed == "")
-    assert outcome == "finished" or f"Stopped ({outcome}) after 3 of 10 updates. To go on:\n  lm" in printed
+    assert outcome == "finished" or f"Stopped ({outcome}) after 3 of 10 updates. To resume:\n  lm" in printed
 
 
-def test_settings_are_taken_out_of_the_arguments():
-    @dataclass
-    class Settings:
-        size: int
-        name: str = "x"
+@dataclass
+class Settings:
+    """Settings.
 
-    arguments = {"size": 3, "other": 4}
-    assert taken_out(arguments, Settings) == Settings(3)
-    assert arguments == {"other": 4}
+    Args:
+        size: how large.
+        name: what for.
+    """
+
+    size: int = 3
+    name: str = "x"
+
+
+def lists(first: str, files: list[str], *, words: list[str] | None = None, sizes: list[int] | None = None) -> int:
+    """Takes lists.
+
+    Args:
+        first: comes first.
+        files: any number of them.
+        words: one or several.
+        sizes: whole numbers.
+    """
+    print(first, files, words, sizes)
+    return 0
+
+
+def test_the_flags_of_a_class_make_the_parameter(capsys):
+    def work(settings: Settings, more: dict, *, seed: int = 5) -> int:
+        """Works."""
+        print(settings, more, seed)
+        return 0
+
+    groups = {"settings": Group(Settings, defaults={"name": "y"}), "more": Group(Settings, as_dict=True)}
+    assert run(Command(work, groups), ["--size", "7"]) == 0
+    assert capsys.readouterr().out == "Settings(size=7, name='y') {'size': 7, 'name': 'y'} 5\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        (["a", "b", "c d"], "a ['b', 'c d'] None None"),
+        (["a", "b", "--words", "x", "y", "--sizes", "1", "2"], "a ['b'] ['x', 'y'] [1, 2]"),
+        (["--words=[x,y]", "a", "b"], "a ['b'] ['x', 'y'] None"),
+        (["a", "--words", "null", "--sizes", "[3]", "--", "--b"], "a ['--b'] None [3]"),
+        (["a", "--sizes", "1", "--", "b"], "a ['b'] None [1]"),
+    ],
+)
+def test_a_list_takes_one_or_several_words(words, printed, capsys):
+    assert run(lists, words) == 0
+    assert capsys.readouterr().out == printed + "\n"
+
+
+def test_presets_are_what_the_printed_configuration_holds_and_the_run_gets(capsys, tmp_path):
+    def work(*, model: str | None = None, steps: int = 1, seed: int = 0) -> int:
+        """Works."""
+        print(model, steps, seed)
+        return 0
+
+    command = Command(work, presets=lambda chosen: {"steps": 30} if chosen["model"] is None else {})
+    with pytest.raises(SystemExit):
+        run(command, ["--seed", "4", "--print_config"])
+    printed = capsys.readouterr().out
+    assert printed == "model: null\nsteps: 30\nseed: 4\n"
+    (tmp_path / "run.yaml").write_text(printed)
+    for words in (["--seed", "4"], ["--config", str(tmp_path / "run.yaml")]):
+        assert run(command, words) == 0
+        assert capsys.readouterr().out == "None 30 4\n"
+    assert run(command, ["--model", "m", "--steps", "2"]) == 0
+    assert capsys.readouterr().out == "m 2 0\n"
+    assert run(command, ["--model", "m"]) == 0
+    assert capsys.readouterr().out == "m 1 0\n"
+
+
+def test_help_shows_types_as_words_and_texts_as_sentences(capsys):
+    def work(*, device: Literal["auto", "cpu"] = "auto", trackers: list[str] | None = None, size: float | None = 1.0):
+        """Works.
+
+        Args:
+            device: auto takes what there is.
+            trackers: names of trackers.
+            size: null for none.
+        """
+
+    with pytest.raises(SystemExit):
+        run(work, ["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--device {auto,cpu} auto takes what there is. (default: auto)" in printed
+    assert "--trackers TEXT [TEXT ...] Names of trackers. (default: null)" in printed
+    assert "--size FLOAT null for none. (default: 1.0)" in printed
+    assert "Union" not in printed
+    assert "type:" not in printed
+
+
+def test_the_version_names_package_core_and_torch(capsys):
+    with pytest.raises(SystemExit) as left:
+        run_command(parser_of(rest), ["--version"])
+    assert left.value.code == 0
+    assert (
+        capsys.readouterr().out
+        == f"lm {lm_core.__version__} (lm-core {lm_core.__version__}, torch {torch.__version__})\n"
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_flags_and_choices(shell, capsys):
+    pytest.importorskip("shtab")
+
+    def work(*, device: Literal["auto", "cpu"] = "auto", corpus: str = "x") -> int:
+        """Works."""
+        return 0
+
+    with pytest.raises(SystemExit) as left:
+        run_command(parser_of(work), ["--print_completion", shell])
+    assert left.value.code == 0
+    script = capsys.readouterr().out
+    for word in ("work", "rest", "--device", "--corpus", "auto", "cpu"):
+        assert word in script
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["work", "--wrds", "a"], "unknown argument --wrds; the nearest known one is --words"),
+        (["work", "--quantisation", "a"], "unknown argument --quantisation\n"),
+        (["wrok"], "unknown command 'wrok'; the nearest known one is work"),
+        (["quantise"], "unknown command 'quantise'\n"),
+    ],
+)
+def test_only_a_near_name_is_suggested(words, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_command(parser_of(lists), words)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@dataclass
+class Run:
+    outcome: str
+    first_step: int = 0
+    step: int = 5
+    seconds: float | None = 2.0
+    curves: None = None
+
+
+def test_the_report_of_a_run_names_its_files_and_writes_the_summary_once_finished(tmp_path, capsys):
+    measured = [Result("bits", 1.0)]
+    arguments = {"max_steps": 5, "lines": [("held out", "1.0 bits")], "results": measured}
+    assert report_run("lm", Run("out of time", step=3), tmp_path, **arguments) == 0
+    assert not (tmp_path / "summary.json").exists()
+    assert "Stopped (out of time) after 3 of 5 updates" in capsys.readouterr().out
+    assert report_run("lm", Run("finished"), tmp_path, **arguments) == 0
+    printed = capsys.readouterr().out
+    assert "held out    1.0 bits\ncheckpoint  " in printed
+    assert "already complete" not in printed
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] == 2.0
+    assert report_run("lm", Run("finished", first_step=5), tmp_path, **arguments) == 0
+    assert "already complete; pass a new --checkpoint_dir" in capsys.readouterr().out
 
 
 def test_a_summary_holds_the_key_number_first(tmp_path):
@@ -105,7 +265,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import CommandParser
+from lm_core.cli.parser import command_parser
 
 own, folder = int(sys.argv[1]), Path(sys.argv[2])
 
@@ -119,9 +279,8 @@ def work() -> int:
         (folder / "drawn").touch()
     return 0
 
-parser = CommandParser(prog="lm")
-parser.add_command("work", "Works.").add_function(work)
-status = run_command(parser, ["work"], {"work": work}, package="lm_core")
+parser = command_parser("lm", "Works.", {"work": work}, package="lm_core")
+status = run_command(parser, ["work"])
 sys.exit(status if (folder / "drawn").exists() and not dist.is_initialized() else 3)
 """
 

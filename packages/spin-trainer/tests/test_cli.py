@@ -1,6 +1,5 @@
 """The command, end to end: a YAML over a tiny Hugging Face model with its chat template, with LoRA and without."""
 
-import functools
 import json
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.metrics import read_metrics
-from spin_trainer.cli import main
+from spin_trainer.cli import build_parser, main
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 # peft asks transformers for a name that newer transformers call otherwise
@@ -190,17 +189,20 @@ def test_small_decoder_decodes_with_a_cache_as_without():
     torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=1e-6)
 
 
-def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value(monkeypatch):
-    from spin_trainer.cli.commands import train
-
-    seen = []
-    # flags are made of the function's signature, so what stands in for it has the same
-    stand_in = functools.wraps(train)(lambda *, settings, **_: seen.append(settings) or 0)
-    monkeypatch.setattr("spin_trainer.cli.train", stand_in)
-    main(["train"])
-    main(["train", "--mix_previous=true", "--batch_size=16"])
-
+def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value():
+    flags = ["--mix_previous=true", "--batch_size=16"]
+    seen = [build_parser().parse(["train", *words]).train for words in ([], flags)]
     assert [(one.mix_previous, one.batch_size, one.lambda_) for one in seen] == [(False, 64, 1.0), (True, 16, 1.0)]
+
+
+def test_the_printed_configuration_starts_the_quickstart_it_was_printed_for(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse(["train", "--seed=3", "--print_config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    again = build_parser().parse(["train", "--config", str(tmp_path / "run.yaml")]).train
+    direct = build_parser().parse(["train", "--seed=3"]).train
+    assert {**vars(again), "config": None} == {**vars(direct), "config": None}
+    assert direct.lambda_ == 1.0
 
 
 def test_the_quickstarts_three_sets_share_no_prompt():

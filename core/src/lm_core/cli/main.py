@@ -1,65 +1,83 @@
-"""How every command of ours ends: its exit status, what it prints for a wrong input and after Ctrl-C.
+"""Running a command: its exit status, what it prints for a wrong input, after Ctrl-C and at the end of a run.
 
 | exit status | meaning |
 |---|---|
 | 0 | done |
 | 1 | the input's error, one line on standard error |
 | 2 | wrong flags (``lm_core.cli.parser``) |
-| 130 | Ctrl-C; a run has saved a checkpoint, and the same command goes on from it |
+| 130 | Ctrl-C; a run has saved a checkpoint, and the same command resumes from it |
 """
 
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import fields
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lm_core
 from lm_core.distributed import barrier, end_process_group, rank
+from lm_core.training.run_directory import Result, write_summary
 
 if TYPE_CHECKING:
     from lm_core.cli.parser import CommandParser
 
 INTERRUPTED = 130
 
-S = TypeVar("S")
+
+class FinishedRun(Protocol):
+    """What ``report_run`` reads of a training result."""
+
+    @property
+    def outcome(self) -> str:
+        """ "finished", "interrupted", or why the run stopped early."""
+
+    @property
+    def first_step(self) -> int:
+        """Updates that were done before this call."""
+
+    @property
+    def step(self) -> int:
+        """Updates that are done."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the updates; None where none was made."""
+
+    @property
+    def curves(self) -> Path | None:
+        """The picture, if it was drawn."""
 
 
-def run_command(
-    parser: "CommandParser",
-    argv: Sequence[str] | None,
-    commands: Mapping[str, Callable[..., int]],
-    *,
-    package: str,
-) -> int:
+def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> int:
     """Runs the command that ``argv`` names; returns its exit status.
 
-    An error is printed as one line where its message says all: it was raised by ``package``, by this one or by the
-    system. Any other is a defect and keeps its traceback.
+    An error is printed as one line where its message says all: it was raised by the parser's package, by the core or
+    by the system. Any other is a defect and keeps its traceback.
 
     Args:
-        parser: with a command for each of ``commands``.
+        parser: as ``lm_core.cli.parser.command_parser`` makes it.
         argv: words of the command line, without the program's name; by default this process's own.
-        commands: called with the parsed arguments, but for ``config``.
-        package: import name of the package that the command belongs to.
     """
     chosen = parser.parse(sys.argv[1:] if argv is None else list(argv))
-    arguments = {name: value for name, value in chosen[chosen.command].items() if name != "config"}
+    command = parser.commands[chosen.command].command
+    assert command is not None
     try:
-        status = commands[chosen.command](**arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            status = command.run(chosen[chosen.command])
         # no process ends while another still works, such as rank 0 at its curves
         barrier()
         return status
     except Exception as error:
-        if not _says_all(error, package):
+        if not _is_self_explanatory(error, parser.package):
             raise
         print(f"{parser.prog} {chosen.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        command = command_line(parser.prog)
-        print(f"\nStopped at once. A run goes on from its newest checkpoint:\n  {command}", file=sys.stderr)
+        words = command_line(parser.prog)
+        print(f"\nStopped at once. A run resumes from its newest checkpoint:\n  {words}", file=sys.stderr)
         return INTERRUPTED
     finally:
         end_process_group()
@@ -76,28 +94,62 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
-def say_how_to_go_on(program: str, outcome: str, step: int, max_steps: int) -> int:
-    """Says, where a run did not finish, how it goes on; returns the exit status."""
+def report(label: str, text: object) -> None:
+    """Prints a labelled line of a report on the main process."""
+    say(f"{label:<12}{text}")
+
+
+def report_run(
+    program: str,
+    run: FinishedRun,
+    checkpoint_dir: str | Path,
+    *,
+    max_steps: int,
+    lines: Sequence[tuple[str, object]] = (),
+    results: Sequence[Result] = (),
+) -> int:
+    """Prints how a run ended and where its files are, and writes ``summary.json`` once it has finished.
+
+    Args:
+        program: name of the program, for the command that resumes.
+        run: what the trainer returned.
+        checkpoint_dir: folder of the run.
+        max_steps: updates that were asked for.
+        lines: label and text of each measurement to print first.
+        results: key numbers of the summary, the most important first; without any, none is written.
+
+    Returns:
+        The exit status.
+    """
+    trained = run.first_step < max_steps
+    if not trained:
+        report("", "already complete; pass a new --checkpoint_dir to start over")
+    for label, text in lines:
+        report(label, text)
+    folder = Path(checkpoint_dir)
+    report("checkpoint", folder / "checkpoints" / f"step-{run.step}")
+    report("metrics", folder / "metrics.jsonl")
+    report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")
+    if run.outcome == "finished" and results and rank() == 0:
+        write_summary(folder, list(results), steps=run.step, seconds=run.seconds if trained else None)
+    return print_resume_hint(program, run.outcome, run.step, max_steps)
+
+
+def print_resume_hint(program: str, outcome: str, step: int, max_steps: int) -> int:
+    """Prints how to resume a run that did not finish; returns the exit status."""
     if outcome == "finished":
         return 0
-    say(f"\nStopped ({outcome}) after {step} of {max_steps} updates. To go on:\n  {command_line(program)}")
+    say(f"\nStopped ({outcome}) after {step} of {max_steps} updates. To resume:\n  {command_line(program)}")
     return INTERRUPTED if outcome == "interrupted" else 0
 
 
-def summary_of(function: Callable[..., Any]) -> str:
-    """The first line of a function's docstring, which describes its command."""
-    return (function.__doc__ or "").split("\n", 1)[0]
+def _print_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
-def taken_out(arguments: MutableMapping[str, Any], kind: Callable[..., S]) -> S:
-    """An object of the dataclass ``kind`` from those ``arguments`` that are its fields, which are taken out."""
-    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: arguments.pop(name) for name in names if name in arguments})
-
-
-def _says_all(error: Exception, package: str) -> bool:
+def _is_self_explanatory(error: Exception, package: str | None) -> bool:
     if isinstance(error, OSError | ImportError):
         return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = (sys.modules[package].__file__, lm_core.__file__)
+    ours = (lm_core.__file__, None if package is None else sys.modules[package].__file__)
     return any(file is not None and raised_in.is_relative_to(Path(file).parent) for file in ours)

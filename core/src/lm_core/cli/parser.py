@@ -1,25 +1,129 @@
-"""A parser whose errors help: an unknown flag, key or command is answered with the nearest one that there is.
+"""Parsers made from typed functions: a table of commands gives flags, help, configuration files and completion.
 
-Defaults < YAML file (``--config``) < flags, as jsonargparse has it. A switch may be given without a value (``--fsdp``
-means ``--fsdp=true``), and words of a flag may be joined by dashes.
+Defaults < YAML file (``--config``) < flags, as jsonargparse has it. A switch may stand without a value (``--fsdp``
+means ``--fsdp=true``), a list takes one or several words (``--trackers tensorboard wandb``), and the words of a flag
+may be joined by dashes. An unknown flag, key or command is answered with the nearest known one, if one is near.
 """
 
 import argparse
 import difflib
+import importlib
+import inspect
+import json
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
 
+import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
+
+import lm_core
 
 _UNKNOWN_FLAGS = re.compile(r"unrecognized arguments: (.*)", re.IGNORECASE | re.DOTALL)
 _UNKNOWN_KEY = re.compile(r"does not accept (?:option|nested key) '([^']*)'")
-_UNKNOWN_COMMAND = re.compile(r"argument command: invalid choice: '([^']*)'")
+_UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
+_NEAR = 0.6
+_SHORT_USAGE = 12
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Flags for one parameter of a command: the arguments of a class.
+
+    Args:
+        kind: a class, or a function that makes an object.
+        skip: arguments without a flag.
+        defaults: other defaults than its own.
+        as_dict: passes the arguments as a dictionary instead of the object.
+    """
+
+    kind: Callable[..., Any]
+    skip: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    as_dict: bool = False
+
+    def build(self, arguments: Mapping[str, Any]) -> Any:
+        """The parameter's value from those of ``arguments`` that are its own."""
+        names = [name for name in inspect.signature(self.kind).parameters if name not in self.skip]
+        values = {name: arguments[name] for name in names if name in arguments}
+        return values if self.as_dict else self.kind(**values)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: a typed function, from whose signature and docstring its flags and their help are made.
+
+    Args:
+        function: returns the exit status.
+        groups: parameters of the function whose flags are those of a class. A flag of the function or of an earlier
+            group serves later ones too.
+        description: by default the first line of the function's docstring.
+        presets: other defaults than the function's, given the arguments that were chosen; ``--print_config`` prints
+            them as it does all.
+    """
+
+    function: Callable[..., int]
+    groups: Mapping[str, Group] = field(default_factory=dict)
+    description: str | None = None
+    presets: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+
+    def run(self, arguments: Mapping[str, Any]) -> int:
+        """Calls the function; returns the exit status."""
+        names = inspect.signature(self.function).parameters
+        built = {name: group.build(arguments) for name, group in self.groups.items()}
+        return self.function(**{name: arguments[name] for name in names if name not in built}, **built)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
-    """Descriptions keep their lines."""
+    """Descriptions keep their lines, metavars show the type, and texts are sentences."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        actions = list(actions)
+        if usage is None and len(actions) > _SHORT_USAGE:
+            names = [action.metavar or action.dest for action in actions if not action.option_strings]
+            usage = " ".join(["%(prog)s", *names, "[--config FILE] [options]"])
+        super().add_usage(usage, actions, groups, prefix)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        strings = action.option_strings
+        try:
+            action.option_strings = [string for string in strings if not string.endswith("+")]
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = strings
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = str(super()._get_help_string(action)).replace("%(type)s", "")
+        text = re.sub(r"\((required, )?type: (, )?", lambda found: f"({found[1] or ''}", text).replace(" ()", "")
+        first = text.split(" ", 1)[0].strip(",;")
+        literals = {str(value).lower() for value in typing.get_args(getattr(action, "_typehint", None))}
+        if first not in {"null", "true", "false", str(action.default)} | literals:
+            text = text[:1].upper() + text[1:]
+        return text
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a completion script for a shell."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("completion needs shtab: pip install shtab")
+        for part in (parser, *parser.commands.values()):
+            for action in part._actions:
+                hint = getattr(action, "_typehint", None)
+                if hint is not None and action.choices is None:
+                    action.choices = _choices(hint)
+                if isinstance(action, ActionConfigFile) or (hint is not None and _is_textual(hint)):
+                    action.complete = shtab.FILE
+        print(shtab.complete(parser, values))
+        raise SystemExit(0)
 
 
 class CommandParser(ArgumentParser):  # type: ignore[misc]
@@ -27,59 +131,94 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
 
     Args:
         args: as for ``argparse.ArgumentParser``.
+        package: import name of the package that the command belongs to.
         kwargs: as for ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, package: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Formatter, "allow_abbrev": False, **kwargs})
+        self.package = package
         self.commands: dict[str, CommandParser] = {}
+        self.command: Command | None = None
         self._subcommands_action: Any = None
 
-    def add_command(self, name: str, description: str) -> "CommandParser":
+    def add_command(self, name: str, command: "Command | Callable[..., int]") -> "CommandParser":
         """A parser for ``name``, with ``--config`` and ``--print_config``."""
+        command = command if isinstance(command, Command) else Command(command)
+        description = command.description or (command.function.__doc__ or "").split("\n", 1)[0]
         if self._subcommands_action is None:
-            self._subcommands_action = self.add_subcommands(dest="command", required=True)
+            self._subcommands_action = self.add_subcommands(dest="command", required=True, metavar="COMMAND")
         parser = CommandParser(description=description)
-        parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these arguments.")
+        parser.command = command
+        parser.add_argument(
+            "--config", action=ActionConfigFile, metavar="FILE", help="YAML file with any of these arguments."
+        )
+        parser.add_function_arguments(
+            command.function, as_group=False, as_positional=True, skip=set(command.groups) or None
+        )
+        for group in command.groups.values():
+            names = set(inspect.signature(group.kind).parameters)
+            skip = {*group.skip, *(names & {action.dest for action in parser._actions})}
+            if names - skip:
+                parser.add_class_arguments(group.kind, skip=skip)
+            parser.set_defaults(dict(group.defaults))
+            for action in parser._actions:
+                action.required = action.required and action.dest not in group.defaults
+        for action in parser._actions:
+            if action.option_strings and action.metavar is None and action.nargs is None:
+                action.metavar = _metavar(getattr(action, "_typehint", action.type))
         self._subcommands_action.add_subcommand(name, parser, help=description.split("\n", 1)[0])
         parser.prog = f"{self.prog} {name}"
         self.commands[name] = parser
         return parser
 
-    def add_function(self, function: Callable[..., Any], *, skip: Sequence[str] = ()) -> None:
-        """Arguments for the parameters of a typed function; those without a default are positional."""
-        self.add_function_arguments(function, as_group=False, as_positional=True, skip=set(skip))
-
-    def add_class(self, kind: type, *, skip: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> None:
-        """A group of arguments for the parameters of a class, some of them with other defaults."""
-        self.add_class_arguments(kind, skip=set(skip))
-        self.set_defaults(dict(defaults or {}))
-        for action in self._actions:
-            if action.dest in (defaults or {}):
-                action.required = False
-
-    def flags(self) -> dict[str, bool]:
-        """Every flag, and whether it is a switch."""
-        return {
-            flag: isinstance(action.default, bool) and action.nargs is None
-            for action in self._actions
-            for flag in action.option_strings
-        }
-
     def parse(self, argv: Sequence[str]) -> Any:
         """The arguments as a ``jsonargparse.Namespace``; leaves with status 2 and a message if they are wrong."""
-        flags = (self.commands.get(argv[0], self) if argv else self).flags()
-        words = []
-        for number, word in enumerate(argv):
+        chosen = self.commands.get(argv[0]) if argv else None
+        if chosen is None:
+            return self.parse_args(list(argv))
+        words = [argv[0], *chosen._words(argv[1:])]
+        command = chosen.command
+        if command is not None and command.presets is not None and not {"-h", "--help"} & set(words):
+            draft = self.parse_args([word for word in words if not word.startswith("--print_config")])
+            chosen.set_defaults(dict(command.presets(draft[argv[0]])))
+        return self.parse_args(words)
+
+    def _words(self, argv: Sequence[str]) -> list[str]:
+        """``argv`` as argparse takes it: values joined to their flags, lists as JSON."""
+        flags = {flag: action for action in self._actions for flag in action.option_strings}
+        words: list[str] = []
+        positional: list[str] = []
+        rest = list(argv)
+        while rest:
+            word = rest.pop(0)
             name, equals, value = word.partition("=")
-            if name.startswith("--") and name not in flags:
+            if word == "--":
+                words, positional, rest = [*words, "--"], [*positional, *rest], []
+                continue
+            if not name.startswith("--"):
+                (words if word in flags else positional).append(word)
+                continue
+            if name not in flags:
                 joined = "--" + name[2:].replace("-", "_")
                 name = joined if joined in flags else name
-            following = argv[number + 1].lower() if number + 1 < len(argv) else ""
-            if flags.get(name) and not equals and following not in ("true", "false"):
-                equals, value = "=", "true"
-            words.append(f"{name}{equals}{value}")
-        return self.parse_args(words)
+            action = flags.get(name)
+            if action is None or equals or action.nargs is not None:
+                words.append(f"{name}{equals}{value}")
+            elif isinstance(action.default, bool):
+                value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+                words.append(f"{name}={value}")
+            elif _element(getattr(action, "_typehint", None)) is not None:
+                end = next((number for number, part in enumerate(rest) if part.startswith("--")), len(rest))
+                words.append(f"{name}={_as_list(rest[:end], action)}")
+                rest = rest[end:]
+            else:
+                words.append(f"{name}={rest.pop(0)}" if rest else name)
+        takes = [action for action in self._actions if not action.option_strings]
+        if takes and len(positional) >= len(takes) and _element(getattr(takes[-1], "_typehint", None)) is not None:
+            first = len(takes) - 1
+            positional = [*positional[:first], _as_list(positional[first:], takes[-1])]
+        return [*words, *positional]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints ``message``, with the nearest known name for an unknown one, and leaves with status 2."""
@@ -88,20 +227,103 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         raise SystemExit(2)
 
     def _explained(self, message: str) -> str:
-        known = [flag[2:] for parser in (self, *self.commands.values()) for flag in parser.flags() if flag[:2] == "--"]
-        if found := _UNKNOWN_FLAGS.search(message):
-            words = found[1].split()
+        parsers = (self, *self.commands.values())
+        known = {flag[2:] for parser in parsers for action in parser._actions for flag in action.option_strings}
+        if match := _UNKNOWN_FLAGS.search(message):
+            words = match[1].split()
             flags = [word.split("=")[0] for word in words if word.startswith("--")]
             if not flags:
                 return f"unexpected argument {' '.join(words)}"
             return "; ".join(f"unknown argument {flag}{_nearest(flag[2:], known, '--')}" for flag in flags)
-        if found := _UNKNOWN_KEY.search(message):
-            return f"unknown key {found[1]!r} in the configuration{_nearest(found[1], known, '')}"
-        if found := _UNKNOWN_COMMAND.search(message):
-            return f"unknown command {found[1]!r}{_nearest(found[1], list(self.commands), '')}"
+        if match := _UNKNOWN_KEY.search(message):
+            return f"unknown key {match[1]!r} in the configuration{_nearest(match[1], known, '')}"
+        if match := _UNKNOWN_COMMAND.search(message):
+            return f"unknown command {match[1]!r}{_nearest(match[1], self.commands, '')}"
         return re.sub(rf"\b({'|'.join(self.commands) or '(?!)'})\.", "", message)
 
 
-def _nearest(name: str, known: Sequence[str], prefix: str) -> str:
-    best = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.0)
+def command_parser(
+    prog: str, description: str, commands: "Mapping[str, Command | Callable[..., int]]", *, package: str
+) -> CommandParser:
+    """The parser of a package's whole command line, with ``--version`` and ``--print_completion``.
+
+    Args:
+        prog: name of the program.
+        description: first line of its help.
+        commands: what to call under which name.
+        package: import name of the package.
+    """
+    versions = f"{prog} {importlib.import_module(package).__version__} (lm-core {lm_core.__version__}, "
+    parser = CommandParser(prog=prog, package=package, description=description)
+    parser.add_argument("--version", action="version", version=f"{versions}torch {torch.__version__})")
+    parser.add_argument(
+        "--print_completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="Prints a completion script for the shell and exits.",
+    )
+    for name, command in commands.items():
+        parser.add_command(name, command)
+    return parser
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _element(hint: Any) -> Any:
+    """Type of the elements of a list, None for any other type."""
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) in (list, tuple, Sequence):
+            return typing.get_args(kind)[0]
+    return None
+
+
+def _as_list(words: Sequence[str], action: argparse.Action) -> str:
+    """Words as the JSON list that a list's flag takes; one in brackets, and null, stay as they are."""
+    if len(words) == 1 and (words[0].startswith("[") or words[0] == "null"):
+        return words[0]
+    textual = _is_textual(_element(action._typehint))  # type: ignore[attr-defined]
+    return f"[{','.join(json.dumps(word) if textual else word for word in words)}]"
+
+
+def _choices(hint: Any) -> list[str] | None:
+    """The words a flag takes, None where they cannot be listed."""
+    found: list[str] = []
+    for kind in _alternatives(hint):
+        if kind is bool:
+            found += ["true", "false"]
+        elif typing.get_origin(kind) is Literal:
+            found += [str(value) for value in typing.get_args(kind)]
+        elif kind is not type(None):
+            return None
+    return found or None
+
+
+def _is_textual(hint: Any) -> bool:
+    return any(inspect.isclass(kind) and kind.__name__ in ("str", "Path") for kind in _alternatives(hint))
+
+
+def _metavar(hint: Any) -> str:
+    """A type as help shows it: "INT", "{auto,true,false}", "TEXT [TEXT ...]"."""
+    if choices := _choices(hint):
+        return f"{{{','.join(choices)}}}"
+    shown = []
+    for kind in _alternatives(hint):
+        if kind is type(None):
+            continue
+        element = _element(kind)
+        if element is not None:
+            word = _metavar(element)
+            shown.append(f"{word} [{word} ...]")
+        elif typing.get_origin(kind) is Literal:
+            shown += [str(value) for value in typing.get_args(kind)]
+        else:
+            shown.append(_METAVARS.get(kind, "VALUE"))
+    return "|".join(dict.fromkeys(shown))
+
+
+def _nearest(name: str, known: Any, prefix: str) -> str:
+    best = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1, cutoff=_NEAR)
     return f"; the nearest known one is {prefix}{best[0]}" if best else ""

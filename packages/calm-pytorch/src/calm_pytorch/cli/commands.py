@@ -13,7 +13,7 @@ from calm_pytorch.quickstart.quickstart import QuickstartResult, QuickstartSetti
 from calm_pytorch.training.trainer import FineTuner
 from lm_core.checkpoints.checkpoint import load_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
-from lm_core.cli.main import say_how_to_go_on
+from lm_core.cli.main import print_resume_hint
 from lm_core.data.documents import read_texts
 from lm_core.generation.sampling import top_p as keep_nucleus
 from lm_core.training.accelerator import pick_device
@@ -155,7 +155,7 @@ def train(
         print("            finished before; another --checkpoint_dir trains anew")
     print(f"adapter     {Path(checkpoint_dir) / 'adapter'}")
     if trainer.interrupted:
-        return say_how_to_go_on("calm-pytorch", "interrupted", trainer.step, steps)
+        return print_resume_hint("calm-pytorch", "interrupted", trainer.step, steps)
     if trainer.is_main:
         name, numbers = ("held-out loss", "validation_loss") if held_out else ("training loss", "loss")
         # a resumed run goes on in the file of the first one, so its first row is of before any update
@@ -279,8 +279,3 @@ def describe(
     calm, _ = load_composition(anchor, augments, mode, connect_every, adapter, device)
     print(calm.describe())
     return 0
-
-
-def settings_names() -> list[str]:
-    """Names of the quickstart's settings."""
-    return list(asdict(QuickstartSettings()))

@@ -15,14 +15,14 @@ from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
 from coca.data.image_files import load_images
 from coca.model.preprocessing import ImagePreprocessing
 from coca.training.config import TrainingSettings
-from lm_core.cli.main import run_command, say, say_how_to_go_on, summary_of, taken_out
+from lm_core.cli.main import print_resume_hint, run_command, say
+from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result, write_summary
 
 if TYPE_CHECKING:
     from coca.training.trainer import TrainingResult
-    from lm_core.cli.parser import CommandParser
 
 TRAIN = """Trains a CoCa on images with captions; without arguments, on handwritten digits (about two minutes on two CPU
 cores).
@@ -113,7 +113,7 @@ def train(
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     say(f"grid        {result.grid}: held-out images, their generated captions and the nearest texts")
     if result.outcome != "finished":
-        return say_how_to_go_on("coca", result.outcome, result.step, settings.max_steps)
+        return print_resume_hint("coca", result.outcome, result.step, settings.max_steps)
     if rank() == 0:
         write_summary(checkpoint_dir, _results(result, data), steps=result.step, seconds=result.seconds)
     return 0
@@ -164,28 +164,16 @@ def _data(
     return images.split(held_out)
 
 
-def build_parser() -> "CommandParser":
+def build_parser() -> CommandParser:
     """The parser of the whole command."""
-    from lm_core.cli.parser import CommandParser
-
-    parser = CommandParser(prog="coca", description="CoCa image-text models: train, caption, classify, retrieve.")
-    training = parser.add_command("train", TRAIN)
-    training.add_function(train, skip=("model", "settings"))
-    training.add_class(ModelSettings)
-    training.add_class(TrainingSettings)
-    for name, function in COMMANDS.items():
-        parser.add_command(name, summary_of(function)).add_function(function)
-    return parser
+    description = "CoCa image-text models: train, caption, classify, retrieve."
+    training = Command(train, {"model": Group(ModelSettings), "settings": Group(TrainingSettings)}, TRAIN)
+    return command_parser("coca", description, {"train": training, **COMMANDS}, package="coca")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
-    return run_command(build_parser(), argv, {"train": _train, **COMMANDS}, package="coca")
-
-
-def _train(**arguments: Any) -> int:
-    settings, model = taken_out(arguments, TrainingSettings), taken_out(arguments, ModelSettings)
-    return train(model=model, settings=settings, **arguments)
+    return run_command(build_parser(), argv)
 
 
 if __name__ == "__main__":

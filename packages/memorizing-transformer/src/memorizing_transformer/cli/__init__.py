@@ -1,17 +1,13 @@
 """The command ``memorizing-transformer``: ``train``, ``generate``, ``eval``, ``inspect`` and ``convert``."""
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
-from lm_core.cli.main import run_command, summary_of, taken_out
+from lm_core.cli.main import run_command
+from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
 from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint, train
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
-
-if TYPE_CHECKING:
-    from lm_core.cli.parser import CommandParser
 
 # The quickstart's model: what two CPU cores can teach something in about two minutes.
 QUICKSTART_MODEL = {
@@ -41,43 +37,28 @@ Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a check
 as it does after a kill."""
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
+COMMANDS: dict[str, Command | Callable[..., int]] = {
+    "train": Command(
+        train,
+        {
+            "model": Group(MemorizingTransformer, skip=SETTLED, defaults=QUICKSTART_MODEL, as_dict=True),
+            "settings": Group(TrainingSettings),  # segment_length is the model's
+        },
+        TRAIN,
+    ),
+    "generate": Command(generate, {"settings": Group(TextGeneration)}),
     "eval": evaluate_checkpoint,
     "inspect": inspect_checkpoint,
     "convert": convert,
 }
 
 
-def build_parser() -> "CommandParser":
+def build_parser() -> CommandParser:
     """The parser of the whole command."""
-    from lm_core.cli.parser import CommandParser
-
-    parser = CommandParser(prog="memorizing-transformer", description="Language models with a kNN memory.")
-    training = parser.add_command("train", TRAIN)
-    training.add_function(train, skip=("model", "settings"))
-    training.add_class(MemorizingTransformer, skip=SETTLED, defaults=QUICKSTART_MODEL)
-    training.add_class(TrainingSettings, skip=("segment_length",))  # the model has it
-    generation = parser.add_command("generate", summary_of(generate))
-    generation.add_function(generate, skip=("settings",))
-    generation.add_class(TextGeneration)
-    for name, function in COMMANDS.items():
-        parser.add_command(name, summary_of(function)).add_function(function)
-    return parser
+    description = "Language models with a kNN memory."
+    return command_parser("memorizing-transformer", description, COMMANDS, package="memorizing_transformer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
-    commands = {"train": _train, "generate": _generate, **COMMANDS}
-    return run_command(build_parser(), argv, commands, package="memorizing_transformer")
-
-
-def _generate(**arguments: Any) -> int:
-    return generate(settings=taken_out(arguments, TextGeneration), **arguments)
-
-
-def _train(**arguments: Any) -> int:
-    names = inspect.signature(MemorizingTransformer).parameters
-    model = {name: arguments.pop(name) for name in names if name in arguments}
-    arguments["segment_length"] = model["segment_length"]
-    settings = taken_out(arguments, TrainingSettings)
-    return train(model=model, settings=settings, **arguments)
+    return run_command(build_parser(), argv)

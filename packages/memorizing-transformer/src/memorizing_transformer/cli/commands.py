@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.cli.main import print_resume_hint, say
 from lm_core.cli.text_generation import TextGeneration, open_prompt, print_continuations
 from lm_core.data.corpora import held_out_documents, load_corpus
 from lm_core.data.documents import Documents
@@ -105,7 +105,7 @@ def train(
     say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome != "finished":
-        return say_how_to_go_on("memorizing-transformer", result.outcome, result.step, settings.max_steps)
+        return print_resume_hint("memorizing-transformer", result.outcome, result.step, settings.max_steps)
     if rank() == 0 and result.last is not None:  # None: finished before, and summed up then
         last, without = result.last.bits_per_byte, result.without_memory
         results = [Result("held-out bits/byte", last, before=result.first_bits_per_byte)]

@@ -1,10 +1,10 @@
 """The command ``palm-rlhf``: language models (``train`` ...) and reinforcement learning (``reward``, ``ppo`` ...)."""
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
-from lm_core.cli.main import run_command, summary_of, taken_out
+from lm_core.cli.corpus import TextCorpus
+from lm_core.cli.main import run_command
+from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
 from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, train
 from palm_rlhf.cli.policies import grpo, ppo
@@ -12,9 +12,6 @@ from palm_rlhf.cli.reward import reward
 from palm_rlhf.cli.sample import sample
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.pretrain.config import TrainingSettings
-
-if TYPE_CHECKING:
-    from lm_core.cli.parser import CommandParser
 
 # The quickstart's model: what two CPU cores can teach something in a minute and a half. Normalised queries and keys
 # bear a higher learning rate (4e-3: 2.54 bits/byte after 480 updates; without them 3e-3 gave 2.62, and 6e-3 less).
@@ -30,11 +27,21 @@ TRAIN = """Pretrains a PaLM on text; without arguments, on Python's own library 
   palm-rlhf train --print_config > run.yaml; palm-rlhf train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m palm_rlhf train --fsdp --compile
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command goes on from it,
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
 as it does after a kill."""
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
+COMMANDS: dict[str, Command | Callable[..., int]] = {
+    "train": Command(
+        train,
+        {
+            "text": Group(TextCorpus),
+            "model": Group(PaLM, skip=SETTLED, defaults=QUICKSTART_MODEL, as_dict=True),
+            "settings": Group(TrainingSettings, defaults=QUICKSTART_TRAINING),
+        },
+        TRAIN,
+    ),
+    "generate": Command(generate, {"settings": Group(TextGeneration)}),
     "eval": evaluate_checkpoint,
     "convert": convert,
     "reward": reward,
@@ -44,34 +51,12 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-def build_parser() -> "CommandParser":
+def build_parser() -> CommandParser:
     """The parser of the whole command."""
-    from lm_core.cli.parser import CommandParser
-
     description = "PaLM language models: training, generation, and reinforcement learning from human feedback."
-    parser = CommandParser(prog="palm-rlhf", description=description)
-    training = parser.add_command("train", TRAIN)
-    training.add_function(train, skip=("model", "settings"))
-    training.add_class(PaLM, skip=SETTLED, defaults=QUICKSTART_MODEL)
-    training.add_class(TrainingSettings, defaults=QUICKSTART_TRAINING)
-    generation = parser.add_command("generate", summary_of(generate))
-    generation.add_function(generate, skip=("settings",))
-    generation.add_class(TextGeneration)
-    for name, function in COMMANDS.items():
-        parser.add_command(name, summary_of(function)).add_function(function)
-    return parser
+    return command_parser("palm-rlhf", description, COMMANDS, package="palm_rlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
-    return run_command(build_parser(), argv, {"train": _train, "generate": _generate, **COMMANDS}, package="palm_rlhf")
-
-
-def _generate(**arguments: Any) -> int:
-    return generate(settings=taken_out(arguments, TextGeneration), **arguments)
-
-
-def _train(**arguments: Any) -> int:
-    settings = taken_out(arguments, TrainingSettings)
-    model = {name: arguments.pop(name) for name in inspect.signature(PaLM).parameters if name in arguments}
-    return train(model=model, settings=settings, **arguments)
+    return run_command(build_parser(), argv)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.cli.corpus import TextCorpus
+from lm_core.cli.main import print_resume_hint, say
 from lm_core.cli.text_generation import TextGeneration, print_continuations
-from lm_core.data.corpora import held_out_documents, load_corpus
+from lm_core.data.corpora import held_out_documents
 from lm_core.distributed import rank, world_size
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
@@ -22,13 +23,9 @@ from palm_rlhf.pretrain.evaluation import evaluate
 
 def train(
     *,
+    text: TextCorpus,
     model: dict[str, Any],
     settings: TrainingSettings,
-    corpus: str = "stdlib",
-    field: str = "text",
-    tokenizer: str = "bytes",
-    validation_fraction: float = 0.05,
-    cache_dir: str | None = None,
     checkpoint_dir: str = "runs/palm-quickstart",
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
@@ -38,13 +35,9 @@ def train(
     """Pretrains a PaLM on text.
 
     Args:
+        text: what to learn from.
         model: arguments of ``PaLM``.
-        settings: of the training.
-        corpus: "stdlib" (Python's own library), a .txt, .jsonl or .jsonl.gz file, any other file as bytes, or a folder.
-        field: of a .jsonl line, the text.
-        tokenizer: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
-        validation_fraction: how much of the corpus is held out.
-        cache_dir: where to keep the tokenised corpus, memory-mapped; without it, in memory.
+        settings: optimizer, schedule and what is written when.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl and curves.png.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: of accelerate, such as [tensorboard].
@@ -56,10 +49,7 @@ def train(
     """
     from palm_rlhf.pretrain.trainer import PretrainTrainer
 
-    encoder = load_tokenizer(tokenizer)
-    data = load_corpus(
-        corpus, tokenizer=encoder, field=field, validation_fraction=validation_fraction, cache_dir=cache_dir
-    )
+    encoder, data = text.load()
     seed_everything(settings.seed)
     palm = PaLM(num_tokens=encoder.vocab_size, **model)
     trainer = PretrainTrainer(
@@ -73,7 +63,7 @@ def train(
     )
     millions = sum(parameter.numel() for parameter in palm.parameters()) / 1e6
     say(f"model       PaLM, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
-    say(f"corpus      {corpus}: {data.train.size} to learn from, {data.validation.size} held out")
+    say(f"corpus      {text.corpus}: {data.train.size} to learn from, {data.validation.size} held out")
     say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
     if result.first_step == settings.max_steps:
@@ -84,7 +74,7 @@ def train(
     say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
     if result.outcome != "finished":
-        return say_how_to_go_on("palm-rlhf", result.outcome, result.step, settings.max_steps)
+        return print_resume_hint("palm-rlhf", result.outcome, result.step, settings.max_steps)
     if rank() == 0:
         held_out = Result("held-out bits/byte", result.last_bits_per_byte, before=result.first_bits_per_byte)
         write_summary(checkpoint_dir, [held_out], steps=result.step, seconds=result.seconds)

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.cli.main import print_resume_hint, say
 from lm_core.distributed import rank
 from lm_core.training.run_directory import Result, write_summary
 from palm_rlhf.cli.sources import VALIDATION_PROMPTS
@@ -57,7 +57,7 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
             steps=result.updates,
             seconds=seconds if result.metrics else None,
         )
-    return say_how_to_go_on("palm-rlhf", result.outcome, result.updates, planned)
+    return print_resume_hint("palm-rlhf", result.outcome, result.updates, planned)
 
 
 SAMPLING = ("max_new_tokens", "max_seq_len", "temperature", "filters", "min_new_tokens", "stop_strings")

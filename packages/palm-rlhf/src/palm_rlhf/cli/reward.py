@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import say, say_how_to_go_on
+from lm_core.cli.main import print_resume_hint, say
 from lm_core.data.corpora import load_corpus
 from lm_core.distributed import rank
 from lm_core.tokenizers import load_tokenizer
@@ -104,4 +104,4 @@ def reward(
     if result.outcome == "finished" and rank() == 0:
         key = Result("held-out accuracy of the reward", result.last_accuracy, result.first_accuracy, "higher")
         write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started if worked else None)
-    return say_how_to_go_on("palm-rlhf", result.outcome, result.step, max_steps)
+    return print_resume_hint("palm-rlhf", result.outcome, result.step, max_steps)

@@ -1,16 +1,13 @@
 """The command ``spin-trainer``: ``train``, ``generate`` and ``eval``."""
 
-import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from lm_core.cli.main import run_command, summary_of, taken_out
+from lm_core.cli.main import run_command
+from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from spin_trainer.cli.commands import evaluate_model, generate, train
 from spin_trainer.quickstart.quickstart import DEFAULTS
 from spin_trainer.training.config import SelfPlaySettings
-
-if TYPE_CHECKING:
-    from lm_core.cli.parser import CommandParser
 
 TRAIN = """Fine-tunes a language model by self-play; without a model, a small one on a toy (two minutes on two cores).
 
@@ -23,32 +20,28 @@ The quickstart has values of its own for what is not given. Flags win over the Y
 Ctrl-C saves a checkpoint; the same command goes on from it, as it does after a kill."""
 
 MAX_SEQ_LEN = 512
-COMMANDS: dict[str, Callable[..., int]] = {"generate": generate, "eval": evaluate_model}
 
 
-def build_parser(**settings: Any) -> "CommandParser":
-    """The parser of the whole command, with other defaults for these settings."""
-    from lm_core.cli.parser import CommandParser
+def _presets(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quickstart has defaults of its own."""
+    return DEFAULTS if chosen["model"] is None else {}
 
-    parser = CommandParser(prog="spin-trainer", description="Self-play fine-tuning: train, generate, eval.")
-    training = parser.add_command("train", TRAIN)
-    training.add_function(train, skip=("settings",))
-    training.add_class(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN, **settings})
-    for name, function in COMMANDS.items():
-        parser.add_command(name, summary_of(function)).add_function(function)
-    return parser
+
+COMMANDS: dict[str, Command | Callable[..., int]] = {
+    "train": Command(
+        train, {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN})}, TRAIN, _presets
+    ),
+    "generate": generate,
+    "eval": evaluate_model,
+}
+
+
+def build_parser() -> CommandParser:
+    """The parser of the whole command."""
+    description = "Self-play fine-tuning: train, generate, eval."
+    return command_parser("spin-trainer", description, COMMANDS, package="spin_trainer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status (see ``lm_core.cli.main``)."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser()
-    chosen = parser.parse(given)
-    if chosen.command == "train" and chosen.train.model is None:
-        parser = build_parser(**DEFAULTS)
-    return run_command(parser, given, {"train": _train, **COMMANDS}, package="spin_trainer")
-
-
-def _train(**arguments: Any) -> int:
-    settings = taken_out(arguments, SelfPlaySettings)
-    return train(settings=settings, **arguments)
+    return run_command(build_parser(), argv)

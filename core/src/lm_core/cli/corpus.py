@@ -1,0 +1,44 @@
+"""Flags of the text that a model learns from, for the ``train`` commands."""
+
+from dataclasses import dataclass
+
+from lm_core.checks import typed
+from lm_core.data.corpora import Corpus, load_corpus
+from lm_core.tokenizers import Tokenizer, load_tokenizer
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class TextCorpus:
+    """Text: where it comes from, its tokens, and how much of it is held out.
+
+    Args:
+        corpus: "stdlib" (Python's own library), files, folders or globs of text, JSON, tables or arrow files, a data
+            set on the hub as organisation/name, or bytes:FILE for a file's raw bytes.
+        field: column that holds the text, where there are columns.
+        tokenizer: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
+        validation_fraction: part of the corpus that is held out.
+        cache_dir: folder to keep the tokenised corpus in, memory-mapped; without it, it is held in memory.
+    """
+
+    corpus: str = "stdlib"
+    field: str = "text"
+    tokenizer: str = "bytes"
+    validation_fraction: float = 0.05
+    cache_dir: str | None = None
+
+    def load(self) -> tuple[Tokenizer, Corpus]:
+        """The tokenizer and the corpus in its tokens.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: as ``lm_core.data.corpora.load_corpus``.
+        """
+        encoder = load_tokenizer(self.tokenizer)
+        corpus = load_corpus(
+            self.corpus,
+            tokenizer=encoder,
+            field=self.field,
+            validation_fraction=self.validation_fraction,
+            cache_dir=self.cache_dir,
+        )
+        return encoder, corpus

@@ -11,6 +11,7 @@ import lm_core
 from lm_core.cli.main import INTERRUPTED, command_line, print_resume_hint, report_run, run_command
 from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.training.run_directory import Result, write_summary
+from lm_core.training.session import TrainingResult
 
 
 def parser_of(command):
@@ -221,27 +222,22 @@ def test_only_a_near_name_is_suggested(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@dataclass
-class Run:
-    outcome: str
-    first_step: int = 0
-    step: int = 5
-    seconds: float | None = 2.0
-    curves: None = None
+def ended(outcome, first_step=0, step=5):
+    return TrainingResult(outcome=outcome, first_step=first_step, step=step, seconds=2.0, checkpoints=None, curves=None)
 
 
 def test_the_report_of_a_run_names_its_files_and_writes_the_summary_once_finished(tmp_path, capsys):
     measured = [Result("bits", 1.0)]
     arguments = {"max_steps": 5, "lines": [("held out", "1.0 bits")], "results": measured}
-    assert report_run("lm", Run("out of time", step=3), tmp_path, **arguments) == 0
+    assert report_run("lm", ended("out of time", step=3), tmp_path, **arguments) == 0
     assert not (tmp_path / "summary.json").exists()
     assert "Stopped (out of time) after 3 of 5 updates" in capsys.readouterr().out
-    assert report_run("lm", Run("finished"), tmp_path, **arguments) == 0
+    assert report_run("lm", ended("finished"), tmp_path, **arguments) == 0
     printed = capsys.readouterr().out
     assert "held out    1.0 bits\ncheckpoint  " in printed
     assert "already complete" not in printed
     assert json.loads((tmp_path / "summary.json").read_text())["seconds"] == 2.0
-    assert report_run("lm", Run("finished", first_step=5), tmp_path, **arguments) == 0
+    assert report_run("lm", ended("finished", first_step=5), tmp_path, **arguments) == 0
     assert "already complete; pass a new --checkpoint_dir" in capsys.readouterr().out
 
 

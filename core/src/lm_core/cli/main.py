@@ -14,40 +14,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lm_core
 from lm_core.distributed import barrier, end_process_group, rank
 from lm_core.training.run_directory import Result, write_summary
+from lm_core.training.session import TrainingResult
 
 if TYPE_CHECKING:
     from lm_core.cli.parser import CommandParser
 
 INTERRUPTED = 130
-
-
-class FinishedRun(Protocol):
-    """What ``report_run`` reads of a training result."""
-
-    @property
-    def outcome(self) -> str:
-        """ "finished", "interrupted", or why the run stopped early."""
-
-    @property
-    def first_step(self) -> int:
-        """Updates that were done before this call."""
-
-    @property
-    def step(self) -> int:
-        """Updates that are done."""
-
-    @property
-    def seconds(self) -> float | None:
-        """Time of the updates; None where none was made."""
-
-    @property
-    def curves(self) -> Path | None:
-        """The picture, if it was drawn."""
 
 
 def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> int:
@@ -101,7 +78,7 @@ def report(label: str, text: object) -> None:
 
 def report_run(
     program: str,
-    run: FinishedRun,
+    run: TrainingResult,
     checkpoint_dir: str | Path,
     *,
     max_steps: int,

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coca.model.attentional_pooling import AttentionalPooling, Pooling
-from coca.model.block import ParallelBlock
 from coca.model.captioning import CoCaCache, prefix_rows
 from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
 from coca.model.cross_attention import MultimodalLayer
@@ -39,8 +38,9 @@ from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_k as keep_top_k
 from lm_core.generation.sampling import top_p as keep_top_p
 from lm_core.losses.losses import linear_cross_entropy
-from lm_core.nn.masking import positions_from_mask, right_pad
+from lm_core.nn.masking import right_pad
 from lm_core.nn.norms import LayerNorm, l2norm
+from lm_core.nn.parallel_block import ParallelBlock, Positions
 from lm_core.nn.rotary import RotaryEmbedding
 
 
@@ -168,8 +168,8 @@ class CoCa(PretrainedMixin):
         nn.init.normal_(self.token_emb.weight, std=0.02)
         self.text_cls = nn.Parameter(torch.randn(dim))
         self.rotary = RotaryEmbedding(dim_head)
-        block = {"dim": dim, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
-        self.unimodal_layers = nn.ModuleList(ParallelBlock(**block, causal=True) for _ in range(unimodal_depth))
+        block: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
+        self.unimodal_layers = nn.ModuleList(ParallelBlock(**block) for _ in range(unimodal_depth))
         self.multimodal_layers = nn.ModuleList(MultimodalLayer(**block) for _ in range(multimodal_depth))
         self.text_cls_norm = LayerNorm(dim)
         self.norm = LayerNorm(dim)
@@ -393,14 +393,10 @@ class CoCa(PretrainedMixin):
         if cache is not None and past == 0:
             cache.image = {}  # of a forward that failed half way
         x = self.token_emb(text)
-        if mask is None:
-            rotation = self._rotation(past, past + text.shape[1], x)
-        else:
-            cos, sin = self.rotary(positions_from_mask(mask)[:, past:], x.dtype)
-            rotation = (cos.unsqueeze(1), sin.unsqueeze(1))  # the same for all heads
-        x = self._decode(self.unimodal_layers, x, rotation, mask=mask, cache=cache)
+        positions = Positions.of(self.rotary, x, past=past, mask=mask)
+        x = self._decode(self.unimodal_layers, x, positions, cache=cache)
         first = len(self.unimodal_layers)
-        x = self.norm(self._decode(self.multimodal_layers, x, rotation, pooled, mask=mask, cache=cache, first=first))
+        x = self.norm(self._decode(self.multimodal_layers, x, positions, pooled, cache=cache, first=first))
         if cache is not None:
             cache.masked = mask is not None
             cache.advance(text.shape[1])
@@ -552,24 +548,18 @@ class CoCa(PretrainedMixin):
     def _unimodal(self, layout: TextLayout) -> tuple[Tensor, Tensor]:
         """The normalised state at CLS, and the states of the tokens in the layout's order."""
         x = layout.with_cls(self.token_emb(layout.ids), self.text_cls)
-        x = self._decode(self.unimodal_layers, x, self._rotation(0, x.shape[1], x))
+        x = self._decode(self.unimodal_layers, x, Positions.of(self.rotary, x))
         return self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
 
     def _multimodal(self, x: Tensor, pooled: Tensor) -> Tensor:
         """Normalised features before the output layer."""
-        return self.norm(self._decode(self.multimodal_layers, x, self._rotation(0, x.shape[1], x), pooled))
-
-    def _rotation(self, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosine and sine at positions ``start:stop``."""
-        cos, sin = self.rotary(torch.arange(start, stop, device=like.device), like.dtype)
-        return cos, sin
+        return self.norm(self._decode(self.multimodal_layers, x, Positions.of(self.rotary, x), pooled))
 
     def _decode(
         self,
         layers: nn.ModuleList,
         x: Tensor,
         *inputs: Any,
-        mask: Tensor | None = None,
         cache: CoCaCache | None = None,
         first: int = 0,
     ) -> Tensor:
@@ -577,9 +567,9 @@ class CoCa(PretrainedMixin):
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(layers, start=first):
             if recompute:
-                x = checkpoint(layer, x, *inputs, mask=mask, use_reentrant=False)
+                x = checkpoint(layer, x, *inputs, use_reentrant=False)
             else:
-                x = layer(x, *inputs, mask=mask, cache=cache, layer=index)
+                x = layer(x, *inputs, cache=cache, layer=index)
         return x
 
     def _image_tokens(self, images: Tensor | None, image_tokens: Tensor | None) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from coca.model.block import ParallelBlock, joint_output
 from coca.model.captioning import CoCaCache
 from lm_core.nn.attention import attend
 from lm_core.nn.feedforward import split_swiglu
 from lm_core.nn.norms import LayerNorm
+from lm_core.nn.parallel_block import ParallelBlock, Positions, joint_output
 
 
 class CrossAttention(nn.Module):
@@ -87,19 +87,18 @@ class MultimodalLayer(nn.Module):
 
     def __init__(self, *, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
         super().__init__()
-        self.block = ParallelBlock(dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult, causal=True)
+        self.block = ParallelBlock(dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
         self.cross_attention = CrossAttention(dim=dim, context_dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
 
     def forward(
         self,
         x: Float[Tensor, "b n d"],
-        rotation: tuple[Tensor, Tensor],
+        positions: Positions,
         pooled: Float[Tensor, "b m d"] | None,
         *,
-        mask: Tensor | None = None,
         cache: CoCaCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b n d"]:
         """One layer; ``pooled`` image tokens are needed until the cache holds their keys and values."""
-        x = self.block(x, rotation, mask=mask, cache=cache, layer=layer)
+        x = self.block(x, positions, cache=cache, layer=layer)
         return x + self.cross_attention(x, pooled, cache=cache, layer=layer)

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from coca.model.block import ParallelBlock
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_positive, typed
 from lm_core.nn.norms import LayerNorm
+from lm_core.nn.parallel_block import ParallelBlock, Positions
 
 
 class VisionTransformer(PretrainedMixin):
@@ -81,11 +81,10 @@ class VisionTransformer(PretrainedMixin):
             raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
         p = self.patch_size
         x = self.to_tokens(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)) + self.positions
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        unplaced = Positions()  # places are in the tokens already
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
+            x = checkpoint(layer, x, unplaced, use_reentrant=False) if recompute else layer(x, unplaced)
         return self.norm(x)
 
 

@@ -113,13 +113,13 @@ class PairBatches(Iterator[PairBatch]):
         """Where the sequence stands."""
         return {"position": self.position, "seed": self.seed, "image_fingerprint": self.data.fingerprint}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues where ``state`` was taken.
-
-        Raises:
-            ValueError: the state is of other data or another seed.
-        """
+    def check_state(self, state: Mapping[str, int]) -> None:
+        """Raises ``ValueError`` if ``state`` is of other images, captions or another seed."""
         check_same_order(state, self.state_dict(), cursor="position")
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues where ``state`` was taken; see ``check_state``."""
+        self.check_state(state)
         self.position = int(state["position"])
 
 

@@ -103,18 +103,22 @@ class KNNMemoryList(list[KNNMemory]):
         """All memories as tensors and numbers, for a checkpoint."""
         return [memory.state_dict() for memory in self]
 
+    def check_state(self, state: Sequence[dict[str, Any]]) -> None:
+        """Raises ``ValueError`` unless ``state`` is of as many memories of the same shapes and number formats."""
+        if len(state) != len(self):
+            raise ValueError(f"state must have {len(self)} memories, got {len(state)}")
+        for memory, saved in zip(self, state, strict=True):
+            memory.check_state(saved)
+
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         """Holds what the memories of ``state_dict`` held.
 
         Raises:
             ValueError: another number, shape or number format; nothing is changed then.
         """
-        if len(state) != len(self):
-            raise ValueError(f"state must have {len(self)} memories, got {len(state)}")
-        for memory, one in zip(self, state, strict=True):
-            memory.check_state(one)
-        for memory, one in zip(self, state, strict=True):
-            memory.load_state_dict(one)
+        self.check_state(state)
+        for memory, saved in zip(self, state, strict=True):
+            memory.load_state_dict(saved)
 
     @typed
     def save(self, directory: str | Path) -> None:

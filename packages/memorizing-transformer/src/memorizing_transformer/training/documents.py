@@ -8,7 +8,6 @@ followed by EOS, which is what tells the model to forget. Labels are the next to
 Legend: b batch rows of this process, n tokens of a segment.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from lm_core.checks import check_positive, typed
 from lm_core.data.documents import Documents
-
-IGNORE_INDEX = -100
+from lm_core.data.epochs import EpochOrder, check_same_order
+from lm_core.data.packing import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Segment:
     def num_labels(self) -> int:
         """How many labels count."""
         return int((self.labels != IGNORE_INDEX).sum())
-
-
-def _shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    key = hashlib.sha256(f"document order {seed} {epoch}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(count)
 
 
 class DocumentStreams:
@@ -86,8 +80,11 @@ class DocumentStreams:
             raise ValueError(
                 f"the corpus must have a document for each of {self.rows} rows, got {len(documents)} documents"
             )
-        self.documents, self.segment_length, self.batch_size = documents, segment_length, batch_size
-        self.eos_id, self.seed = eos_id, seed
+        self.documents = documents
+        self.segment_length = segment_length
+        self.batch_size = batch_size
+        self.eos_id = eos_id
+        self._order = EpochOrder(len(documents), seed=seed, key=("documents",))
         self._numbers = range(rank * batch_size, (rank + 1) * batch_size)
         # of each row: epoch, place in its queue, token in the document
         self._cursors = [[0, 0, 0] for _ in self._numbers]
@@ -99,7 +96,7 @@ class DocumentStreams:
         return float(np.mean([epoch + place / queue for epoch, place, _ in self._cursors]))
 
     def _queue(self, number: int, epoch: int) -> NDArray[np.int64]:
-        return _shuffled(len(self.documents), self.seed, epoch)[number :: self.rows]
+        return self._order.epoch(epoch)[number :: self.rows]
 
     def __iter__(self) -> "DocumentStreams":
         return self
@@ -134,25 +131,20 @@ class DocumentStreams:
     def state_dict(self) -> dict[str, Any]:
         """Where each row of this process is."""
         return {
-            "fingerprint": self.documents.fingerprint,
-            "settings": [self.segment_length, self.rows, self.eos_id, self.seed],
+            "data": self.documents.fingerprint,
+            "segment_length": self.segment_length,
+            "rows": self.rows,
+            "eos_id": self.eos_id,
+            "seed": self._order.seed,
             "cursors": [list(cursor) for cursor in self._cursors],
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` unless ``state`` is of the same documents, rows, segment length, EOS and seed."""
-        own = self.state_dict()
-        names = ("segment_length", "rows", "eos_id", "seed")
-        if state.get("fingerprint") != own["fingerprint"]:
-            raise ValueError("the checkpoint is of other documents: their fingerprint differs")
-        for name, mine, theirs in zip(names, own["settings"], state["settings"], strict=True):
-            if mine != theirs:
-                raise ValueError(f"the checkpoint has {name} = {theirs}, got {mine}")
-        if len(state["cursors"]) != self.batch_size:
-            raise ValueError(f"the checkpoint has {len(state['cursors'])} rows a process, got {self.batch_size}")
+        check_same_order(state, self.state_dict(), cursor="cursors")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues where ``state`` was taken.
 
         Raises:
             ValueError: see ``check_state``.

@@ -12,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 from lm_core.data.documents import Documents
+from lm_core.data.packing import IGNORE_INDEX
 from lm_core.distributed import all_reduce_sum
 from lm_core.generation.decoding import eval_mode
 from lm_core.training.accelerator import Precision, autocast
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.training.documents import IGNORE_INDEX, DocumentSegments, Segment
+from memorizing_transformer.training.documents import DocumentSegments, Segment
 
 # First position of each range of positions.
 RANGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)

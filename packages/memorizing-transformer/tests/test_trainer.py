@@ -219,7 +219,11 @@ def test_training_learns_and_draws_curves(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"segment_length": 4}, "segment_length is 4, but was 8"), ({"seed": 1}, "seed is 1, but was 0"), ({"use_memory": False}, "use_memory is False, but was True")],
+    [
+        ({"segment_length": 4}, "segment_length is 4, but was 8"),
+        ({"seed": 1}, "seed is 1, but was 0"),
+        ({"use_memory": False}, "use_memory is False, but was True"),
+    ],
 )
 def test_another_run_is_not_resumed_by_mistake(tmp_path, changes, message):
     trained(tmp_path / "run", max_steps=3)

@@ -13,8 +13,8 @@ SCRIPT = textwrap.dedent(
     import torch
     import torch.distributed as dist
     from palm_rlhf import PaLM
-    from palm_rlhf.rl.grpo import GRPOTrainer
-    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.rl.trainer import GRPOTrainer
+    from palm_rlhf.rl.trainer import RLHFTrainer
     from palm_rlhf.reward.model import RewardModel
     from palm_rlhf.reward.trainer import RewardModelTrainer
 

@@ -7,11 +7,10 @@ import torch
 
 from lm_core.generation.sampling import top_k, top_p
 from palm_rlhf.data.prompts import load_prompts
-from palm_rlhf.rl.experience import judge
-from palm_rlhf.rl.grpo import GRPOTrainer
+from palm_rlhf.rl.experience import score_rollout
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.ppo import RLHFTrainer
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout
+from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -59,9 +58,9 @@ def test_ratio_is_one_before_the_first_update(kind, lora, filters, dtype):
     settings = SamplingSettings(max_new_tokens=6, temperature=0.7, filters=FILTERS[filters], eos_id=5, min_new_tokens=2)
     rollout = draw_rollout(policy, load_prompts(prompts()), settings, generator=torch.Generator().manual_seed(0))
     # old ones a row at a time, new ones all together: the training forward has other batches than the rollout's
-    old = judge(policy, rollout, torch.zeros(4), batch_size=1)
+    old = score_rollout(policy, rollout, torch.zeros(4), batch_size=1)
     new = policy.eval()(rollout.ids, rollout.mask, rollout.response_mask, temperature=0.7, kept=rollout.kept)
-    ratio = (new.scores.log_probs - old["log_probs"]).exp()
+    ratio = (new.log_probs - old.log_probs).exp()
     assert bool(rollout.response_mask.any())
     assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
 
@@ -75,18 +74,18 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(filters):
     shaken(policy)
     settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=FILTERS[filters])
     rollout = draw_rollout(policy, load_prompts(prompts()), settings, generator=torch.Generator().manual_seed(1))
-    scores = judge(policy, rollout, torch.zeros(4), batch_size=4)
+    scores = score_rollout(policy, rollout, torch.zeros(4), batch_size=4)
     for row in range(4):
         start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
         ids = rollout.ids[row, :end]
-        with torch.no_grad(), policy.roles.playing("actor") as (network, arguments):
+        with torch.no_grad(), policy.as_role("actor") as (network, arguments):
             logits = network(ids[None], **arguments)[0] / 0.7
         for position in range(start, end):
             filtered = logits[position - 1][None]
             for function in settings.filters:
                 filtered = function(filtered)
             wanted = filtered[0].log_softmax(-1)[ids[position]].item()
-            assert scores["log_probs"][row, position - 1].item() == pytest.approx(wanted, abs=1e-10)
+            assert scores.log_probs[row, position - 1].item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_the_reference_is_the_model_as_it_came_and_only_adapters_train():
@@ -97,14 +96,14 @@ def test_the_reference_is_the_model_as_it_came_and_only_adapters_train():
     policy = shaken(ActorCritic(model))
     mask = torch.ones(1, 4, dtype=torch.bool)
     judgement = policy(ids, mask, mask[:, 1:])
-    (judgement.scores.log_probs.sum() + judgement.values.sum()).backward()
+    (judgement.log_probs.sum() + judgement.values.sum()).backward()
     trained = [*policy.actor_parameters(), *policy.critic_parameters()]
     assert not base & {id(parameter) for parameter in trained}
     assert all(parameter.grad is not None for parameter in trained)
     assert all(p.grad is None for p in policy.parameters() if id(p) in base)
     reference = policy.score(ids, mask, mask[:, 1:], role="reference")
     torch.testing.assert_close(reference.log_probs[0], before)
-    assert not torch.allclose(judgement.scores.log_probs, reference.log_probs)
+    assert not torch.allclose(judgement.log_probs, reference.log_probs)
     assert all(parameter.requires_grad for parameter in trained)
 
 

@@ -35,7 +35,7 @@ def test_an_actor_critic_gives_the_logits_and_values_of_the_original(assert_same
     state, values = golden[case]
     policy = actor_critic_from_palm_rlhf_pytorch(state).eval().double()
     ids = values["ids"]
-    with policy.roles.playing("actor") as (network, arguments):
+    with policy.as_role("actor") as (network, arguments):
         assert_same(network(ids, **arguments), values["logits"])
     mask = torch.ones(ids.shape, dtype=torch.bool)
     seen = policy(ids, mask, mask[:, 1:]).values
@@ -45,12 +45,12 @@ def test_an_actor_critic_gives_the_logits_and_values_of_the_original(assert_same
 def test_actor_and_critic_of_the_original_share_one_base_where_their_bases_are_equal(golden):
     state, _ = golden["actor_critic"]
     policy = actor_critic_from_palm_rlhf_pytorch(state)
-    assert policy.roles.critic is policy.roles.actor
+    assert policy.critic is policy.actor
     assert set(policy.palm.finetune_modules) == {"actor", "critic"}
     moved = {name: value + 0.01 if name.endswith("attn_out.weight") and "actor" in name else value for name, value in
              state.items()}  # fmt: skip
     apart = actor_critic_from_palm_rlhf_pytorch(moved)
-    assert apart.roles.critic is not apart.roles.actor
+    assert apart.critic is not apart.actor
 
 
 @torch.no_grad()

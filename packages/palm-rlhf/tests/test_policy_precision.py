@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from palm_rlhf.data.prompts import load_prompts
-from palm_rlhf.rl.experience import judge
-from palm_rlhf.rl.grpo import GRPOTrainer
+from palm_rlhf.rl.experience import score_rollout
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.ppo import RLHFTrainer
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout
+from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 
 def prompts():
@@ -40,11 +39,11 @@ def test_a_policy_learns_in_bfloat16_and_its_weights_stay_float32(make_palm, kin
 def test_bfloat16_is_used_and_gives_log_probs_and_values_in_float32(make_palm):
     policies = [ActorCritic(make_palm(), precision=precision) for precision in ("fp32", "bf16")]
     rollout = draw_rollout(policies[0], load_prompts(prompts()), SamplingSettings(max_new_tokens=5))
-    exact, rounded = (judge(policy, rollout, torch.zeros(4), batch_size=4) for policy in policies)
+    exact, rounded = (score_rollout(policy, rollout, torch.zeros(4), batch_size=4) for policy in policies)
     for name in ("log_probs", "reference", "values"):
-        assert rounded[name].dtype == torch.float32
-        torch.testing.assert_close(rounded[name], exact[name], atol=0.2, rtol=0)
-    assert not torch.equal(rounded["log_probs"], exact["log_probs"])
+        assert getattr(rounded, name).dtype == torch.float32
+        torch.testing.assert_close(getattr(rounded, name), getattr(exact, name), atol=0.2, rtol=0)
+    assert not torch.equal(rounded.log_probs, exact.log_probs)
 
 
 @pytest.mark.plain

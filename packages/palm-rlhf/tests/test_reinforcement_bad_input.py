@@ -12,10 +12,9 @@ from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.reward.model import RewardModel
 from palm_rlhf.reward.rewards import ClassifierReward, as_reward
 from palm_rlhf.reward.trainer import RewardModelTrainer
-from palm_rlhf.rl.grpo import GRPOTrainer
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.ppo import RLHFTrainer
 from palm_rlhf.rl.rollouts import rollout_of
+from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 pytestmark = pytest.mark.plain
 

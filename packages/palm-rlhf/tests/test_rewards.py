@@ -213,7 +213,7 @@ def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
 
 def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.rl.trainer import RLHFTrainer
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[EOS]": 2, "[UNK]": 3}, "[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -225,7 +225,7 @@ def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
 
 def test_a_tokenizer_without_padding_or_end_trains_and_only_a_penalty_for_missing_ends_is_refused(make_palm):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.rl.trainer import RLHFTrainer
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, "[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

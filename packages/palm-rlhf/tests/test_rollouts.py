@@ -8,7 +8,7 @@ import torch
 from lm_core.generation.sampling import top_k, top_p
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf.data.prompts import load_prompts
-from palm_rlhf.rl.experience import judge
+from palm_rlhf.rl.experience import score_rollout
 from palm_rlhf.rl.log_probs import pack_kept, unpack_kept
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
@@ -44,9 +44,9 @@ def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperat
     )
     rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
     # old ones a few rows at a time, new ones all together: the training forward has other batches than the rollout's
-    old = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=2)
+    old = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=2)
     new = policy(rollout.ids, rollout.mask, rollout.response_mask, temperature=temperature, kept=rollout.kept)
-    ratio = (new.scores.log_probs - old["log_probs"]).exp()
+    ratio = (new.log_probs - old.log_probs).exp()
     assert bool(rollout.response_mask.any())
     assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
 
@@ -57,7 +57,7 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(make_palm, filters):
     policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
     settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=FILTERS[filters])
     rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(1))
-    scores = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
+    scores = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
     for row in range(len(rollout)):
         start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
         ids = rollout.ids[row, :end]
@@ -71,10 +71,10 @@ def test_log_probs_are_of_the_distribution_that_was_sampled(make_palm, filters):
                 filtered = function(filtered)
             token = ids[position]
             at = (row, position - 1)
-            assert scores["log_probs"][at].item() == pytest.approx(filtered[0].log_softmax(-1)[token].item(), abs=1e-10)
-            assert scores["unfiltered"][at].item() == pytest.approx(step.log_softmax(-1)[token].item(), abs=1e-10)
+            assert scores.log_probs[at].item() == pytest.approx(filtered[0].log_softmax(-1)[token].item(), abs=1e-10)
+            assert scores.unfiltered[at].item() == pytest.approx(step.log_softmax(-1)[token].item(), abs=1e-10)
             wanted = plain[position - 1].log_softmax(-1)[token].item()
-            assert scores["reference"][at].item() == pytest.approx(wanted, abs=1e-10)
+            assert scores.reference[at].item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_a_stored_kept_set_survives_an_update_that_would_change_it(make_palm):
@@ -113,8 +113,8 @@ def test_packed_sets_are_an_eighth_of_a_byte_a_token_and_come_back():
 def test_nothing_of_vocabulary_size_is_kept_of_a_rollout(make_palm):
     policy = ActorCritic(make_palm(num_tokens=1000), with_critic=True)
     rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=5))
-    experience = judge(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
-    for value in experience.values():
+    experience = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
+    for value in experience.tensors().values():
         assert value.numel() <= len(rollout) * rollout.ids.shape[1]
 
 
@@ -202,7 +202,7 @@ def test_the_base_takes_no_gradient_while_scopes_train(make_palm):
     policy = trained(ActorCritic(palm))
     rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=4))
     judgement = policy(rollout.ids, rollout.mask, rollout.response_mask)
-    (judgement.scores.log_probs.sum() + judgement.values.sum()).backward()
+    (judgement.log_probs.sum() + judgement.values.sum()).backward()
     assert all(parameter.grad is None for parameter in palm.palm_parameters())
     assert all(parameter.grad is not None for parameter in [*policy.actor_parameters(), *policy.critic_parameters()])
 
@@ -216,7 +216,7 @@ def test_values_of_a_row_are_its_own_whatever_else_is_in_the_batch(make_palm):
     for row in range(len(rollout)):
         ids, length = rollout.ids[row : row + 1], int(rollout.lengths[row])
         mask = torch.ones(1, length, dtype=torch.bool)
-        with policy.roles.playing("critic") as (network, arguments):
+        with policy.as_role("critic") as (network, arguments):
             features = network.hidden(ids[:, :length], **arguments)
         alone = (features @ policy.value_head.weight.t() + policy.value_head.bias)[0, :-1, 0]
         place = rollout.response_mask[row, : length - 1]

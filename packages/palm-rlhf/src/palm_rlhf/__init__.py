@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from palm_rlhf.reward.model import RewardModel
     from palm_rlhf.reward.rewards import ClassifierReward
     from palm_rlhf.reward.trainer import RewardModelTrainer, RewardResult
-    from palm_rlhf.rl.grpo import GRPOTrainer
+    from palm_rlhf.rl.config import RLConfig
+    from palm_rlhf.rl.objectives import GRPO, PPO, REINFORCE, RLOO
     from palm_rlhf.rl.policy import ActorCritic
-    from palm_rlhf.rl.ppo import RLHFTrainer
     from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, rollout_of
-    from palm_rlhf.rl.trainer import PolicyResult
+    from palm_rlhf.rl.trainer import GRPOTrainer, PolicyResult, RLHFTrainer
 
 __all__ = [
+    "GRPO",
+    "PPO",
+    "REINFORCE",
+    "RLOO",
     "ActorCritic",
     "ClassifierReward",
     "GRPOTrainer",
@@ -42,6 +46,7 @@ __all__ = [
     "PolicyResult",
     "Preference",
     "PretrainTrainer",
+    "RLConfig",
     "RLHFTrainer",
     "RewardModel",
     "RewardModelTrainer",
@@ -61,10 +66,15 @@ __version__ = "0.1.0"
 _LATER = {
     "ActorCritic": "palm_rlhf.rl.policy",
     "ClassifierReward": "palm_rlhf.reward.rewards",
-    "GRPOTrainer": "palm_rlhf.rl.grpo",
+    "GRPO": "palm_rlhf.rl.objectives",
+    "GRPOTrainer": "palm_rlhf.rl.trainer",
     "PolicyResult": "palm_rlhf.rl.trainer",
+    "PPO": "palm_rlhf.rl.objectives",
     "Preference": "palm_rlhf.data.preferences",
-    "RLHFTrainer": "palm_rlhf.rl.ppo",
+    "REINFORCE": "palm_rlhf.rl.objectives",
+    "RLConfig": "palm_rlhf.rl.config",
+    "RLOO": "palm_rlhf.rl.objectives",
+    "RLHFTrainer": "palm_rlhf.rl.trainer",
     "RewardModel": "palm_rlhf.reward.model",
     "RewardModelTrainer": "palm_rlhf.reward.trainer",
     "RewardResult": "palm_rlhf.reward.trainer",

@@ -9,7 +9,7 @@ from lm_core.training.run_directory import Result, write_summary
 from palm_rlhf.cli.sources import VALIDATION_PROMPTS
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.rl.evaluation import PolicyEvaluation, evaluate_policy
-from palm_rlhf.rl.ppo import RLHFTrainer
+from palm_rlhf.rl.trainer import RLHFTrainer
 
 SHOWN = 2
 
@@ -28,9 +28,8 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
     started = time.monotonic()
     result = trainer.train(**schedule)
     assert trainer.checkpoint_dir is not None
-    settings = trainer.settings
     drawn = min(schedule["update_timesteps"], schedule["num_episodes"])
-    planned = schedule["num_episodes"] // drawn * settings.epochs * -(-drawn // settings.minibatch_size)
+    planned = schedule["num_episodes"] // drawn * trainer.epochs * -(-drawn // trainer.config.minibatch_size)
     if result.outcome == "finished" and not result.metrics:
         say("            finished before; another --checkpoint_dir trains anew")
     if result.metrics:
@@ -39,14 +38,15 @@ def learn(trainer: RLHFTrainer, held_out: Any, **schedule: Any) -> int:
         say(f"entropy     {first['entropy']:.2f} nats a token in the first, {last['entropy']:.2f} in the last")
         if "explained_variance" in last:
             say(f"critic      foresees {100 * last['explained_variance']:.0f} % of the variance of the returns")
-        say(f"ratio       within {last['ratio_deviation_at_start']:.1e} of 1 before the first update of a phase")
+        if "ratio_deviation_at_start" in last:
+            say(f"ratio       within {last['ratio_deviation_at_start']:.1e} of 1 before the first update of a phase")
     say(f"updates     {result.updates} in {result.phases} phases; samples in {trainer.checkpoint_dir}/samples.jsonl")
     say(f"curves      {result.curves or 'not drawn: pip install matplotlib'}")
     if result.outcome == "finished" and rank() == 0:
         seconds = time.monotonic() - started
         sampling = {name: value for name, value in schedule.items() if name in SAMPLING}
         prompts = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
-        found = evaluate_policy(trainer, prompts, trainer.sampling(**sampling), seed=trainer.settings.seed)
+        found = evaluate_policy(trainer, prompts, trainer.sampling(**sampling), seed=trainer.config.seed)
         _show(found, len(prompts))
         write_summary(
             trainer.checkpoint_dir,

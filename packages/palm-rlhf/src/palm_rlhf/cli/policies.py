@@ -93,7 +93,7 @@ def ppo(
     Returns:
         The exit status.
     """
-    from palm_rlhf.rl.ppo import RLHFTrainer
+    from palm_rlhf.rl.trainer import RLHFTrainer
 
     judge, base = find_reward(reward)
     folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
@@ -209,7 +209,7 @@ def grpo(
     Returns:
         The exit status.
     """
-    from palm_rlhf.rl.grpo import GRPOTrainer
+    from palm_rlhf.rl.trainer import GRPOTrainer
 
     judge, base = find_reward(reward)
     folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)

@@ -1,4 +1,4 @@
-"""A reward model: a PaLM read as a judge of responses (arXiv 2203.02155, section 3.5).
+"""Reward model: a PaLM with a head that scores responses (arXiv 2203.02155, section 3.5).
 
 The features of the response's tokens are averaged (those of all tokens where no prompt is told apart) and mapped to a
 number, or to a distribution over bins whose expectation is the reward. Learned embeddings tell prompt from response.
@@ -21,7 +21,6 @@ from lm_core.generation.sampling import gumbel_sample
 from lm_core.nn.masking import masked_mean, maybe_and_mask, prompt_mask_from_lengths
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.reward.losses import bin_cross_entropy, squared_error
-from palm_rlhf.rl.roles import REWARD
 
 
 class RewardModel(PretrainedMixin):
@@ -49,7 +48,7 @@ class RewardModel(PretrainedMixin):
         num_binned_output: int = 0,
         use_lora: bool = True,
         lora_r: int = 8,
-        reward_lora_scope: str = REWARD,
+        reward_lora_scope: str = "reward",
         *,
         pooling: Literal["response", "sequence"] = "response",
     ) -> None:
@@ -117,7 +116,7 @@ class RewardModel(PretrainedMixin):
         prompt_lengths: Int[Tensor, " b"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b k"]:
-        """What the head says of each sequence; arguments as of ``forward``."""
+        """Outputs of the head for each sequence; arguments as of ``forward``."""
         if prompt_mask is not None and prompt_lengths is not None:
             raise ValueError("give prompt_mask or prompt_lengths, not both")
         if lengths is not None:

@@ -1,4 +1,4 @@
-"""Rewards: anything that scores responses, made to look alike.
+"""Rewards: everything that scores responses, behind one call.
 
 | given | called with |
 |---|---|
@@ -14,9 +14,9 @@ A None from a text callable leaves that term out for that response.
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -24,20 +24,50 @@ from torch import Tensor, nn
 
 from lm_core.generation.decoding import eval_mode
 from palm_rlhf.reward.model import RewardModel
-from palm_rlhf.rl.rollouts import Rollout
 
-Reward = Callable[[Rollout], Tensor]
+
+class Responses(Protocol):
+    """Responses to score, such as a ``Rollout``: right-padded rows of prompt and response, with their texts."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def ids(self) -> Tensor:
+        """``(b, n)`` prompt and response."""
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """``(b,)`` tokens of each prompt."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """``(b,)`` tokens of prompt and response."""
+
+    @property
+    def texts(self) -> list[str] | None:
+        """Responses as text; None without a tokenizer."""
+
+    @property
+    def prompt_texts(self) -> list[str | None] | None:
+        """Prompts as text."""
+
+    @property
+    def columns(self) -> list[Mapping[str, Any]]:
+        """Other columns of the prompts' rows."""
+
+
+Reward = Callable[[Responses], Tensor]
 
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A ``RewardModel`` on tokens of its own vocabulary, a part of a batch at a time."""
+    """A ``RewardModel`` on tokens of its own vocabulary, in batches."""
 
     model: RewardModel
     batch_size: int = 64
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Responses) -> Tensor:
         """Scores of whole sequences."""
         with eval_mode(self.model):
             parts = [
@@ -74,7 +104,7 @@ class ClassifierReward:
             raise ValueError("the reward's tokenizer must have a pad token, got pad_token=None")
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Responses) -> Tensor:
         """Scores of prompt and response as one text."""
         prompts, completions = _texts(rollout)
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -94,8 +124,8 @@ class TokenReward:
 
     function: Callable[..., Any]
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """What the function says."""
+    def __call__(self, rollout: Responses) -> Tensor:
+        """Rewards of the function."""
         more = {"lengths": rollout.lengths} if "lengths" in _parameters(self.function) else {}
         return _as_scores(self.function(rollout.ids, rollout.prompt_lengths, **more), len(rollout), self.function)
 
@@ -106,8 +136,8 @@ class TextReward:
 
     function: Callable[..., Any]
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """What the function says, NaN where it says None."""
+    def __call__(self, rollout: Responses) -> Tensor:
+        """Rewards of the function, NaN where it returns None."""
         prompts, completions = _texts(rollout)
         names = sorted({name for columns in rollout.columns for name in columns})
         columns = {name: [row.get(name) for row in rollout.columns] for name in names}
@@ -126,7 +156,7 @@ class WeightedRewards:
 
     terms: tuple[tuple[float, Reward], ...]
 
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Responses) -> Tensor:
         """NaN only where every term is None."""
         columns = [weight * reward(rollout).to(torch.float32) for weight, reward in self.terms]
         table = torch.stack([column.to(columns[0].device) for column in columns])
@@ -134,7 +164,7 @@ class WeightedRewards:
 
 
 def as_reward(reward: Any) -> Reward:
-    """Makes a reward of any of the forms above.
+    """A reward from any of the forms above.
 
     Args:
         reward: see the module.
@@ -188,7 +218,7 @@ def _as_scores(values: Any, count: int, source: Any) -> Tensor:
     return scores.float()
 
 
-def _texts(rollout: Rollout) -> tuple[list[str], list[str]]:
+def _texts(rollout: Responses) -> tuple[list[str], list[str]]:
     prompts = rollout.prompt_texts
     if rollout.texts is None or prompts is None or any(text is None for text in prompts):
         raise ValueError("a reward on texts needs a tokenizer, got tokenizer=None")

@@ -1,4 +1,4 @@
-"""What training has done to a policy: rewards and texts before and after, on prompts it did not learn from."""
+"""Comparison of a policy with its reference on held-out prompts: rewards, KL and sample texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import torch
 
 from lm_core.checks import check_positive
 from palm_rlhf.data.prompts import Prompt
-from palm_rlhf.rl.experience import judge
-from palm_rlhf.rl.roles import Role
+from palm_rlhf.rl.experience import score_rollout
+from palm_rlhf.rl.policy import Role
 from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, draw_rollout
-from palm_rlhf.rl.trainer import PolicyTrainer
+from palm_rlhf.rl.trainer import RLHFTrainer
 
 SAMPLES = 4
 ROLES: tuple[Role, ...] = ("reference", "actor")
@@ -23,10 +23,10 @@ class PolicyEvaluation:
 
     Attributes:
         reward_before: mean reward of the reference's responses.
-        reward_after: mean reward of the actor's.
-        kl: nats a response, actor from reference, on the actor's responses.
+        reward_after: mean reward of the actor's responses.
+        kl: KL of actor and reference in nats a response, on the actor's responses.
         before: some of the reference's responses; see ``Rollout.samples``.
-        after: the actor's to the same prompts.
+        after: the actor's responses to the same prompts.
     """
 
     reward_before: float
@@ -37,7 +37,7 @@ class PolicyEvaluation:
 
 
 def evaluate_policy(
-    trainer: PolicyTrainer,
+    trainer: RLHFTrainer,
     prompts: Sequence[Prompt],
     sampling: SamplingSettings,
     *,
@@ -49,14 +49,14 @@ def evaluate_policy(
     Args:
         trainer: with a reward.
         prompts: see ``palm_rlhf.data.prompts.load_prompts``.
-        sampling: how to draw; see ``RLHFTrainer.sampling``.
-        seed: of the draws.
+        sampling: sampling settings; see ``RLHFTrainer.sampling``.
+        seed: seed of the draws.
         batch_size: responses at a time.
     """
     check_positive(batch_size, "batch_size")
     policy = trainer.actor_critic
     rewards: dict[Role, list[torch.Tensor]] = {role: [] for role in ROLES}
-    divergences: list[torch.Tensor] = []
+    kls: list[torch.Tensor] = []
     first: dict[Role, tuple[Rollout, torch.Tensor]] = {}
     for start in range(0, len(prompts), batch_size):
         for role in ROLES:
@@ -71,13 +71,15 @@ def evaluate_policy(
             scores = trainer.score(rollout)
             rewards[role].append(scores.cpu())
             first.setdefault(role, (rollout, scores))
-        judged = judge(policy, rollout, scores, batch_size=batch_size)
-        divergence = (judged["unfiltered"] - judged["reference"]).where(judged["response_mask"], 0)
-        divergences.append(divergence.sum(dim=1).cpu())
+        scored = score_rollout(policy, rollout, scores, batch_size=batch_size)
+        assert scored.unfiltered is not None
+        assert scored.reference is not None
+        kl = (scored.unfiltered - scored.reference).where(scored.response_mask, 0)
+        kls.append(kl.sum(dim=1).cpu())
     return PolicyEvaluation(
         reward_before=float(torch.cat(rewards["reference"]).mean()),
         reward_after=float(torch.cat(rewards["actor"]).mean()),
-        kl=float(torch.cat(divergences).mean()),
+        kl=float(torch.cat(kls).mean()),
         before=first["reference"][0].samples(first["reference"][1], SAMPLES),
         after=first["actor"][0].samples(first["actor"][1], SAMPLES),
     )

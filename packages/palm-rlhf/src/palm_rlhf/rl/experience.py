@@ -1,230 +1,231 @@
-"""What a policy learns from: rollouts of all processes with their scores, log-probabilities, values and advantages.
+"""Experience: the rollouts of all processes with scores, log-probs, values and advantages, ready to learn from.
 
-Every process holds the whole of it and works on its share of each minibatch, so an update is the same however many
-processes there are. Responses are short beside activations: this costs little.
+Every process holds the whole of it and works on its share of each minibatch, so an update is the same for any number
+of processes. Responses are small compared with activations, so this costs little.
 
-Legend: b batch (of all processes), n sequence, m = n - 1.
+Legend: b batch (of all processes), n sequence, m = n - 1, k bytes of a packed kept set.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_core.distributed import world_size
 from lm_core.generation.decoding import eval_mode
-from palm_rlhf.rl.advantages import (
-    discounted_returns,
-    generalized_advantages,
-    group_advantages,
-    leave_one_out_advantages,
-    whiten,
-)
-from palm_rlhf.rl.kl import KLEstimator, kl_estimate
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import Rollout
 
-Experience = dict[str, Tensor]
 T = TypeVar("T")
-AdvantageEstimator = Literal["gae", "group", "rloo", "reinforce"]
+Scored = Literal["log_probs", "values", "reference"]
+SCORED: tuple[Scored, ...] = ("log_probs", "values", "reference")
 
 
-def experience_of(rollout: Rollout, scores: Tensor) -> Experience:
-    """A rollout and its scores, before anything is said of them."""
-    experience = {
-        "ids": rollout.ids,
-        "mask": rollout.mask,
-        "response_mask": rollout.response_mask,
-        "finished": rollout.finished,
-        "scores": scores.to(rollout.ids.device),
-    }
-    return experience if rollout.kept is None else {**experience, "kept": rollout.kept}
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Responses and everything an update needs of them. Per-token fields are 0 outside responses.
 
-
-Judgements = Iterable[tuple[Tensor, Experience]]  # rows of an experience, and what was said of them
-
-
-@torch.no_grad()
-def judgements(policy: ActorCritic, parts: Judgements, *, temperature: float) -> list[tuple[Tensor, Experience]]:
-    """What actor, critic and reference say of parts of an experience; the rows go along.
-
-    Log-probabilities are those of a training forward, so that the ratio is 1 before the first update.
+    Attributes:
+        ids: prompt and response, right-padded.
+        mask: True at real tokens.
+        response_mask: True where the next token is one of the response.
+        finished: whether each response ended by itself.
+        scores: reward of each response.
+        temperature: sampling temperature.
+        kept: packed kept sets of a filtered draw.
+        log_probs: log-probs of the policy that drew the tokens, under the distribution that was sampled; None where
+            every response is learned from once, by that same policy.
+        unfiltered: the same under the distribution before filters.
+        reference: unfiltered log-probs of the reference; None without a KL weight.
+        values: expected return before each token; None without a critic.
+        token_rewards: reward of each token: KL penalty, and the score at the last one.
+        advantages: advantage of each token.
+        returns: targets of the values; None without a critic.
     """
-    found = []
-    with eval_mode(policy):
-        for rows, part in parts:
-            given = (part["ids"], part["mask"], part["response_mask"])
-            judgement = policy(*given, temperature=temperature, kept=part.get("kept"))
-            reference = policy.score(*given, role="reference", temperature=temperature)
-            own = judgement.scores
-            said = {"log_probs": own.log_probs, "unfiltered": own.unfiltered, "reference": reference.unfiltered}
-            if judgement.values is not None:
-                said["values"] = judgement.values
-            found.append((rows, said))
-    return found
+
+    ids: Int[Tensor, "b n"]
+    mask: Bool[Tensor, "b n"]
+    response_mask: Bool[Tensor, "b m"]
+    finished: Bool[Tensor, " b"]
+    scores: Float[Tensor, " b"]
+    temperature: float = 1.0
+    kept: Tensor | None = None
+    log_probs: Float[Tensor, "b m"] | None = None
+    unfiltered: Float[Tensor, "b m"] | None = None
+    reference: Float[Tensor, "b m"] | None = None
+    values: Float[Tensor, "b m"] | None = None
+    token_rewards: Float[Tensor, "b m"] | None = None
+    advantages: Float[Tensor, "b m"] | None = None
+    returns: Float[Tensor, "b m"] | None = None
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @classmethod
+    def from_rollout(cls, rollout: Rollout, scores: Tensor) -> "Experience":
+        """A rollout with its scores, not yet scored by the policy."""
+        return cls(
+            ids=rollout.ids,
+            mask=rollout.mask,
+            response_mask=rollout.response_mask,
+            finished=rollout.finished,
+            scores=scores.to(rollout.ids.device),
+            temperature=rollout.temperature,
+            kept=rollout.kept,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in present.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str) -> "Experience":
+        """The experience on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+    def rows(self, rows: Int[Tensor, " r"]) -> "Experience":
+        """Some rows, without columns that are padding in all of them."""
+        chosen: dict[str, Any] = {name: value[rows] for name, value in self.tensors().items()}
+        width = max(int(chosen["mask"].sum(dim=1).max()), 2)
+        for name, value in chosen.items():
+            if value.ndim > 1:
+                chosen[name] = value[:, : width if name in ("ids", "mask") else width - 1]
+        return replace(self, **chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and temperature, for a checkpoint."""
+        return {**self.tensors(), "temperature": self.temperature}
 
 
-def with_judgements(experience: Experience, found: Judgements) -> Experience:
-    """The experience with what was said of its rows; 0 outside responses."""
-    whole = dict(experience)
-    device = experience["ids"].device
-    for rows, said in found:
-        for name, value in said.items():
-            if name not in whole:
-                whole[name] = value.new_zeros(experience["response_mask"].shape, device=device)
-            whole[name][rows.to(device), : value.shape[1]] = value.to(device)
-    return whole
-
-
-def judge(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
-    """A rollout of this process alone with its judgements, on the policy's device."""
-    experience = experience_of(rollout.to(policy.device), scores)
-    parts = [
-        (rows, {name: value[rows] for name, value in experience.items()})
-        for rows in torch.arange(len(rollout), device=policy.device).split(batch_size)
-    ]
-    return with_judgements(experience, judgements(policy, parts, temperature=rollout.temperature))
-
-
-def judged_by_all(
-    policy: ActorCritic, experience: Experience, batches: Iterable[Tensor], *, temperature: float
-) -> Experience:
-    """The experience of all processes with judgements, to which each process gives those of its own ``batches``.
-
-    Where these are the very batches of rows that are learned from first, the ratio is EXACTLY 1 before an update:
-    products of another height or width would add up in another order, which float32 shows in the sixth digit.
-    """
-    device = experience["ids"].device
-    parts = ((rows, rows_of(experience, rows)) for rows in (batch.to(device) for batch in batches))
-    found = judgements(policy, parts, temperature=temperature)
-    if world_size() > 1:
-        on_host = [(rows.cpu(), {name: value.cpu() for name, value in said.items()}) for rows, said in found]
-        found = _of_all_processes(on_host)
-    return with_judgements(experience, found)
-
-
-def joined(parts: Sequence[Experience], *, pad_id: int) -> Experience:
+def concatenated(parts: Sequence[Experience], *, pad_id: int) -> Experience:
     """Experiences of different widths as one, in their order."""
-    width = max(part["ids"].shape[1] for part in parts)
-    whole = {}
-    for name in parts[0]:
-        padded = []
-        for part in parts:
-            value, missing = part[name], width - part["ids"].shape[1]
+    width = max(part.ids.shape[1] for part in parts)
+    padded: dict[str, list[Tensor]] = {}
+    for part in parts:
+        missing = width - part.ids.shape[1]
+        for name, value in part.tensors().items():
             if value.ndim == 2:
-                fill = pad_id if name == "ids" else 0
-                value = F.pad(value, (0, missing), value=fill)
+                value = F.pad(value, (0, missing), value=pad_id if name == "ids" else 0)
             elif value.ndim == 3:
                 value = F.pad(value, (0, 0, 0, missing), value=255)
-            padded.append(value)
-        whole[name] = torch.cat(padded)
-    return whole
+            padded.setdefault(name, []).append(value)
+    whole: dict[str, Any] = {name: torch.cat(values) for name, values in padded.items()}
+    return replace(parts[0], **whole)
 
 
 def gathered(experience: Experience, *, pad_id: int) -> Experience:
-    """The experience of all processes, in the order of ranks; every process gets it."""
+    """The experience of all processes in the order of ranks, on every process."""
     if world_size() == 1:
         return experience
-    device = experience["ids"].device
-    parts = _of_all_processes([{name: value.cpu() for name, value in experience.items()}])
-    return {name: value.to(device) for name, value in joined(parts, pad_id=pad_id).items()}
+    return concatenated(_all_gather([experience.to("cpu")]), pad_id=pad_id).to(experience.ids.device)
 
 
-def rows_of(experience: Experience, rows: Tensor) -> Experience:
-    """Some rows, no wider than they need."""
-    chosen = {name: value[rows] for name, value in experience.items() if value.ndim > 0}
-    width = max(int(chosen["mask"].sum(dim=1).max()), 2)
-    for name, value in chosen.items():
-        if value.ndim > 1:
-            chosen[name] = value[:, : width if name in ("ids", "mask") else width - 1]
-    return chosen
-
-
-def _of_all_processes(own: list[T]) -> list[T]:
-    """The lists of all processes one behind the other, in the order of ranks; every process gets them."""
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, own)
-    return [one for part in parts for one in part]
-
-
-def with_advantages(
-    experience: Experience,
-    *,
-    estimator: AdvantageEstimator,
-    group_size: int,
-    gamma: float,
-    gae_lambda: float,
-    kl_weight: float,
-    kl_estimator: KLEstimator,
-    whiten_rewards: bool,
-    whiten_advantages: bool,
-    missing_eos_penalty: float,
-    group_scale: Literal["group", "batch", "none"],
+def score_experience(
+    policy: ActorCritic, experience: Experience, batches: Iterable[Tensor], *, wanted: Collection[Scored]
 ) -> Experience:
-    """The experience with ``advantages`` and ``returns``, computed over the global batch.
+    """The experience of all processes with log-probs, values and reference log-probs of its rows.
+
+    Each process scores its own ``batches``. Where these are the very batches that are learned from first, the ratio is
+    EXACTLY 1 before an update: products of another height or width round differently, which float32 shows in the sixth
+    digit.
 
     Args:
-        experience: of all processes.
-        estimator: "gae" needs values; "group" and "rloo" compare responses to one prompt, which are neighbours;
-            "reinforce" takes returns minus their mean over the batch.
-        group_size: responses to a prompt.
-        gamma: discount a token.
-        gae_lambda: see ``generalized_advantages``.
-        kl_weight: nats of divergence from the reference are paid for at this rate, token by token; 0 where the
-            divergence is part of the loss instead.
-        kl_estimator: of those nats.
-        whiten_rewards: divides token rewards by their deviation, leaving their mean.
-        whiten_advantages: over all valid tokens.
-        missing_eos_penalty: taken off the score of a response that did not end by itself.
-        group_scale: see ``group_advantages``.
+        policy: the policy that drew the responses.
+        experience: responses of all processes.
+        batches: rows of this process, a batch at a time.
+        wanted: what to compute: "log_probs", "values", "reference".
     """
-    mask = experience["response_mask"]
-    scores = experience["scores"] - missing_eos_penalty * (~experience["finished"]).to(experience["scores"])
-    rewards = torch.zeros_like(experience["log_probs"])
-    if kl_weight:
-        rewards = -kl_weight * kl_estimate(experience["unfiltered"], experience["reference"], kl_estimator)
-    rewards = rewards.where(mask, 0)
+    device = experience.ids.device
+    parts = [(rows, _scores(policy, experience.rows(rows), wanted)) for rows in (batch.to(device) for batch in batches)]
+    if world_size() > 1:
+        parts = _all_gather([(rows.cpu(), {name: t.cpu() for name, t in scores.items()}) for rows, scores in parts])
+    whole: dict[str, Any] = {}
+    for rows, scores in parts:
+        for name, value in scores.items():
+            if name not in whole:
+                whole[name] = value.new_zeros(experience.response_mask.shape, device=device)
+            whole[name][rows.to(device), : value.shape[1]] = value.to(device)
+    return replace(experience, **whole)
+
+
+def score_rollout(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
+    """A rollout of this process alone, scored by actor, critic and reference."""
+    experience = Experience.from_rollout(rollout.to(policy.device), scores)
+    wanted = [name for name in SCORED if name != "values" or policy.value_head is not None]
+    parts = []
+    for first in range(0, len(rollout), batch_size):
+        part: dict[str, Any] = {name: t[first : first + batch_size] for name, t in experience.tensors().items()}
+        parts.append(_scores(policy, replace(experience, **part), wanted))
+    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return replace(experience, **whole)
+
+
+@torch.no_grad()
+def _scores(policy: ActorCritic, part: Experience, wanted: Collection[Scored]) -> dict[str, Tensor]:
+    """Log-probs and values by training forwards, so that the ratio is 1 before the first update."""
+    inputs = (part.ids, part.mask, part.response_mask)
+    found: dict[str, Tensor] = {}
+    with eval_mode(policy):
+        if "log_probs" in wanted:
+            actor = policy.score(*inputs, temperature=part.temperature, kept=part.kept)
+            found |= {"log_probs": actor.log_probs, "unfiltered": actor.unfiltered}
+        if "values" in wanted:
+            found["values"] = policy.values(policy.value_logits(*inputs)).where(part.response_mask, 0)
+        if "reference" in wanted:
+            found["reference"] = policy.score(*inputs, role="reference", temperature=part.temperature).unfiltered
+    return found
+
+
+def token_rewards(
+    experience: Experience, kl: Float[Tensor, "b m"] | None, *, kl_weight: float, missing_eos_penalty: float
+) -> Float[Tensor, "b m"]:
+    """Rewards of each token: minus the weighted KL, plus the score at the last token.
+
+    Args:
+        experience: responses with scores.
+        kl: estimate of the KL from the reference at each token; None where it is not part of the reward.
+        kl_weight: reward taken off for each nat.
+        missing_eos_penalty: taken off the score of a response that did not end by itself.
+    """
+    mask = experience.response_mask
+    scores = experience.scores - missing_eos_penalty * (~experience.finished).to(experience.scores)
+    rewards = scores.new_zeros(mask.shape) if kl is None else (-kl_weight * kl).where(mask, 0)
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
-    totals = scores + rewards.sum(dim=1)
-    rewards = rewards.scatter_add(1, last, scores.to(rewards)[:, None])
-    if whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    if estimator == "gae":
-        advantages, returns = generalized_advantages(
-            rewards, experience["values"], mask, gamma=gamma, lambda_=gae_lambda
-        )
-    else:
-        returns = discounted_returns(rewards, mask, gamma=gamma)
-        if estimator == "reinforce":
-            advantages = returns - returns.sum() / mask.sum().clamp(min=1)
-        else:
-            function = leave_one_out_advantages if estimator == "rloo" else group_advantages
-            more = {"scale": group_scale} if estimator == "group" else {}
-            advantages = function(totals.float(), group_size=group_size, **more)[:, None].expand_as(rewards)
-        advantages = advantages.where(mask, 0)
-    if whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return {**experience, "advantages": advantages, "returns": returns}
+    return rewards.scatter_add(1, last, scores.to(rewards)[:, None])
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """Means over the global batch: reward, divergence, lengths and how well the critic foresaw the returns."""
-    mask = experience["response_mask"]
-    lengths = mask.sum(dim=1)
-    divergence = (experience["unfiltered"] - experience["reference"]).where(mask, 0).sum(dim=1)
+    """Means over the global batch: reward, KL, lengths and how much of the returns the critic explains."""
+    mask = experience.response_mask
     metrics = {
-        "reward": experience["scores"].mean(),
-        "reward_std": experience["scores"].std(correction=0),
-        "kl": divergence.mean(),
-        "kl_per_token": divergence.sum() / mask.sum(),
-        "response_length": lengths.float().mean(),
-        "eos_rate": experience["finished"].float().mean(),
+        "reward": experience.scores.mean(),
+        "reward_std": experience.scores.std(correction=0),
+        "response_length": mask.sum(dim=1).float().mean(),
+        "eos_rate": experience.finished.float().mean(),
     }
-    if "values" in experience:
-        residual = (experience["returns"] - experience["values"])[mask]
-        spread = experience["returns"][mask].var(correction=0)
+    if experience.unfiltered is not None and experience.reference is not None:
+        kl = (experience.unfiltered - experience.reference).where(mask, 0).sum(dim=1)
+        metrics |= {"kl": kl.mean(), "kl_per_token": kl.sum() / mask.sum()}
+    if experience.values is not None and experience.returns is not None:
+        residual = (experience.returns - experience.values)[mask]
+        spread = experience.returns[mask].var(correction=0)
         metrics["explained_variance"] = 1 - residual.var(correction=0) / spread if spread > 0 else spread * 0
     return {name: float(value) for name, value in metrics.items()}
+
+
+def experience_from_state(state: Mapping[str, Any], device: torch.device) -> Experience | None:
+    """The experience of ``state_dict``; None of an empty one."""
+    return Experience(**state).to(device) if state else None
+
+
+def _all_gather(own: list[T]) -> list[T]:
+    """The lists of all processes, concatenated in the order of ranks, on every process."""
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    return [entry for part in parts for entry in part]

@@ -1,8 +1,8 @@
 """Log-probabilities and entropies of responses, of the distribution they were drawn from.
 
 Sampling divides logits by the temperature and then may filter them. A filtered token was drawn from the KEPT set of
-its step, so its log-probability is renormalised over that set, as stored at the draw: a nucleus found anew after an
-update would leave out some of the very tokens that were drawn. The divergence from the reference is of the unfiltered
+its step, so its log-probability is renormalised over that set, as stored at the draw: a nucleus recomputed after an
+update would leave out some of the tokens that were drawn. The KL from the reference is between the unfiltered
 distributions, which is why both are computed.
 
 Legend: b batch, n sequence, d feature, v vocabulary, k bytes of a packed kept set.
@@ -17,24 +17,31 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lm_core.losses.losses import hidden_log_probs_and_entropy
+from lm_core.losses.losses import hidden_log_probs, hidden_log_probs_and_entropy
+from palm_rlhf.rl.value_bins import ValueBins
 
 _TILE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of each token but the first, ``(b, n - 1)``; 0 outside responses.
+class PolicyOutput:
+    """Policy outputs for each token but the first, ``(b, n - 1)``; 0 outside responses.
 
     Attributes:
-        log_probs: under the distribution that was sampled.
-        unfiltered: under the one before filters.
-        entropy: of the unfiltered distributions, in nats.
+        log_probs: log-probabilities under the distribution that was sampled.
+        unfiltered: log-probabilities under the distribution before filters.
+        entropy: entropies of the unfiltered distributions, in nats; None unless asked for.
+        values: expected return before each token; None without a critic.
+        value_logits: ``(b, n - 1, k)`` outputs of a binned critic, else None.
+        bins: bins of ``value_logits``.
     """
 
     log_probs: Float[Tensor, "b m"]
     unfiltered: Float[Tensor, "b m"]
-    entropy: Float[Tensor, "b m"]
+    entropy: Float[Tensor, "b m"] | None = None
+    values: Float[Tensor, "b m"] | None = None
+    value_logits: Float[Tensor, "b m k"] | None = None
+    bins: ValueBins | None = None
 
 
 def score_responses(
@@ -45,42 +52,49 @@ def score_responses(
     *,
     temperature: float,
     kept: UInt8[Tensor, "b m k"] | None = None,
+    with_entropy: bool = False,
     detach_output: bool = False,
     needs_mask: bool = True,
     **model_kwargs: Any,
-) -> Scores:
-    """Scores the response tokens of right-padded rows.
+) -> PolicyOutput:
+    """Log-probabilities of the response tokens of right-padded rows.
 
     Args:
-        model: in the protocol of ``lm_core.generation.generate.CausalLM``.
+        model: in the protocol of ``lm_core.CausalLM``.
         ids: prompts and responses.
         mask: True at real tokens.
         response_mask: True where the NEXT token is one of the response.
         temperature: divides the logits.
         kept: packed kept sets of every step; see ``pack_kept``.
+        with_entropy: also computes entropies.
         detach_output: no gradient to the output layer's weight.
-        needs_mask: False where the model is causal and so never sees the padding on the right.
-        **model_kwargs: go to the model.
+        needs_mask: False for a causal model that never sees padding on the right.
+        **model_kwargs: passed to the model.
     """
     if needs_mask and not bool(mask.all()):
         model_kwargs["mask"] = mask
+    labels = ids[:, 1:][response_mask]
     weight = getattr(model, "output_weight", None)
     if isinstance(weight, Tensor) and hasattr(model, "hidden"):
         weight = weight.detach() if detach_output else weight
-        hidden = model.hidden(ids, **model_kwargs)
-    else:  # logits are then all there is: as hidden states with the identity for a weight
-        hidden = model(ids, **model_kwargs)
-        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        return _scores_of_logits(hidden[:, :-1], ids, response_mask, temperature, kept)
-    # a token that is scored is real, and so is the position before it: mark both and score only such pairs
-    labels = ids[:, 1:][response_mask]
-    rows = hidden[:, :-1][response_mask]
-    pairs = torch.stack((torch.zeros_like(labels), labels), dim=1)
-    states = torch.stack((rows, rows), dim=1)
-    log_probs, entropy = hidden_log_probs_and_entropy(states, weight, pairs, temperature=temperature)
-    unfiltered, entropy = log_probs[:, 0], entropy[:, 0]
-    sampled = unfiltered if kept is None else _kept_log_probs(rows, weight, labels, kept[response_mask], temperature)
-    return Scores(*(_spread(t, response_mask) for t in (sampled, unfiltered, entropy)))
+        # only the positions before response tokens go through the output layer
+        rows = model.hidden(ids, **model_kwargs)[:, :-1][response_mask]
+        unfiltered, entropy = _label_log_probs(rows, weight, labels, temperature, with_entropy)
+        sampled = unfiltered
+        if kept is not None:
+            sampled = _kept_log_probs(rows, weight, labels, kept[response_mask], temperature)
+    else:  # logits are all the model offers
+        logits = model(ids, **model_kwargs)[:, :-1][response_mask]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        every = logits.log_softmax(dim=-1)
+        unfiltered = every.gather(-1, labels[:, None])[:, 0]
+        entropy = -(every.exp() * every).sum(dim=-1) if with_entropy else None
+        sampled = unfiltered if kept is None else _masked_log_probs(logits, labels, kept[response_mask])
+    return PolicyOutput(
+        _scattered(sampled, response_mask),
+        _scattered(unfiltered, response_mask),
+        None if entropy is None else _scattered(entropy, response_mask),
+    )
 
 
 def pack_kept(kept: Bool[Tensor, "*shape v"]) -> UInt8[Tensor, "*shape k"]:
@@ -89,22 +103,33 @@ def pack_kept(kept: Bool[Tensor, "*shape v"]) -> UInt8[Tensor, "*shape k"]:
 
 
 def unpack_kept(packed: UInt8[Tensor, "*shape k"], vocab_size: int) -> Bool[Tensor, "*shape v"]:
-    """What ``pack_kept`` packed."""
+    """The kept set that ``pack_kept`` packed."""
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
     bits = (packed[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()
 
 
+def _label_log_probs(
+    rows: Float[Tensor, "r d"], weight: Float[Tensor, "v d"], labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities and entropies, in chunks of the vocabulary's logits."""
+    # the core's functions shift by one: a pair of each state and its label scores exactly that label
+    ids = torch.stack((torch.zeros_like(labels), labels), dim=1)
+    states = torch.stack((rows, rows), dim=1)
+    if not with_entropy:
+        return hidden_log_probs(states, weight, ids, temperature=temperature)[:, 0], None
+    log_probs, entropy = hidden_log_probs_and_entropy(states, weight, ids, temperature=temperature)
+    return log_probs[:, 0], entropy[:, 0]
+
+
 def _kept_log_probs(
     rows: Float[Tensor, "r d"], weight: Float[Tensor, "v d"], labels: Tensor, kept: Tensor, temperature: float
 ) -> Float[Tensor, " r"]:
-    """Log-probabilities over kept sets, a tile of rows at a time; the backward makes the logits again."""
+    """Log-probabilities over kept sets, a tile of rows at a time; the backward recomputes the logits."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
 
     def tile(rows: Tensor, weight: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-        logits = (rows @ weight.t()).to(dtype) / temperature
-        logits = logits.masked_fill(~unpack_kept(kept, weight.shape[0]), -torch.inf)
-        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        return _masked_log_probs((rows @ weight.t()).to(dtype) / temperature, labels, kept)
 
     size = max(1, _TILE_BYTES // (4 * weight.shape[0]))
     parts = [
@@ -114,17 +139,10 @@ def _kept_log_probs(
     return torch.cat(parts) if parts else rows.new_zeros(0, dtype=dtype)
 
 
-def _scores_of_logits(logits: Tensor, ids: Tensor, mask: Tensor, temperature: float, kept: Tensor | None) -> Scores:
-    rows, labels = logits[mask] / temperature, ids[:, 1:][mask]
-    log_probs = rows.log_softmax(dim=-1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    unfiltered = log_probs.gather(-1, labels[:, None])[:, 0]
-    sampled = unfiltered
-    if kept is not None:
-        left = rows.masked_fill(~unpack_kept(kept[mask], rows.shape[-1]), -torch.inf)
-        sampled = left.gather(-1, labels[:, None])[:, 0] - left.logsumexp(dim=-1)
-    return Scores(*(_spread(t, mask) for t in (sampled, unfiltered, entropy)))
+def _masked_log_probs(logits: Float[Tensor, "r v"], labels: Tensor, kept: Tensor) -> Float[Tensor, " r"]:
+    logits = logits.masked_fill(~unpack_kept(kept, logits.shape[-1]), -torch.inf)
+    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
-def _spread(t: Tensor, mask: Tensor) -> Tensor:
+def _scattered(t: Tensor, mask: Tensor) -> Tensor:
     return t.new_zeros(mask.shape).masked_scatter(mask, t)

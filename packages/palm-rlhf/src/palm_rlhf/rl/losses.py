@@ -1,7 +1,7 @@
-"""What policies and critics are trained on: clipped surrogates per token, and how tokens are weighed into one number.
+"""Losses of policies and critics per token, and the weights that make one number of them.
 
 - :func:`clipped_surrogate`: PPO's L^CLIP (arXiv 1707.06347, equation 7), as a loss; GRPO uses it too.
-- :func:`reinforce_surrogate`: minus advantage times log-probability (Williams 1992).
+- :func:`reinforce_loss`: minus advantage times log-probability (Williams 1992).
 - :func:`clipped_value_loss`: squared error with the step from the old value clipped.
 - :func:`token_weights`: mean over tokens; GRPO's mean over responses of means over tokens (arXiv 2402.03300, equation
   3); Dr. GRPO's constant divisor (arXiv 2503.20783).
@@ -27,7 +27,7 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Per-token loss, the probability ratio new / old, and where clipping cuts the gradient off."""
+    """Loss of each token, the probability ratio new / old, and where clipping cuts the gradient off."""
 
     loss: Float[Tensor, "*shape"]
     ratio: Float[Tensor, "*shape"]
@@ -37,7 +37,7 @@ class Surrogate:
 @typed
 def clipped_surrogate(
     log_probs: Float[Tensor, "*shape"],
-    old_log_probs: Float[Tensor, "*shape"],
+    old_log_probs: Float[Tensor, "*shape"] | None,
     advantages: Float[Tensor, "*shape"],
     *,
     eps_clip: float = 0.2,
@@ -46,11 +46,12 @@ def clipped_surrogate(
     """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)``.
 
     Args:
-        log_probs: under the policy that is trained.
-        old_log_probs: under the policy that drew the tokens.
-        advantages: of the tokens.
-        eps_clip: how far the ratio may fall below 1 before its gradient is cut.
-        eps_clip_high: how far it may rise; ``eps_clip`` by default.
+        log_probs: log-probs under the policy that is trained.
+        old_log_probs: log-probs under the policy that drew the tokens; None where that is the same policy, so that the
+            ratio is 1.
+        advantages: advantages of the tokens.
+        eps_clip: distance the ratio may fall below 1 before its gradient is cut.
+        eps_clip_high: distance it may rise; ``eps_clip`` by default.
 
     Raises:
         ValueError: a range is not positive, or ``eps_clip`` not below 1.
@@ -60,18 +61,15 @@ def clipped_surrogate(
         raise ValueError(f"eps_clip must be in (0, 1), got {eps_clip}")
     if not 0 < high < math.inf:
         raise ValueError(f"eps_clip_high must be a finite number above 0, got {high}")
-    ratio = (log_probs - old_log_probs.detach()).exp()
+    ratio = (log_probs - (log_probs if old_log_probs is None else old_log_probs).detach()).exp()
     plain = ratio * advantages
     bounded = ratio.clamp(1 - eps_clip, 1 + high) * advantages
     return Surrogate(-torch.minimum(plain, bounded), ratio, bounded < plain)
 
 
-def reinforce_surrogate(
-    log_probs: Float[Tensor, "*shape"], old_log_probs: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"]
-) -> Surrogate:
-    """``-A * log_prob``: the plain policy gradient, right for one pass over what the policy itself drew."""
-    ratio = (log_probs - old_log_probs).detach().exp()
-    return Surrogate(-advantages * log_probs, ratio, torch.zeros_like(ratio, dtype=torch.bool))
+def reinforce_loss(log_probs: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``-A * log_prob``: the plain policy gradient, right for one pass over tokens of the same policy."""
+    return -advantages * log_probs
 
 
 @typed
@@ -85,9 +83,9 @@ def clipped_value_loss(
     """``max((V - R)^2, (V_old + clip(V - V_old, +-value_clip) - R)^2) / 2`` per token, and where clipping won.
 
     Args:
-        values: the critic's, now.
-        old_values: the critic's when the tokens were drawn.
-        returns: what they should be.
+        values: values of the critic that is trained.
+        old_values: values when the tokens were drawn.
+        returns: targets.
         value_clip: None for the plain squared error.
 
     Raises:

@@ -1,61 +1,65 @@
-"""A policy with a critic: log-probabilities, entropies and values of responses in one forward.
+"""Actor, critic and reference policy as adapters on one shared base, and what they compute for responses.
 
-The critic is token-level: its value at a position is a linear map of what the critic's network makes of the tokens up
-to and including that position, so it never reads the token whose return it predicts. Pooled values are the mean over
-the PROMPT only, one for the whole response.
+With LoRA all three are ONE network: actor and critic are adapters on a frozen base (scopes of a PaLM, peft adapters of
+a Hugging Face model), and the reference is the base with adapters off. Without LoRA the network itself is trained and
+the reference is a frozen copy made at the start; a critic with LoRA then lives on that frozen copy.
 
-Legend: b batch, n sequence, v vocabulary.
+The critic is token-level: its value at a position is a linear map of its network's state for the tokens up to and
+including that position, so it never reads the token whose return it predicts. Pooled values are the mean over the
+PROMPT only, one for the whole response.
+
+Legend: b batch, n sequence, m = n - 1, v vocabulary, k bins.
 """
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lm_core.checks import typed
+from lm_core.adapters import as_causal_lm
+from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.decoding import Generation
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.rl.log_probs import Scores, score_responses
-from palm_rlhf.rl.roles import ACTOR, CRITIC, Role, Roles
+from palm_rlhf.rl.log_probs import PolicyOutput, score_responses
 from palm_rlhf.rl.value_bins import ValueBins
 
-
-@dataclass(frozen=True)
-class Judgement:
-    """What ``ActorCritic`` says of responses; everything is ``(b, n - 1)``, aligned with the token it precedes.
-
-    Attributes:
-        scores: log-probabilities and entropies.
-        values: expected return before each response token.
-        value_logits: ``(b, n - 1, bins)`` with binned values, else None.
-    """
-
-    scores: Scores
-    values: Float[Tensor, "b m"] | None
-    value_logits: Tensor | None
+Role = Literal["actor", "critic", "reference"]
 
 
 class ActorCritic(nn.Module):
     """Actor, critic and reference policy.
 
     Args:
-        palm: the policy; see ``palm_rlhf.rl.roles.Roles``, also for the arguments not listed here.
-        critic_palm: another network for the critic.
+        palm: a ``PaLM``; a Hugging Face causal language model or a ``PeftModel`` of one, whose active adapter is then
+            the actor; or anything that ``lm_core.adapters.as_causal_lm`` takes (without LoRA).
+        critic_palm: another network for the critic; by default the policy's own.
         pooled_values: one value for a response, from its prompt.
+        actor_lora: trains an adapter instead of the network.
+        critic_lora: the same for the critic; without it, the critic is a copy that is trained whole.
+        actor_lora_r: rank; the PaLM's ``lora_r``, or 8, by default.
+        critic_lora_r: rank of the critic's adapter.
+        actor_lora_scope: name of the adapter. An existing one is trained further.
+        critic_lora_scope: name of the critic's adapter.
+        actor_dropout: dropout on the adapter's input, or without LoRA everywhere in the network (PaLM).
+        critic_dropout: dropout of the critic.
         value_range: makes the critic a classifier over bins of this range (HL-Gauss) instead of a regressor.
-        value_bins: how many.
+        value_bins: number of bins.
         with_critic: False is a policy alone.
-        precision: of matrix products, in drawing, judging and learning alike; see ``lm_core.pick_precision``.
+        precision: precision of matrix products, in sampling, scoring and training; see ``lm_core.pick_precision``.
             Weights, log-probabilities, values and losses stay in float32.
 
     Raises:
-        ValueError: see ``Roles``; also a critic's network without hidden states, or a precision the device has not.
+        ValueError: LoRA for a network that is neither PaLM nor Hugging Face's, one scope for both, a rank that differs
+            from that of the existing scope, a policy that is not causal, a critic without hidden states, or a
+            precision the device does not have.
     """
 
     @typed
@@ -68,8 +72,8 @@ class ActorCritic(nn.Module):
         critic_lora: bool = True,
         actor_lora_r: int | None = None,
         critic_lora_r: int | None = None,
-        actor_lora_scope: str = ACTOR,
-        critic_lora_scope: str = CRITIC,
+        actor_lora_scope: str = "actor",
+        critic_lora_scope: str = "critic",
         actor_dropout: float = 0.0,
         critic_dropout: float = 0.0,
         *,
@@ -79,73 +83,99 @@ class ActorCritic(nn.Module):
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
+        critic_lora = critic_lora and with_critic
+        check_probability(actor_dropout, "actor_dropout")
+        check_probability(critic_dropout, "critic_dropout")
+        for name, r in (("actor_lora_r", actor_lora_r), ("critic_lora_r", critic_lora_r)):
+            if r is not None:
+                check_positive(r, name)
+        if actor_lora and critic_lora and actor_lora_scope == critic_lora_scope:
+            raise ValueError(f"actor and critic need scopes of different names, got {actor_lora_scope!r} for both")
+        self.bins = None if value_range is None else ValueBins(low=value_range[0], high=value_range[1], bins=value_bins)
+        actor = _language_model(palm, "palm")
+        other = None if critic_palm is None else _language_model(critic_palm, "critic")
+        _check_networks(actor, other or actor, actor_lora=actor_lora, critic_lora=critic_lora, with_critic=with_critic)
         self.precision = precision
-        self.bins = None
-        if value_range is not None:
-            self.bins = ValueBins(low=value_range[0], high=value_range[1], bins=value_bins)
-        self.roles = Roles(
-            palm,
-            critic=critic_palm,
-            with_critic=with_critic,
-            actor_lora=actor_lora,
-            critic_lora=critic_lora,
-            actor_lora_r=actor_lora_r,
-            critic_lora_r=critic_lora_r,
-            actor_lora_scope=actor_lora_scope,
-            critic_lora_scope=critic_lora_scope,
-            actor_dropout=actor_dropout,
-            critic_dropout=critic_dropout,
-        )
         self.pooled_values = pooled_values
-        self.value_head: nn.Linear | None = None
-        pick_precision(precision, self.device)  # refuses what the device cannot do
+        # copied before an adapter is added
+        self.reference = None if actor_lora else copy.deepcopy(actor).requires_grad_(False).eval()
+        self.critic = None
         if with_critic:
-            weight = getattr(self.roles.critic, "output_weight", None)
-            if not isinstance(weight, Tensor) or not hasattr(self.roles.critic, "hidden"):
-                raise ValueError("critic needs a network that gives its hidden states (hidden and output_weight)")
+            shared = actor if self.reference is None else self.reference
+            self.critic = other or (shared if critic_lora else copy.deepcopy(actor))
+        self.actor = actor
+        pick_precision(precision, self.device)  # refuses what the device cannot do
+        self.actor_scope, self.critic_scope = None, None
+        if actor_lora:
+            self.actor_scope = _add_adapter(actor, actor_lora_scope, actor_lora_r, actor_dropout, adopt=True)
+        elif actor_dropout:
+            _set_dropout(actor, actor_dropout, "actor_dropout")
+        if critic_lora:
+            self.critic_scope = critic_lora_scope
+            _add_adapter(self.critic, critic_lora_scope, critic_lora_r, critic_dropout, adopt=False)
+        elif self.critic is not None and critic_dropout:
+            _set_dropout(self.critic, critic_dropout, "critic_dropout")
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+        #: whether learning needs the training mode; else old and new log-probs come from evaluation mode
+        self.learns_in_training_mode = actor_dropout > 0 or critic_dropout > 0 or recomputes
+        self.value_head: nn.Linear | None = None
+        if with_critic:
+            weight = self.critic.output_weight  # type: ignore[union-attr]
             self.value_head = nn.Linear(weight.shape[1], 1 if self.bins is None else value_bins).to(weight)
-            nn.init.zeros_(self.value_head.weight)  # at first every value is 0
+            nn.init.zeros_(self.value_head.weight)  # all values are 0 at first
             nn.init.zeros_(self.value_head.bias)
 
     @property
     def palm(self) -> Any:
         """The actor's network."""
-        return self.roles.actor
+        return self.actor
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = next(self.roles.actor.parameters()).device
+        """Device of the weights."""
+        device: torch.device = next(self.actor.parameters()).device
         return device
-
-    def _computing(self) -> contextlib.AbstractContextManager[Any]:
-        return autocast(self.precision, self.device)
 
     @property
     def vocab_size(self) -> int | None:
-        """Ids must be below it; None if the network does not tell."""
-        if isinstance(self.palm, PaLM):
-            return self.palm.num_tokens
-        size: int | None = getattr(self.palm, "vocab_size", None)
-        return size
+        """Bound of token ids; None if the network does not state it."""
+        return _vocab_size(self.actor)
 
     @property
     def max_length(self) -> int | None:
         """Tokens a sequence may have; None if the network has no limit."""
-        return getattr(self.palm, "max_length", None)
+        return getattr(self.actor, "max_length", None)
+
+    @contextlib.contextmanager
+    def as_role(self, role: Role) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """The language model of a role and its keyword arguments, with that role's adapter and precision active."""
+        network = {"actor": self.actor, "critic": self.critic, "reference": self.reference or self.actor}[role]
+        scope = self._scope(role)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(autocast(self.precision, self.device))
+            if isinstance(network, PaLM):
+                yield network, {"disable_lora": True} if scope is None else {"finetune_scope": scope}
+                return
+            if _has_adapters(network):
+                stack.enter_context(_active_adapter(network.model, scope))
+            yield network, {}
+
+    def _scope(self, role: Role) -> str | None:
+        return {"actor": self.actor_scope, "critic": self.critic_scope, "reference": None}[role]
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the actor, in a fixed order."""
-        return self.roles.role_parameters("actor")
+        """Trained parameters of the actor, in a fixed order."""
+        return _trained(self.actor, self.actor_scope)
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the critic, its head included, in a fixed order."""
-        head = [] if self.value_head is None else list(self.value_head.parameters())
-        return [*self.roles.role_parameters("critic"), *head]
+        """Trained parameters of the critic and its head, in a fixed order."""
+        if self.value_head is None:
+            return []
+        return [*_trained(self.critic, self.critic_scope), *self.value_head.parameters()]
 
     def generate(self, prompts: Any, *, role: Role = "actor", **settings: Any) -> Generation:
-        """Responses of the actor (or the reference); arguments as of ``lm_core.generation.generate.generate``."""
-        with self._computing(), self.roles.playing(role) as (network, arguments):
+        """Responses of the actor (or the reference); arguments as of ``lm_core.generate``."""
+        with self.as_role(role) as (network, arguments):
             return generate(network, prompts, **settings, **arguments)
 
     def score(
@@ -157,9 +187,10 @@ class ActorCritic(nn.Module):
         role: Role = "actor",
         temperature: float = 1.0,
         kept: Tensor | None = None,
-    ) -> Scores:
-        """Log-probabilities and entropies of responses under the actor or the reference."""
-        with self._computing(), self.roles.playing(role) as (network, arguments):
+        with_entropy: bool = False,
+    ) -> PolicyOutput:
+        """Log-probabilities of responses under the actor or the reference."""
+        with self.as_role(role) as (network, arguments):
             return score_responses(
                 network,
                 ids,
@@ -167,7 +198,8 @@ class ActorCritic(nn.Module):
                 response_mask,
                 temperature=temperature,
                 kept=kept,
-                detach_output=self.roles.is_frozen(role),
+                with_entropy=with_entropy,
+                detach_output=role == "reference" or self._scope(role) is not None,
                 needs_mask=not isinstance(network, PaLM),
                 **arguments,
             )
@@ -175,9 +207,9 @@ class ActorCritic(nn.Module):
     def value_logits(
         self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], response_mask: Bool[Tensor, "b m"]
     ) -> Float[Tensor, "b m k"]:
-        """What the value head says before each token but the first."""
+        """Outputs of the value head for positions 0 to n - 2."""
         assert self.value_head is not None
-        with self._computing(), self.roles.playing("critic") as (network, arguments):
+        with self.as_role("critic") as (network, arguments):
             padded = {} if isinstance(network, PaLM) or bool(mask.all()) else {"mask": mask}
             hidden = network.hidden(ids, **padded, **arguments)[:, :-1].to(self.value_head.weight)
         if self.pooled_values:
@@ -200,19 +232,135 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         kept: Tensor | None = None,
-    ) -> Judgement:
-        """Scores of the actor and values of the critic.
+    ) -> PolicyOutput:
+        """Log-probabilities and entropies of the actor, values of the critic.
 
         Args:
             ids: prompts and responses, right-padded.
             mask: True at real tokens.
             response_mask: True where the next token is one of the response.
-            temperature: responses were drawn at.
+            temperature: temperature the responses were drawn at.
             kept: packed kept sets they were drawn from.
         """
-        scores = self.score(ids, mask, response_mask, temperature=temperature, kept=kept)
+        output = self.score(ids, mask, response_mask, temperature=temperature, kept=kept, with_entropy=True)
         if self.value_head is None:
-            return Judgement(scores, None, None)
+            return output
         logits = self.value_logits(ids, mask, response_mask)
         values = self.values(logits).where(response_mask, 0)
-        return Judgement(scores, values, logits if self.bins is not None else None)
+        return replace(output, values=values, value_logits=None if self.bins is None else logits, bins=self.bins)
+
+
+def _language_model(x: Any, name: str) -> Any:
+    if isinstance(x, PaLM):
+        if not x.causal:
+            raise ValueError(f"{name} must be causal to be trained as a policy, got causal=False")
+        return x
+    if _is_hugging_face(x) or isinstance(x, nn.Module) or callable(x):
+        network = as_causal_lm(x)
+        if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
+            raise ValueError(f"{name} must have parameters to train, got {type(x).__name__}")
+        return network
+    raise TypeError(f"{name} must be a PaLM or a causal language model, got {type(x).__name__}")
+
+
+def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: bool, with_critic: bool) -> None:
+    for name, lora, network in (("actor_lora", actor_lora, actor), ("critic_lora", critic_lora, critic)):
+        if lora and not isinstance(network, PaLM) and not _is_hugging_face(network):
+            raise ValueError(f"{name} needs a PaLM or a Hugging Face model, got {type(network.model).__name__}")
+    if not with_critic:
+        return
+    tokens, known = _vocab_size(actor), _vocab_size(critic)
+    if tokens is not None and known is not None and known < tokens:
+        raise ValueError(f"critic must know all {tokens} tokens of the policy, got {known}")
+    if not isinstance(getattr(critic, "output_weight", None), Tensor) or not hasattr(critic, "hidden"):
+        raise ValueError("critic needs a network that gives its hidden states (hidden and output_weight)")
+
+
+def _vocab_size(network: Any) -> int | None:
+    size: int | None = network.num_tokens if isinstance(network, PaLM) else getattr(network, "vocab_size", None)
+    return size
+
+
+def _is_hugging_face(network: Any) -> bool:
+    inner = getattr(network, "model", None)
+    return any(cls.__name__ in ("PreTrainedModel", "PeftModel") for cls in type(inner).__mro__)
+
+
+def _has_adapters(network: Any) -> bool:
+    return hasattr(getattr(network, "model", None), "peft_config")
+
+
+def _trained(network: Any, scope: str | None) -> list[nn.Parameter]:
+    """Parameters of an adapter, or without one of the whole network."""
+    if isinstance(network, PaLM):
+        return network.palm_parameters() if scope is None else list(network.finetune_parameters(scope))
+    if scope is None:
+        return list(network.parameters())
+    return [parameter for name, parameter in network.named_parameters() if f".{scope}." in name]
+
+
+def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, adopt: bool) -> str:
+    """Adds an adapter unless it exists; returns its name, which for a user's ``PeftModel`` is its active adapter's."""
+    if isinstance(network, PaLM):
+        if scope not in network.finetune_modules:
+            network.add_finetune_params(scope, r, lora_dropout=dropout)
+            return scope
+        existing = network.scope_modules(scope).settings.r
+        if r is not None and r != existing:
+            raise ValueError(f"finetune scope {scope!r} exists with lora_r {existing}, got {r}; choose another scope")
+        return scope
+    from peft import LoraConfig, get_peft_model
+
+    if _has_adapters(network):
+        if adopt and scope not in network.model.peft_config:
+            return str(network.model.active_adapter)
+        if scope in network.model.peft_config:
+            return scope
+    config = LoraConfig(r=r or 8, lora_alpha=r or 8, lora_dropout=dropout, target_modules="all-linear")
+    if _has_adapters(network):
+        active = network.model.active_adapter
+        network.model.add_adapter(scope, config)
+        network.model.set_adapter(active)
+    else:
+        training = network.training
+        network.model = get_peft_model(network.model, config, adapter_name=scope)
+        network.train(training)
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
+    return scope
+
+
+@contextlib.contextmanager
+def _active_adapter(model: Any, scope: str | None) -> Iterator[None]:
+    """A peft adapter switched on, or all of them off; restored afterwards."""
+    before = model.active_adapter
+    if scope == before:
+        yield
+        return
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def restore_gradients() -> None:  # peft freezes every adapter but the active one
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    if scope is None:
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            restore_gradients()
+        return
+    model.set_adapter(scope)
+    restore_gradients()
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+        restore_gradients()
+
+
+def _set_dropout(network: Any, dropout: float, name: str) -> None:
+    if not isinstance(network, PaLM):
+        raise ValueError(f"{name} without LoRA is set in the model's own configuration, unless it is a PaLM")
+    network.set_dropout(dropout)

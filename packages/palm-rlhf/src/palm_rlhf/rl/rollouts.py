@@ -1,7 +1,7 @@
 """Rollouts: responses drawn from the policy, with what is needed to learn from them.
 
-Kept are tokens, masks and one log-probability a token: never a distribution over the vocabulary. Where sampling was
-filtered, the kept set of each step is stored as packed bits, an eighth of a byte a token of the vocabulary.
+Tokens and masks are stored, never a distribution over the vocabulary. Where sampling was filtered, the kept set of each
+step is stored as packed bits, an eighth of a byte a token of the vocabulary.
 
 Legend: b batch, n sequence, m = n - 1 (aligned with the token that is predicted), k bytes of a packed kept set.
 """
@@ -18,8 +18,7 @@ from lm_core.generation.decoding import Filter, eval_mode
 from lm_core.nn.masking import prompt_mask_from_lengths, right_pad
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.rl.log_probs import pack_kept
-from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.roles import Role
+from palm_rlhf.rl.policy import ActorCritic, Role
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,14 @@ class Rollout:
 
     Attributes:
         ids: ``(b, n)`` prompt and response, right-padded.
-        prompt_lengths: ``(b,)``.
+        prompt_lengths: ``(b,)`` tokens of each prompt.
         lengths: ``(b,)`` tokens of prompt and response, EOS included.
         finished: ``(b,)`` whether the response ended by EOS or a stop string.
-        temperature: it was drawn at.
+        temperature: sampling temperature.
         kept: ``(b, n - 1, k)`` packed kept sets of a filtered draw.
         texts: responses as text, where there is a tokenizer.
         prompt_texts: prompts as text.
         columns: columns of the prompts' dataset rows.
-        seconds: the drawing took.
     """
 
     ids: Int[Tensor, "b n"]
@@ -48,7 +46,6 @@ class Rollout:
     texts: list[str] | None = None
     prompt_texts: list[str | None] | None = None
     columns: list[Mapping[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -70,7 +67,7 @@ class Rollout:
         return self.lengths - self.prompt_lengths
 
     def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
-        """The first responses with their prompts and scores, for a log: texts, or ids where there is no tokenizer."""
+        """The first responses with their prompts and scores, for a log; token ids where there is no tokenizer."""
         chosen = []
         for row in range(min(max(number, 0), len(self))):
             ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
@@ -84,7 +81,7 @@ class Rollout:
         return chosen
 
     def to(self, device: torch.device) -> "Rollout":
-        """The same on another device."""
+        """The rollout on another device."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -93,7 +90,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How responses are drawn; checked by ``lm_core.generation.generate.generate``.
+    """Sampling of responses; checked by ``lm_core.generate``.
 
     Attributes:
         max_new_tokens: tokens of a response at most.
@@ -101,9 +98,9 @@ class SamplingSettings:
         temperature: divides the logits; above 0.
         filters: functions such as ``functools.partial(top_p, p=0.9)``.
         eos_id: ends a response.
-        min_new_tokens: before which no EOS is drawn.
+        min_new_tokens: tokens before which no EOS is drawn.
         stop_strings: a response ends with the token that completes one of these.
-        pad_id: behind the end of a row.
+        pad_id: fills rows after their end.
         use_cache: False recomputes whole sequences for each token.
     """
 
@@ -189,14 +186,14 @@ def rollout_of(
     pad_id: int = 0,
     temperature: float = 1.0,
 ) -> Rollout:
-    """A rollout of responses made elsewhere, such as by another engine.
+    """A rollout of responses from elsewhere, such as another engine.
 
     Args:
         prompts: see ``load_prompts``.
         responses: 1-D ids, EOS included, one for each prompt, at least one token each.
         finished: whether each ended by itself; by default all did.
-        pad_id: behind the end of a row.
-        temperature: they were drawn at.
+        pad_id: fills rows after their end.
+        temperature: sampling temperature.
 
     Raises:
         ValueError: the numbers differ, or a response is empty.
@@ -220,7 +217,7 @@ def rollout_of(
 
 
 class _KeptSets:
-    """The last filter of a generation: changes nothing, and notes what the others have left of each step."""
+    """Last filter of a generation: records the tokens that the others kept at each step, and changes nothing."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -230,7 +227,7 @@ class _KeptSets:
         return logits
 
     def by_row(self, lengths: Int[Tensor, " b"]) -> Tensor:
-        """``(b, steps, k)``. Generation drops rows that have ended: then those left are the ones that are longer."""
+        """``(b, steps, k)``. Generation drops rows that have ended, so the rows left are those that are longer."""
         lengths = lengths.to(self.steps[0].device)
         active = torch.arange(lengths.shape[0], device=lengths.device)
         whole = self.steps[0].new_full((lengths.shape[0], len(self.steps), self.steps[0].shape[1]), 255)

@@ -1,15 +1,21 @@
-"""Where a run stands inside a phase: counters, the experience at hand, and what was measured on it so far.
+"""Where a run stands: counters, the experience that is learned from and its measurements, and their checkpoints.
 
-All of it goes into checkpoints, so a run can be killed between any two updates, in the middle of an epoch too.
+A checkpoint may fall between any two updates, in the middle of an epoch too. The actor's network is saved as a model of
+its own (``PaLM.from_pretrained`` opens it, its scopes hold the actor); value head, and a critic or a reference with
+weights of their own, go into the trainer's state.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from palm_rlhf.rl.experience import Experience
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.weights import load_weights
+from lm_core.data.epochs import permutation
+from palm_rlhf.rl.experience import Experience, experience_from_state
+from palm_rlhf.rl.policy import ActorCritic
 
 Sums = dict[str, float]
 
@@ -18,25 +24,30 @@ class Phase:
     """Passes over one batch of responses.
 
     Attributes:
-        number: phases done before this one.
+        number: phases completed before this one.
         updates: optimizer updates of the whole run.
-        epoch: passes done over the experience at hand.
-        cursor: rows of the pass at hand that were used.
+        epoch: completed passes over the current experience.
+        cursor: rows of the current pass that were used.
         experience: what is learned from; None before responses are drawn.
-        facts: metrics of the experience.
-        sums: of the updates made on it; see ``policy_update``.
+        metrics: metrics of the experience.
+        sums: measurements of the updates made on it; see ``PolicyUpdate``.
     """
 
     def __init__(self, *, seed: int, epochs: int, minibatch_size: int) -> None:
-        self.seed, self.epochs, self.minibatch_size = seed, epochs, minibatch_size
-        self.number = self.updates = self.epoch = self.cursor = 0
+        self.seed = seed
+        self.epochs = epochs
+        self.minibatch_size = minibatch_size
+        self.number = 0
+        self.updates = 0
+        self.epoch = 0
+        self.cursor = 0
         self.experience: Experience | None = None
-        self.facts: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.sums: Sums = {}
 
-    def begin(self, experience: Experience, facts: dict[str, float]) -> None:
+    def begin(self, experience: Experience, metrics: dict[str, float]) -> None:
         """Starts the passes over a new experience."""
-        self.experience, self.facts, self.sums = experience, facts, {}
+        self.experience, self.metrics, self.sums = experience, metrics, {}
         self.epoch = self.cursor = 0
 
     @property
@@ -49,15 +60,18 @@ class Phase:
         return self._order(self._count, self.epoch)[self.cursor : self.cursor + self.minibatch_size]
 
     def first_minibatches(self, count: int) -> Sequence[Tensor]:
-        """Rows of each minibatch of the first pass over an experience of ``count`` responses that is yet to begin."""
+        """Rows of each minibatch of the first pass over an experience of ``count`` responses."""
         return self._order(count, 0).split(self.minibatch_size)
 
+    def learns_once(self, count: int) -> bool:
+        """Whether a phase of ``count`` responses is a single update, made by the policy that drew them."""
+        return self.epochs == 1 and count <= self.minibatch_size
+
     def _order(self, count: int, epoch: int) -> Tensor:
-        seed = ((self.seed * 1_000_003 + self.number) * 1_000_003 + epoch) % 2**63
-        return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return torch.from_numpy(permutation(count, self.seed, "minibatches", self.number, epoch))
 
     def advance(self, sums: Mapping[str, float]) -> None:
-        """An update was made on ``rows()``; what it measured."""
+        """Counts an update on ``rows()`` with its measurements."""
         self.sums = combined(self.sums, sums)
         self.updates += 1
         self.cursor += self.minibatch_size
@@ -65,36 +79,33 @@ class Phase:
             self.epoch, self.cursor = self.epoch + 1, 0
 
     def end(self) -> None:
-        """Lets go of the experience."""
+        """Drops the experience."""
         self.experience = None
         self.number += 1
 
     @property
     def _count(self) -> int:
         assert self.experience is not None
-        return int(self.experience["scores"].shape[0])
+        return len(self.experience)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint."""
+        """Counters, experience and measurements, for a checkpoint."""
         return {
             "counters": [self.number, self.updates, self.epoch, self.cursor],
-            "experience": self.experience or {},
-            "facts": self.facts,
+            "experience": {} if self.experience is None else self.experience.state_dict(),
+            "facts": self.metrics,
             "sums": self.sums,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Goes on from ``state``."""
+        """Resumes from ``state``."""
         self.number, self.updates, self.epoch, self.cursor = state["counters"]
-        self.facts, self.sums = dict(state["facts"]), dict(state["sums"])
-        # numbers without a dimension (the temperature) are read on the host
-        self.experience = {
-            name: value.to(device) if value.ndim else value.cpu() for name, value in state["experience"].items()
-        } or None
+        self.metrics, self.sums = dict(state["facts"]), dict(state["sums"])
+        self.experience = experience_from_state(state["experience"], device)
 
 
 def combined(*parts: Mapping[str, float]) -> Sums:
-    """Sums of several parts, and maxima where a name says so; parts may lack names."""
+    """Sums of several parts, and maxima where the name says so; parts may lack names."""
     whole: Sums = {}
     for part in parts:
         for name, value in part.items():
@@ -110,10 +121,21 @@ def is_maximum(name: str) -> bool:
     return name.endswith("_max")
 
 
-def seeds(seed: int, phase: int) -> Iterator[int]:
-    """Seeds of the draws of a phase, one a chunk of responses."""
-    first = (seed * 1_000_003 + phase) * 1_000_003
-    number = 0
-    while True:
-        yield (first + number) % 2**63
-        number += 1
+def extra_weights(policy: ActorCritic) -> dict[str, Tensor]:
+    """Weights that are not in the actor's network, on the CPU."""
+    own = {id(tensor) for tensor in policy.actor.state_dict(keep_vars=True).values()}
+    state = policy.state_dict(keep_vars=True)
+    return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in own}
+
+
+def load_policy(policy: ActorCritic, network: Mapping[str, Tensor], extra: Mapping[str, Tensor], *, where: str) -> None:
+    """Loads the actor's network and the ``extra_weights`` of a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is of another policy.
+    """
+    differing = set(extra) ^ set(extra_weights(policy))
+    if differing:
+        raise CheckpointError(f"{where} is of another critic: {sorted(differing)}")
+    load_weights(policy.actor, dict(network), where=where)
+    policy.load_state_dict(dict(extra), strict=False)

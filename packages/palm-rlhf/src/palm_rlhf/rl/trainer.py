@@ -1,64 +1,66 @@
-"""The loop that PPO and GRPO share: draw rollouts, score them, learn from them, and be able to go on after a kill.
+"""Reinforcement learning from human feedback: PPO, GRPO and other objectives on the rewards of responses.
 
 One phase draws a batch of responses and makes ``epochs`` passes over it in minibatches. A checkpoint may fall between
-any two updates, in the middle of an epoch too: it holds the experience at hand. Prompts, draws and shuffles are
-functions of the seed and of counters, so a run that was killed and resumed ends bit for bit like one that was not.
-
-The parts: ``rollouts`` draws, ``experience`` judges and finds advantages, ``policy_update`` learns, ``phase`` says
-where the run stands, ``policy_checkpoint`` saves it.
+any two updates: it holds the current experience. Prompts, draws and shuffles are functions of the seed and of
+counters, so a run that was killed and resumed ends bit for bit like an uninterrupted one.
 """
 
 import contextlib
-import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.checkpoint import load_checkpoint
-from lm_core.checks import check_ids
-from lm_core.data.epochs import EpochOrder
+from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checks import check_ids, check_positive, either, typed
+from lm_core.data.epochs import EpochOrder, seed_of
 from lm_core.distributed import rank, world_size
+from lm_core.generation.decoding import Filter
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision, start_accelerator
-from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
+from lm_core.training.metrics import MetricsLog, progress_bar
 from lm_core.training.run_directory import RunDirectory
+from lm_core.training.session import draw_curves
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
 from palm_rlhf.reward.rewards import as_reward, check_scores
-from palm_rlhf.rl.config import PolicySettings
+from palm_rlhf.rl.arguments import TrainerArguments, sort_arguments
+from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import (
     Experience,
+    Scored,
+    concatenated,
     experience_metrics,
-    experience_of,
     gathered,
-    joined,
-    judged_by_all,
-    with_advantages,
+    score_experience,
+    token_rewards,
 )
-from palm_rlhf.rl.kl import KLCoefficient
+from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
+from palm_rlhf.rl.objectives import GRPO, PPO, Objective
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.policy_checkpoint import restore_policy, save_policy
 from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, draw_rollout
-from palm_rlhf.rl.state import Phase, seeds
+from palm_rlhf.rl.state import Phase, extra_weights, load_policy
 from palm_rlhf.rl.update import PolicyUpdate, update_metrics
 
 CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explained_variance")
+# Options that give the stored experience and the draws another meaning; learning rates, for one, may change on resume.
+_SAME = ("seed", "group_size", "minibatch_size", "objective")
 
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         outcome: "finished" or "interrupted" (Ctrl-C or SIGTERM).
-        phases: phases done, each of one batch of rollouts.
-        updates: optimizer updates done.
-        metrics: of each phase of this call.
+        phases: completed phases, each of one batch of rollouts.
+        updates: completed optimizer updates.
+        metrics: metrics of each phase of this call.
         checkpoints: folder of the checkpoints; None without ``checkpoint_dir``.
         curves: picture of the metrics; None without matplotlib or ``checkpoint_dir``.
     """
@@ -71,93 +73,176 @@ class PolicyResult:
     curves: Path | None
 
 
-class PolicyTrainer:
-    """Trains an ``ActorCritic``; see ``RLHFTrainer`` and ``GRPOTrainer`` for what users call.
+class RLHFTrainer:
+    """Trains a policy on the rewards of its responses, by PPO unless another objective is given.
+
+    >>> RLHFTrainer(palm, reward, objective=PPO(eps_clip=0.2), config=RLConfig(actor_lr=1e-4), prompts=prompts)
+
+    The original's call form works too: every field of the objective and of ``RLConfig``, and every argument of
+    ``ActorCritic``, may be given as a keyword (``RLHFTrainer(palm=palm, reward_model=model, eps_clip=0.2, ...)``).
 
     Args:
-        make_policy: makes what is trained, once everything else has been found right: adapters are added then.
-        vocab_size: bound of the prompts' ids, where it is known beforehand.
-        prompts: see ``load_prompts``; None where ``step`` is called with rollouts made elsewhere.
-        reward: see ``as_reward``; None where rewards are given to ``step``.
-        tokenizer: see ``palm_rlhf.data.prompts.as_tokenizer``.
-        settings: everything that is a number or a name.
-        checkpoint_dir: folder of the run; None writes nothing.
-        resume: as of ``lm_core.training.run_directory.RunDirectory``.
+        policy: a PaLM, a Hugging Face causal model, or an ``ActorCritic`` (alias ``palm``, ``actor_critic``).
+        reward: scores responses (alias ``reward_model``); see ``palm_rlhf.reward.rewards``. None where rewards are
+            given to ``step``.
+        objective: an objective such as ``PPO()``, ``GRPO()``, ``RLOO()``, ``REINFORCE()``, or its name.
+        config: optimizer, batches, precision and checkpoints.
+        prompts: texts, chats, rows, a dataset, or token ids (alias ``prompts_path``, ``prompt_token_ids``); see
+            ``palm_rlhf.data.prompts.load_prompts``. None where ``step`` is called with rollouts made elsewhere.
+        tokenizer: with ``encode`` and ``decode``, or Hugging Face's; needed for texts.
+        checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
+        resume: "auto" resumes if there is a checkpoint, True demands one, False demands a fresh folder.
         trackers: objects with ``log(values, step=...)``.
+        **options: fields of ``objective`` and ``config`` to change, and arguments of ``ActorCritic``.
+
+    Raises:
+        ValueError: a number is out of range; there are no, or two, sources of prompts, policy or reward; or a value
+            and its alias are both given.
+        TypeError: an argument is unknown or of another type.
     """
 
+    default_objective: ClassVar[type[Objective]] = PPO
+
+    @typed
     def __init__(
         self,
+        policy: Any = None,
+        reward: Any = None,
         *,
-        make_policy: Callable[[], ActorCritic],
-        vocab_size: int | None,
-        prompts: Any,
-        reward: Any,
-        tokenizer: Any,
-        settings: PolicySettings,
-        checkpoint_dir: str | Path | None,
-        resume: bool | Literal["auto"],
-        trackers: Sequence[Any],
+        objective: Objective | str | None = None,
+        config: RLConfig | None = None,
+        prompts: Any = None,
+        tokenizer: Any = None,
+        checkpoint_dir: str | Path | None = None,
+        resume: bool | Literal["auto"] = "auto",
+        trackers: Sequence[Any] = (),
+        **options: Any,
     ) -> None:
-        self.settings = settings
+        arguments = sort_arguments(
+            policy=policy,
+            reward=reward,
+            prompts=prompts,
+            objective=objective,
+            config=config,
+            default=self.default_objective,
+            options=options,
+        )
+        self.objective = objective = arguments.objective
+        self.config = config = arguments.config
+        self.epochs = config.epochs or objective.epochs
+        if not objective.uses_ratio and self.epochs > 1:
+            raise ValueError(f"epochs must be 1 with {type(objective).__name__}, got {self.epochs}")
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
-        self.prompts: list[Prompt] = [] if prompts is None else load_prompts(prompts, tokenizer=tokenizer)
+        self.prompts: list[Prompt] = []
+        if arguments.prompts is not None:
+            self.prompts = load_prompts(arguments.prompts, tokenizer=tokenizer)
+            check_prompts(self.prompts, getattr(arguments.policy, "num_tokens", None))
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
-        if prompts is not None:
-            check_prompts(self.prompts, vocab_size)
-        self.reward = None if reward is None else as_reward(reward)
-        self.device = pick_device(settings.device)
+        self.reward = None if arguments.reward is None else as_reward(arguments.reward)
+        self.device = pick_device(config.device)
         self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.resume, self.trackers = resume, list(trackers)
-        self.kl = KLCoefficient(settings.kl_div_loss_weight, target=settings.kl_target, horizon=settings.kl_horizon)
-        self.accelerator = start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
-        pick_precision(settings.precision, self.device)  # refuses what the device cannot do
-        self.actor_critic = actor_critic = make_policy().to(self.device)
-        actor_critic.precision = settings.precision
+        self.resume = resume
+        self.trackers = list(trackers)
+        self.kl = KLCoefficient(objective.kl_div_loss_weight, target=objective.kl_target, horizon=objective.kl_horizon)
+        start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
+        pick_precision(config.precision, self.device)  # refuses what the device cannot do
+        self.actor_critic = _policy(arguments).to(self.device)
+        self.actor_critic.precision = config.precision
         if self.prompts:
-            check_prompts(self.prompts, actor_critic.vocab_size)
+            check_prompts(self.prompts, self.actor_critic.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
-        self.order = EpochOrder(max(1, len(self.prompts)), seed=settings.seed)
-        self.update = PolicyUpdate(actor_critic, settings, self.kl)
-        self.phase = Phase(seed=settings.seed, epochs=settings.epochs, minibatch_size=settings.minibatch_size)
+        self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
+        self.update = PolicyUpdate(self.actor_critic, objective, config, self.kl)
+        self.phase = Phase(seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size)
         self._restored = False
 
     @property
     def updates(self) -> int:
-        """Optimizer updates done."""
+        """Completed optimizer updates."""
         return self.phase.updates
 
     @property
     def actor_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the actor."""
+        """Trained parameters of the actor."""
         return self.update.actor_parameters
 
     @property
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What is trained of the critic."""
+        """Trained parameters of the critic."""
         return self.update.critic_parameters
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Of both."""
+        """Optimizer of actor and critic."""
         return self.update.optimizer
 
     # --------------------------------------------------------------------------------------------- drawing responses
+
+    @typed
+    def sampling(
+        self,
+        *,
+        max_seq_len: int | None = None,
+        max_new_tokens: int | None = None,
+        eos_id: int | None = None,
+        temperature: float = 1.0,
+        filters: Sequence[Filter] = (),
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
+        eos_token: int | None = None,
+    ) -> SamplingSettings:
+        """Sampling settings for ``rollout``, with the tokenizer's EOS by default. Arguments as of ``train``.
+
+        Raises:
+            ValueError: neither length is given, or a number is out of range.
+        """
+        if max_seq_len is None and max_new_tokens is None:
+            raise ValueError("give max_new_tokens or max_seq_len, got neither")
+        if max_new_tokens is not None:
+            check_positive(max_new_tokens, "max_new_tokens")
+        if max_seq_len is not None and max_seq_len < 2:
+            raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
+        if isinstance(stop_strings, str) or any(not stop for stop in stop_strings):
+            raise ValueError(f"stop_strings must be a list of non-empty strings, got {stop_strings!r}")
+        if stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
+        if not 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens):
+            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
+        eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
+        eos = getattr(self.tokenizer, "eos_id", None) if eos_id is None else eos_id
+        size = self.actor_critic.vocab_size
+        if eos is not None and (eos < 0 or (size is not None and eos >= size)):
+            raise ValueError(f"eos_id must be in [0, {size}), got {eos}")
+        return SamplingSettings(
+            max_new_tokens=max_new_tokens or max_seq_len or 1,
+            max_seq_len=max_seq_len,
+            temperature=temperature,
+            filters=tuple(filters),
+            eos_id=eos,
+            min_new_tokens=min_new_tokens,
+            stop_strings=tuple(stop_strings),
+            pad_id=self.config.pad_id,
+        )
 
     def rollout(self, prompts: Any = None, *, sampling: SamplingSettings, seed: int | None = None) -> Rollout:
         """One response of the actor to each prompt.
 
         Args:
             prompts: see ``load_prompts``; by default those of the trainer.
-            sampling: how to draw.
-            seed: of the draws; by default the trainer's.
+            sampling: see ``sampling``.
+            seed: seed of the draws; by default the trainer's.
         """
         chosen = self.prompts if prompts is None else load_prompts(prompts, tokenizer=self.tokenizer)
         check_prompts(chosen, self.actor_critic.vocab_size)
-        generator = torch.Generator(self.device).manual_seed(self.settings.seed if seed is None else seed)
-        return draw_rollout(self.actor_critic, chosen, sampling, tokenizer=self.tokenizer, generator=generator)
+        return self._rollout(chosen, sampling, self.config.seed if seed is None else seed)
+
+    def _rollout(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int) -> Rollout:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return draw_rollout(self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generator)
 
     def score(self, rollout: Rollout) -> Tensor:
         """Rewards ``(b,)`` of a rollout.
@@ -176,43 +261,66 @@ class PolicyTrainer:
         """The response with the highest reward among ``num_samples``: its ids without the prompt, and that reward."""
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        one = load_prompts([prompt], tokenizer=self.tokenizer)
+        prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
         device = None if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
-        rollout = self.rollout(one * num_samples, sampling=sampling, seed=seed)
+        rollout = self.rollout(prompts, sampling=sampling, seed=seed)
         scores = self.score(rollout) if num_samples > 1 or self.reward is not None else torch.zeros(1)
         best = int(scores.argmax())
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
 
+    @typed
+    def generate(
+        self,
+        max_seq_len: int,
+        prompt: Any,
+        num_samples: int = 4,
+        *,
+        eos_id: int | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        eos_token: int | None = None,
+    ) -> Tensor:
+        """The best of ``num_samples`` responses by reward: 1-D ids without the prompt.
+
+        Args:
+            max_seq_len: tokens of prompt and response together.
+            prompt: ids, text or chat.
+            num_samples: responses to choose from.
+            eos_id: ends a response (alias ``eos_token``).
+            temperature: divides the logits.
+            generator: source of randomness.
+            eos_token: see ``eos_id``.
+
+        Raises:
+            ValueError: a number is out of range, or there is no reward to choose by.
+        """
+        eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
+        sampling = self.sampling(max_seq_len=max_seq_len, eos_id=eos_id, temperature=temperature)
+        return self.best_of(prompt, num_samples=num_samples, sampling=sampling, generator=generator)[0]
+
     def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
-        """What one phase draws, of all processes; some samples of this process."""
-        settings = self.settings
-        first = self.phase.number * (count // settings.group_size)
-        taken = self.order.take(first, count // settings.group_size)
-        prompts = [self.prompts[index] for index in taken for _ in range(settings.group_size)]
-        # each chunk has a generator of its own, so draws do not depend on how chunks are spread over processes
+        """The experience of one phase, of all processes, and some samples of this process."""
+        group_size = self.objective.group_size
+        first = self.phase.number * (count // group_size)
+        taken = self.order.take(first, count // group_size)
+        prompts = [self.prompts[index] for index in taken for _ in range(group_size)]
+        # each chunk has a generator of its own, so draws do not depend on how chunks are shared among processes
         batch_size = min(batch_size, -(-count // world_size()))
         starts = list(range(0, count, batch_size))
-        mine = range(rank() * len(starts) // world_size(), (rank() + 1) * len(starts) // world_size())
-        if len(mine) == 0:
+        local = range(rank() * len(starts) // world_size(), (rank() + 1) * len(starts) // world_size())
+        if len(local) == 0:
             raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
-        draws = list(itertools.islice(seeds(settings.seed, self.phase.number), len(starts)))
         parts: list[Experience] = []
         samples: list[dict[str, Any]] = []
-        for chunk in mine:
+        for chunk in local:
             chosen = prompts[starts[chunk] : starts[chunk] + batch_size]
-            rollout = draw_rollout(
-                self.actor_critic,
-                chosen,
-                sampling,
-                tokenizer=self.tokenizer,
-                generator=torch.Generator(self.device).manual_seed(draws[chunk]),
-            )
+            seed = seed_of(self.config.seed, "responses", self.phase.number, chunk)
+            rollout = self._rollout(chosen, sampling, seed)
             scores = self.score(rollout)
-            parts.append(experience_of(rollout, scores))
-            samples += rollout.samples(scores, settings.samples_logged - len(samples))
-        whole = gathered(joined(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id)
-        return whole, samples
+            parts.append(Experience.from_rollout(rollout, scores))
+            samples += rollout.samples(scores, self.config.samples_logged - len(samples))
+        return gathered(concatenated(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id), samples
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -220,8 +328,7 @@ class PolicyTrainer:
         """Learns from a rollout of this process: ``epochs`` passes in minibatches.
 
         Args:
-            rollout: from ``rollout``, or ``rollout_of`` for responses made elsewhere: log-probabilities are computed
-                anew in either case.
+            rollout: from ``rollout``, or ``rollout_of`` for responses made elsewhere.
             rewards: ``(b,)`` numbers; by default the trainer's reward.
 
         Returns:
@@ -233,77 +340,124 @@ class PolicyTrainer:
         scores = self.score(rollout) if rewards is None else check_scores(rewards, len(rollout))
         if self.actor_critic.vocab_size is not None:
             check_ids(rollout.ids, self.actor_critic.vocab_size, "rollout")
-        if len(rollout) % self.settings.group_size:
-            raise ValueError(f"rollout must hold whole groups of {self.settings.group_size}, got {len(rollout)} rows")
-        own = experience_of(rollout.to(self.device), scores)
-        self._begin(gathered(own, pad_id=0), rollout.temperature)
+        if len(rollout) % self.objective.group_size:
+            raise ValueError(f"rollout must hold whole groups of {self.objective.group_size}, got {len(rollout)} rows")
+        self._begin(gathered(Experience.from_rollout(rollout.to(self.device), scores), pad_id=0))
         while not self.phase.is_done:
             self._next_update()
         return self._end()
 
-    def _begin(self, drawn: Experience, temperature: float) -> None:
-        """Judges what was drawn, by all processes, in the very batches that the first pass will learn from."""
-        settings = self.settings
-        minibatches = self.phase.first_minibatches(drawn["ids"].shape[0])
-        batches = [part for rows in minibatches for part in self.update.micro_batches(rows)]
-        experience = judged_by_all(self.actor_critic, drawn, batches, temperature=temperature)
-        in_reward = self.kl.value if settings.kl_in == "reward" else 0.0
-        whole = with_advantages(
-            experience,
-            estimator=settings.advantage_estimator,
-            group_size=settings.group_size,
-            gamma=settings.gamma,
-            gae_lambda=settings.gae_lambda,
-            kl_weight=in_reward,
-            kl_estimator=settings.kl_estimator,
-            whiten_rewards=settings.whiten_rewards,
-            whiten_advantages=settings.whiten_advantages,
-            missing_eos_penalty=settings.missing_eos_penalty,
-            group_scale=settings.group_scale,
+    def _begin(self, drawn: Experience) -> None:
+        """Computes what the objective needs of new responses, in the very batches of the first pass."""
+        objective = self.objective
+        penalized = bool(self.kl.value) and objective.kl_in == "reward"
+        wanted: set[Scored] = set()
+        if penalized or (objective.uses_ratio and not self.phase.learns_once(len(drawn))):
+            wanted.add("log_probs")
+        if objective.needs_values:
+            wanted.add("values")
+        if self.kl.value:
+            wanted.add("reference")
+        experience = drawn
+        if wanted:
+            minibatches = self.phase.first_minibatches(len(drawn))
+            batches = [part for rows in minibatches for part in self.update.micro_batches(rows)]
+            experience = score_experience(self.actor_critic, drawn, batches, wanted=wanted)
+        kl = None
+        if penalized:
+            assert experience.unfiltered is not None
+            assert experience.reference is not None
+            kl = kl_estimate(experience.unfiltered, experience.reference, objective.kl_estimator)
+        rewards = token_rewards(
+            experience, kl, kl_weight=self.kl.value, missing_eos_penalty=objective.missing_eos_penalty
         )
-        facts = experience_metrics(whole)
-        facts["reward_with_kl"] = facts["reward"] - self.kl.value * facts["kl"]
-        whole["temperature"] = torch.tensor(temperature, dtype=torch.float64)
-        self.phase.begin(whole, facts)
+        experience = replace(experience, token_rewards=rewards)
+        advantages, returns = objective.advantages(experience)
+        experience = replace(experience, advantages=advantages, returns=returns)
+        self.phase.begin(experience, experience_metrics(experience))
 
     def _next_update(self) -> None:
         """One optimizer update on the next minibatch."""
         phase = self.phase
         assert phase.experience is not None
         sums = self.update(phase.experience, phase.rows(), number=phase.updates + 1)
-        if not phase.sums:
-            phase.facts["ratio_deviation_at_start"] = sums["deviation_max"]
+        if not phase.sums and "deviation_max" in sums and phase.experience.log_probs is not None:
+            phase.metrics["ratio_deviation_at_start"] = sums["deviation_max"]
         phase.advance(sums)
 
     def _end(self) -> dict[str, float]:
         """Closes the phase; its metrics."""
         phase = self.phase
         assert phase.experience is not None
-        metrics = {
-            **phase.facts,
-            **update_metrics(phase.sums),
-            "kl_coefficient": self.kl.value,
-            "skipped": float(self.update.guard.skipped),
-        }
-        self.kl.update(phase.facts["kl"], phase.experience["scores"].shape[0])
+        metrics = {**phase.metrics, **update_metrics(phase.sums), "skipped": float(self.update.guard.skipped)}
+        if "kl" in metrics:
+            metrics["reward_with_kl"] = metrics["reward"] - self.kl.value * metrics["kl"]
+            metrics["kl_coefficient"] = self.kl.value
+            self.kl.update(metrics["kl"], len(phase.experience))
         phase.end()
         return metrics
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
-    def _train(self, sampling: SamplingSettings, *, phases: int, count: int, batch_size: int) -> PolicyResult:
-        if not self.prompts:
-            raise ValueError("prompts must be given to the trainer for train, got none")
-        if self.reward is None:
-            raise ValueError("reward must be given to the trainer for train, got None")
-        if self.settings.missing_eos_penalty and sampling.eos_id is None and not sampling.stop_strings:
-            raise ValueError("missing_eos_penalty needs an end: give eos_id, stop_strings or a tokenizer with an EOS")
-        if count % self.settings.group_size:
-            raise ValueError(
-                f"update_timesteps must be a multiple of group_size {self.settings.group_size}, got {count}"
-            )
+    @typed
+    def train(
+        self,
+        num_episodes: int = 50_000,
+        max_timesteps: int = 1,
+        update_timesteps: int = 64,
+        max_batch_size: int = 64,
+        max_seq_len: int | None = None,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        *,
+        max_new_tokens: int | None = None,
+        eos_id: int | None = None,
+        filters: Sequence[Filter] = (),
+        min_new_tokens: int = 0,
+        stop_strings: Sequence[str] = (),
+    ) -> PolicyResult:
+        """Trains; an episode is one response, of any length.
+
+        Args:
+            num_episodes: responses, over the whole run.
+            max_timesteps: multiplies ``num_episodes``.
+            update_timesteps: responses drawn before learning from them.
+            max_batch_size: responses drawn at a time.
+            max_seq_len: tokens of prompt and response together at most.
+            eos_token: see ``eos_id``.
+            temperature: divides the logits.
+            max_new_tokens: tokens of a response at most.
+            eos_id: ends a response; by default the tokenizer's (alias ``eos_token``).
+            filters: filters of logits, such as ``functools.partial(top_p, p=0.9)``.
+            min_new_tokens: tokens before which no EOS is drawn.
+            stop_strings: end a response too.
+
+        Raises:
+            ValueError: a number is out of range, or a prompt leaves no room.
+            RuntimeError: another run is using the folder, or losses were not finite in too many updates in a row.
+        """
+        for name, value in (
+            ("num_episodes", num_episodes),
+            ("max_timesteps", max_timesteps),
+            ("update_timesteps", update_timesteps),
+            ("max_batch_size", max_batch_size),
+        ):
+            check_positive(value, name)
+        count = min(update_timesteps, num_episodes * max_timesteps)
+        phases = num_episodes * max_timesteps // count
+        sampling = self.sampling(
+            max_seq_len=max_seq_len,
+            max_new_tokens=max_new_tokens,
+            eos_id=either(None, eos_id=eos_id, eos_token=eos_token),
+            temperature=temperature,
+            filters=filters,
+            min_new_tokens=min_new_tokens,
+            stop_strings=stop_strings,
+        )
+        self._check_trainable(sampling, count)
         outcome: Literal["finished", "interrupted"] = "finished"
         rows: list[dict[str, float]] = []
+        curves = None
         with contextlib.ExitStack() as stack:
             run = None if self.checkpoint_dir is None else stack.enter_context(self._run_directory())
             if not self._restored:
@@ -317,29 +471,30 @@ class PolicyTrainer:
             while self.phase.number < phases and outcome == "finished":
                 started = time.monotonic()
                 if self.phase.experience is None:
-                    whole, samples = self._draw(sampling, count, batch_size)
-                    self._begin(whole, sampling.temperature)
-                    self.phase.facts["rollout_seconds"] = time.monotonic() - started
+                    experience, samples = self._draw(sampling, count, max_batch_size)
+                    self._begin(experience)
+                    self.phase.metrics["rollout_seconds"] = time.monotonic() - started
                     if sample_log is not None:
                         sample_log.log(self.updates, samples=json.dumps(samples))
                 while not self.phase.is_done and outcome == "finished":
                     self._next_update()
                     if interrupt.should_stop():
                         outcome = "interrupted"
-                    due = self.updates - last_saved >= self.settings.checkpoint_every
+                    due = self.updates - last_saved >= self.config.checkpoint_every
                     if run is not None and (due or outcome == "interrupted"):
                         last_saved = self.updates
                         self._save(run)
                 if self.phase.is_done:
                     seconds = time.monotonic() - started
-                    new_tokens = self.phase.facts["response_length"] * count
+                    new_tokens = self.phase.metrics["response_length"] * count
                     rows.append({**self._end(), "tokens_per_second": round(new_tokens / max(seconds, 1e-9), 1)})
                     if log is not None:
                         log.log(self.updates, rows[-1])
                     bar.update()
-            if run is not None and outcome == "finished" and rows:
-                self._save(run)
-            curves = _curves(run) if run is not None and rank() == 0 else None
+            if run is not None:
+                if outcome == "finished" and rows:
+                    self._save(run)
+                curves = draw_curves(run, CURVES)
         return PolicyResult(
             outcome=outcome,
             phases=self.phase.number,
@@ -349,14 +504,34 @@ class PolicyTrainer:
             curves=curves,
         )
 
+    def _check_trainable(self, sampling: SamplingSettings, count: int) -> None:
+        if not self.prompts:
+            raise ValueError("prompts must be given to the trainer for train, got none")
+        longest = max(prompt.ids.shape[0] for prompt in self.prompts)
+        limits = {"max_seq_len": sampling.max_seq_len, "the model's limit": self.actor_critic.max_length}
+        for name, limit in limits.items():
+            if limit is not None and longest >= limit:
+                raise ValueError(f"prompts must be shorter than {name} {limit}, the longest has {longest} tokens")
+        if self.reward is None:
+            raise ValueError("reward must be given to the trainer for train, got None")
+        if self.objective.missing_eos_penalty and sampling.eos_id is None and not sampling.stop_strings:
+            raise ValueError("missing_eos_penalty needs an end: give eos_id, stop_strings or a tokenizer with an EOS")
+        if count % self.objective.group_size:
+            size = self.objective.group_size
+            raise ValueError(f"update_timesteps must be a multiple of group_size {size}, got {count}")
+
+    def _settings(self) -> dict[str, Any]:
+        name = type(self.objective).__name__
+        return {**asdict(self.config), **asdict(self.objective), "betas": list(self.config.betas), "objective": name}
+
     def _run_directory(self) -> RunDirectory:
         assert self.checkpoint_dir is not None
         return RunDirectory(
             self.checkpoint_dir,
             resume="auto" if self._restored else self.resume,
-            seed=self.settings.seed,
+            seed=self.config.seed,
             device=self.device,
-            settings=self.settings.as_json(),
+            settings=self._settings(),
             packages=("palm-rlhf",),
         )
 
@@ -364,8 +539,8 @@ class PolicyTrainer:
         if run is None:
             return None
         main = name == "metrics.jsonl"
-        # metrics are logged behind the last update of their phase, samples before its first one; rows that an earlier
-        # call wrote behind its last checkpoint are written again
+        # metrics are logged after the last update of their phase, samples before its first one; rows that an earlier
+        # call wrote after its last checkpoint are written again
         logged = self.updates - (not main or self.phase.experience is not None)
         return stack.enter_context(
             MetricsLog(
@@ -379,11 +554,20 @@ class PolicyTrainer:
         )
 
     def _start(self, run: RunDirectory | None) -> None:
+        """Seeds all generators, or restores everything from the newest checkpoint."""
         if run is None or not run.resumes:
-            seed_everything((self.settings.seed + rank()) % 2**32)
+            seed_everything((self.config.seed + rank()) % 2**32)
         else:
             checkpoint = load_checkpoint(run.checkpoints)
-            state = restore_policy(self.actor_critic, checkpoint, trainer=type(self).__name__, settings=self.settings)
+            state, where = checkpoint.trainer_state, checkpoint.path
+            if state.get("trainer") != type(self).__name__:
+                raise CheckpointError(f"{where} was not written by {type(self).__name__}, got {state.get('trainer')!r}")
+            settings = self._settings()
+            for name in _SAME:
+                if state["settings"].get(name) != settings[name]:
+                    was = state["settings"].get(name)
+                    raise ValueError(f"{name} must be {was} as in the run being resumed, got {settings[name]}")
+            load_policy(self.actor_critic, checkpoint.model_state or {}, state["other"], where=str(where))
             self.phase.load_state_dict(state["phase"], self.device)
             self.update.load_state_dict(state["update"])
             self.kl.load_state_dict(state["kl"])
@@ -391,27 +575,38 @@ class PolicyTrainer:
         self._restored = True
 
     def _save(self, run: RunDirectory) -> None:
-        save_policy(
+        saves = getattr(self.tokenizer, "save_pretrained", None)
+        save_checkpoint(
             run.checkpoints,
             self.updates,
-            self.actor_critic,
-            trainer=type(self).__name__,
-            settings=self.settings,
-            state={
+            model=self.actor_critic.actor,
+            trainer_state={
+                "trainer": type(self).__name__,
+                "settings": self._settings(),
+                "other": extra_weights(self.actor_critic),
                 "phase": self.phase.state_dict(),
                 "update": self.update.state_dict(),
                 "kl": self.kl.state_dict(),
             },
-            tokenizer=self.tokenizer,
+            tokenizer=self.tokenizer if callable(saves) else None,
+            keep=self.config.keep_checkpoints,
         )
 
 
-def _curves(run: RunDirectory) -> Path | None:
-    rows = read_metrics(run.metrics_path)
-    names = [name for name in CURVES if sum(isinstance(row.get(name), float) for row in rows) > 1]
-    if not names:
-        return None
-    try:
-        return plot_curves(run.metrics_path, run.curves_path, names=names)
-    except ImportError:
-        return None
+class GRPOTrainer(RLHFTrainer):
+    """``RLHFTrainer`` with the objective ``GRPO``, without a critic.
+
+    Arguments are those of ``RLHFTrainer``; the fields of ``GRPO`` may be given as keywords (``group_size=8``).
+    """
+
+    default_objective: ClassVar[type[Objective]] = GRPO
+
+
+def _policy(arguments: TrainerArguments) -> ActorCritic:
+    """The policy that was given, or one made of the network, adapters included."""
+    objective, policy = arguments.objective, arguments.policy
+    if not isinstance(policy, ActorCritic):
+        return ActorCritic(policy, **arguments.policy_options, with_critic=objective.needs_values)
+    if objective.needs_values and policy.value_head is None:
+        raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
+    return policy

@@ -1,12 +1,12 @@
 """One optimizer update of a policy on a minibatch: loss, gradients over micro-batches and processes, metrics.
 
 Processes share the minibatch, weigh their tokens by the GLOBAL minibatch and add up their gradients once, after the
-last backward: two processes make the update that one would make. (``DistributedDataParallel`` is not used: a base that
-carries the scopes of several models has parameters that a given loss does not touch.)
+last backward: two processes make the same update as one. (``DistributedDataParallel`` is not used: a base that carries
+the scopes of several models has parameters that a given loss does not touch.)
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,53 +16,58 @@ from torch import Tensor
 from lm_core.distributed import all_reduce_gradients, rank, world_size
 from lm_core.generation.decoding import eval_mode
 from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
-from palm_rlhf.rl.config import PolicySettings
-from palm_rlhf.rl.experience import Experience, rows_of
+from palm_rlhf.rl.config import RLConfig
+from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
-from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, reinforce_surrogate, token_weights
-from palm_rlhf.rl.policy import ActorCritic, Judgement
+from palm_rlhf.rl.losses import token_weights
+from palm_rlhf.rl.objectives import Objective
+from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.state import Sums, combined, is_maximum
 
 
 class PolicyUpdate:
-    """Makes updates.
+    """Optimizer updates of a policy.
 
     Args:
-        policy: what is trained.
-        settings: of the run.
-        kl: weight of the divergence from the reference.
+        policy: the policy that is trained.
+        objective: advantages and losses.
+        config: optimizer and batches.
+        kl: weight of the KL from the reference.
     """
 
-    def __init__(self, policy: ActorCritic, settings: PolicySettings, kl: KLCoefficient) -> None:
-        self.policy, self.settings, self.kl = policy, settings, kl
+    def __init__(self, policy: ActorCritic, objective: Objective, config: RLConfig, kl: KLCoefficient) -> None:
+        self.policy = policy
+        self.objective = objective
+        self.config = config
+        self.kl = kl
         self.actor_parameters = policy.actor_parameters()
         self.critic_parameters = policy.critic_parameters()
-        self.optimizer = torch.optim.AdamW(self._groups(), betas=settings.betas)
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=config.betas)
         self.guard = NonFiniteGuard()
 
     def __call__(self, experience: Experience, rows: Tensor, *, number: int) -> Sums:
         """Learns from some rows of an experience.
 
         Args:
-            experience: of all processes, with advantages.
-            rows: the minibatch, of all processes.
-            number: of this update, for messages.
+            experience: experience of all processes, with advantages.
+            rows: the minibatch of all processes.
+            number: number of this update, for messages.
 
         Returns:
-            What was measured, summed over the tokens of all processes; see ``update_metrics``.
+            Measured sums over the tokens of all processes; see ``update_metrics``.
 
         Raises:
-            RuntimeError: losses were not finite too often in a row.
+            RuntimeError: losses were not finite in too many updates in a row.
         """
-        sums = self._accumulate(experience, rows.to(experience["ids"].device))
+        sums = self._accumulate(experience, rows.to(experience.ids.device))
         all_reduce_gradients([*self.actor_parameters, *self.critic_parameters])
         norms = [
-            clip_global_norm(group, self.settings.max_grad_norm)
+            clip_global_norm(group, self.config.max_grad_norm)
             for group in (self.actor_parameters, self.critic_parameters)
             if group
         ]
         total = _over_processes(sums)
-        norm = torch.stack([one.float() for one in norms]).sum()
+        norm = torch.stack([part.float() for part in norms]).sum()
         if self.guard.allows(number, torch.tensor(total["loss"]), norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -70,14 +75,14 @@ class PolicyUpdate:
 
     def _accumulate(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
         """Gradients of this process's share of the rows, a micro-batch at a time."""
-        settings, policy = self.settings, self.policy
+        objective = self.objective
         weights = token_weights(
-            experience["response_mask"][rows], settings.aggregation, max_new_tokens=settings.constant_length
+            experience.response_mask[rows], objective.aggregation, max_new_tokens=objective.constant_length
         )
         sums: dict[str, Tensor] = {}
-        with _mode(policy):
+        with _training_mode(self.policy):
             for part in self.micro_batches(torch.arange(rows.shape[0], device=rows.device)):
-                loss, measured = self.loss(experience, rows[part], weights[part])
+                loss, measured = self.loss(experience.rows(rows[part]), weights[part])
                 loss.backward()
                 for name, value in measured.items():
                     combine = torch.maximum if is_maximum(name) else torch.add
@@ -85,88 +90,74 @@ class PolicyUpdate:
         return sums
 
     def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
-        """What this process learns from of a minibatch, a micro-batch at a time; nothing if there are too few rows."""
+        """This process's share of a minibatch, a micro-batch at a time; empty if there are too few rows."""
         share = rows[rank() :: world_size()]
-        return share.split(self.settings.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
+        return share.split(self.config.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
 
-    def loss(self, experience: Experience, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share that some rows have in the loss of their minibatch, and sums for the metrics.
+    def loss(self, batch: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of some rows in the loss of their minibatch, and sums for the metrics.
 
         Args:
-            experience: with advantages.
-            rows: of the experience.
-            weights: of these rows' tokens in the minibatch.
+            batch: rows of an experience with advantages.
+            weights: weights of the rows' tokens in the minibatch.
         """
-        settings = self.settings
-        part = rows_of(experience, rows)
-        mask = part["response_mask"]
-        judgement = self.policy(
-            part["ids"], part["mask"], mask, temperature=float(experience["temperature"]), kept=part.get("kept")
-        )
-        scores = judgement.scores
-        weights = weights[:, : mask.shape[1]].to(scores.log_probs)
-        if settings.advantage_estimator == "reinforce":
-            surrogate = reinforce_surrogate(scores.log_probs, part["log_probs"], part["advantages"])
-        else:
-            surrogate = clipped_surrogate(
-                scores.log_probs,
-                part["log_probs"],
-                part["advantages"],
-                eps_clip=settings.eps_clip,
-                eps_clip_high=settings.eps_clip_high,
-            )
-        divergence = kl_estimate(scores.unfiltered, part["reference"], settings.kl_estimator)
-        policy_loss = (surrogate.loss * weights).sum()
-        loss = policy_loss - settings.beta_s * (scores.entropy * weights).sum()
-        if settings.kl_in == "loss" and self.kl.value:
-            loss = loss + self.kl.value * (divergence * weights).sum()
-        measured = {"policy_loss": policy_loss}
-        if settings.advantage_estimator == "gae":
-            value_loss, clipped = self._value_loss(judgement, part)
-            value_loss = (value_loss * weights).sum()
-            loss = loss + settings.value_loss_weight * value_loss
-            measured |= {"value_loss": value_loss, "value_clipped_tokens": (clipped & mask).sum()}
-        ratio = surrogate.ratio.where(mask, 1)
-        measured |= {
-            "loss": loss,
+        objective, mask = self.objective, batch.response_mask
+        output = self.policy(batch.ids, batch.mask, mask, temperature=batch.temperature, kept=batch.kept)
+        assert output.entropy is not None
+        weights = weights[:, : mask.shape[1]].to(output.log_probs)
+        terms = objective.token_loss(output, batch)
+        policy_loss = (terms.policy * weights).sum()
+        loss = policy_loss
+        if objective.beta_s:
+            loss = loss - objective.beta_s * (output.entropy * weights).sum()
+        if objective.kl_in == "loss" and batch.reference is not None:
+            kl = kl_estimate(output.unfiltered, batch.reference, objective.kl_estimator)
+            loss = loss + self.kl.value * (kl * weights).sum()
+        measured = {
+            "policy_loss": policy_loss,
             "tokens": mask.sum(),
-            "clipped_tokens": (surrogate.clipped & mask).sum(),
-            "ratio_tokens": surrogate.ratio.where(mask, 0).sum(),
-            "ratio_max": ratio.max(),
-            "deviation_max": (ratio - 1).abs().max(),
-            "entropy_tokens": scores.entropy.where(mask, 0).sum(),
-            "step_kl_tokens": kl_estimate(part["log_probs"], scores.log_probs, "k3").where(mask, 0).sum(),
+            "responses": torch.tensor(len(batch)),
+            "entropy_tokens": output.entropy.where(mask, 0).sum(),
         }
+        if terms.value is not None:
+            value_loss = (terms.value * weights).sum()
+            loss = loss + terms.value_weight * value_loss
+            measured["value_loss"] = value_loss
+        if terms.value_clipped is not None:
+            measured["value_clipped_tokens"] = (terms.value_clipped & mask).sum()
+        if terms.ratio is not None and terms.clipped is not None:
+            ratio = terms.ratio.where(mask, 1)
+            measured |= {
+                "clipped_tokens": (terms.clipped & mask).sum(),
+                "ratio_tokens": terms.ratio.where(mask, 0).sum(),
+                "ratio_max": ratio.max(),
+                "deviation_max": (ratio - 1).abs().max(),
+                # k3 of old and new policy
+                "step_kl_tokens": (ratio - 1 - ratio.log()).sum(),
+            }
+        if batch.reference is not None and batch.unfiltered is None:
+            measured["kl_tokens"] = (output.unfiltered - batch.reference).where(mask, 0).sum()
+        measured["loss"] = loss
         return loss, {name: value.detach().double() for name, value in measured.items()}
 
-    def _value_loss(self, judgement: Judgement, part: Experience) -> tuple[Tensor, Tensor]:
-        if self.policy.bins is not None:
-            assert judgement.value_logits is not None
-            loss = self.policy.bins.loss(judgement.value_logits, part["returns"])
-            return loss, torch.zeros_like(part["response_mask"])
-        assert judgement.values is not None
-        return clipped_value_loss(
-            judgement.values, part["values"], part["returns"].to(judgement.values), value_clip=self.settings.value_clip
-        )
-
     def _groups(self) -> list[dict[str, Any]]:
-        settings = self.settings
+        config = self.config
         groups = []
         for parameters, rate, decay in (
-            (self.actor_parameters, settings.actor_lr, settings.actor_wd),
-            (self.critic_parameters, settings.critic_lr, settings.critic_wd),
+            (self.actor_parameters, config.actor_lr, config.actor_wd),
+            (self.critic_parameters, config.critic_lr, config.critic_wd),
         ):
             if parameters:
-                made = optimizer_groups(self.policy, weight_decay=decay, parameters=parameters)
-                groups += [{**group, "lr": rate} for group in made]
+                split = optimizer_groups(self.policy, weight_decay=decay, parameters=parameters)
+                groups += [{**group, "lr": rate} for group in split]
         return groups
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer and guard."""
+        """State of the optimizer and the guard."""
         return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from ``state``, with the learning rates and decays of this run."""
+        """Resumes from ``state``, with the learning rates and decays of this run."""
         self.optimizer.load_state_dict(state["optimizer"])
         for group, fresh in zip(self.optimizer.param_groups, self._groups(), strict=True):
             group.update({name: fresh[name] for name in ("lr", "weight_decay")})
@@ -174,28 +165,34 @@ class PolicyUpdate:
 
 
 def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Metrics out of the sums of a phase's updates: means over updates, or over response tokens."""
-    tokens, updates = max(sums["tokens"], 1.0), max(sums["updates"], 1.0)
-    metrics = {
-        "loss": sums["loss"] / updates,
-        "policy_loss": sums["policy_loss"] / updates,
-        "entropy": sums["entropy_tokens"] / tokens,
-        "clip_fraction": sums["clipped_tokens"] / tokens,
-        "ratio_mean": sums["ratio_tokens"] / tokens,
-        "ratio_max": sums["ratio_max"],
-        "step_kl": sums["step_kl_tokens"] / tokens,
-        "grad_norm": sums["grad_norm"] / updates,
+    """Metrics of a phase from the sums of its updates: means over updates, response tokens or responses."""
+    names = {
+        "updates": ("loss", "policy_loss", "value_loss", "grad_norm"),
+        "tokens": ("entropy", "clip_fraction", "ratio_mean", "step_kl", "value_clip_fraction", "kl_per_token"),
+        "responses": ("kl",),
     }
-    if "value_loss" in sums:
-        metrics["value_loss"] = sums["value_loss"] / updates
-        metrics["value_clip_fraction"] = sums["value_clipped_tokens"] / tokens
-    return metrics
+    sources = {
+        "entropy": "entropy_tokens",
+        "clip_fraction": "clipped_tokens",
+        "ratio_mean": "ratio_tokens",
+        "step_kl": "step_kl_tokens",
+        "value_clip_fraction": "value_clipped_tokens",
+        "kl_per_token": "kl_tokens",
+        "kl": "kl_tokens",
+    }
+    metrics = {
+        name: sums[sources.get(name, name)] / max(sums[count], 1.0)
+        for count, group in names.items()
+        for name in group
+        if sources.get(name, name) in sums
+    }
+    return metrics | ({"ratio_max": sums["ratio_max"]} if "ratio_max" in sums else {})
 
 
 @contextlib.contextmanager
-def _mode(policy: ActorCritic) -> Any:
-    """Training mode where dropout or recomputation needs it; else old and new probabilities come from the same mode."""
-    if not policy.roles.learns_in_training_mode:
+def _training_mode(policy: ActorCritic) -> Iterator[None]:
+    """Training mode where dropout or recomputation needs it; else old and new log-probs come from the same mode."""
+    if not policy.learns_in_training_mode:
         with eval_mode(policy):
             yield
         return

@@ -1,0 +1,154 @@
+"""The interface of an objective, and the options that all objectives share."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lm_core.checks import check_positive, typed
+from palm_rlhf.rl.experience import Experience
+from palm_rlhf.rl.kl import KLEstimator
+from palm_rlhf.rl.log_probs import PolicyOutput
+from palm_rlhf.rl.losses import Aggregation, clipped_surrogate
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Losses of each token, neither masked nor weighted.
+
+    Attributes:
+        policy: loss of the policy.
+        ratio: probability ratio of new and old policy; None for an objective without one.
+        clipped: where clipping cuts the gradient off.
+        value: loss of the values; None without a critic.
+        value_weight: weight of ``value`` next to ``policy``.
+        value_clipped: where clipping of the value loss won.
+    """
+
+    policy: Float[Tensor, "b m"]
+    ratio: Float[Tensor, "b m"] | None = None
+    clipped: Bool[Tensor, "b m"] | None = None
+    value: Float[Tensor, "b m"] | None = None
+    value_weight: float = 1.0
+    value_clipped: Bool[Tensor, "b m"] | None = None
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """What a policy is trained on: advantages of a batch of experience, and a loss for each token.
+
+    Args:
+        group_size: responses to each prompt.
+        kl_div_loss_weight: weight of the KL from the reference; at 0 the reference is never computed.
+        kl_in: "reward" subtracts the KL from token rewards, "loss" adds it to the loss.
+        kl_estimator: estimator of the KL; see ``palm_rlhf.rl.kl``.
+        kl_target: KL in nats a response that an adaptive weight steers towards; null keeps the weight.
+        kl_horizon: responses over which the adaptive weight changes.
+        beta_s: weight of the entropy bonus.
+        aggregation: "token" averages over tokens, "sequence" over responses of means over tokens, "constant" divides
+            by ``constant_length`` times the number of responses.
+        constant_length: divisor of "constant", the longest response possible.
+        missing_eos_penalty: taken off the reward of a response that did not end by itself.
+
+    Raises:
+        ValueError: a value is out of range; it is named.
+        TypeError: a value is of another type.
+    """
+
+    group_size: int = 1
+    kl_div_loss_weight: float = 0.1
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_estimator: KLEstimator = "k1"
+    kl_target: float | None = None
+    kl_horizon: int = 10_000
+    beta_s: float = 0.0
+    aggregation: Aggregation = "token"
+    constant_length: int | None = None
+    missing_eos_penalty: float = 0.0
+
+    #: whether a critic is trained
+    needs_values: ClassVar[bool] = False
+    #: whether the loss compares the policy with the one that drew the tokens
+    uses_ratio: ClassVar[bool] = True
+    #: whether responses of one prompt are compared with each other
+    compares_responses: ClassVar[bool] = False
+    #: passes over each batch of responses, unless the configuration says otherwise
+    epochs: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "kl_horizon", "constant_length"):
+            if getattr(self, name) is not None:
+                check_positive(getattr(self, name), name)
+        if self.compares_responses and self.group_size < 2:
+            raise ValueError(f"group_size must be at least 2 to compare responses to one prompt, got {self.group_size}")
+        self._check_positive("kl_target")
+        self._check_not_negative("kl_div_loss_weight", "beta_s")
+        if not math.isfinite(self.missing_eos_penalty):
+            raise ValueError(f"missing_eos_penalty must be finite, got {self.missing_eos_penalty}")
+        if self.aggregation == "constant" and self.constant_length is None:
+            raise ValueError('aggregation "constant" needs constant_length, got None')
+
+    @abstractmethod
+    def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"] | None]:
+        """Advantages of each token over the global batch, and the critic's targets (None without a critic)."""
+
+    @abstractmethod
+    def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
+        """Losses of each token.
+
+        Args:
+            scores: outputs of the policy that is trained.
+            batch: rows of an experience with advantages.
+        """
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+
+    def _check_unit(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class ClippedObjective(Objective):
+    """An objective with PPO's clipped ratio (arXiv 1707.06347, equation 7).
+
+    Args:
+        eps_clip: distance from 1 at which the gradient of the ratio is cut.
+        eps_clip_high: the same upwards, if that differs (arXiv 2503.14476, "clip-higher").
+    """
+
+    eps_clip: float = 0.2
+    eps_clip_high: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.eps_clip < 1:
+            raise ValueError(f"eps_clip must be in (0, 1), got {self.eps_clip}")
+        self._check_positive("eps_clip_high")
+
+    def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
+        """Minus the clipped surrogate of each token."""
+        assert batch.advantages is not None
+        surrogate = clipped_surrogate(
+            scores.log_probs,
+            batch.log_probs,
+            batch.advantages,
+            eps_clip=self.eps_clip,
+            eps_clip_high=self.eps_clip_high,
+        )
+        return TokenLoss(surrogate.loss, surrogate.ratio, surrogate.clipped)

@@ -1,0 +1,73 @@
+"""PPO with a token-level critic (arXiv 1707.06347; for language models arXiv 1909.08593)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_core.checks import typed
+from palm_rlhf.rl.advantages import generalized_advantages, whiten
+from palm_rlhf.rl.experience import Experience
+from palm_rlhf.rl.log_probs import PolicyOutput
+from palm_rlhf.rl.losses import clipped_value_loss
+from palm_rlhf.rl.objectives.base import ClippedObjective, TokenLoss
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class PPO(ClippedObjective):
+    """Clipped surrogate with advantages from a critic (GAE) and a clipped value loss.
+
+    Args:
+        value_clip: distance a value may move from the old one; null for the plain squared error.
+        value_loss_weight: weight of the value loss.
+        gamma: discount a token.
+        gae_lambda: lambda of GAE.
+        whiten_rewards: divides token rewards by their standard deviation.
+        whiten_advantages: gives advantages mean 0 and deviation 1 over the valid tokens of the global batch.
+    """
+
+    value_clip: float | None = 0.4
+    value_loss_weight: float = 0.5
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+
+    needs_values: ClassVar[bool] = True
+    epochs: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("value_clip")
+        self._check_not_negative("value_loss_weight")
+        self._check_unit("gamma", "gae_lambda")
+
+    def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
+        """Generalized advantages, and the returns that values are trained on."""
+        assert experience.token_rewards is not None
+        assert experience.values is not None
+        mask, rewards = experience.response_mask, experience.token_rewards
+        if self.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = generalized_advantages(
+            rewards, experience.values, mask, gamma=self.gamma, lambda_=self.gae_lambda
+        )
+        return (whiten(advantages, mask) if self.whiten_advantages else advantages), returns
+
+    def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
+        """The clipped surrogate and the value loss, by regression or over bins (HL-Gauss)."""
+        assert scores.values is not None
+        assert batch.values is not None
+        assert batch.returns is not None
+        if scores.bins is not None:
+            assert scores.value_logits is not None
+            value = scores.bins.loss(scores.value_logits, batch.returns)
+            clipped = torch.zeros_like(batch.response_mask)
+        else:
+            returns = batch.returns.to(scores.values)
+            value, clipped = clipped_value_loss(scores.values, batch.values, returns, value_clip=self.value_clip)
+        loss = super().token_loss(scores, batch)
+        return replace(loss, value=value, value_weight=self.value_loss_weight, value_clipped=clipped)

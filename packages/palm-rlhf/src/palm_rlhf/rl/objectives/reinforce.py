@@ -1,0 +1,47 @@
+"""REINFORCE (Williams 1992) with the mean return of the batch as baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lm_core.checks import typed
+from palm_rlhf.rl.advantages import discounted_returns, whiten
+from palm_rlhf.rl.experience import Experience
+from palm_rlhf.rl.log_probs import PolicyOutput
+from palm_rlhf.rl.losses import reinforce_loss
+from palm_rlhf.rl.objectives.base import Objective, TokenLoss
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class REINFORCE(Objective):
+    """The plain policy gradient; one pass over each batch, since nothing corrects for a policy that has moved.
+
+    Args:
+        gamma: discount a token.
+        whiten_advantages: gives advantages mean 0 and deviation 1 over the valid tokens of the global batch.
+    """
+
+    gamma: float = 1.0
+    whiten_advantages: bool = True
+
+    uses_ratio: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_unit("gamma")
+
+    def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], None]:
+        """Discounted returns minus their mean."""
+        assert experience.token_rewards is not None
+        mask = experience.response_mask
+        returns = discounted_returns(experience.token_rewards, mask, gamma=self.gamma)
+        advantages = (returns - returns.sum() / mask.sum().clamp(min=1)).where(mask, 0)
+        return (whiten(advantages, mask) if self.whiten_advantages else advantages), None
+
+    def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
+        """Minus the advantage times the log-prob of each token."""
+        assert batch.advantages is not None
+        return TokenLoss(reinforce_loss(scores.log_probs, batch.advantages))

@@ -145,7 +145,7 @@ def test_every_distribution_declares_the_promised_bounds(workspace: ModuleType) 
         asked = {wanted.name: wanted.specifier for wanted in distribution.requirements(extras=False)}
 
         assert distribution.project["requires-python"] == ">=3.10"
-        assert asked["torch"] == SpecifierSet(">=2.5")
+        assert asked["torch"] == SpecifierSet(">=2.6")
         if distribution.name != "lm-core":
             assert {one.operator for one in asked["lm-core"]} == {">=", "<"}
             assert asked["lm-core"].contains(workspace.CORE.version, prereleases=True)

@@ -14,6 +14,7 @@ from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.module_specs import decode_argument, encode_argument
 from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checkpoints.weights import load_state_file, register_layouts
 from lm_core.checks import typed
 from lm_core.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -424,3 +425,48 @@ def _empty_manifest(path: Path) -> Path:
 def test_bad_input_is_named(call, error, message, tmp_path):
     with pytest.raises(error, match=message):
         call(tmp_path)
+
+
+def _install(folder, package, refers_to, monkeypatch):
+    """A package with a model, and the entry point that its distribution declares."""
+    (folder / f"{package}.py").write_text(
+        "from lm_core import PretrainedMixin\nclass Model(PretrainedMixin):\n    'A model.'\n"
+    )
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lm_core.models]\n{package} = {refers_to}\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def _holds_model_of(package):
+    config = {"format_version": 1, "package": package, "class": "Model", "arguments": {}}
+    return {"$module": {"kind": "family", "config": config}}
+
+
+def test_a_model_of_an_installed_package_that_declares_itself_is_rebuilt(tmp_path, monkeypatch):
+    _install(tmp_path, "declared_models", "declared_models", monkeypatch)
+    assert "declared_models" not in sys.modules
+    assert type(decode_argument(_holds_model_of("declared_models"))).__name__ == "Model"
+
+
+def test_an_entry_point_imports_no_other_package_than_the_one_it_is_named_for(tmp_path, monkeypatch):
+    _install(tmp_path, "stranger", "antigravity", monkeypatch)
+    with pytest.raises(CheckpointError, match="needs Model of stranger; import it, or pass the module again"):
+        decode_argument(_holds_model_of("stranger"))
+    assert "antigravity" not in sys.modules
+
+
+def test_a_state_dict_file_passes_through_the_layout_registered_for_its_model(tmp_path):
+    class Layer(nn.Linear):
+        pass
+
+    register_layouts(Layer, lambda model, state: {name.removeprefix("old."): value for name, value in state.items()})
+    source, target = Layer(2, 3), Layer(2, 3).to(torch.bfloat16)
+    torch.save({f"old.{name}": value for name, value in source.state_dict().items()}, tmp_path / "old.pt")
+    load_state_file(target, tmp_path / "old.pt")
+    assert torch.equal(target.weight, source.weight.to(torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"unexpected keys: old\.weight"):
+        load_state_file(nn.Linear(2, 3), tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match=r"is a folder; open it with Layer\.from_pretrained"):
+        load_state_file(target, tmp_path)

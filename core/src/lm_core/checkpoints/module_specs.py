@@ -2,14 +2,15 @@
 
 ``config.json`` has to rebuild a model from its constructor's arguments. Numbers, strings, lists, tuples and dicts are
 written as they are or under a ``$`` tag. A module is written as a specification where it can be rebuilt from one: a
-model of this library's family, a Hugging Face model, a timm model. Anything else is marked ``$given``: it has to be
-passed again when the model is loaded.
+model of a package built on this one, a Hugging Face model, a timm model. Anything else is marked ``$given``: it has to
+be passed again when the model is loaded.
 
-A checkpoint is data from anyone, so a specification names a class only among those registered by the family's own
-packages, Hugging Face's and timm's; no other module is imported on its word.
+A checkpoint is data from anyone, so a specification names a class only among those of installed packages that register
+theirs (entry points), Hugging Face's and timm's; no other module is imported on its word.
 """
 
 import importlib
+import importlib.metadata
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 from lm_core.checkpoints.manifest import CheckpointError
 
-FAMILY = ("lm_core", "palm_rlhf", "coca", "memorizing_transformer", "calm_pytorch", "spin_trainer")
+ENTRY_POINTS = "lm_core.models"
 _NAMES_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
 _NAMES_CODE |= {"experts_implementation", "_experts_implementation", "quantization_config"}
 _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
@@ -41,15 +42,18 @@ def register(cls: type) -> None:
 def registered_class(package: str, name: str) -> type:
     """The class a specification names.
 
+    A package that is not imported yet is, if its distribution declares it: an entry point of its own name in the group
+    ``lm_core.models``.
+
     Raises:
-        CheckpointError: no such class is registered, also after importing the package if it is one of the family.
+        CheckpointError: no such class is registered.
     """
     key = f"{package}:{name}"
-    if key not in _registered and package in FAMILY:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise CheckpointError(f"the checkpoint needs {name} of {package}, which is not installed") from error
+    if key not in _registered:
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=package):
+            # the name decides, not what a stranger's entry point refers to
+            if entry.module.split(".", 1)[0] == package:
+                getattr(entry.load(), name, None)  # which also imports what the package imports lazily
     if key not in _registered:
         raise CheckpointError(f"the checkpoint needs {name} of {package}; import it, or pass the module again")
     return _registered[key]
@@ -94,7 +98,7 @@ def is_given(encoded: Any) -> bool:
 
 
 def decode_argument(encoded: Any) -> Any:
-    """The value ``encode_argument`` was given, modules built anew (without their weights).
+    """The value ``encode_argument`` was given, modules rebuilt (without their weights).
 
     Raises:
         CheckpointError: an unknown tag, or a module that cannot be built here.

@@ -4,17 +4,72 @@ Tied weights (an embedding that is also the output layer) have several names and
 name; a model in which the other names are the same memory finds them again, any other model is told they are missing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError, load_tensors
 from lm_core.checks import typed
 
 _SHOWN = 8
+Convert = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+_layouts: dict[type[nn.Module], Convert] = {}
+
+
+def register_layouts(kind: type[nn.Module], convert: Convert) -> None:
+    """Makes ``load_state_file`` pass every state dict for a ``kind`` through ``convert(model, state)``.
+
+    So a model reads files of earlier formats without importing the code that converts them.
+    """
+    _layouts[kind] = convert
+
+
+@typed
+def read_state_file(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from one file, ``.safetensors`` or of ``torch.save``; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is a folder, damaged, or holds something else than named tensors.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder; open it with from_pretrained")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    state = read_weights(file) if file.suffix == ".safetensors" else load_tensors(file)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file} must hold a state dict, got {type(state).__name__}")
+    wrong = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        raise CheckpointError(f"{file} must hold tensors by name, got {', '.join(wrong[:_SHOWN]) or 'nothing'}")
+    return {str(name): value.detach() for name, value in state.items()}
+
+
+def load_state_file(model: nn.Module, path: str | Path, *, convert: Convert | None = None) -> None:
+    """Loads a state dict file into ``model``, cast to its dtypes; after an error the model is as it was.
+
+    Args:
+        model: takes the weights.
+        path: a file as ``read_state_file`` reads it.
+        convert: ``convert(model, state)`` returns the state in the model's layout; by default the registered one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is damaged or does not fit, naming the keys.
+    """
+    if Path(path).is_dir():
+        raise CheckpointError(f"{path} is a folder; open it with {type(model).__name__}.from_pretrained")
+    state = read_state_file(path)
+    convert = convert or next((_layouts[kind] for kind in type(model).__mro__ if kind in _layouts), None)
+    if convert is not None:
+        state = convert(model, state)
+    own = model.state_dict()
+    state = {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
+    load_weights(model, state, where=str(path))
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

@@ -12,6 +12,9 @@ torch.Size([1, 32])
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from lm_core.checkpoints.weights import register_layouts
 from palm_rlhf.model.cache import PaLMCache
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
@@ -87,6 +90,15 @@ _LATER = {
     "TrainingResult": "palm_rlhf.pretrain.trainer",
     "TrainingSettings": "palm_rlhf.pretrain.config",
 }
+
+
+def _palm_layout(palm: PaLM, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    from palm_rlhf.interop.weight_files import palm_layout
+
+    return palm_layout(palm, state)
+
+
+register_layouts(PaLM, _palm_layout)
 
 
 def __getattr__(name: str) -> Any:

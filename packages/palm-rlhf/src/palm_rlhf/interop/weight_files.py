@@ -3,14 +3,14 @@
 Files are read with ``weights_only=True``, so a file from a stranger is refused before anything in it runs.
 """
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lm_core.checkpoints.manifest import CheckpointError, load_tensors
-from lm_core.checkpoints.weights import load_weights, read_weights
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.weights import load_state_file, read_state_file
 from lm_core.checks import typed
 from palm_rlhf.interop.original import (
     NormGain,
@@ -38,19 +38,26 @@ def load_weights_file(palm: PaLM, path: str | Path, *, norm_gain: NormGain = "au
         CheckpointError: the file is damaged or holds more than tensors, or does not fit, naming the keys.
         ValueError: ``norm_gain`` must be given.
     """
-    state = _read_state(Path(path))
+    load_state_file(palm, path, convert=partial(palm_layout, norm_gain=norm_gain))
+
+
+def palm_layout(palm: PaLM, state: dict[str, Tensor], *, norm_gain: NormGain = "auto") -> dict[str, Tensor]:
+    """A state dict of the original package, or of this one, in the layout of ``palm``.
+
+    Raises:
+        CheckpointError: the original has other numbers of heads, naming them.
+        ValueError: ``norm_gain`` must be given.
+    """
+    if not is_original(state):
+        return cleaned(state)
     own = palm.state_dict()
-    if is_original(state):
-        scale = next(palm.blocks()).attention.scale
-        original = palm_state_from_original(state, norm_gain=norm_gain, qk_scale=8.0 if scale is None else scale)
-        state = original.state
-        if state.keys() == own.keys() and all(state[name].shape == own[name].shape for name in own):
-            # Other numbers of heads can have the same shapes.
-            _check_heads(palm, original.arguments)
-    else:
-        state = cleaned(state)
-    state = {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
-    load_weights(palm, state, where=str(path))
+    scale = next(palm.blocks()).attention.scale
+    original = palm_state_from_original(state, norm_gain=norm_gain, qk_scale=8.0 if scale is None else scale)
+    converted = original.state
+    if converted.keys() == own.keys() and all(converted[name].shape == own[name].shape for name in own):
+        # other numbers of heads can have the same shapes
+        _check_heads(palm, original.arguments)
+    return converted
 
 
 @typed
@@ -86,28 +93,13 @@ def convert_checkpoint(
         FileExistsError: the folder has content and ``overwrite`` is False.
         ValueError: as ``from_palm_rlhf_pytorch``.
     """
-    state = _read_state(Path(old))
+    state = read_state_file(old)
     model: PaLM | RewardModel
     if prefix is None and is_original_reward_model(state):
         model = reward_model_from_palm_rlhf_pytorch(state, norm_gain, **constructor_overrides)
     else:
         model = from_palm_rlhf_pytorch(state, norm_gain, prefix=prefix, **constructor_overrides)
     return model.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; open it with PaLM.from_pretrained")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    content = read_weights(path) if path.suffix == ".safetensors" else load_tensors(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} must hold a state dict, got {type(content).__name__}")
-    try:
-        cleaned(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from error
-    return dict(content)
 
 
 def _check_heads(palm: PaLM, arguments: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checkpoints.weights import load_state_file
 from lm_core.checks import check_ids, check_positive, check_probability, typed
 from lm_core.generation.decoding import prompt_rows
 from lm_core.generation.generate import generate
@@ -408,9 +409,7 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged, or its weights belong to another architecture.
         """
-        from palm_rlhf.interop.weight_files import load_weights_file
-
-        load_weights_file(self, path)
+        load_state_file(self, path)
 
     def _loss(
         self,

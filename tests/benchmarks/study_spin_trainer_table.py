@@ -60,9 +60,8 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
     for name, rate in rates.items():
         models[f"supervised, {name}"] = more = copy.deepcopy(start)
         last = 0.1 if name == "continued" else 0.0
-        arguments_of = {"updates": result.steps, "learning_rate": rate, "final_learning_rate": last, "seed": seed + 1}
-        for _ in fine_tune(more, train, batch_size=settings.batch_size, **arguments_of):
-            pass
+        arguments_of = {"updates": result.step, "learning_rate": rate, "final_learning_rate": last, "seed": seed + 1}
+        fine_tune(more, train, batch_size=settings.batch_size, **arguments_of)
     sampling = Sampling(
         max_seq_len=sorting_task.MAX_SEQ_LEN,
         temperature=settings.temperature,

@@ -13,8 +13,7 @@ from spin_trainer.training.evaluation import evaluate
 torch.manual_seed(0)
 train, held_out = sorting_examples(256, seed=1), sorting_examples(64, seed=2)
 model = SmallDecoder(num_tokens=VOCABULARY, dim=32)
-for loss in fine_tune(model, train, updates=60, learning_rate=5e-3):  # noqa: B007
-    pass
+loss = fine_tune(model, train, updates=60, learning_rate=5e-3)
 print(f"supervised: {loss:.3f} nats/token, {evaluate(model, held_out, max_seq_len=MAX_SEQ_LEN, eos_id=EOS)}")
 
 with tempfile.TemporaryDirectory() as folder:

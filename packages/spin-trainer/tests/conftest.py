@@ -55,7 +55,7 @@ def train(make_model, make_rows, tmp_path, monkeypatch):
 
     def run(folder="run", *, model=None, seed=0, rows=12, curves=False, **changes):
         if not curves:  # drawing takes longer than the training
-            monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
+            monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
         settings = {
             "train_sft_dataset": make_rows(rows),
             "valid_sft_dataset": make_rows(5, seed=1),

@@ -38,7 +38,7 @@ device: cpu
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])

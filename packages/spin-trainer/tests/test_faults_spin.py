@@ -19,13 +19,13 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import accelerate, safetensors.torch, torch
-import spin_trainer.training.trainer
+import lm_core.training.session
 from lm_core.checkpoints.checkpoint import latest_checkpoint
 from spin_trainer import SFTDataset, SPINTrainer
 from spin_trainer.data.sft_data import Example
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 
-spin_trainer.training.trainer.draw_curves = lambda *_: None
+lm_core.training.session.draw_curves = lambda *_: None
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
 generator = torch.Generator().manual_seed(0)

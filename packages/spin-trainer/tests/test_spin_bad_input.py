@@ -291,7 +291,7 @@ def test_settings_that_a_given_spin_would_ignore_are_refused(make_model, make_ro
 def test_a_run_of_other_data_or_settings_is_not_gone_on_with(train, make_rows):
     train()
     with pytest.raises(
-        CheckpointError, match=r"is of another run, which differs in train_sft_dataset, sampling; train into"
+        CheckpointError, match=r"is of another run: train_sft_dataset is \w+, but was \w+, sampling is .+; train into"
     ):
         train(seed=0, train_sft_dataset=make_rows(12, seed=9), temperature=0.5, iterations=2)
 

@@ -149,7 +149,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_ro
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
     for limit in (0.01, None):
         SPINTrainer(
             make_model(),
@@ -184,7 +184,7 @@ def test_a_spins_parameters_are_its_policys_and_its_state_holds_the_reference(ma
 
 
 def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("spin_trainer.training.trainer.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
     rows = torch.utils.data.TensorDataset(torch.randint(0, 11, (4, 9)), torch.tensor([2, 3, 4, 3]))
     trainer = SPINTrainer(
         make_model(),

@@ -88,14 +88,14 @@ def train(
         overlong=overlong,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
-        **vars(settings),
+        config=settings,
     )
     trained = sum(parameter.numel() for parameter in trainer.model.trainable_parameters())
     total = sum(parameter.numel() for parameter in policy.parameters())
     say(f"model       {model}, {total / 1e6:.2f} million parameters, of which {trained / 1e6:.2f} train")
     say(f"data        {data}: {len(trainer.train_dataset)} rows, {trainer.train_dataset.dropped} left out as too long")
     say(f"run         {checkpoint_dir}, {settings.iterations} iterations, {trainer.device}, {world_size()} process(es)")
-    result = trainer()
+    result = trainer.train()
     for number, measures in enumerate(result.history):
         name = "before" if number == 0 else f"iteration {number - 1}"
         say(f"held out    {measures['nll']:8.3f} nats/answer, win rate {measures['win_rate']:.3f} ({name})")
@@ -114,7 +114,7 @@ def _quickstart(settings: SelfPlaySettings, folder: Path, resume: Any, say: Any)
 
 
 def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any) -> int:
-    before = result.outcome != "interrupted" and result.first_step == result.steps
+    before = result.outcome in ("finished", "stopped early") and result.first_step == result.step
     if before:
         say("            finished before; another --checkpoint_dir trains anew")
     say(f"metrics     {result.iterations_folder.parent / 'metrics.jsonl'}")
@@ -126,7 +126,7 @@ def _ended(result: SPINResult, settings: SelfPlaySettings, folder: str, say: Any
     say(f"policies    {result.iterations_folder} ({result.outcome} after {result.iterations} iterations)")
     if result.history and rank() == 0 and not (before and (Path(folder) / "summary.json").is_file()):
         measured = [Result("held-out NLL/answer, nats", result.history[-1]["nll"], before=result.history[0]["nll"])]
-        write_summary(folder, measured, steps=result.steps, seconds=None if before else result.seconds)
+        write_summary(folder, measured, steps=result.step, seconds=None if before else result.seconds)
     if result.best_iteration is not None:
         say(f"best        after {result.best_iteration} iterations, by held-out likelihood")
     return 0

@@ -8,6 +8,7 @@ and training see the same text.
 An answer that the length limit cuts off gets no EOS: the model must not learn that it ended there.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class SFTDataset(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all token ids, in order."""
         digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from typing import Any
 
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.rng import seed_everything
+from lm_core.training.accelerator import pick_device
 from spin_trainer.data.sft_data import SFTDataset
 from spin_trainer.quickstart import sorting_task
 from spin_trainer.quickstart.small_decoder import SmallDecoder
@@ -82,22 +83,11 @@ def quickstart(
     train, valid, judging = quickstart_data()
     if not (folder / "start").is_dir():
         say(f"supervised  {SUPERVISED_UPDATES} updates on {ROWS} rows: sort {sorting_task.DIGITS} digits")
-
-        def make() -> None:
-            seed_everything(settings.seed)
-            model = SmallDecoder(num_tokens=sorting_task.VOCABULARY, **MODEL)
-            for _ in fine_tune(
-                model,
-                train,
-                updates=SUPERVISED_UPDATES,
-                learning_rate=SUPERVISED_RATE,
-                final_learning_rate=1.0,
-                seed=settings.seed,
-            ):
-                pass
-            model.save_pretrained(folder / "start")
-
-        on_main_process(make)
+        seed_everything(settings.seed)
+        model = SmallDecoder(num_tokens=sorting_task.VOCABULARY, **MODEL).to(pick_device(settings.device))
+        constant: dict[str, Any] = {"learning_rate": SUPERVISED_RATE, "final_learning_rate": 1.0}
+        fine_tune(model, train, updates=SUPERVISED_UPDATES, seed=settings.seed, **constant)
+        on_main_process(lambda: model.save_pretrained(folder / "start"))
     start = SmallDecoder.from_pretrained(folder / "start")
     policy = copy.deepcopy(start)
     trainer = SPINTrainer(
@@ -108,38 +98,38 @@ def quickstart(
         filter_fn=None,
         checkpoint_dir=folder,
         resume=resume,
-        **vars(settings),
+        config=settings,
     )
     say(f"self-play   {settings.iterations} iterations on {trainer.device}, into {folder}")
-    result = trainer()
-    if result.outcome == "interrupted" or not judge or not trainer.is_main:
+    result = trainer.train()
+    if result.outcome == "interrupted" or not judge:
         return result, []
-    device = trainer.device
-
-    def judged(name: str, model: SmallDecoder, opponent: SmallDecoder | None) -> Row:
-        model.to(device)
-        sampling = replace(trainer.sampling, seed=1)
-        found = evaluate(model, judging, max_seq_len=settings.max_seq_len, eos_id=sorting_task.EOS, batch_size=500)
-        rate = None if opponent is None else win_rate_over(model, opponent.to(device), judging, sampling)
-        return Row(name, found, rate)
-
-    table = [judged("supervised start", start, None)]
-    for number in range(1, result.iterations + 1):
-        played = SmallDecoder.from_pretrained(result.iterations_folder / f"iteration-{number}")
-        table.append(judged(f"self-play iteration {number - 1}", played, start))
-    more = copy.deepcopy(start)
-    say(f"supervised  {result.steps} updates more, to compare with")
-    for _ in fine_tune(
+    say(f"supervised  {result.step} updates more, to compare with")
+    more = copy.deepcopy(start).to(trainer.device)
+    fine_tune(
         more,
         train,
-        updates=max(1, result.steps),
+        updates=max(1, result.step),
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         final_learning_rate=0.1,
         seed=settings.seed + 1,
-    ):
-        pass
-    table.append(judged("supervised, continued", more, start))
+    )
+    if not trainer.is_main:
+        return result, []
+    sampling = replace(trainer.sampling, seed=1)
+
+    def scored(name: str, model: SmallDecoder, opponent: SmallDecoder | None) -> Row:
+        model.to(trainer.device)
+        eos_id = sorting_task.EOS
+        evaluation = evaluate(model, judging, max_seq_len=settings.max_seq_len, eos_id=eos_id, batch_size=500)
+        return Row(name, evaluation, None if opponent is None else win_rate_over(model, opponent, judging, sampling))
+
+    table = [scored("supervised start", start, None)]
+    for number in range(1, result.iterations + 1):
+        played = SmallDecoder.from_pretrained(result.iterations_folder / f"iteration-{number}")
+        table.append(scored(f"self-play iteration {number - 1}", played, start))
+    table.append(scored("supervised, continued", more, start))
     return result, table
 
 

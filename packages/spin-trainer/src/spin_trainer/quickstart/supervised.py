@@ -1,16 +1,17 @@
 """Supervised fine-tuning on the same data, briefly: the start that self-play needs, and what it is compared with."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from lm_core.checks import check_positive
-from lm_core.data.epochs import seed_of
-from lm_core.training.optimization import clip_global_norm, optimizer_groups
+from lm_core.data.epochs import UpdateOrder
+from lm_core.distributed import loss_normalizer, rank, world_size
+from lm_core.training.config import RunSettings
+from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
+from lm_core.training.session import TrainingSession
 from spin_trainer.data.sft_data import SFTDataset
-from spin_trainer.model.response_scores import collate, response_log_probs
+from spin_trainer.model.response_scores import ResponseScores, collate
 
 
 def fine_tune(
@@ -23,34 +24,51 @@ def fine_tune(
     final_learning_rate: float = 0.0,
     weight_decay: float = 0.0,
     seed: int = 0,
-) -> Iterator[float]:
-    """Minimises the cross-entropy of the answers, in place; yields the loss in nats/token after each update.
+) -> float:
+    """Minimises the cross-entropy of the answers, in place; every process takes its share of each batch.
 
     Args:
-        model: a ``CausalLM`` that is a module; used and left in the mode it is in.
+        model: a ``CausalLM`` that is a module.
         dataset: prompts with answers.
-        updates: how many; the learning rate falls along a line to ``final_learning_rate`` times itself.
-        batch_size: answers an update, drawn by ``seed``.
-        learning_rate: at the beginning.
-        final_learning_rate: at the end, as a fraction.
-        weight_decay: of matrices.
-        seed: of the draws.
+        updates: optimizer updates; the learning rate falls along a line to ``final_learning_rate`` times itself.
+        batch_size: answers of an update.
+        learning_rate: learning rate at the beginning.
+        final_learning_rate: learning rate at the end, as a fraction.
+        weight_decay: weight decay of matrices.
+        seed: seed of the order and of dropout.
+
+    Returns:
+        The loss of the last update, in nats/token.
+
+    Raises:
+        ValueError: there is no update, or a batch has fewer answers than there are processes.
+        KeyboardInterrupt: Ctrl-C, after the update under way.
     """
     check_positive(updates, "updates")
-    check_positive(batch_size, "batch_size")
-    module: nn.Module = model
-    optimizer = torch.optim.AdamW(optimizer_groups(module, weight_decay=weight_decay), lr=learning_rate)
-    device = next(module.parameters()).device
-    generator = torch.Generator().manual_seed(seed_of("supervised", seed))
-    for update in range(updates):
-        scale = 1 - (1 - final_learning_rate) * update / updates
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-        rows = [dataset[row] for row in torch.randint(len(dataset), (batch_size,), generator=generator).tolist()]
-        ids, answer, mask = collate([row.prompt for row in rows], [row.response for row in rows], device)
-        loss = -response_log_probs(model, ids, answer, mask).sum() / answer.sum()
-        loss.backward()
-        clip_global_norm(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield float(loss.detach())
+    if batch_size < world_size():
+        raise ValueError(f"batch_size must be at least the number of processes {world_size()}, got {batch_size}")
+
+    def optimizer() -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
+        adam = torch.optim.AdamW(optimizer_groups(model, weight_decay=weight_decay), lr=learning_rate)
+        kinds: dict[str, Any] = {"kind": "linear", "total_steps": updates, "final_scale": final_learning_rate}
+        return adam, LearningRateSchedule(adam, **kinds)
+
+    device = next(model.parameters()).device
+    config = RunSettings(seed=seed, device=str(device), precision="fp32")
+    session = TrainingSession("fine_tune", config=config, checkpoint_dir=None)
+    session.register(model=model, objective=ResponseScores(model), optimizer=optimizer, max_steps=updates)
+    order = UpdateOrder(
+        len(dataset), batch_size=batch_size, seed=seed, key=("supervised",), rank=rank(), world_size=world_size()
+    )
+    loss = float("nan")
+    with session.run():
+        for update in session.steps():
+            (indices,) = order.micro_batches(update)
+            rows = [dataset[index] for index in indices]
+            ids, answer, mask = collate([row.prompt for row in rows], [row.response for row in rows], device)
+            _, normalizer = loss_normalizer(int(answer.sum()), device)
+            session.backward(-session.module(ids, answer, mask).sum() / normalizer)
+            loss = session.optimizer_step()["loss"]
+    if session.outcome == "interrupted":
+        raise KeyboardInterrupt
+    return loss

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from lm_core.checkpoints.checkpoint import Checkpoint
-from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checks import check_ids, either
-from lm_core.training.accelerator import start_accelerator
+from lm_core.training.accelerator import pick_device
 from spin_trainer.data.sft_data import SFTDataset, to_tensor
 from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN
@@ -86,13 +84,8 @@ def check_datasets(
         raise ValueError(f"early_stop_patience needs a valid_sft_dataset, got {settings.early_stop_patience} and None")
 
 
-def check_accelerator(
-    accelerator: Any,
-    accelerate_kwargs: Mapping[str, Any] | None,
-    device: torch.device,
-    folder: Path,
-) -> Any:
-    """The accelerator to use; one that would change losses or precision silently is refused.
+def check_accelerator(accelerator: Any, accelerate_kwargs: Mapping[str, Any] | None, device: str) -> Any:
+    """The accelerator to use, None for the default; one that would change losses or precision silently is refused.
 
     Raises:
         ValueError: it accumulates gradients, mixes precisions, or shards.
@@ -100,7 +93,7 @@ def check_accelerator(
     if accelerator is not None and accelerate_kwargs:
         raise ValueError(f"accelerate_kwargs must be None beside an accelerator, got {dict(accelerate_kwargs)}")
     if accelerator is None and not accelerate_kwargs:
-        return start_accelerator(device, folder=folder)
+        return None
     chosen = dict(accelerate_kwargs or {})
     steps = chosen.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
     if steps != 1:
@@ -113,21 +106,11 @@ def check_accelerator(
     if accelerator is None:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(**{"cpu": device.type == "cpu", **chosen})
+        accelerator = Accelerator(**{"cpu": pick_device(device).type == "cpu", **chosen})
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to spread the weights")
+        raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to shard the weights")
     return accelerator
-
-
-def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
-    """Raises ``CheckpointError`` unless a run of this identity can go on from ``checkpoint``."""
-    state = checkpoint.trainer_state
-    differing = [name for name, value in identity.items() if state.get(name) != value]
-    if differing:
-        raise CheckpointError(
-            f"{checkpoint.path} is of another run, which differs in {', '.join(differing)}; train into another folder"
-        )
 
 
 def run_folder(checkpoint_dir: str | Path | None, checkpoint_folder: str | Path | None) -> Path:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lm_core.checks import check_positive, check_probability, either, typed
+from lm_core.checks import check_probability, either, typed
+from lm_core.training.config import RunSettings
 from spin_trainer.model.losses import LossName
 
 # The original's name -> the one here; ``SPINTrainer`` takes both.
@@ -22,43 +23,38 @@ ORIGINAL_NAMES = {
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class SelfPlaySettings:
+class SelfPlaySettings(RunSettings):
     """Self-play: iterations, loss, sampling, optimizer, what is written when.
 
     Args:
-        max_seq_len: longest prompt with answer, in tokens; answers are cut off there.
-        iterations: rounds of generate, train, promote.
-        epochs: passes over the pairs, in each iteration.
-        batch_size: pairs a micro-batch, on each process.
-        gradient_accumulation: micro-batches an update.
-        learning_rate: at the beginning of an iteration.
-        end_learning_rate: at its end; between them a line.
-        learning_rate_num_decay_steps: updates over which the rate falls; null is the iteration's length.
-        warmup: part of an iteration's updates over which it rises first.
-        learning_rates: of each iteration instead of learning_rate (the end falls alike); the last one stays.
+        max_seq_len: longest prompt with answer, in tokens; answers are truncated there.
+        iterations: rounds of generation, training and promotion.
+        epochs: passes over the pairs in each iteration.
+        batch_size: pairs of a micro-batch, per process.
+        gradient_accumulation: micro-batches of an update.
+        learning_rate: learning rate at the beginning of each iteration.
+        end_learning_rate: learning rate at the end of each iteration, reached along a line.
+        learning_rate_num_decay_steps: updates over which the learning rate falls; null is the iteration's length.
+        warmup: fraction of an iteration's updates over which the learning rate rises.
+        learning_rates: learning rate of each iteration, instead of learning_rate; the last one is repeated.
         lambda_: weight of the log-ratios.
-        lambdas: of each iteration instead of lambda_; the last one stays.
+        lambdas: weight of the log-ratios in each iteration, instead of lambda_; the last one is repeated.
         loss: logistic (the paper's), hinge, exponential or correlation.
-        reduction: log-probabilities are sums over an answer's tokens (the paper), or means.
-        opponent: reference is the frozen policy of the last promotion (the paper); policy answers live, ever anew.
-        mix_previous: whether answers of the previous iteration are trained on too.
-        ref_model_ema_decay: 1 freezes the reference within an iteration; below, it is a moving average.
-        precompute_reference: reference log-probabilities once an iteration, instead of in every update.
-        temperature: of the opponent's sampling; 0 is greedy.
+        reduction: sum of the log-probabilities over an answer's tokens (the paper's), or their mean.
+        opponent: reference is the frozen policy of the last promotion (the paper's); policy generates live answers.
+        mix_previous: whether the previous iteration's answers are trained on too.
+        ref_model_ema_decay: 1 freezes the reference within an iteration; below 1 it is a moving average.
+        precompute_reference: whether reference log-probabilities are computed once an iteration, not in every update.
+        temperature: temperature of the opponent's sampling; 0 is greedy.
         generation_batch_size: prompts answered at a time; null is twice the batch size.
-        dropout: while training.
-        weight_decay: of matrices.
-        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
-        validate_every: updates between validations; there is one at both ends of each iteration anyway.
-        early_stop_patience: iterations without a better held-out likelihood before stopping; null goes on. With it,
-            the best iteration's weights are put back at the end.
-        checkpoint_every: updates between checkpoints; there is one at the end of each iteration anyway.
-        keep_checkpoints: how many stay; null for all.
-        fsdp: spreads weights and optimizer state over the processes; needs a frozen reference whose log-probabilities
-            are precomputed.
-        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        seed: of answers, order and dropout.
-        device: auto takes CUDA, then MPS, then the CPU.
+        dropout: dropout probability while training.
+        weight_decay: weight decay of matrices; norms and embeddings do not decay.
+        validate_every: updates between validations; there is always one at both ends of an iteration.
+        early_stop_patience: iterations without a better held-out likelihood before stopping, with the best iteration's
+            weights put back at the end; null never stops.
+        checkpoint_every: updates between checkpoints; there is always one at the end of an iteration.
+        fsdp: whether weights and optimizer state are sharded over processes; needs a frozen reference with
+            precomputed log-probabilities.
 
     Raises:
         ValueError: a value is out of range; it is named.
@@ -87,31 +83,18 @@ class SelfPlaySettings:
     generation_batch_size: int | None = None
     dropout: float = 0.0
     weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
     validate_every: int = 100
     early_stop_patience: int | None = None
     checkpoint_every: int | None = None
-    keep_checkpoints: int | None = 2
     fsdp: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-    device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
-        for name in ("iterations", "epochs", "batch_size", "gradient_accumulation", "validate_every"):
-            check_positive(getattr(self, name), name)
-        for name in (
-            *("learning_rate_num_decay_steps", "generation_batch_size"),
-            *("early_stop_patience", "checkpoint_every", "keep_checkpoints"),
-        ):
-            if getattr(self, name) is not None:
-                check_positive(getattr(self, name), name)
-        for name in ("learning_rate", "lambda_", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+        self.check_counts("iterations", "epochs", "batch_size", "gradient_accumulation", "validate_every")
+        self.check_counts("learning_rate_num_decay_steps", "generation_batch_size", "early_stop_patience")
+        self.check_above_zero("learning_rate", "lambda_")
         for name in ("learning_rates", "lambdas"):
             values = getattr(self, name)
             if values is not None and (not values or not all(0 < value < math.inf for value in values)):
@@ -122,10 +105,9 @@ class SelfPlaySettings:
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
+        for name in ("temperature", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.ref_model_ema_decay <= 1:
             raise ValueError(f"ref_model_ema_decay must be in [0, 1], got {self.ref_model_ema_decay}")
         if self.fsdp and self.live_reference:
@@ -134,8 +116,6 @@ class SelfPlaySettings:
                 f"{self.precompute_reference}, {self.opponent!r} and {self.ref_model_ema_decay}"
             )
         check_probability(self.dropout, "dropout")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "SelfPlaySettings":

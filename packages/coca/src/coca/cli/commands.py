@@ -1,35 +1,34 @@
-"""What a trained model is asked on the command line: captions, latents, classes, neighbours; and old weights converted.
+"""The commands for a trained model: captions, latents, classes, neighbours; and the conversion of old weights.
 
-Each command is a typed function, from whose signature and docstring its flags and their help are made.
+Each returns the exit status.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from coca.cli.model_settings import load_encoder
-from coca.data.captioned_images import CaptionedImages
 from coca.data.digits import handwritten_digits
 from coca.data.image_files import SUFFIXES, load_images
 from coca.evaluation.evaluation import decoded, evaluate
-from coca.evaluation.zero_shot import zero_shot_classifier
 from coca.model.coca import CoCa
+from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import encode_captions
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.generation.decoding import eval_mode
+from lm_core.cli.main import report
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
 
 
 def caption(
     checkpoint: str,
-    images: str | list[str],
+    images: list[str],
     *,
     prefix: str | None = None,
     beams: int = 1,
@@ -45,8 +44,8 @@ def caption(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: a file or a folder of images, or a list of them, as [a.png, b.png].
-        prefix: how captions begin.
+        images: files or folders of images.
+        prefix: beginning of the captions.
         beams: above 1 searches with so many beams.
         temperature: 0 takes the most likely token each time.
         top_k: samples among the k most likely tokens.
@@ -59,16 +58,17 @@ def caption(
     Returns:
         The exit status; 1 if an image could not be read.
     """
-    loaded = _load(checkpoint, device)
+    loaded = _Loaded.from_checkpoint(checkpoint, device)
+    model, tokenizer = loaded.model, loaded.tokenizer
     paths, pixels, failed = _read_images(images, loaded.preprocessing)
     ids = None
     if prefix is not None:
-        bos = getattr(loaded.tokenizer, "bos_id", None)
-        ids = torch.tensor([*([] if bos is None else [bos]), *loaded.tokenizer.encode(prefix)])
-    generator = torch.Generator(loaded.model.device).manual_seed(seed)
+        bos = getattr(tokenizer, "bos_id", None)
+        ids = torch.tensor([*([] if bos is None else [bos]), *tokenizer.encode(prefix)])
+    generator = torch.Generator(model.device).manual_seed(seed)
     for start in range(0, len(paths), 32):
-        tokens = loaded.model.generate(
-            pixels[start : start + 32].to(loaded.model.device),
+        tokens = model.generate(
+            pixels[start : start + 32].to(model.device),
             prefix=ids,
             beams=beams,
             temperature=temperature,
@@ -79,15 +79,15 @@ def caption(
             generator=generator,
         )
         for path, row in zip(paths[start : start + 32], tokens.tolist(), strict=True):
-            print(f"{path}\t{prefix or ''}{decoded(row, loaded.tokenizer, loaded.model.eos_id)}")
+            print(f"{path}\t{prefix or ''}{decoded(row, tokenizer, model.eos_id)}")
     return int(failed > 0)
 
 
-def embed_command(
+def embed(
     checkpoint: str,
     output: str,
     *,
-    images: str | list[str] | None = None,
+    images: list[str] | None = None,
     texts: list[str] | None = None,
     device: str = "auto",
 ) -> int:
@@ -96,8 +96,8 @@ def embed_command(
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         output: the .npz to write.
-        images: a file or a folder of images, or a list of them, as [a.png, b.png].
-        texts: captions; one of the two is given.
+        images: files or folders of images.
+        texts: captions, instead of images.
         device: auto takes CUDA, then MPS, then the CPU.
 
     Returns:
@@ -105,27 +105,23 @@ def embed_command(
     """
     if bool(images) == bool(texts):
         raise ValueError("give images or texts, one of the two")
-    loaded, failed = _load(checkpoint, device), 0
-    model = loaded.model
-    with torch.no_grad(), eval_mode(model):
-        if texts:
-            names: list[str] = texts
-            ids = encode_captions(texts, loaded.tokenizer, model.pad_id)
-            latents = [model.encode_text(part.to(model.device)) for part in ids.split(256)]
-        else:
-            names, pixels, failed = _read_images(images or [], loaded.preprocessing)
-            latents = [model.encode_image(part.to(model.device)) for part in pixels.split(64)]
+    loaded, failed = _Loaded.from_checkpoint(checkpoint, device), 0
+    if texts:
+        names, latents = texts, loaded.text_latents(texts)
+    else:
+        names, pixels, failed = _read_images(images or [], loaded.preprocessing)
+        latents = loaded.image_latents(pixels)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as stream:
-        np.savez(stream, latents=torch.cat(latents).float().cpu().numpy(), names=np.array(names))
-    print(f"wrote {len(names)} latents of {latents[0].shape[1]} features to {target}")
+        np.savez(stream, latents=latents.float().cpu().numpy(), names=np.array(names))
+    print(f"wrote {len(names)} latents of {latents.shape[1]} features to {target}")
     return int(failed > 0)
 
 
 def zero_shot(
     checkpoint: str,
-    images: str | list[str],
+    images: list[str],
     *,
     classes: list[str],
     templates: list[str] | None = None,
@@ -136,36 +132,29 @@ def zero_shot(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: a file or a folder of images, or a list of them, as [a.png, b.png].
-        classes: names to choose among, as [cat, dog].
-        templates: captions with one {} for a class name, as ["a photo of a {}"].
+        images: files or folders of images.
+        classes: names to choose among.
+        templates: captions with one {} for a class name, as "a photo of a {}".
         top: classes to print.
         device: auto takes CUDA, then MPS, then the CPU.
 
     Returns:
         The exit status; 1 if an image could not be read.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    loaded = _load(checkpoint, device)
-    model = loaded.model
-    classifier = zero_shot_classifier(model, classes, templates or ["{}"], tokenizer=loaded.tokenizer)
+    _check_top(top)
+    loaded = _Loaded.from_checkpoint(checkpoint, device)
+    classifier = loaded.model.zero_shot_classifier(classes, templates or ["{}"], tokenizer=loaded.tokenizer)
     paths, pixels, failed = _read_images(images, loaded.preprocessing)
-    with torch.no_grad(), eval_mode(model):
-        parts = [model.encode_image(part.to(model.device)) @ classifier.t() for part in pixels.split(64)]
-        probabilities = (torch.cat(parts) * model.logit_scale).softmax(dim=-1)
+    similarity = loaded.image_latents(pixels) @ classifier.t()
+    probabilities = (similarity * loaded.model.logit_scale.detach()).softmax(dim=-1)
     for path, row in zip(paths, probabilities, strict=True):
-        best = row.topk(min(top, len(classes)))
-        shown = (
-            f"{classes[index]} {value:.3f}" for value, index in zip(best[0].tolist(), best[1].tolist(), strict=True)
-        )
-        print(f"{path}\t" + "\t".join(shown))
+        print("\t".join([path, *(f"{classes[index]} {value:.3f}" for value, index in _best(row, top))]))
     return int(failed > 0)
 
 
 def retrieve(
     checkpoint: str,
-    images: str | list[str],
+    images: list[str],
     *,
     text: list[str] | None = None,
     captions: bool = False,
@@ -176,7 +165,7 @@ def retrieve(
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        images: a file or a folder of images, or a list of them; with captions, one source as for train (or digits).
+        images: files or folders of images; with captions, one source as for train (or digits).
         text: queries; the nearest images of each are printed.
         captions: measures losses, recall and classification on a source of images with captions instead.
         top: images to print for a query.
@@ -187,27 +176,22 @@ def retrieve(
     """
     if captions == bool(text):
         raise ValueError("give text, or captions to measure recall, one of the two")
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
-    loaded = _load(checkpoint, device)
-    model = loaded.model
+    _check_top(top)
+    if captions and len(images) != 1:
+        raise ValueError(f"images must be one source with captions, got {len(images)}")
+    loaded = _Loaded.from_checkpoint(checkpoint, device)
     if captions:
-        source = images if isinstance(images, str) else images[0] if len(images) == 1 else None
-        if source is None:
-            raise ValueError(f"images must be one source with captions, got {len(images)}")
-        data = handwritten_digits() if source == "digits" else load_images(source, loaded.preprocessing)
-        tell_unreadable(data, print)
-        for name, value in evaluate(model, data, loaded.tokenizer, loaded.preprocessing).items():
+        data = handwritten_digits() if images == ["digits"] else load_images(images[0], loaded.preprocessing)
+        for line in data.unreadable_report():
+            report("unreadable", line)
+        for name, value in evaluate(loaded.model, data, loaded.tokenizer, loaded.preprocessing).items():
             print(f"{name:22} {value:.3f}")
         return int(bool(data.unreadable))
     paths, pixels, failed = _read_images(images, loaded.preprocessing)
-    with torch.no_grad(), eval_mode(model):
-        found = torch.cat([model.encode_image(part.to(model.device)) for part in pixels.split(64)])
-        queries = model.encode_text(encode_captions(text or [], loaded.tokenizer, model.pad_id).to(model.device))
-    for query, similarity in zip(text or [], queries @ found.t(), strict=True):
+    queries = text or []
+    for query, similarity in zip(queries, loaded.text_latents(queries) @ loaded.image_latents(pixels).t(), strict=True):
         print(query)
-        best = similarity.topk(min(top, len(paths)))
-        for value, index in zip(best[0].tolist(), best[1].tolist(), strict=True):
+        for value, index in _best(similarity, top):
             print(f"  {value:.3f}\t{paths[index]}")
     return int(failed > 0)
 
@@ -223,16 +207,16 @@ def convert(
     eos_id: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Turns a weight file of CoCa-pytorch into a folder that ``CoCa.from_pretrained`` opens.
+    """Converts a weight file of CoCa-pytorch into a folder that ``CoCa.from_pretrained`` opens.
 
     Args:
         old: file with the state dict of a CoCa.
-        directory: where to write.
+        directory: folder to write.
         encoder: folder of the Hugging Face vision model that the file has the weights of, if it has any.
-        tokenizer: to store with the model: bytes, a folder, or organisation/name on the hub.
-        pad_id: that the model was trained with.
-        bos_id: that captions begin with.
-        eos_id: that captions end with.
+        tokenizer: stored with the model: bytes, a folder, or organisation/name on the hub.
+        pad_id: padding id that the model was trained with.
+        bos_id: id that begins captions.
+        eos_id: id that ends captions.
         overwrite: whether a folder with content may be written to.
 
     Returns:
@@ -247,38 +231,49 @@ def convert(
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "caption": caption,
-    "embed": embed_command,
-    "zero-shot": zero_shot,
-    "retrieve": retrieve,
-    "convert": convert,
-}
-
-
 @dataclass(frozen=True)
 class _Loaded:
+    """A model with the tokenizer and the preprocessing of its checkpoint."""
+
     model: CoCa
     tokenizer: Any
     preprocessing: ImagePreprocessing
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: str, device: str) -> "_Loaded":
+        folder, place = checkpoint_folder(checkpoint), pick_device(device)
+        model = CoCa.from_pretrained(folder).to(place).eval()
+        if model.preprocessing is None:
+            raise ValueError(f"{folder} has no preprocess.json, so the preparation of images is not known")
+        return cls(model, load_tokenizer(folder), model.preprocessing)
 
-def _load(checkpoint: str, device: str) -> _Loaded:
-    folder, place = checkpoint_folder(checkpoint), pick_device(device)
-    model = CoCa.from_pretrained(folder).to(place).eval()
-    if model.preprocessing is None:
-        raise ValueError(f"{folder} does not say how images are prepared: it has no preprocess.json")
-    return _Loaded(model, load_tokenizer(folder), model.preprocessing)
+    @torch.no_grad()
+    def image_latents(self, pixels: Tensor) -> Tensor:
+        return torch.cat([self.model.encode_image(part.to(self.model.device)) for part in pixels.split(64)])
+
+    @torch.no_grad()
+    def text_latents(self, texts: Sequence[str]) -> Tensor:
+        ids = encode_captions(texts, self.tokenizer, self.model.pad_id)
+        return torch.cat([self.model.encode_text(part.to(self.model.device)) for part in ids.split(256)])
 
 
-def _read_images(
-    sources: str | Sequence[str], preprocessing: ImagePreprocessing
-) -> tuple[list[str], torch.Tensor, int]:
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+
+
+def _best(scores: Tensor, top: int) -> list[tuple[float, int]]:
+    """The highest scores with their indices."""
+    values, indices = scores.topk(min(top, len(scores)))
+    return list(zip(values.tolist(), indices.tolist(), strict=True))
+
+
+def _read_images(sources: Sequence[str], preprocessing: ImagePreprocessing) -> tuple[list[str], Tensor, int]:
     """Paths and tensors of the readable images; unreadable ones are named on standard error and counted."""
     from PIL import Image
 
     paths: list[Path] = []
-    for source in map(Path, [sources] if isinstance(sources, str) else sources):
+    for source in map(Path, sources):
         if source.is_dir():
             inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
             if not inside:
@@ -304,11 +299,3 @@ def _read_images(
     if failed:
         print(f"unreadable  {failed} of {len(paths)} images", file=sys.stderr)
     return good, torch.stack(tensors), failed
-
-
-def tell_unreadable(data: CaptionedImages, say: Callable[..., None]) -> None:
-    """Names the first images that could not be read, and counts them all."""
-    for entry in data.unreadable[:20]:
-        say(f"unreadable  {entry}")
-    if data.unreadable:
-        say(f"unreadable  {len(data.unreadable)} of {len(data.unreadable) + len(data)} images, all named in run.json")

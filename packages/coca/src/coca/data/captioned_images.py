@@ -70,6 +70,13 @@ class CaptionedImages:
         """A number that differs where names, order or captions differ."""
         return zlib.crc32(repr((self.names, self.captions)).encode("utf-8", errors="surrogatepass"))
 
+    def unreadable_report(self) -> list[str]:
+        """The first of the unreadable images with their reasons, and how many there are; a line each."""
+        if not self.unreadable:
+            return []
+        count = len(self.unreadable)
+        return [*self.unreadable[:20], f"{count} of {count + len(self)} images, all named in run.json"]
+
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images of these numbers, in this order."""
         kept = [int(index) for index in indices]

@@ -1,6 +1,6 @@
 """Anything that sees, as an image encoder: images to tokens ``(b, m, d)``.
 
-``ImageEncoder`` tells by shape and attributes (no library is imported) what a module returns:
+``ImageEncoder`` finds by shape and attributes (no library is imported) what a module returns:
 
 | module | taken as tokens |
 |---|---|
@@ -148,3 +148,21 @@ def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]
             "classifier's head has to be removed"
         )
     return features
+
+
+def load_encoder(source: str) -> nn.Module:
+    """The vision model in a folder, or of ``organisation/name`` on the hub; code from there is never run.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: there is no vision model that could be loaded.
+    """
+    try:
+        from transformers import AutoModel
+    except ImportError as error:
+        raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
+    try:
+        model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers and the network raise
+        raise ValueError(f"encoder {source!r} holds no vision model that could be loaded: {error}") from error
+    return getattr(model, "vision_model", model)

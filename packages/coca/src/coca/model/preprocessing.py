@@ -50,6 +50,37 @@ class ImagePreprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
+    @classmethod
+    def from_hugging_face(cls, source: str, *, image_size: int = 0, channels: int = 0) -> "ImagePreprocessing":
+        """Mean, deviation and size of a vision model's ``preprocessor_config.json``.
+
+        Args:
+            source: folder or ``organisation/name``.
+            image_size: instead of the model's own; 0 takes that, or 224 where there is none.
+            channels: instead of 3; 0 takes that.
+
+        Raises:
+            ImportError: transformers is not installed.
+            ValueError: the file is there and cannot be read.
+        """
+        try:
+            from transformers.utils import cached_file
+        except ImportError as error:
+            raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
+        try:
+            path = cached_file(source, "preprocessor_config.json")
+        except OSError:  # an encoder without it
+            path = None
+        try:
+            content: dict[str, Any] = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+            size = content.get("crop_size") or content.get("size") or {}
+            if not isinstance(size, int):
+                size = int(size.get("height") or size.get("shortest_edge") or 224)
+            mean, std = (tuple(map(float, content.get(f"image_{key}") or (0.5,))) for key in ("mean", "std"))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error
+        return cls(image_size=image_size or size, channels=channels or 3, mean=mean, std=std)
+
     def pixels(self, picture: Any) -> NDArray[np.uint8]:
         """A ``PIL.Image`` resized and cropped, ``(c, size, size)``.
 

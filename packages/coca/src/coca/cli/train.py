@@ -1,0 +1,220 @@
+"""``coca train``: a model, its image encoder and its data from flags."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from coca.data.captioned_images import CaptionedImages
+from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
+from coca.data.image_files import load_images
+from coca.model.coca import CoCa
+from coca.model.image_encoders import load_encoder
+from coca.model.preprocessing import ImagePreprocessing
+from coca.model.vit import VisionTransformer
+from coca.training.config import TrainingSettings
+from lm_core.checks import typed
+from lm_core.cli.main import report, report_run
+from lm_core.distributed import world_size
+from lm_core.rng import seed_everything
+from lm_core.tokenizers import load_tokenizer
+from lm_core.training.run_directory import Result
+
+if TYPE_CHECKING:
+    from coca.training.trainer import TrainingResult
+
+# Key numbers of a run in order of importance: accuracies where classes are known, else recall, else losses.
+_RESULTS = {
+    "zero_shot_accuracy": "zero-shot accuracy",
+    "caption_accuracy": "captions that name the class",
+    "image_to_text_r@1": "recall at 1, image to text",
+    "text_to_image_r@1": "recall at 1, text to image",
+    "caption_loss": "caption loss, nats/token",
+    "contrastive_loss": "contrastive loss, nats",
+}
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Images and their encoder.
+
+    Args:
+        encoder: folder of a Hugging Face vision model, or organisation/name on the hub, instead of the own ViT.
+        freeze_encoder: trains everything but the encoder.
+        image_size: pixels; images are resized and cropped to a square. 0 takes 8 for the digits, the encoder's own
+            size, else 224.
+        channels: 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
+        patch_size: of the own ViT; 0 takes a quarter or a fourteenth of image_size.
+        vit_dim: features of the own ViT.
+        vit_depth: blocks of the own ViT.
+        vit_heads: query heads of the own ViT.
+
+    Raises:
+        TypeError: a value is of another type.
+    """
+
+    encoder: str | None = None
+    freeze_encoder: bool = False
+    image_size: int = 0
+    channels: int = 0
+    patch_size: int = 0
+    vit_dim: int = 64
+    vit_depth: int = 2
+    vit_heads: int = 4
+
+    def preprocessing(self, *, digits: bool) -> ImagePreprocessing:
+        """Preparation of the images.
+
+        Raises:
+            ValueError: the digits are to have another size.
+        """
+        if digits:
+            size, channels = self.image_size or IMAGE_SIZE, self.channels or 1
+            if (size, channels) != (IMAGE_SIZE, 1):
+                raise ValueError(f"the digits have image_size 8 and channels 1, got {size} and {channels}")
+            return ImagePreprocessing(image_size=size, channels=1, mean=(MEAN,), std=(STD,))
+        if self.encoder is not None:
+            return ImagePreprocessing.from_hugging_face(
+                self.encoder, image_size=self.image_size, channels=self.channels
+            )
+        return ImagePreprocessing(image_size=self.image_size or 224, channels=self.channels or 3)
+
+    def build(self, preprocessing: ImagePreprocessing, *, gradient_checkpointing: bool) -> nn.Module:
+        """The encoder of images that ``preprocessing`` has prepared.
+
+        Raises:
+            ValueError, ImportError: sizes do not fit, or the encoder is not available.
+        """
+        if self.encoder is not None:
+            return load_encoder(self.encoder)
+        size = preprocessing.image_size
+        return VisionTransformer(
+            image_size=size,
+            patch_size=self.patch_size or max(1, size // (14 if size >= 56 else 4)),
+            dim=self.vit_dim,
+            depth=self.vit_depth,
+            channels=preprocessing.channels,
+            dim_head=max(2, self.vit_dim // self.vit_heads),
+            heads=self.vit_heads,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+
+def train(
+    *,
+    model: dict[str, Any],
+    images: EncoderSettings,
+    settings: TrainingSettings,
+    data: str = "digits",
+    validation_data: str | None = None,
+    validation_fraction: float = 0.2,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    label_column: str = "label",
+    templates: list[str] | None = None,
+    max_unreadable: float = 0.05,
+    tokenizer: str = "bytes",
+    checkpoint_dir: str = "runs/coca-quickstart",
+    resume: bool | Literal["auto"] = "auto",
+    trackers: list[str] | None = None,
+) -> int:
+    """Trains a CoCa on images with captions.
+
+    Args:
+        model: arguments of ``CoCa``.
+        images: preparation and encoder of the images.
+        settings: of the training.
+        data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
+        validation_data: the same, held out.
+        validation_fraction: part of data that is held out where validation_data is not given.
+        image_column: column of a table with the path of an image.
+        caption_column: column of a table with a caption.
+        label_column: column of a table with the class of an image, if it has one; held-out images are then classified.
+        templates: captions with one {} for a class name.
+        max_unreadable: part of the images that may be unreadable; they are named and counted.
+        tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
+        checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
+        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: of accelerate, such as [tensorboard].
+
+    Returns:
+        The exit status.
+    """
+    from coca.training.trainer import CoCaTrainer
+
+    encoder = load_tokenizer(tokenizer)
+    if encoder.pad_id is None:
+        raise ValueError(f"tokenizer must have a padding or an EOS id, got {encoder!r} without")
+    preprocessing = images.preprocessing(digits=data == "digits")
+
+    def load(source: str) -> CaptionedImages:
+        if source == "digits":
+            return handwritten_digits()
+        return load_images(
+            source,
+            preprocessing,
+            image_column=image_column,
+            caption_column=caption_column,
+            label_column=label_column,
+            templates=tuple(templates or ()),
+            max_unreadable=max_unreadable,
+            progress=True,
+        )
+
+    if validation_data is None:
+        train_data, held_out = load(data).split(validation_fraction)
+    else:
+        train_data, held_out = load(data), load(validation_data)
+    seed_everything(settings.seed)
+    coca = CoCa(
+        **model,
+        num_tokens=encoder.vocab_size,
+        img_encoder=images.build(preprocessing, gradient_checkpointing=model["gradient_checkpointing"]),
+        freeze_img_encoder=images.freeze_encoder,
+        pad_id=encoder.pad_id,
+        bos_id=getattr(encoder, "bos_id", None),
+        eos_id=encoder.eos_id,
+    )
+    trainer = CoCaTrainer(
+        model=coca,
+        data=train_data,
+        held_out=held_out,
+        preprocessing=preprocessing,
+        tokenizer=encoder,
+        checkpoint_dir=checkpoint_dir,
+        settings=settings,
+        resume=resume,
+        trackers=trackers or (),
+    )
+    millions = sum(parameter.numel() for parameter in coca.parameters()) / 1e6
+    report("model", f"CoCa, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
+    report("data", f"{data}: {len(train_data):,} images to learn from, {len(held_out):,} held out")
+    for line in train_data.unreadable_report():
+        report("unreadable", line)
+    report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
+    result = trainer.train()
+    lines = [("held out", f"{name:22} {value:.3f}") for name, value in result.metrics.items()]
+    grid = ("grid", f"{result.grid}: held-out images, their generated captions and the nearest texts")
+    return report_run(
+        "coca",
+        result,
+        checkpoint_dir,
+        max_steps=settings.max_steps,
+        lines=[*lines, grid],
+        results=_results(result, "held-out digits" if data == "digits" else "held-out images"),
+    )
+
+
+def _results(result: "TrainingResult", what: str) -> list[Result]:
+    """The key numbers of the run, at most three."""
+    return [
+        Result(
+            f"{words}, {what}",
+            result.metrics[name],
+            result.first_metrics.get(name),
+            "lower" if name.endswith("loss") else "higher",
+        )
+        for name, words in _RESULTS.items()
+        if name in result.metrics
+    ][:3]

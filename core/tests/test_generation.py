@@ -1,14 +1,17 @@
 """Generation against a loop that decodes one row at a time in plain Python, over small models of ``conftest``."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lm_core.generation.decoding import Decoder, left_padded
+from lm_core.generation.decoding import left_padded
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import apply_repetition_penalty, top_k, top_p
 from lm_core.nn.masking import left_pad, right_pad
@@ -84,21 +87,106 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
         check_row(result, row, *naive_greedy(model, ids, 30, 1), 1, 0)
 
 
-@pytest.mark.parametrize(("new_tokens", "rows", "by_columns"), [(16, 1, True), (15, 1, False), (16, 5, False)])
-def test_a_wide_output_weight_is_copied_for_long_answers_of_few_rows(
-    models, naive_greedy, new_tokens, rows, by_columns
-):
-    model = models.hidden(64, 3)
-    ids = torch.randint(64, (rows, 3), generator=torch.Generator().manual_seed(rows))
-    decoder = Decoder(model, ids, None, new_tokens, True, {})
-    decoder.next_logits()
-    weight = model.output_weight
-    assert weight.shape[0] >= 2 * weight.shape[1]
-    assert (decoder._output_weight is not weight) == by_columns
-    assert (decoder._output_weight.stride(0) == 1) == by_columns
+@pytest.fixture
+def linear_model(monkeypatch):
+    """A model of two layers that gives every weight it reads in a call, with the thresholds of large models."""
+    monkeypatch.setattr("lm_core.generation.weight_layout._SMALLEST_BYTES", 1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(32, 4)
+            self.wide, self.deep, self.prompt_only = nn.Linear(4, 16), nn.Linear(16, 4), nn.Linear(4, 4)
+            self.shared = nn.Linear(4, 16, bias=False)
+            self.shared.weight = self.wide.weight
+            self.read = []
+
+        def init_cache(self, batch_size, max_length):
+            return SimpleNamespace(reorder=lambda index: None)
+
+        @property
+        def output_weight(self):
+            return self.embedding.weight
+
+        def hidden(self, ids, *, mask=None, cache=None):
+            x = self.embedding(ids)
+            if ids.shape[1] > 1:
+                x = self.prompt_only(x)
+            self.read.append([module.weight for module in (self.wide, self.shared, self.deep, self.prompt_only)])
+            return torch.tanh(self.deep(self.wide(x) + self.shared(x)) * 9)
+
+        def forward(self, ids, *, mask=None, cache=None):
+            return self.hidden(ids) @ self.output_weight.T
+
+    return Model().eval()
+
+
+def by_columns(weights):
+    return [weight.stride(0) == 1 for weight in weights]
+
+
+@pytest.mark.parametrize(("new_tokens", "rows", "laid_out"), [(20, 1, True), (15, 1, False), (20, 5, False)])
+def test_wide_weights_are_read_by_columns_in_long_answers_of_few_rows(linear_model, new_tokens, rows, laid_out):
+    model, ids = linear_model, torch.randint(32, (rows, 3), generator=torch.Generator().manual_seed(rows))
+    before = list(model.parameters())
+    strides = [weight.stride() for weight in before]
     result = generate(model, ids, max_new_tokens=new_tokens, temperature=0.0)
-    for row, prompt in enumerate(ids):
-        check_row(result, row, *naive_greedy(model, prompt, new_tokens, None), None, 0)
+    assert by_columns(model.read[0]) == by_columns(model.read[1]) == [False] * 4
+    for read in model.read[2:]:
+        assert by_columns(read) == [laid_out, laid_out, False, False]
+        assert read[0] is read[1]  # a shared weight is copied once
+        assert read[0].requires_grad
+    after = list(model.parameters())
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    assert [weight.stride() for weight in after] == strides
+    for step in range(1, new_tokens):  # a token depends on the one before it
+        assert torch.equal(result.tokens[:, step], model(result.tokens[:, step - 1 : step])[:, -1].argmax(-1))
+
+
+def test_parameters_are_back_in_place_after_an_error_and_unless_replaced_meanwhile(linear_model):
+    model, before, steps = linear_model, dict(linear_model.named_parameters()), []
+    other = nn.Parameter(torch.randn(16, 4))
+
+    def failing(logits):
+        steps.append(model.wide.weight)
+        if len(steps) == 5:
+            model.shared.weight = other
+        if len(steps) == 7:
+            raise RuntimeError("stop")
+        return logits
+
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=40, filters=(failing,))
+    assert steps[-1] is not before["wide.weight"]
+    assert model.wide.weight is before["wide.weight"]
+    assert model.shared.weight is other
+
+
+@pytest.mark.parametrize("how", ["compiled", "double", "autocast", "transposed"])
+def test_weights_of_another_kind_keep_their_layout(linear_model, how):
+    model = linear_model.double() if how == "double" else linear_model
+    if how == "transposed":
+        model.wide.weight = model.shared.weight = nn.Parameter(torch.randn(4, 16).t())
+    if how == "compiled":
+        model.deep.compile()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=20)
+    for read in model.read:
+        assert read[0] is model.wide.weight
+
+
+def test_two_threads_generate_with_one_model_as_one_does(linear_model):
+    model, prompts = linear_model, torch.arange(8).view(8, 1)
+    alone = [generate(model, ids[None], max_new_tokens=30, temperature=0.0).tokens for ids in prompts]
+    before = list(model.parameters())
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(generate, model, ids[None], max_new_tokens=30, temperature=0.0) for ids in prompts for _ in "ab"
+        ]
+        together = [job.result().tokens for job in jobs][::2]
+    assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
 
 
 def test_the_first_logits_are_those_of_the_last_real_token(models):

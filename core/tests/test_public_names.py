@@ -16,7 +16,7 @@ PROMISED = {
     "distributed": ["all_gather"],
     "nn.feedforward": ["SwiGLU"],
     "generation.beam_search": ["beam_search"],
-    "generation.decoding": ["CausalLM", "Generation"],
+    "causal_lm": ["CausalLM", "Generation", "eval_mode"],
     "generation.generate": ["generate", "sample"],
     "losses.losses": ["hidden_log_probs", "linear_cross_entropy", "token_log_probs"],
     "nn.masking": ["masked_mean", "maybe_and_mask", "prompt_mask_from_lengths"],

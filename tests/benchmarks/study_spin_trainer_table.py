@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import arguments, machine, table
 
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 from spin_trainer import SelfPlaySettings
 from spin_trainer.data.opponent_answers import Sampling, opponent_log_probs
 from spin_trainer.quickstart import sorting_task

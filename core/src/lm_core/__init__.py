@@ -1,6 +1,7 @@
 """lm_core: the parts every language model needs, one concept a module."""
 
 from lm_core.adapters import as_causal_lm
+from lm_core.causal_lm import CausalLM, Generation, eval_mode
 from lm_core.checkpoints.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -18,7 +19,6 @@ from lm_core.data.packing import PackedBatch, PackedBatches, ValidationBatches, 
 from lm_core.data.rows import load_rows
 from lm_core.distributed import all_gather, all_reduce_sum, broadcast_object, is_distributed, rank, world_size
 from lm_core.generation.beam_search import beam_search
-from lm_core.generation.decoding import CausalLM, Generation, eval_mode
 from lm_core.generation.generate import generate, sample
 from lm_core.generation.sampling import apply_repetition_penalty, gumbel_noise, gumbel_sample, min_p, top_k, top_p
 from lm_core.losses.losses import (

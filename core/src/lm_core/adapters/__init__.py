@@ -1,4 +1,4 @@
-"""Other libraries' language models in the protocol of ``lm_core.generation.generate.CausalLM``.
+"""Other libraries' language models in the protocol of ``lm_core.causal_lm.CausalLM``.
 
 ``as_causal_lm`` takes a Hugging Face causal language model (also inside peft), an x-transformers decoder, or any module
 or function from ids to logits. Their parameters are shared; the library in question is imported only when used.
@@ -26,7 +26,7 @@ __all__ = [
 
 @typed
 def as_causal_lm(x: Any, *, vocab_size: int | None = None) -> Any:
-    """Makes a language model of another kind speak the protocol of ``lm_core.generation.generate.CausalLM``.
+    """Makes a language model of another kind speak the protocol of ``lm_core.causal_lm.CausalLM``.
 
     Every result is called ``(ids, *, mask=None, cache=None, **kw) -> logits`` and is exact for any mask. It decodes
     incrementally (``init_cache``) and gives hidden states (``hidden``, ``output_weight``) where these are exact too.

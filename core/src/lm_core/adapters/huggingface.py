@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_core.adapters.base import AdapterCache, LibraryAdapter
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 from lm_core.nn.masking import positions_from_mask
 
 # Layers that hold one key and one value a position, without in-place writes: rows can be selected, and a shallow copy
@@ -87,6 +87,14 @@ class HuggingFaceLM(LibraryAdapter):
             self._refuse_what_is_not_causal()
             self._offers_hidden = not self._changes_input and self._hidden_is_exact()
             self._why_not_cached = self._reason_not_to_cache()
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The module that makes logits of hidden states."""
+        if not self._offers_hidden:
+            raise AttributeError("logits are not hidden @ output_weight.T")
+        layer: nn.Module = self._inner.get_output_embeddings()
+        return layer
 
     @property
     def config(self) -> Any:

@@ -11,23 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lm_core.causal_lm import Generation
 from lm_core.checks import typed
-from lm_core.generation.decoding import (
-    Decoder,
-    Filter,
-    Generation,
-    as_eos_ids,
-    check_fits,
-    check_settings,
-    device_of,
-    eval_mode,
-    is_any,
-    language_model,
-    left_padded,
-    prompt_rows,
-    without_tokens,
-)
-from lm_core.generation.sampling import apply_repetition_penalty
+from lm_core.generation.decoding import Decoder, Filter, is_any
 from lm_core.nn.masking import prompt_mask_from_lengths
 
 
@@ -76,28 +62,29 @@ def beam_search(
     Raises:
         ValueError: as in ``generate``, or ``beams`` below 1.
     """
-    model = language_model(model)
-    eos_ids = as_eos_ids(eos_id)
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
-    check_settings(max_new_tokens, min_new_tokens, 1.0, repetition_penalty)
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
-    ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
-    check_fits(model, ids, eos_ids, max_new_tokens)
-    decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
-    state = _Beams(ids.shape[0], beams, max_new_tokens, length_penalty, ids.device)
-
-    with eval_mode(model):
+    decoder = Decoder(
+        model,
+        prompt,
+        mask=mask,
+        prompt_lengths=prompt_lengths,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        eos_id=eos_id,
+        repetition_penalty=repetition_penalty,
+        use_cache=use_cache,
+        model_kwargs=model_kwargs,
+    )
+    state = _Beams(decoder.ids.shape[0], beams, max_new_tokens, length_penalty, decoder.ids.device)
+    with decoder:
         for step in tqdm(range(max_new_tokens), desc="beam search", unit="token", disable=not progress):
             logits = decoder.next_logits()
-            if repetition_penalty != 1.0:
-                logits = apply_repetition_penalty(logits, decoder.ids, repetition_penalty, decoder.mask)
-            if step < min_new_tokens:
-                logits = without_tokens(logits, eos_ids)
             for filter_ in filters:
                 logits = filter_(logits)
-            token, parent = state.extend(logits.log_softmax(dim=-1), eos_ids)
+            token, parent = state.extend(logits.log_softmax(dim=-1), decoder.eos_ids)
             if step + 1 == max_new_tokens:
                 continue  # nothing will read the last token
             if state.all_decided():

@@ -1,118 +1,102 @@
-"""What every decoding strategy shares: the protocol of a causal language model, prompts, and the model's running state.
+"""What every decoding strategy shares: prompts, checks, and a model's running state.
 
 Prompts are left-padded before the model sees them, so the newest token is always the last one.
 
 Legend: b batch, n sequence, v vocabulary, d feature.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from lm_core.adapters import as_causal_lm
+from lm_core.causal_lm import device_of, eval_mode
 from lm_core.checks import check_ids
+from lm_core.generation.sampling import apply_repetition_penalty
+from lm_core.generation.weight_layout import WeightLayout
 from lm_core.nn.masking import left_pad
 
 Filter = Callable[[Tensor], Tensor]
 
-# An output weight is copied for decoding if that takes no more room than this,
-_COPIED_BYTES = 128 * 2**20
-# and if so many tokens are to follow: the copy costs about as much as it saves on a dozen.
-_TOKENS_WORTH_A_COPY = 16
-
-
-class Cache(Protocol):
-    """What a model keeps between calls. It is opaque but for this."""
-
-    def reorder(self, index: Tensor) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
-
-
-@runtime_checkable
-class CausalLM(Protocol):
-    """A causal language model: ids ``(b, n)`` to logits ``(b, n, v)``.
-
-    ``mask (b, cached + n)`` is True at real tokens; positions are ``mask.cumsum(-1) - 1``. A model that decodes
-    incrementally also has ``init_cache(batch_size, max_length)`` and accepts ``cache=``: ids are then the new tokens.
-    ``hidden(ids, *, mask, cache)`` with ``output_weight (v, d)`` spares the full logits. ``max_length``, if present
-    and not None, bounds prompt and new tokens together.
-    """
-
-    def __call__(self, ids: Tensor, *, mask: Tensor | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
-        """Logits of the given positions."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated, without the prompt.
-
-    Attributes:
-        tokens: ``(b, new)`` token ids, right-padded with ``pad_id``.
-        lengths: ``(b,)`` new tokens of each row, its EOS included.
-        log_probs: ``(b, new)`` float32 log-probabilities of the tokens under the distribution they were drawn from
-            (at temperature 0 the unfiltered one of temperature 1, in beam search the filtered one); 0 at padding.
-        finished: ``(b,)`` whether the row ended with EOS, not at the length limit.
-    """
-
-    tokens: Int[Tensor, "b new"]
-    lengths: Int[Tensor, " b"]
-    log_probs: Float[Tensor, "b new"]
-    finished: Bool[Tensor, " b"]
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; every submodule's own mode is restored on leaving, also by an exception."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def by_columns(weight: Tensor) -> Tensor:
-    """A copy of a weight ``(v, d)`` laid out column by column.
-
-    On a CPU a product of a few rows with a weight that is wider than deep reads it two to three times as fast so.
-    """
-    return weight.detach().t().contiguous().t()
-
 
 class Decoder:
-    """The model with all it has read: ids, mask and cache grow and are reordered together."""
+    """A model with all it has read: ids, mask and cache grow and are reordered together.
+
+    A context: inside it the model is in evaluation mode and its weights are laid out for decoding.
+
+    Args:
+        model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
+        prompt: ids ``(b, n)``, or a list of 1-D tensors.
+        mask: True at real tokens of ``prompt``.
+        prompt_lengths: lengths of right-padded prompts.
+        max_new_tokens: tokens to make room for.
+        min_new_tokens: EOS gets no probability before this many tokens.
+        eos_id: token or tokens that end a row.
+        repetition_penalty: on tokens already seen.
+        use_cache: False reads the whole sequence for each token.
+        model_kwargs: passed to the model with the prompt.
+
+    Attributes:
+        ids: ``(b, n)`` tokens read or about to be read.
+        eos_ids: the tokens that end a row.
+
+    Raises:
+        ValueError: a setting is out of range, or prompt and new tokens exceed the model's ``max_length``.
+        TypeError: the prompt holds no integers.
+    """
 
     def __init__(
         self,
         model: Any,
-        ids: Tensor,
+        prompt: Any,
+        *,
         mask: Tensor | None,
-        room: int,
+        prompt_lengths: Tensor | None,
+        max_new_tokens: int,
+        min_new_tokens: int,
+        eos_id: int | Sequence[int] | None,
+        repetition_penalty: float,
         use_cache: bool,
         model_kwargs: dict[str, Any],
     ) -> None:
+        self._model = model = as_causal_lm(model)
+        self.eos_ids = as_eos_ids(eos_id)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
+        if not 0.0 < repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+        ids, padding = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
+        check_fits(model, ids, self.eos_ids, max_new_tokens)
         b, n = ids.shape
-        self._model = model
+        self._repetition_penalty = repetition_penalty
+        self._min_length = n + min_new_tokens
         self._kwargs = model_kwargs
         # Decided once: later the number of rows may happen to equal another size.
         self._row_kwargs = {
             name for name, value in model_kwargs.items() if isinstance(value, Tensor) and value.shape[:1] == (b,)
         }
         self._length = n
-        self._ids = F.pad(ids, (0, room))
-        self._mask = None if mask is None else F.pad(mask, (0, room), value=True)
-        self._cache = model.init_cache(b, n + room) if use_cache and hasattr(model, "init_cache") else None
+        self._ids = F.pad(ids, (0, max_new_tokens))
+        self._mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
+        self._cache = model.init_cache(b, n + max_new_tokens) if use_cache and hasattr(model, "init_cache") else None
         self._unread = ids
-        self._room = room
-        self._output_weight: Tensor | None = None
+        self._layout = WeightLayout(model, steps=0 if self._cache is None else max_new_tokens)
+        self._steps = 0
+        self._context = ExitStack()
+
+    def __enter__(self) -> "Decoder":
+        self._context.enter_context(eval_mode(self._model))
+        self._context.enter_context(self._layout)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._context.close()
 
     @property
     def ids(self) -> Tensor:
@@ -123,28 +107,39 @@ class Decoder:
         return None if self._mask is None else self._mask[:, : self._length]
 
     def next_logits(self) -> Tensor:
-        """Float32 logits ``(b, v)`` behind the last token."""
+        """Float32 logits ``(b, v)`` after the last token, with the repetition penalty and the minimum length."""
+        # The prompt comes first; the step after it shows which weights single tokens read.
+        if self._steps == 1:
+            with self._layout.first_step():
+                logits = self._read()
+        else:
+            logits = self._read()
+        self._steps += 1
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._repetition_penalty != 1.0:
+            logits = apply_repetition_penalty(logits, self.ids, self._repetition_penalty, self.mask)
+        if self._length < self._min_length:
+            logits = without_tokens(logits, self.eos_ids)
+        return logits
+
+    def _read(self) -> Tensor:
+        """Logits ``(b, v)`` after the tokens that the model has not read yet."""
         model, inputs = self._model, {"mask": self.mask}
         if self._cache is not None:
             inputs["cache"] = self._cache
+        logits: Tensor
         if hasattr(model, "hidden"):
             hidden = model.hidden(self._unread, **inputs, **self._kwargs)[:, -1]
-            logits = F.linear(hidden, self._weight_for_one_position())
+            layer = getattr(model, "output_layer", None)
+            if layer is None:
+                logits = F.linear(hidden, self._layout.laid_out(model.output_weight, rows=hidden.shape[0]))
+            else:
+                logits = layer(hidden)
         else:
             logits = model(self._unread, **inputs, **self._kwargs)[:, -1]
         if self._cache is not None:
             self._kwargs = {}
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _weight_for_one_position(self) -> Tensor:
-        """The model's output weight, asked for once, in the layout that is read fastest."""
-        if self._output_weight is None:
-            weight: Tensor = self._model.output_weight
-            (v, d), rows = weight.shape, self._ids.shape[0]
-            few = rows <= 4 and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
-            worth_it = self._room >= _TOKENS_WORTH_A_COPY and v >= 2 * d and weight.nbytes <= _COPIED_BYTES
-            self._output_weight = by_columns(weight) if few and worth_it else weight
-        return self._output_weight
+        return logits
 
     def append(self, token: Tensor) -> None:
         """Makes ``token (b,)`` the newest of each row."""
@@ -162,15 +157,6 @@ class Decoder:
         self._kwargs = {
             name: value[index] if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
-
-
-def language_model(model: Any) -> Any:
-    """``model`` itself where it decodes incrementally, else what ``as_causal_lm`` makes of it."""
-    if hasattr(model, "init_cache"):
-        return model
-    from lm_core.adapters import as_causal_lm
-
-    return as_causal_lm(model)
 
 
 def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor | None = None) -> list[Tensor]:
@@ -230,18 +216,6 @@ def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | No
     return [row[keep] for row, keep in zip(prompt, mask, strict=True)]
 
 
-def check_settings(max_new_tokens: int, min_new_tokens: int, temperature: float, repetition_penalty: float) -> None:
-    """Raises ``ValueError`` naming the first setting that is out of range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if not 0.0 < repetition_penalty < float("inf"):
-        raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
-
-
 def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens: int) -> None:
     """Raises unless the model knows every id and has room for all tokens, as far as it tells its sizes."""
     weight = getattr(model, "output_weight", None)
@@ -281,11 +255,3 @@ def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     logits = logits.clone()
     logits[:, list(ids)] = -torch.inf
     return logits
-
-
-def device_of(model: Any) -> torch.device | None:
-    """Where the model's parameters are; None if it has none."""
-    if not isinstance(model, nn.Module):
-        return None
-    parameter = next(model.parameters(), None)
-    return None if parameter is None else parameter.device

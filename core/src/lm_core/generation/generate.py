@@ -16,27 +16,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lm_core.causal_lm import CausalLM, Generation
 from lm_core.checks import typed
 from lm_core.generation.beam_search import beam_search
-from lm_core.generation.decoding import (
-    CausalLM,
-    Decoder,
-    Filter,
-    Generation,
-    as_eos_ids,
-    check_fits,
-    check_settings,
-    device_of,
-    eval_mode,
-    is_any,
-    language_model,
-    left_padded,
-    prompt_rows,
-    without_tokens,
-)
-from lm_core.generation.sampling import apply_repetition_penalty, gumbel_sample, top_p
+from lm_core.generation.decoding import Decoder, Filter, is_any, prompt_rows
+from lm_core.generation.sampling import gumbel_sample, top_p
 
-__all__ = ["CausalLM", "Generation", "beam_search", "eval_mode", "generate", "sample"]
+__all__ = ["CausalLM", "Generation", "beam_search", "generate", "sample"]
 
 # Asking a device whether every row has ended makes it wait, so an accelerator is asked only now and then.
 _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR = 16
@@ -88,14 +74,21 @@ def generate(
         ValueError: an argument is out of range, or prompt and new tokens exceed the model's ``max_length``.
         TypeError: the prompt holds no integers.
     """
-    model = language_model(model)
-    eos_ids = as_eos_ids(eos_id)
-    check_settings(max_new_tokens, min_new_tokens, temperature, repetition_penalty)
-    ids, ids_mask = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
-    check_fits(model, ids, eos_ids, max_new_tokens)
-    decoder = Decoder(model, ids, ids_mask, max_new_tokens, use_cache, model_kwargs)
-
-    b, device = ids.shape[0], ids.device
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    decoder = Decoder(
+        model,
+        prompt,
+        mask=mask,
+        prompt_lengths=prompt_lengths,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        eos_id=eos_id,
+        repetition_penalty=repetition_penalty,
+        use_cache=use_cache,
+        model_kwargs=model_kwargs,
+    )
+    b, device, eos_ids = decoder.ids.shape[0], decoder.ids.device, decoder.eos_ids
     tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
     log_probs = torch.zeros(b, max_new_tokens, device=device)
     lengths = torch.full((b,), max_new_tokens, device=device)
@@ -105,13 +98,9 @@ def generate(
     alive = torch.ones(b, dtype=torch.bool, device=device)
     check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
 
-    with eval_mode(model):
+    with decoder:
         for step in tqdm(range(max_new_tokens), desc="generate", unit="token", disable=not progress):
             logits = decoder.next_logits()
-            if repetition_penalty != 1.0:
-                logits = apply_repetition_penalty(logits, decoder.ids, repetition_penalty, decoder.mask)
-            if step < min_new_tokens:
-                logits = without_tokens(logits, eos_ids)
             token, log_prob = _draw(logits, temperature, filters, generator)
             if eos_ids:
                 tokens[active, step] = token.where(alive, pad_id)

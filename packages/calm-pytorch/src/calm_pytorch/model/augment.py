@@ -21,8 +21,8 @@ from calm_pytorch.model.hooks import HiddenPosition
 from lm_core.adapters import as_causal_lm
 from lm_core.adapters.huggingface import undisturbed
 from lm_core.adapters.padding import moved_back, with_padding_last
+from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, check_positive, typed
-from lm_core.generation.decoding import eval_mode
 
 
 @typed

@@ -29,8 +29,8 @@ from calm_pytorch.model.composed_lm import AugmentStates, ComposedLM
 from calm_pytorch.model.cross_attention import CrossAttentionBlock
 from calm_pytorch.model.hooks import HiddenPosition, unchanged_buffers
 from calm_pytorch.model.inputs import IGNORED, each_augment, labels_of, real_tokens
+from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, typed
-from lm_core.generation.decoding import eval_mode
 from lm_core.generation.generate import sample
 from lm_core.generation.sampling import top_p
 from lm_core.losses.losses import linear_cross_entropy

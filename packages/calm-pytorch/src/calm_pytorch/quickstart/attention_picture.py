@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 
 
 @torch.no_grad()

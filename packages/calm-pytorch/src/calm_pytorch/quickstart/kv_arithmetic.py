@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_positive, typed
-from lm_core.generation.decoding import eval_mode
 
 MODULUS = 11
 PLUS, MINUS, EQUALS = MODULUS, MODULUS + 1, MODULUS + 2

@@ -22,12 +22,12 @@ from calm_pytorch.training.example_order import ExampleOrder
 from calm_pytorch.training.objective import SummedLoss, check_settings, updates_of_warmup
 from calm_pytorch.training.state_cache import StateCache
 from calm_pytorch.training.warmup_schedule import WarmupSchedule
+from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import either, typed
 from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
-from lm_core.generation.decoding import eval_mode
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, pick_precision, start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar

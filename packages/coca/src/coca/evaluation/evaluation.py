@@ -18,7 +18,7 @@ from coca.evaluation.retrieval import retrieval_metrics
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import caption_ids, encode_captions
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coca.model.coca import CoCa
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 
 
 def zero_shot_classifier(

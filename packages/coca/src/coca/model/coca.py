@@ -29,11 +29,12 @@ from coca.model.cross_attention import MultimodalLayer
 from coca.model.image_encoders import ImageEncoder, token_width
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
+from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_positive, typed
 from lm_core.distributed import all_reduce_sum, world_size
 from lm_core.generation.beam_search import beam_search
-from lm_core.generation.decoding import Filter, eval_mode, without_tokens
+from lm_core.generation.decoding import Filter, without_tokens
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_k as keep_top_k
 from lm_core.generation.sampling import top_p as keep_top_p

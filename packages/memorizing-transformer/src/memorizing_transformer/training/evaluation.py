@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from lm_core.causal_lm import eval_mode
 from lm_core.data.documents import Documents
 from lm_core.data.packing import IGNORE_INDEX
 from lm_core.distributed import all_reduce_sum
-from lm_core.generation.decoding import eval_mode
 from lm_core.training.accelerator import Precision, autocast
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import XLMemories

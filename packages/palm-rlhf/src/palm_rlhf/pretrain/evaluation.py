@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids
 from lm_core.data.documents import Documents
 from lm_core.data.packing import ValidationBatches, bits_per_byte
 from lm_core.distributed import sum_over_processes
-from lm_core.generation.decoding import eval_mode
 from lm_core.tokenizers import Tokenizer
 from lm_core.training.accelerator import Precision
 from palm_rlhf.pretrain.loss import NextTokenLoss

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 from palm_rlhf.reward.model import RewardModel
 
 

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import check_ids, check_positive, typed
 from lm_core.distributed import all_reduce_gradients, all_reduce_sum, rank, world_size
-from lm_core.generation.decoding import eval_mode
 from lm_core.rng import restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, pick_device, start_accelerator
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar

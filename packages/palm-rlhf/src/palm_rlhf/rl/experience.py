@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lm_core.causal_lm import eval_mode
 from lm_core.distributed import world_size
-from lm_core.generation.decoding import eval_mode
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import Rollout
 

@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
+from lm_core.causal_lm import Generation
 from lm_core.checks import check_positive, check_probability, typed
-from lm_core.generation.decoding import Generation
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lm_core.generation.decoding import Filter, eval_mode
+from lm_core.causal_lm import eval_mode
+from lm_core.generation.decoding import Filter
 from lm_core.nn.masking import prompt_mask_from_lengths, right_pad
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.rl.log_probs import pack_kept

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lm_core.causal_lm import eval_mode
 from lm_core.distributed import all_reduce_gradients, rank, world_size
-from lm_core.generation.decoding import eval_mode
 from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import Experience

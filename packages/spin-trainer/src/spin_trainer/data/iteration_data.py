@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_core.causal_lm import eval_mode
 from lm_core.data.epochs import seed_of
 from lm_core.distributed import rank
-from lm_core.generation.decoding import eval_mode
 from spin_trainer.data.opponent_answers import (
     Answer,
     Interrupted,

@@ -17,14 +17,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 
 
 class FrozenReference(nn.Module):
     """The policy as it was when ``copy_params_from_model`` was last called.
 
     Args:
-        policy: a causal language model in the protocol of ``lm_core.generation.generate.CausalLM``.
+        policy: a causal language model in the protocol of ``lm_core.causal_lm.CausalLM``.
     """
 
     def __init__(self, policy: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A small decoder for the quickstart, the examples and the tests: rotary multi-query attention beside SwiGLU.
 
 It is the PaLM block (arXiv 2204.02311, section 2) made of ``lm_core``'s parts, without options: what self-play needs is
-any model in the protocol of ``lm_core.generation.generate.CausalLM``, and this is one that runs everywhere.
+any model in the protocol of ``lm_core.causal_lm.CausalLM``, and this is one that runs everywhere.
 
 Legend: b batch, n sequence, m cached and new, h heads, d features of a head, v vocabulary.
 """
@@ -130,5 +130,5 @@ class SmallDecoder(PretrainedMixin):
         cache: KVCache | None = None,
         **_: Any,
     ) -> Float[Tensor, "b n v"]:
-        """Logits of the given positions; see ``lm_core.generation.generate.CausalLM``."""
+        """Logits of the given positions; see ``lm_core.causal_lm.CausalLM``."""
         return self.hidden(ids, mask=mask, cache=cache) @ self.output_weight.T

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lm_core.generation.decoding import eval_mode
+from lm_core.causal_lm import eval_mode
 from lm_core.training.accelerator import Precision
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length, opponent_log_probs
 from spin_trainer.data.sft_data import SFTDataset

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lm_core.causal_lm import eval_mode
 from lm_core.distributed import all_reduce_sum, rank, world_size
-from lm_core.generation.decoding import eval_mode
 from spin_trainer.data.iteration_data import IterationData, Pair
 from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length
 from spin_trainer.data.sft_data import Example

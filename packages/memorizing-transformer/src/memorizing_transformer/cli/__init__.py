@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
-from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint, train
+from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint
+from memorizing_transformer.cli.train import train
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
 
@@ -33,7 +35,7 @@ Without arguments, on Python's own library (about two minutes on two CPU cores).
   memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m memorizing_transformer train
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command goes on from it,
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
 as it does after a kill."""
 
 
@@ -41,6 +43,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
         train,
         {
+            "text": Group(TextCorpus),
             "model": Group(MemorizingTransformer, skip=SETTLED, defaults=QUICKSTART_MODEL, as_dict=True),
             "settings": Group(TrainingSettings),  # segment_length is the model's
         },

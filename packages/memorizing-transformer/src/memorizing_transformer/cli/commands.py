@@ -4,132 +4,18 @@ Each returns the exit status.
 """
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import print_resume_hint, say
 from lm_core.cli.text_generation import TextGeneration, open_prompt, print_continuations
-from lm_core.data.corpora import held_out_documents, load_corpus
-from lm_core.data.documents import Documents
-from lm_core.distributed import rank, world_size
-from lm_core.rng import seed_everything
+from lm_core.data.corpora import held_out_documents
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
-from lm_core.training.run_directory import Result, write_summary
-from memorizing_transformer.cli.retrieval_report import retrieved_while_generating, write_page
+from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.training.config import TrainingSettings
-from memorizing_transformer.training.evaluation import Evaluation, evaluate
-from memorizing_transformer.training.retrofit import open_gates
-
-
-def train(
-    *,
-    model: dict[str, Any],
-    settings: TrainingSettings,
-    corpus: str = "stdlib",
-    field: str = "text",
-    tokenizer: str = "bytes",
-    validation_fraction: float = 0.05,
-    cache_dir: str | None = None,
-    checkpoint_dir: str = "runs/memorizing-quickstart",
-    start_from: str | None = None,
-    resume: bool | Literal["auto"] = "auto",
-    trackers: list[str] | None = None,
-    sample_tokens: int = 120,
-) -> int:
-    """Trains a Memorizing Transformer on documents in order.
-
-    Args:
-        model: arguments of ``MemorizingTransformer``.
-        settings: of the training.
-        corpus: "stdlib" (Python's own library), a .txt, .jsonl or .jsonl.gz file, any other file as bytes, or a folder.
-        field: of a .jsonl line, the text.
-        tokenizer: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
-        validation_fraction: how much of the corpus is held out.
-        cache_dir: where to keep the tokenised corpus, memory-mapped; without it, in memory.
-        checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
-        start_from: folder of a run or a model whose weights to begin with, for retrofitting a memory; its own sizes
-            are kept, and max_knn_memories is taken from here. Sigmoid gates that were never trained begin at a half.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: of accelerate, such as [tensorboard].
-        sample_tokens: how far the trained model continues a held-out document at the end; 0 for not at all.
-
-    Returns:
-        The exit status.
-    """
-    from memorizing_transformer.training.trainer import MemoryTrainer
-
-    encoder = load_tokenizer(tokenizer)
-    data = load_corpus(
-        corpus, tokenizer=encoder, field=field, validation_fraction=validation_fraction, cache_dir=cache_dir
-    )
-    seed_everything(settings.seed)
-    if start_from is None:
-        ends: dict[str, Any] = {"clear_memories_on_eos_token_id": encoder.eos_id}
-        memorizing = MemorizingTransformer(num_tokens=encoder.vocab_size, **ends, **model)
-    else:
-        memorizing = MemorizingTransformer.from_pretrained(
-            checkpoint_folder(start_from), max_knn_memories=model["max_knn_memories"]
-        )
-        if settings.use_memory and open_gates(memorizing):
-            say("gates       of a model that was trained without its memory: opened to a half")
-    trainer = MemoryTrainer(
-        model=memorizing,
-        corpus=data,
-        tokenizer=encoder,
-        checkpoint_dir=checkpoint_dir,
-        settings=settings,
-        resume=resume,
-        trackers=trackers or (),
-    )
-    millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
-    say(f"model       {millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
-    say(f"memory      {memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
-    say(f"corpus      {corpus}: {data.train.size} to learn from, {data.validation.size} held out")
-    say(f"            fingerprint {data.fingerprint[:16]}")
-    say(f"run         {checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
-    result = trainer.train()
-    if result.first_step == settings.max_steps:
-        say("            finished before; another --checkpoint_dir trains anew")
-    say(f"held out    {result.first_bits_per_byte:.3f} bits/byte before training")
-    if result.last is not None:
-        say(f"            {result.last.bits_per_byte:.3f} bits/byte at the last validation, {result.step} updates done")
-        if result.without_memory is not None:
-            say(f"            {result.without_memory.bits_per_byte:.3f} bits/byte of the same weights without memory")
-            say(_positions(result.last, result.without_memory))
-    say(f"checkpoint  {result.checkpoints / f'step-{result.step}'}")
-    say(f"metrics     {Path(checkpoint_dir) / 'metrics.jsonl'}")
-    say(f"curves      {result.curves or 'not drawn: pip install matplotlib, then run the same command again'}")
-    if result.outcome != "finished":
-        return print_resume_hint("memorizing-transformer", result.outcome, result.step, settings.max_steps)
-    if rank() == 0 and result.last is not None:  # None: finished before, and summed up then
-        last, without = result.last.bits_per_byte, result.without_memory
-        results = [Result("held-out bits/byte", last, before=result.first_bits_per_byte)]
-        if without is not None:
-            results.append(Result("held-out bits/byte, without -> with memory", last, before=without.bits_per_byte))
-        write_summary(checkpoint_dir, results, steps=result.step, seconds=result.seconds)
-    if sample_tokens and rank() == 0 and memorizing.memorizing_layers:
-        _show_retrieval(memorizing.eval(), data.validation, encoder, sample_tokens, Path(checkpoint_dir))
-    return 0
-
-
-def _show_retrieval(
-    model: MemorizingTransformer, documents: Documents, encoder: Any, new_tokens: int, folder: Path
-) -> None:
-    lengths = [abs(int(length) - 6000) for length in documents.lengths]
-    document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
-    prompt = document[: -min(200, len(document) // 2)].to(model.device)
-    generator = torch.Generator(model.device).manual_seed(0)
-    generated = retrieved_while_generating(
-        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=encoder.eos_id, generator=generator
-    )
-    page = write_page(folder / "retrieved.html", prompt.cpu(), generated, encoder)
-    print(f"retrieved   {page} shows what the memory gave while this was generated:\n")
-    print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([one.token for one in generated]))
+from memorizing_transformer.training.evaluation import evaluate
 
 
 def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
@@ -197,7 +83,7 @@ def evaluate_checkpoint(
     if model.memorizing_layers:
         off = evaluate(model, documents, use_memory=False, **settings)
         print(f"{off.bits_per_byte:.4f} bits/byte without memory")
-        print(_positions(on, off))
+        print("\n".join(gain_by_position(on, off)))
     return 0
 
 
@@ -272,11 +158,3 @@ def convert(
     encoder = None if tokenizer is None else load_tokenizer(tokenizer)
     print(f"wrote {convert_checkpoint(old, directory, dim_head=dim_head, overwrite=overwrite, tokenizer=encoder)}")
     return 0
-
-
-def _positions(on: Evaluation, off: Evaluation) -> str:
-    lines = ["            position in document: bits a token without memory - with memory = gain"]
-    for (first, number, with_memory), (_, _, without) in zip(on.by_position, off.by_position, strict=True):
-        a, b = without / 0.6931471805599453, with_memory / 0.6931471805599453
-        lines.append(f"            from {first:6,}: {a:.4f} - {b:.4f} = {a - b:+.4f}   ({number:,} tokens)")
-    return "\n".join(lines)

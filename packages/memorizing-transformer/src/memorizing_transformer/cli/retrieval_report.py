@@ -1,10 +1,11 @@
-"""Which past tokens the memory gave to each new one, as a page to look at.
+"""What the memory is worth: bits by position in the document, and a page of what each new token retrieved.
 
 For every generated token the page shows the remembered tokens that its query retrieved most often over heads, each with
 the text around it.
 """
 
 import html
+import math
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +20,21 @@ from lm_core.checkpoints.atomic_io import write_file
 from lm_core.generation.generate import generate
 from lm_core.tokenizers import Tokenizer
 from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.training.evaluation import Evaluation
 
 _STYLE = """body { font: 14px/1.5 sans-serif; max-width: 70em; margin: 2em auto; color: #222; background: #fff }
 code { font: 13px/1.4 monospace; white-space: pre-wrap } .token { background: #ffd27f } .found { background: #a6d8ff }
 table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid #ddd; padding: .3em .6em;
 text-align: left; vertical-align: top }"""
+
+
+def gain_by_position(on: Evaluation, off: Evaluation) -> list[str]:
+    """Lines of a table of the bits a token with memory and without, by position in the document."""
+    lines = ["position in document: bits a token without memory - with memory = gain"]
+    for (first, count, with_memory), (_, _, without) in zip(on.by_position, off.by_position, strict=True):
+        a, b = without / math.log(2), with_memory / math.log(2)
+        lines.append(f"from {first:6,}: {a:.4f} - {b:.4f} = {a - b:+.4f}   ({count:,} tokens)")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""The command ``train``."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.cli.corpus import TextCorpus
+from lm_core.cli.main import report, report_run
+from lm_core.data.documents import Documents
+from lm_core.distributed import rank, world_size
+from lm_core.rng import seed_everything
+from lm_core.training.run_directory import Result
+from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
+from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.training.config import TrainingSettings
+from memorizing_transformer.training.retrofit import open_gates
+
+
+def train(
+    *,
+    text: TextCorpus,
+    model: dict[str, Any],
+    settings: TrainingSettings,
+    checkpoint_dir: str = "runs/memorizing-quickstart",
+    start_from: str | None = None,
+    resume: bool | Literal["auto"] = "auto",
+    trackers: list[str] | None = None,
+    sample_tokens: int = 120,
+) -> int:
+    """Trains a Memorizing Transformer on documents in order.
+
+    Args:
+        text: what to learn from.
+        model: arguments of ``MemorizingTransformer``.
+        settings: of the training.
+        checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
+        start_from: folder of a run or a model whose weights to begin with, for retrofitting a memory; its own sizes
+            are kept, and max_knn_memories is taken from here. Sigmoid gates that were never trained begin at a half.
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: names of accelerate's trackers, such as tensorboard.
+        sample_tokens: tokens with which the trained model continues a held-out document at the end; 0 for none.
+
+    Returns:
+        The exit status.
+    """
+    from memorizing_transformer.training.trainer import MemoryTrainer
+
+    encoder, data = text.load()
+    seed_everything(settings.seed)
+    if start_from is None:
+        ends: dict[str, Any] = {"clear_memories_on_eos_token_id": encoder.eos_id}
+        memorizing = MemorizingTransformer(num_tokens=encoder.vocab_size, **ends, **model)
+    else:
+        memorizing = MemorizingTransformer.from_pretrained(
+            checkpoint_folder(start_from), max_knn_memories=model["max_knn_memories"]
+        )
+        if settings.use_memory and open_gates(memorizing):
+            report("gates", "of a model that was trained without its memory: opened to a half")
+    trainer = MemoryTrainer(
+        model=memorizing,
+        corpus=data,
+        tokenizer=encoder,
+        checkpoint_dir=checkpoint_dir,
+        settings=settings,
+        resume=resume,
+        trackers=trackers or (),
+    )
+    millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
+    report("model", f"{millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
+    report("memory", f"{memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
+    report("corpus", f"{text.corpus}: {data.train.size} to learn from, {data.validation.size} held out")
+    report("", f"fingerprint {data.fingerprint[:16]}")
+    report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
+    result = trainer.train()
+    lines = [("held out", f"{result.first_bits_per_byte:.3f} bits/byte before training")]
+    results = []
+    if result.last is not None:
+        last = result.last.bits_per_byte
+        lines.append(("", f"{last:.3f} bits/byte at the last validation, {result.step} updates done"))
+        results.append(Result("held-out bits/byte", last, before=result.first_bits_per_byte))
+        if result.without_memory is not None:
+            without = result.without_memory.bits_per_byte
+            lines.append(("", f"{without:.3f} bits/byte of the same weights without memory"))
+            lines += [("", line) for line in gain_by_position(result.last, result.without_memory)]
+            results.append(Result("held-out bits/byte, without -> with memory", last, before=without))
+    status = report_run(
+        "memorizing-transformer", result, checkpoint_dir, max_steps=settings.max_steps, lines=lines, results=results
+    )
+    if result.outcome == "finished" and sample_tokens and rank() == 0 and memorizing.memorizing_layers:
+        _show_retrieval(memorizing.eval(), data.validation, encoder, sample_tokens, Path(checkpoint_dir))
+    return status
+
+
+def _show_retrieval(
+    model: MemorizingTransformer, documents: Documents, encoder: Any, new_tokens: int, folder: Path
+) -> None:
+    """Continues a held-out document of some 6,000 tokens, and writes a page of what the memory returned."""
+    lengths = [abs(int(length) - 6000) for length in documents.lengths]
+    document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
+    prompt = document[: -min(200, len(document) // 2)].to(model.device)
+    generator = torch.Generator(model.device).manual_seed(0)
+    generated = retrieved_while_generating(
+        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=encoder.eos_id, generator=generator
+    )
+    page = write_page(folder / "retrieved.html", prompt.cpu(), generated, encoder)
+    report("retrieved", f"{page} shows what the memory returned while this was generated:\n")
+    print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([token.token for token in generated]))

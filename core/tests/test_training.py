@@ -133,6 +133,48 @@ def test_the_schedule_moves_once_a_step_and_resumes_where_it_was():
     assert resumed.learning_rate == schedule.learning_rate == other.param_groups[0]["lr"]
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "arguments"),
+    [
+        (torch.optim.lr_scheduler.ExponentialLR, {"gamma": 0.5}),
+        (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 10}),
+    ],
+)
+def test_a_torch_scheduler_is_scaled_by_the_warmup_and_resumes_where_it_was(scheduler, arguments):
+    def schedule_of(optimizer):
+        return LearningRateSchedule(
+            optimizer, kind="constant", warmup_steps=3, scheduler=scheduler, scheduler_kwargs=arguments
+        )
+
+    alone = _optimizer(0.5)
+    torch_schedule = scheduler(alone, **arguments)
+    expected = []
+    for step in range(8):
+        expected.append(alone.param_groups[0]["lr"] * min(1.0, (step + 1) / 3))
+        alone.step()
+        torch_schedule.step()
+    optimizer = _optimizer(0.5)
+    schedule = schedule_of(optimizer)
+    rates = []
+    for step in range(8):
+        if step in (2, 5):  # in the warmup and after it
+            optimizer, before = _optimizer(0.5), (optimizer.state_dict(), schedule.state_dict())
+            schedule = schedule_of(optimizer)
+            optimizer.load_state_dict(before[0])
+            schedule.load_state_dict(before[1])
+        rates.append(schedule.learning_rate)
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_a_torch_scheduler_and_a_falling_kind_exclude_each_other():
+    with pytest.raises(ValueError, match="kind must be \"constant\" with a scheduler, got 'cosine'"):
+        LearningRateSchedule(
+            _optimizer(), scheduler=torch.optim.lr_scheduler.ConstantLR, scheduler_kwargs={}, total_steps=9
+        )
+
+
 def test_groups_keep_the_ratio_of_their_rates_and_tensor_rates_stay_tensors():
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (torch.tensor(1.0), torch.tensor(0.1))]
     optimizer = torch.optim.AdamW(groups, lr=torch.tensor(1.0))
@@ -476,7 +518,7 @@ def _lines(path: Path, text: str) -> Path:
         (
             lambda p: LearningRateSchedule(_optimizer(), kind="constant").load_state_dict({"last_epoch": 1}),
             ValueError,
-            r"the key 'steps_done', got \['last_epoch'\]",
+            r"the keys \['steps_done'\], got \['last_epoch'\]",
         ),
         (lambda p: clip_global_norm([], 0.0), ValueError, r"positive or None, got 0\.0"),
         (lambda p: clip_global_norm([], math.nan), ValueError, "positive or None, got nan"),

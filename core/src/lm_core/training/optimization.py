@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lm_core.checks import typed
 from lm_core.distributed import any_rank
@@ -108,17 +109,19 @@ def learning_rate_scale(
 
 
 class LearningRateSchedule:
-    """Sets the learning rates of an optimizer; ``step()`` goes after each update.
+    """Sets the learning rates of an optimizer; call ``step()`` after each update.
 
     Args:
         optimizer: anything with ``param_groups``; their learning rates now are the peaks.
-        kind: as for ``learning_rate_scale``.
+        kind: as for ``learning_rate_scale``; "constant" with a ``scheduler``, which replaces it.
         warmup_steps: as for ``learning_rate_scale``.
         total_steps: as for ``learning_rate_scale``.
         final_scale: as for ``learning_rate_scale``.
+        scheduler: a torch class such as ``CosineAnnealingLR``, whose rates are scaled by the warmup.
+        scheduler_kwargs: its arguments besides the optimizer.
 
     Raises:
-        ValueError: as ``learning_rate_scale``.
+        ValueError: as ``learning_rate_scale``; or both a ``scheduler`` and a ``kind`` that falls are given.
     """
 
     @typed
@@ -130,7 +133,11 @@ class LearningRateSchedule:
         warmup_steps: int = 0,
         total_steps: int | None = None,
         final_scale: float = 0.1,
+        scheduler: type[LRScheduler] | None = None,
+        scheduler_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        if scheduler is not None and kind != "constant":
+            raise ValueError(f'kind must be "constant" with a scheduler, got {kind!r}')
         self.settings: dict[str, Any] = {
             "kind": kind,
             "warmup_steps": warmup_steps,
@@ -139,41 +146,59 @@ class LearningRateSchedule:
         }
         learning_rate_scale(0, **self.settings)
         self.optimizer = optimizer
+        self.scheduler = None if scheduler is None else scheduler(optimizer, **(scheduler_kwargs or {}))
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.steps_done = 0
         self._apply()
 
     def _apply(self) -> None:
-        scale = learning_rate_scale(self.steps_done, **self.settings)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+        self._set([peak * learning_rate_scale(self.steps_done, **self.settings) for peak in self.peaks])
+
+    def _set(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(peak * scale)  # a compiled or capturable optimizer keeps the tensor
+                group["lr"].fill_(rate)  # a compiled or capturable optimizer keeps the tensor
             else:
-                group["lr"] = peak * scale
+                group["lr"] = rate
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group, for the next update."""
+        """Learning rate of the first group, for the next update."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self) -> None:
-        """Tells that an update was made."""
+        """Counts an update and sets the learning rates of the next one."""
+        if self.scheduler is not None:
+            self._set(self.peaks)  # some schedulers compute the next rate from the one they find
+            self.scheduler.step()
+            self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.steps_done += 1
         self._apply()
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of updates done; all else follows from the settings."""
-        return {"steps_done": self.steps_done}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of updates done, and the state of a torch scheduler; all else follows from the settings."""
+        if self.scheduler is None:
+            return {"steps_done": self.steps_done}
+        kept = {
+            name: value
+            for name, value in self.scheduler.state_dict().items()
+            if isinstance(value, int | float | list) and not isinstance(value, bool)
+        }
+        return {"steps_done": self.steps_done, "peaks": list(self.peaks), "scheduler": kept}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on at the update ``state`` was taken at; call it after the optimizer's own ``load_state_dict``.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes at the update ``state`` was taken at; call it after the optimizer's own ``load_state_dict``.
 
         Raises:
-            ValueError: the state is not of a schedule.
+            ValueError: the state is not of such a schedule.
         """
-        if set(state) != {"steps_done"}:
-            raise ValueError(f"state must have the key 'steps_done', got {sorted(state)}")
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         self.steps_done = int(state["steps_done"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state["scheduler"]})
+            self.peaks = list(state["peaks"])
         self._apply()
 
 

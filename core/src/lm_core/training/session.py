@@ -36,7 +36,7 @@ the row of metrics, then a validation, then the checkpoint; a resumed run drops 
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -209,6 +209,7 @@ class TrainingSession:
         architecture: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         check: Callable[[Checkpoint], None] | None = None,
+        upgrade: Callable[[Checkpoint], Mapping[str, Any]] | None = None,
         save_weights: Callable[[], nn.Module | Mapping[str, Tensor]] | None = None,
         load_weights: Callable[[Checkpoint], None] | None = None,
         model_config: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
@@ -239,6 +240,7 @@ class TrainingSession:
             architecture: arguments of the model that have to be equal to resume.
             identity: other values that have to be equal to resume, besides the seed.
             check: raises if a run cannot resume from a checkpoint for another reason.
+            upgrade: returns the state of a checkpoint that a version before sessions wrote, under the keys of ``save``.
             save_weights: returns what checkpoints hold instead of ``model``.
             load_weights: loads the weights of a checkpoint; nothing is sharded or wrapped yet.
             model_config: ``config.json`` of checkpoints, by default the model's own.
@@ -270,6 +272,7 @@ class TrainingSession:
         self._architecture = dict(architecture or {})
         self._identity = identity if callable(identity) else lambda: identity or {}
         self._check = check
+        self._upgrade = upgrade
         self._save_weights = save_weights
         self._load_weights = load_weights
         self._model_config = model_config
@@ -531,6 +534,8 @@ class TrainingSession:
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
         """Loads weights and states, shards, makes the optimizer; a checkpoint is refused before anything is changed."""
         if checkpoint is not None:
+            if self._upgrade is not None and "identity" not in checkpoint.trainer_state:
+                checkpoint = replace(checkpoint, trainer_state=dict(self._upgrade(checkpoint)))
             self._check_resumable(checkpoint)
             self._restore(checkpoint)
         if self._blocks is not None:
@@ -592,7 +597,7 @@ class TrainingSession:
 
     def _parts(self, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Objects with a state, and their states in ``checkpoint``."""
-        return [(self._state, checkpoint.trainer_state["state"]), (self._rank_state, checkpoint.rng["state"])]
+        return [(self._state, checkpoint.trainer_state["state"]), (self._rank_state, checkpoint.rng.get("state", {}))]
 
     # --------------------------------------------------------------------------------------- beginning and end
 

@@ -159,14 +159,14 @@ def test_train_prints_what_it_made_and_continues_the_prompt(text, tmp_path, caps
     assert "bits/byte before training" in printed
     assert "bits/byte at the last validation, 4 updates done" in printed
     assert f"{folder / 'checkpoints' / 'step-4'}" in printed
-    assert "It continues 'def add(a, b):\\n'" in printed
+    assert "Continuation of 'def add(a, b):\\n'" in printed
     assert "\ndef add(a, b):\n" in printed
     assert {path.name for path in folder.iterdir()} >= {"checkpoints", "metrics.jsonl", "curves.png", "run.json"}
 
 
 def test_train_again_says_that_the_run_was_finished(run, text, capsys):
     assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(run), *TINY]) == 0
-    assert "finished before; another --checkpoint_dir trains anew" in capsys.readouterr().out
+    assert "already complete; pass a new --checkpoint_dir to start over" in capsys.readouterr().out
 
 
 def test_train_without_matplotlib_says_how_to_get_the_curves(text, tmp_path, monkeypatch, capsys):

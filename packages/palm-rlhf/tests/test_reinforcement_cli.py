@@ -41,7 +41,7 @@ def test_reward_then_ppo_and_grpo_then_sample(folder, capsys):
             "KL from the reference, nats a response",
         ]
         assert main([command, *learn, *place, *more]) == 0
-        assert "finished before; another --checkpoint_dir trains anew" in capsys.readouterr().out
+        assert "already complete; pass a new --checkpoint_dir to start over" in capsys.readouterr().out
     assert json.loads((folder / "reward" / "summary.json").read_text())["steps"] == 4
     assert main(["sample", "ppo", "ab", "--num_samples", "2", "--reward", "reward", "--max_new_tokens", "4"]) == 0
     assert capsys.readouterr().out.count("--- reward") == 2

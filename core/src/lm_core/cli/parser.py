@@ -65,12 +65,14 @@ class Command:
         description: by default the first line of the function's docstring.
         presets: other defaults than the function's, given the arguments that were chosen; ``--print_config`` prints
             them as it does all.
+        defaults: other defaults than the function's, whatever is chosen.
     """
 
     function: Callable[..., int]
     groups: Mapping[str, Group] = field(default_factory=dict)
     description: str | None = None
     presets: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, arguments: Mapping[str, Any]) -> int:
         """Calls the function; returns the exit status."""
@@ -98,7 +100,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  #
             action.option_strings = strings
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = str(super()._get_help_string(action)).replace("%(type)s", "")
+        text = str(super()._get_help_string(action)).replace("%(type)s", "").replace("``", "")
         text = re.sub(r"\((required, )?type: (, )?", lambda found: f"({found[1] or ''}", text).replace(" ()", "")
         first = text.split(" ", 1)[0].strip(",;")
         literals = {str(value).lower() for value in typing.get_args(getattr(action, "_typehint", None))}
@@ -156,6 +158,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         parser.add_function_arguments(
             command.function, as_group=False, as_positional=True, skip=set(command.groups) or None
         )
+        parser.set_defaults(dict(command.defaults))
         for group in command.groups.values():
             names = set(inspect.signature(group.kind).parameters)
             skip = {*group.skip, *(names & {action.dest for action in parser._actions})}
@@ -165,8 +168,9 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             for action in parser._actions:
                 action.required = action.required and action.dest not in group.defaults
         for action in parser._actions:
-            if action.option_strings and action.metavar is None and action.nargs is None:
-                action.metavar = _metavar(getattr(action, "_typehint", action.type))
+            hint = getattr(action, "_typehint", action.type)
+            if action.option_strings and action.nargs is None and (action.metavar is None or _element(hint)):
+                action.metavar = _metavar(hint)
         self._subcommands_action.add_subcommand(name, parser, help=description.split("\n", 1)[0])
         parser.prog = f"{self.prog} {name}"
         self.commands[name] = parser

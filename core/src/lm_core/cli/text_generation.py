@@ -1,4 +1,4 @@
-"""Continuing a text with a model from a folder: what the ``generate`` commands do."""
+"""Continuation of a text by a model from a folder, for the ``generate`` commands."""
 
 import sys
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from lm_core.training.accelerator import pick_device
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TextGeneration:
-    """Generation: how far, how tokens are drawn, where.
+    """Generation: length, sampling and device.
 
     Args:
-        max_new_tokens: at most; the end-of-document token ends earlier.
-        temperature: 0 takes the most likely token each time.
+        max_new_tokens: tokens at most; the end-of-document token ends earlier.
+        temperature: divisor of the logits; 0 takes the most likely token each time.
         top_k: keeps the k most likely tokens.
         top_p: keeps the most likely tokens up to this probability together.
         min_p: keeps tokens at least this fraction as likely as the most likely one.
         repetition_penalty: above 1, tokens already there become less likely.
-        num_samples: how many continuations.
-        seed: of the draws.
-        tokenizer: instead of the one in the checkpoint.
+        num_samples: number of continuations.
+        seed: seed of the draws.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
         progress: shows a progress bar.
 
@@ -74,7 +74,7 @@ def open_prompt(
         model_class: with ``from_pretrained``.
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: a text; "-" reads it from standard input, "@FILE" from a file.
-        tokenizer: instead of the one in the checkpoint.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: as ``lm_core.training.accelerator.pick_device`` takes it.
 
     Raises:

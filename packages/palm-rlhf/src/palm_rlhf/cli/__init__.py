@@ -6,12 +6,13 @@ from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
-from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, train
-from palm_rlhf.cli.policies import grpo, ppo
+from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, sample
 from palm_rlhf.cli.reward import reward
-from palm_rlhf.cli.sample import sample
+from palm_rlhf.cli.rl import command_of
+from palm_rlhf.cli.train import train
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.pretrain.config import TrainingSettings
+from palm_rlhf.rl.objectives import OBJECTIVES
 
 # The quickstart's model: what two CPU cores can teach something in a minute and a half. Normalised queries and keys
 # bear a higher learning rate (4e-3: 2.54 bits/byte after 480 updates; without them 3e-3 gave 2.62, and 6e-3 less).
@@ -45,8 +46,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "eval": evaluate_checkpoint,
     "convert": convert,
     "reward": reward,
-    "ppo": ppo,
-    "grpo": grpo,
+    **{name: command_of(name) for name in OBJECTIVES},
     "sample": sample,
 }
 

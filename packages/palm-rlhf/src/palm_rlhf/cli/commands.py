@@ -1,14 +1,109 @@
-"""The command ``sample``: responses of a trained policy, the best first."""
+"""The commands on trained models: ``generate``, ``eval``, ``sample`` and ``convert``."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.cli.text_generation import TextGeneration, print_continuations
+from lm_core.data.corpora import held_out_documents
+from lm_core.generation.generate import generate as generate_tokens
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
 from palm_rlhf.cli.sources import find_reward
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.pretrain.evaluation import evaluate
+
+
+def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
+    """Continues a prompt and prints it.
+
+    Args:
+        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
+        prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
+        settings: length and sampling of the continuation.
+
+    Returns:
+        The exit status.
+    """
+    print_continuations(PaLM, checkpoint, prompt, settings)
+    return 0
+
+
+def evaluate_checkpoint(
+    checkpoint: str,
+    *,
+    corpus: str = "stdlib",
+    field: str = "text",
+    tokenizer: str | None = None,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    device: str = "auto",
+) -> int:
+    """Prints how well a checkpoint predicts text, in bits per byte.
+
+    Args:
+        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
+        corpus: "stdlib" for the held-out part of Python's library, or any other source of text, scored whole.
+        field: column that holds the text, where there are columns.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
+        sequence_length: tokens a row; each is predicted from those before it in its row.
+        batch_size: rows at a time.
+        max_tokens: tokens scored, about, in rows taken evenly from the documents; null for all.
+        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
+        device: auto takes CUDA, then MPS, then the CPU.
+
+    Returns:
+        The exit status.
+    """
+    folder = checkpoint_folder(checkpoint)
+    encoder = load_tokenizer(tokenizer or folder)
+    held_out = evaluate(
+        PaLM.from_pretrained(folder).to(pick_device(device)),
+        held_out_documents(corpus, tokenizer=encoder, field=field),
+        encoder,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        precision=precision,
+        progress=True,
+    )
+    print(f"{held_out.bits_per_byte:.4f} bits/byte, {held_out.loss:.4f} nats/token over {held_out.tokens:,} tokens")
+    return 0
+
+
+def convert(
+    old: str,
+    directory: str,
+    *,
+    norm_gain: Literal["auto", "plain", "offset"] = "auto",
+    prefix: str | None = None,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Turns a weight file of PaLM-rlhf-pytorch into a folder that ``PaLM.from_pretrained`` opens.
+
+    Args:
+        old: file with the state dict of a PaLM, RewardModel or ActorCritic.
+        directory: folder to write.
+        norm_gain: form in which norms are stored: plain up to release 0.2.3, offset later; auto decides by the values.
+        prefix: name before token_emb.weight of the PaLM to take, where the file has several, such as "actor_palm".
+        tokenizer: tokenizer to store with the model: "bytes", a folder, or organisation/name on the hub.
+        overwrite: allows writing to a folder with content.
+
+    Returns:
+        The exit status.
+    """
+    from palm_rlhf.interop.weight_files import convert_checkpoint
+
+    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
+    folder = convert_checkpoint(
+        old, directory, norm_gain=norm_gain, prefix=prefix, overwrite=overwrite, tokenizer=encoder
+    )
+    print(f"wrote {folder}")
+    return 0
 
 
 def sample(
@@ -28,20 +123,19 @@ def sample(
 
     Args:
         checkpoint: folder of a run of ppo or grpo, or of a PaLM.
-        prompt: the text to answer.
-        scope: of the policy; null for the network as it is.
+        prompt: text to answer.
+        scope: LoRA scope of the policy; null for the network as it is.
         reward: folder of a reward model or of its run, or module:function.
-        num_samples: how many responses.
+        num_samples: number of responses.
         max_new_tokens: tokens of a response at most.
-        temperature: of the draws; above 0.
-        tokenizer: instead of the one in the checkpoint.
-        seed: of the draws.
+        temperature: divisor of the logits; above 0.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
+        seed: seed of the draws.
         device: auto takes CUDA, then MPS, then the CPU.
 
     Returns:
         The exit status.
     """
-    from lm_core.generation.generate import generate
     from palm_rlhf.data.prompts import load_prompts
     from palm_rlhf.reward.rewards import as_reward, check_scores
     from palm_rlhf.rl.rollouts import rollout_of
@@ -54,7 +148,7 @@ def sample(
     palm = PaLM.from_pretrained(folder).to(place)
     (asked,) = load_prompts([prompt], tokenizer=encoder)
     role: dict[str, Any] = {} if scope is None else {"finetune_scope": scope}
-    result = generate(
+    result = generate_tokens(
         palm,
         [asked.ids.to(place)] * num_samples,
         max_new_tokens=max_new_tokens,
@@ -69,10 +163,10 @@ def sample(
         for text in texts:
             print(prompt + text)
         return 0
-    judge, _ = find_reward(reward)
+    scorer, _ = find_reward(reward)
     rollout = rollout_of([asked] * num_samples, responses, finished=result.finished.tolist())
     rollout = type(rollout)(**{**vars(rollout), "texts": texts})
-    scores = check_scores(as_reward(judge)(rollout), num_samples).tolist()
+    scores = check_scores(as_reward(scorer)(rollout), num_samples).tolist()
     for score, text in sorted(zip(scores, texts, strict=True), reverse=True):
         print(f"--- reward {score:.3f}\n{prompt + text}")
     return 0

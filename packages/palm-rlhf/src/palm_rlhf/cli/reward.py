@@ -1,4 +1,4 @@
-"""The command ``reward``: a typed function that flags and help are made from."""
+"""The command ``reward``: a reward model on preferences or labels."""
 
 import time
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import print_resume_hint, say
+from lm_core.cli.main import print_resume_hint, report
 from lm_core.data.corpora import load_corpus
 from lm_core.distributed import rank
 from lm_core.tokenizers import load_tokenizer
@@ -40,18 +40,19 @@ def reward(
 
     Args:
         checkpoint: folder of a PaLM or of the run that trained it.
-        pairs: "stdlib", or a .jsonl file with prompt, chosen, rejected (and margin), or prompt, response, label.
-        validation_pairs: the same, held out; by default a tenth of the pairs.
-        tokenizer: instead of the one in the checkpoint.
+        pairs: "stdlib", or rows (a file, a folder, a glob) with prompt, chosen, rejected (and margin), or with prompt,
+            response, label.
+        validation_pairs: held-out rows of the same form; by default a tenth of the pairs.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
         num_binned_output: bins of labels; 0 for pairs and numbers.
         lora_r: rank of the reward scope.
-        dropout: of the reward scope.
-        stdlib_pairs: how many pairs are cut out of the library.
-        max_steps: updates.
+        dropout: dropout of the reward scope.
+        stdlib_pairs: pairs that are cut out of the library.
+        max_steps: optimizer updates of the whole run.
         batch_size: examples an update.
-        learning_rate: at its peak.
+        learning_rate: peak learning rate.
         normalize: gives held-out chosen responses mean reward 0, and all held-out responses deviation 1.
-        seed: of order and dropout.
+        seed: seed of order and dropout.
         device: auto takes CUDA, then MPS, then the CPU.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
@@ -92,16 +93,17 @@ def reward(
         seed=seed,
         device=device,
     )
-    say(f"reward model on {folder}: {len(trainer.examples)} examples, {len(trainer.held_out)} held out")
+    report("model", f"reward model on {folder}")
+    report("pairs", f"{len(trainer.examples)} to learn from, {len(trainer.held_out)} held out")
     started = time.monotonic()
     result = trainer.train()
-    worked = result.first_step < max_steps
-    if not worked:
-        say("            finished before; another --checkpoint_dir trains anew")
-    say(f"held out    accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
-    say(f"curves      {Path(checkpoint_dir) / 'curves.png'}")
-    say(f"checkpoint  {Path(checkpoint_dir) / 'checkpoints' / f'step-{result.step}'}")
+    trained = result.first_step < max_steps
+    if not trained:
+        report("", "already complete; pass a new --checkpoint_dir to start over")
+    report("held out", f"accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
+    report("checkpoint", Path(checkpoint_dir) / "checkpoints" / f"step-{result.step}")
+    report("curves", Path(checkpoint_dir) / "curves.png")
     if result.outcome == "finished" and rank() == 0:
         key = Result("held-out accuracy of the reward", result.last_accuracy, result.first_accuracy, "higher")
-        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started if worked else None)
+        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started if trained else None)
     return print_resume_hint("palm-rlhf", result.outcome, result.step, max_steps)

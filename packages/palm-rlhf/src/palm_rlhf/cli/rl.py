@@ -1,248 +1,162 @@
-"""The commands ``ppo`` and ``grpo``: typed functions that flags and help are made from."""
+"""The commands of reinforcement learning, one for each objective: training, then reference and actor side by side."""
 
-from typing import Literal
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from lm_core.checks import typed
+from lm_core.cli.main import print_resume_hint, report
+from lm_core.cli.parser import Command, Group
+from lm_core.distributed import rank
 from lm_core.generation.sampling import filters_of
-from palm_rlhf.cli.learning import learn
-from palm_rlhf.cli.sources import PPO, REWARD, find_reward, find_sources
+from lm_core.training.run_directory import Result, write_summary
+from palm_rlhf.cli.sources import REWARD, VALIDATION_PROMPTS, find_reward, find_sources
+from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.rl.config import RLConfig
+from palm_rlhf.rl.objectives import OBJECTIVES, Objective
+from palm_rlhf.rl.policy import ActorCritic
+
+SHOWN = 2
+# Arguments of ActorCritic that the command settles itself.
+SETTLED = ("palm", "critic_palm", "with_critic", "precision", "actor_lora_scope", "critic_lora_scope")
+# The quickstart's: a LoRA scope of a small model bears high learning rates.
+CONFIG = {"actor_lr": 1e-3, "critic_lr": 3e-3, "checkpoint_every": 40}
+OF_OBJECTIVE = {"ppo": {"kl_div_loss_weight": 0.2, "value_clip": None}}
+EPOCHS = {"ppo": 2}
+EPISODES = {"ppo": 1088}
 
 
-def ppo(
-    *,
-    reward: str = REWARD,
-    checkpoint: str | None = None,
-    prompts: str = "stdlib",
-    validation_prompts: str | None = None,
-    tokenizer: str | None = None,
-    num_episodes: int = 1088,
-    update_timesteps: int = 64,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_strings: list[str] | None = None,
-    actor_lr: float = 1e-3,
-    critic_lr: float = 3e-3,
-    actor_lora: bool = True,
-    critic_lora: bool = True,
-    actor_lora_r: int | None = None,
-    critic_lora_r: int | None = None,
-    eps_clip: float = 0.2,
-    value_clip: float | None = None,
-    beta_s: float = 0.0,
-    kl_div_loss_weight: float = 0.2,
-    kl_in: Literal["reward", "loss"] = "reward",
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1",
-    kl_target: float | None = None,
-    gae_lambda: float = 0.95,
-    advantage_estimator: Literal["gae", "group", "rloo", "reinforce"] = "gae",
-    missing_eos_penalty: float = 0.0,
-    minibatch_size: int = 16,
-    epochs: int = 2,
-    max_grad_norm: float | None = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    checkpoint_dir: str = PPO,
-    checkpoint_every: int = 40,
-    resume: bool | Literal["auto"] = "auto",
-) -> int:
-    """Trains a policy by PPO against a reward; by default the quickstart's model against its reward model.
+@typed
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """Responses: how many are drawn, and how.
 
     Args:
-        reward: folder of a reward model or of its run, or module:function.
-        checkpoint: folder of the policy; by default the base the reward model was trained on, which both then share.
-        prompts: "stdlib", or a .jsonl file with a column prompt; other columns reach text rewards.
-        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
-            for a file the first of ``prompts``.
-        tokenizer: instead of the one in the checkpoint.
-        num_episodes: responses over the whole run.
-        update_timesteps: responses drawn before learning from them.
-        max_new_tokens: tokens of a response at most.
-        temperature: of the draws.
-        top_k: keeps the k most likely tokens.
-        top_p: keeps the most likely tokens up to this probability together.
-        stop_strings: end a response.
-        actor_lr: learning rate of the actor.
-        critic_lr: of the critic.
-        actor_lora: trains a scope instead of the network.
-        critic_lora: the same for the critic.
-        actor_lora_r: rank.
-        critic_lora_r: rank.
-        eps_clip: how far the probability ratio may move.
-        value_clip: how far a value may; null for the plain squared error.
-        beta_s: weight of the entropy bonus.
-        kl_div_loss_weight: of the divergence from the reference.
-        kl_in: whether it is paid for in the reward or in the loss.
-        kl_estimator: of that divergence.
-        kl_target: nats a response; makes the weight adaptive.
-        gae_lambda: of GAE.
-        advantage_estimator: gae is PPO; the others need no critic.
-        missing_eos_penalty: taken off the reward of a response that did not end.
-        minibatch_size: responses an update.
-        epochs: passes over each batch of responses.
-        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
-        seed: of everything.
-        device: auto takes CUDA, then MPS, then the CPU.
-        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        checkpoint_dir: folder of the run.
-        checkpoint_every: updates between checkpoints.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
-
-    Returns:
-        The exit status.
-    """
-    from palm_rlhf.rl.trainer import RLHFTrainer
-
-    judge, base = find_reward(reward)
-    folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
-    trainer = RLHFTrainer(
-        palm=judge.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
-        reward=judge,
-        prompts=asked,
-        tokenizer=encoder,
-        actor_lr=actor_lr,
-        critic_lr=critic_lr,
-        actor_lora=actor_lora,
-        critic_lora=critic_lora,
-        actor_lora_r=actor_lora_r,
-        critic_lora_r=critic_lora_r,
-        eps_clip=eps_clip,
-        value_clip=value_clip,
-        beta_s=beta_s,
-        kl_div_loss_weight=kl_div_loss_weight,
-        kl_in=kl_in,
-        kl_estimator=kl_estimator,
-        kl_target=kl_target,
-        gae_lambda=gae_lambda,
-        advantage_estimator=advantage_estimator,
-        missing_eos_penalty=missing_eos_penalty,
-        minibatch_size=minibatch_size,
-        epochs=epochs,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        device=device,
-        precision=precision,
-        checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-    )
-    return learn(
-        trainer,
-        held_out,
-        num_episodes=num_episodes,
-        update_timesteps=update_timesteps,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        filters=filters_of(top_k=top_k, top_p=top_p),
-        stop_strings=stop_strings or [],
-    )
-
-
-def grpo(
-    *,
-    reward: str = REWARD,
-    checkpoint: str | None = None,
-    prompts: str = "stdlib",
-    validation_prompts: str | None = None,
-    tokenizer: str | None = None,
-    num_episodes: int = 1280,
-    update_timesteps: int = 64,
-    group_size: int = 8,
-    max_new_tokens: int = 32,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_strings: list[str] | None = None,
-    actor_lr: float = 1e-3,
-    actor_lora: bool = True,
-    actor_lora_r: int | None = None,
-    eps_clip: float = 0.2,
-    kl_div_loss_weight: float = 0.04,
-    aggregation: Literal["sequence", "token"] = "sequence",
-    scale_rewards: Literal["group", "batch", "none"] = "group",
-    minibatch_size: int = 16,
-    epochs: int = 1,
-    max_grad_norm: float | None = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-    checkpoint_dir: str = "runs/palm-grpo",
-    checkpoint_every: int = 40,
-    resume: bool | Literal["auto"] = "auto",
-) -> int:
-    """Trains a policy by GRPO against a reward.
-
-    Args:
-        reward: folder of a reward model or of its run, or module:function.
-        checkpoint: folder of the policy; by default the base the reward model was trained on.
-        prompts: "stdlib", or a .jsonl file with a column prompt; other columns reach text rewards.
-        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
-            for a file the first of ``prompts``.
-        tokenizer: instead of the one in the checkpoint.
         num_episodes: responses over the whole run.
         update_timesteps: responses drawn before learning from them; whole groups.
-        group_size: responses to each prompt.
         max_new_tokens: tokens of a response at most.
-        temperature: of the draws.
+        temperature: divisor of the logits.
         top_k: keeps the k most likely tokens.
         top_p: keeps the most likely tokens up to this probability together.
-        stop_strings: end a response.
-        actor_lr: learning rate.
-        actor_lora: trains a scope instead of the network.
-        actor_lora_r: rank.
-        eps_clip: how far the probability ratio may move.
-        kl_div_loss_weight: of the divergence from the reference.
-        aggregation: mean over responses of means over tokens, or over all tokens.
-        scale_rewards: divides by the deviation of the group, of all, or not at all.
-        minibatch_size: responses an update.
-        epochs: passes over each batch of responses.
-        max_grad_norm: gradients with a greater global norm are scaled down; null only measures it.
-        seed: of everything.
-        device: auto takes CUDA, then MPS, then the CPU.
-        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
+        stop_strings: texts that end a response.
+    """
+
+    num_episodes: int = 1280
+    update_timesteps: int = 64
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_strings: list[str] | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of ``RLHFTrainer.sampling``."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "filters": filters_of(top_k=self.top_k, top_p=self.top_p),
+            "stop_strings": self.stop_strings or [],
+        }
+
+
+def train_policy(
+    *,
+    objective: Objective,
+    config: RLConfig,
+    policy: dict[str, Any],
+    responses: Responses,
+    reward: str = REWARD,
+    checkpoint: str | None = None,
+    prompts: str = "stdlib",
+    validation_prompts: str | None = None,
+    tokenizer: str | None = None,
+    checkpoint_dir: str = "runs/palm-ppo",
+    resume: bool | Literal["auto"] = "auto",
+) -> int:
+    """Trains a policy against a reward.
+
+    Args:
+        objective: what the policy is trained on.
+        config: optimizer, batches, precision and checkpoints.
+        policy: arguments of ``ActorCritic``.
+        responses: how many responses are drawn, and how.
+        reward: folder of a reward model or of its run, or module:function.
+        checkpoint: folder of the policy; by default the base the reward model was trained on, which both then share.
+        prompts: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
+        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
+            for a file the first of ``prompts``.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
         checkpoint_dir: folder of the run.
-        checkpoint_every: updates between checkpoints.
         resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
 
     Returns:
         The exit status.
     """
-    from palm_rlhf.rl.trainer import GRPOTrainer
+    from palm_rlhf.rl.evaluation import evaluate_policy
+    from palm_rlhf.rl.trainer import RLHFTrainer
 
-    judge, base = find_reward(reward)
+    scores, base = find_reward(reward)
     folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
-    trainer = GRPOTrainer(
-        palm=judge.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
-        reward=judge,
+    trainer = RLHFTrainer(
+        scores.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
+        scores,
+        objective=objective,
+        config=config,
         prompts=asked,
         tokenizer=encoder,
-        group_size=group_size,
-        actor_lr=actor_lr,
-        actor_lora=actor_lora,
-        actor_lora_r=actor_lora_r,
-        eps_clip=eps_clip,
-        kl_div_loss_weight=kl_div_loss_weight,
-        aggregation=aggregation,
-        scale_rewards=scale_rewards,
-        minibatch_size=minibatch_size,
-        epochs=epochs,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        device=device,
-        precision=precision,
         checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
         resume=resume,
+        **policy,
     )
-    return learn(
-        trainer,
-        held_out,
-        num_episodes=num_episodes,
-        update_timesteps=update_timesteps,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        filters=filters_of(top_k=top_k, top_p=top_p),
-        stop_strings=stop_strings or [],
+    sampling = responses.sampling()
+    started = time.monotonic()
+    result = trainer.train(responses.num_episodes, update_timesteps=responses.update_timesteps, **sampling)
+    if result.metrics:
+        first, last = result.metrics[0], result.metrics[-1]
+        report("reward", f"{first['reward']:.3f} in the first phase of this call, {last['reward']:.3f} in the last")
+        report("entropy", f"{first['entropy']:.2f} nats a token in the first, {last['entropy']:.2f} in the last")
+        if "explained_variance" in last:
+            report("critic", f"explained variance of the returns: {last['explained_variance']:.2f}")
+        if "ratio_deviation_at_start" in last:
+            report("ratio", f"within {last['ratio_deviation_at_start']:.1e} of 1 before the first update of a phase")
+    elif result.outcome == "finished":
+        report("", "already complete; pass a new --checkpoint_dir to start over")
+    report("updates", f"{result.updates} in {result.phases} phases; samples in {checkpoint_dir}/samples.jsonl")
+    report("curves", result.curves or "not drawn: pip install matplotlib")
+    if result.outcome == "finished" and rank() == 0:
+        seconds = time.monotonic() - started if result.metrics else None
+        chosen = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
+        compared = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
+        print(f"\nOn {len(chosen)} held-out prompts, from the reference (before) and from the actor (after):")
+        report("reward", f"{compared.reward_before:.3f} before, {compared.reward_after:.3f} after")
+        report("kl", f"{compared.kl:.2f} nats a response from the reference\n")
+        for before, after in list(zip(compared.before, compared.after, strict=True))[:SHOWN]:
+            print(f"--- prompt\n{before['prompt']}")
+            for name, sample in (("before", before), ("after", after)):
+                print(f"--- {name}, reward {sample['reward']:.2f}\n{sample['response']}")
+        results = [
+            Result("reward of held-out prompts", compared.reward_after, compared.reward_before, "higher"),
+            Result("KL from the reference, nats a response", compared.kl, 0.0, "lower"),
+        ]
+        write_summary(checkpoint_dir, results, steps=result.updates, seconds=seconds)
+    drawn = min(responses.update_timesteps, responses.num_episodes)
+    planned = responses.num_episodes // drawn * trainer.epochs * -(-drawn // config.minibatch_size)
+    return print_resume_hint("palm-rlhf", result.outcome, result.updates, planned)
+
+
+def command_of(name: str) -> Command:
+    """The command that trains by the objective of this name."""
+    kind = OBJECTIVES[name]
+    episodes = {"num_episodes": EPISODES[name]} if name in EPISODES else {}
+    return Command(
+        train_policy,
+        {
+            "objective": Group(kind, defaults=OF_OBJECTIVE.get(name, {})),
+            "config": Group(RLConfig, defaults={**CONFIG, "epochs": EPOCHS.get(name)}),
+            "policy": Group(ActorCritic, skip=SETTLED, as_dict=True),
+            "responses": Group(Responses, defaults=episodes),
+        },
+        f"Trains a policy by {kind.__name__} against a reward.",
+        defaults={"checkpoint_dir": f"runs/palm-{name}"},
     )

@@ -1,6 +1,6 @@
-"""What the commands of reinforcement learning share: where models, prompts and rewards come from.
+"""Sources of models, prompts and rewards for the commands of reinforcement learning.
 
-Without arguments the commands go on from one another: ``train``, ``reward`` and ``ppo`` on Python's own library.
+Without arguments each command takes what the one before it made: ``train``, ``reward``, ``ppo``.
 """
 
 import os
@@ -11,11 +11,11 @@ from typing import Any, Literal
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
 from lm_core.data.corpora import load_corpus
+from lm_core.data.rows import load_rows
 from lm_core.tokenizers import load_tokenizer
 
 BASE = "runs/palm-quickstart"
 REWARD = "runs/palm-reward"
-PPO = "runs/palm-ppo"
 VALIDATION_PROMPTS = 128
 
 
@@ -51,6 +51,4 @@ def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *
     if prompts == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)
         return document_prompts(getattr(corpus, side), count=count, seed=seed)
-    if not Path(prompts).is_file():
-        raise FileNotFoundError(f'prompts must be "stdlib" or a .jsonl file, got {prompts}')
-    return Path(prompts)
+    return load_rows(prompts, text_rows="line", name="prompts")

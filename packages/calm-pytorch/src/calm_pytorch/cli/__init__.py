@@ -1,9 +1,11 @@
 """The command ``calm-pytorch``: ``train``, ``generate`` and ``describe``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm_pytorch.cli.commands import describe, generate, train
+from calm_pytorch.cli.commands import describe, generate
+from calm_pytorch.cli.models import Models
+from calm_pytorch.cli.train import train
 from calm_pytorch.quickstart.quickstart import QuickstartSettings
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
@@ -12,10 +14,10 @@ TRAIN = """Composes frozen models; without arguments, the key-value arithmetic o
 
   calm-pytorch train                                     the quickstart, into runs/calm-quickstart
   calm-pytorch train --config run.yaml                   two local folders, named in the file
-  calm-pytorch train --anchor big --augments '[small]' --data texts.jsonl --checkpoint_dir runs/mine
+  calm-pytorch train --anchor big --augments small --data texts.jsonl --checkpoint_dir runs/mine
 
 Flags win over the YAML file, which wins over the defaults. Over named models Ctrl-C saves a checkpoint, from which the
-same command goes on; the quickstart has one at its end."""
+same command resumes; the quickstart saves one at its end."""
 QUICKSTART = QuickstartSettings()
 OVER_MODELS = {"max_steps": 1000, "batch_size": 8, "learning_rate": 1e-3}
 
@@ -28,10 +30,10 @@ def _presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if chosen[name] is None}
 
 
-COMMANDS: dict[str, Command | Callable[..., int]] = {
-    "train": Command(train, {"settings": Group(QuickstartSettings)}, TRAIN, _presets),
-    "generate": generate,
-    "describe": describe,
+COMMANDS = {
+    "train": Command(train, {"composition": Group(Models), "settings": Group(QuickstartSettings)}, TRAIN, _presets),
+    "generate": Command(generate, {"composition": Group(Models)}),
+    "describe": Command(describe, {"composition": Group(Models)}),
 }
 
 

@@ -100,7 +100,7 @@ if processes == 2:
     outcome["resumed"] = dict(resumed.state_dict())
 if processes == 2 and TorchVersion(torch.__version__) >= "2.7":
     trainer, result = run("sharded", decoder(), fsdp=True)
-    parameter = trainer.model.policy_model.blocks[0].into.weight
+    parameter = trainer.model.policy_model.blocks[0].proj_in.weight
     assert type(parameter).__name__ == "DTensor" and parameter.to_local().numel() < parameter.numel()
     outcome["sharded_nll"] = [entry["nll"] for entry in result.history]
     assert trainer().steps == 9  # finished: loads the last checkpoint into shards

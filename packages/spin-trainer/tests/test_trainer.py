@@ -168,7 +168,7 @@ def test_dropout_and_mode_are_put_back(train, make_model):
     model = make_model(dropout=0.3).eval()
     train(model=model, dropout=0.1)
 
-    assert model.blocks[0].dropout.p == 0.3
+    assert model.blocks[0].out_dropout == 0.3
     assert not model.training
 
 

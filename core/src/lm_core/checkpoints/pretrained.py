@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
 from lm_core.checkpoints.manifest import (
@@ -131,6 +131,10 @@ class PretrainedMixin(nn.Module):
         """Repeats on a newly constructed model what ``config_state`` told; a subclass overrides both."""
         if state:
             raise CheckpointError(f"{type(self).__name__} has no use for the stored state {sorted(state)}")
+
+    def upgrade_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored weights under their present names; a subclass overrides it to read those of earlier versions."""
+        return state
 
     def write_assets(self, directory: Path) -> None:
         """Writes further files of the model into a checkpoint; a subclass overrides it."""

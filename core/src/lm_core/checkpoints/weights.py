@@ -155,6 +155,9 @@ def load_weights(
     Raises:
         CheckpointError: naming missing, unexpected and ill-fitting keys.
     """
+    upgrade = getattr(model, "upgrade_state", None)  # of a ``PretrainedMixin``
+    if callable(upgrade):
+        state = upgrade(state)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     tied = _tied(own)
     present: dict[str, str] = {}

@@ -12,15 +12,14 @@ from torch import nn
 from lm_core.checks import check_probability
 
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_NUMBERS = ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout_prob")
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, _DROPOUT_MODULES):
             yield module, "p"
-        for name in _NUMBERS:
-            if type(vars(module).get(name)) is float:
+        for name, value in vars(module).items():
+            if "dropout" in name and type(value) is float:
                 yield module, name
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 
 def pytest_collection_modifyitems(items):
@@ -53,3 +54,27 @@ def read_in_segments():
         return torch.cat(logits, dim=1), xl
 
     return read
+
+
+@pytest.fixture(scope="session")
+def calls_of():
+    """``calls_of(model, run)``: how often ``run()`` calls each submodule that has a forward, by name."""
+
+    def count(model, run):
+        modules = {
+            name: module
+            for name, module in model.named_modules()
+            if name and type(module).forward is not nn.Module.forward
+        }
+        calls = dict.fromkeys(modules, 0)
+
+        def note(name):
+            calls[name] += 1
+
+        handles = [module.register_forward_hook(lambda *_, name=name: note(name)) for name, module in modules.items()]
+        run()
+        for handle in handles:
+            handle.remove()
+        return calls
+
+    return count

@@ -204,6 +204,10 @@ class MemorizingTransformer(PretrainedMixin):
             raise AttributeError("to_logits is wrapped or has hooks: logits are not hidden @ output_weight.T")
         return torch.cat((layer.weight, layer.bias.unsqueeze(1)), dim=1)
 
+    def output_layer(self, hidden: Float[Tensor, "*b d1"]) -> Float[Tensor, "*b v"]:
+        """Logits of what ``hidden`` returns."""
+        return self.to_logits(hidden[..., :-1])
+
     def memory_attentions(self) -> list[MemorizingAttention]:
         """Those that search a memory."""
         return [module for module in self.layers.modules() if isinstance(module, MemorizingAttention)]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from palm_rlhf import PaLM
 
@@ -187,3 +188,27 @@ def assert_same():
         torch.testing.assert_close(actual, expected.double(), atol=1e-5, rtol=0)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def calls_of():
+    """``calls_of(model, run)``: how often ``run()`` calls each submodule that has a forward, by name."""
+
+    def count(model, run):
+        modules = {
+            name: module
+            for name, module in model.named_modules()
+            if name and type(module).forward is not nn.Module.forward
+        }
+        calls = dict.fromkeys(modules, 0)
+
+        def note(name):
+            calls[name] += 1
+
+        handles = [module.register_forward_hook(lambda *_, name=name: note(name)) for name, module in modules.items()]
+        run()
+        for handle in handles:
+            handle.remove()
+        return calls
+
+    return count

@@ -34,7 +34,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Normalises ``x``; the kernel keeps half-precision statistics in float32."""
-        return F.layer_norm(x, self.gamma.shape, self.gamma, None, self.eps)
+        return torch.layer_norm(x, self.gamma.shape, self.gamma, None, self.eps)
 
 
 class RMSNorm(nn.Module):

@@ -171,7 +171,7 @@ class ParallelBlock(nn.Module):
             qk = torch.cat((q * q_gain, k * k_gain), dim=1)
         if positions.rotation is not None:
             qk = apply_rotary(qk, *positions.rotation)
-        q, k = qk.split((self.heads, self.kv_heads), dim=1)
+        q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         attended = self.attention(q, k, v, mask=positions.mask, xpos=positions.xpos)

@@ -88,6 +88,7 @@ class RotaryEmbedding(nn.Module):
         self.scale_base = scale_base
         # A plain attribute, not a buffer: `.bfloat16()` must not reach it. The key holds all that changes a table.
         self._tables: dict[tuple[torch.device, torch.dtype, float], tuple[Tensor, Tensor]] = {}
+        self._log_zetas: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
     def forward(
         self,
@@ -174,6 +175,15 @@ class RotaryEmbedding(nn.Module):
         return self.theta**-exponents
 
     def _log_zeta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._new_log_zeta(device, dtype)
+        key = (device, _angle_dtype(dtype), self.scale_base)
+        if key not in self._log_zetas:
+            with torch.inference_mode(False), torch.no_grad():
+                self._log_zetas[key] = self._new_log_zeta(device, dtype)
+        return self._log_zetas[key]
+
+    def _new_log_zeta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         even = torch.arange(0, self.dim, 2, device=device, dtype=_angle_dtype(dtype))
         return ((even + 0.4 * self.dim) / (1.4 * self.dim)).log() / self.scale_base
 

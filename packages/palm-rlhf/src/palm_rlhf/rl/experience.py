@@ -6,7 +6,7 @@ of processes. Responses are small compared with activations, so this costs littl
 Legend: b batch (of all processes), n sequence, m = n - 1, k bytes of a packed kept set.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -217,11 +217,6 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
         spread = experience.returns[mask].var(correction=0)
         metrics["explained_variance"] = 1 - residual.var(correction=0) / spread if spread > 0 else spread * 0
     return {name: float(value) for name, value in metrics.items()}
-
-
-def experience_from_state(state: Mapping[str, Any], device: torch.device) -> Experience | None:
-    """The experience of ``state_dict``; None of an empty one."""
-    return Experience(**state).to(device) if state else None
 
 
 def _all_gather(own: list[T]) -> list[T]:

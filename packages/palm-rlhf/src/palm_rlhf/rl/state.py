@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lm_core.checkpoints.manifest import CheckpointError
-from lm_core.checkpoints.weights import load_weights
 from lm_core.data.epochs import permutation
-from palm_rlhf.rl.experience import Experience, experience_from_state
+from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.policy import ActorCritic
 
 Sums = dict[str, float]
@@ -33,10 +32,11 @@ class Phase:
         sums: measurements of the updates made on it; see ``PolicyUpdate``.
     """
 
-    def __init__(self, *, seed: int, epochs: int, minibatch_size: int) -> None:
+    def __init__(self, *, seed: int, epochs: int, minibatch_size: int, device: torch.device) -> None:
         self.seed = seed
         self.epochs = epochs
         self.minibatch_size = minibatch_size
+        self.device = device
         self.number = 0
         self.updates = 0
         self.epoch = 0
@@ -52,8 +52,19 @@ class Phase:
 
     @property
     def is_done(self) -> bool:
-        """Whether every pass has been made."""
+        """Whether every pass over the current experience has been made."""
         return self.epoch >= self.epochs
+
+    def updates_of(self, count: int) -> int:
+        """Updates of a phase of ``count`` responses."""
+        return self.epochs * -(-count // self.minibatch_size)
+
+    def remaining(self, phases: int, count: int) -> int:
+        """Updates until there are ``phases``, of ``count`` responses each but for the current one."""
+        if self.experience is None:
+            return max(0, phases - self.number) * self.updates_of(count)
+        made = self.updates_of(self._count) // self.epochs * self.epoch + self.cursor // self.minibatch_size
+        return self.updates_of(self._count) - made + max(0, phases - self.number - 1) * self.updates_of(count)
 
     def rows(self) -> Tensor:
         """Rows of the next minibatch: a function of seed, phase, epoch and cursor."""
@@ -65,7 +76,7 @@ class Phase:
 
     def learns_once(self, count: int) -> bool:
         """Whether a phase of ``count`` responses is a single update, made by the policy that drew them."""
-        return self.epochs == 1 and count <= self.minibatch_size
+        return self.updates_of(count) == 1
 
     def _order(self, count: int, epoch: int) -> Tensor:
         return torch.from_numpy(permutation(count, self.seed, "minibatches", self.number, epoch))
@@ -93,15 +104,15 @@ class Phase:
         return {
             "counters": [self.number, self.updates, self.epoch, self.cursor],
             "experience": {} if self.experience is None else self.experience.state_dict(),
-            "facts": self.metrics,
+            "metrics": self.metrics,
             "sums": self.sums,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from ``state``."""
         self.number, self.updates, self.epoch, self.cursor = state["counters"]
-        self.metrics, self.sums = dict(state["facts"]), dict(state["sums"])
-        self.experience = experience_from_state(state["experience"], device)
+        self.metrics, self.sums = dict(state["metrics"]), dict(state["sums"])
+        self.experience = Experience(**state["experience"]).to(self.device) if state["experience"] else None
 
 
 def combined(*parts: Mapping[str, float]) -> Sums:
@@ -121,21 +132,24 @@ def is_maximum(name: str) -> bool:
     return name.endswith("_max")
 
 
-def extra_weights(policy: ActorCritic) -> dict[str, Tensor]:
-    """Weights that are not in the actor's network, on the CPU."""
-    own = {id(tensor) for tensor in policy.actor.state_dict(keep_vars=True).values()}
-    state = policy.state_dict(keep_vars=True)
-    return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in own}
+class ExtraWeights:
+    """Weights of a policy that are not in the actor's network, as a part of checkpoints."""
 
+    def __init__(self, policy: ActorCritic) -> None:
+        self.policy = policy
 
-def load_policy(policy: ActorCritic, network: Mapping[str, Tensor], extra: Mapping[str, Tensor], *, where: str) -> None:
-    """Loads the actor's network and the ``extra_weights`` of a checkpoint.
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights on the CPU."""
+        own = {id(tensor) for tensor in self.policy.actor.state_dict(keep_vars=True).values()}
+        state = self.policy.state_dict(keep_vars=True)
+        return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in own}
 
-    Raises:
-        CheckpointError: the checkpoint is of another policy.
-    """
-    differing = set(extra) ^ set(extra_weights(policy))
-    if differing:
-        raise CheckpointError(f"{where} is of another critic: {sorted(differing)}")
-    load_weights(policy.actor, dict(network), where=where)
-    policy.load_state_dict(dict(extra), strict=False)
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises ``CheckpointError`` if the weights are of another critic."""
+        differing = set(state) ^ set(self.state_dict())
+        if differing:
+            raise CheckpointError(f"the checkpoint is of another critic: {sorted(differing)}")
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the weights."""
+        self.policy.load_state_dict(dict(state), strict=False)

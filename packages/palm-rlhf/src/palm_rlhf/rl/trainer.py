@@ -5,7 +5,6 @@ any two updates: it holds the current experience. Prompts, draws and shuffles ar
 counters, so a run that was killed and resumed ends bit for bit like an uninterrupted one.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -16,17 +15,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checks import check_ids, check_positive, either, typed
 from lm_core.data.epochs import EpochOrder, seed_of
 from lm_core.distributed import rank, world_size
 from lm_core.generation.decoding import Filter
-from lm_core.rng import restore_rng, seed_everything
-from lm_core.training.accelerator import InterruptHandler, pick_device, pick_precision, start_accelerator
-from lm_core.training.metrics import MetricsLog, progress_bar
-from lm_core.training.run_directory import RunDirectory
-from lm_core.training.session import draw_curves
+from lm_core.training.metrics import MetricsLog
+from lm_core.training.session import TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
 from palm_rlhf.reward.rewards import as_reward, check_scores
 from palm_rlhf.rl.arguments import TrainerArguments, sort_arguments
@@ -44,33 +38,28 @@ from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
 from palm_rlhf.rl.objectives import GRPO, PPO, Objective
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, draw_rollout
-from palm_rlhf.rl.state import Phase, extra_weights, load_policy
+from palm_rlhf.rl.state import ExtraWeights, Phase
 from palm_rlhf.rl.update import PolicyUpdate, update_metrics
 
 CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explained_variance")
-# Options that give the stored experience and the draws another meaning; learning rates, for one, may change on resume.
-_SAME = ("seed", "group_size", "minibatch_size", "objective")
 
 
-@dataclass(frozen=True)
-class PolicyResult:
-    """Result of a run.
+@dataclass(frozen=True, kw_only=True)
+class PolicyResult(TrainingResult):
+    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        outcome: "finished" or "interrupted" (Ctrl-C or SIGTERM).
         phases: completed phases, each of one batch of rollouts.
-        updates: completed optimizer updates.
         metrics: metrics of each phase of this call.
-        checkpoints: folder of the checkpoints; None without ``checkpoint_dir``.
-        curves: picture of the metrics; None without matplotlib or ``checkpoint_dir``.
     """
 
-    outcome: Literal["finished", "interrupted"]
     phases: int
-    updates: int
     metrics: list[dict[str, float]]
-    checkpoints: Path | None
-    curves: Path | None
+
+    @property
+    def updates(self) -> int:
+        """Completed optimizer updates."""
+        return self.step
 
 
 class RLHFTrainer:
@@ -140,23 +129,46 @@ class RLHFTrainer:
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
         self.reward = None if arguments.reward is None else as_reward(arguments.reward)
-        self.device = pick_device(config.device)
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        self.resume = resume
-        self.trackers = list(trackers)
         self.kl = KLCoefficient(objective.kl_div_loss_weight, target=objective.kl_target, horizon=objective.kl_horizon)
-        start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
-        pick_precision(config.precision, self.device)  # refuses what the device cannot do
-        self.actor_critic = _policy(arguments).to(self.device)
-        self.actor_critic.precision = config.precision
+        self.session = TrainingSession(
+            type(self).__name__,
+            config=config,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+            trackers=trackers,
+            packages=("palm-rlhf",),
+        )
+        self.device = self.session.device
+        self.checkpoint_dir = self.session.checkpoint_dir
+        self.actor_critic = policy = _policy(arguments).to(self.device)
+        policy.precision = config.precision
         if self.prompts:
-            check_prompts(self.prompts, self.actor_critic.vocab_size)
+            check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
         self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
-        self.update = PolicyUpdate(self.actor_critic, objective, config, self.kl)
-        self.phase = Phase(seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size)
-        self._restored = False
+        self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard)
+        self.phase = Phase(
+            seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size, device=self.device
+        )
+        name = type(objective).__name__
+        self.session.register(
+            model=policy.actor,
+            objective=policy,
+            optimizer=lambda: (self.update.optimizer, None),
+            gradients="sum",
+            state={"phase": self.phase, "kl": self.kl, "extra": ExtraWeights(policy)},
+            # learning rates, for one, may change; these give the stored experience and the draws another meaning
+            identity={
+                "objective": name,
+                "group_size": objective.group_size,
+                "minibatch_size": config.minibatch_size,
+            },
+            tokenizer=self.tokenizer,
+            record={**asdict(objective), "objective": name},
+            curves=CURVES,
+            shown=("reward", "kl"),
+        )
 
     @property
     def updates(self) -> int:
@@ -384,6 +396,7 @@ class RLHFTrainer:
         if not phase.sums and "deviation_max" in sums and phase.experience.log_probs is not None:
             phase.metrics["ratio_deviation_at_start"] = sums["deviation_max"]
         phase.advance(sums)
+        self.session.step = phase.updates
 
     def _end(self) -> dict[str, float]:
         """Closes the phase; its metrics."""
@@ -455,53 +468,33 @@ class RLHFTrainer:
             stop_strings=stop_strings,
         )
         self._check_trainable(sampling, count)
-        outcome: Literal["finished", "interrupted"] = "finished"
         rows: list[dict[str, float]] = []
-        curves = None
-        with contextlib.ExitStack() as stack:
-            run = None if self.checkpoint_dir is None else stack.enter_context(self._run_directory())
-            if not self._restored:
-                self._start(run)
-            bar = stack.enter_context(
-                progress_bar(phases, initial=self.phase.number, description=type(self).__name__, is_main=rank() == 0)
-            )
-            log, sample_log = (self._log(run, stack, name, bar) for name in ("metrics.jsonl", "samples.jsonl"))
-            interrupt = stack.enter_context(InterruptHandler())
-            last_saved = self.updates
-            while self.phase.number < phases and outcome == "finished":
-                started = time.monotonic()
-                if self.phase.experience is None:
+        phase = self.phase
+        self.session.max_steps = phases * phase.updates_of(count)
+        with self.session.run() as session, self._sample_log() as sample_log:
+            started = time.monotonic()
+            for _ in session.steps(session.step + phase.remaining(phases, count)):
+                if phase.experience is None:
+                    started = time.monotonic()
                     experience, samples = self._draw(sampling, count, max_batch_size)
                     self._begin(experience)
-                    self.phase.metrics["rollout_seconds"] = time.monotonic() - started
-                    if sample_log is not None:
-                        sample_log.log(self.updates, samples=json.dumps(samples))
-                while not self.phase.is_done and outcome == "finished":
-                    self._next_update()
-                    if interrupt.should_stop():
-                        outcome = "interrupted"
-                    due = self.updates - last_saved >= self.config.checkpoint_every
-                    if run is not None and (due or outcome == "interrupted"):
-                        last_saved = self.updates
-                        self._save(run)
-                if self.phase.is_done:
-                    seconds = time.monotonic() - started
-                    new_tokens = self.phase.metrics["response_length"] * count
-                    rows.append({**self._end(), "tokens_per_second": round(new_tokens / max(seconds, 1e-9), 1)})
-                    if log is not None:
-                        log.log(self.updates, rows[-1])
-                    bar.update()
-            if run is not None:
-                if outcome == "finished" and rows:
-                    self._save(run)
-                curves = draw_curves(run, CURVES)
-        return PolicyResult(
-            outcome=outcome,
-            phases=self.phase.number,
-            updates=self.updates,
-            metrics=rows,
-            checkpoints=None if run is None else run.checkpoints,
-            curves=curves,
+                    phase.metrics["rollout_seconds"] = time.monotonic() - started
+                    sample_log.log(phase.updates, samples=json.dumps(samples))
+                self._next_update()
+                if phase.is_done:
+                    new_tokens = phase.metrics["response_length"] * count
+                    speed = round(new_tokens / max(time.monotonic() - started, 1e-9), 1)
+                    rows.append({**self._end(), "tokens_per_second": speed})
+                    session.log(rows[-1])
+        return session.result(PolicyResult, phases=phase.number, metrics=rows)
+
+    def _sample_log(self) -> MetricsLog:
+        """Log of sample responses, written before the first update of their phase; only of the main process."""
+        folder = self.session.folder
+        return MetricsLog(
+            Path() if folder is None else folder.path / "samples.jsonl",
+            resume_step=self.session.step - 1,
+            is_main=rank() == 0 and folder is not None,
         )
 
     def _check_trainable(self, sampling: SamplingSettings, count: int) -> None:
@@ -519,78 +512,6 @@ class RLHFTrainer:
         if count % self.objective.group_size:
             size = self.objective.group_size
             raise ValueError(f"update_timesteps must be a multiple of group_size {size}, got {count}")
-
-    def _settings(self) -> dict[str, Any]:
-        name = type(self.objective).__name__
-        return {**asdict(self.config), **asdict(self.objective), "betas": list(self.config.betas), "objective": name}
-
-    def _run_directory(self) -> RunDirectory:
-        assert self.checkpoint_dir is not None
-        return RunDirectory(
-            self.checkpoint_dir,
-            resume="auto" if self._restored else self.resume,
-            seed=self.config.seed,
-            device=self.device,
-            settings=self._settings(),
-            packages=("palm-rlhf",),
-        )
-
-    def _log(self, run: RunDirectory | None, stack: contextlib.ExitStack, name: str, bar: Any) -> MetricsLog | None:
-        if run is None:
-            return None
-        main = name == "metrics.jsonl"
-        # metrics are logged after the last update of their phase, samples before its first one; rows that an earlier
-        # call wrote after its last checkpoint are written again
-        logged = self.updates - (not main or self.phase.experience is not None)
-        return stack.enter_context(
-            MetricsLog(
-                run.path / name,
-                resume_step=logged if self.updates else -1,
-                is_main=rank() == 0,
-                trackers=self.trackers if main else [],
-                progress=bar if main else None,
-                shown=("reward", "kl"),
-            )
-        )
-
-    def _start(self, run: RunDirectory | None) -> None:
-        """Seeds all generators, or restores everything from the newest checkpoint."""
-        if run is None or not run.resumes:
-            seed_everything((self.config.seed + rank()) % 2**32)
-        else:
-            checkpoint = load_checkpoint(run.checkpoints)
-            state, where = checkpoint.trainer_state, checkpoint.path
-            if state.get("trainer") != type(self).__name__:
-                raise CheckpointError(f"{where} was not written by {type(self).__name__}, got {state.get('trainer')!r}")
-            settings = self._settings()
-            for name in _SAME:
-                if state["settings"].get(name) != settings[name]:
-                    was = state["settings"].get(name)
-                    raise ValueError(f"{name} must be {was} as in the run being resumed, got {settings[name]}")
-            load_policy(self.actor_critic, checkpoint.model_state or {}, state["other"], where=str(where))
-            self.phase.load_state_dict(state["phase"], self.device)
-            self.update.load_state_dict(state["update"])
-            self.kl.load_state_dict(state["kl"])
-            restore_rng(checkpoint.rng)
-        self._restored = True
-
-    def _save(self, run: RunDirectory) -> None:
-        saves = getattr(self.tokenizer, "save_pretrained", None)
-        save_checkpoint(
-            run.checkpoints,
-            self.updates,
-            model=self.actor_critic.actor,
-            trainer_state={
-                "trainer": type(self).__name__,
-                "settings": self._settings(),
-                "other": extra_weights(self.actor_critic),
-                "phase": self.phase.state_dict(),
-                "update": self.update.state_dict(),
-                "kl": self.kl.state_dict(),
-            },
-            tokenizer=self.tokenizer if callable(saves) else None,
-            keep=self.config.keep_checkpoints,
-        )
 
 
 class GRPOTrainer(RLHFTrainer):

@@ -33,9 +33,18 @@ class PolicyUpdate:
         objective: advantages and losses.
         config: optimizer and batches.
         kl: weight of the KL from the reference.
+        guard: skips updates that are not finite.
     """
 
-    def __init__(self, policy: ActorCritic, objective: Objective, config: RLConfig, kl: KLCoefficient) -> None:
+    def __init__(
+        self,
+        policy: ActorCritic,
+        objective: Objective,
+        config: RLConfig,
+        *,
+        kl: KLCoefficient,
+        guard: NonFiniteGuard,
+    ) -> None:
         self.policy = policy
         self.objective = objective
         self.config = config
@@ -43,7 +52,7 @@ class PolicyUpdate:
         self.actor_parameters = policy.actor_parameters()
         self.critic_parameters = policy.critic_parameters()
         self.optimizer = torch.optim.AdamW(self._groups(), betas=config.betas)
-        self.guard = NonFiniteGuard()
+        self.guard = guard
 
     def __call__(self, experience: Experience, rows: Tensor, *, number: int) -> Sums:
         """Learns from some rows of an experience.
@@ -151,17 +160,6 @@ class PolicyUpdate:
                 split = optimizer_groups(self.policy, weight_decay=decay, parameters=parameters)
                 groups += [{**group, "lr": rate} for group in split]
         return groups
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the optimizer and the guard."""
-        return {"optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes from ``state``, with the learning rates and decays of this run."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, fresh in zip(self.optimizer.param_groups, self._groups(), strict=True):
-            group.update({name: fresh[name] for name in ("lr", "weight_decay")})
-        self.guard.load_state_dict(state["guard"])
 
 
 def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:

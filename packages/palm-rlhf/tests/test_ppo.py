@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from lm_core.generation.sampling import top_k, top_p
 from palm_rlhf import PaLM
 from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import score_rollout, token_rewards
-from palm_rlhf.rl.objectives import PPO
+from palm_rlhf.rl.objectives import GRPO, PPO, REINFORCE, Objective, TokenLoss
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import draw_rollout, rollout_of
 from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
@@ -93,6 +95,92 @@ def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_d
     result = ppo.train(num_episodes=96, update_timesteps=32, max_new_tokens=12, eos_id=3, max_batch_size=5)
     assert [row["ratio_deviation_at_start"] for row in result.metrics] == [0.0] * 3
     assert any(row["ratio_max"] > 1.01 for row in result.metrics)
+
+
+def roles_of_a_phase(trainer, rollout):
+    """Roles whose networks are called while learning from a rollout, with their numbers of calls."""
+    policy, seen = trainer.actor_critic, Counter()
+    real = policy.as_role
+
+    def counted(role):
+        seen[role] += 1
+        return real(role)
+
+    policy.as_role = counted
+    trainer.step(rollout, torch.linspace(0, 1, 8))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("objective", "epochs", "minibatch_size", "calls"),
+    [
+        (GRPO(group_size=4, kl_div_loss_weight=0.0), 1, 8, {"actor": 1}),
+        (GRPO(group_size=4, kl_div_loss_weight=0.1), 1, 8, {"actor": 1, "reference": 1}),
+        (GRPO(group_size=4, kl_div_loss_weight=0.0), 1, 4, {"actor": 4}),
+        (REINFORCE(kl_div_loss_weight=0.0), 1, 4, {"actor": 2}),
+        (REINFORCE(kl_div_loss_weight=0.1), 1, 8, {"actor": 2, "reference": 1}),
+        (PPO(kl_div_loss_weight=0.0), 1, 8, {"actor": 1, "critic": 2}),
+        (PPO(kl_div_loss_weight=0.0), 2, 8, {"actor": 3, "critic": 3}),
+        (PPO(kl_div_loss_weight=0.1), 1, 8, {"actor": 2, "critic": 2, "reference": 1}),
+    ],
+)
+def test_nothing_is_computed_that_the_objective_does_not_need(make_palm, objective, epochs, minibatch_size, calls):
+    config = RLConfig(epochs=epochs, minibatch_size=minibatch_size, device="cpu")
+    ppo = RLHFTrainer(make_palm(), fraction_of_fives, objective=objective, config=config, prompts=mixed_prompts())
+    rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=4), seed=1)
+    assert roles_of_a_phase(ppo, rollout) == calls
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_a_single_update_is_the_same_without_the_log_probs_of_the_draw(make_palm, kl):
+    outcomes = []
+    for learns_once in (True, False):
+        grpo = trainer(
+            make_palm().double(), GRPOTrainer, reward=mean_id, group_size=4, actor_lr=1e-2, kl_div_loss_weight=kl
+        )
+        if not learns_once:
+            grpo.phase.learns_once = lambda count: False
+        result = grpo.train(num_episodes=32, update_timesteps=16, max_new_tokens=5, eos_id=3)
+        assert ("ratio_deviation_at_start" in result.metrics[0]) != learns_once
+        weights = torch.cat([parameter.detach().flatten() for parameter in grpo.actor_parameters])
+        outcomes.append((weights, [row.get("kl", 0.0) for row in result.metrics]))
+    torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-12)
+    assert (outcomes[0][1][1] != 0) == (kl > 0)
+
+
+def test_objects_and_the_originals_keywords_mean_the_same(make_palm):
+    objects = RLHFTrainer(
+        make_palm(), fraction_of_fives, objective=PPO(eps_clip=0.1, beta_s=0.01), prompts=mixed_prompts(),
+        config=RLConfig(actor_lr=1e-2, max_grad_norm=0.5, device="cpu", epochs=2),
+    )  # fmt: skip
+    flat = RLHFTrainer(
+        palm=make_palm(), reward_model=fraction_of_fives, eps_clip=0.1, beta_s=0.01, prompt_token_ids=mixed_prompts(),
+        actor_lr=1e-2, max_norm=0.5, device="cpu", epochs=2,
+    )  # fmt: skip
+    assert (flat.objective, flat.config) == (objects.objective, objects.config)
+    for ppo in (objects, flat):
+        ppo.train(num_episodes=16, update_timesteps=16, max_new_tokens=4)
+    for a, b in zip(objects.actor_parameters, flat.actor_parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_objective_of_the_users_own_trains(make_palm):
+    @dataclass(frozen=True, kw_only=True)
+    class LikelihoodOfGoodOnes(Objective):
+        threshold: float = 0.1
+
+        def advantages(self, experience):
+            return (experience.scores > self.threshold).float()[:, None] * experience.response_mask, None
+
+        def token_loss(self, scores, batch):
+            return TokenLoss(-batch.advantages * scores.log_probs)
+
+    own = RLHFTrainer(
+        make_palm(), fraction_of_fives, objective=LikelihoodOfGoodOnes(kl_div_loss_weight=0.0, group_size=1),
+        prompts=mixed_prompts(), config=RLConfig(actor_lr=2e-2, device="cpu"),
+    )  # fmt: skip
+    rows = own.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.1
 
 
 def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm):

@@ -16,7 +16,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from lm_core.causal_lm import eval_mode
 from palm_rlhf.reward.model import RewardModel
 
 
+@runtime_checkable
 class Responses(Protocol):
     """Responses to score, such as a ``Rollout``: right-padded rows of prompt and response, with their texts."""
 

@@ -1,105 +1,233 @@
+"""A run in ``TrainingSession``: resumed bit for bit, stopped with a checkpoint, refused before anything changes."""
+
+import copy
 import json
-import time
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.training.config import CommonSettings
 from lm_core.training.run_directory import RunDirectory
-from lm_core.training.session import Stopping, adamw, check_goes_on, draw_curves, open_metrics, own_settings
+from lm_core.training.session import SavedValue, TrainingResult, TrainingSession, adamw, draw_curves
+
+TINY = CommonSettings(
+    max_steps=6, learning_rate=0.1, validate_every=3, checkpoint_every=2, keep_checkpoints=None, device="cpu"
+)
 
 
-class Interrupt:
-    def __init__(self, *answers):
-        self.answers = list(answers)
+class Trainer:
+    """The smallest trainer: a linear layer under dropout on a counter's batches."""
 
-    def should_stop(self):
-        return self.answers.pop(0)
+    def __init__(self, folder, settings=TINY, *, trackers=(), seen=0, **registered):
+        self.session = TrainingSession(
+            "Trainer", config=settings, checkpoint_dir=folder, trackers=trackers, packages=("torch",)
+        )
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval(), nn.Linear(2, 1))
+        self.seen = seen
+        self.settings = settings
+        options = {
+            "model": self.model,
+            "optimizer": lambda: adamw(self.model, settings),
+            "state": {"seen": SavedValue(lambda: self.seen, self.see)},
+            "validate": lambda: {"validation_loss": float(self.model[0].weight.detach().sum())},
+        }
+        self.session.register(**{**options, **registered})
+
+    def see(self, value):
+        self.seen = value
+
+    def train(self):
+        with self.session.run() as session:
+            for _ in session.steps():
+                for part in session.micro_batches([0, 1]):
+                    self.seen += 1
+                    rows = torch.full((4, 2), float(self.seen + part))
+                    session.backward(session.module(rows).square().mean() / 2)
+                session.log(session.optimizer_step(), seen=self.seen)
+        return session.result(TrainingResult)
 
 
-def test_a_loop_goes_on_until_someone_interrupts_it():
-    stopping = Stopping(Interrupt(False, True), None)
-    assert [stopping.outcome(last=False), stopping.outcome(last=False)] == ["finished", "interrupted"]
+class At:
+    """A tracker that does something when an update's metrics arrive."""
+
+    def __init__(self, step, action):
+        self.step = step
+        self.action = action
+
+    def log(self, values, step):
+        if step == self.step and "loss" in values:
+            self.action()
 
 
-def test_a_loop_stops_when_its_seconds_are_over():
-    stopping = Stopping(Interrupt(False, False), 1e-9)
-    time.sleep(0.01)
-    assert stopping.outcome(last=False) == "out of time"
-    assert stopping.outcome(last=True) == "finished"
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
 
 
-def test_the_last_update_finishes_a_run_even_if_someone_interrupts_it():
-    assert Stopping(Interrupt(True), None).outcome(last=True) == "finished"
+def die():
+    raise SystemError("killed")
 
 
-def test_a_log_restores_every_modules_mode_and_leaves_out_settings_that_are_none(tmp_path):
-    model, seen = nn.Sequential(nn.Linear(2, 2).eval(), nn.Linear(2, 2)), []
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("action", [interrupt, die])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_run_that_was_stopped_or_died_ends_as_the_uninterrupted_one_bit_for_bit(tmp_path, step, action):
+    whole = Trainer(tmp_path / "whole")
+    result = whole.train()
+    assert (result.outcome, result.first_step, result.step) == ("finished", 0, 6)
+    stopped = Trainer(tmp_path / "parts", trackers=[At(step, action)])
+    if action is die:
+        with pytest.raises(SystemError):
+            stopped.train()
+    else:
+        assert (stopped.train().outcome, stopped.session.step) == ("interrupted", step)
+    resumed = Trainer(tmp_path / "parts")
+    result = resumed.train()
+    saved = step if action is interrupt else (step - 1) // 2 * 2
+    assert (result.outcome, result.first_step, result.step) == ("finished", saved, 6)
+    assert equal(whole.model, resumed.model)
+    assert whole.seen == resumed.seen == 12
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
+    assert resumed.session.first_validation == whole.session.first_validation
+    moments = [one.session.optimizer.state_dict()["state"][0]["exp_avg"] for one in (whole, resumed)]
+    assert torch.equal(*moments)
+
+
+def test_the_same_session_continues_where_it_stopped_and_without_a_folder(tmp_path):
+    whole = Trainer(None)
+    result = whole.train()
+    assert (result.checkpoints, result.curves, result.step) == (None, None, 6)
+    parts = Trainer(None, trackers=[At(2, interrupt)])
+    assert parts.train().outcome == "interrupted"
+    assert parts.train().first_step == 2
+    assert equal(whole.model, parts.model)
+    assert parts.train().seconds is None  # nothing was left to do
+
+
+def test_rows_validations_and_checkpoints_come_on_schedule(tmp_path):
+    Trainer(tmp_path).train()
+    assert [(row["step"], "loss" in row) for row in rows_of(tmp_path)] == [
+        *((0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)),
+    ]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-4", "step-6"]
+
+
+def test_the_last_update_finishes_a_run_even_if_someone_interrupts_it(tmp_path):
+    assert Trainer(tmp_path, trackers=[At(6, interrupt)]).train().outcome == "finished"
+
+
+def test_a_time_limit_stops_with_a_validation_and_a_checkpoint(tmp_path):
+    settings = CommonSettings(max_steps=6, max_seconds=1e-9, device="cpu")
+    result = Trainer(tmp_path, settings).train()
+    assert (result.outcome, result.step) == ("out of time", 1)
+    assert rows_of(tmp_path)[-1].keys() == {"step", "validation_loss"}
+    assert [path.name for path in list_checkpoints(result.checkpoints)] == ["step-1"]
+
+
+def test_every_modules_mode_is_restored_and_training_runs_in_training_mode(tmp_path):
+    trainer = Trainer(tmp_path)
+    during = []
+    trainer.model.register_forward_hook(lambda *_: during.append(trainer.model[1].training))
+    trainer.train()
+    assert [module.training for module in trainer.model] == [True, False, True]
+    assert during == [True] * 12
+
+
+def test_a_tracker_by_name_is_started_with_the_settings_and_finished(tmp_path):
+    seen = []
 
     class Accelerator:
+        device = torch.device("cpu")
         trackers = ()
 
         def init_trackers(self, project, config):
-            seen.append((project, config))
+            seen.append((project, config["max_steps"], "max_seconds" in config))
 
         def log(self, values, step):
-            seen.append((values, step))
+            seen.append(step)
 
-    with (
-        RunDirectory(tmp_path) as run,
-        open_metrics(
-            run,
-            objective=model,
-            accelerator=Accelerator(),
-            trackers=("tensorboard",),
-            project="p",
-            settings={"a": 1, "b": None},
-            step=0,
-            max_steps=3,
-        ) as log,
-    ):
-        assert model[0].training
-        log.log(1, loss=2.0)
-    assert [module.training for module in model.modules()] == [True, False, True]
-    assert seen == [("p", {"a": 1}), ({"loss": 2.0}, 1)]
-    assert [json.loads(line) for line in run.metrics_path.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
+    trainer = Trainer(tmp_path)
+    session = TrainingSession(
+        "Trainer",
+        config=TINY,
+        checkpoint_dir=None,
+        trackers=["tensorboard"],
+        packages=("torch",),
+        accelerator=Accelerator(),
+    )
+    session.register(model=trainer.model, optimizer=lambda: adamw(trainer.model, TINY))
+    trainer.session = session
+    trainer.train()
+    assert seen == [("torch", 6, False), 1, 2, 3, 4, 5, 6]
 
 
-def test_a_loaded_optimizer_keeps_the_settings_of_this_run():
-    model = nn.Linear(2, 2)
-    old, _ = adamw(model, CommonSettings(learning_rate=1.0, weight_decay=0.5))
-    model(torch.ones(1, 2)).sum().backward()
-    old.step()
-    new, _ = adamw(model, CommonSettings(learning_rate=0.1, weight_decay=0.2))
-    wanted = [{k: v for k, v in group.items() if k != "params"} for group in new.param_groups]
-    with own_settings(new):
-        new.load_state_dict(old.state_dict())
-    assert [{k: v for k, v in group.items() if k != "params"} for group in new.param_groups] == wanted
-    assert torch.equal(new.state[model.weight]["exp_avg"], old.state[model.weight]["exp_avg"])
+def test_a_resumed_optimizer_keeps_the_settings_of_this_run(tmp_path):
+    Trainer(tmp_path, trackers=[At(3, interrupt)]).train()
+    changed = CommonSettings(max_steps=8, learning_rate=0.01, weight_decay=0.3, beta2=0.99, device="cpu")
+    trainer = Trainer(tmp_path, changed)
+    trainer.train()
+    fresh = adamw(trainer.model, changed)[0].param_groups
+    for group, expected in zip(trainer.session.optimizer.param_groups, fresh, strict=True):
+        assert (group["weight_decay"], group["betas"]) == (expected["weight_decay"], expected["betas"])
+    assert trainer.session.schedule.peaks == [0.01, 0.01]
 
 
 @pytest.mark.parametrize(
-    ("trainer", "arguments", "message"),
+    ("changes", "message"),
     [
-        ("Other", {"dim": 4, "dropout": 0.1}, "was not written by Other, got 'Mine'"),
-        ("Mine", {"dim": 5, "dropout": 0.1}, "another architecture: dim is 5, but was 4"),
+        ({"architecture": {"dim": 5}}, "is of another architecture: dim is 5, but was 4"),
+        ({"identity": {"data": "b"}}, "is of another run: data is b, but was a; train into another folder"),
+        ({"settings": CommonSettings(seed=1, device="cpu")}, "is of another run: seed is 1, but was 0"),
+        ({"state": {}}, r"has the states \['seen'\], but this run \[\]"),
+        ({"model": nn.Linear(2, 2)}, "keys"),
     ],
 )
-def test_a_run_of_another_trainer_or_model_does_not_go_on(tmp_path, trainer, arguments, message):
-    save_checkpoint(
-        tmp_path,
-        1,
-        model=nn.Linear(1, 1),
-        config={"arguments": {"dim": 4, "dropout": 0.0}},
-        trainer_state={"trainer": "Mine"},
-    )
-    checkpoint = load_checkpoint(tmp_path)
-    check_goes_on(checkpoint, trainer="Mine", arguments={"dim": 4, "dropout": 0.1}, names=("dim",))
+def test_a_checkpoint_of_another_run_is_refused_by_name_and_changes_nothing(tmp_path, changes, message):
+    known = {"architecture": {"dim": 4}, "identity": {"data": "a"}}
+    Trainer(tmp_path, **known).train()
+    trainer = Trainer(tmp_path, **{**known, **changes})
+    before = copy.deepcopy(trainer.session.model.state_dict())
     with pytest.raises(CheckpointError, match=message):
-        check_goes_on(checkpoint, trainer=trainer, arguments=arguments, names=("dim",))
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.session.model.state_dict().items())
+    assert trainer.session.step == 0
+
+
+def test_a_checkpoint_of_another_trainer_is_refused_by_name(tmp_path):
+    Trainer(tmp_path).train()
+    other = Trainer(tmp_path)
+    other.session.trainer = "Other"
+    with pytest.raises(CheckpointError, match="was not written by Other, got 'Trainer'"):
+        other.train()
+
+
+def test_a_loop_that_makes_no_update_is_an_error_and_not_endless():
+    session = Trainer(None).session
+    with session.run(), pytest.raises(RuntimeError, match="must call optimizer_step"):
+        for _ in session.steps():
+            pass
+
+
+def test_a_checkpoint_can_be_saved_and_loaded_outside_of_a_run(tmp_path):
+    first = Trainer(None)
+    first.train()
+    first.session.save(tmp_path)
+    second = Trainer(None)
+    second.session.load(tmp_path)
+    assert (second.session.step, second.seen) == (6, 12)
+    assert equal(first.model, second.model)
+    assert load_checkpoint(tmp_path).trainer_state["trainer"] == "Trainer"
 
 
 def test_curves_are_drawn_of_what_the_run_has_twice(tmp_path):

@@ -61,15 +61,13 @@ def test_resume_equals_an_uninterrupted_run(make_palm, tmp_path):
     options = {"checkpoint_every": 4, "max_steps": 12}
     whole = trainer(make_palm(), pairs(), checkpoint_dir=tmp_path / "whole", **options)
     whole.train()
-    broken = trainer(make_palm(), pairs(), checkpoint_dir=tmp_path / "broken", **options)
-    real = broken._update
 
-    def killed():
-        if broken.step == 10:
-            raise KeyboardInterrupt
-        return real()
+    class Killed:
+        def log(self, values, step):
+            if step == 11:
+                raise KeyboardInterrupt
 
-    broken._update = killed
+    broken = trainer(make_palm(), pairs(), checkpoint_dir=tmp_path / "broken", trackers=[Killed()], **options)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     resumed = trainer(make_palm(), pairs(), checkpoint_dir=tmp_path / "broken", **options)

@@ -1,9 +1,9 @@
-"""Training of a reward model on pairs or labels, with its accuracy on examples held out; resumable exactly.
+"""Training of a reward model on pairs or labels, with its accuracy on held-out examples; resumable exactly.
 
-Processes share each minibatch and add up their gradients, so two of them make the update that one would make.
+Processes share each minibatch and sum their gradients, so two of them make the update that one would make.
 """
 
-import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,42 +13,29 @@ import torch
 from torch import Tensor
 
 from lm_core.causal_lm import eval_mode
-from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lm_core.checkpoints.manifest import CheckpointError
-from lm_core.checkpoints.weights import load_weights
-from lm_core.checks import check_ids, check_positive, typed
-from lm_core.distributed import all_reduce_gradients, all_reduce_sum, rank, world_size
-from lm_core.rng import restore_rng, seed_everything
-from lm_core.training.accelerator import InterruptHandler, pick_device, start_accelerator
-from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar
-from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
-from lm_core.training.run_directory import RunDirectory
+from lm_core.checks import check_ids, typed
+from lm_core.data.epochs import UpdateOrder
+from lm_core.distributed import rank, world_size
+from lm_core.training.config import CommonSettings
+from lm_core.training.session import TrainingResult, TrainingSession, adamw
 from palm_rlhf.data.preferences import Labelled, Preference, as_batch, load_preferences
 from palm_rlhf.data.prompts import as_tokenizer
 from palm_rlhf.reward.losses import bin_cross_entropy, bradley_terry_loss, squared_error
 from palm_rlhf.reward.model import RewardModel
 
 
-@dataclass(frozen=True)
-class RewardResult:
-    """How training ended.
+@dataclass(frozen=True, kw_only=True)
+class RewardResult(TrainingResult):
+    """How training ended; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        outcome: "finished" or "interrupted".
-        step: updates done.
         first_accuracy: on held-out examples before training; NaN without any.
         last_accuracy: after it. Of pairs: how often the chosen response has the higher reward (a tie counts half); of
-            bins: how often the likeliest is right; of numbers: the part of the variance explained.
-        checkpoints: folder of the checkpoints; None without ``checkpoint_dir``.
-        first_step: updates that had been done when this call began.
+            bins: how often the likeliest is right; of numbers: the fraction of the variance explained.
     """
 
-    outcome: Literal["finished", "interrupted"]
-    step: int
     first_accuracy: float
     last_accuracy: float
-    checkpoints: Path | None
-    first_step: int = 0
 
 
 class RewardModelTrainer:
@@ -70,9 +57,10 @@ class RewardModelTrainer:
         checkpoint_dir: folder of the run; None writes nothing.
         checkpoint_every: updates between checkpoints.
         keep_checkpoints: how many stay.
-        resume: "auto" goes on if there is a checkpoint, True demands one, False demands a fresh folder.
+        resume: "auto" resumes if there is a checkpoint, True demands one, False demands a folder without a run.
         seed: of order and dropout.
         device: auto takes CUDA, then MPS, then the CPU.
+        trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
 
     Raises:
         ValueError: a number is out of range, ids or labels do not suit the model, or nothing is left to learn from.
@@ -99,104 +87,103 @@ class RewardModelTrainer:
         resume: bool | Literal["auto"] = "auto",
         seed: int = 0,
         device: str = "auto",
+        trackers: Sequence[Any] = (),
     ) -> None:
-        for name, value in (
-            ("max_steps", max_steps),
-            ("batch_size", batch_size),
-            ("validate_every", validate_every),
-            ("checkpoint_every", checkpoint_every),
-        ):
-            check_positive(value, name)
-        if not 0 < learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate}")
+        config = CommonSettings(
+            max_steps=max_steps,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            beta2=0.999,
+            max_grad_norm=max_grad_norm,
+            validate_every=validate_every,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+            precision="fp32",
+            seed=seed,
+            device=device,
+        )
         tokenizer = as_tokenizer(tokenizer)
         examples = load_preferences(pairs, tokenizer=tokenizer)
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-            held_out = [examples[number] for number in sorted(order[: len(examples) // 10])]
-            examples = [examples[number] for number in sorted(order[len(examples) // 10 :])]
+            held_out = [examples[row] for row in sorted(order[: len(examples) // 10])]
+            examples = [examples[row] for row in sorted(order[len(examples) // 10 :])]
         else:
             held_out = load_preferences(validation_pairs, tokenizer=tokenizer)
-        self.examples, self.held_out = examples, held_out
+        self.examples = examples
+        self.held_out = held_out
         for example in [*examples, *held_out]:
             _check(example, reward_model)
-        self.device = pick_device(device)
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
-        start_accelerator(self.device, tracker_names=[], folder=self.checkpoint_dir or Path("."))
+        self.session = TrainingSession(
+            type(self).__name__,
+            config=config,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+            trackers=trackers,
+            packages=("palm-rlhf",),
+        )
+        self.device = self.session.device
         self.model = reward_model.to(self.device)
-        self.tokenizer, self.resume = tokenizer, resume
-        self.max_steps, self.batch_size, self.max_grad_norm, self.seed = max_steps, batch_size, max_grad_norm, seed
+        self.max_steps = max_steps
         self.normalize = normalize and isinstance(examples[0], Preference)
-        self.validate_every, self.checkpoint_every, self.keep = validate_every, checkpoint_every, keep_checkpoints
-        self.parameters = list(reward_model.trainable_parameters())
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(reward_model, weight_decay=weight_decay, parameters=self.parameters), lr=learning_rate
+        self.batch_size = min(batch_size, len(examples))
+        self.order = UpdateOrder(
+            len(examples), batch_size=self.batch_size, seed=seed, rank=rank(), world_size=world_size()
         )
-        self.schedule = LearningRateSchedule(
-            self.optimizer, kind="cosine", warmup_steps=max_steps // 20, total_steps=max_steps, final_scale=0.05
+        parameters = list(reward_model.trainable_parameters())
+        self.session.register(
+            model=reward_model,
+            optimizer=lambda: adamw(reward_model, config, parameters=parameters),
+            gradients="sum",
+            identity={"max_steps": max_steps, "batch_size": batch_size, "examples": _fingerprint(examples)},
+            tokenizer=tokenizer,
+            validate=self._validate,
+            shown=("loss", "validation_accuracy"),
         )
-        self.guard = NonFiniteGuard()
-        self.step = 0
-        self.first_accuracy = self.last_accuracy = float("nan")
-        self._started = False
 
     def train(self) -> RewardResult:
         """Trains up to ``max_steps``, or until Ctrl-C; a checkpoint is written in any case.
 
         Raises:
             RuntimeError: another run is using the folder, or losses were not finite too often in a row.
-            CheckpointError: the checkpoint is of another model, or damaged.
-            ValueError: the checkpoint is of other data or settings.
+            CheckpointError: the checkpoint is of another model, other data or settings, or damaged.
         """
-        outcome: Literal["finished", "interrupted"] = "finished"
-        with contextlib.ExitStack() as stack:
-            run = self._run(stack)
-            if not self._started:
-                self._start(run)
-            log = self._log(run, stack)
-            stack.callback(self.model.train, self.model.training)
-            self.model.train()
-            interrupt = stack.enter_context(InterruptHandler())
-            first_step = self.step
-            if self.step == 0:
-                self.first_accuracy = self.last_accuracy = self.accuracy()
-            while self.step < self.max_steps and outcome == "finished":
-                loss = self._update()
-                self.step += 1
-                row = {"loss": loss, "learning_rate": self.schedule.learning_rate}
-                last = self.step == self.max_steps
-                if self.step % self.validate_every == 0 or last:
-                    self._validate()
-                    row["validation_accuracy"] = self.last_accuracy
-                if log is not None:
-                    log.log(self.step, row)
-                    log.progress.update()
-                if interrupt.should_stop() and not last:
-                    outcome = "interrupted"
-                if run is not None and (self.step % self.checkpoint_every == 0 or last or outcome == "interrupted"):
-                    self._save(run)
-            if run is not None and rank() == 0:
-                with contextlib.suppress(ImportError, ValueError):
-                    plot_curves(run.metrics_path, run.curves_path)
-        checkpoints = None if run is None else run.checkpoints
-        return RewardResult(outcome, self.step, self.first_accuracy, self.last_accuracy, checkpoints, first_step)
+        with self.session.run() as session:
+            for step in session.steps():
+                (rows,) = self.order.micro_batches(step)
+                if rows:
+                    session.backward(self._loss([self.examples[row] for row in rows]))
+                session.log(session.optimizer_step())
+        return session.result(
+            RewardResult,
+            first_accuracy=session.first_validation.get("validation_accuracy", float("nan")),
+            last_accuracy=session.last_validation.get("validation_accuracy", float("nan")),
+        )
 
     def accuracy(self, examples: Sequence[Preference | Labelled] | None = None) -> float:
-        """On held-out examples, or those given; see ``RewardResult``."""
+        """Accuracy on ``examples``, by default the held-out ones; see ``RewardResult``."""
         examples = self.held_out if examples is None else examples
         return _accuracy(type(examples[0]), *self._predictions(examples)) if examples else float("nan")
 
-    def _validate(self) -> None:
-        """Sets ``last_accuracy``; after the last update, rewards then get their scale."""
-        normalize = self.normalize and self.step == self.max_steps
-        if self.held_out:
-            first, second = self._predictions(self.held_out)
-            self.last_accuracy = _accuracy(type(self.held_out[0]), first, second)
-        elif normalize:
-            first, second = self._predictions(self.examples[:256])
-        if normalize and float(deviation := torch.cat((first, second)).double().std()) > 0:
+    def _validate(self) -> dict[str, float]:
+        """Accuracy on held-out examples; after the last update, rewards then get their scale."""
+        scaled = self.normalize and self.session.step == self.max_steps
+        if not self.held_out and not scaled:
+            return {}
+        first, second = self._predictions(self.held_out or self.examples[:256])
+        if scaled and float(deviation := torch.cat((first, second)).double().std()) > 0:
             self.model.standardize(mean=float(first.double().mean()), deviation=float(deviation))
+        return {"validation_accuracy": _accuracy(type(self.held_out[0]), first, second)} if self.held_out else {}
+
+    def _loss(self, examples: Sequence[Any]) -> Tensor:
+        """This process's share of the loss of a minibatch."""
+        first, second = self._scored(examples)
+        if isinstance(examples[0], Preference):
+            loss = bradley_terry_loss(first, second, torch.tensor([e.margin for e in examples]).to(first))
+        else:
+            loss = (bin_cross_entropy if self.model.num_binned_output else squared_error)(first, second)
+        return loss * (len(examples) / self.batch_size)
 
     @torch.no_grad()
     def _predictions(self, examples: Sequence[Preference | Labelled]) -> tuple[Tensor, Tensor]:
@@ -225,111 +212,13 @@ class RewardModelTrainer:
         labels = torch.tensor([example.label for example in examples], device=self.device)
         return (logits, labels.long()) if self.model.num_binned_output else (logits[:, 0], labels)
 
-    def _update(self) -> float:
-        count = len(self.examples)
-        number = self.step * self.batch_size
-        rows: list[int] = []
-        while len(rows) < min(self.batch_size, count):
-            pass_, within = divmod(number + len(rows), count)
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + pass_) % 2**63)
-            order = torch.randperm(count, generator=generator).tolist()
-            rows += order[within : within + min(self.batch_size, count) - len(rows)]
-        mine = [self.examples[row] for row in rows[rank() :: world_size()]]
-        loss = torch.zeros((), device=self.device)
-        if mine:
-            first, second = self._scored(mine)
-            if isinstance(mine[0], Preference):
-                margin = torch.tensor([getattr(example, "margin", 0.0) for example in mine]).to(first)
-                part = bradley_terry_loss(first, second, margin)
-            else:
-                part = (bin_cross_entropy if self.model.num_binned_output else squared_error)(first, second)
-            part = part * (len(mine) / len(rows))
-            part.backward()
-            loss = part.detach()
-        all_reduce_gradients(self.parameters)
-        total = all_reduce_sum(loss)
-        finish_update(
-            self.step + 1,
-            total,
-            self.parameters,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            guard=self.guard,
-            max_grad_norm=self.max_grad_norm,
-        )
-        return float(total)
 
-    # ------------------------------------------------------------------------------------------ beginning, going on
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "max_steps": self.max_steps,
-            "examples": len(self.examples),
-        }
-
-    def _run(self, stack: contextlib.ExitStack) -> RunDirectory | None:
-        if self.checkpoint_dir is None:
-            return None
-        return stack.enter_context(
-            RunDirectory(
-                self.checkpoint_dir,
-                resume="auto" if self._started else self.resume,
-                seed=self.seed,
-                device=self.device,
-                settings=self._settings(),
-                packages=("palm-rlhf",),
-            )
-        )
-
-    def _log(self, run: RunDirectory | None, stack: contextlib.ExitStack) -> MetricsLog | None:
-        if run is None:
-            return None
-        bar = stack.enter_context(
-            progress_bar(self.max_steps, initial=self.step, description="reward", is_main=rank() == 0)
-        )
-        return stack.enter_context(
-            MetricsLog(run.metrics_path, resume_step=self.step or -1, is_main=rank() == 0, progress=bar)
-        )
-
-    def _start(self, run: RunDirectory | None) -> None:
-        self._started = True
-        if run is None or not run.resumes:
-            seed_everything((self.seed + rank()) % 2**32)
-            return
-        checkpoint: Checkpoint = load_checkpoint(run.checkpoints)
-        state = checkpoint.trainer_state
-        if state.get("trainer") != type(self).__name__:
-            raise CheckpointError(f"{checkpoint.path} was not written by {type(self).__name__}")
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(f"{name} must be {state['settings'][name]} as in the run being resumed, got {value}")
-        load_weights(self.model, checkpoint.model_state or {}, where=str(checkpoint.path))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.guard.load_state_dict(state["guard"])
-        self.first_accuracy, self.last_accuracy = state["accuracies"]
-        self.step = checkpoint.step
-        restore_rng(checkpoint.rng)
-
-    def _save(self, run: RunDirectory) -> None:
-        saves = getattr(self.tokenizer, "save_pretrained", None)
-        save_checkpoint(
-            run.checkpoints,
-            self.step,
-            model=self.model,
-            trainer_state={
-                "trainer": type(self).__name__,
-                "settings": self._settings(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "guard": self.guard.state_dict(),
-                "accuracies": (self.first_accuracy, self.last_accuracy),
-            },
-            tokenizer=self.tokenizer if callable(saves) else None,
-            keep=self.keep,
-        )
+def _fingerprint(examples: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        values = [value.tolist() if isinstance(value, Tensor) else value for value in vars(example).values()]
+        digest.update(repr(values).encode())
+    return digest.hexdigest()[:16]
 
 
 def _accuracy(kind: type, first: Tensor, second: Tensor) -> float:

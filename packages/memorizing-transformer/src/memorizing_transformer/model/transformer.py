@@ -288,30 +288,23 @@ class MemorizingTransformer(PretrainedMixin):
         """
         if labels is not None:
             self._check_labels(labels, x)
-        settings: dict[str, Any] = {"mask": mask, "knn_memories": knn_memories, "add_knn_memory": add_knn_memory}
-        features, new = self._read_with(cache, x, xl_memories, settings)
+        features, new = self.read(
+            x,
+            mask=mask,
+            cache=cache,
+            knn_memories=knn_memories,
+            xl_memories=xl_memories,
+            add_knn_memory=add_knn_memory,
+        )
         if labels is None:
             result = self.to_logits(features)
         else:
             result = self.loss(features, labels, normalizer=loss_normalizer)
         return result if new is None else (result, new)
 
-    def hidden(
-        self,
-        x: Int[Tensor, "b n"],
-        *,
-        mask: Bool[Tensor, "b total"] | None = None,
-        cache: MemoryCache | None = None,
-        knn_memories: KNNMemoryList | None = None,
-        xl_memories: Sequence[Tensor] | None = None,
-        add_knn_memory: bool = True,
-    ) -> Float[Tensor, "b n d1"]:
-        """Features with ``logits = hidden @ output_weight.T``; arguments as for ``forward``.
-
-        With a cache, ``knn_memories`` may be given with the first tokens: they are copied, not changed.
-        """
-        settings: dict[str, Any] = {"mask": mask, "knn_memories": knn_memories, "add_knn_memory": add_knn_memory}
-        return _with_ones(self._read_with(cache, x, xl_memories, settings)[0])
+    def hidden(self, x: Int[Tensor, "b n"], **reading: Any) -> Float[Tensor, "b n d1"]:
+        """Features with ``logits = hidden @ output_weight.T``; arguments as for ``read``."""
+        return _with_ones(self.read(x, **reading)[0])
 
     def loss(
         self,
@@ -348,21 +341,34 @@ class MemorizingTransformer(PretrainedMixin):
         self,
         x: Int[Tensor, "b n"],
         *,
-        mask: Bool[Tensor, "b n"] | None = None,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: MemoryCache | None = None,
         knn_memories: KNNMemoryList | None = None,
         xl_memories: Sequence[Tensor] | None = None,
         add_knn_memory: bool = True,
     ) -> tuple[Float[Tensor, "b n d"], XLMemories | None]:
-        """Features of a segment before the output layer, and the XL memories after it; arguments as for ``forward``."""
-        x, mask = self._checked(x, mask, past=0, memories=knn_memories)
+        """Features before the output layer, and the XL memories after the segment; arguments as for ``forward``.
+
+        With a cache, ``knn_memories`` may be given with the first tokens: they are copied, not changed.
+        """
+        x, new_mask = self._checked(x, mask, past=0 if cache is None else cache.length, memories=knn_memories)
+        if cache is not None:
+            if xl_memories is not None:
+                raise ValueError("a cache has an XL window of its own: xl_memories must be None")
+            cache.check_next(x, mask, knn_memories)
+            if cache.length == 0:
+                cache.begin(self.token_emb.weight, knn_memories, add_knn_memory)
+            cache.length += x.shape[1]
+            cache.masked = cache.masked or mask is not None
+            return self._read_pieces(x, new_mask, cache), None
         past = past_of_windows(xl_memories, layers=len(self.xl_memory_layers), b=x.shape[0], dim_head=self.dim_head)
-        documents = find_documents(x, sos_id=self.sos_id, eos_id=self.eos_id, mask=mask)
-        features, kept = self._features(x, past, mask, documents, knn_memories)
+        documents = find_documents(x, sos_id=self.sos_id, eos_id=self.eos_id, mask=new_mask)
+        features, kept = self._features(x, past, new_mask, documents, knn_memories)
         windows, window_mask = remember(
             self.layers.places(),
             kept,
             past,
-            mask=mask,
+            mask=new_mask,
             documents=documents,
             window=self.xl_max_memories,
             memories=knn_memories if add_knn_memory else None,
@@ -373,29 +379,31 @@ class MemorizingTransformer(PretrainedMixin):
         new.mask = window_mask
         return features, new
 
+    @torch.no_grad()
+    def _read_pieces(self, x: Tensor, mask: Tensor | None, cache: MemoryCache) -> Tensor:
+        """Features of new tokens, read into the cache piece by piece; zeros at padding."""
+        out = self.token_emb.weight.new_zeros(*x.shape, self.token_emb.embedding_dim)
+        for piece in cache.pieces(x, None if mask is None or bool(mask.all()) else mask):
+            tokens = x.gather(1, piece.columns)
+            documents = find_documents(
+                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=piece.mask, before=cache.open_documents
+            )
+            features, kept = self._features(tokens, cache.past(), piece.mask, documents, cache.memories)
+            cache.append(kept, piece.mask, documents)
+            out = out.to(features.dtype)
+            if piece.mask is None:
+                out.scatter_(1, piece.columns.unsqueeze(-1).expand_as(features), features)
+            else:
+                out[piece.mask.nonzero()[:, 0], piece.columns[piece.mask]] = features[piece.mask]
+        return out
+
     def _features(
         self, x: Tensor, past: Past, mask: Tensor | None, documents: Documents | None, memories: KNNMemoryList | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Features before the output layer, and the new keys and values of each attention."""
         view = view_of(x, past, mask=mask, documents=documents)
-        h, kept = self.layers(self._embed(x), view=view, past=past, memories=memories)
+        h, kept = self.layers(self.token_emb(x), view=view, past=past, memories=memories)
         return self.norm(h), kept
-
-    def _embed(self, x: Tensor) -> Tensor:
-        try:
-            return self.token_emb(x)
-        except IndexError:
-            check_ids(x, self.num_tokens, "x")
-            raise
-
-    def _read_with(
-        self, cache: MemoryCache | None, x: Tensor, xl_memories: Sequence[Tensor] | None, settings: dict[str, Any]
-    ) -> tuple[Tensor, XLMemories | None]:
-        if cache is None:
-            return self.read(x, xl_memories=xl_memories, **settings)
-        if xl_memories is not None:
-            raise ValueError("a cache has an XL window of its own: xl_memories must be None")
-        return self._read_cached(x, cache, **settings), None
 
     # ------------------------------------------------------------------------------------------------- generation
 
@@ -421,39 +429,6 @@ class MemorizingTransformer(PretrainedMixin):
             # never in files, whatever the model's other memories are in
             make_memories=lambda: create(**self.memory_settings, device=self.device),
         )
-
-    @torch.no_grad()
-    def _read_cached(
-        self,
-        x: Tensor,
-        cache: MemoryCache,
-        *,
-        mask: Tensor | None,
-        knn_memories: KNNMemoryList | None,
-        add_knn_memory: bool,
-    ) -> Tensor:
-        """Features of new tokens, read piece by piece into the cache."""
-        x, fresh = self._checked(x, mask, past=cache.length, memories=knn_memories)
-        cache.check_next(x, mask, knn_memories)
-        if cache.length == 0:
-            cache.begin(self.token_emb.weight, knn_memories, add_knn_memory)
-        cache.length += x.shape[1]
-        cache.masked = cache.masked or mask is not None
-        out: Tensor | None = None
-        for piece in cache.pieces(x, None if fresh is None or bool(fresh.all()) else fresh):
-            tokens = x.gather(1, piece.columns)
-            documents = find_documents(
-                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=piece.mask, before=cache.open_documents
-            )
-            features, kept = self._features(tokens, cache.past(), piece.mask, documents, cache.memories)
-            cache.append(kept, piece.mask, documents)
-            # zeros stay where there is padding
-            out = features.new_zeros(*x.shape, features.shape[-1]) if out is None else out
-            if piece.mask is None:
-                out.scatter_(1, piece.columns.unsqueeze(-1).expand_as(features), features)
-            else:
-                out[piece.mask.nonzero()[:, 0], piece.columns[piece.mask]] = features[piece.mask]
-        return self.token_emb.weight.new_zeros(*x.shape, self.norm.normalized_shape[0]) if out is None else out
 
     @torch.no_grad()
     def generate(

@@ -4,9 +4,11 @@ The position of a token is how many tokens of its document come before it. What 
 something to remember: the same weights read the same segments with memory and without.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,10 +18,9 @@ from lm_core.data.documents import Documents
 from lm_core.data.packing import IGNORE_INDEX
 from lm_core.distributed import all_reduce_sum
 from lm_core.training.accelerator import Precision, autocast
-from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
-from memorizing_transformer.training.documents import DocumentSegments, Segment
+from memorizing_transformer.training.documents import DocumentSegments
 
 # First position of each range of positions.
 RANGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -77,19 +78,22 @@ def score(
     device = model.device
     sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
     edges = torch.tensor(ranges[1:], dtype=torch.long)
-    memories = model.create_knn_memories(batch_size=len(segments.queues)) if use_memory else None
     window: XLMemories | None = None
-    try:
-        with eval_mode(model):
-            for segment in tqdm(segments, desc="evaluate", unit="segment", disable=not progress, leave=False):
-                losses, window = token_losses(model, segment, memories, window, precision, device)
-                counted = segment.labels != IGNORE_INDEX
-                bucket = torch.bucketize(segment.positions[counted], edges, right=True)
-                sums[:, 0].index_add_(0, bucket, torch.ones(bucket.shape[0], dtype=torch.float64))
-                sums[:, 1].index_add_(0, bucket, losses.double().cpu()[counted])
-    finally:
-        if memories is not None:
-            memories.cleanup()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        memories = None
+        if use_memory:
+            memories = stack.enter_context(model.knn_memories_context(batch_size=len(segments.queues)))
+        for segment in tqdm(segments, desc="evaluate", unit="segment", disable=not progress, leave=False):
+            ids, labels = segment.ids.to(device), segment.labels.to(device)
+            mask = None if segment.mask is None else segment.mask.to(device)
+            with autocast(precision, device):
+                features, window = model.read(ids, mask=mask, knn_memories=memories, xl_memories=window)
+                losses = model.loss(features, labels, reduction="none")
+            counted = segment.labels != IGNORE_INDEX
+            bucket = torch.bucketize(segment.positions[counted], edges, right=True)
+            sums[:, 0].index_add_(0, bucket, torch.ones(bucket.shape[0], dtype=torch.float64))
+            sums[:, 1].index_add_(0, bucket, losses.double().cpu()[counted])
     bytes_ = torch.tensor([segments.num_bytes, segments.num_tokens], dtype=torch.float64)
     totals = torch.cat((sums.flatten(), bytes_))
     totals = all_reduce_sum(totals.to(device) if device.type == "cuda" else totals).cpu()
@@ -104,23 +108,6 @@ def score(
     return Evaluation(bits, nats / count, int(count), by_position)
 
 
-def token_losses(
-    model: MemorizingTransformer,
-    segment: Segment,
-    memories: KNNMemoryList | None,
-    window: XLMemories | None,
-    precision: Precision,
-    device: torch.device,
-) -> tuple[torch.Tensor, XLMemories | None]:
-    """The loss of each token of a segment, and the XL memories behind it."""
-    ids, labels, mask = segment.ids.to(device), segment.labels.to(device), segment.mask
-    mask = None if mask is None else mask.to(device)
-    with autocast(precision, device):
-        features, window = model.read(ids, mask=mask, knn_memories=memories, xl_memories=window)
-        losses = model.loss(features, labels, reduction="none")
-    return losses, window
-
-
 def evaluate(
     model: MemorizingTransformer,
     documents: Documents,
@@ -129,10 +116,7 @@ def evaluate(
     segment_length: int = 512,
     batch_size: int = 4,
     max_documents: int | None = None,
-    use_memory: bool = True,
-    precision: Precision = "auto",
-    progress: bool = False,
-    ranges: Sequence[int] = RANGES,
+    **settings: Any,
 ) -> Evaluation:
     """Bits per byte of a model on documents, read in order.
 
@@ -143,10 +127,7 @@ def evaluate(
         segment_length: tokens a segment.
         batch_size: documents at a time.
         max_documents: only so many; None for all.
-        use_memory: False reads without kNN memories.
-        precision: "auto", "fp32" or "bf16".
-        progress: shows a progress bar.
-        ranges: first position of each range of positions to tell apart, ascending from 0.
+        **settings: further arguments of ``score``.
     """
     segments = DocumentSegments(
         documents=documents,
@@ -155,4 +136,4 @@ def evaluate(
         eos_id=eos_id,
         max_documents=max_documents,
     )
-    return score(model, segments, use_memory=use_memory, precision=precision, progress=progress, ranges=ranges)
+    return score(model, segments, **settings)

@@ -47,10 +47,10 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
         return json.loads(done.read_text(encoding="utf-8"))
     run = folder / f"seed-{seed}"
     settings = SelfPlaySettings(**{**DEFAULTS, "seed": seed, "device": "cpu"})
-    result, _ = quickstart(settings, run, judge=False)
+    result, _ = quickstart(settings, run, compare=False)
     if result.outcome != "finished":
         raise SystemExit(f"seed {seed} was interrupted; the same command goes on with it")
-    train, _, judging = quickstart_data()
+    train, _, compared = quickstart_data()
     start = SmallDecoder.from_pretrained(run / "start")
     models = {"supervised start": start}
     for number in range(1, result.iterations + 1):
@@ -71,11 +71,11 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
         batch_size=500,
         seed=1,
     )
-    before = likelihoods(start, judging)
+    before = likelihoods(start, compared)
     rows = []
     for name, model in models.items():
-        difference = likelihoods(model, judging) - before
-        found = evaluate(model, judging, max_seq_len=sorting_task.MAX_SEQ_LEN, eos_id=sorting_task.EOS, batch_size=500)
+        difference = likelihoods(model, compared) - before
+        found = evaluate(model, compared, max_seq_len=sorting_task.MAX_SEQ_LEN, eos_id=sorting_task.EOS, batch_size=500)
         rows.append(
             {
                 "model": name,
@@ -83,7 +83,7 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
                 "difference": float(difference.mean()),
                 "standard error": float(difference.std() / math.sqrt(len(difference))),
                 "exact match": found.exact_match,
-                "win rate": None if model is start else win_rate_over(model, start, judging, sampling),
+                "win rate": None if model is start else win_rate_over(model, start, compared, sampling),
             }
         )
     done.write_text(json.dumps(rows, indent=1), encoding="utf-8")

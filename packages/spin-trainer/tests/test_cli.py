@@ -8,7 +8,6 @@ import torch
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.metrics import read_metrics
 from spin_trainer.cli import build_parser, main
-from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 # peft asks transformers for a name that newer transformers call otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -132,7 +131,7 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spin_trainer.quickstart.quickstart.SUPERVISED_UPDATES", 2)
     monkeypatch.setattr("spin_trainer.quickstart.quickstart.ROWS", 8)
     monkeypatch.setattr("spin_trainer.quickstart.quickstart.HELD_OUT", 4)
-    monkeypatch.setattr("spin_trainer.quickstart.quickstart.JUDGED", 6)
+    monkeypatch.setattr("spin_trainer.quickstart.quickstart.COMPARED", 6)
     assert main(["train", "--checkpoint_dir", str(tmp_path / "quick"), "--batch_size=4", "--device=cpu"]) == 0
     table = (tmp_path / "quick" / "table.md").read_text().splitlines()
 
@@ -172,21 +171,6 @@ def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
     assert abs(spin(other, ids, prompt_len).item() - 0.693147) > 1e-4
     held = sum(tensor.numel() for tensor in spin.ref_model.exported().values())
     assert held < 0.6 * sum(parameter.numel() for parameter in model.parameters())
-
-
-def test_small_decoder_decodes_with_a_cache_as_without():
-    from lm_core.generation.generate import generate
-
-    torch.manual_seed(0)
-    model = SmallDecoder(num_tokens=12).double()
-    with torch.no_grad():
-        model.embedding.weight.mul_(25)
-    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
-    one = generate(model, prompts, max_new_tokens=9, temperature=0.0)
-    other = generate(model, prompts, max_new_tokens=9, temperature=0.0, use_cache=False)
-
-    assert one.tokens.equal(other.tokens)
-    torch.testing.assert_close(one.log_probs, other.log_probs, rtol=0, atol=1e-6)
 
 
 def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value():

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions: their weights open, and their runs are refused by name.
+"""Checkpoints of earlier versions: their weights open, and their runs resume.
 
 ``fixtures/run-0.1.0`` was written with version 0.1.0 by ``SPINTrainer(SmallDecoder(num_tokens=12, dim=8, depth=2,
 heads=2, dim_head=4), ...)``, killed in its second update; ``logits.json`` has that decoder's logits in float64.
@@ -8,10 +8,10 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
-from lm_core.checkpoints.manifest import CheckpointError
+from spin_trainer import SFTDataset
+from spin_trainer.data.sft_data import Example
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 RUN = Path(__file__).with_name("fixtures") / "run-0.1.0"
@@ -25,10 +25,14 @@ def test_a_decoder_of_0_1_0_gives_its_logits():
     torch.testing.assert_close(logits, torch.tensor(expected["logits"], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_a_run_of_0_1_0_is_refused_and_its_weights_start_a_new_one(train, tmp_path):
+def test_a_run_of_0_1_0_resumes_in_its_training_phase(train, tmp_path):
     shutil.copytree(RUN, tmp_path / "run")
-    decoder = SmallDecoder.from_pretrained(RUN / "checkpoints" / "step-1")
-    with pytest.raises(CheckpointError, match="was written by an earlier version; only its weights can be used"):
-        train("run", model=decoder)
+    rows = [Example((a, b, 10), (min(a, b), max(a, b), 11)) for a, b in ((1, 2), (4, 3), (5, 5), (9, 0))]
+    settings = {"max_seq_len": 8, "batch_size": 2, "iterations": 2, "mix_previous": False, "valid_sft_dataset": None}
+    decoder = SmallDecoder(num_tokens=12, dim=8, depth=2, heads=2, dim_head=4)
+    trainer, result = train(model=decoder, train_sft_dataset=SFTDataset(rows), **settings)
 
-    assert train("new", model=decoder)[1].outcome == "finished"
+    assert (result.outcome, result.first_step, result.step) == ("finished", 1, 4)
+    before = SmallDecoder.from_pretrained(RUN / "checkpoints" / "step-1").state_dict()
+    after = trainer.model.policy_model.state_dict()
+    assert all(0 < (value - before[name]).abs().max() < 0.1 for name, value in after.items())

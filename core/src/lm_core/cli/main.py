@@ -81,7 +81,7 @@ def report_run(
     run: TrainingResult,
     checkpoint_dir: str | Path,
     *,
-    max_steps: int,
+    max_steps: int | None = None,
     lines: Sequence[tuple[str, object]] = (),
     results: Sequence[Result] = (),
 ) -> int:
@@ -91,32 +91,36 @@ def report_run(
         program: name of the program, for the command that resumes.
         run: what the trainer returned.
         checkpoint_dir: folder of the run.
-        max_steps: updates that were asked for.
+        max_steps: updates that were asked for; None if their number is not known beforehand.
         lines: label and text of each measurement to print first.
         results: key numbers of the summary, the most important first; without any, none is written.
 
     Returns:
         The exit status.
     """
-    trained = run.first_step < max_steps
+    complete = run.outcome in ("finished", "stopped early")
+    trained = not complete or run.first_step < (run.step if max_steps is None else max_steps)
     if not trained:
         report("", "already complete; pass a new --checkpoint_dir to start over")
     for label, text in lines:
         report(label, text)
     folder = Path(checkpoint_dir)
-    report("checkpoint", folder / "checkpoints" / f"step-{run.step}")
+    checkpoint = folder / "checkpoints" / f"step-{run.step}"
+    if checkpoint.is_dir():
+        report("checkpoint", checkpoint)
     report("metrics", folder / "metrics.jsonl")
     report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")
-    if run.outcome == "finished" and results and rank() == 0:
+    if complete and results and rank() == 0:
         write_summary(folder, list(results), steps=run.step, seconds=run.seconds if trained else None)
     return print_resume_hint(program, run.outcome, run.step, max_steps)
 
 
-def print_resume_hint(program: str, outcome: str, step: int, max_steps: int) -> int:
+def print_resume_hint(program: str, outcome: str, step: int, max_steps: int | None = None) -> int:
     """Prints how to resume a run that did not finish; returns the exit status."""
-    if outcome == "finished":
+    if outcome in ("finished", "stopped early"):
         return 0
-    say(f"\nStopped ({outcome}) after {step} of {max_steps} updates. To resume:\n  {command_line(program)}")
+    asked = "" if max_steps is None else f" of {max_steps}"
+    say(f"\nStopped ({outcome}) after {step}{asked} updates. To resume:\n  {command_line(program)}")
     return INTERRUPTED if outcome == "interrupted" else 0
 
 

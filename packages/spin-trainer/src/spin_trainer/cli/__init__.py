@@ -5,7 +5,8 @@ from typing import Any
 
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
-from spin_trainer.cli.commands import evaluate_model, generate, train
+from spin_trainer.cli.commands import Answering, evaluate_model, generate
+from spin_trainer.cli.train import train
 from spin_trainer.quickstart.quickstart import DEFAULTS
 from spin_trainer.training.config import SelfPlaySettings
 
@@ -17,22 +18,22 @@ TRAIN = """Fine-tunes a language model by self-play; without a model, a small on
   torchrun --nproc_per_node 8 -m spin_trainer train --config run.yaml
 
 The quickstart has values of its own for what is not given. Flags win over the YAML file, which wins over the defaults.
-Ctrl-C saves a checkpoint; the same command goes on from it, as it does after a kill."""
+Ctrl-C saves a checkpoint; the same command resumes from it, as it does after a kill."""
 
 MAX_SEQ_LEN = 512
 
 
 def _presets(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
     """The quickstart has defaults of its own."""
-    return DEFAULTS if chosen["model"] is None else {}
+    return {**DEFAULTS, "top_p": None} if chosen["model"] is None else {}
 
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
         train, {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN})}, TRAIN, _presets
     ),
-    "generate": generate,
-    "eval": evaluate_model,
+    "generate": Command(generate, {"answering": Group(Answering)}),
+    "eval": Command(evaluate_model, {"answering": Group(Answering)}),
 }
 
 

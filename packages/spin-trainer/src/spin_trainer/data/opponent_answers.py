@@ -67,6 +67,14 @@ class Sampling:
         }
 
 
+def nucleus(mass: float | None) -> dict[str, Any]:
+    """Arguments of ``Sampling`` and ``SPINTrainer`` that sample from the nucleus of this mass; None for no filter."""
+    return {
+        "filter_fn": None if mass is None else top_p,
+        "filter_kwargs": {} if mass is None else {"thres": mass},
+    }
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the opponent said.

@@ -11,12 +11,12 @@ training wins; what is shown is that self-play learns from nothing but the same 
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm_core.checkpoints.checkpoint import on_main_process
+from lm_core.cli.main import report
 from lm_core.rng import seed_everything
 from lm_core.training.accelerator import pick_device
 from spin_trainer.data.sft_data import SFTDataset
@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
 }
 SUPERVISED_UPDATES, SUPERVISED_RATE = 400, 3e-3
-ROWS, HELD_OUT, JUDGED = 12000, 500, 2000
+ROWS, HELD_OUT, COMPARED = 12000, 500, 2000
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,27 @@ def quickstart_data() -> tuple[SFTDataset, SFTDataset, SFTDataset]:
     train = sorting_task.sorting_examples(ROWS, seed=1)
     valid = sorting_task.sorting_examples(HELD_OUT, seed=2, without=train)
     seen = SFTDataset([*train, *valid])
-    return train, valid, sorting_task.sorting_examples(JUDGED, seed=3, without=seen)
+    return train, valid, sorting_task.sorting_examples(COMPARED, seed=3, without=seen)
 
 
 def quickstart(
     settings: SelfPlaySettings,
     folder: Path,
     *,
-    resume: Any = "auto",
-    say: Callable[[str], None] = print,
-    judge: bool = True,
+    compare: bool = True,
+    **trainer_arguments: Any,
 ) -> tuple[SPINResult, list[Row]]:
     """Runs it all; the supervised start is kept in ``folder/start``, so a run goes on from it.
 
     Args:
-        settings: of self-play.
-        folder: of the run.
-        resume: as for ``SPINTrainer``.
-        say: where to tell what is going on.
-        judge: whether supervised training is continued too, and the table made.
+        settings: settings of self-play.
+        folder: folder of the run.
+        compare: whether supervised training is continued too, and the table made.
+        trainer_arguments: further arguments of ``SPINTrainer``; its opponent samples without a filter by default.
     """
-    train, valid, judging = quickstart_data()
+    train, valid, compared = quickstart_data()
     if not (folder / "start").is_dir():
-        say(f"supervised  {SUPERVISED_UPDATES} updates on {ROWS} rows: sort {sorting_task.DIGITS} digits")
+        report("supervised", f"{SUPERVISED_UPDATES} updates on {ROWS} rows: sort {sorting_task.DIGITS} digits")
         seed_everything(settings.seed)
         model = SmallDecoder(num_tokens=sorting_task.VOCABULARY, **MODEL).to(pick_device(settings.device))
         constant: dict[str, Any] = {"learning_rate": SUPERVISED_RATE, "final_learning_rate": 1.0}
@@ -95,16 +93,15 @@ def quickstart(
         train_sft_dataset=train,
         valid_sft_dataset=valid,
         eos_id=sorting_task.EOS,
-        filter_fn=None,
         checkpoint_dir=folder,
-        resume=resume,
         config=settings,
+        **{"filter_fn": None, **trainer_arguments},
     )
-    say(f"self-play   {settings.iterations} iterations on {trainer.device}, into {folder}")
+    report("self-play", f"{settings.iterations} iterations on {trainer.device}, into {folder}")
     result = trainer.train()
-    if result.outcome == "interrupted" or not judge:
+    if result.outcome == "interrupted" or not compare:
         return result, []
-    say(f"supervised  {result.step} updates more, to compare with")
+    report("supervised", f"{result.step} updates more, for comparison")
     more = copy.deepcopy(start).to(trainer.device)
     fine_tune(
         more,
@@ -122,8 +119,8 @@ def quickstart(
     def scored(name: str, model: SmallDecoder, opponent: SmallDecoder | None) -> Row:
         model.to(trainer.device)
         eos_id = sorting_task.EOS
-        evaluation = evaluate(model, judging, max_seq_len=settings.max_seq_len, eos_id=eos_id, batch_size=500)
-        return Row(name, evaluation, None if opponent is None else win_rate_over(model, opponent, judging, sampling))
+        evaluation = evaluate(model, compared, max_seq_len=settings.max_seq_len, eos_id=eos_id, batch_size=500)
+        return Row(name, evaluation, None if opponent is None else win_rate_over(model, opponent, compared, sampling))
 
     table = [scored("supervised start", start, None)]
     for number in range(1, result.iterations + 1):

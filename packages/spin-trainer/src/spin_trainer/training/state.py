@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lm_core.checkpoints.checkpoint import Checkpoint
 from spin_trainer.training.weights import load_stored_weights, read_stored_weights, write_stored_weights
 
 
@@ -82,3 +83,27 @@ class BestIteration:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the measures of ``state``."""
         self.history = list(state["history"])
+
+
+IDENTITY = (
+    *("seed", "fsdp", "train_sft_dataset", "valid_sft_dataset", "frozen_weights"),
+    *("batch", "epochs", "opponent_kind", "sampling"),
+)
+
+
+def upgraded(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The trainer state of a checkpoint of version 0.1.0 under the keys that a session writes."""
+    old = checkpoint.trainer_state
+    kept = ("trainer", "optimizer", "schedule", "guard")
+    run = ("iteration", "update", "opponent", "previous_opponent")
+    return {
+        **{name: old.get(name) for name in kept},
+        "architecture": {},
+        "identity": {name: old.get(name) for name in IDENTITY},
+        "validation": [{}, {}],
+        "state": {
+            "run": {name: old.get(name) for name in run},
+            "best": {"history": old.get("history")},
+            "reference": old.get("reference"),
+        },
+    }

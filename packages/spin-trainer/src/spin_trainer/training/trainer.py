@@ -37,7 +37,7 @@ from spin_trainer.training.checks import check_accelerator, check_datasets, make
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.pairs import PairComparison, PairMeasures
 from spin_trainer.training.parallel import blocks_of, whole_weights
-from spin_trainer.training.state import BestIteration, RunState
+from spin_trainer.training.state import BestIteration, RunState, upgraded
 from spin_trainer.training.weights import (
     export_policy,
     fingerprint_of_weights,
@@ -190,6 +190,7 @@ class SPINTrainer:
                 "reference": SavedValue(self._reference_state, self._load_reference),
             },
             identity=self._identity,
+            upgrade=upgraded,
             save_weights=lambda: policy if whole else stored_weights(policy),
             load_weights=lambda stored: load_stored_weights(policy, stored.model_state or {}, str(stored.path)),
             tokenizer=tokenizer,
@@ -399,7 +400,7 @@ class SPINTrainer:
             "frozen_weights": self._frozen_weights,
             "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
             "epochs": self.settings.epochs,
-            "opponent": self.settings.opponent,
+            "opponent_kind": self.settings.opponent,
             "sampling": repr(sorted(self.sampling.description().items())),
         }
 

@@ -1,0 +1,112 @@
+"""The command ``train``."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_core.checkpoints.atomic_io import write_file
+from lm_core.cli.main import report, report_run, say
+from lm_core.distributed import world_size
+from lm_core.rng import seed_everything
+from lm_core.tokenizers import load_tokenizer
+from lm_core.training.accelerator import pick_device, start_accelerator
+from lm_core.training.run_directory import Result
+from spin_trainer.data.opponent_answers import nucleus
+from spin_trainer.interop import load_model, with_lora
+from spin_trainer.quickstart.quickstart import quickstart, table_lines
+from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.trainer import SPINResult, SPINTrainer
+
+
+def train(
+    *,
+    settings: SelfPlaySettings,
+    model: str | None = None,
+    data: str | None = None,
+    validation_data: str | None = None,
+    tokenizer: str | None = None,
+    top_p: float | None = 0.9,
+    lora_r: int | None = None,
+    lora_alpha: int | None = None,
+    lora_dropout: float = 0.0,
+    lora_targets: list[str] | None = None,
+    overlong: Literal["error", "drop"] = "error",
+    checkpoint_dir: str = "runs/spin-quickstart",
+    resume: bool | Literal["auto"] = "auto",
+    trackers: list[str] | None = None,
+) -> int:
+    """Fine-tunes a model by self-play.
+
+    Args:
+        settings: settings of self-play.
+        model: a folder or organisation/name on the hub; null runs the quickstart.
+        data: rows with prompt and response, or messages: a file, folder, glob or data set of the hub.
+        validation_data: held-out rows in the same form.
+        tokenizer: folder, organisation/name or "bytes" to use instead of the model's own tokenizer.
+        top_p: probability mass that the opponent samples from; null for no filter.
+        lora_r: rank of LoRA adapters; null trains all weights.
+        lora_alpha: scale of the adapters times their rank; null is twice the rank.
+        lora_dropout: dropout probability in front of the adapters.
+        lora_targets: names of the layers that get an adapter; null is all linear ones.
+        overlong: what to do with prompts that leave no room for an answer.
+        checkpoint_dir: folder of the run, for answers, checkpoints, exported policies, metrics.jsonl and curves.png.
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: names of trackers that accelerate knows, such as tensorboard.
+
+    Returns:
+        The exit status.
+    """
+    if model is None and (data is not None or validation_data is not None):
+        raise ValueError(f"model must be given together with data, got data {data!r} and no model")
+    if model is not None and data is None:
+        raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
+    if model is None and (lora_r is not None or tokenizer is not None):
+        raise ValueError(f"lora_r and tokenizer need a model, got {lora_r} and {tokenizer!r} for the quickstart's")
+    start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # from here on processes know their rank
+    run: dict[str, Any] = {"resume": resume, "trackers": trackers or (), **nucleus(top_p)}
+    if model is None:
+        report("downloads", "nothing; about two minutes on two CPU cores")
+        result, table = quickstart(settings, Path(checkpoint_dir), **run)
+        if table:
+            lines = "\n".join(table_lines(table)) + "\n"
+            say(f"\n{lines}")
+            write_file(Path(checkpoint_dir) / "table.md", lines)
+            say("On a toy this small more supervised training wins; self-play shows that it learns from the same data.")
+        return _report(result, checkpoint_dir)
+    seed_everything(settings.seed)
+    encoder = load_tokenizer(tokenizer or model)
+    policy = load_model(model)
+    if lora_r is not None:
+        policy = with_lora(policy, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets)
+    trainer = SPINTrainer(
+        policy,
+        train_sft_dataset=data,
+        valid_sft_dataset=validation_data,
+        tokenizer=encoder,
+        overlong=overlong,
+        checkpoint_dir=checkpoint_dir,
+        config=settings,
+        **run,
+    )
+    trained = sum(parameter.numel() for parameter in trainer.model.trainable_parameters())
+    total = sum(parameter.numel() for parameter in policy.parameters())
+    report("model", f"{model}, {total / 1e6:.2f} million parameters, of which {trained / 1e6:.2f} train")
+    report("data", f"{data}: {len(trainer.train_dataset)} rows, {trainer.train_dataset.dropped} left out as too long")
+    report("run", f"{checkpoint_dir}, {settings.iterations} iterations, {trainer.device}, {world_size()} process(es)")
+    return _report(trainer.train(), checkpoint_dir)
+
+
+def _report(result: SPINResult, folder: str) -> int:
+    lines: list[tuple[str, object]] = [
+        (
+            "held out",
+            f"{measures['nll']:8.3f} nats/answer, win rate {measures['win_rate']:.3f} "
+            f"({f'iteration {number - 1}' if number else 'before'})",
+        )
+        for number, measures in enumerate(result.history)
+    ]
+    if result.best_iteration is not None:
+        lines.append(("best", f"after {result.best_iteration} iterations, by held-out likelihood"))
+    lines.append(("policies", f"{result.iterations_folder} ({result.outcome} after {result.iterations} iterations)"))
+    nll = [measures["nll"] for measures in result.history]
+    results = [Result("held-out NLL/answer, nats", nll[-1], before=nll[0])] if nll else []
+    return report_run("spin-trainer", result, folder, lines=lines, results=results)

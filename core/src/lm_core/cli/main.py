@@ -105,9 +105,7 @@ def report_run(
     for label, text in lines:
         report(label, text)
     folder = Path(checkpoint_dir)
-    checkpoint = folder / "checkpoints" / f"step-{run.step}"
-    if checkpoint.is_dir():
-        report("checkpoint", checkpoint)
+    report("checkpoint", folder / "checkpoints" / f"step-{run.step}")
     report("metrics", folder / "metrics.jsonl")
     report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")
     if complete and results and rank() == 0:

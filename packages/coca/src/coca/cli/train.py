@@ -135,8 +135,8 @@ def train(
         max_unreadable: part of the images that may be unreadable; they are named and counted.
         tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: of accelerate, such as [tensorboard].
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: names of trackers that accelerate knows, such as tensorboard.
 
     Returns:
         The exit status.

@@ -38,8 +38,8 @@ def train(
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
         start_from: folder of a run or a model whose weights to begin with, for retrofitting a memory; its own sizes
             are kept, and max_knn_memories is taken from here. Sigmoid gates that were never trained begin at a half.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: of accelerate, such as [tensorboard].
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_tokens: tokens with which the trained model continues a held-out document at the end; 0 for none.
 
     Returns:

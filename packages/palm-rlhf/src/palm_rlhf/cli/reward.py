@@ -56,7 +56,7 @@ def reward(
         device: auto takes CUDA, then MPS, then the CPU.
         checkpoint_dir: folder of the run.
         checkpoint_every: updates between checkpoints.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
 
     Returns:
         The exit status.

@@ -88,7 +88,7 @@ def train_policy(
             for a file the first of ``prompts``.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         checkpoint_dir: folder of the run.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
 
     Returns:
         The exit status.

@@ -30,8 +30,8 @@ def train(
         model: arguments of ``PaLM``.
         settings: optimizer, schedule and what is written when.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl and curves.png.
-        resume: auto goes on if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: of accelerate, such as [tensorboard].
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_prompt: prompt that the trained model continues at the end.
         sample_tokens: length of that continuation; 0 for none.
 

@@ -114,6 +114,30 @@ def test_greedy_generation_equals_a_loop_over_each_row_alone(build, kind):
             assert bool(result.finished[row]) == (tokens[-1] == eos_id)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "rotary"])
+def test_a_hook_on_any_module_fires_once_for_each_token_and_takes_effect(build, kind, use_cache):
+    model = build(kind)
+    adapter = as_causal_lm(model)
+    counts = {}
+
+    def count(module, inputs, output):
+        counts[module] = counts.get(module, 0) + 1
+
+    heads = [module for module in model.modules() if type(module) is nn.Linear]
+    handles = [module.register_forward_hook(count) for module in heads]
+    generate(adapter, prompts()[0][None], max_new_tokens=20, use_cache=use_cache)
+    assert counts == dict.fromkeys(heads, 20)
+    for handle in handles:
+        handle.remove()
+    head = heads[-1]
+    assert head.out_features == VOCABULARY
+    head.register_forward_hook(lambda module, inputs, output: output.roll(1, -1))
+    tokens = generate(adapter, prompts()[0][None], max_new_tokens=1, temperature=0.0, use_cache=use_cache).tokens
+    hidden = as_causal_lm(build(kind)).hidden(prompts()[0][None])[:, -1]
+    assert torch.equal(tokens[:, 0], ((hidden @ head.weight.T).argmax(-1) + 1) % VOCABULARY)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_draws_the_same_tokens_with_and_without_a_cache(build, kind):
     adapter = as_causal_lm(build(kind))

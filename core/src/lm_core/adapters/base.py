@@ -167,12 +167,21 @@ class LibraryAdapter(Adapter):
     # What a subclass finds out about its model: why it cannot continue a cache (None: it can), and whether its logits
     # are nothing but hidden states times a weight.
     _why_not_cached: str | None
-    _offers_hidden: bool
+    _hidden_is_exact: bool
 
     def extra_repr(self) -> str:
         """The settings shown by ``repr``."""
         decoding = "cached" if self._why_not_cached is None else f"uncached ({self._why_not_cached})"
         return f"{super().extra_repr()}, hidden={self._offers_hidden}, decoding={decoding}"
+
+    @property
+    def _offers_hidden(self) -> bool:
+        """Asked in every call: an output layer that has been hooked, wrapped or replaced must be called."""
+        layer = self._output_layer()
+        untouched = layer is None or (
+            type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+        )
+        return self._hidden_is_exact and untouched
 
     @property
     def init_cache(self) -> Callable[[int, int], AdapterCache]:
@@ -200,6 +209,10 @@ class LibraryAdapter(Adapter):
         self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
     ) -> Tensor:
         """Logits or hidden states of new tokens; ``mask (b, m)`` has its padding first. Grows keys and values."""
+
+    @abstractmethod
+    def _output_layer(self) -> nn.Module | None:
+        """The module that makes logits of hidden states; None where a function does."""
 
     @abstractmethod
     def _weight(self) -> Tensor:

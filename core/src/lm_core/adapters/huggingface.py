@@ -81,20 +81,12 @@ class HuggingFaceLM(LibraryAdapter):
         super().__init__(model, vocab_size=_vocab_size(inner), max_length=_number_of_positions(model, inner))
         self._changes_input = _changes_input(model)
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
-        self._offers_hidden = False
+        self._hidden_is_exact = False
         self._why_not_cached: str | None = None
         with undisturbed(model):
             self._refuse_what_is_not_causal()
-            self._offers_hidden = not self._changes_input and self._hidden_is_exact()
+            self._hidden_is_exact = not self._changes_input and self._hidden_gives_logits()
             self._why_not_cached = self._reason_not_to_cache()
-
-    @property
-    def output_layer(self) -> nn.Module:
-        """The module that makes logits of hidden states."""
-        if not self._offers_hidden:
-            raise AttributeError("logits are not hidden @ output_weight.T")
-        layer: nn.Module = self._inner.get_output_embeddings()
-        return layer
 
     @property
     def config(self) -> Any:
@@ -135,6 +127,10 @@ class HuggingFaceLM(LibraryAdapter):
         states: Tensor = output[0] if hidden else output.logits
         return states
 
+    def _output_layer(self) -> nn.Module | None:
+        layer: nn.Module | None = self._inner.get_output_embeddings()
+        return layer
+
     def _weight(self) -> Tensor:
         weight: Tensor = self._inner.get_output_embeddings().weight
         return weight
@@ -157,7 +153,7 @@ class HuggingFaceLM(LibraryAdapter):
         if not _equal(logits[0, :-1], logits[1, :-1]):
             raise TypeError(f"{self._described()} is not causal: its logits depend on later tokens")
 
-    def _hidden_is_exact(self) -> bool:
+    def _hidden_gives_logits(self) -> bool:
         inner = self._inner
         head = inner.get_output_embeddings()
         # Subclasses (quantised, offloaded, with a low-rank update) compute something else than weight @ hidden.

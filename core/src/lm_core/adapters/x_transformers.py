@@ -79,7 +79,7 @@ class XTransformersLM(LibraryAdapter):
         limit = table.max_seq_len if type(table).__name__ == "AbsolutePositionalEmbedding" else None
         super().__init__(net, vocab_size=net.num_tokens, max_length=limit)
         self._why_not_cached = _reason_not_to_cache(net)
-        self._offers_hidden = _hidden_gives_logits(net)
+        self._hidden_is_exact = _hidden_gives_logits(net)
 
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
         states: Tensor = self.model(ids, return_embeddings=hidden, **kwargs)
@@ -103,6 +103,9 @@ class XTransformersLM(LibraryAdapter):
         states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
         cache.ids, cache.layers = ids, [tuple(layer.cached_kv) for layer in after.attn_intermediates]
         return states
+
+    def _output_layer(self) -> nn.Module | None:
+        return self.model.to_logits if isinstance(self.model.to_logits, nn.Module) else None
 
     def _weight(self) -> Tensor:
         return _output_weight(self.model)

@@ -93,7 +93,7 @@ def test_a_finished_run_says_so_and_does_nothing_again(
     package, folder = finished
     before = (folder / "metrics.jsonl").read_text()
     assert train(package, folder) == 0
-    assert "finished before; another --checkpoint_dir trains anew" in capsys.readouterr().out
+    assert "already complete; pass a new --checkpoint_dir to start over" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
     assert (folder / "summary.json").is_file()
 

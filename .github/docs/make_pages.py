@@ -72,12 +72,13 @@ def write(page: str, text: str) -> None:
 
 
 def public_modules(distribution: Distribution) -> list[str]:
-    """The modules and folders of modules whose names promise nothing private."""
+    """The modules whose names promise nothing private, and the drawers that offer something themselves."""
     names = []
     for file in sorted(distribution.source.rglob("*.py")):
         parts = file.relative_to(distribution.source).with_suffix("").parts
-        parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if len(parts) == 1 and not any(part.startswith("_") or part == "cli" for part in parts):
+        if parts[-1] == "__init__":
+            parts = parts[:-1] if "__all__" in file.read_text("utf-8") else ()
+        if parts and not any(part.startswith("_") for part in parts):
             names.append(".".join((distribution.import_name, *parts)))
     return names
 

@@ -28,6 +28,13 @@ _UNKNOWN_KEY = re.compile(r"does not accept (?:option|nested key) '([^']*)'")
 _UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
 _NEAR = 0.6
 _SHORT_USAGE = 12
+# Help of arguments that many commands have, where a docstring says nothing of its own.
+_COMMON_HELP = {
+    "checkpoint_dir": "folder of the run.",
+    "device": "auto takes CUDA, then MPS, then the CPU.",
+    "resume": "auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.",
+    "trackers": "names of trackers that accelerate knows, such as tensorboard.",
+}
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}", type(None): "null"}
 
 
@@ -171,6 +178,8 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             hint = getattr(action, "_typehint", action.type)
             if action.option_strings and action.nargs is None and (action.metavar is None or _element(hint)):
                 action.metavar = _metavar(hint)
+            if not action.help and action.dest in _COMMON_HELP:
+                action.help = _COMMON_HELP[action.dest]
         self._subcommands_action.add_subcommand(name, parser, help=description.split("\n", 1)[0])
         parser.prog = f"{self.prog} {name}"
         self.commands[name] = parser

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lm_core.generation.beam_search import beam_search
 from lm_core.generation.decoding import left_padded
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import apply_repetition_penalty, top_k, top_p
@@ -89,7 +91,7 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
 
 @pytest.fixture
 def linear_model(monkeypatch):
-    """A model of two layers that gives every weight it reads in a call, with the thresholds of large models."""
+    """A model of two layers, whose weights are large enough to be laid out."""
     monkeypatch.setattr("lm_core.generation.weight_layout._SMALLEST_BYTES", 1)
 
     class Model(nn.Module):
@@ -100,7 +102,6 @@ def linear_model(monkeypatch):
             self.wide, self.deep, self.prompt_only = nn.Linear(4, 16), nn.Linear(16, 4), nn.Linear(4, 4)
             self.shared = nn.Linear(4, 16, bias=False)
             self.shared.weight = self.wide.weight
-            self.read = []
 
         def init_cache(self, batch_size, max_length):
             return SimpleNamespace(reorder=lambda index: None)
@@ -113,7 +114,6 @@ def linear_model(monkeypatch):
             x = self.embedding(ids)
             if ids.shape[1] > 1:
                 x = self.prompt_only(x)
-            self.read.append([module.weight for module in (self.wide, self.shared, self.deep, self.prompt_only)])
             return torch.tanh(self.deep(self.wide(x) + self.shared(x)) * 9)
 
         def forward(self, ids, *, mask=None, cache=None):
@@ -122,45 +122,80 @@ def linear_model(monkeypatch):
     return Model().eval()
 
 
-def by_columns(weights):
-    return [weight.stride(0) == 1 for weight in weights]
+class Products(TorchDispatchMode):
+    """How each product inside reads its weight: by rows, by columns or in blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in ("aten::mm", "aten::addmm"):
+            self.read.append("columns" if args[-1].is_contiguous() else "rows")
+        elif name == "mkldnn::_linear_pointwise":
+            self.read.append("blocks")
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("new_tokens", "rows", "laid_out"), [(20, 1, True), (15, 1, False), (20, 5, False)])
-def test_wide_weights_are_read_by_columns_in_long_answers_of_few_rows(linear_model, new_tokens, rows, laid_out):
+# Of the wide, the shared, the deep and the output layer, in every step after the one that shows what is read.
+BLOCKS = "blocks" if torch.backends.mkldnn.is_available() else "rows"
+READ = {
+    (20, 1): ["columns", "columns", "rows", "columns"],
+    (20, 5): [BLOCKS] * 4,
+    (15, 1): ["rows"] * 4,
+    (15, 5): ["rows"] * 4,
+    (20, 65): ["rows"] * 4,
+}
+
+
+@pytest.mark.parametrize(("new_tokens", "rows"), list(READ))
+def test_weights_are_laid_out_for_few_rows_of_long_answers(linear_model, new_tokens, rows):
     model, ids = linear_model, torch.randint(32, (rows, 3), generator=torch.Generator().manual_seed(rows))
     before = list(model.parameters())
-    strides = [weight.stride() for weight in before]
-    result = generate(model, ids, max_new_tokens=new_tokens, temperature=0.0)
-    assert by_columns(model.read[0]) == by_columns(model.read[1]) == [False] * 4
-    for read in model.read[2:]:
-        assert by_columns(read) == [laid_out, laid_out, False, False]
-        assert read[0] is read[1]  # a shared weight is copied once
-        assert read[0].requires_grad
-    after = list(model.parameters())
-    assert all(one is other for one, other in zip(before, after, strict=True))
-    assert [weight.stride() for weight in after] == strides
+    calls = []
+    model.deep.register_forward_hook(lambda *_: calls.append(1))
+    with Products() as products:
+        result = generate(model, ids, max_new_tokens=new_tokens, temperature=0.0)
+    prompt, first, steps = products.read[:5], products.read[5:8], products.read[9:]
+    assert set(prompt + first) == {"rows"}
+    assert steps == READ[new_tokens, rows] * (new_tokens - 2)
+    assert len(calls) == new_tokens
+    assert all(one is other for one, other in zip(before, model.parameters(), strict=True))
+    assert not any("forward" in vars(module) for module in model.modules())
     for step in range(1, new_tokens):  # a token depends on the one before it
         assert torch.equal(result.tokens[:, step], model(result.tokens[:, step - 1 : step])[:, -1].argmax(-1))
 
 
-def test_parameters_are_back_in_place_after_an_error_and_unless_replaced_meanwhile(linear_model):
-    model, before, steps = linear_model, dict(linear_model.named_parameters()), []
+def test_a_beam_search_lays_out_for_its_beams(linear_model):
+    with Products() as products:
+        beam_search(linear_model, torch.tensor([[1, 2]]), beams=3, max_new_tokens=20)
+    assert products.read[9:] == [BLOCKS] * 4 * 18
+
+
+def test_a_module_takes_its_own_way_where_a_copy_does_not_serve(linear_model):
+    """Gradients, and a weight that somebody has put there meanwhile."""
+    model, steps = linear_model, []
     other = nn.Parameter(torch.randn(16, 4))
+    x = torch.randn(1, 4)
 
     def failing(logits):
-        steps.append(model.wide.weight)
+        steps.append(1)
         if len(steps) == 5:
+            assert "forward" in vars(model.wide)
+            with torch.enable_grad():
+                model.wide(x).sum().backward()
             model.shared.weight = other
+            assert torch.equal(model.shared(x), x @ other.T)
         if len(steps) == 7:
             raise RuntimeError("stop")
         return logits
 
     with pytest.raises(RuntimeError, match="stop"):
         generate(model, torch.tensor([[1, 2]]), max_new_tokens=40, filters=(failing,))
-    assert steps[-1] is not before["wide.weight"]
-    assert model.wide.weight is before["wide.weight"]
+    torch.testing.assert_close(model.wide.weight.grad, x.expand(16, 4))
     assert model.shared.weight is other
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("how", ["compiled", "double", "autocast", "transposed"])
@@ -170,10 +205,16 @@ def test_weights_of_another_kind_keep_their_layout(linear_model, how):
         model.wide.weight = model.shared.weight = nn.Parameter(torch.randn(4, 16).t())
     if how == "compiled":
         model.deep.compile()
+    taken = []
+
+    def look(logits):
+        taken.append("forward" in vars(model.wide))
+        return logits
+
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        generate(model, torch.tensor([[1, 2]]), max_new_tokens=20)
-    for read in model.read:
-        assert read[0] is model.wide.weight
+        generate(model, torch.tensor([[1, 2]]), max_new_tokens=20, filters=(look,))
+    assert len(taken) == 20
+    assert not any(taken)
 
 
 def test_two_threads_generate_with_one_model_as_one_does(linear_model):

@@ -132,7 +132,9 @@ class Decoder:
             hidden = model.hidden(self._unread, **inputs, **self._kwargs)[:, -1]
             layer = getattr(model, "output_layer", None)
             if layer is None:
-                logits = F.linear(hidden, self._layout.laid_out(model.output_weight, rows=hidden.shape[0]))
+                weight = model.output_weight
+                # A beam search has more rows after the prompt, for which the layout is chosen.
+                logits = self._layout.product(hidden, weight) if self._steps else F.linear(hidden, weight)
             else:
                 logits = layer(hidden)
         else:

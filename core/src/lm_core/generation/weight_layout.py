@@ -1,33 +1,67 @@
-"""Weights laid out for decoding: column by column where a product of a few rows reads them faster so.
+"""Weights laid out for decoding: by columns for one row, in oneDNN's blocks for a few.
 
 A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. A product
 of one row with a weight ``(out, in)`` stored row by row is ``out`` dot products of length ``in``; stored column by
 column it adds ``in`` columns of length ``out``. The longer the inner loop, the closer it comes to the speed of memory,
 so a weight with at least as many outputs as inputs gains: 49152 x 576 is read at 11.6 GB/s as stored and at 23.6 by
-columns, 576 x 1536 at 16.8 and 12.7 (``tests/benchmarks/bench_decoding_layout.py`` checks the choice). Products of many
-rows do not depend on the layout.
+columns, 576 x 1536 at 16.8 and 12.7 (``tests/benchmarks/bench_decoding_layout.py`` checks the choice). Two to 64 rows
+gain nothing from columns: there the general product reads a weight at a third of the speed of oneDNN's, which takes a
+copy in blocks (49152 x 576 with 8 rows: 2.8 GB/s as stored, 2.2 by columns, 6.9 in blocks).
 
 The weights are those of the ``nn.Linear`` modules that a step calls with few rows, which the first step shows: an image
-encoder, an unused expert or a module that is quantised, compiled or sharded stays as it is. A copy takes the
-parameter's place in its module for the time of one generation. The parameter itself is neither written nor moved, so
-that optimizers, graphs, tied modules and other threads keep what they hold.
+encoder, an unused expert or a module that is quantised, compiled or sharded stays as it is. For the time of one
+generation such a module's instance has a ``forward`` that reads a copy; it is called as ever, hooks and all. Calls that
+the copy does not serve (gradients, autocast, another dtype, many rows, a weight replaced meanwhile) take the module's
+own ``forward``. The parameter is neither written nor moved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Above these, products are no longer bound by the order in which a weight is read.
-_FEW_ROWS = 4
+# Rows that a copy by columns and one in blocks serve.
+_ROWS_BY_COLUMNS, _ROWS_IN_BLOCKS = 1, 64
+# Rows that blocks are laid out for: those for a single row are slow for several, but not the other way round.
+_TYPICAL_ROWS = 16
 # A copy costs about as much as it saves on a dozen tokens.
 _STEPS_WORTH_A_COPY = 16
 # Smaller weights stay in the processor's cache.
 _SMALLEST_BYTES = 2**18
 # All copies of one generation take at most so much memory.
 _COPIED_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A weight and its copy in another layout.
+
+    Attributes:
+        weight: as it is.
+        laid_out: the copy.
+        in_blocks: whether it is in oneDNN's blocks, else by columns.
+    """
+
+    weight: Tensor
+    laid_out: Tensor
+    in_blocks: bool
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """``F.linear(x, weight, bias)``; None where the copy does not serve."""
+        rows = _ROWS_IN_BLOCKS if self.in_blocks else _ROWS_BY_COLUMNS
+        if x.numel() > rows * x.shape[-1] or x.dtype != torch.float32:
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        if not self.in_blocks:
+            return F.linear(x, self.laid_out, bias)
+        # The operator that torch.compile itself uses for weights that stay constant.
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.laid_out, bias, "none", [], "")
+        return result
 
 
 class WeightLayout:
@@ -46,28 +80,27 @@ class WeightLayout:
             if not any(module._compiled_call_impl or hasattr(module, "_orig_mod") for module in modules):
                 self._linears = [module for module in modules if type(module) is nn.Linear]
         self._steps = steps
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the weight's identity: itself and its copy
-        self._replaced: list[tuple[nn.Linear, Tensor, Tensor]] = []
+        self._copies: dict[int, _Copy] = {}  # by the weight's identity
+        self._forwards: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
 
     def __enter__(self) -> "WeightLayout":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for linear, parameter, copy in self._replaced:
+        for linear, forward in self._forwards:
             # Another one, if somebody has put it there in the meantime, is theirs.
-            if linear._parameters.get("weight") is copy:
-                linear._parameters["weight"] = parameter  # type: ignore[assignment]
-        self._replaced.clear()
+            if vars(linear).get("forward") is forward:
+                del vars(linear)["forward"]
+        self._forwards.clear()
         self._copies.clear()
 
     @contextmanager
     def first_step(self) -> Iterator[None]:
         """Watches one decoding step and then lays out the weights that it has read for few rows."""
-        read: dict[nn.Linear, None] = {}
+        read: dict[nn.Linear, int] = {}
 
         def note(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.numel() <= _FEW_ROWS * linear.out_features:
-                read[linear] = None
+            read[linear] = max(read.get(linear, 0), output.numel() // linear.out_features)
 
         handles = [linear.register_forward_hook(note, prepend=True) for linear in self._linears]
         try:
@@ -75,23 +108,38 @@ class WeightLayout:
         finally:
             for handle in handles:
                 handle.remove()
-        for linear in read:
-            weight = linear._parameters["weight"]
-            if weight is not None and (copy := self.laid_out(weight, rows=1)) is not weight:
-                linear._parameters["weight"] = copy  # type: ignore[assignment]
-                self._replaced.append((linear, weight, copy))
+        for linear, rows in read.items():
+            copy = None if "forward" in vars(linear) else self._copy(linear.weight, rows)
+            if copy is not None:
+                forward = _forward_of(linear, copy)
+                linear.__dict__["forward"] = forward
+                self._forwards.append((linear, forward))
 
-    def laid_out(self, weight: Tensor, *, rows: int) -> Tensor:
-        """A copy of ``weight`` that is read faster in products of ``rows`` rows, or the weight itself."""
-        if id(weight) in self._copies:
-            return self._copies[id(weight)][1]
-        if rows > _FEW_ROWS or self._steps < _STEPS_WORTH_A_COPY or not _gains(weight):
-            return weight
-        held = sum(copy.nbytes for _, copy in self._copies.values())
-        if held + weight.nbytes > _COPIED_BYTES:
-            return weight
-        copy = nn.Parameter(by_columns(weight), requires_grad=weight.requires_grad)
-        self._copies[id(weight)] = weight, copy
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x (rows, in) @ weight.T`` for a weight that is not a module's."""
+        copy = self._copy(weight, x.shape[0])
+        result = None if copy is None else copy.product(x)
+        return F.linear(x, weight) if result is None else result
+
+    def _copy(self, weight: Tensor, rows: int) -> _Copy | None:
+        """A copy of ``weight`` that is read faster in products of ``rows`` rows; None if there is none."""
+        copy = self._copies.get(id(weight))
+        if copy is not None:
+            return copy
+        if rows > _ROWS_IN_BLOCKS or self._steps < _STEPS_WORTH_A_COPY or not _is_copyable(weight):
+            return None
+        if sum(copy.weight.nbytes for copy in self._copies.values()) + weight.nbytes > _COPIED_BYTES:
+            return None
+        if rows <= _ROWS_BY_COLUMNS:
+            if weight.shape[0] < weight.shape[1]:
+                return None
+            copy = _Copy(weight, by_columns(weight), in_blocks=False)
+        elif _has_blocks():
+            blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+            copy = _Copy(weight, blocks, in_blocks=True)
+        else:
+            return None
+        self._copies[id(weight)] = copy
         return copy
 
 
@@ -100,10 +148,25 @@ def by_columns(weight: Tensor) -> Tensor:
     return weight.detach().t().contiguous().t()
 
 
-def _gains(weight: Tensor) -> bool:
-    """Whether a product of few rows reads a weight ``(out, in)`` faster by columns."""
+def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:
+    """``linear.forward`` that reads ``copy`` where it serves and is of the module's weight."""
+
+    def forward(x: Tensor) -> Tensor:
+        result = copy.product(x, linear.bias) if linear.weight is copy.weight else None
+        return nn.Linear.forward(linear, x) if result is None else result
+
+    return forward
+
+
+def _has_blocks() -> bool:
+    """Whether this PyTorch has oneDNN's products with weights in blocks."""
+    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _is_copyable(weight: Tensor) -> bool:
+    """Whether ``weight`` is a plain matrix, as stored by PyTorch and too large for the processor's cache."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.dtype == torch.float32
     if not plain or torch.is_autocast_enabled("cpu"):
         return False
-    wide = weight.ndim == 2 and weight.shape[0] >= weight.shape[1]
-    return wide and weight.is_contiguous() and weight.nbytes >= _SMALLEST_BYTES
+    return weight.ndim == 2 and weight.is_contiguous() and weight.nbytes >= _SMALLEST_BYTES

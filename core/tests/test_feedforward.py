@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lm_core.nn.feedforward import SwiGLU, project_split_swiglu, split_swiglu, swiglu
+from lm_core.nn.feedforward import SwiGLU, split_swiglu, swiglu
 
 
 def test_swiglu_multiplies_the_first_half_by_silu_of_the_second():
@@ -66,57 +66,17 @@ def test_an_unused_part_of_a_split_projection_gets_no_gradient():
     assert (projected.grad[:, 2:] != 0).all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 10])
-@pytest.mark.parametrize("by_columns", [False, True])
-@pytest.mark.parametrize("trained", ["both", "features", "weight"])
-def test_projecting_split_and_swiglu_in_one_has_the_gradients_of_the_three(rows, by_columns, trained, monkeypatch):
-    monkeypatch.setattr("lm_core.nn.feedforward._TILE", 8)
-    monkeypatch.setattr("lm_core.nn.feedforward._ROWS", 4)  # several parts, the last one short
-    x = torch.randn(rows, 2, 6, dtype=torch.float64, requires_grad=trained != "weight")
-    weight = torch.randn(6, 16, dtype=torch.float64).t() if by_columns else torch.randn(16, 6, dtype=torch.float64)
-    weight.requires_grad_(trained != "features")
-    inputs = [one for one in (x, weight) if one.requires_grad]
-    upstream = [torch.randn(rows, 2, size, dtype=torch.float64) for size in (5, 3, 4)]
-    parts = project_split_swiglu(x, weight, (5, 3))
-    ours = torch.autograd.grad(parts, inputs, upstream)
-    first, second, value, gate = torch.nn.functional.linear(x, weight).split((5, 3, 4, 4), dim=-1)
-    wanted = (first, second, torch.nn.functional.silu(gate) * value)
-    references = torch.autograd.grad(wanted, inputs, upstream)
-    for one, reference in zip([*parts, *ours], [*wanted, *references], strict=True):
-        torch.testing.assert_close(one, reference, rtol=1e-12, atol=1e-12)
-        assert one.shape == reference.shape
-    assert trained == "features" or ours[-1].stride() == weight.stride()  # as the optimizer's state is laid out
-
-
-def test_projecting_is_recomputed_by_activation_checkpointing():
-    x, weight = torch.randn(3, 2, 6, requires_grad=True), torch.randn(16, 6, requires_grad=True)
-    found = [
-        torch.autograd.grad(sum(part.sum() for part in parts), (x, weight))
-        for parts in (
-            project_split_swiglu(x, weight, (5, 3)),
-            checkpoint(project_split_swiglu, x, weight, (5, 3), use_reentrant=False),
-        )
-    ]
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_projecting_without_a_gradient_and_under_autocast_is_the_same():
-    x, weight = torch.randn(3, 6), torch.randn(16, 6, requires_grad=True)
-    wanted = split_swiglu(torch.nn.functional.linear(x, weight), (5, 3))
-    with torch.no_grad():
-        for one, reference in zip(project_split_swiglu(x, weight, (5, 3)), wanted, strict=True):
-            torch.testing.assert_close(one, reference)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = project_split_swiglu(x, weight, (5, 3))
-        wanted = split_swiglu(torch.nn.functional.linear(x, weight), (5, 3))
-    assert all(torch.equal(one, reference) for one, reference in zip(parts, wanted, strict=True))
-    assert parts[0].dtype == torch.bfloat16
-
-
 @pytest.mark.plain
 @pytest.mark.parametrize(("width", "sizes"), [(7, (2,)), (4, (5,)), (3, ())])
 def test_what_is_left_for_swiglu_must_be_even(width, sizes):
     with pytest.raises(ValueError, match="even last dimension"):
         split_swiglu(torch.randn(2, width), sizes)
-    with pytest.raises(ValueError, match="even last dimension, got weight of shape"):
-        project_split_swiglu(torch.randn(2, 3), torch.randn(width, 3), sizes)
+
+
+def test_a_split_projection_is_recomputed_by_activation_checkpointing():
+    projected = torch.randn(3, 2, 16, requires_grad=True)
+    found = [
+        torch.autograd.grad(sum(part.sum() for part in parts), projected)[0]
+        for parts in (split_swiglu(projected, (5, 3)), checkpoint(split_swiglu, projected, (5, 3), use_reentrant=False))
+    ]
+    assert torch.equal(*found)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from palm_rlhf import LoRA, PaLM
-from palm_rlhf.model.scopes import target_weights
+from palm_rlhf.model.lora import target_weights
 
 SIZES = {"dim": 16, "num_tokens": 30, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "lora_r": 3}
 ALL_TARGETS = ("q", "k", "v", "o", "ff_in", "ff_out")

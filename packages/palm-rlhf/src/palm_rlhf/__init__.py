@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lm_core.checkpoints.weights import register_layouts
 from palm_rlhf.model.cache import PaLMCache
-from palm_rlhf.model.lora import LoRA
+from palm_rlhf.model.lora import LoRA, MergedScope
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.scopes import MergedScope
 
 if TYPE_CHECKING:
     from palm_rlhf.data.preferences import Preference, load_preferences

@@ -21,8 +21,8 @@ from lm_core.checkpoints.manifest import CheckpointError, read_json
 from lm_core.checkpoints.weights import load_weights, read_weights
 from lm_core.checks import check_positive, typed
 from palm_rlhf.interop.original import build_palm, check_keys
+from palm_rlhf.model.lora import target_weights
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.scopes import target_weights
 
 # Cohere's module of each LoRA target; "ff_in" is two modules, (up, gate), in the order of our fused rows.
 COHERE_MODULES = {

@@ -19,9 +19,8 @@ from lm_core.checkpoints.weights import read_weights, save_weights
 from lm_core.checks import typed
 from palm_rlhf.interop.cohere import COHERE_MODULES, free_directory, joined_rows, split_rows
 from palm_rlhf.interop.original import check_keys
-from palm_rlhf.model.lora import LoRASettings, lora_settings
+from palm_rlhf.model.lora import LoRASettings, lora_settings, target_dims
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.model.scopes import target_dims
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

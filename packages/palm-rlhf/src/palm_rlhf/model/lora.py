@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_core.checks import check_positive, check_probability, typed
+from lm_core.nn.parallel_block import ParallelBlock
 
 TARGETS = ("q", "k", "v", "o", "ff_in", "ff_out")
 ATTENTION_TARGETS = ("q", "k", "v", "o")
@@ -139,6 +140,14 @@ class LoRAScope(nn.ModuleList):
         return list(self)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class MergedScope:
+    """A scope whose weights are inside the base: what ``unmerge_finetune_params`` needs to take it out again."""
+
+    scope: str
+    modules: LoRAScope
+
+
 def lora_settings(
     *, r: int, alpha: float | None, dropout: float, rank_stabilized: bool, targets: Sequence[str]
 ) -> LoRASettings:
@@ -159,3 +168,25 @@ def lora_settings(
 def _check_alpha(alpha: float | None, name: str) -> None:
     if alpha is not None and not 0.0 < alpha < math.inf:
         raise ValueError(f"{name} must be a positive number, got {alpha}")
+
+
+def target_dims(block: ParallelBlock) -> dict[str, tuple[int, int]]:
+    """Input and output features of every LoRA target of a block."""
+    dim, (qk_dim, kv_dim, ff_in_dim) = block.norm.gamma.shape[0], block.in_dims
+    return {
+        "q": (dim, block.attn_dim),
+        "k": (dim, qk_dim - block.attn_dim),
+        "v": (dim, kv_dim),
+        "o": (block.attn_dim, dim),
+        "ff_in": (dim, ff_in_dim),
+        "ff_out": (block.ff_dim, dim),
+    }
+
+
+def target_weights(block: ParallelBlock) -> dict[str, Tensor]:
+    """The weight ``(out, in)`` of every LoRA target of a block, as views of its two fused matrices."""
+    qk_dim, kv_dim, ff_in_dim = block.in_dims
+    sizes = (block.attn_dim, qk_dim - block.attn_dim, kv_dim, ff_in_dim)
+    weights = dict(zip(("q", "k", "v", "ff_in"), block.proj_in.weight.detach().split(sizes), strict=True))
+    weights["o"], weights["ff_out"] = block.proj_out.weight.detach().split((block.attn_dim, block.ff_dim), dim=1)
+    return weights

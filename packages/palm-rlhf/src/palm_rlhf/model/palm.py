@@ -7,8 +7,8 @@ Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,20 @@ from palm_rlhf.model.inputs import (
     is_same_everywhere,
     new_token_count,
 )
-from palm_rlhf.model.scopes import FinetuneScopes
+from palm_rlhf.model.lora import (
+    ATTENTION_TARGETS,
+    LoRAScope,
+    LoRASettings,
+    MergedScope,
+    lora_settings,
+    target_dims,
+    target_weights,
+)
 
 __all__ = ["PaLM", "PaLMCache"]
 
 
-class PaLM(FinetuneScopes, PretrainedMixin):
+class PaLM(PretrainedMixin):
     """A PaLM language model, or with ``causal=False`` an encoder.
 
     Args:
@@ -167,6 +175,10 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             attn_out, ff_out = block.proj_out.weight.data.split((block.attn_dim, block.ff_dim), dim=1)
             for weight in (block.proj_in.weight.data, attn_out, ff_out):
                 nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+
+    def blocks(self) -> Iterator[ParallelBlock]:
+        """The model's blocks in order."""
+        return iter(self.layers)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -389,6 +401,137 @@ class PaLM(FinetuneScopes, PretrainedMixin):
             ]
             tokens, _ = right_pad(whole, int(pad_value) if pad_id is None else pad_id)
         return tokens if leading is None else tokens.reshape(*leading, -1)
+
+    # ------------------------------------------------------------- LoRA scopes
+
+    @typed
+    def add_finetune_params(
+        self,
+        scope: str,
+        lora_r: int | None = None,
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        lora_rank_stabilized: bool = False,
+        lora_targets: Sequence[str] = ATTENTION_TARGETS,
+    ) -> None:
+        """Adds a LoRA scope, which at first changes nothing.
+
+        Args:
+            scope: its name.
+            lora_r: rank, by default the model's ``lora_r``.
+            lora_alpha: numerator of the scale; the rank by default.
+            lora_dropout: on the adapters' inputs, in training mode.
+            lora_rank_stabilized: scale ``alpha / sqrt(r)`` instead of ``alpha / r``.
+            lora_targets: out of ``q k v o ff_in ff_out``.
+
+        Raises:
+            ValueError: the scope exists, or a setting is out of range.
+        """
+        settings = lora_settings(
+            r=self.lora_r if lora_r is None else lora_r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            rank_stabilized=lora_rank_stabilized,
+            targets=lora_targets,
+        )
+        self._add_scope(scope, settings)
+
+    def remove_finetune_params(self, scope: str) -> LoRAScope:
+        """Takes a scope away and returns its modules.
+
+        Raises:
+            ValueError: there is no such scope.
+        """
+        removed = self.scope_modules(scope)
+        del self.finetune_modules[scope]
+        return removed
+
+    def merge_finetune_params(self, scope: str) -> MergedScope:
+        """Adds a scope's weights to the base and removes the scope.
+
+        Returns:
+            What ``unmerge_finetune_params`` takes to undo it, up to rounding.
+
+        Raises:
+            ValueError: there is no such scope.
+        """
+        modules = self.remove_finetune_params(scope)
+        self._add_deltas(modules, 1.0)
+        return MergedScope(scope, modules)
+
+    def unmerge_finetune_params(self, merged: MergedScope) -> None:
+        """Takes a merged scope out of the base and makes it a scope again.
+
+        Raises:
+            ValueError: a scope of this name has been added since.
+        """
+        if merged.scope in self.finetune_modules:
+            raise ValueError(f"finetune scope {merged.scope!r} exists already; remove it before unmerging")
+        self._add_deltas(merged.modules, -1.0)
+        self.finetune_modules[merged.scope] = merged.modules.train(self.training)
+
+    def palm_parameters(self) -> list[nn.Parameter]:
+        """The base's parameters, without any scope's, in a fixed order."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("finetune_modules.")]
+
+    def finetune_parameters(self, scope: str = "default") -> Iterator[nn.Parameter]:
+        """A scope's parameters.
+
+        Raises:
+            ValueError: there is no such scope.
+        """
+        return self.scope_modules(scope).parameters()
+
+    def scope_modules(self, scope: str) -> LoRAScope:
+        """The adapters of a scope.
+
+        Raises:
+            ValueError: there is no such scope.
+        """
+        if scope not in self.finetune_modules:
+            raise ValueError(f"finetune scope {scope!r} not found; there are {self._scope_names()}")
+        modules: LoRAScope = self.finetune_modules[scope]  # type: ignore[assignment]
+        return modules
+
+    def config_state(self) -> dict[str, Any]:
+        """The scopes and their settings, for checkpoints; their weights are in the state dict."""
+        settings = {scope: asdict(self.scope_modules(scope).settings) for scope in self._scope_names()}
+        entries = [{"scope": scope, **entry, "targets": list(entry["targets"])} for scope, entry in settings.items()]
+        return {"finetune_scopes": entries}
+
+    def apply_config_state(self, state: dict[str, Any]) -> None:
+        """Makes the scopes those that ``config_state`` told, with weights still to be loaded."""
+        if "finetune_scopes" not in state:
+            return
+        for scope in self._scope_names():
+            self.remove_finetune_params(scope)
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+            for entry in state["finetune_scopes"]:
+                settings = dict(entry)
+                self._add_scope(settings.pop("scope"), lora_settings(**settings))
+
+    def _scope_names(self) -> list[str]:
+        return list(self.finetune_modules)
+
+    def _add_scope(self, scope: str, settings: LoRASettings) -> None:
+        if scope in self.finetune_modules:
+            raise ValueError(f"finetune scope {scope!r} exists already; there are {self._scope_names()}")
+        # torch keeps submodules and methods of a module under one namespace
+        if not scope or "." in scope or hasattr(self.finetune_modules, scope):
+            raise ValueError(f"scope must be a non-empty name without dots and no attribute of modules, got {scope!r}")
+        first = next(self.blocks())
+        modules = LoRAScope(depth=len(self.layers), dims=target_dims(first), settings=settings)
+        self.finetune_modules[scope] = modules.to(self.token_emb.weight).train(self.training)
+
+    @torch.no_grad()
+    def _add_deltas(self, modules: LoRAScope, sign: float) -> None:
+        for block, adapters in zip(self.blocks(), modules.blocks(), strict=True):
+            weights = target_weights(block)
+            for target, adapter in adapters.by_target().items():
+                weights[target] += sign * adapter.delta()
+
+    # ------------------------------------------------------------------ others
 
     def set_dropout(self, dropout: float) -> "PaLM":
         """Sets attention and feed-forward dropout everywhere; returns self.

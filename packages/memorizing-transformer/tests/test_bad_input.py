@@ -26,18 +26,46 @@ def model(**settings):
     return MemorizingTransformer(**{**SIZES, **settings})
 
 
+def windowed(**settings):
+    return model(xl_max_memories=4, **settings)
+
+
 def ids(b=2, n=4):
     return torch.zeros(b, n, dtype=torch.long)
+
+
+def memories(rows, **settings):
+    return model().create_knn_memories(batch_size=rows, **settings)
+
+
+def cache(rows):
+    return model().init_cache(rows, 9)
+
+
+def window(*shape):
+    return XLMemories([torch.zeros(shape)] * 2)
 
 
 def memory(**settings):
     return KNNMemory(**{"dim": 4, "max_memories": 8, "num_indices": 2, **settings})
 
 
+def loaded(**settings):
+    return memory().load_state_dict(memory(**settings).state_dict())
+
+
 def documents():
     from lm_core.data.documents import tokenise
 
     return tokenise(["one", "two"])
+
+
+def reading(kind, segment_length, batch_size):
+    return kind(documents=documents(), segment_length=segment_length, batch_size=batch_size, eos_id=0)
+
+
+def scores(**settings):
+    return evaluate(model(), documents(), eos_id=19, segment_length=4, batch_size=1, **settings)
 
 
 CASES = {
@@ -52,11 +80,7 @@ CASES = {
     "layer out of range": (lambda: model(memorizing_layers=3), ValueError, "memorizing_layers must be in 1 to 2"),
     "layer zero": (lambda: model(memorizing_layers=[0]), ValueError, "memorizing_layers must"),
     "layer twice": (lambda: model(memorizing_layers=[1, 1]), ValueError, "memorizing_layers must be different"),
-    "xl layer out of range": (
-        lambda: model(xl_max_memories=4, xl_memory_layers=9),
-        ValueError,
-        "xl_memory_layers must",
-    ),
+    "xl layer out of range": (lambda: windowed(xl_memory_layers=9), ValueError, "xl_memory_layers must"),
     "negative window": (lambda: model(xl_max_memories=-1), ValueError, "xl_max_memories must"),
     "half a shift": (lambda: model(shift_knn_memories_down=0.5), ValueError, "shift_knn_memories_down must"),
     "negative shift": (lambda: model(shift_xl_memories_down=-1), ValueError, "shift_xl_memories_down must"),
@@ -74,52 +98,20 @@ CASES = {
     "ids of one dimension": (lambda: model()(torch.zeros(4, dtype=torch.long)), ValueError, "x must have shape"),
     "no tokens": (lambda: model()(ids(2, 0)), ValueError, "x must have shape"),
     "mask of floats": (lambda: model()(ids(), mask=torch.ones(2, 4)), TypeError, "mask must be boolean"),
-    "mask of another shape": (
-        lambda: model()(ids(), mask=torch.ones(2, 5, dtype=torch.bool)),
-        ValueError,
-        "mask must have shape",
-    ),
+    "mask of another shape": (lambda: model()(ids(), mask=ids(2, 5) == 0), ValueError, "mask must have shape"),
     "labels of another shape": (lambda: model()(ids(), labels=ids(2, 5)), ValueError, "labels must have the shape"),
     "label out of range": (lambda: model()(ids(), labels=ids() + 20), ValueError, "labels must hold token ids"),
     "float labels": (lambda: model()(ids(), labels=torch.zeros(2, 4)), TypeError, "labels must be integers"),
-    "memories of another batch": (
-        lambda: model()(ids(), knn_memories=model().create_knn_memories(batch_size=3)),
-        ValueError,
-        "3 rows in scope",
-    ),
+    "memories of another batch": (lambda: model()(ids(), memories(3)), ValueError, "3 rows in scope"),
     "too few memories": (lambda: model()(ids(), knn_memories=KNNMemoryList()), ValueError, "must have 1 memories"),
-    "memories of another dim": (
-        lambda: model()(ids(), knn_memories=KNNMemoryList([memory()])),
-        ValueError,
-        "must have dim 8",
-    ),
-    "windows of another number": (
-        lambda: model(xl_max_memories=4)(ids(), xl_memories=XLMemories([torch.zeros(2, 4, 2, 8)])),
-        ValueError,
-        "xl_memories must have one entry",
-    ),
-    "windows of another shape": (
-        lambda: model(xl_max_memories=4)(ids(), xl_memories=[torch.zeros(2, 4, 2, 7)] * 2),
-        ValueError,
-        r"xl_memories\[0\] must",
-    ),
-    "cache of another batch": (
-        lambda: model()(ids(), cache=model().init_cache(3, 9)),
-        ValueError,
-        "cache holds 3 rows",
-    ),
-    "cache and windows": (
-        lambda: model(xl_max_memories=4)(ids(), cache=model().init_cache(2, 9), xl_memories=[]),
-        ValueError,
-        "xl_memories must be None",
-    ),
-    "cache of no rows": (lambda: model().init_cache(0, 9), ValueError, "batch_size must"),
-    "name without a folder": (
-        lambda: model().create_knn_memories(batch_size=1, name="mine"),
-        ValueError,
-        "knn_memories_directory",
-    ),
-    "memories of no rows": (lambda: model().create_knn_memories(batch_size=0), ValueError, "batch_size must"),
+    "memories of another dim": (lambda: model()(ids(), KNNMemoryList([memory()])), ValueError, "must have dim 8"),
+    "too few windows": (lambda: windowed(depth=3)(ids(), None, window(2, 4, 2, 8)), ValueError, "must have one entry"),
+    "windows of another shape": (lambda: windowed()(ids(), None, window(2, 4, 2, 7)), ValueError, r"\[0\] must have"),
+    "cache of another batch": (lambda: model()(ids(), cache=cache(3)), ValueError, "cache holds 3 rows"),
+    "cache and windows": (lambda: windowed()(ids(), None, [], cache=cache(2)), ValueError, "xl_memories must be None"),
+    "cache of no rows": (lambda: cache(0), ValueError, "batch_size must"),
+    "name without a folder": (lambda: memories(1, name="mine"), ValueError, "knn_memories_directory"),
+    "memories of no rows": (lambda: memories(0), ValueError, "batch_size must"),
     "gates opened whole": (lambda: open_gates(model(gate="sigmoid"), part=1.0), ValueError, r"part must .* got 1\.0"),
     "retrofit of a memorizing model": (lambda: retrofit(model()), ValueError, "no memorizing layers"),
     "temperature of zero": (lambda: KNNAttention(dim=8, attn_scale_init=0.0), ValueError, "attn_scale_init must"),
@@ -130,47 +122,19 @@ CASES = {
     "added batch": (lambda: memory().add(torch.zeros(3, 3, 2, 4)), ValueError, "memories must have shape"),
     "added integers": (lambda: memory().add(ids().view(2, 1, 2, 2)), TypeError, "memories must be floating"),
     "added NaN": (lambda: memory().add(torch.full((2, 1, 2, 4), torch.nan)), ValueError, "memories must be finite"),
-    "added mask": (
-        lambda: memory().add(torch.zeros(2, 3, 2, 4), mask=torch.ones(2, 2, dtype=torch.bool)),
-        ValueError,
-        "mask must have shape",
-    ),
+    "added mask": (lambda: memory().add(torch.zeros(2, 3, 2, 4), mask=ids(2, 2) == 0), ValueError, "mask must have sh"),
     "query shape": (lambda: memory().search(torch.zeros(2, 3, 5), 1), ValueError, "queries must have shape"),
     "no neighbour": (lambda: memory().search(torch.zeros(2, 3, 4), 0), ValueError, "topk must"),
     "scope twice": (lambda: memory().set_scoped_indices([0, 0]), ValueError, "different from each other"),
     "scope out of range": (lambda: memory().set_scoped_indices([2]), ValueError, r"must be in \[0, 2\)"),
     "clear out of range": (lambda: memory().clear([-1]), ValueError, r"must be in \[0, 2\)"),
-    "state of another shape": (
-        lambda: memory().load_state_dict(memory(max_memories=9).state_dict()),
-        ValueError,
-        "capacity = 9, not 8",
-    ),
-    "state of another format": (
-        lambda: memory().load_state_dict(memory(storage="int8").state_dict()),
-        ValueError,
-        "storage",
-    ),
+    "state of another shape": (lambda: loaded(max_memories=9), ValueError, "capacity = 9, not 8"),
+    "state of another format": (lambda: loaded(storage="int8"), ValueError, "storage"),
     "memory index": (lambda: KNNMemoryList([memory()]).clear_memory(memory_indices=[1]), ValueError, "memory_indices"),
-    "too few documents": (
-        lambda: DocumentStreams(documents=documents(), segment_length=4, batch_size=3, eos_id=0),
-        ValueError,
-        "a document for each of 3 rows",
-    ),
-    "segment of nothing": (
-        lambda: DocumentSegments(documents=documents(), segment_length=0, batch_size=1, eos_id=0),
-        ValueError,
-        "segment_length must",
-    ),
-    "ranges in disorder": (
-        lambda: evaluate(model(), documents(), eos_id=19, segment_length=4, batch_size=1, ranges=(0, 8, 4)),
-        ValueError,
-        "ranges must ascend from 0",
-    ),
-    "another end of documents": (
-        lambda: evaluate(model(), documents(), eos_id=19, segment_length=4, batch_size=1),
-        ValueError,
-        "clear_memories_on_eos_token_id = 19",
-    ),
+    "too few documents": (lambda: reading(DocumentStreams, 4, 3), ValueError, "a document for each of 3 rows"),
+    "segment of nothing": (lambda: reading(DocumentSegments, 0, 1), ValueError, "segment_length must"),
+    "ranges in disorder": (lambda: scores(ranges=(0, 8, 4)), ValueError, "ranges must ascend from 0"),
+    "another end of documents": (lambda: scores(), ValueError, "clear_memories_on_eos_token_id = 19"),
     "no steps": (lambda: TrainingSettings(max_steps=0), ValueError, "max_steps must"),
     "endless learning rate": (lambda: TrainingSettings(learning_rate=float("inf")), ValueError, "learning_rate must"),
 }

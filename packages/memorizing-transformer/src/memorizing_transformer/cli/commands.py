@@ -25,9 +25,6 @@ def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: of the generation.
-
-    Returns:
-        The exit status.
     """
     print_continuations(MemorizingTransformer, checkpoint, prompt, settings)
     return 0
@@ -59,9 +56,6 @@ def evaluate_checkpoint(
         max_knn_memories: another size of the memory.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status.
     """
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
@@ -109,9 +103,6 @@ def inspect_checkpoint(
         seed: of the draws.
         tokenizer: instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status.
     """
     folder = checkpoint_folder(checkpoint)
     model = MemorizingTransformer.from_pretrained(folder)
@@ -149,9 +140,6 @@ def convert(
         dim_head: features of a head, as the original was made with.
         tokenizer: to store with the model: "bytes", a folder, or organisation/name on the hub.
         overwrite: whether a folder with content may be written to.
-
-    Returns:
-        The exit status.
     """
     from memorizing_transformer.interop import convert_checkpoint
 

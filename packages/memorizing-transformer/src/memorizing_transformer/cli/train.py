@@ -1,4 +1,4 @@
-"""The command ``train``."""
+"""The command ``train``: a typed function, from whose signature and docstring flags and their help are made."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -41,9 +41,6 @@ def train(
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_tokens: tokens with which the trained model continues a held-out document at the end; 0 for none.
-
-    Returns:
-        The exit status.
     """
     from memorizing_transformer.training.trainer import MemoryTrainer
 

@@ -189,17 +189,17 @@ class RingStorage:
         if self.scales is not None:
             target.mul_(self.scales[row].index_select(0, flat).unsqueeze(-1).to(out.dtype))
 
+    def slots(self, row: int, first: int | None = None) -> Int[Tensor, " n"]:
+        """Slots of a row's tokens from position ``first`` on (all by default), oldest first."""
+        begin = self.first[row] if first is None else first
+        return torch.arange(begin, self.written[row], device=self.device) % self.capacity
+
     def tokens(self, row: int, first: int | None = None) -> Float[Tensor, "n 2 d"]:
         """Keys and values of a row's tokens from position ``first`` on (all by default), in order, in float32."""
-        begin = self.first[row] if first is None else first
-        slots = torch.arange(begin, self.written[row], device=self.device) % self.capacity
+        slots = self.slots(row, first)
         out = torch.empty(len(slots), 2, self.dim, device=self.device)
         self.read(row, slots, out=out)
         return out
-
-    def in_order(self, row: int) -> Int[Tensor, " n"]:
-        """Slots of the tokens of a row, oldest first."""
-        return torch.arange(self.first[row], self.written[row], device=self.device) % self.capacity
 
     # ------------------------------------------------------------------------------------- copies and saved states
 
@@ -219,7 +219,7 @@ class RingStorage:
         """The tokens held, oldest first, as tensors and numbers (on the CPU)."""
         kv, scales = [], []
         for row in range(self.rows):
-            slots = self.in_order(row)
+            slots = self.slots(row)
             kv.append(self.data[row].index_select(0, slots).cpu())
             if self.scales is not None:
                 scales.append(self.scales[row].index_select(0, slots).cpu())

@@ -8,7 +8,6 @@ Legend: b batch, g key heads, s segment_length, m XL window, n new tokens, d fea
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,19 +15,6 @@ from torch import Tensor
 
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import Documents, Past, Place, remember
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New tokens that stay within one segment of each row.
-
-    Attributes:
-        columns: where they stand among all new tokens, in each row.
-        mask: False at padding on the right; None where all rows stand at the same place of their segments.
-    """
-
-    columns: Int[Tensor, "b n"]
-    mask: Bool[Tensor, "b n"] | None
 
 
 class MemoryCache:
@@ -95,10 +81,12 @@ class MemoryCache:
 
     # -------------------------------------------------------------------------------------------- new tokens
 
-    def pieces(self, x: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None) -> Iterator[Piece]:
+    def pieces(self, x: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Cuts new tokens where a row's segment is full; padding, where ``mask`` is False, is left out.
 
-        Each piece must be appended before the next is asked for.
+        Yields pieces that stay within one segment of each row: their columns ``(b, n)`` in ``x``, and where these are
+        padding on the right (None where all rows stand at the same place of their segments). Each must be appended
+        before the next is asked for.
         """
         if mask is None:
             remaining = [x.shape[1]] * self.batch_size
@@ -116,7 +104,7 @@ class MemoryCache:
             inside = None if is_even else steps < torch.tensor(take, device=x.device).unsqueeze(1)
             remaining = [left - count for left, count in zip(remaining, take, strict=True)]
             done = [before + count for before, count in zip(done, take, strict=True)]
-            yield Piece(columns, inside)
+            yield columns, inside
 
     def past(self) -> Past:
         """What comes before the next piece."""

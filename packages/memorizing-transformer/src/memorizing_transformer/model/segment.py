@@ -252,12 +252,12 @@ def remember(
             before = past
             kv = torch.cat((past.windows[place.xl].to(kv), kv), dim=2)
         keep = _remembered(before, mask, documents, kept[0])
-        split = _split(kv, keep, 0 if place.xl is None else window)
+        (leaving, leaving_mask), (staying, staying_mask) = _split(kv, keep, 0 if place.xl is None else window)
         if place.xl is not None:
-            windows.append(split.staying)
-            window_mask = split.staying_mask
-        if place.memory is not None and memories and split.leaving.shape[2]:
-            memories[place.memory].add(as_memories(split.leaving), mask=_finite(split))
+            windows.append(staying)
+            window_mask = staying_mask
+        if place.memory is not None and memories and leaving.shape[2]:
+            memories[place.memory].add(as_memories(leaving), mask=_finite(leaving, leaving_mask))
     return windows, window_mask
 
 
@@ -273,25 +273,12 @@ def _remembered(past: Past, mask: Tensor | None, documents: Documents | None, li
     return torch.cat((old, new), dim=1)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Columns that leave the XL window, and those that stay in it.
+def _split(
+    kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """Columns that leave the XL window and those that stay in it, each with the mask of those that count (None: all).
 
-    Attributes:
-        leaving: keys and values.
-        leaving_mask: False at columns that are not to be stored; None where all are.
-        staying: keys and values, the newest on the right.
-        staying_mask: False at columns on the left that hold nothing; None where all hold something.
-    """
-
-    leaving: Float[Tensor, "b g n 2 d"]
-    leaving_mask: Bool[Tensor, "b n"] | None
-    staying: Float[Tensor, "b g m 2 d"]
-    staying_mask: Bool[Tensor, "b m"] | None
-
-
-def _split(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int) -> _Split:
-    """Moves the newest ``window`` remembered columns of each row to the right; the others leave.
+    The newest ``window`` remembered columns of each row stay, moved to the right.
 
     Args:
         kv: keys and values in the order of time.
@@ -301,23 +288,20 @@ def _split(kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, win
     j = kv.shape[2]
     width = min(window, j)
     if keep is None:
-        leaving, staying = kv.split((j - width, width), dim=2)
-        return _Split(leaving, None, staying, None)
+        return (kv[:, :, : j - width], None), (kv[:, :, j - width :], None)
     # rank 1 is the newest remembered column
     rank = keep.flip(1).cumsum(1).flip(1)
-    stays = keep & (rank <= width)
-    leaves = keep & (rank > width)
-    # a stable sort by "stays" puts what stays on the right, in the order of time
-    order = stays.long().sort(dim=1, stable=True).indices[:, j - width :]
+    # a stable sort puts what stays on the right, in the order of time
+    order = (keep & (rank <= width)).long().sort(dim=1, stable=True).indices[:, j - width :]
     index = order[:, None, :, None, None].expand(-1, kv.shape[1], -1, 2, kv.shape[-1])
     mask = torch.arange(width - 1, -1, -1, device=keep.device) < keep.sum(dim=1, keepdim=True)
     staying = kv.gather(2, index).masked_fill(~mask[:, None, :, None, None], 0.0)
-    return _Split(kv, leaves, staying, mask)
+    return (kv, keep & (rank > width)), (staying, mask)
 
 
-def _finite(split: _Split) -> Tensor | None:
+def _finite(kv: Tensor, mask: Tensor | None) -> Tensor | None:
     """What may be added: a loss that overflowed is the trainer's to skip, and must not stay in the memory."""
-    if split.leaving.is_cuda or torch.compiler.is_compiling():
-        return split.leaving_mask
-    finite = torch.isfinite(split.leaving).all(dim=-1).all(dim=-1).all(dim=1)
-    return split.leaving_mask if bool(finite.all()) else maybe_and_mask(split.leaving_mask, finite)
+    if kv.is_cuda or torch.compiler.is_compiling():
+        return mask
+    finite = torch.isfinite(kv).all(dim=-1).all(dim=-1).all(dim=1)
+    return mask if bool(finite.all()) else maybe_and_mask(mask, finite)

@@ -383,18 +383,18 @@ class MemorizingTransformer(PretrainedMixin):
     def _read_pieces(self, x: Tensor, mask: Tensor | None, cache: MemoryCache) -> Tensor:
         """Features of new tokens, read into the cache piece by piece; zeros at padding."""
         out = self.token_emb.weight.new_zeros(*x.shape, self.token_emb.embedding_dim)
-        for piece in cache.pieces(x, None if mask is None or bool(mask.all()) else mask):
-            tokens = x.gather(1, piece.columns)
+        for columns, inside in cache.pieces(x, None if mask is None or bool(mask.all()) else mask):
+            tokens = x.gather(1, columns)
             documents = find_documents(
-                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=piece.mask, before=cache.open_documents
+                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=inside, before=cache.open_documents
             )
-            features, kept = self._features(tokens, cache.past(), piece.mask, documents, cache.memories)
-            cache.append(kept, piece.mask, documents)
+            features, kept = self._features(tokens, cache.past(), inside, documents, cache.memories)
+            cache.append(kept, inside, documents)
             out = out.to(features.dtype)
-            if piece.mask is None:
-                out.scatter_(1, piece.columns.unsqueeze(-1).expand_as(features), features)
+            if inside is None:
+                out.scatter_(1, columns.unsqueeze(-1).expand_as(features), features)
             else:
-                out[piece.mask.nonzero()[:, 0], piece.columns[piece.mask]] = features[piece.mask]
+                out[inside.nonzero()[:, 0], columns[inside]] = features[inside]
         return out
 
     def _features(

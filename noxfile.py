@@ -244,9 +244,10 @@ def faults(session: nox.Session) -> None:
         if not files:
             session.error("no tests/test_faults*.py was found")
         install_wheels(session, EVERY, *group_of(EVERY, "test"), "pytest", "pytest-timeout")
-        kills = os.environ.get("LM_FAULT_KILLS", "50")
-        arguments = ("--timeout=7200", "-m", "not cuda", *files, *session.posargs)
-        session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, "LM_FAULT_KILLS": kills})
+        counts = {"LM_FAULT_KILLS": "50", "LM_FAULT_RUNS": "200"}
+        chosen = {name: os.environ.get(name, count) for name, count in counts.items()}
+        arguments = ("--timeout=14400", "-m", "not cuda", *files, *session.posargs)
+        session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, **chosen})
 
 
 # ------------------------------------------------------------------------------------------------- quickstart

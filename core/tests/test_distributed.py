@@ -18,6 +18,7 @@ from lm_core.distributed import (
     all_reduce_sum,
     barrier,
     broadcast_object,
+    end_process_group,
     is_distributed,
     loss_normalizer,
     rank,
@@ -140,12 +141,12 @@ def run_rank(own, world, folder):
     results["identity"] = (is_distributed(), rank(), world_size())
     barrier()
     torch.save(results, folder / f"rank-{own}.pt")
-    dist.destroy_process_group()
+    end_process_group()
 
 
 THREADS = """
-import gc, os, sys
-import lm_core
+import os, sys
+import lm_core.distributed
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -157,9 +158,7 @@ dist.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
 model = DistributedDataParallel(torch.nn.Linear(2, 2))
 model(torch.ones(1, 2)).sum().backward()
 assert "pt_gloo_runloop" in threads()
-del model
-gc.collect()
-dist.destroy_process_group()
+lm_core.distributed.end_process_group()
 assert not any("gloo" in name for name in threads()), threads()
 """
 

@@ -196,6 +196,7 @@ print(json.dumps(outcomes))
 
 RANKS = """
 import torch.distributed as dist
+from lm_core.distributed import end_process_group
 from lm_core.rng import restore_rng
 from lm_core.training.accelerator import InterruptHandler
 from lm_core.training.optimization import NonFiniteGuard
@@ -206,7 +207,7 @@ def at_rank(rank, work):
         dist.init_process_group("gloo", init_method=f"file://{folder}/store-{work.__name__}", rank=rank, world_size=2)
         work(rank)
         dist.barrier()
-        dist.destroy_process_group()
+        end_process_group()
     return run
 
 def both(work):

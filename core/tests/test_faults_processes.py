@@ -109,7 +109,7 @@ else:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_end_with_their_work_on_a_busy_machine(world):
-    runs = int(os.environ.get("LM_FAULT_RUNS", "4"))  // (1 if world == 2 else 4)
+    runs = int(os.environ.get("LM_FAULT_RUNS", "4")) // (1 if world == 2 else 4)
     endings = ["plain", "destroyed", "kept"]
     if TorchVersion(torch.__version__) >= "2.7":
         endings.append("sharded")

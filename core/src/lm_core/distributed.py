@@ -226,13 +226,13 @@ def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn
 
 
 def release(wrapper: nn.Module) -> None:
-    """Frees the process group that a ``DistributedDataParallel`` holds; it cannot be called afterwards.
+    """Makes a ``DistributedDataParallel`` let go of the process group; it cannot be called afterwards.
 
     Its ``Reducer`` holds the group. Collected later than ``destroy_process_group``, it is the last to do so: it joins
     gloo's threads while it holds the GIL, for which a thread that frees a tensor waits, and the process hangs.
     """
-    wrapper.logger = None  # type: ignore[assignment]
-    wrapper.reducer = None  # type: ignore[assignment]
+    for name in ("logger", "reducer", "process_group"):
+        setattr(wrapper, name, None)
 
 
 def end_process_group() -> None:

@@ -59,8 +59,6 @@ learned = whole.calm.cross_attns.state_dict()
 assert all(torch.equal(value, learned[name]) for name, value in parts.calm.cross_attns.state_dict().items())
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save({"learned": learned, "validation": whole.session.last_validation}, folder / "outcome.pt")
-if dist.is_initialized():
-    dist.destroy_process_group()
 """
 
 

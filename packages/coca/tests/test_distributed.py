@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from coca import CoCa
+from lm_core.distributed import end_process_group
 
 SPLITS = {2: [(4, 4), (5, 3)], 4: [(2, 2, 2, 2), (1, 4, 1, 2)]}
 LOSSES = ("softmax", "sigmoid")
@@ -77,7 +78,7 @@ def run_rank(own, world, folder):
     found["group"] = model.loss(text[rows], image_tokens=tokens[rows], process_group=alone).total.detach()
     found["local"] = model.loss(text[rows], image_tokens=tokens[rows], gather=False).total.detach()
     torch.save(found, folder / f"{own}.pt")
-    dist.destroy_process_group()
+    end_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4])

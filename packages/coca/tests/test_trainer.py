@@ -264,4 +264,3 @@ if __name__ == "__main__":
     tiny_trainer(sys.argv[1], trackers=[Slow()]).train()
     if torch.distributed.is_initialized():
         assert torch.distributed.get_world_size() == int(os.environ["EXPECTED_WORLD_SIZE"])
-        torch.distributed.destroy_process_group()

@@ -47,8 +47,6 @@ SCRIPT = textwrap.dedent(
     assert world == int(sys.argv[2]), world
     if world == 1 or dist.get_rank() == 0:
         torch.save(saved, sys.argv[1])
-    if dist.is_initialized():
-        dist.destroy_process_group()
     """
 )
 

@@ -100,8 +100,6 @@ if processes > 1:
         assert (result.outcome, result.first_step, result.step) == ("finished", 2, 5), result
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save(outcome, folder / "outcome.pt")
-if dist.is_initialized():
-    dist.destroy_process_group()
 """
 
 

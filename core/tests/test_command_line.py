@@ -65,6 +65,17 @@ def test_a_defect_keeps_its_traceback():
         run(work, [])
 
 
+def test_an_error_that_only_a_defect_raises_keeps_its_traceback(monkeypatch, tmp_path):
+    def work() -> int:
+        """Works."""
+        write_summary(tmp_path, [Result("a", 1.0)], steps=1)
+        return 0
+
+    monkeypatch.delattr("lm_core.training.run_directory.write_file")
+    with pytest.raises(NameError, match="write_file"):
+        run(work, [])
+
+
 def test_ctrl_c_ends_with_130_and_prints_how_to_resume(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lm", "work", "a b"])
 

@@ -129,6 +129,8 @@ def _print_warning(message: Any, *_: Any, **__: Any) -> None:
 def _is_self_explanatory(error: Exception, package: str | None) -> bool:
     if isinstance(error, OSError | ImportError):
         return True
+    if not isinstance(error, ValueError | TypeError | RuntimeError):
+        return False  # such as a NameError: never raised on purpose
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     ours = (lm_core.__file__, None if package is None else sys.modules[package].__file__)
     return any(file is not None and raised_in.is_relative_to(Path(file).parent) for file in ours)

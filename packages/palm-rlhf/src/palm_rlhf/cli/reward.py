@@ -1,17 +1,14 @@
 """The command ``reward``: a reward model on preferences or labels."""
 
-import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.main import print_resume_hint, report
+from lm_core.cli.main import report, report_run
 from lm_core.data.corpora import load_corpus
-from lm_core.distributed import rank
 from lm_core.tokenizers import load_tokenizer
-from lm_core.training.run_directory import Result, write_summary
+from lm_core.training.run_directory import Result
 from palm_rlhf.cli.sources import BASE, REWARD
 from palm_rlhf.model.palm import PaLM
 
@@ -95,15 +92,13 @@ def reward(
     )
     report("model", f"reward model on {folder}")
     report("pairs", f"{len(trainer.examples)} to learn from, {len(trainer.held_out)} held out")
-    started = time.monotonic()
     result = trainer.train()
-    trained = result.first_step < max_steps
-    if not trained:
-        report("", "already complete; pass a new --checkpoint_dir to start over")
-    report("held out", f"accuracy {result.first_accuracy:.3f} before training, {result.last_accuracy:.3f} now")
-    report("checkpoint", Path(checkpoint_dir) / "checkpoints" / f"step-{result.step}")
-    report("curves", Path(checkpoint_dir) / "curves.png")
-    if result.outcome == "finished" and rank() == 0:
-        key = Result("held-out accuracy of the reward", result.last_accuracy, result.first_accuracy, "higher")
-        write_summary(checkpoint_dir, [key], steps=result.step, seconds=time.monotonic() - started if trained else None)
-    return print_resume_hint("palm-rlhf", result.outcome, result.step, max_steps)
+    first, last = result.first_accuracy, result.last_accuracy
+    return report_run(
+        "palm-rlhf",
+        result,
+        checkpoint_dir,
+        max_steps=max_steps,
+        lines=[("held out", f"accuracy {first:.3f} before training, {last:.3f} now")],
+        results=[Result("held-out accuracy of the reward", last, first, "higher")],
+    )

@@ -1,15 +1,14 @@
 """The commands of reinforcement learning, one for each objective: training, then reference and actor side by side."""
 
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_core.checks import typed
-from lm_core.cli.main import print_resume_hint, report
+from lm_core.cli.main import report_run
 from lm_core.cli.parser import Command, Group
 from lm_core.distributed import rank
 from lm_core.generation.sampling import filters_of
-from lm_core.training.run_directory import Result, write_summary
+from lm_core.training.run_directory import Result
 from palm_rlhf.cli.sources import REWARD, VALIDATION_PROMPTS, find_reward, find_sources
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.model.palm import PaLM
@@ -110,39 +109,46 @@ def train_policy(
         **policy,
     )
     sampling = responses.sampling()
-    started = time.monotonic()
     result = trainer.train(responses.num_episodes, update_timesteps=responses.update_timesteps, **sampling)
-    if result.metrics:
-        first, last = result.metrics[0], result.metrics[-1]
-        report("reward", f"{first['reward']:.3f} in the first phase of this call, {last['reward']:.3f} in the last")
-        report("entropy", f"{first['entropy']:.2f} nats a token in the first, {last['entropy']:.2f} in the last")
-        if "explained_variance" in last:
-            report("critic", f"explained variance of the returns: {last['explained_variance']:.2f}")
-        if "ratio_deviation_at_start" in last:
-            report("ratio", f"within {last['ratio_deviation_at_start']:.1e} of 1 before the first update of a phase")
-    elif result.outcome == "finished":
-        report("", "already complete; pass a new --checkpoint_dir to start over")
-    report("updates", f"{result.updates} in {result.phases} phases; samples in {checkpoint_dir}/samples.jsonl")
-    report("curves", result.curves or "not drawn: pip install matplotlib")
+    lines = [*_progress(result.metrics), ("updates", f"{result.updates} in {result.phases} phases")]
+    results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
-        seconds = time.monotonic() - started if result.metrics else None
         chosen = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
         compared = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
-        print(f"\nOn {len(chosen)} held-out prompts, from the reference (before) and from the actor (after):")
-        report("reward", f"{compared.reward_before:.3f} before, {compared.reward_after:.3f} after")
-        report("kl", f"{compared.kl:.2f} nats a response from the reference\n")
-        for before, after in list(zip(compared.before, compared.after, strict=True))[:SHOWN]:
-            print(f"--- prompt\n{before['prompt']}")
-            for name, sample in (("before", before), ("after", after)):
-                print(f"--- {name}, reward {sample['reward']:.2f}\n{sample['response']}")
+        lines += [
+            (
+                "held out",
+                f"reward {compared.reward_before:.3f} of the reference, {compared.reward_after:.3f} of the actor",
+            ),
+            ("kl", f"{compared.kl:.2f} nats a response from the reference"),
+        ]
         results = [
             Result("reward of held-out prompts", compared.reward_after, compared.reward_before, "higher"),
             Result("KL from the reference, nats a response", compared.kl, 0.0, "lower"),
         ]
-        write_summary(checkpoint_dir, results, steps=result.updates, seconds=seconds)
+        for before, after in list(zip(compared.before, compared.after, strict=True))[:SHOWN]:
+            print(f"--- prompt\n{before['prompt']}")
+            for name, sample in (("before", before), ("after", after)):
+                print(f"--- {name}, reward {sample['reward']:.2f}\n{sample['response']}")
     drawn = min(responses.update_timesteps, responses.num_episodes)
     planned = responses.num_episodes // drawn * trainer.epochs * -(-drawn // config.minibatch_size)
-    return print_resume_hint("palm-rlhf", result.outcome, result.updates, planned)
+    return report_run("palm-rlhf", result, checkpoint_dir, max_steps=planned, lines=lines, results=results)
+
+
+def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
+    """Lines on the first and the last phase of a run."""
+    if not phases:
+        return []
+    first, last = phases[0], phases[-1]
+    lines: list[tuple[str, object]] = [
+        ("reward", f"{first['reward']:.3f} in the first phase of this call, {last['reward']:.3f} in the last"),
+        ("entropy", f"{first['entropy']:.2f} nats a token in the first, {last['entropy']:.2f} in the last"),
+    ]
+    if "explained_variance" in last:
+        lines.append(("critic", f"explained variance of the returns: {last['explained_variance']:.2f}"))
+    if "ratio_deviation_at_start" in last:
+        lines.append(("ratio", f"within {last['ratio_deviation_at_start']:.1e} of 1 before a phase's first update"))
+    return lines
 
 
 def command_of(name: str) -> Command:

@@ -127,9 +127,9 @@ class Updates:
         sizes: dict[str, int] = {}
         ours, theirs = self.ours.phase.begin, self.theirs.learn
 
-        def our_begin(experience: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
-            sizes["ours"] = sum(value.numel() * value.element_size() for value in experience.values())
-            ours(experience, facts)
+        def our_begin(experience: Any, metrics: dict[str, float]) -> None:
+            sizes["ours"] = sum(value.numel() * value.element_size() for value in experience.tensors().values())
+            ours(experience, metrics)
 
         def their_learn(memories: Any) -> None:
             sizes["original"] = sum(value.numel() * value.element_size() for memory in memories for value in memory)

@@ -308,9 +308,9 @@ def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm):
     second.train(num_episodes=8, update_timesteps=8, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "group", "reinforce"])
-def test_other_advantages_train_without_a_critic(make_palm, estimator):
-    ppo = trainer(make_palm(), advantage_estimator=estimator, epochs=1, actor_lr=1e-2)
+@pytest.mark.parametrize("objective", ["rloo", "grpo", "reinforce"])
+def test_other_objectives_train_without_a_critic(make_palm, objective):
+    ppo = trainer(make_palm(), objective=objective, epochs=1, actor_lr=1e-2)
     assert ppo.critic_parameters == []
     result = ppo.train(num_episodes=32, update_timesteps=16, max_new_tokens=4)
     assert result.phases == 2

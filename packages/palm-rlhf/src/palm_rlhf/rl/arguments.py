@@ -12,13 +12,12 @@ from typing import Any
 
 from lm_core.checks import either
 from palm_rlhf.rl.config import RLConfig
-from palm_rlhf.rl.objectives import OBJECTIVES, PPO, Objective
+from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
 
 # Names of the original for options that have another name here.
 _ALIASES = {"pad_value": "pad_id", "max_norm": "max_grad_norm"}
 _POLICY_ALIASES = {"critic": "critic_palm", "critic_pooled_values": "pooled_values"}
-_ESTIMATORS = {"gae": "ppo", "group": "grpo"}
 _POLICY_OPTIONS = set(inspect.signature(ActorCritic).parameters) - {"palm", "with_critic", "precision"}
 
 
@@ -77,12 +76,12 @@ def sort_arguments(
         prompts_path=options.pop("prompts_path", None),
         prompt_token_ids=options.pop("prompt_token_ids", None),
     )
-    estimator = options.pop("advantage_estimator", None)
-    if estimator is not None:
-        objective = _ESTIMATORS.get(estimator, estimator)
-    if isinstance(objective, str) and objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    chosen = default() if objective is None else OBJECTIVES[objective]() if isinstance(objective, str) else objective
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        default, objective = OBJECTIVES[objective], None
+    of_objective = {field.name for field in fields(default if objective is None else objective)}
+    of_config = {field.name for field in fields(RLConfig)}
     for alias, name in _ALIASES.items():
         if alias in options:
             usual = getattr(RLConfig, name)
@@ -90,21 +89,17 @@ def sort_arguments(
     for alias, name in _POLICY_ALIASES.items():
         if alias in options:
             options[name] = options.pop(alias)
-    of_config = {field.name for field in fields(RLConfig)}
-    of_objective = {field.name for field in fields(chosen)}
-    # options of the default objective have no effect under another estimator
-    without_effect = {field.name for field in fields(PPO)} if estimator is not None else set()
     known = of_config | of_objective | _POLICY_OPTIONS
     for name in options:
-        if name not in known | without_effect:
+        if name not in known:
+            owner = default.__name__ if objective is None else type(objective).__name__
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name!r} is no option of {type(chosen).__name__}, RLConfig or ActorCritic{hint}")
-
-    def chosen_of(names: set[str]) -> dict[str, Any]:
-        return {name: value for name, value in options.items() if name in names}
-
-    policy_options = chosen_of(_POLICY_OPTIONS)
+            raise TypeError(f"{name!r} is no option of {owner}, RLConfig or ActorCritic{hint}")
+    own, config_options, policy_options = (
+        {name: value for name, value in options.items() if name in names}
+        for names in (of_objective, of_config, _POLICY_OPTIONS)
+    )
     if policy_options and isinstance(policy, ActorCritic):
         raise ValueError(f"{sorted(policy_options)} are arguments of ActorCritic, and policy is one already")
     return TrainerArguments(
@@ -112,8 +107,8 @@ def sort_arguments(
         policy_options=policy_options,
         reward=reward,
         prompts=prompts,
-        objective=replace(chosen, **_without_none(chosen_of(of_objective))),
-        config=replace(config or RLConfig(), **chosen_of(of_config)),
+        objective=default(**own) if objective is None else replace(objective, **own),
+        config=replace(config or RLConfig(), **config_options),
     )
 
 
@@ -129,8 +124,3 @@ def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:
     if not present and not allow_none:
         raise ValueError(f"give one of {', '.join(arguments)}, got none")
     return arguments[present[0]] if present else None
-
-
-def _without_none(options: dict[str, Any]) -> dict[str, Any]:
-    """``group_size=None`` is the objective's own."""
-    return {name: value for name, value in options.items() if name != "group_size" or value is not None}

@@ -83,7 +83,7 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
     prompts = drawn_prompts(torch.Generator().manual_seed(5), 16)
     result = generate(model, prompts, max_new_tokens=30, temperature=0.0, eos_id=1)
     sizes = [call.ids.shape[0] for call in model.calls]
-    assert sizes[0] == 16
+    assert sizes[0] == 15  # two prompts are equal and read once
     assert sizes[-1] <= 2
     for row, ids in enumerate(prompts):
         check_row(result, row, *naive_greedy(model, ids, 30, 1), 1, 0)
@@ -400,6 +400,16 @@ def test_model_kwargs_come_with_the_prompt_only_where_the_rest_is_cached(models,
     generate(model, torch.tensor([[1, 2], [3, 4], [5, 6]]), max_new_tokens=3, temperature=0.0, shift=shift)
     given_ = [call.kwargs.get("shift") is not None for call in model.calls]
     assert given_ == ([True, False, False] if kind != "history" else [True] * 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_prompts_are_read_once_where_they_are_cached_and_answered_as_if_alone(models, naive_greedy, kind):
+    model = getattr(models, kind)(VOCABULARY, 0)
+    prompts = [torch.tensor(row) for row in ([1, 2], [3, 4, 5], [1, 2], [2], [3, 4, 5], [1, 2])]
+    result = generate(model, prompts, max_new_tokens=4, temperature=0.0, pad_id=9)
+    assert [len(call.ids) for call in model.calls] == ([6] * 4 if kind == "history" else [3, 6, 6, 6])
+    for row, ids in enumerate(prompts):
+        check_row(result, row, *naive_greedy(model, ids, 4, None, 0), None, 9)
 
 
 @pytest.mark.parametrize("eos_id", [None, *range(VOCABULARY)])

@@ -84,8 +84,16 @@ class Decoder:
         self._length = n
         self._ids = F.pad(ids, (0, max_new_tokens))
         self._mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
-        self._cache = model.init_cache(b, n + max_new_tokens) if use_cache and hasattr(model, "init_cache") else None
-        self._unread = ids
+        self._cache, self._copies = None, None
+        self._unread, self._unread_mask = ids, padding
+        if use_cache and hasattr(model, "init_cache"):
+            # Equal prompts, such as those of several samples, are read once.
+            first, copies = distinct_rows(ids, padding)
+            if first.shape[0] < b and not self._row_kwargs:
+                self._copies = copies
+                self._unread = ids[first]
+                self._unread_mask = None if padding is None else padding[first]
+            self._cache = model.init_cache(self._unread.shape[0], n + max_new_tokens)
         self._layout = WeightLayout(model, steps=0 if self._cache is None else max_new_tokens)
         self._steps = 0
         self._context = ExitStack()
@@ -124,7 +132,7 @@ class Decoder:
 
     def _read(self) -> Tensor:
         """Logits ``(b, v)`` after the tokens that the model has not read yet."""
-        model, inputs = self._model, {"mask": self.mask}
+        model, inputs = self._model, {"mask": self._unread_mask}
         if self._cache is not None:
             inputs["cache"] = self._cache
         logits: Tensor
@@ -141,6 +149,10 @@ class Decoder:
             logits = model(self._unread, **inputs, **self._kwargs)[:, -1]
         if self._cache is not None:
             self._kwargs = {}
+            if self._copies is not None:
+                logits = logits[self._copies]
+                self._cache.reorder(self._copies)
+                self._copies = None
         return logits
 
     def append(self, token: Tensor) -> None:
@@ -148,6 +160,7 @@ class Decoder:
         self._ids.select(1, self._length).copy_(token)
         self._length += 1
         self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
+        self._unread_mask = self.mask
 
     def reorder(self, index: Tensor) -> None:
         """Row ``r`` becomes what row ``index[r]`` was; every token has been read or is about to be appended."""
@@ -159,6 +172,15 @@ class Decoder:
         self._kwargs = {
             name: value[index] if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
+
+
+def distinct_rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Indices of the first of each kind of equal rows, and for every row the position of its kind among them."""
+    rows = [tuple(row) for row in (ids if mask is None else ids.masked_fill(~mask, -1)).tolist()]
+    first = {row: number for number, row in reversed(list(enumerate(rows)))}
+    kinds = {row: kind for kind, row in enumerate(first)}
+    copies = [kinds[row] for row in rows]
+    return torch.tensor(list(first.values()), device=ids.device), torch.tensor(copies, device=ids.device)
 
 
 def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor | None = None) -> list[Tensor]:

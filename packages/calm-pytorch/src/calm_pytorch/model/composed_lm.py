@@ -122,7 +122,20 @@ class ComposedLM(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.decodes = anchor.decodes and all(augment.decodes for augment in augments)
         self._reader = anchor
-        self._anchor_layers = sorted({layer for augment in augments for _, layer in augment.connections})
+        # in tuples, so that nothing is registered a second time
+        layers = sorted({layer for augment in augments for _, layer in augment.connections})
+        self._first_layer = layers[0]
+        self._blocks = anchor.blocks.layers(layers)
+        # for each of these blocks its cross-attentions, with the numbers of their augment and connection
+        self._reads = tuple(
+            tuple(
+                (cross_attns[number][place], number, place)  # type: ignore[index]
+                for number, augment in enumerate(augments)
+                for place, (_, anchor_layer) in enumerate(augment.connections)
+                if anchor_layer == layer
+            )
+            for layer in layers
+        )
 
     @property
     def vocab_size(self) -> int | None:
@@ -292,24 +305,19 @@ class ComposedLM(nn.Module):
     @contextlib.contextmanager
     def _reading_anchor(self, readings: Sequence[Reading]) -> Iterator[None]:
         """Inside, each connected block of the anchor adds what it reads of the augments."""
-        reads: dict[int, list[tuple[nn.Module, Context, Reading]]] = {layer: [] for layer in self._anchor_layers}
-        for augment, attentions, reading in zip(self.augments, self.cross_attns, readings, strict=True):
-            for (_, layer), attention, context in zip(augment.connections, attentions, reading.contexts, strict=True):
-                reads[layer].append((attention, context, reading))
-        of_block = list(reads.values())
 
         def change(block: int, hidden: Tensor) -> Tensor:
-            for attention, context, reading in of_block[block]:
-                hidden = attention(hidden, context=context, mask=reading.mask, causal=reading.causal)
+            for attention, number, place in self._reads[block]:
+                context, mask, causal = readings[number].contexts[place], readings[number].mask, readings[number].causal
+                hidden = attention(hidden, context=context, mask=mask, causal=causal)
             return hidden
 
         with contextlib.ExitStack() as stack:
             if torch.is_grad_enabled() and self.cross_attns.training:
                 stack.enter_context(hooks_outside_checkpoints(self.anchor))
                 if self.gradient_checkpointing:
-                    stack.enter_context(checkpointing(self._reader.recomputed(self._anchor_layers[0])))
-            blocks = self._reader.blocks.layers(self._anchor_layers)
-            stack.enter_context(changing(blocks.modules, blocks.positions, change, where="anchor"))
+                    stack.enter_context(checkpointing(self._reader.recomputed(self._first_layer)))
+            stack.enter_context(changing(self._blocks.modules, self._blocks.positions, change, where="anchor"))
             yield
 
 

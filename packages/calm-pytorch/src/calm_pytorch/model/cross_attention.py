@@ -180,7 +180,9 @@ class CrossAttentionBlock(nn.Module):
         return self.attn.weights(self.pre_rmsnorm(x.to(self._dtype(x))), context, mask, causal)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        return next((parameter.dtype for parameter in self.parameters()), x.dtype)
+        """The parameters' dtype, whatever of them is quantised or wrapped."""
+        gain = getattr(self.pre_rmsnorm, "g", None)
+        return gain.dtype if gain is not None else next((parameter.dtype for parameter in self.parameters()), x.dtype)
 
     def _library_attention(self, normed: Tensor, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         n, m = normed.shape[1], states.shape[1]

@@ -12,6 +12,7 @@ from torch import nn
 from coca import CoCa, CoCaLoss, ImagePreprocessing, VisionTransformer
 from coca.interop import from_coca_pytorch, load_coca_pytorch
 
+GOLDEN = Path(__file__).parent / "golden"
 POOLINGS = ["shared", "parallel", "cascade"]
 
 
@@ -241,6 +242,20 @@ def test_another_encoder_is_passed_again_on_loading(make_coca, tmp_path):
     assert torch.equal(again.encode_image(images), model.encode_image(images))
 
 
+def test_a_checkpoint_of_the_first_version_gives_its_results():
+    model = CoCa.from_pretrained(GOLDEN / "coca-2.0.0").eval()
+    expected = json.loads((GOLDEN / "coca-2.0.0.json").read_text("utf-8"))
+    text = (torch.arange(3 * 5).view(3, 5) * 7) % 8 + 3
+    images = torch.sin(torch.arange(3 * 16) * 0.37).view(3, 1, 4, 4)
+
+    loss = model.loss(text, images)
+
+    torch.testing.assert_close(model(text, images), torch.tensor(expected["logits"]), atol=1e-5, rtol=1e-5)
+    assert [loss.caption.item(), loss.contrastive.item()] == pytest.approx(expected["losses"], abs=1e-5)
+    assert model.generate(images, max_new_tokens=6).tolist() == expected["captions"]
+    assert model.preprocessing == ImagePreprocessing(image_size=4, channels=1)
+
+
 # ------------------------------------------------------------------------------------------------- the original
 
 
@@ -260,7 +275,7 @@ def original_state(golden):
 
 @pytest.fixture(scope="module")
 def golden():
-    return json.loads((Path(__file__).parent / "golden" / "original.json").read_text("utf-8"))
+    return json.loads((GOLDEN / "original.json").read_text("utf-8"))
 
 
 def test_the_originals_weights_give_the_originals_results(golden):

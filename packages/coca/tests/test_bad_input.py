@@ -349,7 +349,7 @@ def test_an_image_without_a_caption_is_named(tmp_path):
     folder = write_pictures(tmp_path / "pictures")
     (folder / "2.txt").unlink()
 
-    with pytest.raises(ValueError, match=r"must have a .txt beside it, .*2\.png has none"):
+    with pytest.raises(ValueError, match=r"must have a .txt next to it, .*2\.png has none"):
         load_images(folder, GREY)
 
 

@@ -10,7 +10,7 @@
 | ``beta``, ``inv_freq`` buffers, ``to_logits.1.weight`` | nothing: zero, computed, tied |
 
 Logits of texts without padding and the captioning loss are then the original's. Text embeddings are too where no row is
-padded; behind padding the original put CLS elsewhere.
+padded; after padding the original put CLS elsewhere.
 """
 
 import re
@@ -41,7 +41,7 @@ def from_coca_pytorch(
         state_dict: of the original model.
         img_encoder: a module of the kind the original was made with; takes the weights under ``img_encoder.``.
         dim_head: only to check: it is read from the weights.
-        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight tells.
+        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight shows.
 
     Raises:
         ValueError: the state dict is not one of the original, or has an image encoder's weights and none is given (or

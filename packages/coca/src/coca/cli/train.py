@@ -40,15 +40,15 @@ class EncoderSettings:
     """Images and their encoder.
 
     Args:
-        encoder: folder of a Hugging Face vision model, or organisation/name on the hub, instead of the own ViT.
+        encoder: folder of a Hugging Face vision model, or organisation/name on the hub, instead of our ViT.
         freeze_encoder: trains everything but the encoder.
         image_size: pixels; images are resized and cropped to a square. 0 takes 8 for the digits, the encoder's own
             size, else 224.
         channels: 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
-        patch_size: of the own ViT; 0 takes a quarter or a fourteenth of image_size.
-        vit_dim: features of the own ViT.
-        vit_depth: blocks of the own ViT.
-        vit_heads: query heads of the own ViT.
+        patch_size: of our ViT; 0 takes a quarter or a fourteenth of image_size.
+        vit_dim: features of our ViT.
+        vit_depth: blocks of our ViT.
+        vit_heads: query heads of our ViT.
 
     Raises:
         TypeError: a value is of another type.

@@ -2,8 +2,8 @@
 
 | source | what is read |
 |---|---|
-| ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path beside the table), ``caption``, maybe ``label`` |
-| a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else each image with a ``.txt`` beside it |
+| ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path relative to the table), ``caption``, maybe ``label`` |
+| a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
 
 Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
@@ -83,16 +83,16 @@ def load_images(
             f"{len(unreadable)} of {len(entries)} images in {source} cannot be read, more than max_unreadable = "
             f"{max_unreadable} allows: {'; '.join(unreadable[:8])}"
         )
-    found = [entry.label for entry in good]
-    labelled = bool(good) and all(label is not None for label in found)
-    classes = tuple(sorted({label for label in found if label is not None})) if labelled else ()
-    number = {name: index for index, name in enumerate(classes)}
+    labels = [entry.label for entry in good]
+    class_names = tuple(sorted({label for label in labels if label is not None}))
+    has_labels = bool(good) and None not in labels
+    label_ids = {name: index for index, name in enumerate(class_names)}
     return CaptionedImages(
         names=tuple(entry.name for entry in good),
         captions=tuple(entry.captions for entry in good),
         read=lambda index: _decode(good[index], preprocessing),
-        labels=tuple(number[label] for label in found if label is not None) if labelled else None,
-        class_names=classes,
+        labels=tuple(label_ids[label] for label in labels if label is not None) if has_labels else None,
+        class_names=class_names if has_labels else (),
         templates=templates or ("{}",),
         unreadable=tuple(unreadable),
     )
@@ -146,7 +146,7 @@ def _folder(folder: Path) -> Iterator[_Entry]:
             continue
         text = path.with_suffix(".txt")
         if not text.is_file():
-            raise ValueError(f"each image of a folder without a table must have a .txt beside it, {path} has none")
+            raise ValueError(f"each image of a folder without a table must have a .txt next to it, {path} has none")
         name = path.relative_to(folder).as_posix()
         yield _Entry(name, _lines(text.read_text("utf-8")), None, path.read_bytes)
 
@@ -191,7 +191,7 @@ def _tar(path: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
         elif ".txt" in members:
             captions = _lines(_member(path, members[".txt"])().decode("utf-8"))
         else:
-            raise ValueError(f"{path} must have a caption, {key}.txt or {key}.json, beside {key}{image}")
+            raise ValueError(f"{path} must have a caption, {key}.txt or {key}.json, next to {key}{image}")
         yield _Entry(key + image, captions, label, _member(path, members[image]))
 
 

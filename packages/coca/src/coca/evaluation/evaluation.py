@@ -92,7 +92,7 @@ def decoded(ids: list[int], tokenizer: Any, eos_id: int | None) -> str:
 
 
 def names_class(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
-    """Whether a caption has the name of this class, as a whole word, and of no other."""
+    """True if a caption has the name of this class, as a whole word, and of no other."""
     named = {
         number
         for number, name in enumerate(class_names)

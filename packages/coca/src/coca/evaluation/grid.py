@@ -71,7 +71,7 @@ def save_grid(
         captions: the generated caption of each image.
         nearest: for each image texts with their similarity, the most similar first.
         title: written above.
-        columns: images beside each other.
+        columns: images in a row.
 
     Raises:
         ValueError: there is no image, or the lists have different lengths.

@@ -18,7 +18,7 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """How often what belongs together is among the k most similar.
+    """Fraction of matches among the k most similar, both ways.
 
     Text to image: the caption's image is among the first k. Image to text: any of the image's captions is. The rank of
     the right one counts everything at least as similar as it, so a model that gives all the same score gets 0, not 1.

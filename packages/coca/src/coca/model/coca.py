@@ -69,7 +69,7 @@ class CoCa(PretrainedMixin):
         unimodal_depth: layers that see text only.
         multimodal_depth: layers that also see the image.
         dim_latents: features of the latents; ``dim`` by default.
-        image_dim: features of the image tokens; by default what ``img_encoder`` says, else ``dim``.
+        image_dim: features of the image tokens; by default the width that ``img_encoder`` declares, else ``dim``.
         num_img_queries: image tokens that the decoder sees after pooling.
         dim_head: features of a head; even.
         heads: query heads.
@@ -77,7 +77,7 @@ class CoCa(PretrainedMixin):
         img_encoder: images to tokens; see ``coca.model.image_encoders``. None for precomputed tokens.
         caption_loss_weight: factor of the captioning loss.
         contrastive_loss_weight: factor of the contrastive loss.
-        pad_id: padding behind a text.
+        pad_id: padding after a text.
         pooling: "shared" (one attention for all queries, as in the original code), "parallel" or "cascade" (one pooler
             a task, as in the paper).
         loss: "softmax" (CLIP) or "sigmoid" (SigLIP) contrastive loss.
@@ -90,8 +90,8 @@ class CoCa(PretrainedMixin):
         gradient_checkpointing: recomputes the decoder's layers in the backward to save memory.
 
     Raises:
-        ValueError: a size is below 1, an id is not below ``num_tokens``, a scale is not positive, or the encoder says
-            that its tokens have another width than ``image_dim``.
+        ValueError: a size is below 1, an id is not below ``num_tokens``, a scale is not positive, or the encoder
+            declares another width of its tokens than ``image_dim``.
     """
 
     @typed
@@ -156,7 +156,7 @@ class CoCa(PretrainedMixin):
         self.contrastive_kind = loss
         self.max_logit_scale = max_logit_scale
         self.gradient_checkpointing = gradient_checkpointing
-        # How images were prepared in training; travels with checkpoints as preprocess.json.
+        # Preparation of the images in training; travels with checkpoints as preprocess.json.
         self.preprocessing: ImagePreprocessing | None = None
 
         self.img_encoder: ImageEncoder | None = None

@@ -50,7 +50,7 @@ def softmax_contrastive_loss(
 
     Args:
         image_latents: L2-normalised.
-        text_latents: L2-normalised, row i beside row i of the images.
+        text_latents: L2-normalised, row i matches row i of the images.
         logit_scale: factor of the similarities, not its logarithm.
         process_group: of the processes that share a batch; None for all.
         gather: False contrasts only this process's pairs.

@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
         cache: CoCaCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b i d"]:
-        """What ``x`` reads from the context, plus the feed-forward.
+        """Attention of ``x`` to the context, plus the feed-forward.
 
         Args:
             x: residual stream.

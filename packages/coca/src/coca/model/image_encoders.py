@@ -26,7 +26,7 @@ _WIDTHS = ("dim", "num_features", "embed_dim", "hidden_size")
 
 
 def token_width(encoder: Any) -> int | None:
-    """Features of the tokens that an encoder says it returns, or None if it does not say.
+    """Features of the tokens that an encoder declares, or None if it declares none.
 
     Asked in turn: ``dim``, ``num_features``, ``embed_dim`` of the module, then ``hidden_size`` or the last of
     ``hidden_sizes`` of its ``config`` (or of the ``vision_config`` in it), then the wrapped ``vit`` of an Extractor.
@@ -51,7 +51,7 @@ def token_width(encoder: Any) -> int | None:
 
 
 class ImageEncoder(nn.Module):
-    """A module that is called on images and whatever it returns, as tokens.
+    """A module that is called on images, and its result as tokens.
 
     Args:
         encoder: the module.
@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
         self.encoder = encoder
         self.width = width
         self.frozen = frozen
-        self._told = False
+        self._has_warned = False
         if frozen:
             encoder.requires_grad_(False)
             encoder.eval()
@@ -93,7 +93,7 @@ class ImageEncoder(nn.Module):
                 f"img_encoder must return tokens of image_dim = {self.width} features, got {tokens.shape[-1]}"
             )
         if not torch.compiler.is_compiling():
-            self._tell_if_detached(tokens)
+            self._warn_if_detached(tokens)
         return tokens
 
     def _tokens(self, images: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ class ImageEncoder(nn.Module):
         features = encoder.forward_features(images) if hasattr(encoder, "forward_features") else encoder(images)
         return tokens_of(features, self.width)
 
-    def _tell_if_detached(self, tokens: Tensor) -> None:
-        if self._told or tokens.requires_grad or self.frozen or not (self.training and torch.is_grad_enabled()):
+    def _warn_if_detached(self, tokens: Tensor) -> None:
+        if self._has_warned or tokens.requires_grad or self.frozen or not (self.training and torch.is_grad_enabled()):
             return
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
-            self._told = True
+            self._has_warned = True
             warnings.warn(
                 f"img_encoder {type(self.encoder).__name__} returns tokens without gradient although it has trainable "
                 "parameters, so it will not be trained. vit-pytorch's Extractor detaches unless it is made with "
@@ -120,7 +120,7 @@ def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]
 
     Args:
         features: a tensor, an output with ``last_hidden_state``, or a tuple.
-        width: features of a token, which tells a map ``(b, h, w, c)`` from ``(b, c, h, w)``.
+        width: features of a token, to tell a map ``(b, h, w, c)`` from ``(b, c, h, w)``.
 
     Raises:
         ValueError: the tensor has neither three nor four dimensions.

@@ -31,7 +31,7 @@ TILE_SCORES = 8 * 2**20
 
 
 class _Gradients:
-    """What flows back into latents, scale and bias, gathered tile by tile."""
+    """Gradients of latents, scale and bias, summed tile by tile."""
 
     def __init__(self, images: Tensor, texts: Tensor, scale: Tensor, needed: bool) -> None:
         self._inputs = images, texts, scale

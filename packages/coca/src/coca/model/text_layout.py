@@ -3,12 +3,12 @@
 A caption is ``BOS text EOS`` with a tokenizer that has both, and without what it lacks; a long one loses text, not its
 end, so that the model learns to stop. Training, embedding and zero-shot classification share this rule.
 
-The learned CLS embedding stands behind the last real token of its row, wherever padding begins. Under a causal mask it
+The learned CLS embedding follows the last real token of its row, wherever padding begins. Under a causal mask it
 then sees the row's real tokens and nothing else, no token sees it, and no key needs a mask: padding comes after all
-that is used. (The original put it behind the padding, at a rotary position that depended on the longest row.)
+that is used. (The original put it after the padding, at a rotary position that depended on the longest row.)
 
-Without a mask only trailing ``pad_id`` are padding. With a mask the rows are first moved together to the left, whatever
-the side of the padding, and results are put back.
+Without a mask only trailing ``pad_id`` are padding. With a mask the rows are first moved together to the left, on
+whichever side the padding is, and results are put back.
 
 Legend: b batch, n sequence, d feature.
 """
@@ -47,7 +47,7 @@ def caption_ids(caption: str, tokenizer: Any, max_length: int | None = None) -> 
     if max_length is not None:
         room = max_length - len(before) - len(after)
         if room < 1:
-            raise ValueError(f"max_length must leave room for text beside BOS and EOS, got {max_length}")
+            raise ValueError(f"max_length must leave room for text next to BOS and EOS, got {max_length}")
         ids = ids[:room]
     return [*before, *ids, *after]
 
@@ -99,7 +99,7 @@ class TextLayout:
         return states.gather(1, index)
 
     def targets(self, labels: Int[Tensor, "b n"] | None = None) -> Int[Tensor, "b n_minus_1"]:
-        """What each position but the last should predict: the label of the next place, or -100.
+        """Labels of positions 0 to n-2: the label of the next position, or -100.
 
         Args:
             labels: aligned with the given text, -100 where nothing is asked; None takes the text itself.

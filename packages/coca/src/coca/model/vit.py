@@ -1,8 +1,8 @@
-"""A compact vision transformer (arXiv 2010.11929) of our own, so that the package trains alone.
+"""A compact vision transformer (arXiv 2010.11929) with which the package trains alone.
 
 Patches, learned positions, parallel blocks (as the decoder's, without a causal mask), a norm. It returns one token a
 patch and has no class token: CoCa pools by attention. Positions start as two-dimensional waves (arXiv 2104.02057,
-section 4): from nearly nothing, small images took several hundred updates to find out where their strokes are.
+section 4): starting near zero, small images took several hundred updates to learn where their strokes are.
 
 Legend: b batch, c channels, n patches, d feature.
 """

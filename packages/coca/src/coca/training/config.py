@@ -1,4 +1,4 @@
-"""What can be chosen about a training run, with its defaults: those of the quickstart.
+"""Settings of a training run; the defaults are those of the quickstart.
 
 The same names are the flags of ``coca train`` and the keys of its YAML file.
 """

@@ -38,7 +38,7 @@ CURVES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult(SessionResult):
-    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
+    """Outcome of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
         first_metrics: of the validation before training; see ``coca.evaluation.evaluation.evaluate``.

@@ -43,6 +43,7 @@ trainer = RLHFTrainer(
     critic_lr=1e-2,
     kl_div_loss_weight=0.01,
     epochs=2,
+    seed=1,
     device="cpu",
 )
 result = trainer.train(num_episodes=12 * 32, update_timesteps=32, max_new_tokens=8)

@@ -11,6 +11,7 @@ gradient without the sum, as is often done, loses the other ranks' share.
 Legend: b batch of this rank, s sum of the batches of all ranks.
 """
 
+import atexit
 import gc
 import zlib
 from collections.abc import Sequence
@@ -251,6 +252,12 @@ def end_process_group() -> None:
     gc.collect()
     dist.destroy_process_group()
     gc.collect()
+
+
+def end_process_group_at_exit() -> None:
+    """Calls ``end_process_group`` once the script has ended, before anything that was registered for then earlier."""
+    atexit.unregister(end_process_group)
+    atexit.register(end_process_group)
 
 
 def _alone(group: Group) -> bool:

@@ -5,7 +5,6 @@ Processes are started by torchrun. ``start_accelerator`` refuses by name what wo
 launcher's gradient accumulation divides losses again.
 """
 
-import atexit
 import contextlib
 import os
 import signal
@@ -21,7 +20,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from lm_core.checks import typed
-from lm_core.distributed import any_rank, end_process_group, is_distributed
+from lm_core.distributed import any_rank
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -104,8 +103,6 @@ def check_compilable(device: torch.device) -> None:
 def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = (), folder: str | Path = ".") -> Any:
     """An ``accelerate.Accelerator`` that leaves precision and gradient accumulation to the trainer.
 
-    A process group that it creates is destroyed when the interpreter exits; see ``end_process_group``.
-
     Args:
         device: decides the backend between processes: gloo on the CPU, NCCL on CUDA.
         tracker_names: trackers to start later with ``init_trackers``.
@@ -127,7 +124,6 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     missing = [name for name in tracker_names if name not in available]
     if missing:
         raise ValueError(f"trackers must be installed and known to accelerate, got {missing}; there are {available}")
-    had_group = is_distributed()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
@@ -138,8 +134,6 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise RuntimeError(f"{started} processes were started, but accelerate sees {accelerator.num_processes}")
-    if is_distributed() and not had_group:
-        atexit.register(end_process_group)  # later trainers of this process use the group too
     return accelerator
 
 

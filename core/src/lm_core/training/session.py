@@ -53,6 +53,8 @@ from lm_core.distributed import (
     all_reduce_sum,
     broadcast_object,
     data_parallel,
+    end_process_group_at_exit,
+    is_distributed,
     rank,
     release,
     world_size,
@@ -136,6 +138,7 @@ class TrainingSession:
     Attributes:
         device: the device that is trained on.
         step: optimizer updates done.
+        max_steps: optimizer updates of the whole run, of ``config`` where it has them; None if unknown.
         outcome: "finished" until something stops the run.
         module: the objective as the loop calls it: compiled, wrapped in DDP or sharded. None outside of ``run``.
         optimizer: the optimizer; None before the first ``run``.
@@ -180,7 +183,10 @@ class TrainingSession:
                 self.device, tracker_names=self._tracker_names, folder=self.checkpoint_dir or "."
             )
         self.accelerator = accelerator
+        if is_distributed():
+            end_process_group_at_exit()  # not earlier: later sessions of this process use the group too
         self.step = 0
+        self.max_steps: int | None = getattr(config, "max_steps", None)
         self.outcome: Outcome = "finished"
         self.guard = NonFiniteGuard()
         self.optimizer: Any = None
@@ -208,20 +214,16 @@ class TrainingSession:
         rank_state: Mapping[str, Any] | None = None,
         architecture: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
-        check: Callable[[Checkpoint], None] | None = None,
         upgrade: Callable[[Checkpoint], Mapping[str, Any]] | None = None,
         save_weights: Callable[[], nn.Module | Mapping[str, Tensor]] | None = None,
         load_weights: Callable[[Checkpoint], None] | None = None,
         model_config: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         tokenizer: Any = None,
         validate: Callable[[], Mapping[str, Any]] | None = None,
-        validate_every: int | None = None,
         max_steps: int | None = None,
-        rows_until: Callable[[], int] | None = None,
         record: Mapping[str, Any] | None = None,
         curves: Sequence[str] | None = None,
         shown: Sequence[str] = ("loss", "tokens_per_second"),
-        ddp_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Says what is trained, saved, checked and shown.
 
@@ -239,20 +241,16 @@ class TrainingSession:
             rank_state: the same, of each process's own.
             architecture: arguments of the model that have to be equal to resume.
             identity: other values that have to be equal to resume, besides the seed.
-            check: raises if a run cannot resume from a checkpoint for another reason.
             upgrade: returns the state of a checkpoint that a version before sessions wrote, under the keys of ``save``.
             save_weights: returns what checkpoints hold instead of ``model``.
             load_weights: loads the weights of a checkpoint; nothing is sharded or wrapped yet.
             model_config: ``config.json`` of checkpoints, by default the model's own.
             tokenizer: travels with the checkpoints, if it can be saved.
             validate: returns metrics of held-out data, to be logged under these names; every process calls it.
-            validate_every: updates between validations; by default as ``config`` has it.
-            max_steps: updates of the run, by default as ``config`` has it; None if unknown.
-            rows_until: step of the last row of metrics that a resumed run keeps; by default ``step``.
+            max_steps: updates of the run, by default as ``config`` has it.
             record: further values for ``run.json``.
             curves: names of the metrics that are drawn; by default all.
             shown: names of the metrics that the progress bar shows.
-            ddp_options: further arguments of ``DistributedDataParallel``.
 
         Raises:
             ValueError: the device or torch cannot shard or compile.
@@ -271,20 +269,16 @@ class TrainingSession:
         self._rank_state = dict(rank_state or {})
         self._architecture = dict(architecture or {})
         self._identity = identity if callable(identity) else lambda: identity or {}
-        self._check = check
         self._upgrade = upgrade
         self._save_weights = save_weights
         self._load_weights = load_weights
         self._model_config = model_config
         self._tokenizer = tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
         self._validate = validate
-        self._validate_every: int | None = validate_every or getattr(self.config, "validate_every", None)
-        self.max_steps: int | None = max_steps or getattr(self.config, "max_steps", None)
-        self._rows_until = rows_until
+        self.max_steps = max_steps or self.max_steps
         self._record = dict(record or {})
         self._curves = curves
         self._shown = tuple(shown)
-        self._ddp_options = dict(ddp_options or {})
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer | None, schedule: Any = None) -> None:
         """Sets the optimizer; the first one after resuming takes the state that the checkpoint has of it."""
@@ -424,7 +418,7 @@ class TrainingSession:
         if last:
             return
         self.outcome = "interrupted" if interrupted else "out of time" if late else "finished"
-        if self.outcome == "out of time" or _is_due(self.step, self._validate_every):
+        if self.outcome == "out of time" or _is_due(self.step, getattr(self.config, "validate_every", None)):
             self.validate()
         if self.outcome != "finished" or _is_due(self.step, self.config.checkpoint_every):
             self.save()
@@ -571,8 +565,6 @@ class TrainingSession:
             ]
             if changed:
                 raise CheckpointError(f"{where} {what}: {', '.join(changed)}; train into another folder")
-        if self._check is not None:
-            self._check(checkpoint)
         for parts, states in self._parts(checkpoint):
             if set(parts) != set(states):
                 raise CheckpointError(f"{where} has the states {sorted(states)}, but this run {sorted(parts)}")
@@ -617,7 +609,7 @@ class TrainingSession:
         if self._gradients == "average" and self._blocks is None and world_size() > 1:
             handler = getattr(self.accelerator, "ddp_handler", None)
             options = {} if handler is None else handler.to_kwargs()
-            self.module = data_parallel(self._compiled, self.device, **{**options, **self._ddp_options})
+            self.module = data_parallel(self._compiled, self.device, **options)
 
     def _release(self) -> None:
         """Lets go of what holds the process group, which may end at any time from now on."""
@@ -647,11 +639,10 @@ class TrainingSession:
         self.progress = stack.enter_context(
             progress_bar(self.max_steps, initial=self.step, description="train", is_main=is_main)
         )
-        last_row = self.step if self._rows_until is None else self._rows_until()
         self.metrics = stack.enter_context(
             MetricsLog(
                 None if self.folder is None else self.folder.metrics_path,
-                resume_step=last_row if self.step else -1,
+                resume_step=self.step or -1,
                 is_main=is_main,
                 trackers=trackers,
                 progress=self.progress,

@@ -531,7 +531,7 @@ def _lines(path: Path, text: str) -> Path:
             TypeError,
             "'loss' must be a number or a string, got list",
         ),
-        (lambda p: MetricsLog(_lines(p, "oops\n{}\n"), resume_step=1), ValueError, "line 1, is no row of metrics"),
+        (lambda p: MetricsLog(_lines(p, "oops\n{}\n"), resume_step=1), ValueError, "line 1, is not JSON"),
         (lambda p: read_metrics(p / "none"), FileNotFoundError, "none"),
         (lambda p: plot_curves(p / "none"), FileNotFoundError, "none"),
         (lambda p: plot_curves(_lines(p, '{"step": 1, "a": 1}\n')), ValueError, "no numbers in two rows"),

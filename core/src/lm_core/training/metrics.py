@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from lm_core.checkpoints.atomic_io import fsync_path, write_file
 from lm_core.checks import typed
+from lm_core.data.jsonl import read_json_lines
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -25,20 +26,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: a line other than the last is no JSON object.
     """
-    rows: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"got {type(row).__name__}")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}, line {number}, is no row of metrics: {error}") from error
-        if line.endswith("\n"):
-            rows.append(row)
-    return rows
+    return [row for _, row in read_json_lines(path, torn_end=True)]
 
 
 def _number(name: str, value: Any) -> Any:

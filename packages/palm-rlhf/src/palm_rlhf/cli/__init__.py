@@ -6,8 +6,8 @@ from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
+from palm_rlhf.cli import reward
 from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, sample
-from palm_rlhf.cli.reward import reward
 from palm_rlhf.cli.rl import command_of
 from palm_rlhf.cli.train import train
 from palm_rlhf.model.palm import PaLM
@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "generate": Command(generate, {"settings": Group(TextGeneration)}),
     "eval": evaluate_checkpoint,
     "convert": convert,
-    "reward": reward,
+    "reward": reward.COMMAND,
     **{name: command_of(name) for name in OBJECTIVES},
     "sample": sample,
 }

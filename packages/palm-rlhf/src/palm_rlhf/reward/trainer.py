@@ -46,19 +46,19 @@ class RewardModelTrainer:
         pairs: see ``load_preferences``.
         validation_pairs: held out; by default a tenth of ``pairs`` is, drawn once and for all.
         tokenizer: for texts; travels with checkpoints.
-        max_steps: updates.
+        max_steps: optimizer updates of the run.
         batch_size: examples an update, of all processes together.
-        learning_rate: at its peak.
-        weight_decay: of matrices.
-        max_grad_norm: gradients with a greater global norm are scaled down; None only measures it.
+        learning_rate: peak learning rate.
+        weight_decay: weight decay of matrices.
+        max_grad_norm: bound of the gradients' global norm; null only measures it.
         normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
             chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
         validate_every: updates between validations.
         checkpoint_dir: folder of the run; None writes nothing.
         checkpoint_every: updates between checkpoints.
-        keep_checkpoints: how many stay.
-        resume: "auto" resumes if there is a checkpoint, True demands one, False demands a folder without a run.
-        seed: of order and dropout.
+        keep_checkpoints: newest checkpoints that are kept; null for all.
+        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        seed: seed of order and dropout.
         device: auto takes CUDA, then MPS, then the CPU.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
 

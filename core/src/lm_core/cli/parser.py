@@ -194,7 +194,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         command = chosen.command
         if command is not None and command.presets is not None and not {"-h", "--help"} & set(words):
             draft = self.parse_args([word for word in words if not word.startswith("--print_config")])
-            chosen.set_defaults(dict(command.presets(draft[argv[0]])))
+            chosen.set_defaults(dict(command.presets(draft[argv[0]].as_dict())))
         return self.parse_args(words)
 
     def _words(self, argv: Sequence[str]) -> list[str]:

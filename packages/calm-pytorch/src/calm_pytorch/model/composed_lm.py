@@ -155,7 +155,7 @@ class ComposedLM(nn.Module):
         """``init_cache(batch_size, max_length)``, if anchor and augments can decode incrementally."""
         if not self.decodes:
             raise AttributeError("the anchor, or an augment that shares its sequence, decodes without a cache only")
-        return lambda batch_size, max_length: CALMCache(self.anchor, self.augments, batch_size, max_length)
+        return lambda batch_size, max_length: CALMCache(self.anchor, tuple(self.augments), batch_size, max_length)
 
     @property
     def output_weight(self) -> Tensor:

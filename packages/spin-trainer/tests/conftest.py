@@ -1,5 +1,6 @@
 """Small models and data whose right answers are known."""
 
+import json
 import os
 
 import pytest
@@ -77,6 +78,21 @@ def train(make_model, make_rows, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def stop_at():
+    """``stop_at(step)``: a tracker that dies at an update, as a process would, but for the open files."""
+
+    class StopAt:
+        def __init__(self, step):
+            self.step = step
+
+        def log(self, values, step):
+            if step == self.step and "loss" in values:
+                raise SystemError("stopped here")
+
+    return StopAt
+
+
+@pytest.fixture(scope="session")
 def chat_tokenizer():
     """A real transformers tokenizer with a chat template, made here: bytes, merged a little, and special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -124,14 +140,10 @@ def hugging_face_folder(chat_tokenizer, tmp_path):
     folder = tmp_path / "llama"
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
-    import json
-
     for name, count in (("train", 6), ("valid", 3)):
-        lines = []
-        for number in range(count):
-            digits = f"{number % 5 + 2} {number % 3}"
-            answer = " ".join(sorted(digits.split()))
-            messages = [{"role": "user", "content": f"sort {digits}"}, {"role": "assistant", "content": answer}]
-            lines.append(json.dumps({"messages": messages}))
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        with (tmp_path / f"{name}.jsonl").open("w") as stream:
+            for digits in (f"{number % 5 + 2} {number % 3}" for number in range(count)):
+                answer = " ".join(sorted(digits.split()))
+                messages = [{"role": "user", "content": f"sort {digits}"}, {"role": "assistant", "content": answer}]
+                stream.write(json.dumps({"messages": messages}) + "\n")
     return folder

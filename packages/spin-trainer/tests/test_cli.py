@@ -8,6 +8,7 @@ import torch
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.metrics import read_metrics
 from spin_trainer.cli import build_parser, main
+from spin_trainer.interop import load_model, with_lora
 
 # peft asks transformers for a name that newer transformers call otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -73,44 +74,25 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
     assert "win rate over" in capsys.readouterr().out
 
 
-def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(hugging_face_folder, tmp_path):
+def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(
+    hugging_face_folder, tmp_path, train, stop_at
+):
     pytest.importorskip("peft")
-    from spin_trainer import SPINTrainer
-    from spin_trainer.interop import load_model, with_lora
+    settings = {"max_seq_len": 40, "eos_id": None, "iterations": 2, "checkpoint_every": 1, "dropout": 0.1}
+    data = {f"{name}_sft_dataset": tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
 
-    class Dies:
-        def log(self, values, step):
-            if step == 3 and "loss" in values:
-                raise SystemError("stopped here")
-
-    def train(folder, **changes):
+    def run(folder, **changes):
         torch.manual_seed(0)
-        trainer = SPINTrainer(
-            with_lora(load_model(str(hugging_face_folder)), r=4),
-            train_sft_dataset=tmp_path / "train.jsonl",
-            valid_sft_dataset=tmp_path / "valid.jsonl",
-            tokenizer=load_tokenizer(str(hugging_face_folder)),
-            checkpoint_folder=tmp_path / folder,
-            max_seq_len=40,
-            iterations=2,
-            epochs=1,
-            batch_size=3,
-            gradient_accumulation=1,
-            learning_rate=1e-2,
-            end_learning_rate=1e-3,
-            checkpoint_every=1,
-            dropout=0.1,
-            device="cpu",
-            **changes,
-        )
-        trainer()
+        model = with_lora(load_model(str(hugging_face_folder)), r=4)
+        tokenizer = load_tokenizer(str(hugging_face_folder))
+        trainer, _ = train(folder, model=model, tokenizer=tokenizer, **settings, **data, **changes)
         return [parameter.detach().clone() for parameter in trainer.model.trainable_parameters()]
 
-    whole = train("whole")
+    whole = run("whole")
     with pytest.raises(SystemError, match="stopped here"):
-        train("parts", trackers=[Dies()])
+        run("parts", trackers=[stop_at(3)])
 
-    assert all(torch.equal(a, b) for a, b in zip(train("parts"), whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run("parts"), whole, strict=True))
 
 
 def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, tmp_path):
@@ -147,7 +129,6 @@ def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
 def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
     peft = pytest.importorskip("peft")
     from spin_trainer import SPIN
-    from spin_trainer.interop import load_model, with_lora
 
     model = with_lora(load_model(str(hugging_face_folder)), r=4)
     assert isinstance(model, peft.PeftModel)

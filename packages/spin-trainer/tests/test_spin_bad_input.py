@@ -1,6 +1,7 @@
 """Table of bad input: each case is refused by name, before anything is written or changed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,11 @@ TRAINERS = [
     ({"checkpoint_every": 1.5}, TypeError, r"checkpoint_every"),
     ({"fsdp": True}, ValueError, r"fsdp=True needs several processes, got one"),
     ({"overlong": "cut"}, TypeError, r"overlong"),
+    (
+        {"config": SelfPlaySettings(max_seq_len=8)},
+        ValueError,
+        r"settings must be in config where one is given, got \['device",
+    ),
 ]
 
 
@@ -296,16 +302,9 @@ def test_a_run_of_other_data_or_settings_is_not_gone_on_with(train, make_rows):
         train(seed=0, train_sft_dataset=make_rows(12, seed=9), temperature=0.5, iterations=2)
 
 
-def test_a_run_whose_answers_are_gone_says_so(train, tmp_path):
-    import shutil
-
-    class Stop:
-        def log(self, values, step):
-            if step == 2:
-                raise SystemError
-
+def test_a_run_whose_answers_are_gone_says_so(train, tmp_path, stop_at):
     with pytest.raises(SystemError):
-        train(checkpoint_every=1, trackers=[Stop()])
+        train(checkpoint_every=1, trackers=[stop_at(2)])
     shutil.rmtree(tmp_path / "run" / "generations")
     with pytest.raises(FileNotFoundError, match=r"has 0 of 12 rows, and the weights that made them are gone"):
         train(checkpoint_every=1)
@@ -360,6 +359,7 @@ COMMANDS = [
     (["train", "--data", "x.jsonl"], r"model must be given together with data"),
     (["train", "--model", "nowhere"], r"data must be given together with a model"),
     (["train", "--model", "nowhere", "--data", "x.jsonl"], r"nowhere"),
+    (["train", "--lora_r=4"], r"lora_r and tokenizer need a model"),
     (["train", "--temperature=-1"], r"temperature must be a finite number of at least 0"),
     (["generate", "a", "b.jsonl", "out.csv"], r"output must be a .jsonl file"),
     (["eval", "./nowhere"], r"checkpoint must be a folder"),

@@ -28,17 +28,6 @@ def rows_of(folder, kind):
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-class StopAt:
-    """A tracker that dies at an update, as a process would, but for the open files."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def log(self, values, step):
-        if step == self.step and "loss" in values:
-            raise SystemError("stopped here")
-
-
 def test_self_play_runs_and_every_iteration_begins_at_ln_2(train, tmp_path):
     trainer, result = train(iterations=2, lambda_=1.0, curves=True)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -88,13 +77,13 @@ def test_an_interrupted_generation_is_finished_row_by_row(train, tmp_path, make_
 
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"opponent": "policy"}, {"ref_model_ema_decay": 0.9}])
 @pytest.mark.parametrize("step", [3, 7])
-def test_a_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(train, settings, step, make_model):
+def test_a_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(train, settings, step, make_model, stop_at):
     common = {"iterations": 2, "epochs": 1, "checkpoint_every": 1, "mix_previous": False, **settings}
     if "ref_model_ema_decay" in settings:
         common["spin_kwargs"] = {"ema_kwargs": {"update_after_step": 0, "update_every": 1}}
     whole, _ = train("whole", model=make_model(dropout=0.1), **common)
     with pytest.raises(SystemError, match="stopped here"):
-        train("parts", model=make_model(dropout=0.1), trackers=[StopAt(step)], **common)
+        train("parts", model=make_model(dropout=0.1), trackers=[stop_at(step)], **common)
     resumed, result = train("parts", model=make_model(dropout=0.1), **common)
 
     assert result.steps == 8

@@ -93,26 +93,16 @@ def test_answers_of_the_iteration_before_are_mixed_in(train, tmp_path):
     assert (mixed.steps, alone.steps) == (4 + 8, 4 + 4)
 
 
-def test_the_trainers_reference_stays_bit_identical_throughout_an_iteration(train):
-    seen = []
+def test_the_trainers_reference_stays_bit_identical_throughout_an_iteration(train, make_model):
+    spin, seen = SPIN(make_model(), eos_id=11), []
 
     class Watch:
         def log(self, values, step):
             if "loss" in values:
-                copies = trainer_of[0].model.ref_model.exported().values()
+                copies = spin.ref_model.exported().values()
                 seen.append((values["iteration"], [copy.clone() for copy in copies]))
 
-    trainer_of = []
-    original = SPINTrainer.__init__
-
-    def remember(self, *args, **kwargs):
-        trainer_of.append(self)
-        original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SPINTrainer, "__init__", remember)
-        train(iterations=2, epochs=2, precompute_reference=False, trackers=[Watch()])
-
+    train(model=spin, iterations=2, epochs=2, precompute_reference=False, trackers=[Watch()])
     for number in (0, 1):
         copies = [copy for iteration, copy in seen if iteration == number]
         assert len(copies) >= 8
@@ -141,7 +131,7 @@ def test_checkpoints_come_every_so_many_updates_and_at_the_end(train, tmp_path):
     assert names == ["step-3", "step-6", "step-8"]
 
 
-def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_rows, tmp_path, monkeypatch):
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(train, monkeypatch):
     norms = []
 
     def step(self, closure=None):
@@ -149,20 +139,8 @@ def test_gradients_are_clipped_to_the_norm_that_is_asked_for(make_model, make_ro
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm().item())
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
     for limit in (0.01, None):
-        SPINTrainer(
-            make_model(),
-            train_sft_dataset=make_rows(6),
-            max_seq_len=10,
-            eos_id=11,
-            epochs=1,
-            batch_size=3,
-            gradient_accumulation=1,
-            max_grad_norm=limit,
-            device="cpu",
-            checkpoint_folder=tmp_path / str(limit),
-        )()
+        train(str(limit), rows=6, max_grad_norm=limit)
 
     assert norms[:2] == pytest.approx([0.01, 0.01], rel=1e-4)
     assert min(norms[2:]) > 0.02

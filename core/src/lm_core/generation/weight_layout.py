@@ -65,7 +65,7 @@ class _Copy:
 
 
 class WeightLayout:
-    """The laid-out weights of one generation; a context that puts the parameters back on leaving.
+    """The laid-out weights of one generation; a context that frees them on leaving.
 
     Args:
         model: its ``nn.Linear`` modules are laid out.
@@ -151,9 +151,9 @@ def by_columns(weight: Tensor) -> Tensor:
 def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:
     """``linear.forward`` that reads ``copy`` where it serves and is of the module's weight."""
 
-    def forward(x: Tensor) -> Tensor:
-        result = copy.product(x, linear.bias) if linear.weight is copy.weight else None
-        return nn.Linear.forward(linear, x) if result is None else result
+    def forward(input: Tensor) -> Tensor:  # the name that callers of nn.Linear may use
+        result = copy.product(input, linear.bias) if linear.weight is copy.weight else None
+        return nn.Linear.forward(linear, input) if result is None else result
 
     return forward
 

@@ -158,8 +158,11 @@ dist.init_process_group("gloo", init_method=sys.argv[1], rank=0, world_size=1)
 model = DistributedDataParallel(torch.nn.Linear(2, 2))
 model(torch.ones(1, 2)).sum().backward()
 assert "pt_gloo_runloop" in threads()
+for _ in range(200):
+    dist.all_reduce(torch.ones(3), async_op=True)  # gloo's thread frees these, for which it needs the GIL
 lm_core.distributed.end_process_group()
 assert not any("gloo" in name for name in threads()), threads()
+del model  # the last to hold the group would join that thread while it holds the GIL, and hang
 """
 
 

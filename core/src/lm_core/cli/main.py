@@ -43,7 +43,7 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            status = command.run(chosen[chosen.command])
+            status = command.run(dict(vars(chosen[chosen.command])))
         # no process ends while another still works, such as rank 0 at its curves
         barrier()
         return status

@@ -1,5 +1,6 @@
 """Argument checks shared by every module."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -55,6 +56,12 @@ def check_positive(value: int, name: str) -> None:
     """Raises ``ValueError`` naming the argument unless ``value`` is at least 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_above_zero(value: float | None, name: str) -> None:
+    """Raises ``ValueError`` naming the argument unless ``value`` is a finite number above 0; None passes."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
 def check_probability(value: float, name: str) -> None:

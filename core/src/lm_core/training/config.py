@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, typed
 
 
 @typed
@@ -52,9 +52,7 @@ class RunSettings:
     def check_above_zero(self, *names: str) -> None:
         """Raises ``ValueError`` naming the first of these fields that is not finite and above 0; None passes."""
         for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
+            check_above_zero(getattr(self, name), name)
 
 
 @typed

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, typed
 from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.kl import KLEstimator
 from palm_rlhf.rl.log_probs import PolicyOutput
@@ -85,7 +85,7 @@ class Objective(ABC):
                 check_positive(getattr(self, name), name)
         if self.compares_responses and self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 to compare responses to one prompt, got {self.group_size}")
-        self._check_positive("kl_target")
+        check_above_zero(self.kl_target, "kl_target")
         self._check_not_negative("kl_div_loss_weight", "beta_s")
         if not math.isfinite(self.missing_eos_penalty):
             raise ValueError(f"missing_eos_penalty must be finite, got {self.missing_eos_penalty}")
@@ -104,12 +104,6 @@ class Objective(ABC):
             scores: outputs of the policy that is trained.
             batch: rows of an experience with advantages.
         """
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
     def _check_not_negative(self, *names: str) -> None:
         for name in names:
@@ -139,7 +133,7 @@ class ClippedObjective(Objective):
         super().__post_init__()
         if not 0 < self.eps_clip < 1:
             raise ValueError(f"eps_clip must be in (0, 1), got {self.eps_clip}")
-        self._check_positive("eps_clip_high")
+        check_above_zero(self.eps_clip_high, "eps_clip_high")
 
     def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
         """Minus the clipped surrogate of each token."""

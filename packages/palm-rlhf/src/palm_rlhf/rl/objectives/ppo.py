@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lm_core.checks import typed
+from lm_core.checks import check_above_zero, typed
 from palm_rlhf.rl.advantages import generalized_advantages, whiten
 from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.log_probs import PolicyOutput
@@ -41,7 +41,7 @@ class PPO(ClippedObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("value_clip")
+        check_above_zero(self.value_clip, "value_clip")
         self._check_not_negative("value_loss_weight")
         self._check_unit("gamma", "gae_lambda")
 

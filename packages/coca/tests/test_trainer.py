@@ -4,6 +4,7 @@ This file is also the program of the processes that are spread, and of those tha
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -256,6 +257,15 @@ def test_two_processes_train_as_one_does(tmp_path):
         torch.testing.assert_close(weights(two, 6)[name], value, atol=1e-9, rtol=1e-9)
     losses = [[row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_the_stored_logit_scale_is_clamped_after_each_update(tmp_path):
+    trainer = tiny_trainer(tmp_path, init_logit_scale=5.0, max_logit_scale=5.0)
+
+    trainer.train()
+
+    # The loss asks for a sharper scale, and what is stored must not run away from what is used.
+    assert trainer.model.log_logit_scale.item() == pytest.approx(math.log(5.0))
 
 
 class Slow:

@@ -261,11 +261,12 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 def test_the_stored_logit_scale_is_clamped_after_each_update(tmp_path):
     trainer = tiny_trainer(tmp_path, init_logit_scale=5.0, max_logit_scale=5.0)
+    torch.nn.init.constant_(trainer.model.log_logit_scale, math.log(50.0))
 
     trainer.train()
 
-    # The loss asks for a sharper scale, and what is stored must not run away from what is used.
-    assert trainer.model.log_logit_scale.item() == pytest.approx(math.log(5.0))
+    # What is stored must not stay away from what is used, or it would take many updates to come back.
+    assert trainer.model.log_logit_scale.item() <= math.log(5.0) + 1e-6
 
 
 class Slow:

@@ -24,8 +24,7 @@ rows = [
 train, held_out = [row for number, row in enumerate(rows) if number % 7], rows[::7]
 
 palm = PaLM(num_tokens=tokenizer.vocab_size, dim=32, depth=2, dim_head=16, heads=2)
-for _ in fine_tune(palm, train, updates=150, learning_rate=3e-3, batch_size=16):
-    pass  # the supervised start that self-play goes on from
+fine_tune(palm, train, updates=150, learning_rate=3e-3, batch_size=16)  # the supervised start of self-play
 
 with tempfile.TemporaryDirectory() as folder:
     trainer = SPINTrainer(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -209,5 +210,5 @@ def test_a_scratch_folder_of_a_killed_process_is_removed(tmp_path):
     code += "held = MemoryDirectory(sys.argv[1]); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 1
-    with MemoryDirectory(tmp_path) as mine:
+    with closing(MemoryDirectory(tmp_path)) as mine:
         assert list(tmp_path.iterdir()) == [tmp_path / mine.path.name]

@@ -1,7 +1,6 @@
 """The memory: exact search, first in first out, formats, saved states."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,19 +96,6 @@ def test_nan_is_found_not_passed_by(of, at):
     broken = [2] if of == "a query" else list(range(5))
     for scores, _ in (exact_top_k(queries, chunks, 4), screened(queries, keys, 4, 4096)):
         assert scores.isnan().any(dim=1).nonzero().flatten().tolist() == broken
-
-
-def test_a_search_in_inference_mode_leaves_the_next_one_outside_of_it_alone():
-    queries, chunks = unit(1, 8), [(0, unit(9, 8))]
-
-    def in_a_thread_of_its_own():  # which has no buffer for products yet
-        with torch.inference_mode():
-            inside = exact_top_k(queries, chunks, 4)
-        return inside, exact_top_k(queries, chunks, 4)
-
-    with ThreadPoolExecutor(1) as pool:
-        inside, outside = pool.submit(in_a_thread_of_its_own).result()
-    assert torch.equal(inside[1], outside[1])
 
 
 class Products(TorchDispatchMode):

@@ -8,7 +8,6 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 
@@ -20,7 +19,7 @@ _held: set[Path] = set()
 
 
 class MemoryDirectory:
-    """The folder, held from construction until ``close``; also a context manager.
+    """The folder, held from construction until ``close``.
 
     Args:
         parent: made if needed.
@@ -78,14 +77,6 @@ class MemoryDirectory:
         lock.release()
         if self.is_scratch:
             shutil.rmtree(self.path, ignore_errors=True)
-
-    def __enter__(self) -> "MemoryDirectory":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -10,7 +10,6 @@ A kill of the process loses nothing that was committed, since the system keeps t
 too, call ``sync`` (one flush of the whole folder).
 """
 
-import json
 import os
 import struct
 import zlib
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
+from lm_core.checkpoints.manifest import read_json, write_json
 from memorizing_transformer.memory.ring_storage import RingStorage
 
 FORMAT_VERSION = 1
@@ -61,13 +61,14 @@ class DiskStorage(RingStorage):
     # ------------------------------------------------------------------------------------------------------ files
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
-        meta = {
-            "format_version": FORMAT_VERSION,
-            **{name: getattr(self, name) for name in ("rows", "capacity", "dim", "storage")},
-        }
+        meta = {name: getattr(self, name) for name in ("rows", "capacity", "dim", "storage")}
+        meta = {"format_version": FORMAT_VERSION, **meta}
         if not (self.directory / META_FILE).is_file():
             self._create(meta)
-        self._check(meta)
+        stored = read_json(self.directory / META_FILE)
+        for name, value in meta.items():
+            if stored.get(name) != value:
+                raise ValueError(f"{self.directory} holds a memory with {name} = {stored.get(name)!r}, not {value!r}")
         shape = (self.rows, self.capacity, 2, self.dim)
         mapped = np.memmap(self.directory / DATA_FILE, dtype=_NUMPY[self.storage], mode="r+", shape=shape)
         data = torch.from_numpy(mapped)
@@ -88,18 +89,7 @@ class DiskStorage(RingStorage):
                 with (temporary / name).open("wb") as stream:
                     stream.truncate(size)
             (temporary / HEADER_FILE).write_bytes(self._encoded(0) * 2)
-            (temporary / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-
-    def _check(self, meta: dict[str, object]) -> None:
-        path = self.directory / META_FILE
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        for name, value in meta.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                stored = found.get(name) if isinstance(found, dict) else None
-                raise ValueError(f"{self.directory} holds a memory with {name} = {stored!r}, not {value!r}")
+            write_json(temporary / META_FILE, meta)
 
     # ----------------------------------------------------------------------------------------------------- header
 
@@ -138,5 +128,5 @@ class DiskStorage(RingStorage):
             raise ValueError(f"{self.directory / HEADER_FILE} is damaged: neither copy of the counts is whole")
         self._generation = newest
 
-    def _make_room(self, written: object) -> None:
+    def _make_room(self, written: int) -> None:
         """There is room from the beginning: the files are sparse."""

@@ -34,11 +34,6 @@ KEEP = 2  # times k: keys kept of a query by their scores in bfloat16
 FEWEST_SCREENED = 128  # queries, below which rounding the keys takes longer than it saves
 
 
-def chunk_size_for(device: torch.device) -> int:
-    """Keys that are scored at a time."""
-    return CPU_CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
-
-
 def worth_screening(queries: Float[Tensor, "q d"], keys: int) -> bool:
     """Whether ``screened_top_k`` is the faster one: many queries, and a CPU that multiplies in bfloat16."""
     if queries.device.type != "cpu" or len(queries) < FEWEST_SCREENED or keys <= CPU_CHUNK:
@@ -54,7 +49,7 @@ def exact_top_k(
 
     Args:
         queries: in the dtype that is computed in, on a CPU float32 or float64.
-        chunks: ``(number of the first key, keys (c, d))``; numbers need not be contiguous between chunks.
+        chunks: ``(number of the first key, keys (c, d))``, at least one; numbers need not be contiguous between them.
         k: at least 1.
 
     Returns:
@@ -90,11 +85,8 @@ def screened_top_k(
             yield first, short
 
     kept = _running_top(coarse, rounded(), KEEP * k, as_codes=True)
-    w = kept.numbers.shape[1]
-    if w == 0:
-        return _sorted_and_padded(queries.new_zeros(kept.numbers.shape), kept.numbers, k)
     again = products(queries, kept.numbers)
-    filler = kept.scores == torch.iinfo(torch.int16).min
+    filler = kept.scores == _lowest(kept.scores)
     scores, numbers = _sorted_and_padded(again.masked_fill_(filler, -math.inf), kept.numbers, k)
     errors = _greatest_errors(queries, coarse, longest, farthest)
     unproven = (~_separated(kept.least, errors, scores[:, k - 1])).nonzero().squeeze(1)
@@ -160,13 +152,6 @@ def _greatest(scores: Real[Tensor, "q c"], k: int, *, in_order: bool = False) ->
     return torch.from_numpy(np.argpartition(wide.numpy(), at, axis=1)[:, at:])
 
 
-def _kth_greatest(scores: Real[Tensor, "q c"], k: int) -> Real[Tensor, "q 1"]:
-    if scores.device.type != "cpu":
-        return scores.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    at = scores.shape[1] - k
-    return torch.from_numpy(np.partition(scores.numpy(), at, axis=1)[:, at : at + 1])
-
-
 class _Kept(NamedTuple):
     """Of each query the keys that may be among the k best of those seen.
 
@@ -193,15 +178,12 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
         for number, part in enumerate(tiles):
             scores = torch.mm(part, keys.t(), out=_scratch_buffer(len(part), len(keys), queries))
             kept[number] = _improved(kept[number], scores.view(torch.int16) if as_codes else scores, first, k)
-    found = [one for one in kept if one is not None]
-    if not found:
-        numbers = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
-        return _Kept(queries.new_zeros(numbers.shape), numbers, queries.new_zeros(len(queries)))
-    w = max(one.numbers.shape[1] for one in found)
+    done = [tile for tile in kept if tile is not None]
+    w = max(tile.numbers.shape[1] for tile in done)
     return _Kept(
-        torch.cat([_widened(one.scores, w, _lowest(one.scores)) for one in found]),
-        torch.cat([_widened(one.numbers, w, 0) for one in found]),
-        torch.cat([one.least for one in found]),
+        torch.cat([_widened(tile.scores, w, _lowest(tile.scores)) for tile in done]),
+        torch.cat([_widened(tile.numbers, w, 0) for tile in done]),
+        torch.cat([tile.least for tile in done]),
     )
 
 
@@ -209,7 +191,7 @@ _scratch = threading.local()
 
 
 def _scratch_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Memory for a product, whatever is in it. On a CPU the same for all of a thread.
+    """Memory for a product, with any content. On a CPU the same for all of a thread.
 
     Fresh memory costs a CPU as much as what is put into it: of 16 ms for 8,192 keys, its pages took 2.
     """
@@ -218,8 +200,7 @@ def _scratch_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     size = rows * columns * like.itemsize
     held: Tensor | None = getattr(_scratch, "memory", None)
     if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # or it could not be written to outside of that mode
-            held = _scratch.memory = torch.empty(size, dtype=torch.uint8)
+        held = _scratch.memory = torch.empty(size, dtype=torch.uint8)
     return held[:size].view(like.dtype).view(rows, columns)
 
 
@@ -240,7 +221,7 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
         joined = max(1, groups // (WIDE_GROUPS * k))
         wide = maxima[:, : groups - groups % joined].unflatten(1, (joined, -1)).amax(dim=1)
         # what reaches the bound is what exceeds the next lower number
-        bound = _next_lower(_kth_greatest(wide, k))
+        bound = _next_lower(wide.gather(1, _greatest(wide, k)).amin(dim=1, keepdim=True))
     # written so that NaN passes, and is found: a broken model is not to look like one that remembers nothing
     row, group = (~(maxima <= bound)).nonzero(as_tuple=True)
     inside = cube[row, :, group]

@@ -20,10 +20,10 @@ same, but replaces the methods of every faiss class in the process, and its ``se
 Legend: q queries, n keys, d feature, k neighbours.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -67,8 +67,8 @@ def gpu_resources() -> Any:
     return resources
 
 
-class CPUIndex:
-    """An index in main memory that takes and returns tensors.
+class FaissIndex:
+    """An index that takes and returns tensors.
 
     Attributes:
         can_skip: whether ``search`` can leave out the oldest keys.
@@ -76,31 +76,55 @@ class CPUIndex:
         clusters: of an IVF index, else 0.
 
     Args:
-        index: empty, of faiss.
+        dim: features of a key.
+        factory: factory string, as ``faiss.index_factory`` takes it.
         nprobe: clusters an IVF index looks into.
         ef_search: breadth of an HNSW index's search.
+        device: where the keys are.
+
+    Raises:
+        ValueError: faiss has no such index, or none for GPUs where the keys are on one.
     """
 
-    can_skip = True
-
-    def __init__(self, index: Any, *, nprobe: int, ef_search: int) -> None:
-        ivf = faiss_module().try_extract_index_ivf(index)
+    def __init__(self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device) -> None:
+        faiss = faiss_module()
+        try:
+            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(f"index must be a factory string of faiss, got {factory!r}: {error}") from error
+        ivf = faiss.try_extract_index_ivf(index)
+        on_gpu = has_gpu(device) and not isinstance(index, faiss.IndexHNSW)
         self.index = index
+        self.device = device if on_gpu else torch.device("cpu")
         self.nprobe = nprobe
         self.ef_search = ef_search
+        self.can_skip = not on_gpu
         self.must_be_trained = not index.is_trained
         self.clusters = 0 if ivf is None else int(ivf.nlist)
+        if on_gpu:
+            self._move(torch.cuda.current_device() if device.index is None else device.index, factory)
+
+    def _move(self, gpu: int, factory: str) -> None:
+        faiss = faiss_module()
+        try:
+            self.index = faiss.index_cpu_to_gpu(gpu_resources(), gpu, self.index)
+        except RuntimeError as error:
+            raise ValueError(f"index must be one that faiss has for GPUs, got {factory!r}: {error}") from error
+        if self.clusters:
+            faiss.GpuParameterSpace().set_index_parameter(self.index, "nprobe", self.nprobe)
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
 
     def train(self, keys: Float[Tensor, "n d"]) -> None:
         """Learns clusters from ``keys``, if the index has any."""
-        self.index.train(_rows(keys))
+        keys = self._ready(keys)
+        self.index.train_c(len(keys), _floats(keys))
 
     def add(self, keys: Float[Tensor, "n d"]) -> None:
         """Numbers ``keys`` from its length on."""
-        self.index.add(_rows(keys))
+        keys = self._ready(keys)
+        self.index.add_c(len(keys), _floats(keys))
 
     def reset(self) -> None:
         """Removes the keys; what was learned stays."""
@@ -109,10 +133,22 @@ class CPUIndex:
     def search(
         self, queries: Float[Tensor, "q d"], k: int, *, skipped: int
     ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-        """Scores and numbers of the nearest keys other than the first ``skipped``."""
-        selector = faiss_module().IDSelectorRange(skipped, len(self)) if skipped > 0 else None
-        scores, numbers = self.index.search(_rows(queries), k, params=self._parameters(self.index, k, selector))
-        return torch.from_numpy(scores).to(queries), torch.from_numpy(numbers).to(queries.device)
+        """Scores and numbers of the nearest keys other than the first ``skipped``.
+
+        Raises:
+            ValueError: ``k`` is more than faiss gives on a GPU.
+        """
+        faiss = faiss_module()
+        if not self.can_skip and k > MOST_NEIGHBOURS_ON_GPU:
+            raise ValueError(f"topk must be at most {MOST_NEIGHBOURS_ON_GPU} for faiss on a GPU, got {k}")
+        selector = faiss.IDSelectorRange(skipped, len(self)) if skipped > 0 else None
+        parameters = self._parameters(self.index, k, selector) if self.can_skip else None
+        ready = self._ready(queries)
+        scores = torch.empty(len(ready), k, device=self.device)
+        numbers = torch.empty(len(ready), k, device=self.device, dtype=torch.long)
+        pointer = faiss.cast_integer_to_idx_t_ptr(numbers.data_ptr())
+        self.index.search_c(len(ready), _floats(ready), k, _floats(scores), pointer, parameters)
+        return scores.to(queries), numbers.to(queries.device)
 
     def _parameters(self, index: Any, k: int, selector: Any) -> Any:
         faiss = faiss_module()
@@ -126,73 +162,13 @@ class CPUIndex:
             return faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k), **settings)
         return faiss.SearchParameters(**settings) if settings else None
 
-
-class GPUIndex(CPUIndex):
-    """An index in the memory of a CUDA device.
-
-    Args:
-        index: empty, of faiss, on the CPU; it is copied.
-        device: where to.
-        nprobe: clusters an IVF index looks into.
-
-    Raises:
-        ValueError: faiss has no such index for GPUs.
-    """
-
-    can_skip = False
-
-    def __init__(self, index: Any, *, device: torch.device, nprobe: int) -> None:
-        super().__init__(index, nprobe=nprobe, ef_search=0)
-        self.device = device
-        number = 0 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
-        try:
-            self.index = faiss_module().index_cpu_to_gpu(gpu_resources(), number, index)
-        except RuntimeError as error:
-            raise ValueError(
-                f"index must be one that faiss has for GPUs, got {type(index).__name__}: {error}"
-            ) from error
-        if self.clusters:
-            faiss_module().GpuParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
-
-    def train(self, keys: Float[Tensor, "n d"]) -> None:
-        """Learns clusters from ``keys``, if the index has any."""
-        keys = self._ready(keys)
-        self.index.train_c(len(keys), _floats(keys))
-
-    def add(self, keys: Float[Tensor, "n d"]) -> None:
-        """Numbers ``keys`` from its length on."""
-        keys = self._ready(keys)
-        self.index.add_c(len(keys), _floats(keys))
-
-    def search(
-        self, queries: Float[Tensor, "q d"], k: int, *, skipped: int
-    ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-        """Scores and numbers of the nearest keys.
-
-        Raises:
-            ValueError: ``k`` is more than faiss gives on a GPU.
-        """
-        assert skipped == 0
-        if k > MOST_NEIGHBOURS_ON_GPU:
-            raise ValueError(f"topk must be at most {MOST_NEIGHBOURS_ON_GPU} for faiss on a GPU, got {k}")
-        ready = self._ready(queries)
-        scores = torch.empty(len(ready), k, device=self.device)
-        numbers = torch.empty(len(ready), k, device=self.device, dtype=torch.long)
-        pointer = faiss_module().cast_integer_to_idx_t_ptr(numbers.data_ptr())
-        self.index.search_c(len(ready), _floats(ready), k, _floats(scores), pointer)
-        return scores.to(queries.dtype), numbers
-
     def _ready(self, rows: Tensor) -> Tensor:
         """Float32 and contiguous; what faiss does next follows what torch has begun on its stream."""
-        rows = rows.to(self.device, torch.float32).contiguous()
+        rows = rows.detach().to(self.device, torch.float32).contiguous()
         if self.device.type == "cuda":
             stream = faiss_module().cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
             gpu_resources().setDefaultStream(rows.get_device(), stream)
         return rows
-
-
-def _rows(tensor: Tensor) -> Any:
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
 
 
 def _floats(tensor: Tensor) -> Any:
@@ -200,41 +176,16 @@ def _floats(tensor: Tensor) -> Any:
 
 
 class FaissRow:
-    """The index of one row.
+    """The index of one row of a memory.
 
     Args:
-        dim: features of a key.
-        factory: factory string, as ``faiss.index_factory`` takes it.
-        nprobe: clusters an IVF index looks into.
-        ef_search: breadth of an HNSW index's search.
-        device: where the keys are.
-
-    Raises:
-        ValueError: faiss knows no such index.
+        new_index: makes an empty index.
     """
 
-    def __init__(self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device) -> None:
-        self.dim = dim
-        self.factory = factory
-        self.nprobe = nprobe
-        self.ef_search = ef_search
-        self.device = device
-        self.base = 0
-        self.index = self._new_index()
-        # of the keys it was last trained on: how many, and the position of the first
-        self._trained_on = 0
-        self._trained_from = 0
+    def __init__(self, new_index: Callable[[], FaissIndex]) -> None:
+        self._new_index = new_index
+        self.reset()
         self._needed = POINTS_PER_CLUSTER * self.index.clusters if self.index.must_be_trained else 0
-
-    def _new_index(self) -> CPUIndex:
-        faiss = faiss_module()
-        try:
-            index = faiss.index_factory(self.dim, self.factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise ValueError(f"index must be a factory string of faiss, got {self.factory!r}: {error}") from error
-        if has_gpu(self.device) and not isinstance(index, faiss.IndexHNSW):
-            return GPUIndex(index, device=self.device, nprobe=self.nprobe)
-        return CPUIndex(index, nprobe=self.nprobe, ef_search=self.ef_search)
 
     def is_ready(self, size: int) -> bool:
         """Whether a row of ``size`` tokens is searched through the index."""
@@ -243,10 +194,13 @@ class FaissRow:
     def reset(self) -> None:
         """Removes everything, also what was learned."""
         self.index = self._new_index()
-        self.base = self._trained_on = self._trained_from = 0
+        self.base = 0
+        # of the keys it was last trained on: how many, and the position of the first
+        self._trained_on = 0
+        self._trained_from = 0
 
     def update(self, store: RingStorage, row: int) -> None:
-        """Takes up what was added to ``row`` of ``store``, and lets go of what was overwritten there."""
+        """Adds what was added to ``row`` of ``store``, and drops what was overwritten there."""
         first, written = store.first[row], store.written[row]
         size, stale, stop = written - first, first - self.base, self.base + len(self.index)
         if not self.is_ready(size):

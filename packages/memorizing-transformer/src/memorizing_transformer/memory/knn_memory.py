@@ -4,14 +4,14 @@ Not differentiable: what is stored and what is found carries no gradient (arXiv 
 has a memory of its own, which forgets first in, first out. The model adds a segment only after it has searched, so
 nothing of a segment is found by itself.
 
-With several key heads every head has its own keys: a tensor then has a dimension of heads behind the batch.
+With several key heads every head has its own keys: a tensor then has a dimension of heads after the batch.
 
 Legend: b batch rows in scope, n tokens, h key heads, d feature, k neighbours.
 """
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -28,13 +28,14 @@ from lm_core.checkpoints.manifest import load_tensors, save_tensors
 from lm_core.checks import check_positive, typed
 from memorizing_transformer.memory.disk_storage import DiskStorage
 from memorizing_transformer.memory.exact_search import (
+    ACCELERATOR_CHUNK,
+    CPU_CHUNK,
     SCREENED_CHUNK,
-    chunk_size_for,
     exact_top_k,
     screened_top_k,
     worth_screening,
 )
-from memorizing_transformer.memory.faiss import FaissRow
+from memorizing_transformer.memory.faiss import FaissIndex, FaissRow
 from memorizing_transformer.memory.ring_storage import RingStorage, StorageFormat
 
 Backend = Literal["exact", "faiss"]
@@ -115,25 +116,24 @@ class KNNMemory:
         self.max_memories = max_memories
         self.num_indices = num_indices
         self.heads = heads
-        self._index_settings: dict[str, Any] = {
-            "dim": dim,
-            "factory": index,
-            "nprobe": nprobe,
-            "ef_search": ef_search,
-            "device": place,
-        }
-        shape: dict[str, Any] = {"rows": num_indices * heads, "capacity": max_memories, "dim": dim, "storage": storage}
-        # made first: a wrong factory string must not leave files behind
-        self.indexes = self._new_indexes(num_indices * heads) if backend == "faiss" else None
+        self._new_index = partial(FaissIndex, dim=dim, factory=index, nprobe=nprobe, ef_search=ef_search, device=place)
+        rows = num_indices * heads
+        # one a row, or none for the exact search; made first: a wrong factory string must not leave files
+        self.indexes = [FaissRow(self._new_index) for _ in range(rows if backend == "faiss" else 0)]
+        shape: dict[str, Any] = {"rows": rows, "capacity": max_memories, "dim": dim, "storage": storage}
         self.store: RingStorage = (
             RingStorage(device=place, **shape) if memmap_filename is None else DiskStorage(memmap_filename, **shape)
         )
         self.scoped_indices = list(range(num_indices))
-        for row in range(num_indices * heads):
-            self._update_index(row)
+        self._update_indexes(range(rows))
 
-    def _new_indexes(self, rows: int) -> list[FaissRow]:
-        return [FaissRow(**self._index_settings) for _ in range(rows)]
+    def _stored(self, rows: Iterable[int]) -> list[int]:
+        """Rows of the storage that hold the heads of batch rows."""
+        return [row * self.heads + head for row in rows for head in range(self.heads)]
+
+    def _update_indexes(self, stored: Iterable[int]) -> None:
+        for row in stored if self.indexes else ():
+            self.indexes[row].update(self.store, row)
 
     # ----------------------------------------------------------------------------------------------------- sizes
 
@@ -182,7 +182,7 @@ class KNNMemory:
     # ------------------------------------------------------------------------------------------- adding and clearing
 
     def add(self, memories: Float[Tensor, "b ... 2 d"], mask: Bool[Tensor, "b n"] | None = None) -> None:
-        """Adds tokens behind those of each row in scope.
+        """Adds tokens after those of each row in scope.
 
         Args:
             memories: keys and values ``(b, n, 2, d)``, with several key heads ``(b, h, n, 2, d)``.
@@ -195,31 +195,33 @@ class KNNMemory:
         self._check_added(memories, mask)
         by_head = memories.detach() if self.heads > 1 else memories.detach().unsqueeze(1)
         rows, new = [], []
-        for number, index in enumerate(self.scoped_indices):
+        for number, row in enumerate(self.scoped_indices):
             kept = by_head[number] if mask is None else by_head[number][:, mask[number].to(memories.device)]
             if kept.shape[1]:
-                rows += [index * self.heads + head for head in range(self.heads)]
+                rows += self._stored([row])
                 new += list(kept)
-        if not rows:
-            return
-        self.store.append(rows, new)
-        for row in rows:
-            self._update_index(row)
+        if rows:
+            self.store.append(rows, new)
+            self._update_indexes(rows)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        """First sizes of a tensor: rows in scope, and key heads where there are several."""
+        b = len(self.scoped_indices)
+        return (b, self.heads) if self.heads > 1 else (b,)
 
     def _check_added(self, memories: Tensor, mask: Tensor | None) -> None:
         if not memories.is_floating_point():
             raise TypeError(f"memories must be floating point, got dtype {memories.dtype}")
-        b = len(self.scoped_indices)
-        lead = (b, self.heads) if self.heads > 1 else (b,)
-        n = memories.shape[len(lead)] if memories.ndim == len(lead) + 3 else -1
+        lead = self._lead
+        n = memories.shape[-3] if memories.ndim == len(lead) + 3 else -1
         if memories.shape != (*lead, n, 2, self.dim):
-            names = "(b, h, n, 2, d)" if self.heads > 1 else "(b, n, 2, d)"
             expected = ", ".join(str(size) for size in (*lead, "n", 2, self.dim))
-            raise ValueError(f"memories must have shape {names} = ({expected}), got {tuple(memories.shape)}")
+            raise ValueError(f"memories must have shape ({expected}), got {tuple(memories.shape)}")
         if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean (True at tokens to add), got {mask.dtype}")
-        if mask is not None and mask.shape != (b, n):
-            raise ValueError(f"mask must have shape (b, n) = {(b, n)}, got {tuple(mask.shape)}")
+        if mask is not None and mask.shape != (lead[0], n):
+            raise ValueError(f"mask must have shape (b, n) = {(lead[0], n)}, got {tuple(mask.shape)}")
         if memories.device.type == "cpu" and not bool(torch.isfinite(memories).all()):
             raise ValueError("memories must be finite, got inf or NaN")
 
@@ -236,15 +238,10 @@ class KNNMemory:
         if not rows:
             return
         self._check_rows(rows)
-        stored = [row * self.heads + head for row in rows for head in range(self.heads)]
+        stored = self._stored(rows)
         self.store.clear(stored)
-        if self.indexes is not None:
-            for row in stored:
-                self.indexes[row].reset()
-
-    def _update_index(self, row: int) -> None:
-        if self.indexes is not None:
-            self.indexes[row].update(self.store, row)
+        for row in stored if self.indexes else ():
+            self.indexes[row].reset()
 
     # --------------------------------------------------------------------------------------------------- searching
 
@@ -278,23 +275,21 @@ class KNNMemory:
     def retrieve(self, queries: Float[Tensor, "b ... d"], topk: int) -> Retrieved:
         """As ``search``, with scores and positions."""
         check_positive(topk, "topk")
-        b = len(self.scoped_indices)
-        lead = (b, self.heads) if self.heads > 1 else (b,)
+        lead, stored, place = self._lead, self._stored(self.scoped_indices), self.store.device
         if queries.ndim < len(lead) + 1 or (*queries.shape[: len(lead)], queries.shape[-1]) != (*lead, self.dim):
-            names = "(b, h, ..., d)" if self.heads > 1 else "(b, ..., d)"
-            raise ValueError(f"queries must have shape {names} with {(*lead, self.dim)}, got {tuple(queries.shape)}")
-        flat = queries.detach().to(self.store.device).reshape(b * self.heads, -1, self.dim)
-        shape, place = (*flat.shape[:2], topk), self.store.device
+            expected = ", ".join(str(size) for size in (*lead, "...", self.dim))
+            raise ValueError(f"queries must have shape ({expected}), got {tuple(queries.shape)}")
+        flat = queries.detach().to(place).reshape(len(stored), -1, self.dim)
+        shape = (*flat.shape[:2], topk)
         # rows are searched one by one, and each writes what it found here
         kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
         scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
         positions = torch.full(shape, -1, dtype=torch.long, device=place)
-        for number in range(b * self.heads if flat.shape[1] else 0):
-            row = self.scoped_indices[number // self.heads] * self.heads + number % self.heads
+        for number, row in enumerate(stored if flat.shape[1] else ()):
             if size := self.store.size(row):
                 scores[number], positions[number], slots = self._search_row(row, flat[number].to(scores.dtype), topk)
                 self.store.read(row, slots, out=kv[number])
-                if size < topk or self.indexes is not None:
+                if size < topk or self.indexes:
                     kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
             else:
                 kv[number].zero_()
@@ -307,9 +302,8 @@ class KNNMemory:
     def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, positions and slots of the nearest tokens of a row that holds some."""
         store, size = self.store, self.store.size(row)
-        index = None if self.indexes is None else self.indexes[row]
-        if index is not None and index.is_ready(size):
-            scores, positions = index.search(queries, k, store.first[row])
+        if self.indexes and self.indexes[row].is_ready(size):
+            scores, positions = self.indexes[row].search(queries, k, store.first[row])
             return scores.masked_fill(positions < 0, -math.inf), positions, positions.clamp(min=0) % self.max_memories
 
         chunks = partial(store.key_chunks, row, dtype=queries.dtype)
@@ -319,7 +313,8 @@ class KNNMemory:
                 screened = partial(chunks, SCREENED_CHUNK)
                 scores, slots = screened_top_k(queries, screened, k, partial(store.products, row))
             else:
-                scores, slots = exact_top_k(queries, chunks(chunk_size_for(store.device)), k)
+                size_of_chunk = CPU_CHUNK if store.device.type == "cpu" else ACCELERATOR_CHUNK
+                scores, slots = exact_top_k(queries, chunks(size_of_chunk), k)
         positions = store.positions(row, slots)
         if size < k:
             positions[:, size:] = -1
@@ -328,17 +323,15 @@ class KNNMemory:
     # ------------------------------------------------------------------------------------------ copies, saved states
 
     def selected(self, rows: Sequence[int]) -> "KNNMemory":
-        """A copy, not on disk, whose batch row ``r`` is our row in scope ``rows[r]``; a row may come several times."""
+        """A copy, not on disk, whose batch row ``r`` is row ``rows[r]`` in scope; a row may come several times."""
         twin = KNNMemory.__new__(KNNMemory)
         twin.__dict__ |= self.__dict__
-        chosen = [self.scoped_indices[row] for row in rows]
-        stored = [row * self.heads + head for row in chosen for head in range(self.heads)]
+        stored = self._stored(self.scoped_indices[row] for row in rows)
         twin.store = self.store.selected(stored)
-        twin.num_indices, twin.scoped_indices = len(chosen), list(range(len(chosen)))
-        if self.indexes is not None:
-            twin.indexes = self._new_indexes(len(stored))
-            for row in range(len(stored)):
-                twin._update_index(row)
+        twin.num_indices = len(rows)
+        twin.scoped_indices = list(range(len(rows)))
+        twin.indexes = [FaissRow(self._new_index) for _ in (stored if self.indexes else ())]
+        twin._update_indexes(range(len(stored)))
         return twin
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,10 +356,9 @@ class KNNMemory:
         """
         self.check_state(state)
         self.store.load_state(state)
-        for row in range(self.num_indices * self.heads):
-            if self.indexes is not None:
-                self.indexes[row].reset()
-            self._update_index(row)
+        for index in self.indexes:
+            index.reset()
+        self._update_indexes(range(self.store.rows))
 
     @typed
     def save(self, path: str | Path) -> None:
@@ -397,7 +389,7 @@ class KNNMemory:
         self.load_state_dict(state)
 
     def close(self) -> None:
-        """Lets go of files."""
+        """Closes its files."""
         if isinstance(self.store, DiskStorage):
             self.store.close()
 

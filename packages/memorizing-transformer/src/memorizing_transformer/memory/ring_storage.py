@@ -16,24 +16,17 @@ Legend: r rows, n tokens, c capacity, d feature.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lm_core.checks import check_positive
 from memorizing_transformer.memory.exact_search import CPU_CHUNK, own_products
 
 StorageFormat = Literal["float32", "bfloat16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _SMALLEST_GROWTH = 256
-
-
-def check_format(storage: str) -> None:
-    """Raises ``ValueError`` unless ``storage`` is one of the formats."""
-    if storage not in get_args(StorageFormat):
-        raise ValueError(f"storage must be one of {get_args(StorageFormat)}, got {storage!r}")
 
 
 def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
@@ -56,10 +49,11 @@ class RingStorage:
     """
 
     def __init__(self, *, rows: int, capacity: int, dim: int, storage: str, device: torch.device) -> None:
-        for name, value in (("rows", rows), ("max_memories", capacity), ("dim", dim)):
-            check_positive(value, name)
-        check_format(storage)
-        self.rows, self.capacity, self.dim, self.storage, self.device = rows, capacity, dim, storage, device
+        self.rows = rows
+        self.capacity = capacity
+        self.dim = dim
+        self.storage = storage
+        self.device = device
         # Tokens a row has taken since it was cleared, and the first of them that is still held.
         self.written = [0] * rows
         self.first = [0] * rows
@@ -74,8 +68,7 @@ class RingStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, used or not."""
-        tensors = [self.data] if self.scales is None else [self.data, self.scales]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def ranges(self, row: int) -> list[tuple[int, int]]:
         """The slots in use, as ranges ``(start, stop)``."""
@@ -93,18 +86,15 @@ class RingStorage:
     # ---------------------------------------------------------------------------------------- writing and clearing
 
     def append(self, rows: Sequence[int], kv: Sequence[Tensor]) -> None:
-        """Adds tokens ``(n, 2, d)``, with an n for each row, behind those of ``rows``; the oldest go for want of room.
-
-        Of more than ``capacity`` new tokens only the last ``capacity`` are kept.
-        """
-        self._make_room([self.written[row] + one.shape[0] for row, one in zip(rows, kv, strict=True)])
+        """Adds tokens ``(n, 2, d)``, with an n for each row, after those of ``rows``; the oldest go when full."""
         after: dict[int, tuple[int, int]] = {}
         for row, new in zip(rows, kv, strict=True):
             written = self.written[row] + new.shape[0]
             after[row] = (max(self.first[row], written - self.capacity), written)
+        self._make_room(max(written for _, written in after.values()))
         self._before_writing(after)
-        for row, new in zip(rows, kv, strict=True):
-            self._write(row, self.written[row] + max(0, new.shape[0] - self.capacity), new[-self.capacity :])
+        for (row, (_, written)), new in zip(after.items(), kv, strict=True):
+            self._write(row, new[-self.capacity :], stop=written)
         for row, (first, written) in after.items():
             self.first[row], self.written[row] = first, written
         self._commit()
@@ -115,12 +105,13 @@ class RingStorage:
             self.first[row] = self.written[row] = 0
         self._commit()
 
-    def _write(self, row: int, position: int, new: Tensor) -> None:
+    def _write(self, row: int, new: Tensor, *, stop: int) -> None:
+        """Writes the tokens of the positions up to ``stop``, no more than there are slots."""
         scales: Tensor | None = None
         new = new.detach().to(self.device)
         if self.storage == "int8":
             new, scales = quantise(new)
-        start, done = position % self.capacity, 0
+        start, done = (stop - new.shape[0]) % self.capacity, 0
         while done < new.shape[0]:
             count = min(new.shape[0] - done, self.capacity - start)
             self.data[row, start : start + count] = new[done : done + count].to(self.data.dtype)
@@ -129,10 +120,10 @@ class RingStorage:
             start, done = 0, done + count
 
     def _before_writing(self, after: dict[int, tuple[int, int]]) -> None:
-        """Told before slots are overwritten; storage on disk records first what is about to go."""
+        """Called before slots are overwritten; storage on disk first records what is about to go."""
 
     def _commit(self) -> None:
-        """Told when all rows are as their counts say; storage on disk records it."""
+        """Called when all rows are as their counts say; storage on disk records it."""
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
         shape = (self.rows, capacity, 2, self.dim)
@@ -140,13 +131,11 @@ class RingStorage:
         scales = torch.empty(shape[:-1], dtype=torch.float16, device=self.device) if self.storage == "int8" else None
         return data, scales
 
-    def _make_room(self, written: Sequence[int]) -> None:
+    def _make_room(self, written: int) -> None:
         have = self.data.shape[1]
-        wanted = min(self.capacity, max(written, default=0))
-        if wanted <= have:
+        if min(self.capacity, written) <= have:
             return
-        room = min(self.capacity, max(wanted, 2 * have, _SMALLEST_GROWTH))
-        data, scales = self._allocate(room)
+        data, scales = self._allocate(min(self.capacity, max(written, 2 * have, _SMALLEST_GROWTH)))
         data[:, :have] = self.data
         if scales is not None and self.scales is not None:
             scales[:, :have] = self.scales
@@ -158,26 +147,30 @@ class RingStorage:
         """Keys of a row with the slot of the first, ``size`` slots at a time, widened to ``dtype``."""
         for start, stop in self.ranges(row):
             for low in range(start, stop, size):
-                high = min(low + size, stop)
-                keys = self.data[row, low:high, 0].to(dtype)
-                if self.scales is not None:
-                    keys = keys * self.scales[row, low:high, 0].to(dtype).unsqueeze(-1)
-                yield low, keys
+                yield low, self._keys(row, slice(low, min(low + size, stop)), dtype)
 
     def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
         """Of each query with the keys in slots of its own, on a CPU, in the queries' dtype."""
         if self.data.dtype == queries.dtype:
             return own_products(queries, self.data[row].view(-1, self.dim), 2 * slots)  # a key and a value in turn
         few = max(1, CPU_CHUNK // slots.shape[1])  # queries at a time, so that few keys are widened
-        parts = zip(queries.split(few), slots.split(few), strict=True)
-        return torch.cat([self._widened_products(row, some, of_some) for some, of_some in parts])
+        parts = []
+        for some, own in zip(queries.split(few), slots.split(few), strict=True):
+            keys = self._keys(row, own.flatten(), queries.dtype)
+            parts.append(own_products(some, keys, torch.arange(own.numel()).view(own.shape)))
+        return torch.cat(parts)
 
-    def _widened_products(self, row: int, queries: Tensor, slots: Tensor) -> Tensor:
-        flat = slots.flatten()
-        keys = self.data[row, :, 0].index_select(0, flat).to(queries.dtype)
+    def _keys(self, row: int, slots: slice | Tensor, dtype: torch.dtype) -> Float[Tensor, "n d"]:
+        """Keys of a row in some slots, widened to ``dtype``."""
+
+        def chosen(held: Tensor) -> Tensor:
+            part = held[row, :, 0]
+            return part[slots] if isinstance(slots, slice) else part.index_select(0, slots)
+
+        keys = chosen(self.data).to(dtype)
         if self.scales is not None:
-            keys *= self.scales[row, :, 0].index_select(0, flat).to(queries.dtype).unsqueeze(-1)
-        return own_products(queries, keys, torch.arange(len(flat)).view(slots.shape))
+            keys *= chosen(self.scales).to(dtype).unsqueeze(-1)
+        return keys
 
     def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
         """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
@@ -204,7 +197,7 @@ class RingStorage:
     # ------------------------------------------------------------------------------------- copies and saved states
 
     def selected(self, rows: Sequence[int]) -> "RingStorage":
-        """A copy, in memory, whose row ``r`` is our row ``rows[r]``."""
+        """A copy, in memory, whose row ``r`` is row ``rows[r]`` of this one."""
         twin = RingStorage(
             rows=len(rows), capacity=self.capacity, dim=self.dim, storage=self.storage, device=self.device
         )
@@ -253,11 +246,12 @@ class RingStorage:
         scales: list[Tensor] = state["scales"]  # type: ignore[assignment]
         firsts: list[int] = state["first"]  # type: ignore[assignment]
         self.clear(range(self.rows))
-        self._make_room([min(self.capacity, first + one.shape[0]) for first, one in zip(firsts, kv, strict=True)])
-        for row, (first, one) in enumerate(zip(firsts, kv, strict=True)):
-            slots = torch.arange(first, first + one.shape[0], device=self.device) % self.capacity
-            self.data[row].index_copy_(0, slots, one.to(self.device))
+        written = [first + held.shape[0] for first, held in zip(firsts, kv, strict=True)]
+        self._make_room(max(written))
+        for row in range(self.rows):
+            slots = torch.arange(firsts[row], written[row], device=self.device) % self.capacity
+            self.data[row].index_copy_(0, slots, kv[row].to(self.device))
             if self.scales is not None:
                 self.scales[row].index_copy_(0, slots, scales[row].to(self.device))
-            self.first[row], self.written[row] = first, first + one.shape[0]
+        self.first, self.written = list(firsts), written
         self._commit()

@@ -4,6 +4,8 @@ Legend: n sequence, h heads, d head feature, i query, j key.
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +124,21 @@ def make_palm():
 
 
 @pytest.fixture(scope="session")
+def trained():
+    """``trained(module)``: the module in evaluation mode with every weight moved, so that each of them counts."""
+
+    def move(module, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter += (0.2 if name.endswith("gamma") else 0.3) * noise
+        return module.eval()
+
+    return move
+
+
+@pytest.fixture(scope="session")
 def random_model(make_palm):
     """A model of a random configuration, with that configuration."""
 
@@ -212,3 +229,23 @@ def calls_of():
         return calls
 
     return count
+
+
+@pytest.fixture(scope="session")
+def run_worker(tmp_path_factory):
+    """``run_worker(script, *arguments)``: what a Python script leaves that torchrun starts in two processes."""
+
+    def run(script, *arguments, processes=2):
+        path = tmp_path_factory.mktemp("worker") / "worker.py"
+        path.write_text(script)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        return subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), str(path), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=300,
+            check=False,
+        )
+
+    return run

@@ -13,18 +13,8 @@ from palm_rlhf.interop.cohere import export_cohere, from_cohere, to_cohere
 SIZES = {"dim": 24, "num_tokens": 40, "depth": 2, "heads": 4, "dim_head": 6, "ff_mult": 2, "use_xpos": False}
 
 
-def trained(palm):
-    """Weights large enough that attention is far from uniform."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in palm.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter += (0.2 if name.endswith("gamma") else 0.3) * noise
-    return palm.eval()
-
-
 @pytest.fixture
-def palm():
+def palm(trained):
     return trained(PaLM(**SIZES))
 
 
@@ -53,21 +43,16 @@ def assert_same(actual, expected, tolerance=1e-4):
         {"ff_mult": 1, "depth": 3},
     ],
 )
-def test_the_twin_has_our_logits(ids, changes):
+def test_the_twin_has_our_logits_also_under_left_padding(trained, ids, changes):
     palm = trained(PaLM(**{**SIZES, **changes}))
-    assert_same(to_cohere(palm)(ids).logits, palm(ids))
-
-
-@torch.no_grad()
-def test_the_twin_has_our_logits_under_left_padding(palm, ids):
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    twin, mask = to_cohere(palm), torch.ones_like(ids, dtype=torch.bool)
+    assert_same(twin(ids).logits, palm(ids))
     mask[0, :5], mask[2, :11] = False, False
-    theirs = to_cohere(palm)(ids, attention_mask=mask.long()).logits
-    assert_same(theirs[mask], palm(ids, mask=mask)[mask])
+    assert_same(twin(ids, attention_mask=mask.long()).logits[mask], palm(ids, mask=mask)[mask])
 
 
 @torch.no_grad()
-def test_a_scope_is_merged_into_the_twin_only(palm, ids):
+def test_a_scope_is_merged_into_the_twin_only(trained, palm, ids):
     palm.add_finetune_params("actor", 3, lora_targets=("q", "k", "v", "o", "ff_in", "ff_out"))
     trained(palm.finetune_modules)
     plain = palm(ids)
@@ -78,9 +63,12 @@ def test_a_scope_is_merged_into_the_twin_only(palm, ids):
 
 
 @torch.no_grad()
-def test_twin_and_model_share_no_memory(palm, ids):
-    expected = palm(ids)
-    for parameter in to_cohere(palm).parameters():
+def test_twin_and_model_share_no_memory_and_making_it_draws_no_random_number(palm, ids):
+    before, expected = torch.get_rng_state(), palm(ids)
+    twin = to_cohere(palm)
+    from_cohere(twin)
+    assert torch.equal(torch.get_rng_state(), before)
+    for parameter in twin.parameters():
         parameter.zero_()
     assert torch.equal(palm(ids), expected)
 
@@ -91,12 +79,6 @@ def test_the_twin_keeps_tied_weights_dtype_and_mode(palm):
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.bfloat16}
     assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
     assert twin.training
-
-
-def test_making_a_twin_leaves_the_random_state_alone(palm):
-    before = torch.get_rng_state()
-    from_cohere(to_cohere(palm))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ------------------------------------------------------------------ export
@@ -121,11 +103,8 @@ def test_an_exported_folder_tells_the_special_tokens_and_holds_the_tokenizer(tmp
     palm = PaLM(**{**SIZES, "num_tokens": tokenizer.vocab_size})
     folder = export_cohere(palm, tmp_path / "twin", tokenizer=tokenizer, max_position_embeddings=512)
     config = AutoConfig.from_pretrained(folder)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-    )
+    special = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+    assert special == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     assert config.max_position_embeddings == 512
     assert ByteTokenizer.from_pretrained(folder) == tokenizer
 
@@ -182,28 +161,23 @@ def cohere_config():
     )
 
 
-def cohere_model(config):
+@pytest.fixture
+def cohere_model(cohere_config, trained):
     from transformers import CohereForCausalLM
 
-    return trained(CohereForCausalLM(config))
+    return trained(CohereForCausalLM(cohere_config))
 
 
 @torch.no_grad()
-def test_a_cohere_model_becomes_a_palm_with_its_logit_scale(cohere_config, ids):
-    model = cohere_model(cohere_config)
-    assert_same(from_cohere(model).eval()(ids), model(ids).logits)
-
-
-@torch.no_grad()
-def test_a_cohere_folder_in_several_files_becomes_a_palm(cohere_config, ids, tmp_path):
-    model = cohere_model(cohere_config)
-    model.save_pretrained(tmp_path, max_shard_size="10KB")
+def test_a_cohere_model_and_its_folder_in_several_files_become_a_palm_with_its_logit_scale(cohere_model, ids, tmp_path):
+    cohere_model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model*.safetensors"))) > 1
-    assert_same(from_cohere(tmp_path).eval()(ids), model(ids).logits)
+    for source in (cohere_model, tmp_path):
+        assert_same(from_cohere(source).eval()(ids), cohere_model(ids).logits)
 
 
 @pytest.mark.parametrize("through_folder", [False, True])
-def test_export_and_import_give_the_same_weights(tmp_path, through_folder):
+def test_export_and_import_give_the_same_weights(trained, tmp_path, through_folder):
     palm = trained(PaLM(**{**SIZES, "kv_heads": 2, "dim_head": 10}, attn_dropout=0.1)).bfloat16()
     back = from_cohere(export_cohere(palm, tmp_path / "twin") if through_folder else to_cohere(palm), ff_dropout=0.2)
     assert back.state_dict().keys() == palm.state_dict().keys()
@@ -228,20 +202,20 @@ def test_export_and_import_give_the_same_weights(tmp_path, through_folder):
         ("intermediate_size", 70),
     ],
 )
-def test_what_palm_cannot_express_is_refused_by_name(cohere_config, tmp_path, setting, value):
+def test_what_palm_cannot_express_is_refused_by_name(cohere_config, cohere_model, tmp_path, setting, value):
     content = cohere_config.to_dict()
     if setting == "rope_theta":
         content["rope_parameters"] = {"rope_theta": value, "rope_type": "default"}
     else:
         content[setting] = value
-    cohere_model(cohere_config).save_pretrained(tmp_path)
+    cohere_model.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(content, default=str))
     with pytest.raises(ValueError, match=f"{setting}.*{value}"):
         from_cohere(tmp_path)
 
 
 @pytest.mark.plain
-def test_sources_that_are_no_cohere_model_are_refused(cohere_config, tmp_path):
+def test_sources_that_are_no_cohere_model_are_refused(cohere_model, tmp_path):
     with pytest.raises(FileNotFoundError, match="source must be the folder of a Cohere model"):
         from_cohere(tmp_path / "none")
     with pytest.raises(TypeError, match="source must be a CohereForCausalLM or a folder, got int"):
@@ -251,17 +225,16 @@ def test_sources_that_are_no_cohere_model_are_refused(cohere_config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match=r"no model\*\.safetensors"):
         from_cohere(tmp_path)
-    cohere_model(cohere_config).save_pretrained(tmp_path / "cohere")
+    cohere_model.save_pretrained(tmp_path / "cohere")
     (tmp_path / "cohere" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="model_type 'cohere', got 'llama'"):
         from_cohere(tmp_path / "cohere")
 
 
 @pytest.mark.plain
-def test_ill_fitting_cohere_weights_are_refused_by_key(cohere_config):
-    model = cohere_model(cohere_config)
-    model.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(torch.ones(23, 24))
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight \(stored \(23, 24\), expected"):
-        from_cohere(model)
+def test_ill_fitting_cohere_weights_are_refused_by_key(cohere_model):
     with pytest.raises(ValueError, match="use_xpos is False in the stored weights, got True"):
-        from_cohere(cohere_model(cohere_config), use_xpos=True)
+        from_cohere(cohere_model, use_xpos=True)
+    cohere_model.model.layers[1].self_attn.q_proj.weight = torch.nn.Parameter(torch.ones(23, 24))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight \(stored \(23, 24\), expected"):
+        from_cohere(cohere_model)

@@ -4,17 +4,13 @@ Processes are started by torchrun, which ``accelerate launch --cpu`` does not re
 Every worker asserts the number of processes it is one of.
 """
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.manifest import load_tensors
 from palm_rlhf import PaLM
+from palm_rlhf.cli import main
 
 pytestmark = [
     pytest.mark.distributed,
@@ -103,31 +99,12 @@ if not dist.is_initialized() or dist.get_rank() == 0:
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(tmp_path_factory, run_worker):
     """Weights and gradients of one process and of two."""
-    script = tmp_path_factory.mktemp("script") / "worker.py"
-    script.write_text(WORKER)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folders = {}
-    for processes in (1, 2):
-        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-        done = subprocess.run(
-            [*command, str(folders[processes]), str(processes)],
-            capture_output=True,
-            text=True,
-            env=environ,
-            timeout=300,
-            check=False,
-        )
+    folders = {processes: tmp_path_factory.mktemp(f"processes-{processes}") for processes in (1, 2)}
+    for processes, folder in folders.items():
+        done = run_worker(WORKER, folder, processes, processes=processes)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return {processes: (folder, load_tensors(folder / "outcome.pt")) for processes, folder in folders.items()}
 
@@ -171,16 +148,11 @@ def test_two_processes_stopped_and_resumed_end_as_the_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.plain
-def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path):
-    script = """
-import sys
-from palm_rlhf.cli import main
-sys.exit(main(["train", "--corpus", sys.argv[2], "--checkpoint_dir", sys.argv[1], "--dim=16", "--depth=2",
-    "--dim_head=8", "--heads=2", "--sequence_length=20", "--max_steps=9"]))
-"""
+def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n')
-    command = [sys.executable, "-c", script, str(outcomes[2][0] / "plain"), str(tmp_path / "text.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    sizes = ["--dim=16", "--depth=2", "--dim_head=8", "--heads=2", "--sequence_length=20", "--max_steps=9"]
+    place = ["--checkpoint_dir", str(outcomes[2][0] / "plain"), "--corpus", str(tmp_path / "text.jsonl")]
 
-    assert done.returncode == 1, done.stderr
-    assert "was written by 2 processes and can only be resumed by as many, got 1" in done.stderr
+    assert main(["train", *place, *sizes]) == 1
+    message = "was written by 2 processes and can only be resumed by as many, got 1"
+    assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def tiny_palm(dtype=torch.float32, **overrides):
     return PaLM(**arguments).to(dtype)
 
 
+@pytest.fixture
+def trainer_of(corpus, tmp_path):
+    """``trainer_of(palm, **settings)``: a trainer on the corpus with some of the settings of ``TINY`` changed."""
+
+    def make(palm=None, *, folder=tmp_path, trackers=(), documents=corpus, **changes):
+        palm, settings = palm or tiny_palm(), replace(TINY, **changes)
+        return PretrainTrainer(
+            model=palm, corpus=documents, checkpoint_dir=folder, settings=settings, trackers=trackers
+        )
+
+    return make
+
+
 class StopAt:
     """A tracker that presses Ctrl-C when an update's metrics arrive."""
 
@@ -99,43 +113,42 @@ def test_packed_loss_equals_each_document_alone(corpus):
 
 
 @pytest.mark.parametrize(("batch_size", "gradient_accumulation"), [(1, 8), (4, 2)])
-def test_one_row_by_eight_micro_batches_equals_eight_rows_at_once(corpus, tmp_path, batch_size, gradient_accumulation):
-    def train(name, rows, micro_batches):
-        palm = tiny_palm(torch.float64)
-        settings = replace(TINY, max_steps=4, batch_size=rows, gradient_accumulation=micro_batches)
-        PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=tmp_path / name, settings=settings).train()
-        return palm, rows_of(tmp_path / name)
+def test_one_row_by_eight_micro_batches_equals_eight_rows_at_once(
+    corpus, trainer_of, tmp_path, batch_size, gradient_accumulation
+):
+    def train(name, **sizes):
+        trainer = trainer_of(tiny_palm(torch.float64), folder=tmp_path / name, max_steps=4, **sizes)
+        trainer.train()
+        return trainer.model.state_dict(), rows_of(tmp_path / name)
 
-    whole, whole_rows = train("whole", 8, 1)
-    split, split_rows = train("split", batch_size, gradient_accumulation)
+    whole, whole_rows = train("whole", batch_size=8)
+    split, split_rows = train("split", batch_size=batch_size, gradient_accumulation=gradient_accumulation)
 
     batches = PackedBatches(documents=corpus.train, sequence_length=24, batch_size=1, eos_id=257)
     assert len({next(batches).num_labels for _ in range(8)}) > 1  # a mean of means would differ
-    for name, weight in whole.state_dict().items():
-        assert torch.allclose(split.state_dict()[name], weight, rtol=0, atol=1e-12), name
+    for name, weight in whole.items():
+        assert torch.allclose(split[name], weight, rtol=0, atol=1e-12), name
     for one, other in zip(whole_rows, split_rows, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_the_learning_rate_steps_once_an_update_also_with_accumulation(corpus, tmp_path):
-    settings = replace(TINY, max_steps=5, warmup=0.4, gradient_accumulation=3, final_learning_rate=0.1)
-    PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=settings).train()
+def test_the_learning_rate_steps_once_an_update_also_with_accumulation(trainer_of, tmp_path):
+    trainer_of(max_steps=5, warmup=0.4, gradient_accumulation=3, final_learning_rate=0.1).train()
 
     rates = [row["learning_rate"] for row in rows_of(tmp_path) if "loss" in row]
     scales = [learning_rate_scale(step, warmup_steps=2, total_steps=5, final_scale=0.1) for step in range(5)]
     assert rates == pytest.approx([1e-2 * scale for scale in scales])
 
 
-def test_an_update_with_a_nan_is_skipped_and_counted(corpus, tmp_path):
-    palm = tiny_palm()
-    trainer = PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=tmp_path, settings=TINY)
+def test_an_update_with_a_nan_is_skipped_and_counted(trainer_of, tmp_path):
+    trainer = trainer_of()
     seen, calls = [], {"training": 0}
 
     def poison(module, arguments, loss):
         if not module.training:
             return loss
         calls["training"] += 1
-        seen.append(palm.token_emb.weight.detach().clone())
+        seen.append(trainer.model.token_emb.weight.detach().clone())
         return loss * float("nan") if calls["training"] == 3 else loss
 
     trainer.objective.register_forward_hook(poison)
@@ -149,12 +162,11 @@ def test_an_update_with_a_nan_is_skipped_and_counted(corpus, tmp_path):
     assert rows[2]["loss"] is None
 
 
-def test_training_in_bfloat16_keeps_float32_weights_and_learns(corpus, tmp_path):
-    palm = tiny_palm()
-    settings = replace(TINY, max_steps=20, precision="bf16")
-    result = PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=tmp_path, settings=settings).train()
+def test_training_in_bfloat16_keeps_float32_weights_and_learns(trainer_of):
+    trainer = trainer_of(max_steps=20, precision="bf16")
+    result = trainer.train()
 
-    assert {parameter.dtype for parameter in palm.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert result.last_bits_per_byte < result.first_bits_per_byte - 1
 
 
@@ -162,73 +174,51 @@ def test_training_in_bfloat16_keeps_float32_weights_and_learns(corpus, tmp_path)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="torch compiles wrong gradients before 2.7")
-def test_a_compiled_run_learns_the_same(corpus, tmp_path):
-    def train(compiled):
-        palm = tiny_palm()
-        settings = replace(TINY, max_steps=3, compile=compiled)
-        result = PretrainTrainer(
-            model=palm, corpus=corpus, checkpoint_dir=tmp_path / str(compiled), settings=settings
-        ).train()
-        return palm, result
+def test_a_compiled_run_learns_the_same(trainer_of, tmp_path):
+    eager, compiled = (trainer_of(folder=tmp_path / str(on), max_steps=3, compile=on) for on in (False, True))
+    expected, result = eager.train(), compiled.train()
 
-    (eager, eager_result), (compiled, compiled_result) = train(False), train(True)
-
-    assert compiled_result.last_bits_per_byte == pytest.approx(eager_result.last_bits_per_byte, rel=1e-5)
-    for name, weight in eager.state_dict().items():
-        assert torch.allclose(compiled.state_dict()[name], weight, rtol=0, atol=1e-4), name
+    assert result.last_bits_per_byte == pytest.approx(expected.last_bits_per_byte, rel=1e-5)
+    for name, weight in eager.model.state_dict().items():
+        assert torch.allclose(compiled.model.state_dict()[name], weight, rtol=0, atol=1e-4), name
 
 
 @pytest.mark.plain
-def test_compiling_is_refused_where_torch_compiles_wrong_gradients(corpus, tmp_path, monkeypatch):
+def test_compiling_is_refused_where_torch_compiles_wrong_gradients(trainer_of, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.6.0")
     with pytest.raises(ValueError, match=r"compile=True on the CPU needs torch 2.7 or newer, got 2.6.0"):
-        PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=replace(TINY, compile=True))
+        trainer_of(compile=True)
 
 
 @pytest.mark.cuda
-def test_training_on_a_gpu_learns_what_the_cpu_learns(corpus, tmp_path):
-    def train(device, precision="fp32"):
-        palm = tiny_palm()
-        settings = replace(TINY, device=device, precision=precision)
-        name = tmp_path / f"{device}-{precision}"
-        return PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=name, settings=settings).train()
+def test_training_on_a_gpu_learns_what_the_cpu_learns(trainer_of, tmp_path):
+    def bits(device, precision="fp32"):
+        folder = tmp_path / f"{device}-{precision}"
+        return trainer_of(folder=folder, device=device, precision=precision).train().last_bits_per_byte
 
-    cpu, gpu, half = train("cpu"), train("cuda"), train("cuda", "bf16")
-
-    assert gpu.last_bits_per_byte == pytest.approx(cpu.last_bits_per_byte, rel=1e-3)
-    assert half.last_bits_per_byte == pytest.approx(cpu.last_bits_per_byte, rel=3e-2)
+    cpu = bits("cpu")
+    assert bits("cuda") == pytest.approx(cpu, rel=1e-3)
+    assert bits("cuda", "bf16") == pytest.approx(cpu, rel=3e-2)
 
 
 # --------------------------------------------------------------------------------------------------- bits per byte
 
 
 class PairTokenizer:
-    """Two letters a token where it can: 256 bytes, then 64 pairs, then EOS."""
+    """Two letters of a to h a token, then EOS."""
 
-    vocab_size = 321
-    eos_id = 320
+    vocab_size = 65
+    eos_id = 64
     pad_id = None
 
     def encode(self, text):
-        ids, at = [], 0
-        while at < len(text):
-            pair = text[at : at + 2]
-            if len(pair) == 2 and all(97 <= ord(letter) < 105 for letter in pair):
-                ids.append(256 + 8 * (ord(pair[0]) - 97) + ord(pair[1]) - 97)
-                at += 2
-            else:
-                ids.append(ord(text[at]))
-                at += 1
-        return ids
+        return [8 * (ord(one) - 97) + ord(two) - 97 for one, two in zip(text[::2], text[1::2], strict=True)]
 
     def decode(self, ids):
-        return "".join(
-            chr(i) if i < 256 else chr(97 + (i - 256) // 8) + chr(97 + (i - 256) % 8) for i in ids if i != 320
-        )
+        return "".join(chr(97 + i // 8) + chr(97 + i % 8) for i in ids if i != self.eos_id)
 
     def save_pretrained(self, directory):
-        directory.mkdir()
-        (directory / "pairs.txt").write_text("pairs")
+        raise NotImplementedError
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), PairTokenizer()], ids=["bytes", "pairs"])
@@ -268,14 +258,13 @@ def test_evaluation_leaves_the_model_in_its_mode_and_the_generator_alone(corpus)
 # ------------------------------------------------------------------------------------------------ resuming, stopping
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(corpus, tmp_path, stop_at):
+@pytest.mark.parametrize(("stop_at", "same_trainer"), [(1, False), (3, False), (5, False), (2, True)])
+def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(trainer_of, tmp_path, stop_at, same_trainer):
     def trainer(name, *trackers):
-        palm = tiny_palm(attn_dropout=0.2, ff_dropout=0.2)
-        folder = tmp_path / name
-        return PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=folder, settings=TINY, trackers=trackers)
+        return trainer_of(tiny_palm(attn_dropout=0.2, ff_dropout=0.2), folder=tmp_path / name, trackers=trackers)
 
-    whole, stopped, resumed = trainer("whole"), trainer("parts", StopAt(stop_at)), trainer("parts")
+    whole, stopped = trainer("whole"), trainer("parts", StopAt(stop_at))
+    resumed = stopped if same_trainer else trainer("parts")
     whole_result = whole.train()
     interrupted = stopped.train()
     torch.manual_seed(123)  # what happens between must not matter
@@ -292,67 +281,15 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_bit_for_bit(corpus, tmp_pat
         assert all(torch.equal(value, optimizers[1][number][name]) for name, value in state.items())
 
 
-def test_the_same_trainer_goes_on_where_it_stopped(corpus, tmp_path):
-    whole = PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path / "whole", settings=TINY)
-    whole.train()
-    parts = PretrainTrainer(
-        model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path / "parts", settings=TINY, trackers=[StopAt(2)]
-    )
-    parts.train()
-    parts.train()
-
-    assert equal_weights(whole.model, parts.model)
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-
-
-def test_a_time_budget_stops_with_a_validation_and_a_checkpoint_and_the_run_can_go_on(corpus, tmp_path):
-    def train(**changes):
-        palm = tiny_palm()
-        settings = replace(TINY, **changes)
-        return PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=tmp_path, settings=settings).train()
-
-    stopped = train(max_seconds=1e-9)
-    assert (stopped.outcome, stopped.step) == ("out of time", 1)
-    assert rows_of(tmp_path)[-1].keys() == {"step", "validation_bits_per_byte", "validation_loss"}
-    assert [path.name for path in list_checkpoints(stopped.checkpoints)] == ["step-1"]
-    assert train().step == TINY.max_steps
-
-
-def test_a_finished_run_is_not_trained_again(corpus, tmp_path):
-    first = PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY)
-    first.train()
-    again = PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY)
-    result = again.train()
-
-    assert (result.first_step, result.step) == (TINY.max_steps, TINY.max_steps)
-    assert equal_weights(first.model, again.model)
-
-
-def test_a_run_that_goes_on_takes_its_own_settings_where_they_may_differ(corpus, tmp_path):
-    PretrainTrainer(
-        model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY, trackers=[StopAt(3)]
-    ).train()
-    changed = replace(TINY, max_steps=8, learning_rate=5e-3, weight_decay=0.3, beta2=0.99)
-    trainer = PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=changed)
-
-    assert trainer.train().step == 8
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
-    assert {group["betas"] for group in trainer.optimizer.param_groups} == {(0.9, 0.99)}
-    last = [row for row in rows_of(tmp_path) if "loss" in row][-1]
-    assert last["learning_rate"] == pytest.approx(5e-3 * learning_rate_scale(7, total_steps=8, final_scale=0.05))
-
-
 # ------------------------------------------------------------------------------------------------ what a run leaves
 
 
-def test_a_run_leaves_checkpoints_that_open_alone_with_their_tokenizer(corpus, tmp_path):
-    palm = tiny_palm()
-    result = PretrainTrainer(
-        model=palm, corpus=corpus, checkpoint_dir=tmp_path, settings=replace(TINY, keep_checkpoints=2)
-    ).train()
+def test_a_run_leaves_checkpoints_that_open_alone_with_their_tokenizer(trainer_of, tmp_path):
+    trainer = trainer_of(keep_checkpoints=2)
+    result = trainer.train()
 
     assert [path.name for path in list_checkpoints(result.checkpoints)] == ["step-4", "step-6"]
-    assert equal_weights(PaLM.from_pretrained(result.checkpoints / "step-6"), palm)
+    assert equal_weights(PaLM.from_pretrained(result.checkpoints / "step-6"), trainer.model)
     assert load_tokenizer(result.checkpoints / "step-6") == ByteTokenizer()
     assert result.curves == tmp_path / "curves.png"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -361,48 +298,18 @@ def test_a_run_leaves_checkpoints_that_open_alone_with_their_tokenizer(corpus, t
     assert record["settings"]["model"]["dim"] == 16
 
 
-def test_trackers_get_every_row(corpus, tmp_path):
-    class Kept:
-        rows = []  # noqa: RUF012
-
-        def log(self, values, step):
-            self.rows.append({"step": step, **values})
-
-    kept = Kept()
-    PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY, trackers=[kept]).train()
-
-    assert kept.rows == rows_of(tmp_path, without=())
-    assert [row["step"] for row in kept.rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in kept.rows if "validation_loss" in row] == [0, 3, 6]
-
-
-def test_a_tracker_of_accelerate_is_started_and_finished(corpus, tmp_path):
+def test_trackers_of_ones_own_and_of_accelerate_get_every_row(trainer_of, tmp_path):
     pytest.importorskip("tensorboard")
-    PretrainTrainer(
-        model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY, trackers=["tensorboard"]
-    ).train()
+    rows = []
+    own = SimpleNamespace(log=lambda values, step: rows.append({"step": step, **values}))
+    trainer_of(trackers=["tensorboard", own]).train()
 
+    assert rows == rows_of(tmp_path, without=())
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 3, 6]
     (events,) = (tmp_path / "palm-rlhf").glob("events.*")
-    content = events.read_bytes()
-    assert b"train_bits_per_byte" in content
-    assert b"validation_bits_per_byte" in content
-
-
-def test_without_matplotlib_a_run_ends_without_curves(corpus, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    result = PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY).train()
-
-    assert result.outcome == "finished"
-    assert result.curves is None
-
-
-def test_training_puts_the_model_back_in_its_mode(corpus, tmp_path):
-    palm = tiny_palm()
-    palm.eval()
-    PretrainTrainer(model=palm, corpus=corpus, checkpoint_dir=tmp_path, settings=TINY).train()
-
-    assert not any(module.training for module in palm.modules())
+    assert b"train_bits_per_byte" in events.read_bytes()
+    assert b"validation_bits_per_byte" in events.read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -410,31 +317,27 @@ def test_training_puts_the_model_back_in_its_mode(corpus, tmp_path):
 
 @pytest.mark.plain
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "message"),
     [
-        ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
-        ({"max_steps": 2.5}, TypeError, "max_steps"),
-        ({"sequence_length": 0}, ValueError, "sequence_length must be at least 1, got 0"),
-        ({"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
-        ({"gradient_accumulation": 0}, ValueError, "gradient_accumulation must be at least 1, got 0"),
-        ({"learning_rate": 0}, ValueError, "learning_rate must be a finite number above 0, got 0"),
-        ({"learning_rate": math.nan}, ValueError, "learning_rate must be a finite number above 0, got nan"),
-        ({"max_seconds": -1}, ValueError, "max_seconds must be a finite number above 0, got -1"),
-        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be a finite number above 0, got 0.0"),
-        ({"warmup": 1.0}, ValueError, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
-        ({"final_learning_rate": 2}, ValueError, r"final_learning_rate must be in \[0, 1\], got 2"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay must be a finite number of at least 0, got -0.1"),
-        ({"beta2": 1.0}, ValueError, r"beta2 must be in \[0, 1\), got 1.0"),
-        ({"precision": "fp8"}, TypeError, "precision"),
-        ({"seed": -1}, ValueError, r"seed must be in \[0, 2\*\*32\), got -1"),
-        ({"validate_every": 0}, ValueError, "validate_every must be at least 1, got 0"),
-        ({"validation_tokens": 0}, ValueError, "validation_tokens must be at least 1, got 0"),
-        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
-        ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"max_steps": 2.5}, "max_steps"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation must be at least 1, got 0"),
+        ({"validation_tokens": 0}, "validation_tokens must be at least 1, got 0"),
+        ({"validate_every": 0}, "validate_every must be at least 1, got 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"warmup": 1.0}, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
+        ({"final_learning_rate": 2}, r"final_learning_rate must be in \[0, 1\], got 2"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"precision": "fp8"}, "precision"),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(changes, error, message):
-    with pytest.raises(error, match=message):
+def test_settings_out_of_range_are_refused_by_name(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         replace(TINY, **changes)
 
 
@@ -449,11 +352,8 @@ def test_settings_out_of_range_are_refused_by_name(changes, error, message):
         ({}, {"resume": "maybe"}, TypeError, "resume"),
         ({}, {"corpus": "stdlib"}, TypeError, "corpus"),
         ({}, {"model": nn.Linear(2, 2)}, TypeError, "model"),
-        ({}, {"settings": replace(TINY, device="tpu")}, ValueError, "device must be auto, cpu, cuda"),
-        ({}, {"settings": replace(TINY, fsdp=True)}, ValueError, "fsdp=True needs several processes, got one"),
         ({}, {"trackers": ["a-tracker-nobody-has"]}, ValueError, "trackers must be installed and known to accelerate"),
         ({}, {"trackers": [3]}, TypeError, "trackers must have log"),
-        ({}, {"resume": True}, FileNotFoundError, "resume=True needs a checkpoint"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name_before_anything_is_written(
@@ -478,43 +378,39 @@ def test_what_cannot_be_trained_is_refused_by_name_before_anything_is_written(
         ("ACCELERATE_USE_FSDP", "accelerate's FSDP plugin is not supported"),
     ],
 )
-def test_launchers_that_would_do_something_else_are_refused_by_name(corpus, tmp_path, monkeypatch, variable, message):
+def test_launchers_that_would_do_something_else_are_refused_by_name(trainer_of, monkeypatch, variable, message):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=message):
-        PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY)
+        trainer_of()
 
 
 @pytest.mark.plain
-def test_a_checkpoint_of_something_else_is_refused_by_name_and_changes_nothing(corpus, tmp_path):
-    PretrainTrainer(model=tiny_palm(), corpus=corpus, checkpoint_dir=tmp_path, settings=TINY).train()
+def test_a_checkpoint_of_something_else_is_refused_by_name_and_changes_nothing(trainer_of, tmp_path):
+    trainer_of().train()
     other = split_documents(tokenise([b"other text " * 5, b"more of it " * 5]), 0.2)
     cases = [
-        (tiny_palm(dim=32), corpus, TINY, CheckpointError, "another architecture: dim is 32, but was 16"),
-        (tiny_palm(use_xpos=False), corpus, TINY, CheckpointError, "use_xpos is False, but was True"),
-        (tiny_palm(dim_head=4, heads=4), corpus, TINY, CheckpointError, "dim_head is 4, but was 8, heads is 4, but"),
-        (tiny_palm(torch.float64), corpus, TINY, CheckpointError, "dtypes that differ"),
-        (tiny_palm(), corpus, replace(TINY, seed=1), ValueError, "seed is 1, but was 0"),
-        (tiny_palm(), corpus, replace(TINY, sequence_length=25), ValueError, "sequence_length is 25, but was 24"),
-        (tiny_palm(), other, TINY, ValueError, "cannot resume the data order"),
+        (tiny_palm(dim=32), {}, CheckpointError, "another architecture: dim is 32, but was 16"),
+        (tiny_palm(use_xpos=False), {}, CheckpointError, "use_xpos is False, but was True"),
+        (tiny_palm(dim_head=4, heads=4), {}, CheckpointError, "dim_head is 4, but was 8, heads is 4, but"),
+        (tiny_palm(torch.float64), {}, CheckpointError, "dtypes that differ"),
+        (tiny_palm(), {"seed": 1}, ValueError, "seed is 1, but was 0"),
+        (tiny_palm(), {"sequence_length": 25}, ValueError, "sequence_length is 25, but was 24"),
+        (tiny_palm(), {"documents": other}, ValueError, "cannot resume the data order"),
     ]
-    for palm, documents, settings, error, message in cases:
+    for palm, changes, error, message in cases:
         nn.init.constant_(palm.norm.gamma, 7.0)
         before = {name: weight.clone() for name, weight in palm.state_dict().items()}
-        trainer = PretrainTrainer(model=palm, corpus=documents, checkpoint_dir=tmp_path, settings=settings)
         with pytest.raises(error, match=message):
-            trainer.train()
+            trainer_of(palm, **changes).train()
         assert all(torch.equal(weight, before[name]) for name, weight in palm.state_dict().items())
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-4", "step-6"]
 
 
 @pytest.mark.plain
-def test_a_corpus_with_ids_the_model_lacks_is_refused_by_value(tmp_path):
+def test_a_corpus_with_ids_the_model_lacks_is_refused_by_value(trainer_of):
     class Wide(PairTokenizer):
         vocab_size = 100_000
 
     documents = tokenise([[1, 2, 3, 50_000] * 20, [4, 5, 6] * 20], tokenizer=Wide())
-    trainer = PretrainTrainer(
-        model=tiny_palm(), corpus=split_documents(documents, 0.5), checkpoint_dir=tmp_path, settings=TINY
-    )
     with pytest.raises(ValueError, match=r"must hold token ids in \[0, 259\), got 50000"):
-        trainer.train()
+        trainer_of(documents=split_documents(documents, 0.5)).train()

@@ -6,6 +6,7 @@ Legend: n sequence, h heads, d head feature, i query, j key.
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lm_core.generation.sampling import top_k, top_p
 from palm_rlhf import PaLM
+from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 
 def pytest_collection_modifyitems(items):
@@ -165,6 +168,79 @@ def random_model(make_palm):
         return SimpleNamespace(palm=make_palm(seed, **settings), settings=settings, generator=generator, choose=choose)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def make_hugging_face():
+    """A tiny Hugging Face model of 13 tokens with logits of order one, in evaluation mode."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+
+    def make(kind="llama"):
+        torch.manual_seed(0)
+        common = {"vocab_size": 13, "initializer_range": 0.4}
+        if kind == "gpt2":
+            config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **common)
+            return transformers.GPT2LMHeadModel(config).eval()
+        config = transformers.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+            max_position_embeddings=64, **common,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moved():
+    """``moved(policy)``: the policy with every trained weight far from its beginning."""
+
+    def move(policy, scale=0.3):
+        torch.manual_seed(9)
+        with torch.no_grad():
+            for parameter in [*policy.actor_parameters(), *policy.critic_parameters()]:
+                parameter.add_(torch.randn_like(parameter) * scale)
+        return policy
+
+    return move
+
+
+@pytest.fixture(scope="session")
+def prompt_ids():
+    """Prompts of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(13, (n,), generator=generator) for n in (2, 7, 4, 3, 6, 2)]
+
+
+@pytest.fixture(params=["none", "top-k", "top-p"])
+def filters(request):
+    return {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}[request.param]
+
+
+@pytest.fixture(scope="session")
+def fraction_of_fives():
+    """A reward of token ids: how much of a response is token 5."""
+
+    def reward(ids, prompt_lengths, lengths):
+        position = torch.arange(ids.shape[1])
+        response = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+        return ((ids == 5) & response).sum(dim=1) / response.sum(dim=1)
+
+    return reward
+
+
+@pytest.fixture(scope="session")
+def trainer(fraction_of_fives):
+    """``trainer(palm, kind)``: an ``RLHFTrainer`` or ``GRPOTrainer`` on eight prompts of 4 and 9 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(13, (n,), generator=generator) for n in (4, 9) * 4]
+
+    def make(palm, kind=RLHFTrainer, **changes):
+        settings = {"palm": palm, "prompt_token_ids": prompts, "reward": fraction_of_fives, "device": "cpu"}
+        more = {"group_size": 4} if kind is GRPOTrainer else {}
+        return kind(**{**settings, **more, **changes})
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """The command: defaults < YAML < flags, errors that name the nearest known argument, and each command at work."""
 
+import io
 import json
 import math
-import subprocess
 import sys
 from dataclasses import fields
 
@@ -101,6 +101,7 @@ def test_switches_need_no_value_and_words_may_be_joined_by_dashes():
         (["generate", "folder", "prompt", "--temprature=1"], "the nearest known one is --temperature"),
         (["convert", "old.pt"], "directory"),
         (["eval", "folder", "--corpsu=x"], "the nearest known one is --corpus"),
+        (["ppo", "--fsdp"], "unknown argument --fsdp"),
         ([], "train,generate,eval,convert"),
     ],
 )
@@ -203,12 +204,10 @@ def test_generate_draws_samples_that_repeat_with_their_seed(run, capsys):
     assert draw("--top_k=1") == draw("--top_k=1", "--seed=5")
 
 
-def test_generate_reads_a_prompt_from_standard_input(run, tmp_path):
-    command = [sys.executable, "-m", "palm_rlhf", "generate", str(run), "-", "--max_new_tokens=3", "--device=cpu"]
-    done = subprocess.run(command, input="two\nlines", capture_output=True, text=True, timeout=120, check=False)
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("two\nlines")
+def test_generate_reads_a_prompt_from_standard_input(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines"))
+    assert main(["generate", str(run), "-", "--max_new_tokens=3", "--device=cpu"]) == 0
+    assert capsys.readouterr().out.startswith("two\nlines")
 
 
 def test_eval_prints_the_bits_per_byte_of_a_corpus(run, tmp_path, capsys):

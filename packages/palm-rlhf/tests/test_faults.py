@@ -170,7 +170,7 @@ def train(path):
         with open(f"{path}.updates", "a") as file:
             file.write(f"{trainer.updates}\\n")
     trainer._next_update = counted
-    trainer.train(num_episodes=64, update_timesteps=16, max_new_tokens=5, eos_token=3)
+    trainer.train(num_episodes=48, update_timesteps=16, max_new_tokens=5, eos_token=3)
     return 0
 """
 
@@ -195,7 +195,7 @@ def outcome_of_kills(workload, folder, *arguments):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_the_uninterrupted_one(text, tmp_path):
-    flags = ["--corpus", str(text), *FLAGS, "--max_steps=40", "--checkpoint_every=1"]
+    flags = ["--corpus", str(text), *FLAGS, "--max_steps=24", "--checkpoint_every=1"]
     outcome = outcome_of_kills(PRETRAINING, tmp_path, *flags)
     if outcome["kills"] >= 20:
         assert outcome["torn"] > 0  # some kills came while a checkpoint was being written
@@ -214,7 +214,7 @@ def test_a_policy_killed_at_random_moments_loses_at_most_the_work_since_its_chec
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(train, text, tmp_path, number):
-    folder, flags = tmp_path / "stopped", ["--max_steps=300", "--checkpoint_every=1000"]
+    folder, flags = tmp_path / "stopped", ["--max_steps=100", "--checkpoint_every=1000"]
     arguments = ["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "palm_rlhf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -226,12 +226,12 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(train, text, tmp_
     assert process.returncode == 130, errors
     assert "Stopping after this update and saving a checkpoint" in errors
     (saved,) = list_checkpoints(folder / "checkpoints")
-    assert f"Stopped (interrupted) after {saved.name.split('-')[1]} of 300 updates" in printed
+    assert f"Stopped (interrupted) after {saved.name.split('-')[1]} of 100 updates" in printed
     assert shlex.join(["palm-rlhf", *arguments]) in printed
 
     assert train(folder, *flags) == 0
     assert train(tmp_path / "whole", *flags) == 0
-    assert final_weights(folder, 300) == final_weights(tmp_path / "whole", 300)
+    assert final_weights(folder, 100) == final_weights(tmp_path / "whole", 100)
     assert updates_of(folder) == updates_of(tmp_path / "whole")
 
 

@@ -19,20 +19,23 @@ RELEASES = {"0.2.3": "plain", "0.8.0": "offset"}
 
 
 @torch.no_grad()
-def test_logits_of_both_eras_equal_the_original_with_xpos(assert_same, golden):
-    state, values = golden["causal"]
-    palm = from_palm_rlhf_pytorch(state).eval().double()
-    assert palm.rotary.use_xpos
-    assert_same(palm(values["ids"]), values["logits"])
-
-
-@torch.no_grad()
-def test_a_lora_scope_of_the_original_gives_its_logits(assert_same, golden):
-    state, values = golden["causal"]
-    palm = from_palm_rlhf_pytorch(state).eval().double()
-    assert (values["logits-actor"] - values["logits"]).abs().max() > 0.1
-    assert_same(palm(values["ids"], finetune_scope="actor"), values["logits-actor"])
-    assert_same(palm(values["ids"], finetune_scope="actor", disable_lora=True), values["logits"])
+@pytest.mark.parametrize(
+    ("case", "named", "output"),
+    [
+        ("causal", {}, "logits"),
+        ("causal", {"finetune_scope": "actor"}, "logits-actor"),
+        ("causal", {"finetune_scope": "actor", "disable_lora": True}, "logits"),
+        ("encoder", {}, "logits"),
+        ("reward", {"finetune_scope": "reward", "return_only_embedding": True}, "features"),
+    ],
+)
+def test_outputs_of_both_eras_equal_those_of_the_original(assert_same, golden, case, named, output):
+    state, values = golden[case]
+    palm = from_palm_rlhf_pytorch(state, causal=case != "encoder").eval().double()
+    assert palm.rotary.use_xpos or not palm.causal
+    real = values["ids"] >= 0
+    assert real.all() == palm.causal
+    assert_same(palm(values["ids"], **named)[real], values[output][real])
 
 
 @torch.no_grad()
@@ -41,25 +44,6 @@ def test_qk_rmsnorm_keeps_the_scale_the_original_really_used(assert_same, golden
     state, values = golden["qk_rmsnorm"]
     palm = from_palm_rlhf_pytorch(state, qk_scale=qk_scale).eval().double()
     assert_same(palm(values["ids"]), values["logits"])
-
-
-@torch.no_grad()
-def test_an_encoder_of_the_original_gives_its_logits_at_real_tokens(assert_same, golden):
-    state, values = golden["encoder"]
-    palm = from_palm_rlhf_pytorch(state, causal=False).eval().double()
-    real = values["ids"] >= 0
-    assert not real.all()
-    assert_same(palm(values["ids"])[real], values["logits"][real])
-
-
-@torch.no_grad()
-def test_the_palm_of_a_reward_model_gives_its_features_with_the_scope_on(assert_same, golden):
-    state, values = golden["reward"]
-    palm = from_palm_rlhf_pytorch(state).eval().double()
-    features = palm(values["ids"], finetune_scope="reward", return_only_embedding=True)
-    assert_same(features, values["features"])
-    rest = palm_state_from_original(state).rest
-    assert sorted(rest) == ["prompt_embed", "response_embed", "to_pred.0.weight"]
 
 
 @pytest.mark.parametrize(("actor", "critic"), [("actor_palm", "critic_palm"), ("actor_palm", "critic")])
@@ -132,12 +116,6 @@ def test_converting_leaves_the_random_state_and_the_given_tensors_alone(golden):
 
 
 @pytest.mark.plain
-def test_overrides_that_contradict_the_shapes_are_refused(golden):
-    with pytest.raises(ValueError, match="heads is 3 in the stored weights, got 4"):
-        from_palm_rlhf_pytorch(golden["causal"][0], heads=4)
-
-
-@pytest.mark.plain
 def test_models_of_releases_without_the_final_norm_are_refused(golden):
     state = dict(golden["causal"][0])
     gains = {name: value % 1 + 0.5 for name, value in state.items() if name.endswith("norm.gamma")}
@@ -169,15 +147,20 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_key(golden, change, messag
 
 
 @pytest.mark.plain
-def test_a_state_dict_of_something_else_is_refused():
-    with pytest.raises(CheckpointError, match="no PaLM of the original package found; the keys begin weight"):
-        from_palm_rlhf_pytorch({"weight": torch.ones(2)})
-
-
-@pytest.mark.plain
-def test_an_unknown_prefix_is_refused(golden):
-    with pytest.raises(ValueError, match=r"prefix must be one of \['palm'\], got 'actor_palm'"):
-        palm_state_from_original(golden["reward"][0], prefix="actor_palm")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda golden: from_palm_rlhf_pytorch({"weight": torch.ones(2)}), "no PaLM .* found; the keys begin weight"),
+        (lambda golden: from_palm_rlhf_pytorch(golden["causal"][0], heads=4), "heads is 3 in the stored .*, got 4"),
+        (
+            lambda golden: palm_state_from_original(golden["reward"][0], prefix="actor_palm"),
+            r"prefix must be one of \['palm'\], got 'actor_palm'",
+        ),
+    ],
+)
+def test_something_else_than_is_stored_is_refused(golden, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(golden)
 
 
 # ------------------------------------------------------------------ weight files
@@ -190,16 +173,19 @@ def fitting_palm(**changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_file_of_the_original_loads_into_a_palm(assert_same, golden, tmp_path, suffix):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_file_of_the_original_loads_into_a_palm_where_it_is(assert_same, golden, tmp_path, suffix, device):
     state, values = golden["causal"]
     path = tmp_path / f"palm.{suffix}"
     if suffix == "pt":
         torch.save(state, path)
     else:
         save_file({name: value.clone() for name, value in state.items()}, path)
-    palm = fitting_palm().eval().double()
+    palm = fitting_palm().eval().double().to(device)
     palm.load(path)
-    assert_same(palm(values["ids"], finetune_scope="actor"), values["logits-actor"])
+    assert palm.device.type == device
+    logits = palm(values["ids"].to(device), finetune_scope="actor")
+    assert_same(logits.cpu(), values["logits-actor"])
 
 
 @torch.no_grad()
@@ -220,17 +206,6 @@ def test_our_own_state_dict_loads_in_the_dtype_of_the_model(tmp_path, dtype):
     for name, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[name].to(dtype))
     assert next(target.blocks()).proj_in.weight.stride() == strides
-
-
-@pytest.mark.cuda
-@torch.no_grad()
-def test_a_file_loads_into_a_model_on_a_gpu(assert_same, golden, tmp_path):
-    state, values = golden["causal"]
-    torch.save(state, tmp_path / "palm.pt")
-    palm = fitting_palm().eval().double().cuda()
-    palm.load(tmp_path / "palm.pt")
-    assert palm.device.type == "cuda"
-    assert_same(palm(values["ids"].cuda(), finetune_scope="actor").cpu(), values["logits-actor"])
 
 
 @pytest.mark.plain
@@ -266,19 +241,15 @@ def test_a_pickle_bomb_is_refused_and_not_run(tmp_path, write):
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("content", [b"no weights" * 50, [torch.ones(2)], {"weights": {"a": torch.ones(2)}}, {}])
 @pytest.mark.parametrize("name", ["palm.pt", "palm.safetensors"])
-def test_a_damaged_file_is_refused_by_name(tmp_path, name):
-    (tmp_path / name).write_bytes(b"no weights" * 50)
+def test_a_file_that_is_damaged_or_no_state_dict_is_refused_by_name(tmp_path, name, content):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
     with pytest.raises(CheckpointError, match=name):
         fitting_palm().load(tmp_path / name)
-
-
-@pytest.mark.plain
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"weights": {"a": torch.ones(2)}}, {}])
-def test_a_file_that_is_no_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "palm.pt")
-    with pytest.raises(CheckpointError, match=r"palm\.pt"):
-        fitting_palm().load(tmp_path / "palm.pt")
 
 
 @pytest.mark.plain

@@ -11,22 +11,17 @@ from palm_rlhf.reward.model import RewardModel
 
 
 @torch.no_grad()
-def test_a_reward_model_gives_the_rewards_of_the_original(assert_same, golden):
-    state, values = golden["reward_scalar"]
-    model = reward_model_from_palm_rlhf_pytorch(state).eval().double()
-    rewards = model(values["ids"], mask=values["mask"], prompt_mask=values["prompt-mask"])
-    assert_same(rewards, values["rewards"])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", ["reward_binned", "reward_full"])
-def test_binned_reward_models_with_and_without_lora_predict_the_bins_of_the_original(assert_same, golden, case):
+@pytest.mark.parametrize("case", ["reward_scalar", "reward_binned", "reward_full"])
+def test_reward_models_with_and_without_bins_and_lora_predict_as_the_original(assert_same, golden, case):
     state, values = golden[case]
     model = reward_model_from_palm_rlhf_pytorch(state).eval().double()
-    assert model.num_binned_output == 5
+    assert model.num_binned_output == (0 if case == "reward_scalar" else 5)
     assert (model.scope is None) == (case == "reward_full")
-    logits = model.logits(values["ids"], values["mask"], values["prompt-mask"])
-    assert_same(logits, values["logits"])
+    arguments = (values["ids"], values["mask"], values["prompt-mask"])
+    if case == "reward_scalar":
+        assert_same(model(*arguments), values["rewards"])
+    else:
+        assert_same(model.logits(*arguments), values["logits"])
 
 
 @torch.no_grad()

@@ -4,40 +4,23 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pytest
 import torch
 
-from lm_core.generation.sampling import top_k, top_p
+from lm_core.checkpoints.checkpoint import latest_checkpoint
+from lm_core.training.metrics import read_metrics
 from palm_rlhf import PaLM
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import score_rollout, token_rewards
 from palm_rlhf.rl.objectives import GRPO, PPO, REINFORCE, Objective, TokenLoss
-from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.rollouts import draw_rollout, rollout_of
+from palm_rlhf.rl.rollouts import rollout_of
 from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
-
-
-def fraction_of_fives(ids, prompt_lengths, lengths):
-    position = torch.arange(ids.shape[1])
-    response = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
-    return ((ids == 5) & response).sum(dim=1) / response.sum(dim=1)
 
 
 def mean_id(ids, prompt_lengths, lengths):
     return ids.float().sum(dim=1) / lengths  # hardly two responses have the same
-
-
-def mixed_prompts(seed=0, count=8):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(13, (n,), generator=generator) for n in (4, 9) * (count // 2)]
-
-
-def trainer(palm, kind=RLHFTrainer, **changes):
-    settings = {"palm": palm, "prompt_token_ids": mixed_prompts(), "reward": fraction_of_fives, "device": "cpu"}
-    return kind(**{**settings, **changes})
 
 
 LONG = pytest.mark.skipif(not os.environ.get("LM_LONG"), reason="a proof of minutes: set LM_LONG=1")
@@ -46,7 +29,7 @@ LONG = pytest.mark.skipif(not os.environ.get("LM_LONG"), reason="a proof of minu
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LONG), pytest.param(2, marks=LONG)])
 @pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
-def test_a_toy_with_a_known_answer_is_learned_at_mixed_prompt_lengths(kind, seed):
+def test_a_toy_with_a_known_answer_is_learned_at_mixed_prompt_lengths(trainer, kind, seed):
     torch.manual_seed(seed)
     palm = PaLM(num_tokens=16, dim=64, depth=2, dim_head=16, heads=4)
     rate = 1e-3 if kind is RLHFTrainer else 2e-3
@@ -61,16 +44,14 @@ def test_a_toy_with_a_known_answer_is_learned_at_mixed_prompt_lengths(kind, seed
     assert result.metrics[-1]["reward"] >= 0.9
 
 
-FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}
-
-
 @pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
-@pytest.mark.parametrize(("filters", "temperature"), [("none", 1.0), ("none", 0.7), ("top-k", 0.7), ("top-p", 0.7)])
-def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_palm, kind, filters, temperature):
-    more = {"group_size": 4} if kind is GRPOTrainer else {}
-    ppo = trainer(make_palm().double(), kind, actor_lr=1e-2, epochs=2, minibatch_size=8, **more)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(
+    make_palm, trainer, kind, filters, temperature
+):
+    ppo = trainer(make_palm().double(), kind, actor_lr=1e-2, epochs=2, minibatch_size=8)
     result = ppo.train(
-        num_episodes=48, update_timesteps=16, max_new_tokens=6, temperature=temperature, filters=FILTERS[filters],
+        num_episodes=48, update_timesteps=16, max_new_tokens=6, temperature=temperature, filters=filters,
         eos_id=3, max_batch_size=5,
     )  # fmt: skip
     for row in result.metrics:
@@ -80,10 +61,10 @@ def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(make_pa
 
 @pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
 @pytest.mark.parametrize("changes", [{}, {"actor_lora": False}, {"micro_batch_size": 3}, {"kl_in": "loss"}])
-def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_draw(make_palm, kind, changes):
+def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_draw(make_palm, trainer, kind, changes):
     """Old log-probabilities are computed in the minibatches of the first pass: other shapes would round otherwise."""
     if kind is GRPOTrainer:
-        changes = {"group_size": 4, **{name: value for name, value in changes.items() if name != "kl_in"}}
+        changes = {name: value for name, value in changes.items() if name != "kl_in"}
     prompts = [torch.randint(13, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 40, 11, 70, 5, 23)]
     palm = make_palm(dim=96, depth=3)
     with torch.no_grad():
@@ -92,23 +73,9 @@ def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_d
         palm, kind, prompt_token_ids=prompts, reward=mean_id, actor_lr=1e-2, epochs=2,
         minibatch_size=8, **changes,
     )  # fmt: skip
-    result = ppo.train(num_episodes=96, update_timesteps=32, max_new_tokens=12, eos_id=3, max_batch_size=5)
-    assert [row["ratio_deviation_at_start"] for row in result.metrics] == [0.0] * 3
+    result = ppo.train(num_episodes=64, update_timesteps=32, max_new_tokens=12, eos_id=3, max_batch_size=5)
+    assert [row["ratio_deviation_at_start"] for row in result.metrics] == [0.0] * 2
     assert any(row["ratio_max"] > 1.01 for row in result.metrics)
-
-
-def roles_of_a_phase(trainer, rollout):
-    """Roles whose networks are called while learning from a rollout, with their numbers of calls."""
-    policy, seen = trainer.actor_critic, Counter()
-    real = policy.as_role
-
-    def counted(role):
-        seen[role] += 1
-        return real(role)
-
-    policy.as_role = counted
-    trainer.step(rollout, torch.linspace(0, 1, 8))
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -124,20 +91,22 @@ def roles_of_a_phase(trainer, rollout):
         (PPO(kl_div_loss_weight=0.1), 1, 8, {"actor": 2, "critic": 2, "reference": 1}),
     ],
 )
-def test_nothing_is_computed_that_the_objective_does_not_need(make_palm, objective, epochs, minibatch_size, calls):
-    config = RLConfig(epochs=epochs, minibatch_size=minibatch_size, device="cpu")
-    ppo = RLHFTrainer(make_palm(), fraction_of_fives, objective=objective, config=config, prompts=mixed_prompts())
+def test_nothing_is_computed_that_the_objective_does_not_need(
+    make_palm, trainer, objective, epochs, minibatch_size, calls
+):
+    ppo = trainer(make_palm(), objective=objective, epochs=epochs, minibatch_size=minibatch_size)
     rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=4), seed=1)
-    assert roles_of_a_phase(ppo, rollout) == calls
+    roles, as_role = [], ppo.actor_critic.as_role
+    ppo.actor_critic.as_role = lambda role: roles.append(role) or as_role(role)
+    ppo.step(rollout, torch.linspace(0, 1, 8))
+    assert Counter(roles) == calls
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_a_single_update_is_the_same_without_the_log_probs_of_the_draw(make_palm, kl):
+def test_a_single_update_is_the_same_without_the_log_probs_of_the_draw(make_palm, trainer, kl):
     outcomes = []
     for learns_once in (True, False):
-        grpo = trainer(
-            make_palm().double(), GRPOTrainer, reward=mean_id, group_size=4, actor_lr=1e-2, kl_div_loss_weight=kl
-        )
+        grpo = trainer(make_palm().double(), GRPOTrainer, reward=mean_id, actor_lr=1e-2, kl_div_loss_weight=kl)
         if not learns_once:
             grpo.phase.learns_once = lambda count: False
         result = grpo.train(num_episodes=32, update_timesteps=16, max_new_tokens=5, eos_id=3)
@@ -148,13 +117,13 @@ def test_a_single_update_is_the_same_without_the_log_probs_of_the_draw(make_palm
     assert (outcomes[0][1][1] != 0) == (kl > 0)
 
 
-def test_objects_and_the_originals_keywords_mean_the_same(make_palm):
+def test_objects_and_the_originals_keywords_mean_the_same(make_palm, fraction_of_fives, prompt_ids):
     objects = RLHFTrainer(
-        make_palm(), fraction_of_fives, objective=PPO(eps_clip=0.1, beta_s=0.01), prompts=mixed_prompts(),
+        make_palm(), fraction_of_fives, objective=PPO(eps_clip=0.1, beta_s=0.01), prompts=prompt_ids,
         config=RLConfig(actor_lr=1e-2, max_grad_norm=0.5, device="cpu", epochs=2),
     )  # fmt: skip
     flat = RLHFTrainer(
-        palm=make_palm(), reward_model=fraction_of_fives, eps_clip=0.1, beta_s=0.01, prompt_token_ids=mixed_prompts(),
+        palm=make_palm(), reward_model=fraction_of_fives, eps_clip=0.1, beta_s=0.01, prompt_token_ids=prompt_ids,
         actor_lr=1e-2, max_norm=0.5, device="cpu", epochs=2,
     )  # fmt: skip
     assert (flat.objective, flat.config) == (objects.objective, objects.config)
@@ -164,7 +133,7 @@ def test_objects_and_the_originals_keywords_mean_the_same(make_palm):
         assert torch.equal(a, b)
 
 
-def test_an_objective_of_the_users_own_trains(make_palm):
+def test_an_objective_of_the_users_own_trains(make_palm, trainer):
     @dataclass(frozen=True, kw_only=True)
     class LikelihoodOfGoodOnes(Objective):
         threshold: float = 0.1
@@ -175,15 +144,13 @@ def test_an_objective_of_the_users_own_trains(make_palm):
         def token_loss(self, scores, batch):
             return TokenLoss(-batch.advantages * scores.log_probs)
 
-    own = RLHFTrainer(
-        make_palm(), fraction_of_fives, objective=LikelihoodOfGoodOnes(kl_div_loss_weight=0.0, group_size=1),
-        prompts=mixed_prompts(), config=RLConfig(actor_lr=2e-2, device="cpu"),
-    )  # fmt: skip
+    objective = LikelihoodOfGoodOnes(kl_div_loss_weight=0.0, group_size=1)
+    own = trainer(make_palm(), objective=objective, actor_lr=2e-2)
     rows = own.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.1
 
 
-def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm):
+def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm, trainer):
     """Gradients of the first update against equation 7 over unpadded rows, one at a time."""
     palm = make_palm().double()
     ppo = trainer(palm, kl_div_loss_weight=0.3, max_grad_norm=None, epochs=1, minibatch_size=8, beta_s=0.02)
@@ -223,7 +190,7 @@ def test_one_update_descends_the_clipped_objective_written_out_by_hand(make_palm
     assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_micro_batches_change_nothing(make_palm):
+def test_micro_batches_change_nothing(make_palm, trainer):
     outcomes = []
     for size in (None, 1, 3):
         palm = make_palm().double()
@@ -235,7 +202,7 @@ def test_micro_batches_change_nothing(make_palm):
         torch.testing.assert_close(other, outcomes[0], rtol=1e-7, atol=1e-9)
 
 
-def test_metrics_follow_their_definitions(make_palm):
+def test_metrics_follow_their_definitions(make_palm, trainer):
     ppo = trainer(make_palm(), minibatch_size=8, epochs=1, kl_div_loss_weight=0.5)
     with torch.no_grad():
         for parameter in ppo.actor_parameters:
@@ -259,7 +226,7 @@ def test_metrics_follow_their_definitions(make_palm):
 
 
 @pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
-def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, kl_in, estimator):
+def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, trainer, kl_in, estimator):
     """The original measured the policy against its own last step, which anchors nothing."""
     divergences = []
     for weight in (1e-9, 5.0):  # at 0 the KL is not measured
@@ -271,7 +238,7 @@ def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, kl_in,
 
 
 @pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
-def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, kl_in, estimator):
+def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, trainer, kl_in, estimator):
     ppo = trainer(
         make_palm(), reward=lambda ids, prompt_lengths: torch.zeros(len(ids)), actor_lr=2e-2, kl_div_loss_weight=1.0,
         kl_in=kl_in, kl_estimator=estimator,
@@ -286,7 +253,7 @@ def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, kl_in, esti
 @pytest.mark.parametrize(
     "options", [{"actor_lora": False, "critic_lora": False}, {"critic_lora": False}, {"actor_lora": False}]
 )
-def test_trains_with_and_without_lora_and_the_reference_stays(make_palm, options):
+def test_trains_with_and_without_lora_and_the_reference_stays(make_palm, trainer, options):
     palm = make_palm()
     before = {name: value.clone() for name, value in palm.state_dict().items()}
     ppo = trainer(palm, max_norm=0.5, **options)
@@ -299,7 +266,7 @@ def test_trains_with_and_without_lora_and_the_reference_stays(make_palm, options
     assert moved == (options.get("actor_lora") is False)
 
 
-def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm):
+def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm, trainer):
     palm = make_palm()
     trainer(palm, actor_lr=1e-2).train(num_episodes=8, update_timesteps=8, max_new_tokens=4)
     learned = [parameter.clone() for parameter in palm.finetune_parameters("actor")]
@@ -309,7 +276,7 @@ def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm):
 
 
 @pytest.mark.parametrize("objective", ["rloo", "grpo", "reinforce"])
-def test_other_objectives_train_without_a_critic(make_palm, objective):
+def test_other_objectives_train_without_a_critic(make_palm, trainer, objective):
     ppo = trainer(make_palm(), objective=objective, epochs=1, actor_lr=1e-2)
     assert ppo.critic_parameters == []
     result = ppo.train(num_episodes=32, update_timesteps=16, max_new_tokens=4)
@@ -317,15 +284,15 @@ def test_other_objectives_train_without_a_critic(make_palm, objective):
     assert math.isfinite(result.metrics[-1]["loss"])
 
 
-def test_a_critic_of_bins_learns_the_returns(make_palm):
+def test_a_critic_of_bins_learns_the_returns(make_palm, trainer):
     ppo = trainer(make_palm(), value_range=(0.0, 1.0), value_bins=11, critic_lr=2e-2, kl_div_loss_weight=0.0)
     result = ppo.train(num_episodes=96, update_timesteps=16, max_new_tokens=4)
     assert result.metrics[-1]["value_loss"] < result.metrics[0]["value_loss"]
 
 
 @pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
-def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm, tmp_path, kind):
-    more = {"group_size": 4} if kind is GRPOTrainer else {"kl_target": 1.0, "actor_dropout": 0.1}
+def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm, trainer, tmp_path, kind):
+    more = {} if kind is GRPOTrainer else {"kl_target": 1.0, "actor_dropout": 0.1}
     schedule = {"num_episodes": 48, "update_timesteps": 16, "max_new_tokens": 5, "eos_token": 3}
     options = {"minibatch_size": 4, "epochs": 2, "actor_lr": 1e-2, "checkpoint_every": 3, "keep_checkpoints": None}
 
@@ -354,7 +321,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm,
         assert torch.equal(value, resumed.actor_critic.state_dict()[name]), name
     dropped = ("tokens_per_second", "rollout_seconds")
     rows = [
-        [{k: v for k, v in row.items() if k not in dropped} for row in read(tmp_path / name / "metrics.jsonl")]
+        [{k: v for k, v in row.items() if k not in dropped} for row in read_metrics(tmp_path / name / "metrics.jsonl")]
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1]
@@ -364,15 +331,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(make_palm,
     assert samples[0].count("\n") == 3
 
 
-def read(path):
-    from lm_core.training.metrics import read_metrics
-
-    return read_metrics(path)
-
-
-def test_a_checkpoint_opens_as_a_palm_and_answers_as_the_actor(make_palm, tmp_path):
-    from lm_core.checkpoints.checkpoint import latest_checkpoint
-
+def test_a_checkpoint_opens_as_a_palm_and_answers_as_the_actor(make_palm, trainer, tmp_path):
     ppo = trainer(make_palm(), checkpoint_dir=tmp_path, actor_lr=1e-2)
     ppo.train(num_episodes=16, update_timesteps=8, max_new_tokens=4)
     palm = PaLM.from_pretrained(latest_checkpoint(tmp_path / "checkpoints"))
@@ -382,7 +341,7 @@ def test_a_checkpoint_opens_as_a_palm_and_answers_as_the_actor(make_palm, tmp_pa
     assert (tmp_path / "samples.jsonl").is_file()
 
 
-def test_responses_made_elsewhere_are_learned_from(make_palm):
+def test_responses_made_elsewhere_are_learned_from(make_palm, trainer):
     ppo = trainer(make_palm(), reward=None, prompt_token_ids=None, actor_lr=1e-2)
     prompts = load_prompts([torch.tensor([1, 2]), torch.tensor([3, 4, 5])])
     rollout = rollout_of(prompts, [torch.tensor([6, 7]), torch.tensor([8, 9, 1])])
@@ -394,12 +353,11 @@ def test_responses_made_elsewhere_are_learned_from(make_palm):
 
 
 @pytest.mark.parametrize("kind", [RLHFTrainer, GRPOTrainer])
-def test_the_originals_names_mean_what_the_common_ones_do(make_palm, kind):
-    more = {"group_size": 4} if kind is GRPOTrainer else {}
+def test_the_originals_names_mean_what_the_common_ones_do(make_palm, trainer, kind):
     outcomes = []
     # gradients below AdamW's epsilon, or their scale would not matter
     for names in ({"max_grad_norm": 1e-7, "pad_id": 7}, {"max_norm": 1e-7, "pad_value": 7}, {}):
-        ppo = trainer(make_palm(), kind, reward=mean_id, actor_lr=1e-2, **names, **more)
+        ppo = trainer(make_palm(), kind, reward=mean_id, actor_lr=1e-2, **names)
         assert ppo.config.pad_id == (7 if names else 0)
         end = {"eos_token": 3} if "max_norm" in names else {"eos_id": 3}
         result = ppo.train(num_episodes=16, update_timesteps=16, max_new_tokens=4, **end)
@@ -409,7 +367,7 @@ def test_the_originals_names_mean_what_the_common_ones_do(make_palm, kind):
     assert not torch.equal(outcomes[0], outcomes[2])
 
 
-def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm):
+def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm, trainer):
     ppo = trainer(make_palm())
     ids = ppo.generate(12, torch.tensor([1, 2, 3]), num_samples=16)
     assert ids.ndim == 1
@@ -423,12 +381,10 @@ def test_best_of_n_takes_the_response_with_the_highest_reward(make_palm):
     assert (best == 5).float().mean().item() == pytest.approx(scores[0].max().item())
 
 
-def test_a_missing_end_costs_its_penalty(make_palm):
-    policy = ActorCritic(make_palm())
-    prompts = load_prompts(mixed_prompts())
+def test_a_missing_end_costs_its_penalty(make_palm, trainer):
     ppo = trainer(make_palm())
-    rollout = draw_rollout(policy, prompts, ppo.sampling(max_new_tokens=5, eos_token=3))
-    experience = score_rollout(policy, rollout, torch.ones(8), batch_size=8)
+    rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=5, eos_token=3), seed=1)
+    experience = score_rollout(ppo.actor_critic, rollout, torch.ones(8), batch_size=8)
     rewards = token_rewards(experience, None, kl_weight=0.0, missing_eos_penalty=0.25)
     objective = PPO(gae_lambda=1.0, whiten_advantages=False)
     _, returns = objective.advantages(replace(experience, token_rewards=rewards))

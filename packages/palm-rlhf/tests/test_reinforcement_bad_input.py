@@ -72,6 +72,7 @@ CONSTRUCTION = [
     ({"value_range": (1.0, 0.0)}, ValueError, "value_range must be"),
     ({"device": "tpu"}, ValueError, "device must be"),
     ({"seed": -1}, ValueError, "seed must be"),
+    ({"precision": "fp8"}, TypeError, "precision"),
     ({"epsclip": 0.1}, TypeError, "'epsclip' is no option of PPO, RLConfig or ActorCritic; did you mean eps_clip"),
     ({"objective": "grpo", "value_clip": 0.1}, TypeError, "'value_clip' is no option of GRPO"),
     ({"objective": "pppo"}, ValueError, "objective must be one of ppo, grpo, rloo, reinforce, got 'pppo'"),

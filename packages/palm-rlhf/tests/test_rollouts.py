@@ -5,44 +5,42 @@ from functools import partial
 import pytest
 import torch
 
-from lm_core.generation.sampling import top_k, top_p
 from lm_core.tokenizers import ByteTokenizer
+from palm_rlhf import PaLM
 from palm_rlhf.data.prompts import load_prompts
+from palm_rlhf.reward.model import RewardModel
 from palm_rlhf.rl.experience import score_rollout
 from palm_rlhf.rl.log_probs import pack_kept, unpack_kept
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
-
-def mixed_prompts(vocab=13):
-    generator = torch.Generator().manual_seed(3)
-    return load_prompts([torch.randint(vocab, (n,), generator=generator) for n in (2, 7, 4, 3, 6, 2)])
-
-
-def trained(policy, scale=0.3):
-    """The policy with every trained weight far from its beginning."""
-    torch.manual_seed(9)
-    with torch.no_grad():
-        for parameter in [*policy.actor_parameters(), *policy.critic_parameters()]:
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return policy
+# Uses of transformers that will go, and what peft says of GPT-2's layers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
+]
 
 
-FILTERS = {"none": (), "top-k": (partial(top_k, k=4),), "top-p": (partial(top_p, p=0.6),)}
+@pytest.fixture
+def prompts(prompt_ids):
+    return load_prompts(prompt_ids)
 
 
-@pytest.mark.parametrize("filters", list(FILTERS))
+@pytest.fixture(params=["palm", "llama", "gpt2"])
+def make_base(request, make_palm, make_hugging_face):
+    """Makes a model of one family, each time with the same weights."""
+    return make_palm if request.param == "palm" else partial(make_hugging_face, request.param)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float64), (0.7, torch.float64), (0.7, torch.float32)])
-def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperature, dtype):
-    palm = make_palm(num_tokens=13).to(dtype)
-    policy = trained(ActorCritic(palm, actor_lora=lora, critic_lora=lora), 0.3 if lora else 0.01)
-    with torch.no_grad():  # logits of up to 13 to logits of order one: rounding a row in another batch goes with them
-        palm.token_emb.weight.mul_(0.2)
-    settings = SamplingSettings(
-        max_new_tokens=6, temperature=temperature, filters=FILTERS[filters], eos_id=5, min_new_tokens=2
-    )
-    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
+def test_ratio_is_one_before_the_first_update(make_base, moved, prompts, filters, lora, temperature, dtype):
+    base = make_base().to(dtype)
+    policy = moved(ActorCritic(base, actor_lora=lora, critic_lora=lora).to(dtype).eval(), 0.3 if lora else 0.01)
+    if isinstance(base, PaLM):  # logits of up to 13 to logits of order one: rounding a row in another batch goes along
+        base.token_emb.weight.data.mul_(0.2)
+    settings = SamplingSettings(max_new_tokens=6, temperature=temperature, filters=filters, eos_id=5, min_new_tokens=2)
+    rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(0))
     # old ones a few rows at a time, new ones all together: the training forward has other batches than the rollout's
     old = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=2)
     new = policy(rollout.ids, rollout.mask, rollout.response_mask, temperature=temperature, kept=rollout.kept)
@@ -51,46 +49,49 @@ def test_ratio_is_one_before_the_first_update(make_palm, filters, lora, temperat
     assert (ratio - 1).abs().max() < (1e-10 if dtype == torch.float64 else 1e-6)
 
 
-@pytest.mark.parametrize("filters", list(FILTERS))
-def test_log_probs_are_of_the_distribution_that_was_sampled(make_palm, filters):
-    """Against one prompt at a time, without cache, padding or chunks."""
-    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
-    settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=FILTERS[filters])
-    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(1))
+def test_log_probs_are_of_the_distribution_that_was_sampled(make_base, moved, prompts, filters):
+    """Against one prompt at a time, without cache, padding or chunks; the reference against a model of its own."""
+    untrained, policy = make_base().double(), moved(ActorCritic(make_base().double(), with_critic=False).double())
+    settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=filters)
+    rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(1))
     scores = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
     for row in range(len(rollout)):
         start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
         ids = rollout.ids[row, :end]
         with torch.no_grad():
-            logits = policy.palm(ids[None], finetune_scope="actor")[0] / 0.7
-            plain = policy.palm(ids[None])[0] / 0.7
+            if isinstance(untrained, PaLM):
+                logits, plain = policy.palm(ids[None], finetune_scope="actor")[0] / 0.7, untrained(ids[None])[0] / 0.7
+            else:
+                with policy.as_role("actor") as (network, arguments):
+                    logits = network(ids[None], **arguments)[0] / 0.7
+                plain = untrained(ids[None]).logits[0] / 0.7
         for position in range(start, end):
             step = logits[position - 1]
             filtered = step[None]
             for function in settings.filters:
                 filtered = function(filtered)
-            token = ids[position]
-            at = (row, position - 1)
-            assert scores.log_probs[at].item() == pytest.approx(filtered[0].log_softmax(-1)[token].item(), abs=1e-10)
-            assert scores.unfiltered[at].item() == pytest.approx(step.log_softmax(-1)[token].item(), abs=1e-10)
-            wanted = plain[position - 1].log_softmax(-1)[token].item()
-            assert scores.reference[at].item() == pytest.approx(wanted, abs=1e-10)
+            wanted = {"log_probs": filtered[0], "unfiltered": step, "reference": plain[position - 1]}
+            for name, row_logits in wanted.items():
+                exact = row_logits.log_softmax(-1)[ids[position]].item()
+                assert getattr(scores, name)[row, position - 1].item() == pytest.approx(exact, abs=1e-10)
 
 
-def test_a_stored_kept_set_survives_an_update_that_would_change_it(make_palm):
-    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
-    settings = SamplingSettings(max_new_tokens=6, filters=FILTERS["top-p"])
-    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
-    trained(policy, 1.0)
+@pytest.mark.parametrize("filters", ["top-p"], indirect=True)
+def test_a_stored_kept_set_survives_an_update_that_would_change_it(make_palm, moved, prompts, filters):
+    policy = moved(ActorCritic(make_palm().double(), with_critic=False))
+    settings = SamplingSettings(max_new_tokens=6, filters=filters)
+    rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(0))
+    moved(policy, 1.0)
     scores = policy.score(rollout.ids, rollout.mask, rollout.response_mask, kept=rollout.kept)
     assert bool(torch.isfinite(scores.log_probs).all())
     assert bool((scores.log_probs[rollout.response_mask] < 0).any())
 
 
-def test_gradients_through_kept_sets_equal_those_of_masked_logits(make_palm):
-    policy = trained(ActorCritic(make_palm(num_tokens=13).double(), with_critic=False))
-    settings = SamplingSettings(max_new_tokens=5, filters=FILTERS["top-k"])
-    rollout = draw_rollout(policy, mixed_prompts(), settings, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("filters", ["top-k"], indirect=True)
+def test_gradients_through_kept_sets_equal_those_of_masked_logits(make_palm, moved, prompts, filters):
+    policy = moved(ActorCritic(make_palm().double(), with_critic=False))
+    settings = SamplingSettings(max_new_tokens=5, filters=filters)
+    rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(0))
     parameters = policy.actor_parameters()
     mask = rollout.response_mask
     scores = policy.score(rollout.ids, rollout.mask, mask, kept=rollout.kept)
@@ -110,18 +111,18 @@ def test_packed_sets_are_an_eighth_of_a_byte_a_token_and_come_back():
     assert torch.equal(unpack_kept(packed, 13), kept)
 
 
-def test_nothing_of_vocabulary_size_is_kept_of_a_rollout(make_palm):
+def test_nothing_of_vocabulary_size_is_kept_of_a_rollout(make_palm, prompts):
     policy = ActorCritic(make_palm(num_tokens=1000), with_critic=True)
-    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=5))
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=5))
     experience = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=6)
     for value in experience.tensors().values():
         assert value.numel() <= len(rollout) * rollout.ids.shape[1]
 
 
-def test_response_masks_have_the_end_token_and_nothing_after_it(make_palm):
-    policy = trained(ActorCritic(make_palm(num_tokens=7), with_critic=False), 1.0)
+def test_response_masks_have_the_end_token_and_nothing_after_it(make_palm, moved, prompts):
+    policy = moved(ActorCritic(make_palm(), with_critic=False), 1.0)
     settings = SamplingSettings(max_new_tokens=12, eos_id=3)
-    rollout = draw_rollout(policy, mixed_prompts(7), settings, generator=torch.Generator().manual_seed(0))
+    rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(0))
     ended = 0
     for row in range(len(rollout)):
         start, end = int(rollout.prompt_lengths[row]), int(rollout.lengths[row])
@@ -133,29 +134,24 @@ def test_response_masks_have_the_end_token_and_nothing_after_it(make_palm):
     assert ended > 0
 
 
-def test_total_length_limits_each_row(make_palm):
+def test_total_length_limits_each_row(make_palm, prompts):
     policy = ActorCritic(make_palm(), with_critic=False)
-    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=99, max_seq_len=9))
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=99, max_seq_len=9))
     assert rollout.lengths.tolist() == [9] * 6
 
 
 def test_stop_strings_end_a_response_with_the_token_that_completes_them(make_palm):
-    tokenizer = ByteTokenizer()
-    policy = ActorCritic(make_palm(num_tokens=259), with_critic=False)
-
-    class Vowels:
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
-
+    class Letters(ByteTokenizer):
         def decode(self, ids):
             return "".join("ab"[int(i) % 2] for i in ids)
 
+    tokenizer = Letters()
+    policy = ActorCritic(make_palm(num_tokens=259), with_critic=False)
     prompts = load_prompts(["xy", "z"], tokenizer=tokenizer)
     settings = SamplingSettings(max_new_tokens=20, stop_strings=("ab",), eos_id=257, temperature=9.0)
-    rollout = draw_rollout(policy, prompts, settings, tokenizer=Vowels(), generator=torch.Generator().manual_seed(0))
+    rollout = draw_rollout(policy, prompts, settings, tokenizer=tokenizer, generator=torch.Generator().manual_seed(0))
     for row in range(2):
-        ids = rollout.ids[row, int(rollout.prompt_lengths[row]) : int(rollout.lengths[row])].tolist()
-        text = Vowels().decode(ids)
+        text = tokenizer.decode(rollout.ids[row, int(rollout.prompt_lengths[row]) : int(rollout.lengths[row])].tolist())
         assert text.endswith("ab")
         assert "ab" not in text[:-1]
     assert rollout.finished.tolist() == [True, True]
@@ -173,8 +169,8 @@ def test_a_real_token_zero_is_no_padding(make_palm):
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_values_see_only_the_past(make_palm, pooled):
-    policy = trained(ActorCritic(make_palm(), pooled_values=pooled))
+def test_values_see_only_the_past(make_palm, pooled, moved):
+    policy = moved(ActorCritic(make_palm(), pooled_values=pooled))
     prompts = load_prompts([torch.tensor([1, 2, 3]), torch.tensor([4, 5])])
     first = rollout_of(prompts, [torch.tensor([6, 7, 8]), torch.tensor([9, 1, 2, 3])])
     second = rollout_of(prompts, [torch.tensor([6, 2, 5]), torch.tensor([9, 1, 7, 4])])
@@ -184,43 +180,32 @@ def test_values_see_only_the_past(make_palm, pooled):
     assert pooled == torch.allclose(a[0, 4], b[0, 4])
 
 
-def test_one_base_serves_actor_critic_reference_and_reward(make_palm):
-    from palm_rlhf.reward.model import RewardModel
-
+def test_one_base_serves_actor_critic_reference_and_reward_and_takes_no_gradient(make_palm, moved, prompts):
     palm = make_palm()
+    policy, reward = moved(ActorCritic(palm)), RewardModel(palm)
+    scopes = [*policy.actor_parameters(), *policy.critic_parameters()]
     base = {id(p) for p in palm.palm_parameters()}
-    policy, reward = ActorCritic(palm), RewardModel(palm)
-    trained_ids = {id(p) for p in [*policy.actor_parameters(), *policy.critic_parameters()]}
-    trained_ids |= {id(p) for p in reward.trainable_parameters()}
-    everything = {id(p) for module in (policy, reward) for p in module.parameters()}
-    assert everything == base | trained_ids
+    trained_ids = {id(p) for p in [*scopes, *reward.trainable_parameters()]}
+    assert {id(p) for module in (policy, reward) for p in module.parameters()} == base | trained_ids
     assert not base & trained_ids
-
-
-def test_the_base_takes_no_gradient_while_scopes_train(make_palm):
-    palm = make_palm()
-    policy = trained(ActorCritic(palm))
-    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=4))
-    judgement = policy(rollout.ids, rollout.mask, rollout.response_mask)
-    (judgement.log_probs.sum() + judgement.values.sum()).backward()
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=4))
+    output = policy(rollout.ids, rollout.mask, rollout.response_mask)
+    (output.log_probs.sum() + output.values.sum()).backward()
     assert all(parameter.grad is None for parameter in palm.palm_parameters())
-    assert all(parameter.grad is not None for parameter in [*policy.actor_parameters(), *policy.critic_parameters()])
+    assert all(parameter.grad is not None for parameter in scopes)
 
 
-def test_values_of_a_row_are_its_own_whatever_else_is_in_the_batch(make_palm):
+def test_values_of_a_row_are_its_own_whatever_else_is_in_the_batch(make_palm, moved, prompts):
     """The original shifted values along the batch: each row was trained on its neighbour's."""
-    policy = trained(ActorCritic(make_palm().double()))
-    policy.double()
-    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=5))
+    policy = moved(ActorCritic(make_palm().double()).double())
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=5))
     together = policy(rollout.ids, rollout.mask, rollout.response_mask).values
     for row in range(len(rollout)):
         ids, length = rollout.ids[row : row + 1], int(rollout.lengths[row])
-        mask = torch.ones(1, length, dtype=torch.bool)
         with policy.as_role("critic") as (network, arguments):
             features = network.hidden(ids[:, :length], **arguments)
         alone = (features @ policy.value_head.weight.t() + policy.value_head.bias)[0, :-1, 0]
         place = rollout.response_mask[row, : length - 1]
-        assert mask.all()
         torch.testing.assert_close(together[row, : length - 1][place], alone[place], rtol=1e-9, atol=1e-12)
 
 
@@ -237,8 +222,8 @@ def test_log_probs_of_hardly_possible_tokens_are_exact(make_palm):
     torch.testing.assert_close(scores, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_a_critic_of_another_width_is_its_own_network(make_palm):
+def test_a_critic_of_another_width_is_its_own_network(make_palm, prompts):
     policy = ActorCritic(make_palm(), make_palm(dim=24))
-    rollout = draw_rollout(policy, mixed_prompts(), SamplingSettings(max_new_tokens=3))
+    rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=3))
     assert policy.value_head.weight.shape == (1, 24)
     assert policy(rollout.ids, rollout.mask, rollout.response_mask).values.shape == rollout.response_mask.shape

@@ -1,4 +1,4 @@
-"""Two gloo processes train PaLM to the weights of one process with the same global batch, with DDP and with FSDP.
+"""Two gloo processes make the updates of one: of PaLM with DDP and FSDP, of policies and of reward models.
 
 Processes are started by torchrun, which ``accelerate launch --cpu`` does not replace: that runs one process in silence.
 Every worker asserts the number of processes it is one of.
@@ -36,6 +36,9 @@ from lm_core.data.documents import tokenise
 from palm_rlhf import PaLM
 from palm_rlhf.pretrain.trainer import PretrainTrainer
 from palm_rlhf.pretrain.config import TrainingSettings
+from palm_rlhf.reward.model import RewardModel
+from palm_rlhf.reward.trainer import RewardModelTrainer
+from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 SHARDS = TorchVersion(torch.__version__) >= "2.7"
@@ -94,6 +97,33 @@ if processes > 1:
         assert (result.outcome, result.step) == ("interrupted", 2), result
         result = trainer(name, torch.float64, fsdp).train()
         assert (result.outcome, result.first_step, result.step) == ("finished", 2, 5), result
+
+# Policies and a reward model.
+def reward(ids, prompt_lengths, lengths):
+    position = torch.arange(ids.shape[1])
+    response = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
+    return ((ids == 5) & response).sum(1) / response.sum(1)
+
+def palm():
+    torch.manual_seed(0)
+    return PaLM(dim=16, num_tokens=13, depth=2, dim_head=8, heads=2).double()
+
+generator = torch.Generator().manual_seed(0)
+prompts = [torch.randint(13, (n,), generator=generator) for n in (4, 9, 2, 5)]
+saved = outcome["policies"] = {}
+for kind in (RLHFTrainer, GRPOTrainer):
+    more = {"group_size": 4} if kind is GRPOTrainer else {}
+    learner = kind(palm=palm(), prompt_token_ids=prompts, reward=reward, actor_lr=1e-2, epochs=2,
+                   minibatch_size=5, device="cpu", **more)
+    learner.actor_critic.double()
+    result = learner.train(num_episodes=48, update_timesteps=16, max_batch_size=8, max_new_tokens=6, eos_token=3)
+    saved[kind.__name__] = torch.cat([p.detach().flatten() for p in learner.actor_parameters])
+    saved[kind.__name__ + " reward"] = torch.tensor([row["reward"] for row in result.metrics])
+    saved[kind.__name__ + " ratio"] = torch.tensor([row["ratio_max"] for row in result.metrics])
+pairs = [{"prompt": [k % 13], "chosen": [2, 4, k % 6], "rejected": [1, 3]} for k in range(20)]
+model = RewardModel(palm(), dropout=0.0).double()
+RewardModelTrainer(reward_model=model, pairs=pairs, max_steps=5, batch_size=5, device="cpu").train()
+saved["reward model"] = torch.cat([p.detach().flatten() for p in model.trainable_parameters()])
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save(outcome, folder / "outcome.pt")
 """
@@ -147,7 +177,15 @@ def test_two_processes_stopped_and_resumed_end_as_the_uninterrupted_bit_for_bit(
     assert all(torch.equal(weight, uninterrupted[name]) for name, weight in resumed.items())
 
 
-@pytest.mark.plain
+def test_two_processes_make_the_updates_of_one(outcomes):
+    """Of policies and of reward models."""
+    one, two = (outcomes[processes][1]["policies"] for processes in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n')
     sizes = ["--dim=16", "--depth=2", "--dim_head=8", "--heads=2", "--sequence_length=20", "--max_steps=9"]

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
@@ -180,9 +181,8 @@ def test_train_without_matplotlib_says_how_to_get_the_curves(text, tmp_path, mon
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step-4"])
 def test_generate_opens_a_run_its_checkpoints_or_one_of_them(run, where, capsys):
-    assert (
-        main(["generate", str(run / where), "document", "--max_new_tokens=8", "--temperature=0", "--device=cpu"]) == 0
-    )
+    flags = ["--max_new_tokens=8", "--temperature=0", "--device=cpu"]
+    assert main(["generate", str(run / where), "document", *flags]) == 0
     printed = capsys.readouterr().out
 
     palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
@@ -232,30 +232,17 @@ def test_eval_scores_the_held_out_part_of_the_library_by_default(run, capsys):
     assert capsys.readouterr().out.startswith(f"{expected.bits_per_byte:.4f} bits/byte")
 
 
-def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
-    palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
-    # the original's layout: norm, fused projection and the two outputs of each block under numbered names
-    original = tmp_path / "old.pt"
-    state = {"token_emb.weight": palm.token_emb.weight, "norm.gamma": palm.norm.gamma}
-    for number, block in enumerate(palm.blocks()):
-        attention, feedforward = block.proj_out.weight.split((block.attn_dim, block.ff_dim), dim=1)
-        state |= {
-            f"layers.{number}.fn.norm.gamma": block.norm.gamma,
-            f"layers.{number}.fn.fused_attn_ff_proj.weight": block.proj_in.weight,
-            f"layers.{number}.fn.attn_out.weight": attention,
-            f"layers.{number}.fn.ff_out.2.weight": feedforward,
-            # the original's scores had the scale dim_head ** -0.5 whatever its qk_scale
-            f"layers.{number}.fn.q_scale": block.q_scale * (8 / 8**-0.5),
-            f"layers.{number}.fn.k_scale": block.k_scale,
-            f"layers.{number}.fn.rotary_emb.inv_freq": 10000 ** -(torch.arange(0, 8, 2) / 8),
-            f"layers.{number}.fn.rotary_emb.scale": (torch.arange(0, 8, 2) + 0.4 * 8) / (1.4 * 8),
-        }
-    torch.save({name: tensor.detach().clone() for name, tensor in state.items()}, original)
+@torch.no_grad()
+def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
+    state, values = golden["causal"]
+    # rows for the byte tokenizer's ids, which the original's model of 20 tokens lacks
+    wide = {name: F.pad(weight, (0, 0, 0, 239)) for name, weight in state.items() if weight.shape == (20, 12)}
+    torch.save(state | wide, tmp_path / "old.pt")
 
-    assert main(["convert", str(original), str(tmp_path / "new"), "--norm_gain=plain", "--tokenizer=bytes"]) == 0
+    assert main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "new"), "--tokenizer=bytes"]) == 0
     assert f"wrote {tmp_path / 'new'}" in capsys.readouterr().out
-    ids = torch.randint(0, 256, (1, 12))
-    assert torch.allclose(PaLM.from_pretrained(tmp_path / "new")(ids), palm(ids), atol=1e-5)
+    logits = PaLM.from_pretrained(tmp_path / "new").eval()(values["ids"])[..., :20]
+    torch.testing.assert_close(logits, values["logits"], atol=1e-4, rtol=0)
     assert main(["generate", str(tmp_path / "new"), "document", "--max_new_tokens=3", "--device=cpu"]) == 0
 
 
@@ -267,8 +254,6 @@ def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
     ("words", "message"),
     [
         (["train", "--max_steps=0"], "max_steps must be at least 1, got 0"),
-        (["train", "--sequence_length=0"], "sequence_length must be at least 1, got 0"),
-        (["train", "--batch_size=-2"], "batch_size must be at least 1, got -2"),
         (["train", "--corpus=nowhere.txt"], "corpus path does not exist: nowhere.txt"),
         (["train", "--corpus=EMPTY"], "is empty: it holds no document with any text"),
         (["train", "--corpus=FOLDER"], "holds no file ending in"),
@@ -276,7 +261,6 @@ def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
         (["train", "--corpus=TEXT", "--tokenizer=nowhere"], "source must be"),
         (["train", "--corpus=TEXT", "--validation_fraction=1.5"], "validation_fraction must be between 0 and 1"),
         (["train", "--corpus=TEXT", "--dim_head=7"], "dim_head must be"),
-        (["train", "--corpus=TEXT", "--heads=3", "--kv_heads=2"], "kv_heads must divide heads = 3, got 2"),
         (["train", "--corpus=TEXT", "--attn_dropout=1.0"], "attn_dropout must be in [0, 1), got 1.0"),
         (["train", "--corpus=TEXT", "--device=abacus"], "device must be auto, cpu, cuda"),
         (["train", "--corpus=TEXT", "--fsdp"], "fsdp=True needs several processes"),
@@ -287,8 +271,6 @@ def test_convert_writes_a_folder_that_generate_opens(run, tmp_path, capsys):
         (["generate", "nowhere", "x"], "checkpoint must be a folder with a model or the folder of a run, got nowhere"),
         (["generate", "RUN", ""], "prompt must hold at least one token, got ''"),
         (["generate", "RUN", "x", "--max_new_tokens=0"], "max_new_tokens must be"),
-        (["generate", "RUN", "x", "--temperature=-1"], "temperature must be"),
-        (["generate", "RUN", "x", "--top_p=1.5"], "p must be a number in [0, 1], got 1.5"),
         (["generate", "RUN", "x", "--num_samples=0"], "num_samples must be at least 1, got 0"),
         (["eval", "RUN", "--corpus=nowhere"], "corpus path does not exist: nowhere"),
         (["eval", "RUN", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
@@ -302,20 +284,11 @@ def test_bad_input_is_answered_by_name_with_status_1(words, message, run, text, 
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "file").write_text("no tensors")
-    places = {
-        "EMPTY": str(tmp_path / "empty.txt"),
-        "FOLDER": str(tmp_path / "folder"),
-        "FILE": str(tmp_path / "file"),
-        "TEXT": str(text),
-        "RUN": str(run),
-    }
-    for name, place in places.items():
-        words = [word.replace(name, place) for word in words]
-    given = [
-        *words[:1],
-        *(TINY if words[0] == "train" else ["--device=cpu"] if words[0] != "convert" else []),
-        *words[1:],
-    ]
+    places = {"EMPTY": tmp_path / "empty.txt", "FOLDER": tmp_path / "folder", "FILE": tmp_path / "file"}
+    for name, place in {**places, "TEXT": text, "RUN": run}.items():
+        words = [word.replace(name, str(place)) for word in words]
+    common = {"train": TINY, "convert": []}.get(words[0], ["--device=cpu"])
+    given = [*words[:1], *common, *words[1:]]
 
     assert main(given) == 1
     assert message in capsys.readouterr().err

@@ -126,14 +126,6 @@ def test_wrong_rewards_stop_training_before_an_update(make_palm, reward, message
     assert trainer.updates == 0
 
 
-def test_a_penalty_for_missing_ends_needs_an_end(make_palm):
-    trainer = RLHFTrainer(
-        palm=make_palm(), prompt_token_ids=PROMPTS, reward=zeros, device="cpu", missing_eos_penalty=1.0
-    )
-    with pytest.raises(ValueError, match="missing_eos_penalty needs an end"):
-        trainer.train(num_episodes=4, max_new_tokens=4)
-
-
 def rlhf(palm, **changes):
     return RLHFTrainer(palm=palm, prompt_token_ids=PROMPTS, reward=zeros, device="cpu", **changes)
 

@@ -1,12 +1,11 @@
 """Rewards of every form, reward models, prompts of every form."""
 
-import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lm_core.data.epochs import EpochOrder
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.reward.model import RewardModel
@@ -15,13 +14,12 @@ from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
 
+@pytest.fixture
 def example():
-    prompts = load_prompts(
-        [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}], tokenizer=ByteTokenizer()
-    )
-    from dataclasses import replace
-
-    return replace(rollout_of(prompts, [torch.tensor([52]), torch.tensor([51, 50])]), texts=["4", "32"])
+    """Two sums, the first of them answered rightly."""
+    sums = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}]
+    rollout = rollout_of(load_prompts(sums, tokenizer=ByteTokenizer()), [torch.tensor([52]), torch.tensor([51, 50])])
+    return replace(rollout, texts=["4", "32"])
 
 
 def exact(prompts, completions, answer):
@@ -32,21 +30,26 @@ def sometimes(prompts, completions, **columns):
     return [None if "2" in prompt else 1.0 for prompt in prompts]
 
 
-def test_text_callables_get_prompts_completions_and_columns():
-    assert as_reward(exact)(example()).tolist() == [1.0, 0.0]
+def text_lengths(prompts, completions):
+    return [float(len(text)) for text in completions]
 
 
-def test_token_callables_get_padded_ids_and_prompt_lengths():
-    def length(sequences, prompt_lengths):
-        assert sequences.shape == (2, 6)
-        return prompt_lengths * 1.5
-
-    assert as_reward(length)(example()).tolist() == [6.0, 6.0]
+def lengths_by_half(sequences, prompt_lengths):
+    assert sequences.shape == (2, 6)
+    return prompt_lengths * 1.5
 
 
-def test_weighted_rewards_add_up_and_leave_none_out():
-    assert as_reward([(2.0, exact), (0.5, sometimes)])(example()).tolist() == [2.0, 0.5]
-    assert math.isnan(as_reward(sometimes)(example())[0].item())
+@pytest.mark.parametrize(
+    ("reward", "scores"),
+    [
+        (exact, [1.0, 0.0]),  # of texts, with their columns
+        (lengths_by_half, [6.0, 6.0]),  # of padded ids
+        (sometimes, [math.nan, 1.0]),
+        ([(2.0, exact), (0.5, sometimes)], [2.0, 0.5]),
+    ],
+)
+def test_callables_of_texts_or_of_ids_and_weighted_lists_score_responses(example, reward, scores):
+    assert as_reward(reward)(example).tolist() == pytest.approx(scores, nan_ok=True)
 
 
 def test_module_and_function_name_a_reward():
@@ -119,7 +122,7 @@ def test_a_saved_reward_model_comes_back_with_its_scopes(make_palm, tmp_path):
     torch.testing.assert_close(again(ids), reward(ids))
 
 
-def test_a_hugging_face_classifier_scores_with_its_own_tokenizer(make_palm):
+def test_a_hugging_face_classifier_scores_with_its_own_tokenizer(example):
     transformers = pytest.importorskip("transformers")
 
     class Words:
@@ -139,7 +142,7 @@ def test_a_hugging_face_classifier_scores_with_its_own_tokenizer(make_palm):
     )
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).eval()
-    scores = ClassifierReward(model, Words())(example())
+    scores = ClassifierReward(model, Words())(example)
     alone = torch.cat([model(**Words()([text], True, True, "pt")).logits[:, 0] for text in ("2+2=4", "1+1=32")])
     torch.testing.assert_close(scores, alone.detach(), rtol=1e-5, atol=1e-6)
 
@@ -160,24 +163,20 @@ def test_wrong_rewards_are_named(values, message):
 
 
 def test_prompts_of_every_form_have_the_same_ids(tmp_path):
-    tokenizer = ByteTokenizer()
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        json.dumps({"prompt": "ab", "answer": 1}) + "\n\n" + json.dumps({"prompt": "c", "answer": 2}) + "\n"
-    )
-    forms = [
-        ["ab", "c"],
-        [torch.tensor([97, 98]), torch.tensor([99])],
-        [[97, 98], [99]],
-        [{"prompt": "ab"}, {"text": "c"}],
-        path,
-        str(path),
-    ]
-    for form in forms:
-        prompts = load_prompts(form, tokenizer=tokenizer)
-        assert [prompt.ids.tolist() for prompt in prompts] == [[97, 98], [99]]
+    rows, lines = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
+    rows.write_text('{"prompt": "ab", "answer": 1}\n\n{"prompt": "c", "answer": 2}\n')
+    lines.write_text("ab\n\nc\n")
+    ids = [[97, 98], [99]]
+    for form in (
+        ["ab", "c"], [torch.tensor(row) for row in ids], ids, [{"prompt": "ab"}, {"text": "c"}], rows, str(rows), lines,
+    ):  # fmt: skip
+        prompts = load_prompts(form, tokenizer=ByteTokenizer())
+        assert [prompt.ids.tolist() for prompt in prompts] == ids
         assert [prompt.text for prompt in prompts] == ["ab", "c"]
-    assert load_prompts(path, tokenizer=tokenizer)[1].columns == {"answer": 2}
+    assert load_prompts(rows, tokenizer=ByteTokenizer())[1].columns == {"answer": 2}
+    # a tokenizer of the original is a function of texts
+    called = load_prompts(["ab", "c"], tokenizer=lambda texts: [list(text.encode()) for text in texts])
+    assert [prompt.ids.tolist() for prompt in called] == ids
 
 
 def test_chats_go_through_the_template():
@@ -185,15 +184,6 @@ def test_chats_go_through_the_template():
     tokenizer = ByteTokenizer()
     (prompt,) = load_prompts([chat], tokenizer=tokenizer)
     assert prompt.ids.tolist() == tokenizer.apply_chat_template(chat)
-
-
-def test_each_pass_over_the_prompts_is_a_permutation_of_its_own():
-    order = EpochOrder(5, seed=0)
-    taken = order.take(0, 20)
-    passes = [taken[k : k + 5] for k in range(0, 20, 5)]
-    assert all(sorted(one) == [0, 1, 2, 3, 4] for one in passes)
-    assert len({tuple(one) for one in passes}) > 1
-    assert order.take(7, 9) == taken[7:16]
 
 
 def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
@@ -211,41 +201,34 @@ def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
     assert seen == {"prompts": ["ab"], "answer": ["x"]}
 
 
-def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm):
+@pytest.fixture
+def words():
+    """Makes a Hugging Face tokenizer of two words, with or without an end."""
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.rl.trainer import RLHFTrainer
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[EOS]": 2, "[UNK]": 3}, "[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[EOS]", unk_token="[UNK]")
-    trainer = RLHFTrainer(palm=make_palm(), prompts=["a b", "b"], tokenizer=tokenizer, reward=exact, device="cpu")
-    assert [prompt.ids.tolist() for prompt in trainer.prompts] == [[0, 1], [1]]
-    assert trainer.sampling(max_new_tokens=3).eos_id == 2
+    def make(**special):
+        vocabulary = {"a": 0, "b": 1, "[UNK]": 2, **dict.fromkeys(special.values(), 3)}
+        model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]", **special)
+
+    return make
 
 
-def test_a_tokenizer_without_padding_or_end_trains_and_only_a_penalty_for_missing_ends_is_refused(make_palm):
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    from palm_rlhf.rl.trainer import RLHFTrainer
+def test_a_hugging_face_tokenizer_is_wrapped_and_its_end_token_known(make_palm, trainer, words):
+    ppo = trainer(make_palm(), prompt_token_ids=None, prompts=["a b", "b"], tokenizer=words(eos_token="[EOS]"))
+    assert [prompt.ids.tolist() for prompt in ppo.prompts] == [[0, 1], [1]]
+    assert ppo.sampling(max_new_tokens=3).eos_id == 3
 
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, "[UNK]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
 
-    def trainer(**changes):
-        return RLHFTrainer(
-            palm=make_palm(num_tokens=3), prompts=["a b", "b"], tokenizer=tokenizer, device="cpu",
-            reward=lambda prompts, completions: [float(len(text)) for text in completions], **changes,
-        )  # fmt: skip
+def test_a_tokenizer_without_padding_or_end_trains_and_only_a_penalty_for_missing_ends_is_refused(
+    make_palm, trainer, words
+):
+    def run(**changes):
+        texts = {"prompt_token_ids": None, "prompts": ["a b", "b"], "tokenizer": words()}
+        return trainer(make_palm(num_tokens=3), reward=text_lengths, **texts, **changes)
 
-    assert trainer().sampling(max_new_tokens=3).eos_id is None
-    assert trainer().train(num_episodes=4, max_new_tokens=3).metrics[0]["response_length"] == 3
+    assert run().sampling(max_new_tokens=3).eos_id is None
+    assert run().train(num_episodes=4, max_new_tokens=3).metrics[0]["response_length"] == 3
     with pytest.raises(ValueError, match="missing_eos_penalty needs an end: give eos_id"):
-        trainer(missing_eos_penalty=1.0).train(num_episodes=4, max_new_tokens=3)
-
-
-def test_prompts_come_from_plain_files_and_from_functions_of_texts_as_in_the_original(tmp_path):
-    (tmp_path / "prompts.txt").write_text("ab\n\nc\n")
-    read = load_prompts(tmp_path / "prompts.txt", tokenizer=ByteTokenizer())
-    assert [prompt.ids.tolist() for prompt in read] == [[97, 98], [99]]
-    called = load_prompts(["ab", "c"], tokenizer=lambda texts: [list(text.encode()) for text in texts])
-    assert [prompt.ids.tolist() for prompt in called] == [[97, 98], [99]]
+        run(missing_eos_penalty=1.0).train(num_episodes=4, max_new_tokens=3)

@@ -142,30 +142,15 @@ def test_bad_arguments_of_an_export_are_refused(palm, tmp_path):
 
 
 @pytest.fixture
-def cohere_config():
-    from transformers import CohereConfig
+def cohere_model(trained):
+    from transformers import CohereConfig, CohereForCausalLM
 
-    return CohereConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=72,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=10000.0,
-        logit_scale=0.25,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        tie_word_embeddings=True,
-    )
-
-
-@pytest.fixture
-def cohere_model(cohere_config, trained):
-    from transformers import CohereForCausalLM
-
-    return trained(CohereForCausalLM(cohere_config))
+    config = CohereConfig(
+        vocab_size=40, hidden_size=24, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rope_theta=10000.0, logit_scale=0.25, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    return trained(CohereForCausalLM(config))
 
 
 @torch.no_grad()
@@ -202,8 +187,8 @@ def test_export_and_import_give_the_same_weights(trained, tmp_path, through_fold
         ("intermediate_size", 70),
     ],
 )
-def test_what_palm_cannot_express_is_refused_by_name(cohere_config, cohere_model, tmp_path, setting, value):
-    content = cohere_config.to_dict()
+def test_what_palm_cannot_express_is_refused_by_name(cohere_model, tmp_path, setting, value):
+    content = cohere_model.config.to_dict()
     if setting == "rope_theta":
         content["rope_parameters"] = {"rope_theta": value, "rope_type": "default"}
     else:

@@ -63,16 +63,6 @@ def updates_of(folder):
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def wait_for_updates(process, folder, count):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        file = folder / "metrics.jsonl"
-        if file.exists() and file.read_text().count("\n") > count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"the run did not come to update {count}: {process.communicate(timeout=10)}")
-
-
 # ------------------------------------------------------------------------------------------------------------ kills
 
 # Follows the workload that is killed: ``train(path)``, and where updates are logged, the updates that a kill may cost.
@@ -219,7 +209,11 @@ def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(train, text, tmp_
     process = subprocess.Popen(
         [sys.executable, "-m", "palm_rlhf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for_updates(process, folder, 5)
+    deadline, metrics = time.monotonic() + 120, folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") <= 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate(timeout=10)
+        time.sleep(0.01)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
 

@@ -193,7 +193,7 @@ def make_hugging_face():
 
 @pytest.fixture(scope="session")
 def moved():
-    """``moved(policy)``: the policy with every trained weight far from its beginning."""
+    """``moved(policy)``: the policy with every trained weight far from its initial value."""
 
     def move(policy, scale=0.3):
         torch.manual_seed(9)
@@ -309,7 +309,7 @@ def calls_of():
 
 @pytest.fixture(scope="session")
 def run_worker(tmp_path_factory):
-    """``run_worker(script, *arguments)``: what a Python script leaves that torchrun starts in two processes."""
+    """``run_worker(script, *arguments)``: a Python script, completed in two processes of torchrun or in one."""
 
     def run(script, *arguments, processes=2):
         path = tmp_path_factory.mktemp("worker") / "worker.py"

@@ -72,21 +72,13 @@ def test_equal_shapes_are_compiled_once_and_lengths_become_symbolic(use_xpos, ma
     assert counter.frame_count == 2
 
 
-def test_logits_and_features_compile(make_palm):
-    palm = make_palm(depth=1)
+@torch.no_grad()
+@pytest.mark.parametrize(("causal", "named"), [(True, {}), (True, {"return_only_embedding": True}), (False, {})])
+def test_logits_and_features_compile(causal, named, make_palm):
+    palm = make_palm(depth=1, causal=causal)
+    ids = IDS if causal else IDS.masked_fill(~MASK, -1)  # an encoder masks negative ids
     compiled = torch.compile(palm, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(IDS), palm(IDS), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(
-            compiled(IDS, return_only_embedding=True), palm(IDS, return_only_embedding=True), rtol=1e-5, atol=1e-5
-        )
-
-
-def test_a_compiled_encoder_equals_the_eager_one(make_palm):
-    palm = make_palm(depth=1, causal=False)
-    ids = IDS.masked_fill(~MASK, -1)
-    compiled = torch.compile(palm, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(ids)[MASK], palm(ids)[MASK], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled(ids, **named)[MASK], palm(ids, **named)[MASK], rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_model_still_generates(make_palm):

@@ -183,11 +183,9 @@ def test_an_extra_embedding_holds_for_new_tokens_too(shape, seed, use_cache, mak
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_a_finetune_scope_named_with_the_prompt_holds_for_new_tokens_too(use_cache, make_palm):
+def test_a_finetune_scope_named_with_the_prompt_holds_for_new_tokens_too(use_cache, make_palm, trained):
     palm = make_palm(finetune_scopes=("actor",)).double()
-    with torch.no_grad():
-        for parameter in palm.finetune_parameters("actor"):
-            parameter.normal_()
+    trained(palm.finetune_modules)
     prompt = torch.tensor([[1, 2, 3]])
     ids = prompt
     for _ in range(6):
@@ -206,11 +204,9 @@ def filled(palm, ids, **settings_):
     return cache
 
 
-def test_a_cloned_cache_goes_on_like_its_original(make_palm):
+def test_a_cloned_cache_goes_on_like_its_original(make_palm, trained):
     palm, ids, new = make_palm(finetune_scopes=("actor",)).double(), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])
-    with torch.no_grad():
-        for parameter in palm.finetune_parameters("actor"):
-            parameter.normal_()
+    trained(palm.finetune_modules)
     settings_ = {"finetune_scope": "actor", "extra_embed": torch.ones(16)}
     cache = filled(palm, ids, **settings_)
     copy = cache.clone()

@@ -202,11 +202,9 @@ def test_micro_batches_change_nothing(make_palm, trainer):
         torch.testing.assert_close(other, outcomes[0], rtol=1e-7, atol=1e-9)
 
 
-def test_metrics_follow_their_definitions(make_palm, trainer):
+def test_metrics_follow_their_definitions(make_palm, trainer, moved):
     ppo = trainer(make_palm(), minibatch_size=8, epochs=1, kl_div_loss_weight=0.5)
-    with torch.no_grad():
-        for parameter in ppo.actor_parameters:
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    moved(ppo.actor_critic, 0.2)
     rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=6, eos_token=3), seed=1)
     rewards = torch.linspace(0, 1, 8)
     old = score_rollout(ppo.actor_critic, rollout, rewards, batch_size=8)
@@ -221,7 +219,10 @@ def test_metrics_follow_their_definitions(make_palm, trainer):
     assert metrics["eos_rate"] == pytest.approx(sum(rollout.finished.tolist()) / 8)
     assert metrics["clip_fraction"] == 0
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-6)
-    assert metrics["explained_variance"] == pytest.approx(0, abs=1e-6)
+    per_token = token_rewards(old, old.unfiltered - old.reference, kl_weight=0.5, missing_eos_penalty=0.0)
+    _, returns = ppo.objective.advantages(replace(old, token_rewards=per_token))
+    unexplained = (returns - old.values)[mask].var() / returns[mask].var()
+    assert metrics["explained_variance"] == pytest.approx(1 - unexplained.item(), abs=1e-4)
     assert 0 < metrics["entropy"] < math.log(13)
 
 
@@ -238,14 +239,12 @@ def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, traine
 
 
 @pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
-def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, trainer, kl_in, estimator):
+def test_a_policy_far_from_its_reference_comes_back_to_it(make_palm, trainer, moved, kl_in, estimator):
     ppo = trainer(
         make_palm(), reward=lambda ids, prompt_lengths: torch.zeros(len(ids)), actor_lr=2e-2, kl_div_loss_weight=1.0,
         kl_in=kl_in, kl_estimator=estimator,
     )  # fmt: skip
-    with torch.no_grad():
-        for parameter in ppo.actor_parameters:
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    moved(ppo.actor_critic, 0.2)
     rows = ppo.train(num_episodes=256, update_timesteps=32, max_new_tokens=6).metrics
     assert 0 < rows[-1]["kl"] < rows[0]["kl"] / 2
 

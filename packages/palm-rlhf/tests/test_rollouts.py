@@ -14,7 +14,7 @@ from palm_rlhf.rl.log_probs import pack_kept, unpack_kept
 from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
-# Uses of transformers that will go, and what peft says of GPT-2's layers.
+# A deprecated attribute of transformers, and peft's note on GPT-2's layers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
@@ -37,7 +37,7 @@ def make_base(request, make_palm, make_hugging_face):
 def test_ratio_is_one_before_the_first_update(make_base, moved, prompts, filters, lora, temperature, dtype):
     base = make_base().to(dtype)
     policy = moved(ActorCritic(base, actor_lora=lora, critic_lora=lora).to(dtype).eval(), 0.3 if lora else 0.01)
-    if isinstance(base, PaLM):  # logits of up to 13 to logits of order one: rounding a row in another batch goes along
+    if isinstance(base, PaLM):  # logits of order one instead of 13: their rounding differs from batch to batch
         base.token_emb.weight.data.mul_(0.2)
     settings = SamplingSettings(max_new_tokens=6, temperature=temperature, filters=filters, eos_id=5, min_new_tokens=2)
     rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def test_ratio_is_one_before_the_first_update(make_base, moved, prompts, filters
 def test_log_probs_are_of_the_distribution_that_was_sampled(make_base, moved, prompts, filters):
     """Against one prompt at a time, without cache, padding or chunks; the reference against a model of its own."""
     untrained, policy = make_base().double(), ActorCritic(make_base().double(), with_critic=False).double()
-    moved(policy.eval())  # a network of its own dropout is called here
+    moved(policy.eval())  # GPT-2 has dropout, and is called below
     settings = SamplingSettings(max_new_tokens=5, temperature=0.7, filters=filters)
     rollout = draw_rollout(policy, prompts, settings, generator=torch.Generator().manual_seed(1))
     scores = score_rollout(policy, rollout, torch.zeros(len(rollout)), batch_size=6)

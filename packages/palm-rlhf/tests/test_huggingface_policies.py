@@ -38,12 +38,12 @@ def test_a_hugging_face_policy_learns_and_its_run_resumes(make_hugging_face, tra
         )  # fmt: skip
 
     whole = run("whole")
-    result = whole.train(num_episodes=320, update_timesteps=32, max_new_tokens=5)
+    result = whole.train(num_episodes=192, update_timesteps=32, max_new_tokens=5)
     assert result.metrics[-1]["reward"] > result.metrics[0]["reward"] + 0.3
     first = run("two")
-    first.train(num_episodes=160, update_timesteps=32, max_new_tokens=5)
+    first.train(num_episodes=96, update_timesteps=32, max_new_tokens=5)
     second = run("two")
-    second.train(num_episodes=320, update_timesteps=32, max_new_tokens=5)
+    second.train(num_episodes=192, update_timesteps=32, max_new_tokens=5)
     for name, value in whole.actor_critic.state_dict().items():
         assert torch.equal(value, second.actor_critic.state_dict()[name]), name
 

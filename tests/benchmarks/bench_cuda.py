@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_generation import cohere_twin
-from bench_training import operations, stepped
 from measure import arguments, in_turns, median, ratio, report
+from peers_hugging_face import cohere_twin, operations, stepped
 
 from lm_core.generation.generate import generate
 from lm_core.losses.losses import linear_cross_entropy

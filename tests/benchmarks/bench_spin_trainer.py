@@ -1,20 +1,28 @@
-"""Self-play: generation, log-probability steps at a large vocabulary beside DPO's formula, precomputed references.
+"""Self-play: generation, log-probability steps at a large vocabulary next to DPO's formula, precomputed references.
 
 The limit of generation is reading all weights once a token ("share of limit"); costs are shown as the length of the
 answers and the vocabulary grow. Memory is what a first step takes at its peak above model and batch, gradients
 included, in a process of its own.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import arguments, in_turns, median, ratio, read_bandwidth, report, timed
+from measure import (
+    arguments,
+    bytes_of,
+    in_own_process,
+    in_turns,
+    median,
+    memory_growth,
+    ratio,
+    read_bandwidth,
+    report,
+    thread_counts,
+    timed,
+)
 from torch import Tensor
 
 from spin_trainer import SPIN
@@ -49,9 +57,8 @@ def generation_row(length: int, rounds: int) -> dict[str, object]:
     tokens = sum(length - len(prompt) for prompt in prompts)
     seconds = in_turns({"cached": partial(answer_prompts, model, prompts, sampling, 0)}, min(rounds, 3))
     matrices = [parameter.detach() for parameter in model.parameters() if parameter.ndim == 2]
-    size = sum(weight.numel() * weight.element_size() for weight in matrices)
     steps = length - min(len(prompt) for prompt in prompts)
-    limit = steps * size / read_bandwidth(matrices)
+    limit = steps * bytes_of(matrices) / read_bandwidth(matrices)
     return {
         "tokens with prompt": length,
         "prompts": 4,
@@ -114,42 +121,20 @@ class Step:
         return loss.item()
 
 
-def memory(kind: str) -> float:
-    """This process's resident memory in MB: VmRSS now, VmHWM at its highest."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # ru_maxrss would count what the process that started this one held
-        (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(kind))
-        return int(line.split()[1]) * 1024 / 1e6
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else 1024 * peak) / 1e6
-
-
-def measure_one(kind: str, vocabulary: int, length: int) -> None:
-    """In a process of its own: MB that the first step takes at its peak above what there was, and seconds of a step."""
+def measure_one(kind: str, vocabulary: int, length: int) -> tuple[float, float]:
+    """MB that the first step takes at its peak above what there was, and seconds of a second one."""
     step = Step(kind, vocabulary, length)
     small(64)(torch.zeros(2, 8, dtype=torch.long)).sum().backward()  # what any first step takes
-    before = memory("VmRSS")
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5", encoding="ascii")  # the peak begins anew
-    step()
-    grown = memory("VmHWM") - before
-    print(json.dumps([grown, timed(step)]))
+    return memory_growth(step), timed(step)
 
 
 @cache
-def measured(kind: str, vocabulary: int, length: int, threads: int) -> tuple[float, float]:
-    """What ``measure_one`` found: MB and seconds."""
-    command = [sys.executable, __file__, "--threads", str(threads), "--measure", kind, str(vocabulary), str(length)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    memory, seconds = json.loads(done.stdout.splitlines()[-1])
-    return memory, seconds
+def measured(kind: str, vocabulary: int, length: int) -> tuple[float, float]:
+    """``measure_one`` in a process of its own."""
+    return tuple(in_own_process(__file__, kind, vocabulary, length))
 
 
-def step_rows(threads: int, rounds: int) -> list[dict[str, object]]:
+def step_rows(rounds: int) -> list[dict[str, object]]:
     steps = {kind: Step(kind, VOCABULARY, LENGTH) for kind in STEPS}
     seconds = in_turns(dict(steps), min(rounds, 4))
     return [
@@ -160,17 +145,17 @@ def step_rows(threads: int, rounds: int) -> list[dict[str, object]]:
             "share saved by precomputing": 1 - ratio(seconds[kind], seconds[SPIN_LIVE])
             if kind == SPIN_STORED
             else None,
-            "peak memory of the step, MB": measured(kind, VOCABULARY, LENGTH, threads)[0],
+            "peak memory of the step, MB": measured(kind, VOCABULARY, LENGTH)[0],
             "full logits, MB": 8 * LENGTH * VOCABULARY * 4 / 1e6,
         }
         for kind in STEPS
     ]
 
 
-def growth_rows(threads: int) -> list[dict[str, object]]:
+def growth_rows() -> list[dict[str, object]]:
     rows = []
     for vocabulary, length in ((8_000, 168), (32_000, 84), (32_000, 168), (64_000, 168)):
-        ours, formula = (measured(kind, vocabulary, length, threads) for kind in (SPIN_STORED, DPO))
+        ours, formula = (measured(kind, vocabulary, length) for kind in (SPIN_STORED, DPO))
         row = {"vocabulary": vocabulary, "tokens": length}
         row |= {"SPIN, MB": ours[0], "DPO formula, MB": formula[0], "memory / DPO formula": ours[0] / formula[0]}
         row |= {"SPIN, s": ours[1], "DPO formula, s": formula[1], "time / DPO formula": ours[1] / formula[1]}
@@ -179,18 +164,17 @@ def growth_rows(threads: int) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    hidden = {"nargs": 3, "default": None, "help": argparse.SUPPRESS}
-    options = arguments(__doc__.splitlines()[0], default_rounds=3, measure=hidden)
-    if options.measure is not None:
+    options = arguments(__doc__.splitlines()[0], default_rounds=3)
+    if options.measure:
         torch.set_num_threads(options.threads[0])
-        measure_one(options.measure[0], *map(int, options.measure[1:]))
+        kind, *sizes = options.measure
+        print(json.dumps(measure_one(kind, *map(int, sizes))))
         return
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    for threads in thread_counts(options):
         rows = [generation_row(length, options.rounds) for length in (84, 168, 336)]
         report(f"The opponent's answers, 4 x 256 model, {threads} thread(s)", rows, options.json)
-        report(f"A step at vocabulary 32k, {threads} thread(s)", step_rows(threads, options.rounds), options.json)
-        report(f"A step as vocabulary and length grow, {threads} thread(s)", growth_rows(threads), options.json)
+        report(f"A step at vocabulary 32k, {threads} thread(s)", step_rows(options.rounds), options.json)
+        report(f"A step as vocabulary and length grow, {threads} thread(s)", growth_rows(), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CALM beside the original package (CALM-Pytorch), the same models and connections in turns in one run.
+"""CALM next to the original package (CALM-Pytorch), the same models and connections in turns in one run.
 
     nox -s bench_peers -- calm
 
@@ -8,93 +8,120 @@ weight of the anchor and of the cross-attentions once a token, at the rate at wh
 them; the limit of a training step is the products it cannot do without, at this machine's rate for one large product.
 """
 
-import os
-import subprocess
-import sys
+import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_calm_pytorch import (
-    BATCH,
-    LONG_PROMPT,
-    PROMPT,
-    VOCABULARY,
-    composition,
-    decoder,
-    decoding_weights,
-    stepped,
-    training_inputs,
+from measure import (
+    arguments,
+    bytes_of,
+    compared,
+    in_own_process,
+    in_turns,
+    matmul_flops,
+    median,
+    memory_growth,
+    peer_folder,
+    ratio,
+    read_bandwidth,
+    report,
+    thread_counts,
+    tokens_per_second,
 )
-from measure import arguments, in_turns, matmul_flops, median, ratio, read_bandwidth, report
-from torch import nn
+from torch import Tensor, nn
 
 from calm_pytorch import CALM, AugmentParams
-from calm_pytorch.interop import ORIGINAL_ATTENTION
+from calm_pytorch.interop import ORIGINAL_ATTENTION, original_connections
 from lm_core.generation.generate import generate
+
+PEER = "CALM-Pytorch"
+VOCABULARY, PROMPT, LONG_PROMPT, BATCH = 1024, 32, 128, 4
+
+
+def decoder(depth: int) -> nn.Module:
+    """An x-transformers decoder as the original's README has it, with its defaults."""
+    from x_transformers import Decoder, TransformerWrapper
+
+    return TransformerWrapper(
+        num_tokens=VOCABULARY, max_seq_len=640, attn_layers=Decoder(dim=256, depth=depth, heads=4)
+    ).eval()
+
+
+def composition(**options: Any) -> CALM:
+    """Our CALM with the original's connections and heads."""
+    torch.manual_seed(0)
+    params = AugmentParams(decoder(8), connections=original_connections(8, 4), **options)
+    return CALM(decoder(4), params, attn_kwargs=ORIGINAL_ATTENTION).eval()
+
+
+def stepped(learned: Any, loss: Tensor) -> None:
+    """A backward pass whose gradients are dropped."""
+    loss.backward()
+    learned.zero_grad(set_to_none=True)
+
+
+def training_inputs(length: int) -> tuple[Tensor, Tensor]:
+    """Sequences whose loss is over ``length`` tokens, and prompts."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(VOCABULARY, (BATCH, n), generator=generator) for n in (length + 1, LONG_PROMPT))  # type: ignore[return-value]
+
+
+def decoding_weights(calm: CALM) -> list[Tensor]:
+    """The matrices that one new token is multiplied with."""
+    parts = [*calm.anchor_llm.modules(), *calm.cross_attns.modules()]
+    once_a_prompt = {id(module) for block in calm.cross_attns.modules() for module in _of_contexts(block)}
+    return [part.weight for part in parts if isinstance(part, nn.Linear) and id(part) not in once_a_prompt]
+
+
+def _of_contexts(block: Any) -> list[nn.Module]:
+    return [block.context_proj, block.attn.to_k, block.attn.to_v] if hasattr(block, "context_proj") else []
 
 
 def original_composition(**options: Any) -> Any:
     """The original's CALM of the same models, by its own defaults."""
-    folder = Path(os.environ.get("BENCH_PEERS", ""), "calm-pytorch")
-    if not (folder / "CALM_pytorch").is_dir():
-        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    peer_folder("calm-pytorch")
     import CALM_pytorch
 
     torch.manual_seed(0)
     return CALM_pytorch.CALM(decoder(4), CALM_pytorch.AugmentParams(decoder(8), **options))
 
 
-def row(
-    what: str, threads: int, seconds: dict[str, list[float]], shown: Callable[[float], str], axis: str, size: int
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "threads": threads,
-        "CALM-Pytorch": shown(median(seconds["original"])),
-        "ours": shown(median(seconds["ours"])),
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-        "axis": axis,
-        "size": size,
-        "cost": median(seconds["ours"]),
-        "peer cost": median(seconds["original"]),
-        "unit": "s",
-    }
-
-
-def generation_row(new_tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    calm, original = composition(), original_composition()
+def generation_row(new_tokens: int, rounds: int) -> dict[str, Any]:
+    calm, along, original = composition(), composition(shared_sequence=True), original_composition()
     prompt, rates = torch.randint(VOCABULARY, (1, PROMPT)), []
     weights = decoding_weights(calm)
     seconds = in_turns(
         {
             "limit": lambda: rates.append(read_bandwidth(weights)),
             "ours": lambda: calm.generate(prompt, PROMPT + new_tokens),
+            "along": lambda: along.generate(prompt, PROMPT + new_tokens),
             "anchor": lambda: generate(calm.anchor, prompt, max_new_tokens=new_tokens, temperature=1.0),
             "library": lambda: generate(calm.anchor_llm, prompt, max_new_tokens=new_tokens, temperature=1.0),
-            "original": lambda: original.generate(prompt, PROMPT + new_tokens),
+            "theirs": lambda: original.generate(prompt, PROMPT + new_tokens),
         },
         rounds,
     )
-    what = f"{new_tokens} new tokens"
-    result = row(what, threads, seconds, lambda s: f"{new_tokens / s:.1f} tokens/s", "new tokens", new_tokens)
-    limit = median(rates) / sum(weight.numel() * weight.element_size() for weight in weights)
-    return result | {
-        "share of limit": new_tokens / median(seconds["ours"]) / limit,
-        "of the anchor alone": ratio(seconds["anchor"], seconds["ours"]),
-        "of the anchor through its library": ratio(seconds["library"], seconds["ours"]),
-        "anchor alone, times as fast": ratio(seconds["original"], seconds["anchor"]),
-    }
+    return compared(
+        f"{new_tokens} new tokens",
+        PEER,
+        seconds,
+        tokens_per_second(new_tokens),
+        limit=new_tokens * bytes_of(weights) / median(rates),
+        axis="new tokens",
+        size=new_tokens,
+        **{
+            "augment reading along, tokens/s": new_tokens / median(seconds["along"]),
+            "of the anchor alone": ratio(seconds["anchor"], seconds["ours"]),
+            "of the anchor through its library": ratio(seconds["library"], seconds["ours"]),
+            "anchor alone, times as fast": ratio(seconds["theirs"], seconds["anchor"]),
+        },
+    )
 
 
-def connections_row(count: int, threads: int, rounds: int) -> dict[str, Any]:
+def connections_row(count: int, rounds: int) -> dict[str, Any]:
     """32 new tokens with ``count`` connections spread over the layers, the same in both."""
-    torch.set_num_threads(threads)
     prompt = torch.randint(VOCABULARY, (1, PROMPT))
     pairs = [(8 * i // count, 4 * i // count) for i in range(1, count + 1)]
     torch.manual_seed(0)
@@ -104,12 +131,12 @@ def connections_row(count: int, threads: int, rounds: int) -> dict[str, Any]:
     seconds = in_turns(
         {
             "ours": lambda: calm.generate(prompt, PROMPT + 32),
-            "original": lambda: original.generate(prompt, PROMPT + 32),
+            "theirs": lambda: original.generate(prompt, PROMPT + 32),
         },
         rounds,
     )
     what = f"32 new tokens, {count} connections"
-    return row(what, threads, seconds, lambda s: f"{32 / s:.1f} tokens/s", "connections", count)
+    return compared(what, PEER, seconds, tokens_per_second(32), axis="connections", size=count)
 
 
 def products(calm: CALM, length: int, *, kept: bool) -> float:
@@ -123,9 +150,9 @@ def products(calm: CALM, length: int, *, kept: bool) -> float:
     stack = size(anchor.attn_layers)
     first = min(anchor_layer for _, anchor_layer in calm.connections[0])
     depth = len(calm.anchor_blocks)
-    # frozen: a product forward, one backward behind the first connection; learned: one more for their gradients
-    behind = (depth - first) / depth
-    work = tokens * (stack * (1 + behind) + 2 * size(anchor.to_logits))
+    # frozen: a product forward, one backward after the first connection; learned: one more for their gradients
+    after = (depth - first) / depth
+    work = tokens * (stack * (1 + after) + 2 * size(anchor.to_logits))
     for block in calm.cross_attns[0]:
         learned = size(block)
         of_context = size(block.context_proj) + size(block.attn.to_k) + size(block.attn.to_v)
@@ -137,8 +164,7 @@ def products(calm: CALM, length: int, *, kept: bool) -> float:
     return 2.0 * work
 
 
-def training_rows(length: int, threads: int, rounds: int) -> list[dict[str, Any]]:
-    torch.set_num_threads(threads)
+def training_rows(length: int, rounds: int) -> list[dict[str, Any]]:
     calm, original = composition().train(), original_composition()
     seq, prompt = training_inputs(length)
     states, peaks = calm.augment_states(prompt), []
@@ -147,77 +173,66 @@ def training_rows(length: int, threads: int, rounds: int) -> list[dict[str, Any]
             "peak": lambda: peaks.append(matmul_flops(1024, 256, 1024)),
             "step": lambda: stepped(calm, calm(seq, prompt=prompt)),
             "kept": lambda: stepped(calm, calm(seq, augment_states=states)),
-            "original": lambda: stepped(original.cross_attns, original(seq, prompt=prompt)),
+            "reading": lambda: calm.augment_states(prompt),
+            "theirs": lambda: stepped(original.cross_attns, original(seq, prompt=prompt)),
         },
         rounds,
     )
     rows = []
     for name, what in (("step", "training step"), ("kept", "training step, states kept")):
-        times = {"ours": seconds[name], "original": seconds["original"]}
+        times = {"ours": seconds[name], "theirs": seconds["theirs"]}
         limit = products(calm, length, kept=name == "kept") / median(peaks)
-        result = row(f"{what}, {BATCH} x {length}", threads, times, lambda s: f"{s:.3f} s", f"length, {what}", length)
-        rows.append(result | {"share of limit": limit / median(seconds[name])})
+        series: dict[str, Any] = {"axis": f"length, {what}", "size": length}
+        reading = ratio(seconds["reading"], seconds["step"]) if name == "step" else 0.0
+        series["share of time in the augment"] = reading
+        rows.append(compared(f"{what}, {BATCH} x {length}", PEER, times, "{:.3f} s".format, limit=limit, **series))
     return rows
 
 
-MEMORY = "--memory-of"
-
-
-def peak_memory(name: str) -> float:
-    """MiB that two training steps take beyond the models, in a process of its own; Linux tells it."""
-    command = [sys.executable, __file__, MEMORY, name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def _resident(field: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
-
-
-def _print_peak_memory(name: str) -> None:
-    torch.set_num_threads(1)
+def memory_of_two_steps(name: str) -> float:
+    """MB that two training steps take beyond the models."""
     seq, prompt = training_inputs(256)
-    model: Any = original_composition() if name == "original" else composition().train()
-    learned = model.cross_attns
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-    before = _resident("VmRSS")
-    for _ in range(2):
-        stepped(learned, model(seq, prompt=prompt))
-    print(_resident("VmHWM") - before)
+    model: Any = original_composition() if name == "theirs" else composition().train()
+
+    def steps() -> None:
+        for _ in range(2):
+            stepped(model.cross_attns, model(seq, prompt=prompt))
+
+    return memory_growth(steps)
+
+
+def memory_row() -> dict[str, Any]:
+    memory = {name: in_own_process(__file__, name, threads=1) for name in ("theirs", "ours")}
+    return {
+        "what": "peak memory of a step, 4 x 256",
+        "threads": 1,
+        PEER: f"{memory['theirs']:.0f} MB",
+        "ours": f"{memory['ours']:.0f} MB",
+        "times as small": memory["theirs"] / memory["ours"],
+    }
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    if MEMORY in sys.argv:
-        _print_peak_memory(sys.argv[-1])
-        return
     options = arguments(
         __doc__.splitlines()[0],
         new_tokens={"type": int, "nargs": "+", "default": [32, 64, 128]},
         tokens={"type": int, "nargs": "+", "default": [64, 256]},
     )
-    original_composition()
-    rows = [
-        generation_row(n, threads, min(options.rounds, 3)) for threads in options.threads for n in options.new_tokens
-    ]
-    report("CALM beside the original, generation from a prompt of 32", rows, options.json)
-    rows = [connections_row(n, threads, min(options.rounds, 3)) for threads in options.threads for n in (1, 2, 4)]
-    report("CALM beside the original, growth with the connections", rows, options.json)
-    rows = [
-        one for threads in options.threads for n in options.tokens for one in training_rows(n, threads, options.rounds)
-    ]
-    report("CALM beside the original, training with prompts of 128", rows, options.json)
-    if not Path("/proc/self/clear_refs").exists():
+    if options.measure:
+        torch.set_num_threads(options.threads[0])
+        print(json.dumps(memory_of_two_steps(*options.measure)))
         return
-    memory = {name: peak_memory(name) for name in ("original", "ours")}
-    row_of_memory = {
-        "what": "peak memory of a step, 4 x 256",
-        "threads": 1,
-        "CALM-Pytorch": f"{memory['original']:.0f} MiB",
-        "ours": f"{memory['ours']:.0f} MiB",
-        "times as small": memory["original"] / memory["ours"],
-    }
-    report("CALM beside the original, memory", [row_of_memory], options.json)
+    rounds, generation, connections, training = min(options.rounds, 3), [], [], []
+    for _ in thread_counts(options):
+        generation += [generation_row(new_tokens, rounds) for new_tokens in options.new_tokens]
+        connections += [connections_row(count, rounds) for count in (1, 2, 4)]
+        training += [row for length in options.tokens for row in training_rows(length, options.rounds)]
+    report("CALM next to the original, generation from a prompt of 32", generation, options.json)
+    report("CALM next to the original, growth with the connections", connections, options.json)
+    report("CALM next to the original, training with prompts of 128", training, options.json)
+    if Path("/proc/self/clear_refs").exists():
+        report("CALM next to the original, memory", [memory_row()], options.json)
 
 
 if __name__ == "__main__":

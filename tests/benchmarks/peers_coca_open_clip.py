@@ -1,7 +1,7 @@
-"""CoCa beside open_clip's CoCa formulas at equal sizes: a training step, captions, and the contrastive losses.
+"""CoCa next to open_clip's CoCa formulas at equal sizes: a training step, captions, and the contrastive losses.
 
 The formulas are written out here, as open_clip computes them: pre-norm blocks of full multi-head attention, then a GELU
-feed-forward of four times the width, in series; a text tower with a CLS token behind the text; an attentional pooler;
+feed-forward of four times the width, in series; a text tower with a CLS token after the text; an attentional pooler;
 multimodal layers of self- and cross-attention; the whole matrix of similarities (``ClipLoss``) and the whole logits.
 Its captioning encodes the image once and runs the text again for every token, without a cache.
 
@@ -14,17 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, compared, in_turns, report, thread_counts, tokens_per_second
 from torch import Tensor, nn
 
 from coca import CoCa, sigmoid_contrastive_loss, softmax_contrastive_loss
 
-parsed = arguments(
-    __doc__ or "",
-    captions={"type": int, "default": 4, "help": "captions at a time"},
-    tokens={"type": int, "default": 64, "help": "tokens of a caption"},
-)
 DIM, HEADS, VOCABULARY, BATCH, TEXT, IMAGE, QUERIES = 256, 8, 8192, 16, 65, 64, 256
+PEER = "open_clip's formulas"
 
 
 class Block(nn.Module):
@@ -79,8 +75,8 @@ class OpenClipCoCa(nn.Module):
 
     def logits(self, tokens: Tensor, image: Tensor) -> Tensor:
         mask = torch.full((tokens.shape[1], tokens.shape[1]), -torch.inf).triu(1)
-        for own, cross in self.multimodal:
-            tokens = cross(own(tokens, mask=mask), image)
+        for block, cross in self.multimodal:
+            tokens = cross(block(tokens, mask=mask), image)
         return self.to_logits(self.norm(tokens))
 
     def loss(self, text: Tensor, image_tokens: Tensor) -> Tensor:
@@ -111,25 +107,7 @@ def siglip_loss(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> T
     return -F.logsigmoid(signs * (scale * images @ texts.t() + bias)).sum() / len(images)
 
 
-def row(
-    what: str, threads: int, variants: dict[str, Callable[[], object]], rounds: int, count: int = 0
-) -> dict[str, Any]:
-    seconds = in_turns(variants, rounds)
-
-    def text(name: str) -> str:
-        middle = median(seconds[name])
-        return f"{count / middle:.0f} tokens/s" if count else f"{1e3 * middle:.0f} ms"
-
-    return {
-        "what": what,
-        "threads": threads,
-        "open_clip's formulas": text("theirs"),
-        "ours": text("ours"),
-        "times as fast": ratio(seconds["theirs"], seconds["ours"]),
-    }
-
-
-def rows_of_models(threads: int) -> list[dict[str, Any]]:
+def rows_of_models(captions: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     theirs = OpenClipCoCa()
     ours = CoCa(
@@ -148,19 +126,19 @@ def rows_of_models(threads: int) -> list[dict[str, Any]]:
         optimizers[name].step()
 
     steps = {name: partial(step, name) for name in losses}
-    few, start = image[: parsed.captions], torch.ones(parsed.captions, 1, dtype=torch.long)
-    captions = {
-        "theirs": lambda: theirs.generate(few, start, parsed.tokens),
-        "ours": lambda: ours.generate(image_tokens=few, prefix=start, max_new_tokens=parsed.tokens),
+    few, start = image[:captions], torch.ones(captions, 1, dtype=torch.long)
+    captioning = {
+        "theirs": lambda: theirs.generate(few, start, tokens),
+        "ours": lambda: ours.generate(image_tokens=few, prefix=start, max_new_tokens=tokens),
     }
-    what = f"captions, {parsed.captions} x {parsed.tokens} tokens"
+    made = tokens_per_second(captions * tokens)
     return [
-        row(f"training step, batch {BATCH}, text {TEXT}", threads, steps, parsed.rounds),
-        row(what, threads, captions, parsed.rounds, parsed.captions * parsed.tokens),
+        compared(f"training step, batch {BATCH}, text {TEXT}", PEER, in_turns(steps, rounds)),
+        compared(f"captions, {captions} x {tokens} tokens", PEER, in_turns(captioning, rounds), made),
     ]
 
 
-def rows_of_losses(threads: int, pairs: int) -> list[dict[str, Any]]:
+def rows_of_losses(pairs: int, rounds: int) -> list[dict[str, Any]]:
     latents = [F.normalize(torch.randn(pairs, 512), dim=-1).requires_grad_() for _ in range(2)]
     scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     variants: dict[str, dict[str, Callable[[], object]]] = {
@@ -174,15 +152,24 @@ def rows_of_losses(threads: int, pairs: int) -> list[dict[str, Any]]:
         },
     }
     return [
-        row(f"{name} loss with gradients, {pairs} x 512", threads, pair, min(parsed.rounds, 3))
+        compared(f"{name} loss with gradients, {pairs} x 512", PEER, in_turns(pair, rounds), "{:.3f} s".format)
         for name, pair in variants.items()
     ]
 
 
-rows = []
-for threads in parsed.threads:
-    torch.set_num_threads(threads)
-    rows += rows_of_models(threads)
-    for pairs in (512, 4096):
-        rows += rows_of_losses(threads, pairs)
-report("CoCa and open_clip's formulas", rows, parsed.json)
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        captions={"type": int, "default": 4, "help": "captions at a time"},
+        tokens={"type": int, "default": 64, "help": "tokens of a caption"},
+    )
+    rows = []
+    for _ in thread_counts(options):
+        rows += rows_of_models(options.captions, options.tokens, options.rounds)
+        for pairs in (512, 4096):
+            rows += rows_of_losses(pairs, min(options.rounds, 3))
+    report("CoCa and open_clip's formulas", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

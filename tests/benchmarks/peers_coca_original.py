@@ -1,4 +1,4 @@
-"""CoCa beside the original `CoCa-pytorch` 0.1.0 with the same weights: a training step, and captions.
+"""CoCa next to the original `CoCa-pytorch` 0.1.0 with the same weights: a training step, and captions.
 
 The original has no captioning; its naive loop here is what its users write: the whole forward for every token.
 `BENCH_PEERS` is the folder that holds `coca/` with the original installed into it.
@@ -7,44 +7,29 @@ The share of the limit is that of ours. A training step's limit is its matrix pr
 products reach here; a caption's is reading the decoder's weights once a token at the speed of the memory.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, in_turns, matmul_flops, median, ratio, report, timed
+from measure import (
+    arguments,
+    compared,
+    in_turns,
+    matmul_flops,
+    peer_folder,
+    report,
+    thread_counts,
+    timed,
+    tokens_per_second,
+)
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.append(str(Path(os.environ["BENCH_PEERS"]) / "coca"))
-
-from coca_pytorch.coca_pytorch import CoCa as Original
 
 from coca import CoCa
 from coca.interop import from_coca_pytorch
 
-parsed = arguments(
-    __doc__ or "",
-    captions={"type": int, "default": 4, "help": "captions at a time"},
-    tokens={"type": int, "default": 64, "help": "tokens of a caption"},
-)
+PEER = "CoCa-pytorch"
 DIM, VOCABULARY, BATCH, TEXT, IMAGE = 256, 8192, 16, 65, 64
-
-
-def row(what: str, threads: int, seconds: dict[str, list[float]], **more: Any) -> dict[str, Any]:
-    return {
-        "what": what,
-        "threads": threads,
-        "original": f"{median(seconds['original']):.3f} s",
-        "ours": f"{median(seconds['ours']):.3f} s",
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-        "cost": median(seconds["ours"]),
-        "peer cost": median(seconds["original"]),
-        "unit": "s",
-        **more,
-    }
 
 
 def training_flops(model: CoCa, step: Callable[[], object], batch: int) -> float:
@@ -55,7 +40,7 @@ def training_flops(model: CoCa, step: Callable[[], object], batch: int) -> float
     return counter.get_total_flops() + 3 * 2 * batch * (TEXT - 1) * DIM * VOCABULARY
 
 
-def training(models: dict[str, Any], threads: int, batch: int, rounds: int) -> dict[str, Any]:
+def training(models: dict[str, Any], batch: int, rounds: int) -> dict[str, Any]:
     text, image = torch.randint(1, VOCABULARY, (batch, TEXT)), torch.randn(batch, IMAGE, DIM)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
 
@@ -67,9 +52,8 @@ def training(models: dict[str, Any], threads: int, batch: int, rounds: int) -> d
     flops = training_flops(models["ours"], partial(step, "ours"), batch)
     limit = flops / matmul_flops()
     seconds = in_turns({name: partial(step, name) for name in models}, rounds)
-    share = limit / median(seconds["ours"])
     what = f"training step, batch {batch}, text {TEXT}"
-    return row(what, threads, seconds, **{"share of limit": share, "axis": "batch, training", "size": batch})
+    return compared(what, PEER, seconds, "{:.3f} s".format, limit=limit, axis="batch, training", size=batch)
 
 
 @torch.no_grad()
@@ -90,7 +74,7 @@ def weights_read(model: CoCa) -> float:
 
 
 def captioning(
-    models: dict[str, Any], threads: int, captions: int, tokens: int, rounds: int, axis: str, cached: bool = True
+    models: dict[str, Any], captions: int, tokens: int, rounds: int, axis: str, cached: bool = True
 ) -> dict[str, Any]:
     image, start = torch.randn(captions, IMAGE, DIM), torch.ones(captions, 1, dtype=torch.long)
     settings = {"image_tokens": image, "prefix": start, "max_new_tokens": tokens, "use_cache": cached}
@@ -100,32 +84,40 @@ def captioning(
         if name == "ours":
             results[name] = models["ours"].generate(**settings)
         else:
-            results[name] = naive(models["original"], image, start, tokens)
+            results[name] = naive(models["theirs"], image, start, tokens)
 
     seconds = in_turns({name: partial(run, name) for name in models}, rounds)
-    if not torch.equal(results["original"], results["ours"]):
+    if not torch.equal(results["theirs"], results["ours"]):
         raise SystemExit("the original and ours must caption alike")
-    count = captions * tokens
-    speed = {name: f"{count / median(seconds[name]):.0f} tokens/s" for name in models}
-    more: dict[str, Any] = {"axis": axis, "size": captions if axis.startswith("batch") else tokens}
-    if cached:
-        more["share of limit"] = weights_read(models["ours"]) * tokens / median(seconds["ours"])
+    limit = weights_read(models["ours"]) * tokens if cached else None
     what = f"captions{'' if cached else ' without our cache'}, {captions} x {tokens} tokens"
-    return row(what, threads, seconds, **more) | speed
+    size = captions if axis.startswith("batch") else tokens
+    return compared(what, PEER, seconds, tokens_per_second(captions * tokens), limit=limit, axis=axis, size=size)
 
 
-rows = []
-for threads in parsed.threads:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    original = Original(dim=DIM, num_tokens=VOCABULARY, unimodal_depth=3, multimodal_depth=3)
-    models = {"original": original, "ours": from_coca_pytorch(original.state_dict())}
-    rows += [training(models, threads, BATCH, parsed.rounds), training(models, threads, BATCH // 4, 2)]
-    rows.append(captioning(models, threads, parsed.captions, parsed.tokens, parsed.rounds, "new tokens"))
-    rows.append(
-        captioning(models, threads, parsed.captions, parsed.tokens // 2, 1, "new tokens, uncached", cached=False)
+def main() -> None:
+    options = arguments(
+        __doc__ or "",
+        captions={"type": int, "default": 4, "help": "captions at a time"},
+        tokens={"type": int, "default": 64, "help": "tokens of a caption"},
     )
-    rows += [captioning(models, threads, parsed.captions, tokens, 1, "new tokens") for tokens in (16, 32)]
-    rows += [captioning(models, threads, captions, 16, 1, "batch, captions") for captions in (1, 16)]
-title = f"CoCa and the original, dim {DIM}, 3 + 3 layers, vocabulary {VOCABULARY}, {IMAGE} image tokens"
-report(title, rows, parsed.json)
+    peer_folder("coca")
+    from coca_pytorch.coca_pytorch import CoCa as Original
+
+    rows = []
+    for _ in thread_counts(options):
+        torch.manual_seed(0)
+        original = Original(dim=DIM, num_tokens=VOCABULARY, unimodal_depth=3, multimodal_depth=3)
+        models = {"theirs": original, "ours": from_coca_pytorch(original.state_dict())}
+        rows += [training(models, BATCH, options.rounds), training(models, BATCH // 4, 2)]
+        few, length = options.captions, options.tokens
+        rows.append(captioning(models, few, length, options.rounds, "new tokens"))
+        rows.append(captioning(models, few, length // 2, 1, "new tokens, uncached", cached=False))
+        rows += [captioning(models, few, tokens, 1, "new tokens") for tokens in (16, 32)]
+        rows += [captioning(models, captions, 16, 1, "batch, captions") for captions in (1, 16)]
+    title = f"CoCa and the original, dim {DIM}, 3 + 3 layers, vocabulary {VOCABULARY}, {IMAGE} image tokens"
+    report(title, rows, options.json)
+
+
+if __name__ == "__main__":
+    main()

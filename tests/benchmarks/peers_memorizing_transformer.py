@@ -1,4 +1,4 @@
-"""Searches and a training step beside faiss and the original `memorizing-transformers-pytorch` 0.4.1, in one run.
+"""Searches and a training step next to faiss and the original `memorizing-transformers-pytorch` 0.4.1, in one run.
 
     nox -s bench_peers -- memorizing_transformer --sizes 8192 65536 262144 --queries 512 4096
 
@@ -9,7 +9,7 @@ filled memories, of the same weights in both (`interop`); the memory then grows 
 scoring every query with every key would take at this machine's rate for one large float32 product, over ours. "products
 alone / ours" is the same with these products as they are; it is above 1 where searches are screened in bfloat16.
 
-Cost by size of the memory: rows of each size, drawn beside faiss Flat. An HNSW graph of 262,144 keys takes minutes to
+Cost by size of the memory: rows of each size, drawn next to faiss Flat. An HNSW graph of 262,144 keys takes minutes to
 build: with ``--kept FOLDER`` it is built once (``--rounds 0`` does only that), and later runs read it. ``--sizes``
 without numbers measures training alone, ``--training-sizes`` without numbers searches alone. The original is looked for
 in $BENCH_PEERS/memorizing-transformer.
@@ -18,7 +18,6 @@ in $BENCH_PEERS/memorizing-transformer.
 import argparse
 import math
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,23 +27,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, in_turns, matmul_flops, median, ratio, report
+from measure import arguments, compared, in_turns, matmul_flops, median, peer_folder, ratio, report, thread_counts
 
 INDEXES: dict[str, dict[str, Any]] = {
     "faiss Flat": {"index": "Flat"},
     "faiss IVF256, nprobe 128": {"index": "IVF256,Flat", "nprobe": 128},
     "faiss HNSW32, ef 512": {"index": "HNSW32", "ef_search": 512},
 }
-TITLE = "The memory beside the original's and faiss"
+TITLE = "The memory next to the original's and faiss"
 DIM_HEAD, NEIGHBOURS, ROWS, SEGMENT, HEADS = 64, 32, 2, 512, 8
 
 
 def original_package() -> Any:
     """The original's module."""
-    folder = Path(os.environ.get("BENCH_PEERS", ""), "memorizing-transformer")
-    if not folder.is_dir():
-        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
-    sys.path.append(str(folder))
+    peer_folder("memorizing-transformer")
     import memorizing_transformers_pytorch.memorizing_transformers_pytorch as module
     from memorizing_transformers_pytorch.knn_memory import KNNMemory
 
@@ -67,10 +63,8 @@ def recall(worst: torch.Tensor, found: torch.Tensor, mask: torch.Tensor, queries
     return float(((scores >= worst - 1e-5) & mask).float().mean())
 
 
-def search_rows(
-    original: Any, size: int, threads: int, folder: str, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Our exact search beside each peer, for each number of queries."""
+def search_rows(original: Any, size: int, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Our exact search next to each peer, for each number of queries."""
     from memorizing_transformer import KNNMemory
 
     rounds, kept = options.rounds, options.kept
@@ -101,24 +95,20 @@ def search_rows(
         worst = threshold(keys, some)
         recalls = {name: recall(worst, *(part[0, :512] for part in parts), some) for name, parts in found.items()}
         for name in [*options.indexes, "original"]:
-            rows.append(
-                {
-                    "what": f"search, {size:,} keys, {count} queries, {name}",
-                    "threads": threads,
-                    "peer": f"{1000 * median(seconds[name]):.0f} ms",
-                    "ours": f"{1000 * median(seconds['exact']):.0f} ms",
-                    "times as fast": ratio(seconds[name], seconds["exact"]),
-                    "share of limit": 2 * size * count * DIM_HEAD / median(seconds["exact"]) / peak,
-                    "products alone / ours": ratio(seconds["product"], seconds["exact"]),
-                    "recall of the peer": recalls[name],
-                    "recall of ours": recalls["exact"],
-                    "matmul alone": f"{1000 * median(seconds['product']):.0f} ms",
-                    "ours, ps a query and key": 1e12 * median(seconds["exact"]) / size / count,
-                }
+            # faiss Flat is the other exact one: its rows are a series by size
+            series = {"axis": f"memories, {count} queries", "size": size} if name == "faiss Flat" else {}
+            row = compared(
+                f"search, {size:,} keys, {count} queries, {name}",
+                "peer",
+                {"ours": seconds["exact"], "theirs": seconds[name]},
+                "{:.3f} s".format,
+                limit=2 * size * count * DIM_HEAD / peak,
+                **series,
             )
-            if name == "faiss Flat":  # the other exact one: their series by size
-                rows[-1] |= {"axis": f"memories, {count} queries", "size": size, "unit": "ms"}
-                rows[-1] |= {"cost": 1000 * median(seconds["exact"]), "peer cost": 1000 * median(seconds[name])}
+            row |= {"products alone / ours": ratio(seconds["product"], seconds["exact"])}
+            row |= {"recall of the peer": recalls[name], "recall of ours": recalls["exact"]}
+            row |= {"ours, ps a query and key": 1e12 * median(seconds["exact"]) / size / count}
+            rows.append(row)
     return rows
 
 
@@ -169,9 +159,7 @@ def searched(memory: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return calls
 
 
-def training_row(
-    module: Any, size: int, threads: int, rounds: int, folder: str, ef_search: int | None = None
-) -> dict[str, Any]:
+def training_row(module: Any, size: int, rounds: int, folder: str, ef_search: int | None = None) -> dict[str, Any]:
     """A step of both; with ``ef_search`` the original's graph is searched more broadly than it can be told to."""
     from memorizing_transformer.interop import from_memorizing_transformers_pytorch
 
@@ -184,13 +172,13 @@ def training_row(
     ours = from_memorizing_transformers_pytorch(theirs.state_dict(), dim_head=DIM_HEAD, **settings)
     memories = {
         "ours": ours.create_knn_memories(batch_size=ROWS),
-        "original": theirs.create_knn_memories(batch_size=ROWS),
+        "theirs": theirs.create_knn_memories(batch_size=ROWS),
     }
     with all_cores_in_faiss():
         for one in memories.values():
             filled(one, size)
     if ef_search is not None:
-        for knn in memories["original"][0].knns:
+        for knn in memories["theirs"][0].knns:
             knn.index.hnsw.efSearch = ef_search
     ids, labels = torch.randint(0, 256, (2, ROWS, SEGMENT))
 
@@ -202,13 +190,13 @@ def training_row(
     seconds = in_turns(
         {
             "ours": lambda: step("ours", ours),
-            "original": lambda: step("original", theirs),
+            "theirs": lambda: step("theirs", theirs),
             "product": lambda: [row @ more.T for row, more in zip(q, keys, strict=True)],
         },
         rounds,
     )
     recalls = {}
-    for name, model in (("ours", ours), ("original", theirs)):
+    for name, model in (("ours", ours), ("theirs", theirs)):
         memory = memories[name][0]
         calls = searched(memory)
         held = torch.as_tensor(memory.store.data[:, :, 0] if name == "ours" else memory.db[:, :, 0].copy())
@@ -221,17 +209,10 @@ def training_row(
         recalls[name] = float((scores >= worst - 1e-5).float().mean())
     for one in memories.values():
         one.cleanup()
-    return {
-        "what": f"training step, {ROWS} x {SEGMENT} tokens, {HEADS} heads, {size:,} memories a row"
-        + ("" if ef_search is None else f", the original at efSearch {ef_search}"),
-        "threads": threads,
-        "peer": f"{median(seconds['original']):.2f} s",
-        "ours": f"{median(seconds['ours']):.2f} s",
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-        "products alone / ours": ratio(seconds["product"], seconds["ours"]),
-        "recall of the peer": recalls["original"],
-        "recall of ours": recalls["ours"],
-    }
+    what = f"training step, {ROWS} x {SEGMENT} tokens, {HEADS} heads, {size:,} memories a row"
+    row = compared(what + ("" if ef_search is None else f", the original at efSearch {ef_search}"), "peer", seconds)
+    row |= {"products alone / ours": ratio(seconds["product"], seconds["ours"])}
+    return row | {"recall of the peer": recalls["theirs"], "recall of ours": recalls["ours"]}
 
 
 def main() -> None:
@@ -250,8 +231,7 @@ def main() -> None:
     )
     module, original = original_package()
     rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    for threads in thread_counts(options):
         import faiss
 
         faiss.omp_set_num_threads(threads)
@@ -259,12 +239,12 @@ def main() -> None:
             warnings.simplefilter("ignore")  # the original's
             for size in options.sizes:
                 torch.manual_seed(size)  # the same keys in every run, which kept graphs are of
-                rows += search_rows(original, size, threads, folder, options)
+                rows += search_rows(original, size, folder, options)
                 report(TITLE, rows, options.json)
             for size in options.training_sizes if options.rounds else []:
-                rows.append(training_row(module, size, threads, options.rounds, folder))
+                rows.append(training_row(module, size, options.rounds, folder))
                 if options.ef_search:
-                    rows.append(training_row(module, size, threads, 1, folder, options.ef_search))
+                    rows.append(training_row(module, size, 1, folder, options.ef_search))
     assert all(math.isfinite(row["times as fast"]) for row in rows)
     report(TITLE, rows, options.json)
 

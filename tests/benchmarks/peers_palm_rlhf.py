@@ -1,4 +1,4 @@
-"""PaLM and a whole PPO update beside the original package (PaLM-rlhf-pytorch), equal sizes in turns in one run.
+"""PaLM and a whole PPO update next to the original package (PaLM-rlhf-pytorch), equal sizes in turns in one run.
 
     nox -s bench_peers -- palm
 
@@ -15,16 +15,24 @@ $BENCH_PEERS/palm-rlhf.
 
 import contextlib
 import io
-import os
-import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_training import operations, stepped
-from measure import arguments, in_turns, matmul_flops, median, ratio, read_bandwidth, report
+from measure import (
+    arguments,
+    bytes_of,
+    compared,
+    in_turns,
+    matmul_flops,
+    median,
+    peer_folder,
+    read_bandwidth,
+    report,
+    thread_counts,
+    tokens_per_second,
+)
+from peers_hugging_face import operations, stepped
 
 from lm_core.generation.generate import generate
 from palm_rlhf import PaLM, RewardModel, RLHFTrainer
@@ -38,43 +46,10 @@ PROMPTS, PROMPT_TOKENS = 16, 32
 
 def original_package() -> Any:
     """The original's module."""
-    folder = Path(os.environ.get("BENCH_PEERS", ""), "palm-rlhf")
-    if not folder.is_dir():
-        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
-    sys.path.append(str(folder))
+    peer_folder("palm-rlhf")
     import palm_rlhf_pytorch
 
     return palm_rlhf_pytorch
-
-
-def row_of(
-    what: str,
-    threads: int,
-    seconds: dict[str, list[float]],
-    text: Callable[[float], str],
-    *,
-    axis: str = "",
-    size: int | None = None,
-    limit: float | None = None,
-) -> dict[str, object]:
-    """One line of the table; ``limit`` is the least number of seconds that it could take."""
-    row: dict[str, object] = {
-        "what": what,
-        "threads": threads,
-        PEER: text(median(seconds["original"])),
-        "ours": text(median(seconds["ours"])),
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-    }
-    if limit is not None:
-        row["share of limit"] = limit / median(seconds["ours"])
-    if size is not None:
-        row |= {"axis": axis, "size": size, "unit": "s"}
-        row |= {"cost": median(seconds["ours"]), "peer cost": median(seconds["original"])}
-    return row
-
-
-def rate_of(tokens: int) -> Callable[[float], str]:
-    return lambda seconds: f"{tokens / seconds:.0f} tokens/s"
 
 
 class Updates:
@@ -128,11 +103,11 @@ class Updates:
         ours, theirs = self.ours.phase.begin, self.theirs.learn
 
         def our_begin(experience: Any, metrics: dict[str, float]) -> None:
-            sizes["ours"] = sum(value.numel() * value.element_size() for value in experience.tensors().values())
+            sizes["ours"] = bytes_of(list(experience.tensors().values()))
             ours(experience, metrics)
 
         def their_learn(memories: Any) -> None:
-            sizes["original"] = sum(value.numel() * value.element_size() for memory in memories for value in memory)
+            sizes["theirs"] = bytes_of([value for memory in memories for value in memory])
             theirs(memories)
 
         self.ours.phase.begin, self.theirs.learn = our_begin, their_learn  # type: ignore[method-assign]
@@ -147,27 +122,27 @@ def quietly() -> Any:
         yield
 
 
-def update_row(original: Any, new_tokens: int, threads: int, rounds: int) -> dict[str, object]:
+def update_row(original: Any, new_tokens: int, rounds: int) -> dict[str, object]:
     with quietly():
         updates = Updates(original, new_tokens, 256)
-        seconds = in_turns({"ours": updates.our_update, "original": updates.their_update}, rounds)
+        seconds = in_turns({"ours": updates.our_update, "theirs": updates.their_update}, rounds)
     what = f"whole PPO update, {PROMPTS} prompts, {new_tokens} new tokens"
-    return row_of(what, threads, seconds, "{:.2f} s".format, axis="new tokens, PPO update", size=new_tokens)
+    return compared(what, PEER, seconds, axis="new tokens, PPO update", size=new_tokens)
 
 
-def kept_row(original: Any, vocabulary: int, new_tokens: int, threads: int) -> dict[str, object]:
+def kept_row(original: Any, vocabulary: int, new_tokens: int) -> dict[str, object]:
     with quietly():
         sizes = Updates(original, new_tokens, vocabulary).kept()
     return {
         "what": f"kept of a rollout, {new_tokens} new tokens, vocabulary {vocabulary:,}",
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         PEER: f"{sizes['original'] / 1e6:.2f} MB",
         "ours": f"{sizes['ours'] / 1e6:.2f} MB",
-        "times as small": sizes["original"] / sizes["ours"],
+        "times as small": sizes["theirs"] / sizes["ours"],
     }
 
 
-def generation_row(original: Any, new_tokens: int, threads: int, rounds: int) -> dict[str, object]:
+def generation_row(original: Any, new_tokens: int, rounds: int) -> dict[str, object]:
     palm, theirs = PaLM(**SIZES), original.PaLM(**SIZES)
     prompt = torch.randint(256, (1, PROMPT))
     matrices = [parameter.detach() for parameter in palm.parameters() if parameter.ndim == 2]
@@ -176,17 +151,17 @@ def generation_row(original: Any, new_tokens: int, threads: int, rounds: int) ->
         {
             "limit": lambda: rates.append(read_bandwidth(matrices)),
             "ours": lambda: generate(palm, prompt, max_new_tokens=new_tokens),
-            "original": lambda: theirs.generate(PROMPT + new_tokens, prompt),
+            "theirs": lambda: theirs.generate(PROMPT + new_tokens, prompt),
         },
         rounds,
     )
-    size = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
     what = f"generation, prompt {PROMPT}, {new_tokens} new tokens"
     series: dict[str, Any] = {"axis": "new tokens, generation", "size": new_tokens}
-    return row_of(what, threads, seconds, rate_of(new_tokens), limit=new_tokens * size / median(rates), **series)
+    limit = new_tokens * bytes_of(matrices) / median(rates)
+    return compared(what, PEER, seconds, tokens_per_second(new_tokens), limit=limit, **series)
 
 
-def training_row(original: Any, threads: int, rounds: int) -> dict[str, object]:
+def training_row(original: Any, rounds: int) -> dict[str, object]:
     palm, theirs = PaLM(**SIZES), original.PaLM(**SIZES)
     ids = torch.randint(1, 256, (4, 513))
     peaks: list[float] = []
@@ -194,12 +169,12 @@ def training_row(original: Any, threads: int, rounds: int) -> dict[str, object]:
         {
             "peak": lambda: peaks.append(matmul_flops()),
             "ours": lambda: stepped(palm, palm(ids, return_loss=True)),
-            "original": lambda: stepped(theirs, theirs(ids, return_loss=True)),
+            "theirs": lambda: stepped(theirs, theirs(ids, return_loss=True)),
         },
         rounds,
     )
     limit = operations(palm, 4, 512) / median(peaks)
-    return row_of("training step, 4 x 512", threads, seconds, rate_of(2048), limit=limit)
+    return compared("training step, 4 x 512", PEER, seconds, tokens_per_second(2048), limit=limit)
 
 
 def main() -> None:
@@ -208,13 +183,12 @@ def main() -> None:
     original = original_package()
     rounds = min(options.rounds, 2)
     rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        rows += [update_row(original, new_tokens, threads, rounds) for new_tokens in options.new_tokens]
-        rows += [kept_row(original, vocabulary, 16, threads) for vocabulary in (256, 4096)]
-        rows += [generation_row(original, new_tokens, threads, rounds) for new_tokens in options.new_tokens]
-        rows += [training_row(original, threads, rounds)]
-    report("Beside the original: policies of 256 x 4, language models of 22.5 M parameters", rows, options.json)
+    for _ in thread_counts(options):
+        rows += [update_row(original, new_tokens, rounds) for new_tokens in options.new_tokens]
+        rows += [kept_row(original, vocabulary, 16) for vocabulary in (256, 4096)]
+        rows += [generation_row(original, new_tokens, rounds) for new_tokens in options.new_tokens]
+        rows += [training_row(original, rounds)]
+    report("Next to the original: policies of 256 x 4, language models of 22.5 M parameters", rows, options.json)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""One whole self-play iteration beside self-rewarding-lm-pytorch's SPINTrainer, at equal work.
+"""One whole self-play iteration next to self-rewarding-lm-pytorch's SPINTrainer, at equal work.
 
 Both do one update of a 4 x 256 decoder on four prompts of 16 to 40 tokens: generate up to the given number of tokens,
 score by policy and reference, one optimizer step; ours writes answers, scores, policy and checkpoint as well. The
 original needs a model whose forward takes ids alone, and generates without a cache, so its cost grows with the square
 of the length. It is looked for in $BENCH_PEERS/spin-trainer.
 
-A step of log-probabilities with its gradient stands beside DPO's formula as TRL has it, from full logits: its memory is
-what the first step takes at its peak above model and batch, gradients included, in a process of its own.
+A step of log-probabilities with its gradient is compared with DPO's formula as TRL has it, from full logits: its memory
+is what the first step takes at its peak above model and batch, gradients included, in a process of its own.
 
     nox -s bench_peers -- spin_trainer
 """
 
 import contextlib
 import io
-import os
 import sys
 import tempfile
 import types
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from bench_spin_trainer import DPO, LENGTH, SPIN_STORED, measured, pairs, small
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, compared, in_turns, peer_folder, report, thread_counts, tokens_per_second
 
 from spin_trainer import SPIN, SPINTrainer
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts
@@ -35,11 +33,8 @@ PEER = "self-rewarding-lm-pytorch"
 
 def original_modules() -> tuple[Any, Any]:
     """The original's modules ``spin`` and ``sampling_utils``."""
-    folder = Path(os.environ.get("BENCH_PEERS", ""), "spin-trainer")
-    if not folder.is_dir():
-        raise SystemExit(f"the original package is not in {folder}: run nox -s bench_peers")
-    sys.path.append(str(folder))
-    # an annotation library that its modules import and nothing here needs; it does not install beside current torch
+    folder = peer_folder("spin-trainer")
+    # an annotation library that its modules import and nothing here needs; it does not install next to current torch
     stand_in = types.ModuleType("torchtyping")
     stand_in.TensorType = type("TensorType", (), {"__class_getitem__": classmethod(lambda cls, _: Any)})  # type: ignore[attr-defined]
     sys.modules.setdefault("torchtyping", stand_in)
@@ -52,23 +47,7 @@ def original_modules() -> tuple[Any, Any]:
     return spin, sampling_utils
 
 
-def row_of(
-    what: str, threads: int, seconds: dict[str, list[float]], text: Any, tokens: int | None = None
-) -> dict[str, object]:
-    row: dict[str, object] = {
-        "what": what,
-        "threads": threads,
-        PEER: text(median(seconds["original"])),
-        "ours": text(median(seconds["ours"])),
-        "times as fast": ratio(seconds["original"], seconds["ours"]),
-    }
-    if tokens is not None:
-        row |= {"axis": "tokens", "size": tokens, "unit": "s"}
-        row |= {"cost": median(seconds["ours"]), "peer cost": median(seconds["original"])}
-    return row
-
-
-def iteration_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+def iteration_row(spin: Any, length: int, rounds: int) -> dict[str, object]:
     _, real, lengths = pairs(VOCABULARY, length)
     rows = [
         Example(tuple(row[:own].tolist()), tuple(row[own:].tolist()))
@@ -100,40 +79,40 @@ def iteration_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str
         )()
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        seconds = in_turns({"ours": ours, "original": original}, rounds)
-    return row_of(f"one whole iteration, {length} tokens", threads, seconds, "{:.2f} s".format, length)
+        seconds = in_turns({"ours": ours, "theirs": original}, rounds)
+    return compared(f"one whole iteration, {length} tokens", PEER, seconds, axis="tokens", size=length)
 
 
-def sampling_row(sampling_utils: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+def sampling_row(sampling_utils: Any, length: int, rounds: int) -> dict[str, object]:
     _, real, lengths = pairs(VOCABULARY, length)
     prompts = [row[:own] for row, own in zip(real, lengths.tolist(), strict=True)]
     model = small()
     seconds = in_turns(
         {
             "ours": lambda: answer_prompts(model, [prompt.tolist() for prompt in prompts], Sampling(length), 0),
-            "original": lambda: sampling_utils.sample(
+            "theirs": lambda: sampling_utils.sample(
                 model, prompts=prompts, seq_len=length, temperature=0.7, filter_kwargs={"thres": 0.9}
             ),
         },
         rounds,
     )
     tokens = sum(length - int(own) for own in lengths)
-    return row_of(f"answers, {length} tokens", threads, seconds, lambda s: f"{tokens / s:.0f} tokens/s")
+    return compared(f"answers, {length} tokens", PEER, seconds, tokens_per_second(tokens))
 
 
-def loss_row(spin: Any, length: int, threads: int, rounds: int) -> dict[str, object]:
+def loss_row(spin: Any, length: int, rounds: int) -> dict[str, object]:
     batch = pairs(VOCABULARY, length)
-    losses = {"ours": SPIN(small()), "original": spin.SPIN(small())}
-    losses["original"].update_reference_model_with_policy()
+    losses = {"ours": SPIN(small()), "theirs": spin.SPIN(small())}
+    losses["theirs"].update_reference_model_with_policy()
     seconds = in_turns({name: lambda loss=loss: loss(*batch).backward() for name, loss in losses.items()}, rounds)
-    return row_of(f"loss and gradient, {length} tokens", threads, seconds, "{:.2f} s".format)
+    return compared(f"loss and gradient, {length} tokens", PEER, seconds)
 
 
-def step_row(vocabulary: int, threads: int) -> dict[str, object]:
-    ours, formula = (measured(kind, vocabulary, LENGTH, threads) for kind in (SPIN_STORED, DPO))
+def step_row(vocabulary: int) -> dict[str, object]:
+    ours, formula = (measured(kind, vocabulary, LENGTH) for kind in (SPIN_STORED, DPO))
     return {
         "what": f"log-probability step, vocabulary {vocabulary:,}",
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         DPO: f"{formula[1]:.2f} s, {formula[0]:.0f} MB",
         "ours": f"{ours[1]:.2f} s, {ours[0]:.0f} MB",
         "times as fast": formula[1] / ours[1],
@@ -151,14 +130,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     spin, sampling_utils = original_modules()
     rounds = min(options.rounds, 3)
-    rows = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        rows += [iteration_row(spin, length, threads, rounds) for length in (84, 168)]
-        rows += [sampling_row(sampling_utils, 168, threads, 1), loss_row(spin, 168, threads, rounds)]
-    report("Beside the original, 4 x 256 model, 4 prompts of 16 to 40 tokens", rows, options.json)
-    steps = [step_row(vocabulary, threads) for threads in options.threads for vocabulary in (8_000, 32_000)]
-    report("Beside DPO's formula, 4 x 256 model, 8 rows of 168 tokens", steps, options.json)
+    rows, steps = [], []
+    for _ in thread_counts(options):
+        rows += [iteration_row(spin, length, rounds) for length in (84, 168)]
+        rows += [sampling_row(sampling_utils, 168, 1), loss_row(spin, 168, rounds)]
+        steps += [step_row(vocabulary) for vocabulary in (8_000, 32_000)]
+    report("Next to the original, 4 x 256 model, 4 prompts of 16 to 40 tokens", rows, options.json)
+    report("Next to DPO's formula, 4 x 256 model, 8 rows of 168 tokens", steps, options.json)
 
 
 if __name__ == "__main__":

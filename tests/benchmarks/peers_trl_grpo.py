@@ -10,7 +10,6 @@ looked for in $BENCH_PEERS/palm-rlhf.
 
 import os
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import arguments, median, ratio, report, timed
+from measure import arguments, compared, peer_folder, ratio, report, thread_counts, timed
 
 QUESTIONS = (
     *("Name the capital of Norway.", "Which colour has coal?", "What animal gives wool?", "What do spiders spin?"),
@@ -80,14 +79,14 @@ def seconds_in_turns(folder: Path, rounds: int) -> dict[str, list[float]]:
     from trl import GRPOConfig, GRPOTrainer
 
     ours = Ours(folder)
-    seconds: dict[str, list[float]] = {"TRL": [], "ours": []}
+    seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
 
     class Turns(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["TRL"].append(time.perf_counter() - self.started)
+            seconds["theirs"].append(time.perf_counter() - self.started)
             seconds["ours"].append(timed(ours.update))
 
     model, tokenizer = load(folder)
@@ -126,24 +125,15 @@ def main() -> None:
     if options.model is None:
         print("nothing measured: give --model FOLDER with a causal language model and its tokenizer")
         return
-    peers = Path(os.environ.get("BENCH_PEERS", ""), "palm-rlhf")
-    if peers.is_dir():
-        sys.path.append(str(peers))
+    if os.environ.get("BENCH_PEERS"):
+        peer_folder("palm-rlhf")
     warnings.simplefilter("ignore")
     table = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    what = f"GRPO update, {options.model.name}, {ANSWERS} answers of {NEW_TOKENS} tokens, LoRA r {RANK}"
+    for _ in thread_counts(options):
         seconds = seconds_in_turns(options.model, min(options.rounds, 5))
-        table.append(
-            {
-                "what": f"GRPO update, {options.model.name}, {ANSWERS} answers of {NEW_TOKENS} tokens, LoRA r {RANK}",
-                "threads": threads,
-                "TRL": f"{median(seconds['TRL']):.2f} s",
-                "ours": f"{median(seconds['ours']):.2f} s",
-                "times as fast": ratio(seconds["TRL"], seconds["ours"]),
-                "share of TRL's time": ratio(seconds["ours"], seconds["TRL"]),
-            }
-        )
+        share = ratio(seconds["ours"], seconds["theirs"])
+        table.append(compared(what, "TRL", seconds, **{"share of TRL's time": share}))
     report("GRPO next to TRL", table, options.json)
 
 

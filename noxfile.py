@@ -1,12 +1,11 @@
 """The workspace's tasks; `nox --list` names them, `nox -s NAME -- ARGUMENTS` runs one.
 
-Distributions are found by looking into `packages/` (see .ci/workspace.py): a new one needs no edit here. Two rules
-hold everywhere:
+Distributions are discovered in `packages/` (.ci/workspace.py): a new one needs no edit here. Two rules hold everywhere:
 
 - Our distributions are installed from wheel FILES built here (or from their folders, in `dev`), never by bare
-  name: some of the names belong to strangers on the public index.
-- Every install takes `-c tests/constraints.txt`, so that one version of torch serves all sessions, except where
-  the lowest versions are what is tested.
+  name: some of the names belong to other projects on the public index.
+- Every install takes `-c tests/constraints.txt`, so that all sessions share one version of torch, except those
+  that test the lowest versions.
 
 Where CI is set, an environment is deleted after use: one takes about 1.8 GB.
 """
@@ -80,7 +79,7 @@ def deleted_after_use(session: nox.Session) -> Iterator[Path]:
 def install_wheels(
     session: nox.Session, distributions: list[Distribution], *others: str, constraints: str = CONSTRAINTS
 ) -> Path:
-    """Builds and installs wheel files of ours, with what else is needed, in one resolution; returns their folder."""
+    """Builds wheel files and installs them with other requirements in one resolution; returns the wheels' folder."""
     folder = Path(session.virtualenv.location).resolve() / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     sources = [str(distribution.folder) for distribution in distributions]
@@ -93,7 +92,7 @@ def install_wheels(
 
 
 def prove_installed_alone(session: nox.Session, distributions: list[Distribution]) -> None:
-    """Asserts that exactly these of ours are importable in this environment, from the wheel files."""
+    """Asserts that exactly these distributions of the workspace are importable, from the wheel files."""
     present = [f"{one.name}={one.import_name}={one.version}" for one in distributions]
     absent = [other.import_name for other in EVERY if other.name not in {one.name for one in distributions}]
     session.run("python", "-I", "tests/installed_alone.py", "--present", *present, "--absent", *absent)
@@ -111,7 +110,7 @@ def run_tests(session: nox.Session, distribution: Distribution) -> None:
 
 
 def run_readme(session: nox.Session, distribution: Distribution) -> None:
-    """Runs what a distribution's README shows, as written, with nothing of ours beside it but the core."""
+    """Runs the blocks of a distribution's README as written, with only the package and the core installed."""
     readme = (distribution.folder / "README.md").relative_to(ROOT).as_posix()
     proofs = ("test_python_blocks_run_as_written", "test_runnable_commands_run_as_written")
     chosen = [f"tests/test_readmes.py::{proof}[{readme}]" for proof in proofs]
@@ -129,7 +128,7 @@ def released(session: nox.Session, tag: str, folder: Path) -> Iterator[Path]:
 
 
 def gpu_is_listed() -> bool:
-    """Whether the driver lists a GPU, or the torch beside nox sees one."""
+    """True if the driver lists a GPU, or the torch of nox's environment sees one."""
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if listed.returncode == 0 and "GPU" in listed.stdout:
@@ -142,7 +141,7 @@ def gpu_is_listed() -> bool:
 
 
 def skip_unless_required(session: nox.Session, reason: str) -> None:
-    """Skips for want of a GPU; with REQUIRE_CUDA=1 that is a failure."""
+    """Skips a session that needs a GPU; with REQUIRE_CUDA=1 that is a failure."""
     if os.environ.get("REQUIRE_CUDA") == "1":
         session.error(f"{reason}, and REQUIRE_CUDA=1")
     session.skip(reason)
@@ -227,7 +226,7 @@ def tests_last_release(session: nox.Session, package: str) -> None:
 
 @nox.session
 def integration(session: nox.Session) -> None:
-    """Tests what crosses distributions: tests/ at the top level, with all of ours in one environment."""
+    """Tests across distributions: tests/ at the top level, with all six in one environment."""
     with deleted_after_use(session):
         tools = ("nox", "packaging", "pytest", "pytest-timeout")
         wheels = install_wheels(session, EVERY, *group_of(EVERY, "test"), *tools)
@@ -237,7 +236,7 @@ def integration(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Kills, damaged files, full disks, dying ranks: the long form of what the tests do briefly."""
+    """Kills, damaged files, full disks, dying ranks: the long form of the fault tests."""
     with deleted_after_use(session):
         folders = [*(distribution.folder for distribution in EVERY), ROOT]
         files = [str(file) for folder in folders for file in sorted(folder.glob("tests/test_faults*.py"))]
@@ -254,8 +253,8 @@ def faults(session: nox.Session) -> None:
 
 COMMANDS_FOLDER = "commands"
 RUNS = ROOT / "runs"
-QUICKSTART: dict[str, str] = {}  # where the commands are, then how each command went
-SUMMARIES: dict[str, list[Path]] = {}  # what each command wrote about its result
+QUICKSTART: dict[str, str] = {}  # folder of the commands, then each command's outcome
+SUMMARIES: dict[str, list[Path]] = {}  # summaries written by each command
 
 
 @nox.session(default=False)
@@ -290,13 +289,13 @@ def quickstart(session: nox.Session, package: str) -> None:
 
 @nox.session(python=False, default=False)
 def quickstart_summary(session: nox.Session) -> None:
-    """Says in one place how the quickstarts went."""
+    """Prints one table of the quickstarts' results."""
     if COMMANDS_FOLDER not in QUICKSTART:
         session.skip("no quickstart has run")
     commands = Path(QUICKSTART.pop(COMMANDS_FOLDER))
     print("\nQuickstarts:\n")
     print(summary_table(QUICKSTART, SUMMARIES, ROOT))
-    print(f"\nThe commands are installed in {commands}, what they wrote is in {RUNS}.", flush=True)
+    print(f"\nThe commands are installed in {commands}, their output is in {RUNS}.", flush=True)
     if os.environ.get("CI"):
         shutil.rmtree(commands.parent, ignore_errors=True)
 
@@ -347,7 +346,7 @@ def docs(session: nox.Session) -> None:
     `nox -s docs -- serve` shows it, and again after each change.
     """
     with deleted_after_use(session):
-        # the sources are read, not imported: nothing of ours is installed
+        # the sources are parsed, not imported: none of our distributions is installed
         tools = ("mkdocs-material", "mkdocstrings[python]", "mkdocs-gen-files", "nox", "packaging", "ruff")
         session.install("-c", CONSTRAINTS, *tools)
         arguments = session.posargs or ["build", "--strict"]
@@ -399,11 +398,11 @@ def studies(session: nox.Session) -> None:
 
 @nox.session
 def bench_peers(session: nox.Session) -> None:
-    """Runs tests/benchmarks/peers_*.py beside other people's packages, and puts all their rows into one table."""
+    """Runs tests/benchmarks/peers_*.py, which compare with other packages, and makes one table of all rows."""
     with deleted_after_use(session) as environment:
         install_wheels(session, EVERY, *group_of(EVERY, "test"), *group_of(EVERY, "bench"), "matplotlib")
-        # A peer may bear one of our names, so it never goes beside ours: a script puts $BENCH_PEERS/<distribution>
-        # on the path of a subprocess. Without dependencies, or each folder would get a torch of its own.
+        # A peer may have one of our names, so it is installed into a folder of its own, which its script puts on the
+        # path ($BENCH_PEERS/<distribution>). Without dependencies, or each folder would get a torch of its own.
         peers = environment / "peers"
         for distribution in EVERY:
             wanted = distribution.group("peers")
@@ -421,7 +420,7 @@ def bench_peers(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def dev(session: nox.Session) -> None:
-    """Makes .venv with every distribution editable, and all that tests and checks need."""
+    """Creates .venv with every distribution editable and all requirements of tests and checks."""
     folder = ROOT / ".venv"
     session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder))
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
@@ -456,7 +455,7 @@ def matrix(session: nox.Session) -> None:
 
 @nox.session(name="release-check", python=False, default=False)
 def release_check(session: nox.Session) -> None:
-    """Checks a release tag, `nox -s release-check -- palm-rlhf-v0.1.0`, and says what it releases."""
+    """Checks a release tag (`nox -s release-check -- palm-rlhf-v0.1.0`) and prints what it releases."""
     if len(session.posargs) != 1:
         session.error(f"one tag is expected after --, got {session.posargs}")
     try:

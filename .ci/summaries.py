@@ -1,7 +1,7 @@
-"""What finished runs say about themselves (`summary.json` in a run's folder), and the quickstarts' one table of it.
+"""Summaries of finished runs (`summary.json` in a run's folder), and the quickstarts' table of them.
 
-A summary holds `results`, the key one first, each with `name`, `before` (or null), `after` and which way is `better`;
-and `steps` and `seconds` (or null).
+A summary holds `results` (the key one first), each with `name`, `before` (or null), `after` and `better` (lower or
+higher), and `steps` and `seconds` (or null).
 """
 
 import json
@@ -23,10 +23,10 @@ def changed_since(before: Mapping[Path, int], folder: Path) -> list[Path]:
 
 
 def read_summary(file: Path) -> dict[str, Any]:
-    """A summary that is as this module says.
+    """A summary in the form of this module's docstring.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the file has another form.
     """
     summary = json.loads(file.read_text("utf-8"))
     if not isinstance(summary, dict) or not summary.get("results"):
@@ -44,12 +44,12 @@ def number(value: float | None) -> str:
 
 
 def summary_table(outcomes: Mapping[str, str], summaries: Mapping[str, Sequence[Path]], root: Path) -> str:
-    """One table of how each command went and what came out of it.
+    """Table of each command's outcome and results.
 
     Args:
-        outcomes: of each command.
-        summaries: the files that each command wrote.
-        root: paths are shown relative to it.
+        outcomes: each command's time, or "failed".
+        summaries: files written by each command.
+        root: folder that printed paths are relative to.
     """
     rows = [("command", "took", "result", "before", "after", "folder")]
     for command, outcome in outcomes.items():

@@ -1,7 +1,7 @@
-"""Which trap of an original is guarded by which test, as the packages' READMEs say it.
+"""Traps of the originals and the tests that guard them, read from each package's MIGRATING.md.
 
-A README's tables of differences say what the original does, what happens here, and in a column "guarded by" the tests
-that hold it so, in backticks. The documentation's page of traps is made from these, and tests/test_traps.py asserts
+Its tables of differences state the original's behaviour, ours, and in a column "guarded by" the tests that keep it,
+in backticks. The documentation's page of traps is made from these, and tests/test_traps.py asserts
 that every test named there exists.
 """
 
@@ -26,10 +26,10 @@ def cells_of(line: str) -> list[str]:
     return [part.strip().replace("\\|", "|") for part in parts]
 
 
-def traps_of(readme: str) -> list[Trap]:
+def traps_of(page: str) -> list[Trap]:
     """Every row of a table that has a column "guarded by"."""
     traps, header = [], None
-    for line in readme.splitlines():
+    for line in page.splitlines():
         if not line.startswith("|"):
             header = None
         elif header is None:
@@ -42,10 +42,10 @@ def traps_of(readme: str) -> list[Trap]:
 
 
 def tests_under(*folders: Path) -> dict[str, list[Path]]:
-    """The files in which each test function is defined."""
-    found: dict[str, list[Path]] = {}
+    """The files that define each test function."""
+    defined: dict[str, list[Path]] = {}
     for folder in folders:
         for file in sorted(folder.glob("test_*.py")):
             for name in re.findall(r"^\s*(?:async )?def (test_\w+)", file.read_text("utf-8"), re.MULTILINE):
-                found.setdefault(name, []).append(file)
-    return found
+                defined.setdefault(name, []).append(file)
+    return defined

@@ -1,7 +1,7 @@
-"""What the noxfile knows about the workspace: its distributions, their bounds, archives, changes and release tags.
+"""Description of the workspace for nox: distributions, bounds, archives, changed files and release tags.
 
-Only facts and decisions, no side effects: the sessions of the noxfile act on them, `tests/test_workspace.py` tests
-them. A distribution is found by looking: `core/` and every folder of `packages/` with a pyproject.toml.
+No function has side effects: the sessions of the noxfile act on them, `tests/test_workspace.py` tests them.
+Distributions are discovered: `core/` and every folder of `packages/` with a pyproject.toml.
 """
 
 import functools
@@ -21,7 +21,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A change of one of these concerns every distribution, since all stand on it.
+# A change of one of these affects every distribution.
 SHARED_FILES = ("core/", "noxfile.py", "pyproject.toml", "tests/constraints.txt", ".ci/", ".github/workflows/")
 
 
@@ -62,14 +62,14 @@ class Distribution:
         return found[1]
 
     def group(self, name: str) -> tuple[str, ...]:
-        """The requirements of one dependency group; none where the distribution has no such group."""
+        """Requirements of a dependency group; empty if the distribution has no such group."""
         if name not in self.pyproject.get("dependency-groups", {}):
             return ()
         return tuple(nox.project.dependency_groups(self.pyproject, name))
 
     @property
     def quickstart(self) -> list[str]:
-        """The subcommands that make up its quickstart: ``train``, unless its pyproject.toml says more."""
+        """Subcommands of its quickstart: ``train``, or those listed in its pyproject.toml."""
         return list(self.pyproject.get("tool", {}).get("quickstart", {}).get("commands", ["train"]))
 
     @property
@@ -79,7 +79,7 @@ class Distribution:
         return bound
 
     def requirements(self, *, extras: bool) -> list[Requirement]:
-        """What the distribution asks for, its own siblings included."""
+        """Requirements of the distribution, its siblings included."""
         lines = list(self.project.get("dependencies", []))
         if extras:
             lines += [line for extra in self.project.get("optional-dependencies", {}).values() for line in extra]
@@ -98,12 +98,12 @@ PACKAGES = [name for name in DISTRIBUTIONS if name != CORE.name]
 
 
 def with_core(name: str) -> list[Distribution]:
-    """A distribution and the core it stands on."""
+    """A distribution and the core."""
     return [CORE] if name == CORE.name else [CORE, DISTRIBUTIONS[name]]
 
 
 def quickstart_order() -> list[str]:
-    """The packages with a command of their own; PaLM's quickstart is the one to see first."""
+    """Packages with a command, PaLM's quickstart first."""
     with_command = [name for name in PACKAGES if name in DISTRIBUTIONS[name].project.get("scripts", {})]
     return sorted(with_command, key=lambda name: name != "palm-rlhf")
 
@@ -114,13 +114,13 @@ def group_of(distributions: Iterable[Distribution], name: str) -> list[str]:
 
 
 def foreign_requirements(distributions: Iterable[Distribution], *, extras: bool) -> list[Requirement]:
-    """What these distributions ask for from an index: everything but one another."""
+    """Requirements from an index: all but the workspace's own distributions."""
     asked = [wanted for distribution in distributions for wanted in distribution.requirements(extras=extras)]
     return [wanted for wanted in asked if canonicalize_name(wanted.name) not in DISTRIBUTIONS]
 
 
 def lowest_versions(requirements: Iterable[Requirement]) -> list[str]:
-    """The lowest version that the bounds allow of each, as lines of a constraints file.
+    """Lowest version that the bounds allow of each requirement, as lines of a constraints file.
 
     Raises:
         ValueError: a requirement without a lower bound.
@@ -136,14 +136,14 @@ def lowest_versions(requirements: Iterable[Requirement]) -> list[str]:
 
 
 def oldest_release(tags: Iterable[str], bound: SpecifierSet) -> str | None:
-    """Of the core's release tags, the oldest that a bound allows; None where there is none."""
+    """Oldest of the core's release tags that a bound allows, or None."""
     versions = {tag: Version(tag.removeprefix(f"{CORE.name}-v")) for tag in tags}
     allowed = [tag for tag, version in versions.items() if bound.contains(version, prereleases=True)]
     return min(allowed, key=lambda tag: versions[tag], default=None)
 
 
 def missing_from_archive(archive: Path, import_name: str) -> list[str]:
-    """The files (as patterns) that every sdist or wheel of ours must carry and this one does not."""
+    """Patterns of the files that every sdist or wheel must contain and this one lacks."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             names = wheel.namelist()
@@ -156,7 +156,7 @@ def missing_from_archive(archive: Path, import_name: str) -> list[str]:
 
 
 def affected_packages(changed_files: Iterable[str]) -> list[str]:
-    """The distributions that a change of these files (relative to the root, with /) concerns."""
+    """Distributions affected by a change of these files (paths relative to the root, with /)."""
     files = list(changed_files)
     if any(file.startswith(SHARED_FILES) for file in files):
         return list(DISTRIBUTIONS)
@@ -165,7 +165,7 @@ def affected_packages(changed_files: Iterable[str]) -> list[str]:
 
 
 def select_sessions(listing: Iterable[dict[str, Any]], packages: Iterable[str], device: str | None = None) -> list[str]:
-    """From what `nox --list --json` prints, the sessions of these packages: those of one device, or without any."""
+    """Sessions of these packages in the output of `nox --list --json`: of one device, or without a device."""
     wanted = set(packages)
     return [
         str(entry["session"])

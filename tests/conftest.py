@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -42,28 +43,15 @@ def root() -> Path:
     return ROOT
 
 
-@pytest.fixture(scope="session")
-def workspace() -> ModuleType:
-    """The module that describes the workspace to nox."""
-    return load_from_file("workspace", ROOT / ".ci" / "workspace.py")
+def module_fixture(name: str) -> Any:
+    """A fixture that is the module ``.ci/<name>.py``."""
+    return pytest.fixture(scope="session", name=name)(lambda: load_from_file(name, ROOT / ".ci" / f"{name}.py"))
 
 
-@pytest.fixture(scope="session")
-def summaries() -> ModuleType:
-    """The module that reads what finished runs say about themselves."""
-    return load_from_file("summaries", ROOT / ".ci" / "summaries.py")
-
-
-@pytest.fixture(scope="session")
-def structure() -> ModuleType:
-    """The module that reads imports between a distribution's rooms."""
-    return load_from_file("structure", ROOT / ".ci" / "structure.py")
-
-
-@pytest.fixture(scope="session")
-def traps() -> ModuleType:
-    """The module that reads the READMEs' tables of traps."""
-    return load_from_file("traps", ROOT / ".ci" / "traps.py")
+workspace = module_fixture("workspace")  # the distributions, as nox knows them
+summaries = module_fixture("summaries")  # the table of finished runs
+structure = module_fixture("structure")  # imports between the rooms of a distribution
+traps = module_fixture("traps")  # the tables of traps in MIGRATING.md
 
 
 @pytest.fixture(scope="session")

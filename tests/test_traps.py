@@ -1,4 +1,4 @@
-"""Every test that a README names as the guard against a trap exists, and the tables are read rightly."""
+"""Every test that MIGRATING.md names as the guard against a trap exists, and its tables are parsed correctly."""
 
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +11,12 @@ PACKAGES = sorted(ROOT.glob("packages/*"))
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_every_named_guard_exists(package: Path, traps: ModuleType) -> None:
-    found = traps.traps_of((package / "README.md").read_text("utf-8"))
+    page = (package / "MIGRATING.md").read_text("utf-8")
     known = traps.tests_under(package / "tests", ROOT / "core" / "tests", ROOT / "tests")
 
-    named = {guard for trap in found for guard in trap.guards}
+    named = {guard for trap in traps.traps_of(page) for guard in trap.guards}
     assert sorted(named - set(known)) == []
-    assert named, f"{package.name}/README.md must name the tests that guard it against the original's traps"
-
-
-@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
-def test_every_readme_says_how_to_come_from_the_original(package: Path) -> None:
-    assert "\n## Coming from " in (package / "README.md").read_text("utf-8")
+    assert named, f"{package.name}/MIGRATING.md must name the tests that guard it against the original's traps"
 
 
 def test_a_table_of_traps_is_read_cell_by_cell(traps: ModuleType) -> None:

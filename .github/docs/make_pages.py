@@ -1,4 +1,4 @@
-"""Makes the pages that repeat nothing: READMEs as they are, with their links turned, interfaces, and the traps.
+"""Generates pages of the site: Markdown files of the repository with their links adapted, interfaces, and the traps.
 
 Run by mkdocs (gen-files); a link that leads to no file of the repository ends the build.
 """
@@ -21,8 +21,10 @@ LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "tests/examples": "together.md"}
 for one in DISTRIBUTIONS.values():
     folder = one.folder.relative_to(ROOT).as_posix()
-    PAGES[f"{folder}/README.md"] = f"{one.name}/index.md"
-    PAGES[f"{folder}/CHANGELOG.md"] = f"{one.name}/changes.md"
+    files = {"README": "index", "BENCHMARKS": "benchmarks", "MIGRATING": "migrating", "CHANGELOG": "changes"}
+    for file, page in files.items():
+        if (one.folder / f"{file}.md").is_file():
+            PAGES[f"{folder}/{file}.md"] = f"{one.name}/{page}.md"
 
 
 def outside_code(text: str, change: re.Pattern[str], replace: object) -> str:
@@ -32,7 +34,7 @@ def outside_code(text: str, change: re.Pattern[str], replace: object) -> str:
 
 
 def turned(text: str, source: str, page: str) -> str:
-    """A README's text with its relative links as they must be on the site."""
+    """A Markdown file's text with its relative links adapted to the site."""
 
     def turn(match: re.Match[str]) -> str:
         target, hash_, anchor = match[2].partition("#")
@@ -44,13 +46,13 @@ def turned(text: str, source: str, page: str) -> str:
         link = posixpath.relpath(PAGES[path], posixpath.dirname(page) or ".")
         return f"{match[1]}{link}{hash_}{anchor}{match[3]}"
 
-    # fences with a word behind the language ("bash runnable") are not known to the highlighter
+    # the highlighter does not know fences with a word after the language ("bash runnable")
     text = re.sub(r"^```(\w+) +\w+[ \t]*$", r"```\1", text, flags=re.MULTILINE)
     return outside_code(text, LINK, turn)
 
 
 def shown_file(path: str) -> str:
-    """Puts a file of the repository on the site, and says where."""
+    """Copies a file of the repository to the site; returns its path there."""
     file = ROOT / path
     if not file.is_file():
         raise SystemExit(f"a link leads to {path}, which does not exist")
@@ -72,7 +74,7 @@ def write(page: str, text: str) -> None:
 
 
 def public_modules(distribution: Distribution) -> list[str]:
-    """The modules whose names promise nothing private, and the drawers that offer something themselves."""
+    """Modules without a leading underscore, and the folders that export names themselves."""
     names = []
     for file in sorted(distribution.source.rglob("*.py")):
         parts = file.relative_to(distribution.source).with_suffix("").parts
@@ -84,16 +86,16 @@ def public_modules(distribution: Distribution) -> list[str]:
 
 
 def front_of(distribution: Distribution) -> dict[str, str]:
-    """The names that a distribution's front imports from its own modules, and from which."""
+    """Names that a distribution's `__init__` imports from its own modules, with the module of each."""
     tree = ast.parse((distribution.source / "__init__.py").read_text("utf-8"))
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     return {alias.name: str(node.module) for node in found for alias in node.names if node.module != "importlib"}
 
 
 def interface(distribution: Distribution) -> str:
-    """What a package's front offers; for the core, its modules one by one."""
+    """Page of a package's public names; for the core, module by module."""
     name = distribution.import_name
-    lines = [f"# `{name}`", "", f"What `import {name}` offers. [What it is for, and how to begin](index.md)", ""]
+    lines = [f"# `{name}`", "", f"Public names of `{name}`. [Purpose and first steps](index.md)", ""]
     if distribution.name == CORE.name:
         offered = [f"[`{offered}`][{origin}.{offered}]" for offered, origin in sorted(front_of(distribution).items())]
         lines += [", ".join(offered) + ".", "", "Each is documented with the module that it comes from:", ""]
@@ -111,14 +113,14 @@ def traps_page() -> str:
         "# Traps of the originals, and the tests that guard them",
         "",
         "Each package keeps the ideas of an earlier implementation and its call forms, and none of what went wrong in",
-        "it. Here is every such trap with the tests that fail if it comes back; the tables are those of the packages'",
-        'READMEs, under "Coming from".',
+        "it. Here is every such trap with the tests that fail if it comes back; the tables are those of each package's",
+        "page about migrating.",
         "",
     ]
     for name in PAGES_WITH_TRAPS:
         distribution = DISTRIBUTIONS[name]
         known = tests_under(distribution.folder / "tests", CORE.folder / "tests", ROOT / "tests")
-        traps = [trap for trap in traps_of((distribution.folder / "README.md").read_text("utf-8")) if trap.guards]
+        traps = [trap for trap in traps_of((distribution.folder / "MIGRATING.md").read_text("utf-8")) if trap.guards]
         if not traps:
             continue
         lines += [f"## {name}", "", "| the original | here | guarded by |", "|---|---|---|"]
@@ -156,8 +158,6 @@ for source, page in [item for item in PAGES.items() if item[0].endswith(".md")]:
         examples = examples_of(DISTRIBUTIONS[name].folder / "examples")
         text += f"\n## Examples\n\n{examples}\n" if examples else ""
         text += "\n[The whole interface](api.md), [changes](changes.md)\n"
-        if name != CORE.name and "\n## Coming from " not in text:
-            raise SystemExit(f"{source} must have a section 'Coming from <original>'")
     write(page, text)
 for distribution in DISTRIBUTIONS.values():
     write(f"{distribution.name}/api.md", interface(distribution))

@@ -136,7 +136,7 @@ def kept_row(original: Any, vocabulary: int, new_tokens: int) -> dict[str, objec
     return {
         "what": f"kept of a rollout, {new_tokens} new tokens, vocabulary {vocabulary:,}",
         "threads": torch.get_num_threads(),
-        PEER: f"{sizes['original'] / 1e6:.2f} MB",
+        PEER: f"{sizes['theirs'] / 1e6:.2f} MB",
         "ours": f"{sizes['ours'] / 1e6:.2f} MB",
         "times as small": sizes["theirs"] / sizes["ours"],
     }

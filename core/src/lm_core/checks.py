@@ -34,7 +34,7 @@ def either(default: Any, **names: Any) -> Any:
 def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
     """Raises if ``ids`` are not integers in ``[0, vocab_size)``.
 
-    Values are read, so on an accelerator this waits for the device: call it at the door, not in every forward.
+    Values are read, so on an accelerator this waits for the device: call it at the API boundary, not in every forward.
 
     Raises:
         TypeError: the dtype is not an integer one.
@@ -52,9 +52,9 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
         raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {wrong}")
 
 
-def check_positive(value: int, name: str) -> None:
-    """Raises ``ValueError`` naming the argument unless ``value`` is at least 1."""
-    if value < 1:
+def check_positive(value: int | None, name: str) -> None:
+    """Raises ``ValueError`` naming the argument unless ``value`` is at least 1; None passes."""
+    if value is not None and value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -65,6 +65,6 @@ def check_above_zero(value: float | None, name: str) -> None:
 
 
 def check_probability(value: float, name: str) -> None:
-    """Raises ``ValueError`` naming the argument unless ``value`` is a dropout probability in ``[0, 1)``."""
+    """Raises ``ValueError`` naming the argument unless ``value`` is in ``[0, 1)``, such as a dropout probability."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from lm_core.checks import typed
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Message = Mapping[str, str]
 
@@ -265,7 +265,7 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
                 "tokenizer_config.json or tokenizer.json"
             )
         return HuggingFaceTokenizer(_auto_tokenizer(str(folder), local=True))
-    if _HUB_ID.fullmatch(str(source)) and not folder.exists():
+    if HUB_ID.fullmatch(str(source)) and not folder.exists():
         return HuggingFaceTokenizer(_auto_tokenizer(str(source), local=False))
     raise FileNotFoundError(f'source must be "bytes", a folder with a tokenizer, or organisation/name, got {source!r}')
 

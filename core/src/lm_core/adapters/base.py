@@ -5,6 +5,7 @@ An adapter supplies only how its library is called with rows whose padding is al
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +40,8 @@ class AdapterCache(ABC):
         self.batch_size = index.shape[0]
 
     def clone(self) -> "AdapterCache":
-        """An independent copy: what is appended to one is not seen by the other."""
-        copy = self._clone()
-        copy.length, copy.mask = self.length, self.mask
-        return copy
+        """An independent copy: what is appended to one is not seen by the other. Tensors are never written to."""
+        return copy.copy(self)
 
     def extended_mask(self, new: Tensor | None, n: int) -> Tensor | None:
         """Mask of the positions held and ``n`` new ones, of which ``new (b, n)`` says which are real (None: all)."""
@@ -56,10 +55,6 @@ class AdapterCache(ABC):
     @abstractmethod
     def _select(self, index: Tensor) -> None:
         """Selects rows of the keys and values."""
-
-    @abstractmethod
-    def _clone(self) -> "AdapterCache":
-        """A copy of the keys and values in a new cache."""
 
 
 class Adapter(nn.Module, ABC):

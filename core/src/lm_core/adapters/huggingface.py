@@ -50,9 +50,9 @@ class HuggingFaceCache(AdapterCache):
         elif self.past is not None:
             self.past.reorder_cache(index)
 
-    def _clone(self) -> "HuggingFaceCache":
-        clone = HuggingFaceCache(self.batch_size)
-        # Tensors are never written to, each call makes longer ones: only what holds them is copied.
+    def clone(self) -> AdapterCache:
+        """An independent copy: each call makes longer tensors, so only what holds them is copied."""
+        clone: Any = super().clone()
         clone.past = copy.copy(self.past)
         if self.past is not None and not isinstance(self.past, (tuple, list)):
             for name, value in vars(self.past).items():

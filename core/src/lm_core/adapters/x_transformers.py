@@ -52,12 +52,6 @@ class XTransformersCache(AdapterCache):
             for layer in self.layers
         ]
 
-    def _clone(self) -> "XTransformersCache":
-        clone = XTransformersCache(self.batch_size)
-        # The tensors are never written to: each call makes longer ones.
-        clone.ids, clone.layers = self.ids, list(self.layers)
-        return clone
-
 
 class XTransformersLM(LibraryAdapter):
     """An x-transformers decoder that returns logits only.

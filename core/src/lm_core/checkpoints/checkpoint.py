@@ -29,19 +29,18 @@ from lm_core.checkpoints.manifest import (
     read_manifest,
     save_tensors,
     verify_manifest,
-    write_json,
     write_manifest,
 )
 from lm_core.checkpoints.pretrained import (
     CONFIG_FILE,
-    TOKENIZER_FOLDER,
     WEIGHTS_FILE,
     PretrainedMixin,
     check_config,
     check_tokenizer,
+    write_model,
 )
 from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
-from lm_core.checks import typed
+from lm_core.checks import check_positive, typed
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.rng import capture_rng
 
@@ -89,14 +88,13 @@ class Checkpoint:
 def on_main_process(work: Callable[[], Any]) -> Any:
     """Runs ``work`` on rank 0; its result, or its error, reaches every rank, so that none waits for ever."""
     result: Any = None
-    failure: str | None = None
     error: Exception | None = None
     if rank() == 0:
         try:
             result = work()
         except Exception as raised:
-            error, failure = raised, f"{type(raised).__name__}: {raised}"
-    result, failure = broadcast_object((result, failure))
+            error = raised
+    result, failure = broadcast_object((result, None if error is None else f"{type(error).__name__}: {error}"))
     if error is not None:
         raise error
     if failure is not None:
@@ -112,13 +110,9 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     folder = Path(directory)
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-
-    def age(path: Path) -> tuple[bool, int, tuple[int, int]]:
-        sequence = _sequence(path)
-        return sequence is None, sequence or 0, _step_of(path)
-
-    return sorted(found, key=age)
+    checkpoints = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    sequences = {path: _sequence(path) for path in checkpoints}
+    return sorted(checkpoints, key=lambda path: (sequences[path] is None, sequences[path] or 0, _step_of(path)))
 
 
 def _step_of(path: Path) -> tuple[int, int]:
@@ -170,23 +164,20 @@ def save_checkpoint(
     """
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep must be at least 1 or None, got {keep}")
+    check_positive(keep, "keep")
     check_tokenizer(tokenizer)
     own_rng = plain(capture_rng() if rng is None else rng, "rng")
     all_rng = _gather(own_rng)
 
-    def write() -> str:
+    def write() -> Path:
         state = plain(trainer_state or {}, "trainer_state")
         target = _new_name(Path(directory), step)
         try:
             with new_directory(target) as temporary:
-                _write_model(temporary, model, config)
+                write_model(temporary, model, config=config, tokenizer=tokenizer)
                 save_tensors(temporary / TRAINER_FILE, state, "trainer_state")
                 for number, rank_rng in enumerate(all_rng):
                     save_tensors(temporary / f"rng-{number}.pt", rank_rng, "rng")
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(temporary / TOKENIZER_FOLDER)
                 sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(directory)), default=0)
                 write_manifest(temporary, step=step, world_size=len(all_rng), sequence=sequence)
         except OSError as error:
@@ -195,9 +186,10 @@ def save_checkpoint(
             ) from error
         if keep is not None:
             _prune(Path(directory), target, keep)
-        return str(target)
+        return target
 
-    return Path(on_main_process(write))
+    path: Path = on_main_process(write)
+    return path
 
 
 def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,17 +205,6 @@ def _new_name(directory: Path, step: int) -> Path:
     while (path := directory / (f"step-{step}" if attempt == 1 else f"step-{step}-{attempt}")).exists():
         attempt += 1
     return path
-
-
-def _write_model(directory: Path, model: nn.Module | Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
-    pretrained = model if isinstance(model, PretrainedMixin) else None
-    if config is None and pretrained is not None:
-        config = pretrained.config
-    if config is not None:
-        write_json(directory / CONFIG_FILE, config)
-    save_weights(directory / WEIGHTS_FILE, model)
-    if pretrained is not None:
-        pretrained.write_assets(directory)
 
 
 def _prune(directory: Path, newest: Path, keep: int) -> None:
@@ -288,7 +269,7 @@ def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, st
         CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; files,
             classes and keys are named.
     """
-    path = Path(on_main_process(lambda: str(_choose(Path(directory), step))))
+    path: Path = on_main_process(lambda: _choose(Path(directory), step))
     manifest = read_manifest(path)
     for name in (WEIGHTS_FILE, TRAINER_FILE):
         if name not in manifest["files"]:

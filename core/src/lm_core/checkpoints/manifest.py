@@ -28,14 +28,10 @@ class CheckpointError(ValueError):
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _read(stream)
-
-
-def _read(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
+        while block := stream.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -67,6 +63,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def to_json(content: Mapping[str, Any]) -> str:
     """A JSON object as indented text."""
     return json.dumps(content, indent=2) + "\n"
+
+
+def json_value(value: Any) -> Any:
+    """``value`` as JSON holds it: sequences as lists, keys and all else that it has no type for as text."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [json_value(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -182,7 +187,7 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise weights_only=False, which is just what a bomb needs.
+        # torch's own message also advises weights_only=False, which is just what a bomb needs.
         found = re.search(r"unsupported (?:global|class|operand):? [\w. ]+", str(error), re.IGNORECASE)
         detail = f" ({found[0].strip()})" if found else ""
         raise CheckpointError(

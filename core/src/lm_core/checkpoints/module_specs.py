@@ -9,9 +9,11 @@ A checkpoint is data from anyone, so a specification names a class only among th
 theirs (entry points), Hugging Face's and timm's; no other module is imported on its word.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError, json_value
 
 ENTRY_POINTS = "lm_core.models"
 _NAMES_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
@@ -32,6 +34,15 @@ _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 def package_of(cls: type) -> str:
     """Import name of the package a class belongs to."""
     return cls.__module__.split(".", 1)[0]
+
+
+def version_of(package: str) -> str | None:
+    """Version of an imported package, or of an installed distribution; None if there is neither."""
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+    return None if version is None else str(version)
 
 
 def register(cls: type) -> None:
@@ -137,7 +148,7 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
     kinds = {base.__module__.split(".", 1)[0] for base in type(module).__mro__}
     own = package_of(type(module))
     if own == "transformers" and hasattr(module, "config"):
-        settings = _without_code(_jsonable(module.config.to_dict()))
+        settings = _without_code(json_value(module.config.to_dict()))
         return {"kind": "transformers", "class": type(module).__name__, "config": settings}
     if own == "timm" and "timm" in kinds:
         description = getattr(module, "pretrained_cfg", None) or {}
@@ -148,14 +159,6 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
                 "num_classes": getattr(module, "num_classes", None),
             }
     return None
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(entry) for entry in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _without_code(settings: Any) -> Any:

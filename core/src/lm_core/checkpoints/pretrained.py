@@ -9,10 +9,7 @@ State that methods add after construction (adapters, extra heads) goes through `
 """
 
 import functools
-import importlib.metadata
 import inspect
-import re
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,15 +30,21 @@ from lm_core.checkpoints.manifest import (
     write_json,
     write_manifest,
 )
-from lm_core.checkpoints.module_specs import decode_argument, encode_argument, is_given, package_of, register
+from lm_core.checkpoints.module_specs import (
+    decode_argument,
+    encode_argument,
+    is_given,
+    package_of,
+    register,
+    version_of,
+)
 from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
 from lm_core.checks import typed
-from lm_core.tokenizers import Tokenizer
+from lm_core.tokenizers import HUB_ID, Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 M = TypeVar("M", bound="PretrainedMixin")
 
@@ -83,16 +86,6 @@ def _encode_arguments(signature: inspect.Signature, bound: inspect.BoundArgument
     return encoded
 
 
-def _version_of(package: str) -> str | None:
-    version = getattr(sys.modules.get(package), "__version__", None)
-    if version is None:
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-    return str(version)
-
-
 class PretrainedMixin(nn.Module):
     """Adds ``config``, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a module."""
 
@@ -116,7 +109,7 @@ class PretrainedMixin(nn.Module):
         config = {
             "format_version": FORMAT_VERSION,
             "package": package,
-            "package_version": _version_of(package),
+            "package_version": version_of(package),
             "class": cls.__name__,
             "arguments": dict(self.__dict__.get("_recorded_arguments", {})),
         }
@@ -262,7 +255,7 @@ class PretrainedMixin(nn.Module):
             ValueError: ``repo_id`` is not of the form ``organisation/name``.
             ImportError: the extra ``hub`` is not installed.
         """
-        if not _HUB_ID.fullmatch(repo_id):
+        if not HUB_ID.fullmatch(repo_id):
             raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
         hub = _hub()
         with tempfile.TemporaryDirectory() as name:
@@ -320,11 +313,27 @@ def check_vocabulary(tokenizer: Any, num_tokens: int) -> None:
         )
 
 
-def write_model(directory: Path, model: PretrainedMixin, *, tokenizer: Any = None) -> None:
-    """Writes configuration, weights, assets and tokenizer of a model into an existing folder, without a manifest."""
-    write_json(directory / CONFIG_FILE, model.pretrained_config())
+def write_model(
+    directory: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Writes configuration, weights, assets and tokenizer of a model into an existing folder, without a manifest.
+
+    Args:
+        directory: the folder.
+        model: a model, or its state dict.
+        config: what ``config.json`` holds; by default the model's own if it is a ``PretrainedMixin``.
+        tokenizer: something with ``save_pretrained``.
+    """
+    if isinstance(model, PretrainedMixin):
+        config = model.pretrained_config() if config is None else config
+        model.write_assets(directory)
+    if config is not None:
+        write_json(directory / CONFIG_FILE, config)
     save_weights(directory / WEIGHTS_FILE, model)
-    model.write_assets(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / TOKENIZER_FOLDER)
 
@@ -357,7 +366,7 @@ def _folder_of(source: str | Path, revision: str | None) -> Path:
         if revision is not None:
             raise ValueError(f"revision is for models on the hub, but source is the folder {folder}")
         return folder
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not folder.exists():
+    if isinstance(source, str) and HUB_ID.fullmatch(source) and not folder.exists():
         patterns = ["*.json", "*.safetensors", f"{TOKENIZER_FOLDER}/*"]
         return Path(_hub().snapshot_download(source, revision=revision, allow_patterns=patterns))
     raise FileNotFoundError(

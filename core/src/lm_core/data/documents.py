@@ -8,6 +8,8 @@ result on disk, memory-mapped, on request. ``Documents`` holds token ids without
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,6 +36,7 @@ class Encoder(Protocol):
 Document = str | bytes | Sequence[int]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Documents(Sequence[NDArray[np.unsignedinteger]]):
     """Token ids of many documents in one flat array, which may be memory-mapped.
 
@@ -44,24 +47,17 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
         byte_lengths: number of bytes of text of each document, for losses in bits per byte.
     """
 
-    def __init__(
-        self,
-        *,
-        ids: NDArray[np.unsignedinteger],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        byte_lengths: NDArray[np.int64],
-    ) -> None:
-        if not len(starts) == len(lengths) == len(byte_lengths):
+    ids: NDArray[np.unsignedinteger]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    byte_lengths: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        if not len(self.starts) == len(self.lengths) == len(self.byte_lengths):
             raise ValueError(
                 "starts, lengths and byte_lengths must have one entry a document, "
-                f"got {len(starts)}, {len(lengths)} and {len(byte_lengths)}"
+                f"got {len(self.starts)}, {len(self.lengths)} and {len(self.byte_lengths)}"
             )
-        self.ids = ids
-        self.starts = starts
-        self.lengths = lengths
-        self.byte_lengths = byte_lengths
-        self._fingerprint: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -73,15 +69,13 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
         """Number of bytes of text the tokens stand for."""
         return int(self.byte_lengths.sum())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the documents' lengths and token ids, whatever integer type and order of storage they have."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
-            for document in self:
-                digest.update(np.ascontiguousarray(document, dtype="<u4").tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        """SHA-256 over the documents' lengths and token ids, independent of their integer type and storage order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
+        for document in self:
+            digest.update(np.ascontiguousarray(document, dtype="<u4").tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -124,20 +118,35 @@ def _id_limit(tokenizer: Encoder) -> int:
 def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsignedinteger], int]:
     """Token ids of one document, and its size in bytes (of token ids: their number, the text being unknown)."""
     dtype = _id_dtype(tokenizer)
+    ids: Any = document
+    size = len(document)
     if isinstance(document, str | bytes):
         raw = document.encode("utf-8", errors="surrogatepass") if isinstance(document, str) else document
-        if isinstance(tokenizer, ByteTokenizer):
-            return np.frombuffer(raw, dtype=np.uint8).astype(dtype), len(raw)
-        text = document if isinstance(document, str) else document.decode("utf-8", errors="replace")
-        ids: Any = tokenizer.encode(text)
         size = len(raw)
-    else:
-        ids, size = document, len(document)
+        if isinstance(tokenizer, ByteTokenizer):
+            return np.frombuffer(raw, dtype=np.uint8).astype(dtype), size
+        ids = tokenizer.encode(document if isinstance(document, str) else document.decode("utf-8", errors="replace"))
     values = np.asarray(ids, dtype=np.int64)
     limit = _id_limit(tokenizer)
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"token ids must be in [0, {limit}), got {int(values.min())} to {int(values.max())}")
     return values.astype(dtype), size
+
+
+def _encoded(texts: Iterable[Document], tokenizer: Encoder) -> Iterator[tuple[NDArray[np.unsignedinteger], int]]:
+    """``_encode`` of every document that is not empty.
+
+    Raises:
+        ValueError: there is not one token in all of ``texts``.
+    """
+    is_empty = True
+    for text in texts:
+        ids, size = _encode(text, tokenizer)
+        if len(ids):
+            is_empty = False
+            yield ids, size
+    if is_empty:
+        raise ValueError("texts must hold at least one document that is not empty, got none")
 
 
 def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> Documents:
@@ -151,14 +160,7 @@ def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> 
         ValueError: there is not one token in all of ``texts``.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-    pieces, sizes = [], []
-    for text in texts:
-        ids, size = _encode(text, tokenizer)
-        if len(ids):
-            pieces.append(ids)
-            sizes.append(size)
-    if not pieces:
-        raise ValueError("texts must hold at least one document that is not empty, got none")
+    pieces, sizes = zip(*_encoded(texts, tokenizer), strict=True)
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     return _documents(np.concatenate(pieces), lengths, np.array(sizes, dtype=np.int64))
 
@@ -171,7 +173,7 @@ def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
     """The documents of ``source``: each row's ``field``, a text file whole.
 
     Args:
-        source: whatever ``lm_core.data.rows`` reads; or an iterable of texts, token-id lists, or mappings with
+        source: as ``lm_core.data.rows`` lists it; or an iterable of texts, token-id lists, or mappings with
             ``field``.
         field: the column that holds the document.
 
@@ -246,14 +248,10 @@ def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder)
     lengths, sizes = [], []
     with new_directory(directory) as temporary:
         with (temporary / "ids.bin").open("wb") as stream:
-            for text in texts:
-                ids, size = _encode(text, tokenizer)
-                if len(ids):
-                    stream.write(ids.tobytes())
-                    lengths.append(len(ids))
-                    sizes.append(size)
-        if not lengths:
-            raise ValueError("texts must hold at least one document that is not empty, got none")
+            for ids, size in _encoded(texts, tokenizer):
+                stream.write(ids.tobytes())
+                lengths.append(len(ids))
+                sizes.append(size)
         np.save(temporary / "lengths.npy", np.array([lengths, sizes], dtype=np.int64))
         meta = {"format_version": CACHE_FORMAT_VERSION, "dtype": dtype.name, "tokens": sum(lengths)}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

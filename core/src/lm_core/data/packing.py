@@ -20,7 +20,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_core.checks import typed
+from lm_core.checks import check_positive, typed
 from lm_core.data.documents import Documents
 from lm_core.data.epochs import check_same_order, permutation
 
@@ -50,32 +50,51 @@ class PackedBatch:
 
     def to(self, device: "torch.device | str") -> "PackedBatch":
         """The same rows on another device."""
-        return PackedBatch(
-            ids=self.ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            document_ids=self.document_ids.to(device, non_blocking=True),
-        )
+        return PackedBatch(*(t.to(device, non_blocking=True) for t in (self.ids, self.labels, self.document_ids)))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class _Packing:
+    """Documents, and how both kinds of batches cut them into rows."""
+
+    documents: Documents
+    sequence_length: int
+    batch_size: int
+    eos_id: int | None
+    pad_id: int = 0
+    bos_id: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size", "world_size"):
+            check_positive(getattr(self, name), name)
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, {self.world_size}), got {self.rank}")
+        if self.documents.num_tokens < 2:
+            raise ValueError(f"documents must hold at least two tokens, got {self.documents.num_tokens}")
 
 
 class _Stream:
     """One pass over the documents, in a given order, cut into rows."""
 
-    def __init__(
-        self, documents: Documents, order: NDArray[np.int64], length: int, *, bos_id: int | None, eos_id: int | None
-    ) -> None:
-        self.documents, self.order, self.length = documents, order, length
-        self.before = [] if bos_id is None else [bos_id]
-        self.after = [] if eos_id is None else [eos_id]
-        self.ends = np.cumsum(documents.lengths[order] + len(self.before) + len(self.after))
+    def __init__(self, packing: _Packing, order: NDArray[np.int64]) -> None:
+        self.documents = packing.documents
+        self.length = packing.sequence_length
+        self.pad_id = packing.pad_id
+        self.order = order
+        self.before = [] if packing.bos_id is None else [packing.bos_id]
+        self.after = [] if packing.eos_id is None else [packing.eos_id]
+        self.ends = np.cumsum(self.documents.lengths[order] + len(self.before) + len(self.after))
         self.total = int(self.ends[-1])
 
     @property
     def num_rows(self) -> int:
         return max(1, math.ceil((self.total - 1) / self.length))  # the last token of all has no label
 
-    def row(self, number: int, pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``length + 1`` tokens and the document each belongs to."""
-        tokens = np.full(self.length + 1, pad_id, dtype=np.int64)
+    def row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``length + 1`` tokens and the document each belongs to; only padding past the last row."""
+        tokens = np.full(self.length + 1, self.pad_id, dtype=np.int64)
         owners = np.full(self.length + 1, PADDING_DOCUMENT, dtype=np.int64)
         first = number * self.length
         last = min(first + self.length + 1, self.total)
@@ -114,17 +133,9 @@ def _batch(rows: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> PackedBat
     )
 
 
-def _check(documents: Documents, sequence_length: int, batch_size: int, rank: int, world_size: int) -> None:
-    for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size), ("world_size", world_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-    if documents.num_tokens < 2:
-        raise ValueError(f"documents must hold at least two tokens, got {documents.num_tokens}")
-
-
-class PackedBatches(Iterator[PackedBatch]):
+@typed
+@dataclass(kw_only=True, eq=False, repr=False)
+class PackedBatches(_Packing, Iterator[PackedBatch]):
     """Endless training batches in a shuffled order that depends on the seed and the epoch alone.
 
     Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows.
@@ -146,28 +157,14 @@ class PackedBatches(Iterator[PackedBatch]):
         ValueError: a size below 1, a rank outside the world, or documents without two tokens.
     """
 
-    @typed
-    def __init__(
-        self,
-        *,
-        documents: Documents,
-        sequence_length: int,
-        batch_size: int,
-        eos_id: int | None,
-        pad_id: int = 0,
-        bos_id: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-        fingerprint_data: bool = True,
-    ) -> None:
-        _check(documents, sequence_length, batch_size, rank, world_size)
-        self.documents, self.sequence_length, self.batch_size = documents, sequence_length, batch_size
-        self.eos_id, self.pad_id, self.bos_id = eos_id, pad_id, bos_id
-        self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+    seed: int = 0
+    shuffle: bool = True
+    fingerprint_data: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.rows_seen = 0
-        self._data = int(documents.fingerprint[:12], 16) if fingerprint_data else 0
+        self._data = int(self.documents.fingerprint[:12], 16) if self.fingerprint_data else 0
         self._epochs: dict[int, tuple[_Stream, NDArray[np.int64]]] = {}
         self.rows_per_epoch = self._epoch(0)[0].num_rows
 
@@ -180,7 +177,7 @@ class PackedBatches(Iterator[PackedBatch]):
         if number not in self._epochs:
             count = len(self.documents)
             order = permutation(count, self.seed, number, "documents") if self.shuffle else np.arange(count)
-            stream = _Stream(self.documents, order, self.sequence_length, bos_id=self.bos_id, eos_id=self.eos_id)
+            stream = _Stream(self, order)
             rows = stream.num_rows
             row_order = permutation(rows, self.seed, number, "rows") if self.shuffle else np.arange(rows)
             # a batch reaches over at most into the next epoch, so older plans are done with
@@ -194,7 +191,7 @@ class PackedBatches(Iterator[PackedBatch]):
         for number in range(first, first + self.batch_size):
             epoch, place = divmod(number, self.rows_per_epoch)
             stream, row_order = self._epoch(epoch)
-            rows.append(stream.row(int(row_order[place]), self.pad_id))
+            rows.append(stream.row(int(row_order[place])))
         self.rows_seen += self.batch_size * self.world_size
         return _batch(rows)
 
@@ -210,7 +207,7 @@ class PackedBatches(Iterator[PackedBatch]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues where ``state`` was taken.
 
         Raises:
             ValueError: the state belongs to other data, another seed or another sequence length.
@@ -219,14 +216,16 @@ class PackedBatches(Iterator[PackedBatch]):
         self.rows_seen = int(state["rows_seen"])
 
 
-class ValidationBatches:
+@typed
+@dataclass(kw_only=True, eq=False, repr=False)
+class ValidationBatches(_Packing):
     """The documents once, in order, cut into rows; every iteration gives the same batches.
 
     All ranks get equally many batches of equal shape; what is missing at the end is filled with rows of padding,
     whose labels are all -100.
 
     Args:
-        documents: what to judge by.
+        documents: held-out documents.
         sequence_length: inputs a row.
         batch_size: rows a batch, of this rank.
         eos_id: token that ends each document; None for none.
@@ -240,53 +239,25 @@ class ValidationBatches:
         ValueError: a size below 1, a rank outside the world, or documents without two tokens.
     """
 
-    @typed
-    def __init__(
-        self,
-        *,
-        documents: Documents,
-        sequence_length: int,
-        batch_size: int,
-        eos_id: int | None,
-        pad_id: int = 0,
-        bos_id: int | None = None,
-        max_tokens: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        _check(documents, sequence_length, batch_size, rank, world_size)
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self.documents, self.sequence_length, self.batch_size, self.pad_id = (
-            documents,
-            sequence_length,
-            batch_size,
-            pad_id,
-        )
-        self.rank, self.world_size = rank, world_size
-        self._stream = _Stream(documents, np.arange(len(documents)), sequence_length, bos_id=bos_id, eos_id=eos_id)
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.max_tokens, "max_tokens")
+        self._stream = _Stream(self, np.arange(len(self.documents)))
         rows = self._stream.num_rows
-        wanted = rows if max_tokens is None else min(rows, math.ceil(max_tokens / sequence_length))
-        self._rows = np.arange(wanted) * rows // wanted
+        wanted = rows if self.max_tokens is None else min(rows, math.ceil(self.max_tokens / self.sequence_length))
+        missing = -wanted % (self.batch_size * self.world_size)
+        chosen = np.pad(np.arange(wanted) * rows // wanted, (0, missing), constant_values=rows + 1)
+        self._rows = chosen.reshape(-1, self.world_size, self.batch_size)
 
     def __len__(self) -> int:
         """Number of batches of each rank."""
-        return math.ceil(len(self._rows) / (self.batch_size * self.world_size))
+        return len(self._rows)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        padding = (
-            np.full(self.sequence_length + 1, self.pad_id, dtype=np.int64),
-            np.full(self.sequence_length + 1, PADDING_DOCUMENT, dtype=np.int64),
-        )
-        for step in range(len(self)):
-            first = (step * self.world_size + self.rank) * self.batch_size
-            numbers = range(first, first + self.batch_size)
-            yield _batch(
-                [
-                    self._stream.row(int(self._rows[number]), self.pad_id) if number < len(self._rows) else padding
-                    for number in numbers
-                ]
-            )
+        for numbers in self._rows[:, self.rank].tolist():
+            yield _batch([self._stream.row(number) for number in numbers])
 
 
 def bits_per_byte(total_nats: float, num_labels: int, documents: Documents) -> float:
@@ -302,6 +273,5 @@ def bits_per_byte(total_nats: float, num_labels: int, documents: Documents) -> f
     Raises:
         ValueError: ``num_labels`` is below 1.
     """
-    if num_labels < 1:
-        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    check_positive(num_labels, "num_labels")
     return total_nats / math.log(2) / (num_labels * documents.num_bytes / documents.num_tokens)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_core.causal_lm import Generation
-from lm_core.checks import typed
+from lm_core.checks import check_positive, typed
 from lm_core.generation.decoding import Decoder, Filter, is_any
 from lm_core.nn.masking import prompt_mask_from_lengths
 
@@ -43,27 +43,16 @@ def beam_search(
     With as many beams as there are sequences it is exhaustive search.
 
     Args:
-        model: as in ``generate``.
-        prompt: as in ``generate``.
         beams: hypotheses kept a row; 1 is greedy decoding.
-        max_new_tokens: as in ``generate``.
         length_penalty: 0 compares sums, 1 means; larger values favour long answers.
-        mask: as in ``generate``.
-        prompt_lengths: as in ``generate``.
         filters: as in ``generate``; a filtered token is never taken.
-        eos_id: as in ``generate``.
-        pad_id: as in ``generate``.
-        min_new_tokens: as in ``generate``.
-        repetition_penalty: as in ``generate``.
-        use_cache: as in ``generate``.
-        progress: as in ``generate``.
-        **model_kwargs: as in ``generate``.
+        model, prompt, max_new_tokens, mask, prompt_lengths, eos_id, pad_id, min_new_tokens, repetition_penalty,
+            use_cache, progress, **model_kwargs: as in ``generate``.
 
     Raises:
         ValueError: as in ``generate``, or ``beams`` below 1.
     """
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
+    check_positive(beams, "beams")
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     decoder = Decoder(
@@ -117,7 +106,7 @@ class _Beams:
         v = log_probs.shape[-1]
         log_probs = log_probs.view(b, width, v)
         totals = (self._sums.unsqueeze(-1) + log_probs).flatten(1)
-        # One ending each for every beam must leave enough that go on. A single beam ends with its ending (greedy).
+        # One ending each for every beam must leave enough that continue. A single beam ends with its ending (greedy).
         count = 1 if self._beams == 1 else min(self._beams * (1 + len(eos_ids)), totals.shape[1])
         sums, flat = totals.topk(count, dim=-1)
         parent, token = flat.div(v, rounding_mode="floor"), flat.remainder(v)
@@ -125,19 +114,18 @@ class _Beams:
 
         self._step += 1
         ends = is_any(token, eos_ids)
-        last = self._step == self._room
-        ranks = torch.arange(count, device=token.device)
-        self._finish(sums, parent, token, token_log_prob, ends & (ranks < self._beams), ended=True)
+        finished = ends & (torch.arange(count, device=token.device) < self._beams)
+        if self._step == self._room:
+            finished = finished | ~ends
+        self._finish(sums, parent, token, token_log_prob, finished, ends)
 
-        # Keep the best that go on; where too few exist, endings fill up with a score that never wins.
+        # Keep the best that continue; where too few exist, endings fill up with a score that never wins.
         alive_sums = sums.masked_fill(ends, -torch.inf)
         kept = min(self._beams, count)
         self._sums, order = alive_sums.topk(kept, dim=-1)
         parent, token, token_log_prob = (t.gather(1, order) for t in (parent, token, token_log_prob))
         self._tokens = self._grown(self._tokens, parent, token)
         self._log_probs = self._grown(self._log_probs, parent, token_log_prob)
-        if last:
-            self._finish_running()
         rows = torch.arange(b, device=token.device).unsqueeze(-1) * width
         return token.flatten(), (rows + parent).flatten()
 
@@ -159,26 +147,19 @@ class _Beams:
         return history
 
     def _finish(
-        self, sums: Tensor, parent: Tensor, token: Tensor, token_log_prob: Tensor, candidates: Tensor, *, ended: bool
+        self, sums: Tensor, parent: Tensor, token: Tensor, token_log_prob: Tensor, finished: Tensor, ends: Tensor
     ) -> None:
-        scores = (sums / self._step**self._penalty).masked_fill(~candidates, -torch.inf)
+        """Keeps the best of the ``finished`` candidates if it beats the best so far."""
+        scores = (sums / self._step**self._penalty).masked_fill(~finished, -torch.inf)
         score, rank = scores.max(dim=-1)
-        parent, token, token_log_prob = (t.gather(1, rank.unsqueeze(-1)) for t in (parent, token, token_log_prob))
+        parent, token, token_log_prob, ended = (
+            t.gather(1, rank.unsqueeze(-1)) for t in (parent, token, token_log_prob, ends)
+        )
         tokens = self._grown(self._tokens, parent, token).squeeze(1)
         log_probs = self._grown(self._log_probs, parent, token_log_prob).squeeze(1)
-        self._keep_best(score, tokens, log_probs, ended)
-
-    def _finish_running(self) -> None:
-        scores = self._sums / self._step**self._penalty
-        score, rank = scores.max(dim=-1)
-        index = rank.view(-1, 1, 1).expand(-1, 1, self._room)
-        tokens, log_probs = self._tokens.gather(1, index), self._log_probs.gather(1, index)
-        self._keep_best(score, tokens.squeeze(1), log_probs.squeeze(1), False)
-
-    def _keep_best(self, score: Tensor, tokens: Tensor, log_probs: Tensor, ended: bool) -> None:
         better = score > self._best_score
         self._best_score = torch.where(better, score, self._best_score)
         self._best_length = torch.where(better, self._step, self._best_length)
-        self._best_ended = torch.where(better, ended, self._best_ended)
+        self._best_ended = torch.where(better, ended.squeeze(1), self._best_ended)
         self._best_tokens = torch.where(better.unsqueeze(-1), tokens, self._best_tokens)
         self._best_log_probs = torch.where(better.unsqueeze(-1), log_probs, self._best_log_probs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm_core.adapters import as_causal_lm
 from lm_core.causal_lm import device_of, eval_mode
-from lm_core.checks import check_ids
+from lm_core.checks import check_ids, check_positive
 from lm_core.generation.sampling import apply_repetition_penalty
 from lm_core.generation.weight_layout import WeightLayout
 from lm_core.nn.masking import left_pad
@@ -26,27 +26,12 @@ Filter = Callable[[Tensor], Tensor]
 class Decoder:
     """A model with all it has read: ids, mask and cache grow and are reordered together.
 
-    A context: inside it the model is in evaluation mode and its weights are laid out for decoding.
-
-    Args:
-        model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
-        prompt: ids ``(b, n)``, or a list of 1-D tensors.
-        mask: True at real tokens of ``prompt``.
-        prompt_lengths: lengths of right-padded prompts.
-        max_new_tokens: tokens to make room for.
-        min_new_tokens: EOS gets no probability before this many tokens.
-        eos_id: token or tokens that end a row.
-        repetition_penalty: on tokens already seen.
-        use_cache: False reads the whole sequence for each token.
-        model_kwargs: passed to the model with the prompt.
+    A context: inside it the model is in evaluation mode and its weights are laid out for decoding. Arguments and errors
+    are those of ``lm_core.generation.generate.generate``.
 
     Attributes:
         ids: ``(b, n)`` tokens read or about to be read.
         eos_ids: the tokens that end a row.
-
-    Raises:
-        ValueError: a setting is out of range, or prompt and new tokens exceed the model's ``max_length``.
-        TypeError: the prompt holds no integers.
     """
 
     def __init__(
@@ -65,8 +50,7 @@ class Decoder:
     ) -> None:
         self._model = model = as_causal_lm(model)
         self.eos_ids = as_eos_ids(eos_id)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_positive(max_new_tokens, "max_new_tokens")
         if not 0 <= min_new_tokens <= max_new_tokens:
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
         if not 0.0 < repetition_penalty < float("inf"):

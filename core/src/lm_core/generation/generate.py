@@ -61,7 +61,7 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token that the filters leave.
         filters: functions ``(b, v) -> (b, v)`` such as ``functools.partial(top_p, p=0.9)``.
         eos_id: token or tokens that end a row.
-        pad_id: written behind the end of a row.
+        pad_id: written after the end of a row.
         min_new_tokens: EOS is not generated before this many tokens.
         repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
         generator: source of randomness, on the model's device.
@@ -93,7 +93,7 @@ def generate(
     log_probs = torch.zeros(b, max_new_tokens, device=device)
     lengths = torch.full((b,), max_new_tokens, device=device)
     finished = torch.zeros(b, dtype=torch.bool, device=device)
-    # Rows of the result that are still in the decoder, and which of those still go on.
+    # Rows of the result that are still in the decoder, and which of those continue.
     active: slice | Tensor = slice(None)
     alive = torch.ones(b, dtype=torch.bool, device=device)
     check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
@@ -151,7 +151,7 @@ def sample(
         temperature: as in ``generate``.
         filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
         filter_kwargs: by default ``thres=0.9`` where a filter is given.
-        pad_id: written behind the end of a row.
+        pad_id: written after the end of a row.
         eos_id: as in ``generate``.
         output_keep_prompt: whether rows begin with their prompt.
         **kwargs: further arguments of ``generate``.

@@ -128,16 +128,8 @@ def summed_cross_entropy(
 
 
 @summed_cross_entropy.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    counted: Tensor,
-    tile_size: int,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, need_hidden, need_weight = rest[-3:]
     return (
         hidden.new_empty((), dtype=statistics_dtype(dtype)),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
@@ -178,7 +170,7 @@ def token_scores(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability of each label, entropy (empty unless asked for), log of the softmax's denominator: all (m,).
 
-    ``keep_logits``, where one tile holds all tokens, answers their logits (m, v) too, for the backward; else empty.
+    ``keep_logits``, where one tile holds all tokens, returns their logits (m, v) too, for the backward; else empty.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
@@ -201,16 +193,8 @@ def token_scores(
 
 
 @token_scores.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    temperature: float,
-    tile_size: int,
-    dtype: torch.dtype,
-    with_entropy: bool,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, dtype, with_entropy, keep_logits = settings
     scores = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(dtype))
     kept = _logits_room(hidden, hidden.shape[0], weight.shape[0], scores.dtype) if keep_logits else scores.new_empty(0)
     return scores, torch.empty_like(scores) if with_entropy else scores.new_empty(0), torch.empty_like(scores), kept
@@ -254,21 +238,8 @@ def token_scores_backward(
 
 
 @token_scores_backward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    entropies: Tensor,
-    denominators: Tensor,
-    kept: Tensor,
-    log_prob_gradient: Tensor,
-    entropy_gradient: Tensor,
-    temperature: float,
-    tile_size: int,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype, need_hidden, need_weight = rest[-3:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
         weight.new_empty(weight.shape if need_weight else (0,)),

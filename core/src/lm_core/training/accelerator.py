@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,6 @@ from lm_core.distributed import any_rank
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-_INSTEAD = "start with torchrun (DDP), with fsdp=True where the trainer has it"
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -45,13 +45,11 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdecimal())):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if kind == "auto":
-        kind = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if kind == "cuda" and not has_cuda:
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no CUDA device")
-    if kind == "mps" and not has_mps:
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no MPS device")
+        kind = next(candidate for candidate, present in available.items() if present)
+    if not available[kind]:
+        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no {kind.upper()} device")
     if kind != "cuda":
         return torch.device(kind)
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
@@ -115,7 +113,10 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
-            raise ValueError(f"{name} is not supported: {_INSTEAD}; got {variable}={os.environ[variable]}")
+            raise ValueError(
+                f"{name} is not supported: start with torchrun (DDP), with fsdp=True where the trainer has it; "
+                f"got {variable}={os.environ[variable]}"
+            )
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin
@@ -137,6 +138,7 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     return accelerator
 
 
+@dataclass(eq=False)
 class InterruptHandler:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the current update; a second Ctrl-C stops at once.
 
@@ -160,15 +162,11 @@ class InterruptHandler:
         grace: seconds after the first signal in which further ones are ignored.
     """
 
-    def __init__(
-        self,
-        signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
-        message: str = "Stopping after this update and saving a checkpoint; press Ctrl-C again to stop at once.",
-        grace: float = 1.0,
-    ) -> None:
-        self.signals = tuple(signals)
-        self.message = message
-        self.grace = grace
+    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    message: str = "Stopping after this update and saving a checkpoint; press Ctrl-C again to stop at once."
+    grace: float = 1.0
+
+    def __post_init__(self) -> None:
         self.requested = False
         self._requested_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -193,9 +191,7 @@ class InterruptHandler:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lm_core.checks import check_above_zero, check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, check_probability, typed
 
 
 @typed
@@ -46,8 +46,7 @@ class RunSettings:
     def check_counts(self, *names: str) -> None:
         """Raises ``ValueError`` naming the first of these fields that is below 1; None passes."""
         for name in names:
-            if getattr(self, name) is not None:
-                check_positive(getattr(self, name), name)
+            check_positive(getattr(self, name), name)
 
     def check_above_zero(self, *names: str) -> None:
         """Raises ``ValueError`` naming the first of these fields that is not finite and above 0; None passes."""
@@ -88,15 +87,12 @@ class CommonSettings(RunSettings):
         super().__post_init__()
         self.check_counts("max_steps", "validate_every")
         self.check_above_zero("learning_rate")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "warmup"):
+            check_probability(getattr(self, name), name)
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
 
     @property
     def warmup_steps(self) -> int:

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from torch import Tensor
@@ -29,6 +28,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [row for _, row in read_json_lines(path, torn_end=True)]
 
 
+def read_series(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of everything in a ``metrics.jsonl`` that is a number; errors as of ``read_metrics``."""
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in read_metrics(path):
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return series
+
+
 def _number(name: str, value: Any) -> Any:
     if isinstance(value, Tensor) or hasattr(value, "item"):
         value = value.item()
@@ -44,7 +55,7 @@ class MetricsLog:
 
     Args:
         path: of ``metrics.jsonl``; None writes no file, so that only trackers and the bar get the rows.
-        resume_step: rows of later steps are dropped; -1 starts anew.
+        resume_step: rows of later steps are dropped; -1 drops all.
         is_main: False makes everything a no-op, for processes other than the main one.
         trackers: each with ``log(values, step=step)``, such as an ``accelerate.Accelerator`` or its trackers.
         progress: a bar that shows the newest values, as ``progress_bar`` makes it.
@@ -127,9 +138,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -165,13 +174,7 @@ def plot_curves(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('curves need the extra "plot": pip install "lm-core[plot]"') from error
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in read_metrics(metrics_path):
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                steps, values = series.setdefault(name, ([], []))
-                steps.append(row["step"])
-                values.append(value)
+    series = read_series(metrics_path)
     unknown = sorted(set(names or ()) - set(series))
     if unknown:
         raise ValueError(f"names must be in {metrics_path}, which has {sorted(series)}, got {unknown}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lm_core.checks import typed
+from lm_core.checks import check_positive, typed
 from lm_core.distributed import any_rank
 
 NO_DECAY = ("bias", "norm", "embedding")
@@ -113,10 +113,8 @@ class LearningRateSchedule:
 
     Args:
         optimizer: anything with ``param_groups``; their learning rates now are the peaks.
-        kind: as for ``learning_rate_scale``; "constant" with a ``scheduler``, which replaces it.
-        warmup_steps: as for ``learning_rate_scale``.
-        total_steps: as for ``learning_rate_scale``.
-        final_scale: as for ``learning_rate_scale``.
+        kind, warmup_steps, total_steps, final_scale: as for ``learning_rate_scale``; ``kind`` is "constant" with a
+            ``scheduler``, which replaces it.
         scheduler: a torch class such as ``CosineAnnealingLR``, whose rates are scaled by the warmup.
         scheduler_kwargs: its arguments besides the optimizer.
 
@@ -239,8 +237,7 @@ class NonFiniteGuard:
     consecutive: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_consecutive < 1:
-            raise ValueError(f"max_consecutive must be at least 1, got {self.max_consecutive}")
+        check_positive(self.max_consecutive, "max_consecutive")
 
     def allows(self, step: int, loss: "Tensor | float", grad_norm: "Tensor | float | None" = None) -> bool:
         """Whether update ``step`` may be made.
@@ -269,7 +266,7 @@ class NonFiniteGuard:
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on with the counts of ``state``."""
+        """Continues with the counts of ``state``."""
         self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
 
 

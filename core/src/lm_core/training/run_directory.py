@@ -5,25 +5,23 @@ seed, versions and device of the first start and of every resume, ``summary.json
 of the operating system keeps a second run out; it is gone with its process, however that ended.
 """
 
+import contextlib
 import datetime
-import importlib.metadata
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-import lm_core
 from lm_core.checkpoints.atomic_io import remove_leftovers, write_file
 from lm_core.checkpoints.checkpoint import list_checkpoints, on_main_process
-from lm_core.checkpoints.manifest import CheckpointError, read_json, to_json
+from lm_core.checkpoints.manifest import CheckpointError, json_value, read_json, to_json
+from lm_core.checkpoints.module_specs import version_of
 from lm_core.checks import typed
 
 
@@ -59,23 +57,8 @@ def write_summary(folder: str | Path, results: Sequence[Result], *, steps: int, 
     if not results:
         raise ValueError("results must hold at least one number, got none")
     path = Path(folder) / "summary.json"
-    write_file(path, to_json({"results": [asdict(one) for one in results], "steps": steps, "seconds": seconds}))
+    write_file(path, to_json({"results": [asdict(result) for result in results], "steps": steps, "seconds": seconds}))
     return path
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str | None]:
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "lm_core": lm_core.__version__,
-    }
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _device_name(device: torch.device) -> str:
@@ -91,11 +74,18 @@ class RunDirectory:
 
     Args:
         path: made if needed.
-        resume: "auto" goes on if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
         seed: recorded.
         device: recorded.
         settings: recorded; anything JSON can hold.
         packages: distributions whose versions are recorded, besides python, torch, numpy and lm-core.
+
+    Attributes:
+        checkpoints: folder for ``save_checkpoint`` and ``load_checkpoint``.
+        metrics_path: file for ``MetricsLog``.
+        curves_path: file for ``plot_curves``.
+        run_file: the record ``run.json``.
+        resumes: whether the folder had a checkpoint when it was entered.
 
     Raises (on entering):
         RuntimeError: another run is using the folder.
@@ -115,61 +105,42 @@ class RunDirectory:
         packages: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.curves_path = self.path / "curves.png"
+        self.run_file = self.path / "run.json"
         self.resume = resume
         self.resumes = False
-        self.seed, self.device, self.settings = seed, torch.device(device), dict(settings or {})
+        self.seed = seed
+        self.device = torch.device(device)
+        self.settings = dict(settings or {})
         self._packages = list(packages)
         self._lock: FileLock | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder for ``save_checkpoint`` and ``load_checkpoint``."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics_path(self) -> Path:
-        """File for ``MetricsLog``."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def curves_path(self) -> Path:
-        """File for ``plot_curves``."""
-        return self.path / "curves.png"
-
-    @property
-    def run_file(self) -> Path:
-        """The record ``run.json``."""
-        return self.path / "run.json"
 
     def __enter__(self) -> "RunDirectory":
         self.resumes = on_main_process(self._open)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
-            self._lock = None
 
     def _open(self) -> bool:
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"the run directory must be a folder, got the file {self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RuntimeError(
                 f"another run is using {self.path}; wait for it to end or choose another folder"
             ) from error
         try:
-            resumes = self._start()
+            return self._start()
         except BaseException:
-            lock.release()
+            self._lock.release()
             raise
-        self._lock = lock
-        return resumes
 
     def _start(self) -> bool:
         remove_leftovers(self.path)
@@ -180,20 +151,13 @@ class RunDirectory:
         if self.resume is False and (exists or self.run_file.exists()):
             raise FileExistsError(f"{self.path} has a run already; resume it (resume=True), or choose another folder")
         launch = self._launch()
-        earlier = self._earlier()
-        record = {**launch, "resumed": []} if not exists or earlier is None else earlier
-        if exists and earlier is not None:
-            record["resumed"] = [*record.get("resumed", []), launch]
+        record = {**launch, "resumed": []}
+        if exists:
+            with contextlib.suppress(CheckpointError):  # an unreadable record is no reason to refuse a run
+                record = read_json(self.run_file)
+                record["resumed"] = [*record.get("resumed", []), launch]
         write_file(self.run_file, to_json(record))
         return exists
-
-    def _earlier(self) -> dict[str, Any] | None:
-        if not self.run_file.exists():
-            return None
-        try:
-            return read_json(self.run_file)
-        except CheckpointError:  # a record is no reason to refuse a run
-            return None
 
     def _launch(self) -> dict[str, Any]:
         return {
@@ -204,16 +168,9 @@ class RunDirectory:
             "world_size": int(os.environ.get("WORLD_SIZE", "1")),
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
-            "versions": _versions(self._packages),
-            "settings": {name: _json_value(value) for name, value in self.settings.items()},
+            "versions": {
+                "python": platform.python_version(),
+                **{package: version_of(package) for package in ("torch", "numpy", "lm_core", *self._packages)},
+            },
+            "settings": json_value(self.settings),
         }
-
-
-def _json_value(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_json_value(entry) for entry in value]
-    return str(value)

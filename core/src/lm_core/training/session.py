@@ -69,7 +69,7 @@ from lm_core.training.accelerator import (
     start_accelerator,
 )
 from lm_core.training.config import CommonSettings, RunSettings
-from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_metrics
+from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_series
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
 from lm_core.training.run_directory import RunDirectory
 
@@ -103,23 +103,15 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class SavedValue:
-    """A part of a checkpoint given by two functions, where no object has ``state_dict`` and ``load_state_dict``.
+    """A part of a checkpoint given by two functions, where no object has these two methods.
 
     Args:
-        save: returns the value; nested containers of tensors, numbers and strings.
-        load: takes it back.
+        state_dict: returns the value; nested containers of tensors, numbers and strings.
+        load_state_dict: takes the value of a checkpoint.
     """
 
-    save: Callable[[], Any]
-    load: Callable[[Any], None]
-
-    def state_dict(self) -> Any:
-        """The value, for a checkpoint."""
-        return self.save()
-
-    def load_state_dict(self, state: Any) -> None:
-        """Takes the value of a checkpoint."""
-        self.load(state)
+    state_dict: Callable[[], Any]
+    load_state_dict: Callable[[Any], None]
 
 
 class TrainingSession:
@@ -225,7 +217,7 @@ class TrainingSession:
         curves: Sequence[str] | None = None,
         shown: Sequence[str] = ("loss", "tokens_per_second"),
     ) -> None:
-        """Says what is trained, saved, checked and shown.
+        """Registers what is trained, saved, checked and shown.
 
         Args:
             model: what checkpoints hold, on the device.
@@ -302,7 +294,7 @@ class TrainingSession:
 
     @contextlib.contextmanager
     def run(self) -> Iterator["TrainingSession"]:
-        """Opens the run, anew or where it was; seeds python's, numpy's and torch's generators or restores them.
+        """Opens the run, new or resumed; seeds python's, numpy's and torch's generators or restores them.
 
         A second ``run`` of the same session continues with the weights and counters it has.
 
@@ -314,7 +306,16 @@ class TrainingSession:
         """
         with contextlib.ExitStack() as stack:
             if self.checkpoint_dir is not None:
-                self.folder = stack.enter_context(self._run_directory())
+                self.folder = stack.enter_context(
+                    RunDirectory(
+                        self.checkpoint_dir,
+                        resume="auto" if self._prepared else self._resume,
+                        seed=self.config.seed,
+                        device=self.device,
+                        settings={**asdict(self.config), **self._record},
+                        packages=(*self.packages, "accelerate"),
+                    )
+                )
             if not self._prepared:
                 resumes = self.folder is not None and self.folder.resumes
                 self._prepare(load_checkpoint(self.folder.checkpoints) if self.folder and resumes else None)
@@ -593,17 +594,6 @@ class TrainingSession:
 
     # --------------------------------------------------------------------------------------- beginning and end
 
-    def _run_directory(self) -> RunDirectory:
-        assert self.checkpoint_dir is not None
-        return RunDirectory(
-            self.checkpoint_dir,
-            resume="auto" if self._prepared else self._resume,
-            seed=self.config.seed,
-            device=self.device,
-            settings={**asdict(self.config), **self._record},
-            packages=(*self.packages, "accelerate"),
-        )
-
     def _wrap(self) -> None:
         self.module = self._compiled
         if self._gradients == "average" and self._blocks is None and world_size() > 1:
@@ -631,7 +621,8 @@ class TrainingSession:
         self.objective.train()
         trackers = list(self._trackers)
         if self._tracker_names:
-            kept = {name: value for name, value in asdict(self.config).items() if _is_plain(value)}
+            fields = asdict(self.config).items()
+            kept = {name: value for name, value in fields if isinstance(value, bool | int | float | str)}
             self.accelerator.init_trackers(self.packages[0] if self.packages else self.trainer, config=kept)
             stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
             trackers.append(self.accelerator)
@@ -653,10 +644,6 @@ class TrainingSession:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
 
 
 def adamw(
@@ -691,16 +678,11 @@ def draw_curves(run: RunDirectory, names: Sequence[str] | None = None) -> Path |
     """
 
     def draw() -> Path | None:
-        rows = read_metrics(run.metrics_path)
-        wanted = dict.fromkeys(name for row in rows for name in row if name != "step") if names is None else names
-        present = [name for name in wanted if sum(_is_number(row.get(name)) for row in rows) > 1]
+        series = read_series(run.metrics_path)
+        present = [name for name in (series if names is None else names) if len(series.get(name, ([],))[0]) > 1]
         with contextlib.suppress(ImportError):
             return plot_curves(run.metrics_path, run.curves_path, names=present) if present else None
         return None
 
     drawn: Path | None = on_main_process(draw)
     return drawn
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

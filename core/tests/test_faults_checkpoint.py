@@ -19,7 +19,7 @@ import json, os, random, resource, signal, sys, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from lm_core.checkpoints import checkpoint, atomic_io as durable
+from lm_core.checkpoints import checkpoint, pretrained, atomic_io as durable
 from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
@@ -68,7 +68,7 @@ def write(point):
     state = {"calls": 0, "die_before": point}
     durable.fsync_path = counted(durable.fsync_path, state)
     durable.fsync_tree = counted(durable.fsync_tree, state)
-    checkpoint.save_weights = counted(checkpoint.save_weights, state)
+    pretrained.save_weights = counted(pretrained.save_weights, state)
     checkpoint.save_tensors = counted(checkpoint.save_tensors, state)
     checkpoint.write_manifest = counted(checkpoint.write_manifest, state)
     checkpoint.remove_directory = counted(checkpoint.remove_directory, state)

@@ -50,9 +50,8 @@ def rank(group: Group = None) -> int:
 
 def barrier(group: Group = None) -> None:
     """Waits until every process of the group has come here."""
-    if _alone(group):
-        return
-    dist.barrier(group=group)
+    if not _alone(group):
+        dist.barrier(group=group)
 
 
 def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, "*shape"]:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,25 +35,20 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number of ids, special ones included: every id is below it."""
-        ...
 
     @property
     def eos_id(self) -> int | None:
         """The id that ends a document or a reply."""
-        ...
 
     @property
     def pad_id(self) -> int | None:
         """The id that fills unused positions."""
-        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens."""
-        ...
 
 
 def _id_list(ids: "Tensor | Iterable[int]") -> list[int]:
@@ -71,13 +67,14 @@ def _check_messages(messages: Sequence[Message]) -> None:
             raise ValueError(f"messages[{number}] must have 'role' and 'content', got the keys {sorted(message)}")
 
 
+@dataclass(frozen=True)
 class ByteTokenizer:
     """UTF-8 bytes as tokens: ids 0 to 255 are bytes, 256 is BOS, 257 EOS, 258 PAD."""
 
-    vocab_size: int = 259
-    bos_id: int = 256
-    eos_id: int = 257
-    pad_id: int = 258
+    vocab_size: ClassVar[int] = 259
+    bos_id: ClassVar[int] = 256
+    eos_id: ClassVar[int] = 257
+    pad_id: ClassVar[int] = 258
 
     @property
     def fingerprint(self) -> str:
@@ -139,15 +136,6 @@ class ByteTokenizer:
         if content != expected:
             raise ValueError(f"{path} must hold {expected}, got {content}")
         return cls()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByteTokenizer)
-
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
-    def __repr__(self) -> str:
-        return "ByteTokenizer()"
 
 
 class HuggingFaceTokenizer:

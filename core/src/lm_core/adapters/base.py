@@ -1,4 +1,4 @@
-"""What every adapter shares: checks at the door, padding, and the bookkeeping of a cache.
+"""What every adapter shares: argument checks, padding, and the bookkeeping of a cache.
 
 An adapter supplies only how its library is called with rows whose padding is already in place.
 
@@ -60,11 +60,19 @@ class AdapterCache(ABC):
 class Adapter(nn.Module, ABC):
     """A causal language model on top of another one, which it shares, not copies.
 
+    ``init_cache``, ``hidden`` and ``output_weight`` exist only where they are exact: ask with ``hasattr``.
+
     Attributes:
         model: the adapted model.
         vocab_size: ids must be below it; None if unknown.
         max_length: positions the model knows; None if it has no table of positions, or none is known.
     """
+
+    _cache_type: type[AdapterCache]
+    # What a subclass finds out about its model: why it cannot continue a cache (None: it can), and whether its logits
+    # are nothing but hidden states times a weight.
+    _why_not_cached: str | None = "it has no cache"
+    _hidden_is_exact = False
 
     def __init__(self, model: Any, *, vocab_size: int | None, max_length: int | None) -> None:
         super().__init__()
@@ -74,7 +82,9 @@ class Adapter(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The settings shown by ``repr``."""
-        return f"vocab_size={self.vocab_size}, max_length={self.max_length}"
+        decoding = "cached" if self._why_not_cached is None else f"uncached ({self._why_not_cached})"
+        settings = f"vocab_size={self.vocab_size}, max_length={self.max_length}"
+        return f"{settings}, hidden={self._offers_hidden}, decoding={decoding}"
 
     @property
     def device(self) -> torch.device:
@@ -106,69 +116,6 @@ class Adapter(nn.Module, ABC):
         """
         return self._states(ids, mask, cache, kwargs, hidden=False)
 
-    @abstractmethod
-    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
-        """Logits or hidden states of rows whose padding comes last."""
-
-    def _described(self) -> str:
-        return type(self.model).__name__
-
-    def _check_cache(self, cache: Any) -> None:
-        if cache is not None:
-            raise TypeError(f"cache must be None: an adapted {self._described()} has no init_cache")
-
-    def _states(self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
-        self._check_cache(cache)
-        ids, mask = self._checked(ids, mask, cache)
-        if mask is None:
-            return self._whole(ids, None, kwargs, hidden=hidden)
-        last = with_padding_last(ids, mask)
-        return moved_back(self._whole(last.ids, last.mask, kwargs, hidden=hidden), last)
-
-    def _checked(self, ids: Tensor, mask: Tensor | None, cache: AdapterCache | None) -> tuple[Tensor, Tensor | None]:
-        """Int64 ids with 0 at padding, and the mask of the new positions."""
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"ids must hold integer token ids, got {getattr(ids, 'dtype', type(ids).__name__)}")
-        if ids.ndim != 2:
-            raise ValueError(f"ids must have shape (b, n), got {tuple(ids.shape)}")
-        if cache is not None and cache.batch_size != ids.shape[0]:
-            raise ValueError(f"cache holds {cache.batch_size} rows, got ids of {ids.shape[0]}")
-        length = 0 if cache is None else cache.length
-        total = length + ids.shape[1]
-        if self.max_length is not None and total > self.max_length:
-            raise ValueError(f"ids must end within {self.max_length} positions, got {total}")
-        # Some models view their ids in another shape.
-        ids = ids.long().contiguous()
-        new = None
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"mask must be boolean, got {getattr(mask, 'dtype', type(mask).__name__)}")
-            if mask.shape != (ids.shape[0], total):
-                raise ValueError(f"mask must have shape {(ids.shape[0], total)}, got {tuple(mask.shape)}")
-            new = mask[:, length:]
-            ids = ids.masked_fill(~new, 0)
-        if self.vocab_size is not None and ids.device.type == "cpu":
-            check_ids(ids, self.vocab_size, "ids")
-        return ids, new
-
-
-class LibraryAdapter(Adapter):
-    """An adapter that may know more of its model: how to continue a cache, and its states before the output layer.
-
-    ``init_cache``, ``hidden`` and ``output_weight`` exist only where they are exact: ask with ``hasattr``.
-    """
-
-    _cache_type: type[AdapterCache]
-    # What a subclass finds out about its model: why it cannot continue a cache (None: it can), and whether its logits
-    # are nothing but hidden states times a weight.
-    _why_not_cached: str | None
-    _hidden_is_exact: bool
-
-    def extra_repr(self) -> str:
-        """The settings shown by ``repr``."""
-        decoding = "cached" if self._why_not_cached is None else f"uncached ({self._why_not_cached})"
-        return f"{super().extra_repr()}, hidden={self._offers_hidden}, decoding={decoding}"
-
     @property
     def _offers_hidden(self) -> bool:
         """Asked in every call: an output layer that has been hooked, wrapped or replaced must be called."""
@@ -199,19 +146,20 @@ class LibraryAdapter(Adapter):
             raise AttributeError("logits are not hidden @ output_weight.T")
         return self._weight()
 
-    @abstractmethod
     def _incremental(
         self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
     ) -> Tensor:
         """Logits or hidden states of new tokens; ``mask (b, m)`` has its padding first. Grows keys and values."""
+        raise NotImplementedError
 
-    @abstractmethod
     def _output_layer(self) -> nn.Module | None:
         """The module that makes logits of hidden states; None where a function does."""
+        return None
 
-    @abstractmethod
     def _weight(self) -> Tensor:
         """The weight of the output layer."""
+        layer: Any = self._output_layer()
+        return layer.weight
 
     def _init_cache(self, batch_size: int, max_length: int) -> AdapterCache:
         # The libraries' keys and values grow by concatenation, so there is nothing to reserve for max_length.
@@ -229,17 +177,20 @@ class LibraryAdapter(Adapter):
     ) -> Float[Tensor, "b n d"]:
         return self._states(ids, mask, cache, kwargs, hidden=True)
 
-    def _check_cache(self, cache: Any) -> None:
-        if self._why_not_cached is not None:
-            super()._check_cache(cache)
-        elif cache is not None and not isinstance(cache, self._cache_type):
-            raise TypeError(f"cache must come from this model's init_cache, got {type(cache).__name__}")
+    @abstractmethod
+    def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        """Logits or hidden states of rows whose padding comes last."""
+
+    def _described(self) -> str:
+        return type(self.model).__name__
 
     def _states(self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
-        if cache is None:
-            return super()._states(ids, mask, None, kwargs, hidden=hidden)
-        self._check_cache(cache)
         ids, new = self._checked(ids, mask, cache)
+        if cache is None:
+            if new is None:
+                return self._whole(ids, None, kwargs, hidden=hidden)
+            last = with_padding_last(ids, new)
+            return moved_back(self._whole(last.ids, last.mask, kwargs, hidden=hidden), last)
         n = ids.shape[1]
         # A prompt may come with its padding anywhere; what follows it is appended.
         first = with_padding_first(ids, new) if cache.length == 0 and new is not None else None
@@ -251,3 +202,33 @@ class LibraryAdapter(Adapter):
         states = self._incremental(ids, whole_mask, cache, kwargs, hidden=hidden)
         cache.length, cache.mask = cache.length + n, whole_mask
         return states if first is None else moved_back(states, first)
+
+    def _checked(self, ids: Tensor, mask: Tensor | None, cache: AdapterCache | None) -> tuple[Tensor, Tensor | None]:
+        """Int64 ids with 0 at padding, and the mask of the new positions."""
+        if cache is not None and self._why_not_cached is not None:
+            raise TypeError(f"cache must be None: an adapted {self._described()} has no init_cache")
+        if cache is not None and not isinstance(cache, self._cache_type):
+            raise TypeError(f"cache must come from this model's init_cache, got {type(cache).__name__}")
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"ids must hold integer token ids, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.ndim != 2:
+            raise ValueError(f"ids must have shape (b, n), got {tuple(ids.shape)}")
+        if cache is not None and cache.batch_size != ids.shape[0]:
+            raise ValueError(f"cache holds {cache.batch_size} rows, got ids of {ids.shape[0]}")
+        length = 0 if cache is None else cache.length
+        total = length + ids.shape[1]
+        if self.max_length is not None and total > self.max_length:
+            raise ValueError(f"ids must end within {self.max_length} positions, got {total}")
+        # Some models view their ids in another shape.
+        ids = ids.long().contiguous()
+        new = None
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                raise TypeError(f"mask must be boolean, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            if mask.shape != (ids.shape[0], total):
+                raise ValueError(f"mask must have shape {(ids.shape[0], total)}, got {tuple(mask.shape)}")
+            new = mask[:, length:]
+            ids = ids.masked_fill(~new, 0)
+        if self.vocab_size is not None and ids.device.type == "cpu":
+            check_ids(ids, self.vocab_size, "ids")
+        return ids, new

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_core.adapters.base import AdapterCache, LibraryAdapter
+from lm_core.adapters.base import Adapter, AdapterCache
 from lm_core.causal_lm import eval_mode
 from lm_core.nn.masking import positions_from_mask
 
@@ -37,7 +37,7 @@ _TOLERANCE_HALF_PRECISION = 0.1
 
 
 class HuggingFaceCache(AdapterCache):
-    """What transformers keeps, with the padding beside it: its cache object or, in older versions, nested tuples."""
+    """What transformers keeps, with the padding next to it: its cache object or, in older versions, nested tuples."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
@@ -62,7 +62,7 @@ class HuggingFaceCache(AdapterCache):
         return clone
 
 
-class HuggingFaceLM(LibraryAdapter):
+class HuggingFaceLM(Adapter):
     """A transformers causal language model that returns logits only.
 
     Args:
@@ -130,10 +130,6 @@ class HuggingFaceLM(LibraryAdapter):
     def _output_layer(self) -> nn.Module | None:
         layer: nn.Module | None = self._inner.get_output_embeddings()
         return layer
-
-    def _weight(self) -> Tensor:
-        weight: Tensor = self._inner.get_output_embeddings().weight
-        return weight
 
     def _described(self) -> str:
         return type(self._inner).__name__
@@ -282,7 +278,7 @@ def _number_of_positions(model: Any, inner: Any) -> int | None:
     for name, module in inner.named_modules():
         learned = isinstance(module, nn.Embedding) and module is not words and ("pos" in name or "wpe" in name)
         if limit is not None and learned and limit <= module.num_embeddings:
-            # RoBERTa and its family start counting behind the padding id.
+            # RoBERTa and its family start counting after the padding id.
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             virtual = max((getattr(config, "num_virtual_tokens", 0) for config in _peft_configs(model)), default=0)
             return min(limit, module.num_embeddings - skipped) - virtual

@@ -5,7 +5,7 @@ neighbours that a cached call does not have, and nothing says so. Many start as 
 would not find them either. Hence a list of the parts known to treat each token by itself or by its distance to
 others; a model with any other part is decoded without a cache.
 
-Calls without a cache move padding behind the real tokens. Cached ones keep it in front and tell by ``seq_start_pos``,
+Calls without a cache move padding after the real tokens. Cached ones keep it in front, indicated by ``seq_start_pos``,
 which masks keys and shifts the table of positions; all other position schemes of the list depend on distances only.
 
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm_core.adapters.base import AdapterCache, LibraryAdapter
+from lm_core.adapters.base import Adapter, AdapterCache
 
 _EXACT_WITH_CACHE = frozenset(
     {
@@ -41,7 +41,7 @@ class XTransformersCache(AdapterCache):
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
-        # The library wants the whole sequence beside its cache; that it takes new ids alone is a late addition.
+        # The library wants the whole sequence next to its cache; that it takes new ids alone is a late addition.
         self.ids: Tensor | None = None
         self.layers: list[tuple[Tensor | None, ...]] = []
 
@@ -53,7 +53,7 @@ class XTransformersCache(AdapterCache):
         ]
 
 
-class XTransformersLM(LibraryAdapter):
+class XTransformersLM(Adapter):
     """An x-transformers decoder that returns logits only.
 
     Args:

@@ -1,6 +1,6 @@
-"""Folders that are there whole or not at all, whatever instant the process is killed at.
+"""Atomic folders and files: there whole or not at all, at any instant the process is killed.
 
-A folder is filled under a temporary name beside its final one, every file and folder in it is flushed to the disk, and
+A folder is filled under a temporary name next to its final one, every file and folder in it is flushed to the disk, and
 one rename puts it in place; the parent is flushed too, for on POSIX a rename lives in the parent's entries. Removing
 goes the other way round: first a rename to a temporary name, then the deletion, so that no half-deleted folder is ever
 seen under a real name. Windows cannot flush a folder; there the rename alone has to do.
@@ -18,12 +18,9 @@ TEMPORARY_PREFIX = ".tmp-"
 
 def fsync_path(path: Path) -> None:
     """Flushes one file, or the entries of one folder, to the disk."""
-    if path.is_dir():
-        if os.name == "nt":
-            return
-        descriptor = os.open(path, os.O_RDONLY)
-    else:
-        descriptor = os.open(path, os.O_RDWR)
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -38,7 +35,7 @@ def fsync_tree(directory: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A fresh name beside ``path`` that ``remove_leftovers`` recognises."""
+    """A fresh name next to ``path`` that ``remove_leftovers`` recognises."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
@@ -67,7 +64,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Deletes a folder so that a kill midway leaves only a temporary name behind."""
+    """Deletes a folder so that a kill midway leaves only a temporary name."""
     doomed = temporary_sibling(directory)
     directory.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)

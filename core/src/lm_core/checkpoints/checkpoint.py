@@ -40,7 +40,7 @@ from lm_core.checkpoints.pretrained import (
     write_model,
 )
 from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
-from lm_core.checks import check_positive, typed
+from lm_core.checks import typed
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.rng import capture_rng
 
@@ -164,7 +164,8 @@ def save_checkpoint(
     """
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}")
-    check_positive(keep, "keep")
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1 or None, got {keep}")
     check_tokenizer(tokenizer)
     own_rng = plain(capture_rng() if rng is None else rng, "rng")
     all_rng = _gather(own_rng)

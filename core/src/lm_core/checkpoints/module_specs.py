@@ -82,10 +82,11 @@ def encode_argument(value: Any) -> Any:
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Path):
         return {"$path": str(value)}
-    if type(value) is list:
-        return _all_or_given(value, [encode_argument(entry) for entry in value], lambda entries: entries)
-    if type(value) is tuple:
-        return _all_or_given(value, [encode_argument(entry) for entry in value], lambda entries: {"$tuple": entries})
+    if type(value) in (list, tuple):
+        entries = [encode_argument(entry) for entry in value]
+        if any(is_given(entry) for entry in entries):
+            return {"$given": type(value).__name__}
+        return entries if type(value) is list else {"$tuple": entries}
     if type(value) is dict:
         pairs = [[encode_argument(key), encode_argument(entry)] for key, entry in value.items()]
         simple = all(type(key) is str and not key.startswith("$") for key in value)
@@ -97,10 +98,6 @@ def encode_argument(value: Any) -> Any:
         if specification is not None:
             return {"$module": specification}
     return {"$given": type(value).__name__}
-
-
-def _all_or_given(value: Any, entries: list[Any], wrap: Any) -> Any:
-    return {"$given": type(value).__name__} if any(is_given(entry) for entry in entries) else wrap(entries)
 
 
 def is_given(encoded: Any) -> bool:

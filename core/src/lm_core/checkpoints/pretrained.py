@@ -121,7 +121,7 @@ class PretrainedMixin(nn.Module):
         return {}
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Repeats on a newly constructed model what ``config_state`` told; a subclass overrides both."""
+        """Repeats on a newly constructed model what ``config_state`` returned; a subclass overrides both."""
         if state:
             raise CheckpointError(f"{type(self).__name__} has no use for the stored state {sorted(state)}")
 
@@ -154,7 +154,10 @@ class PretrainedMixin(nn.Module):
         missing = [f"{name} (a {kind})" for name, kind in given.items() if name not in overrides]
         if missing:
             raise ValueError(f"{cls.__name__} cannot be rebuilt alone, pass again as argument: {', '.join(missing)}")
-        _check_names(cls, overrides)
+        parameters = inspect.signature(cls).parameters
+        unknown = sorted(set(overrides) - set(parameters))
+        if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(parameters)}")
         decoded = {name: decode_argument(value) for name, value in arguments.items() if name not in overrides}
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
             model = cls(**{**decoded, **overrides})
@@ -280,15 +283,6 @@ def check_config(cls: type, config: Mapping[str, Any], where: Path | None = None
         )
     if not isinstance(config.get("arguments"), dict) or not isinstance(config.get("state", {}), dict):
         raise CheckpointError(f"{path} is damaged: it has no constructor arguments")
-
-
-def _check_names(cls: type, overrides: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    unknown = sorted(set(overrides) - set(parameters))
-    if unknown:
-        raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(parameters)}")
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -72,17 +72,14 @@ def load_state_file(model: nn.Module, path: str | Path, *, convert: Convert | No
     load_weights(model, state, where=str(path))
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
-
-
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     """For each name the first name of the same memory."""
     first: dict[object, str] = {}
     names = {}
     for name, tensor in state.items():
         alone = tensor.numel() == 0 or tensor.is_meta
-        names[name] = name if alone else first.setdefault(_memory(tensor), name)
+        memory = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
+        names[name] = name if alone else first.setdefault(memory, name)
     return names
 
 

@@ -35,7 +35,7 @@ _COMMON_HELP = {
     "resume": "auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.",
     "trackers": "names of trackers that accelerate knows, such as tensorboard.",
 }
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}", type(None): "null"}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Command:
         description: by default the first line of the function's docstring.
         presets: other defaults than the function's, given the arguments that were chosen; ``--print_config`` prints
             them as it does all.
-        defaults: other defaults than the function's, whatever is chosen.
+        defaults: other defaults than the function's, always.
     """
 
     function: Callable[..., int]
@@ -324,15 +324,13 @@ def _metavar(hint: Any) -> str:
         return f"{{{','.join(choices)}}}"
     shown = []
     for kind in _alternatives(hint):
-        if kind is type(None):
-            continue
         element = _element(kind)
         if element is not None:
             word = _metavar(element)
             shown.append(f"{word} [{word} ...]")
         elif typing.get_origin(kind) is Literal:
             shown += [str(value) for value in typing.get_args(kind)]
-        else:
+        elif kind is not type(None):
             shown.append(_METAVARS.get(kind, "VALUE"))
     return "|".join(dict.fromkeys(shown))
 

@@ -46,7 +46,7 @@ class Corpus:
 
     Attributes:
         train: what a model learns from.
-        validation: what it is judged by.
+        validation: held-out documents.
         fingerprint: SHA-256 over the content and the split.
     """
 
@@ -106,9 +106,8 @@ def _split_by_position(documents: Documents, validation_fraction: float) -> tupl
     held_out_bytes = round(size * held_out / length)  # exact for bytes, in proportion for other tokens
 
     def part(first: int, tokens: int, text_bytes: int) -> Documents:
-        columns = (np.array([value], dtype=np.int64) for value in (first, tokens, text_bytes))
-        starts, lengths, byte_lengths = columns
-        return Documents(ids=documents.ids, starts=starts, lengths=lengths, byte_lengths=byte_lengths)
+        columns = {"starts": first, "lengths": tokens, "byte_lengths": text_bytes}
+        return Documents(ids=documents.ids, **{name: np.array([n], dtype=np.int64) for name, n in columns.items()})
 
     cut = length - held_out
     return part(start, cut, size - held_out_bytes), part(start + cut, held_out, held_out_bytes)
@@ -191,7 +190,7 @@ def load_corpus(
 
 
 def held_out_documents(source: Any, *, tokenizer: Encoder | None = None, field: str = "text") -> Documents:
-    """Documents to judge a model by: the held-out part of "stdlib", and all of any other source.
+    """Documents for evaluation: the held-out part of "stdlib", and all of any other source.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as ``load_documents``.

@@ -30,7 +30,6 @@ class Encoder(Protocol):
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of ``text``."""
-        ...
 
 
 Document = str | bytes | Sequence[int]
@@ -106,18 +105,11 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
         return f"Documents({len(self)} documents, {self.num_tokens} tokens of {self.ids.dtype})"
 
 
-def _id_dtype(tokenizer: Encoder) -> Any:
-    return np.uint16 if _id_limit(tokenizer) <= 2**16 else np.uint32
-
-
-def _id_limit(tokenizer: Encoder) -> int:
-    vocab_size = getattr(tokenizer, "vocab_size", None)
-    return 2**32 if vocab_size is None else int(vocab_size)
-
-
 def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsignedinteger], int]:
     """Token ids of one document, and its size in bytes (of token ids: their number, the text being unknown)."""
-    dtype = _id_dtype(tokenizer)
+    vocab_size = getattr(tokenizer, "vocab_size", None)
+    limit = 2**32 if vocab_size is None else int(vocab_size)
+    dtype = np.uint16 if limit <= 2**16 else np.uint32
     ids: Any = document
     size = len(document)
     if isinstance(document, str | bytes):
@@ -127,7 +119,6 @@ def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsigned
             return np.frombuffer(raw, dtype=np.uint8).astype(dtype), size
         ids = tokenizer.encode(document if isinstance(document, str) else document.decode("utf-8", errors="replace"))
     values = np.asarray(ids, dtype=np.int64)
-    limit = _id_limit(tokenizer)
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"token ids must be in [0, {limit}), got {int(values.min())} to {int(values.max())}")
     return values.astype(dtype), size
@@ -244,7 +235,6 @@ def _cache_key(source: Any, tokenizer: Encoder, field: str) -> str:
 
 
 def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder) -> None:
-    dtype = np.dtype(_id_dtype(tokenizer))
     lengths, sizes = [], []
     with new_directory(directory) as temporary:
         with (temporary / "ids.bin").open("wb") as stream:
@@ -253,7 +243,7 @@ def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder)
                 lengths.append(len(ids))
                 sizes.append(size)
         np.save(temporary / "lengths.npy", np.array([lengths, sizes], dtype=np.int64))
-        meta = {"format_version": CACHE_FORMAT_VERSION, "dtype": dtype.name, "tokens": sum(lengths)}
+        meta = {"format_version": CACHE_FORMAT_VERSION, "dtype": ids.dtype.name, "tokens": sum(lengths)}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 

@@ -4,7 +4,7 @@ The documents of an epoch form one stream, each ended by EOS; row ``r`` takes th
 first ``n`` as inputs and the last ``n`` as labels, so every token that follows another of its document is a label
 exactly once. No document is cut off and none is left out: the last row of a stream is padded.
 
-Training rows go on over epochs without a break. Each step consumes ``batch_size * world_size`` rows; rank ``r`` takes
+Training rows continue over epochs without a break. A step consumes ``batch_size * world_size`` rows; rank ``r`` takes
 ``batch_size`` of them from ``r * batch_size`` on: two ranks see together what one process sees with twice the batch.
 
 b batch, n sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lm_core.checks import check_positive, typed
 from lm_core.data.documents import Documents
-from lm_core.data.epochs import check_same_order, permutation
+from lm_core.data.epochs import EpochOrder, check_same_order
 
 IGNORE_INDEX = -100
 PADDING_DOCUMENT = -1
@@ -165,35 +165,31 @@ class PackedBatches(_Packing, Iterator[PackedBatch]):
         super().__post_init__()
         self.rows_seen = 0
         self._data = int(self.documents.fingerprint[:12], 16) if self.fingerprint_data else 0
-        self._epochs: dict[int, tuple[_Stream, NDArray[np.int64]]] = {}
-        self.rows_per_epoch = self._epoch(0)[0].num_rows
+        self._streams: dict[int, _Stream] = {}
+        self._order = self._shuffled(len(self.documents), "documents")
+        self.rows_per_epoch = self._stream(0).num_rows
+        self._rows = self._shuffled(self.rows_per_epoch, "rows")
 
     @property
     def epoch(self) -> float:
         """How many times the documents have been gone through, by all ranks together."""
         return self.rows_seen / self.rows_per_epoch
 
-    def _epoch(self, number: int) -> tuple[_Stream, NDArray[np.int64]]:
-        if number not in self._epochs:
-            count = len(self.documents)
-            order = permutation(count, self.seed, number, "documents") if self.shuffle else np.arange(count)
-            stream = _Stream(self, order)
-            rows = stream.num_rows
-            row_order = permutation(rows, self.seed, number, "rows") if self.shuffle else np.arange(rows)
-            # a batch reaches over at most into the next epoch, so older plans are done with
-            self._epochs = {key: plan for key, plan in self._epochs.items() if key >= number - 1}
-            self._epochs[number] = stream, row_order
-        return self._epochs[number]
+    def _shuffled(self, count: int, what: str) -> EpochOrder:
+        return EpochOrder(count, seed=self.seed, key=(what,), shuffle=self.shuffle)
+
+    def _stream(self, epoch: int) -> _Stream:
+        if epoch not in self._streams:
+            # a batch reaches at most into the next epoch, so older streams are done with
+            self._streams = {key: stream for key, stream in self._streams.items() if key >= epoch - 1}
+            self._streams[epoch] = _Stream(self, self._order.epoch(epoch))
+        return self._streams[epoch]
 
     def __next__(self) -> PackedBatch:
         first = self.rows_seen + self.rank * self.batch_size
-        rows = []
-        for number in range(first, first + self.batch_size):
-            epoch, place = divmod(number, self.rows_per_epoch)
-            stream, row_order = self._epoch(epoch)
-            rows.append(stream.row(int(row_order[place])))
+        positions = [self._rows.at(number) for number in range(first, first + self.batch_size)]
         self.rows_seen += self.batch_size * self.world_size
-        return _batch(rows)
+        return _batch([self._stream(epoch).row(row) for epoch, row in positions])
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, with what must be equal for it to mean the same rows."""

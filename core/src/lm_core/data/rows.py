@@ -1,4 +1,4 @@
-"""Rows of data from files, folders, globs, the hub or Python objects: one door for every package.
+"""Rows of data from files, folders, globs, the hub or Python objects, the same for every package.
 
 | source | what is read |
 |---|---|
@@ -117,7 +117,9 @@ def source_files(source: str | os.PathLike[str], name: str = "source") -> list[P
     _existing(path, name)
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    parts = {file: file.relative_to(path).parts for file in files}
+    files = [file for file in files if not any(name.startswith(".") or name == "__pycache__" for name in parts[file])]
     known = [file for file in files if _suffix(file) in SUFFIXES]
     if not known:
         raise ValueError(f"{name}: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
@@ -132,10 +134,6 @@ def _existing(path: Path, name: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{name} path does not exist: {path}")
     return path
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _suffix(path: Path) -> str:

@@ -68,8 +68,10 @@ class Decoder:
         self._length = n
         self._ids = F.pad(ids, (0, max_new_tokens))
         self._mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
-        self._cache, self._copies = None, None
-        self._unread, self._unread_mask = ids, padding
+        self._cache: Any = None
+        self._copies: Tensor | None = None
+        self._unread = ids
+        self._unread_mask = padding
         if use_cache and hasattr(model, "init_cache"):
             # Equal prompts, such as those of several samples, are read once.
             first, copies = distinct_rows(ids, padding)

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.checks import check_ids
+from lm_core.nn.norms import statistics_dtype
 
 
 def _check_number(
@@ -55,10 +56,6 @@ def _check_logits(logits: Tensor, dim: int = -1) -> None:
         raise ValueError("logits must not hold NaN")
     if worst == -math.inf:
         raise ValueError("logits must leave at least one entry above -inf in every row")
-
-
-def _statistics_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9, *, k: int | None = None) -> Float[Tensor, "*b v"]:
@@ -105,7 +102,7 @@ def top_p(
     _check_number(mass, "thres" if p is None else "p", low=0, high=1)
     # ascending, so that the many small probabilities are summed before the large ones swallow them
     ordered, order = logits.sort(dim=-1, descending=False)
-    tail = ordered.softmax(dim=-1, dtype=_statistics_dtype(logits)).cumsum(dim=-1)
+    tail = ordered.softmax(dim=-1, dtype=statistics_dtype(logits.dtype)).cumsum(dim=-1)
     remove = tail <= 1 - mass
     remove[..., -1] = False
     return logits.masked_fill(remove.scatter(-1, order, remove), -math.inf)
@@ -123,28 +120,21 @@ def min_p(logits: Float[Tensor, "*b v"], min_p: float | int = 0.1) -> Float[Tens
     """
     _check_logits(logits)
     _check_number(min_p, "min_p", low=0, high=1)
-    probabilities = logits.softmax(dim=-1, dtype=_statistics_dtype(logits))
+    probabilities = logits.softmax(dim=-1, dtype=statistics_dtype(logits.dtype))
     floor = min_p * probabilities.amax(dim=-1, keepdim=True)
     return logits.masked_fill(probabilities < floor, -math.inf)
 
 
-_FILTERS: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "top_k": (top_k, "k"),
-    "top_p": (top_p, "p"),
-    "min_p": (min_p, "min_p"),
-}
+# by the argument that a number becomes
+_FILTERS: dict[str, Callable[..., Tensor]] = {"k": top_k, "p": top_p, "min_p": min_p}
 
 
 def filters_of(
     *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> list[Callable[[Tensor], Tensor]]:
     """The filters that these numbers ask for, in this order; None asks for nothing."""
-    values = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    return [
-        partial(filter_, **{argument: values[name]})
-        for name, (filter_, argument) in _FILTERS.items()
-        if values[name] is not None
-    ]
+    chosen = zip(_FILTERS.items(), (top_k, top_p, min_p), strict=True)
+    return [partial(filter_, **{argument: number}) for (argument, filter_), number in chosen if number is not None]
 
 
 def apply_repetition_penalty(
@@ -167,7 +157,7 @@ def apply_repetition_penalty(
     _check_logits(logits)
     _check_number(penalty, "penalty", low=0, open_low=True)
     if ids.ndim != 2 or logits.ndim != 2 or ids.shape[0] != logits.shape[0]:
-        raise ValueError(f"ids must be (b, n) beside logits (b, v), got {tuple(ids.shape)} and {tuple(logits.shape)}")
+        raise ValueError(f"ids must be (b, n) for logits (b, v), got {tuple(ids.shape)} and {tuple(logits.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
     if mask is not None and mask.shape != ids.shape:
@@ -191,7 +181,7 @@ def gumbel_noise(t: Float[Tensor, "*shape"], generator: torch.Generator | None =
     Returns:
         float32 noise, or float64 when ``t`` is float64.
     """
-    dtype = _statistics_dtype(t)
+    dtype = statistics_dtype(t.dtype)
     device = t.device if generator is None else generator.device
     uniform = torch.rand(t.shape, dtype=dtype, device=device, generator=generator).to(t.device)
     # u = 0 would give -inf; 1 is never drawn, and the largest float32 below it gives noise of about 16.6

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_core.checks import check_ids
-from lm_core.losses.output_layer import statistics_dtype, summed_cross_entropy, token_scores
+from lm_core.losses.output_layer import summed_cross_entropy, token_scores
+from lm_core.nn.norms import statistics_dtype
 
 # In tiles half as large the products are a few per cent slower; twice as large they gain nothing.
 CPU_TILE_BYTES = 64 * 2**20

@@ -28,10 +28,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from lm_core.nn.norms import statistics_dtype
 
 
 def _logits_room(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
@@ -45,13 +42,29 @@ def _logits_room(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtyp
 class _Tiles:
     """Hands out the logits of a few tokens at a time and takes their gradient back."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, tile_size: int, dtype: torch.dtype) -> None:
-        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
-        self.temperature, self.statistics = temperature, statistics_dtype(dtype)
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float,
+        tile_size: int,
+        dtype: torch.dtype,
+        need_hidden: bool = False,
+        need_weight: bool = False,
+    ) -> None:
+        self.hidden = hidden.to(dtype)
+        self.weight = weight.to(dtype)
+        self.temperature = temperature
+        self.statistics = statistics_dtype(dtype)
         tokens = hidden.shape[0]
         count = max(-(-tokens // tile_size), 1)
         self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
         self.buffer = _logits_room(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
+        # room for the gradients; one that is not needed stays empty
+        self.need_hidden = need_hidden
+        self.need_weight = need_weight
+        self.hidden_gradient = self.hidden.new_empty(hidden.shape if need_hidden else (0,))
+        self.weight_gradient = self.weight.new_zeros(weight.shape if need_weight else (0,), dtype=self.statistics)
 
     def __iter__(self) -> Iterator[slice]:
         for start in range(0, self.hidden.shape[0], self.tile_size):
@@ -70,12 +83,6 @@ class _Tiles:
         else:
             logits.copy_(torch.mm(hidden, self.weight.t()))
         return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def start_gradients(self, need_hidden: bool, need_weight: bool) -> None:
-        """Makes room for the gradients; one that is not needed stays empty."""
-        self.need_hidden, self.need_weight = need_hidden, need_weight
-        self.hidden_gradient = self.hidden.new_empty(self.hidden.shape if need_hidden else (0,))
-        self.weight_gradient = self.weight.new_zeros(self.weight.shape if need_weight else (0,), dtype=self.statistics)
 
     def backward(self, gradient: Tensor, tile: slice) -> None:
         """Carries the gradient (t, v) in a tile's logits on to the hidden states and the weight; may overwrite it."""
@@ -113,8 +120,7 @@ def summed_cross_entropy(
     gets to multiply it.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        tiles = _Tiles(hidden, weight, 1.0, tile_size, dtype)
-        tiles.start_gradients(need_hidden, need_weight)
+        tiles = _Tiles(hidden, weight, 1.0, tile_size, dtype, need_hidden, need_weight)
         losses = tiles.vector()
         for tile in tiles:
             logits, label, kept = tiles.logits(tile), labels[tile, None], counted[tile, None]
@@ -221,8 +227,7 @@ def token_scores_backward(
     ``kept`` are the logits if they were kept, ``entropy_gradient`` what reached the entropies; each may be empty.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
-        tiles.start_gradients(need_hidden, need_weight)
+        tiles = _Tiles(hidden, weight, temperature, tile_size, dtype, need_hidden, need_weight)
         for tile in tiles:
             upstream = log_prob_gradient[tile, None]
             logits = kept if kept.numel() else tiles.logits(tile)
@@ -247,8 +252,8 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, labels, ctx.temperature, ctx.tile_size, ctx.dtype = inputs[:6]
-    ctx.save_for_backward(hidden, weight, labels, *output[1:])
+    ctx.settings = inputs[3:6]  # temperature, tile size, dtype
+    ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -256,20 +261,14 @@ def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_of_scores(
     ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, labels, entropies, denominators, kept = ctx.saved_tensors
+    saved = ctx.saved_tensors  # asked once, as gradient checkpointing demands
+    hidden, _, _, _, denominators, _ = saved
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     hidden_gradient, weight_gradient = token_scores_backward(
-        hidden,
-        weight,
-        labels,
-        entropies,
-        denominators,
-        kept,
+        *saved,
         torch.zeros_like(denominators) if log_prob_gradient is None else log_prob_gradient,
         denominators.new_empty(0) if entropy_gradient is None else entropy_gradient,
-        ctx.temperature,
-        ctx.tile_size,
-        ctx.dtype,
+        *ctx.settings,
         need_hidden,
         need_weight,
     )

@@ -45,7 +45,7 @@ class KVCache:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values ``(b, h, n, d)`` behind the current length.
+        """Writes new keys and values ``(b, h, n, d)`` after the current length.
 
         Returns:
             All keys and values of this layer, ``(b, h, length + n, d)``, as views of the cache.
@@ -54,7 +54,7 @@ class KVCache:
         return held_keys, held_values
 
     def append(self, layer: int, both: Tensor) -> Tensor:
-        """``update`` for keys and values in one tensor, ``(b, h, n, d)`` whatever the order they are in."""
+        """``update`` for keys and values in one tensor, ``(b, h, n, d)`` in any order."""
         return self._write(layer, (both,))[0]
 
     def _write(self, layer: int, new: tuple[Tensor, ...]) -> list[Tensor]:
@@ -90,7 +90,7 @@ class KVCache:
         self.masked = self.masked and length > 0
 
     def clone(self: C) -> C:
-        """An independent copy, with whatever a subclass has added."""
+        """An independent copy, with what a subclass has added."""
         twin = copy.copy(self)
         twin._hold(buffer.clone() for buffer in self._buffers)
         return twin
@@ -107,11 +107,8 @@ class KVCache:
         if self._buffers:
             self._hold(self._grown(buffer) for buffer in self._buffers)
         else:
-            self._hold(self._allocate(like) for like in new)
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        _, heads, _, dim = like.shape
-        return like.new_empty(self.layers, self.batch_size, heads, self._capacity, dim)
+            shapes = ((self.layers, self.batch_size, like.shape[1], self._capacity, like.shape[-1]) for like in new)
+            self._hold(like.new_empty(shape) for like, shape in zip(new, shapes, strict=True))
 
     def _grown(self, old: Tensor) -> Tensor:
         new = old.new_empty(*old.shape[:3], self._capacity, old.shape[-1])

@@ -5,11 +5,14 @@ Everywhere a mask is boolean and True at what counts.
 Legend: b batch, n sequence.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from lm_core.nn.norms import statistics_dtype
 
 
 def masked_mean(
@@ -49,8 +52,7 @@ def masked_mean(
         if aligned.ndim != t.ndim or any(m not in (1, s) for m, s in zip(aligned.shape, t.shape, strict=True)):
             raise ValueError(f"mask must broadcast to t of shape {tuple(t.shape)}, got shape {tuple(mask.shape)}")
         kept = aligned.expand(t.shape)
-    sum_dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-    total = torch.where(kept, t, 0).sum(dim=dims, keepdim=keepdim, dtype=sum_dtype)
+    total = torch.where(kept, t, 0).sum(dim=dims, keepdim=keepdim, dtype=statistics_dtype(t.dtype))
     count = kept.sum(dim=dims, keepdim=keepdim)
     return (total / count.clamp(min=1)).to(t.dtype)
 
@@ -83,14 +85,11 @@ def maybe_and_mask(*masks: Tensor | None) -> Tensor | None:
     Raises:
         TypeError: a mask is not boolean.
     """
-    result: Tensor | None = None
-    for mask in masks:
-        if mask is None:
-            continue
+    present = [mask for mask in masks if mask is not None]
+    for mask in present:
         if mask.dtype != torch.bool:
             raise TypeError(f"masks must be boolean, got dtype {mask.dtype}")
-        result = mask if result is None else result & mask
-    return result
+    return functools.reduce(torch.logical_and, present) if present else None
 
 
 def positions_from_mask(mask: Bool[Tensor, "*b n"]) -> Int[Tensor, "*b n"]:

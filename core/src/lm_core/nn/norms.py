@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from lm_core.checks import check_positive, typed
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else: the dtype of statistics, angles and probabilities."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def l2norm(t: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
     """Scales the last dimension to unit Euclidean length; a zero vector stays zero."""
-    return F.normalize(t.to(_statistics_dtype(t)), dim=-1).to(t.dtype)
+    return F.normalize(t.to(statistics_dtype(t.dtype)), dim=-1).to(t.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -54,10 +59,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """Divides ``x`` by its root mean square and applies the gain."""
-        wide = x.to(_statistics_dtype(x))
+        wide = x.to(statistics_dtype(x.dtype))
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (normed * self.gamma).to(x.dtype)
-
-
-def _statistics_dtype(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lm_core.checks import check_positive, typed
+from lm_core.nn.norms import statistics_dtype
 
 # Powers of zeta in a block: its largest factor is 12 in float16 (which ends at 65,504) and 22,000 in wider exponents.
 XPOS_POWERS_HALF, XPOS_POWERS = 2, 8
@@ -78,10 +79,9 @@ class RotaryEmbedding(nn.Module):
         check_positive(dim, "dim")
         if dim % 2:
             raise ValueError(f"dim_head must be even for rotary embeddings, got {dim}")
-        if not 0 < theta < math.inf:
-            raise ValueError(f"theta must be positive, got {theta}")
-        if not 0 < scale_base < math.inf:
-            raise ValueError(f"scale_base must be positive, got {scale_base}")
+        for name, value in (("theta", theta), ("scale_base", scale_base)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.dim = dim
         self.theta = theta
         self.use_xpos = use_xpos
@@ -108,22 +108,11 @@ class RotaryEmbedding(nn.Module):
         """
         if isinstance(positions, Tensor):
             return self._angles(positions, dtype)
-        return self._from_table(*positions, torch.device("cpu") if device is None else device, dtype)
-
-    def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
-        angles: tuple[Tensor, Tensor] = self((start, stop), dtype, device=device)
-        return angles
-
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        angles = rearrange(positions, "... -> ... 1") * self._inverse_frequencies(positions.device, dtype)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-    def _from_table(self, start: int, stop: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        start, stop = positions
+        device = torch.device("cpu") if device is None else device
         if torch.compiler.is_compiling():
             return self._angles(torch.arange(start, stop, device=device), dtype)
-        key = (device, _angle_dtype(dtype), self.theta)
+        key = (device, statistics_dtype(dtype), self.theta)
         table = self._tables.get(key)
         if table is None or table[0].shape[0] < stop:
             length = max(64, 1 << (stop - 1).bit_length())
@@ -132,6 +121,17 @@ class RotaryEmbedding(nn.Module):
                 table = self._angles(torch.arange(length, device=device), dtype)
             self._tables[key] = table
         return table[0][start:stop], table[1][start:stop]
+
+    def at_range(self, start: int, stop: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine at positions ``start:stop``, each ``(stop - start, d)``, from a table that grows."""
+        angles: tuple[Tensor, Tensor] = self((start, stop), dtype, device=device)
+        return angles
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, self.dim, 2, device=positions.device, dtype=statistics_dtype(dtype)) / self.dim
+        angles = rearrange(positions, "... -> ... 1") * self.theta**-exponents
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def xpos_blocks(
         self,
@@ -170,28 +170,20 @@ class RotaryEmbedding(nn.Module):
             blocks.append(XPosBlock(start, stop, key_stop, query_scale, key_scale))
         return tuple(blocks)
 
-    def _inverse_frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        exponents = torch.arange(0, self.dim, 2, device=device, dtype=_angle_dtype(dtype)) / self.dim
-        return self.theta**-exponents
-
     def _log_zeta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         if torch.compiler.is_compiling():
             return self._new_log_zeta(device, dtype)
-        key = (device, _angle_dtype(dtype), self.scale_base)
+        key = (device, statistics_dtype(dtype), self.scale_base)
         if key not in self._log_zetas:
             with torch.inference_mode(False), torch.no_grad():
                 self._log_zetas[key] = self._new_log_zeta(device, dtype)
         return self._log_zetas[key]
 
     def _new_log_zeta(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        even = torch.arange(0, self.dim, 2, device=device, dtype=_angle_dtype(dtype))
+        even = torch.arange(0, self.dim, 2, device=device, dtype=statistics_dtype(dtype))
         return ((even + 0.4 * self.dim) / (1.4 * self.dim)).log() / self.scale_base
 
 
 def _scale(distance: Tensor, log_zeta: Tensor) -> Tensor:
     scale = (rearrange(distance, "... n -> ... n 1") * log_zeta).exp()
     return torch.cat((scale, scale), dim=-1)
-
-
-def _angle_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

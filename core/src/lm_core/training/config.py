@@ -70,8 +70,7 @@ class CommonSettings(RunSettings):
         validate_every: updates between validations; there is always one before and one after training.
 
     Raises:
-        ValueError: a value is out of range; it is named.
-        TypeError: a value is of another type.
+        ValueError, TypeError: as ``RunSettings``.
     """
 
     max_steps: int = 1000

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state spread over processes (FSDP, arXiv 2304.11277), with whole checkpoints.
+"""Weights, gradients and optimizer state sharded over processes (FSDP, arXiv 2304.11277), with whole checkpoints.
 
 Uses ``torch.distributed``'s ``fully_shard``: each block is gathered for its own forward and backward. What is saved and
 loaded are FULL state dicts, so that a checkpoint opens on one process with ``from_pretrained``.
@@ -27,7 +27,7 @@ def _fully_shard() -> Callable[..., Any]:
 
 
 def check_shardable(device: torch.device) -> None:
-    """Raises unless a model on ``device`` can be spread over the processes there are.
+    """Raises unless a model on ``device`` can be sharded over the processes there are.
 
     Raises:
         ValueError: there is one process; or the device is the CPU and torch older than 2.7, which shards on GPUs only.
@@ -39,7 +39,7 @@ def check_shardable(device: torch.device) -> None:
 
 
 def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
-    """Spreads a module over all processes, in place.
+    """Shards a module over all processes, in place.
 
     Args:
         module: what is called in training; its parameters become DTensors.
@@ -64,27 +64,25 @@ def quiet() -> Iterator[None]:
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict, on the CPU of rank 0; other ranks get nothing. Every rank calls it."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    state: dict[str, Any] = get_model_state_dict(model, options=_options())
+    state: dict[str, Any] = _states().get_model_state_dict(model, options=_options())
     return state
 
 
 def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole optimizer state by parameter name, on the CPU of rank 0. Every rank calls it."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return dict(get_optimizer_state_dict(model, optimizer, options=_options()))
+    return dict(_states().get_optimizer_state_dict(model, optimizer, options=_options()))
 
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Gives each rank its part of a whole optimizer state, which every rank has read."""
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    _states().set_optimizer_state_dict(model, optimizer, dict(state), options=_options())
 
-    set_optimizer_state_dict(model, optimizer, dict(state), options=_options())
+
+def _states() -> Any:
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
 
 
 def _options() -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return _states().StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -90,12 +90,10 @@ class MetricsLog:
         if is_main and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
-                self._drop_after(self.path, resume_step)
+                rows = read_metrics(self.path) if resume_step >= 0 else []
+                kept = [json.dumps(row) + "\n" for row in rows if row.get("step", -1) <= resume_step]
+                write_file(self.path, "".join(kept))
             self._stream = self.path.open("a", encoding="utf-8")
-
-    def _drop_after(self, path: Path, step: int) -> None:
-        kept = [] if step < 0 else [row for row in read_metrics(path) if row.get("step", -1) <= step]
-        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Writes one row.

@@ -61,12 +61,6 @@ def write_summary(folder: str | Path, results: Sequence[Result], *, steps: int, 
     return path
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device}: {torch.cuda.get_device_name(device)}"
-    return f"{device}: {platform.processor() or platform.machine()}"
-
-
 class RunDirectory:
     """The folder of one run; use it in a ``with`` block, which holds the lock.
 
@@ -150,21 +144,13 @@ class RunDirectory:
             raise FileNotFoundError(f"resume=True needs a checkpoint in {self.checkpoints}, there is none")
         if self.resume is False and (exists or self.run_file.exists()):
             raise FileExistsError(f"{self.path} has a run already; resume it (resume=True), or choose another folder")
-        launch = self._launch()
-        record = {**launch, "resumed": []}
-        if exists:
-            with contextlib.suppress(CheckpointError):  # an unreadable record is no reason to refuse a run
-                record = read_json(self.run_file)
-                record["resumed"] = [*record.get("resumed", []), launch]
-        write_file(self.run_file, to_json(record))
-        return exists
-
-    def _launch(self) -> dict[str, Any]:
-        return {
+        on_cuda = self.device.type == "cuda"
+        hardware = torch.cuda.get_device_name(self.device) if on_cuda else platform.processor() or platform.machine()
+        launch = {
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "argv": list(sys.argv),
             "seed": self.seed,
-            "device": _device_name(self.device),
+            "device": f"{self.device}: {hardware}",
             "world_size": int(os.environ.get("WORLD_SIZE", "1")),
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
@@ -174,3 +160,10 @@ class RunDirectory:
             },
             "settings": json_value(self.settings),
         }
+        record = {**launch, "resumed": []}
+        if exists:
+            with contextlib.suppress(CheckpointError):  # an unreadable record is no reason to refuse a run
+                record = read_json(self.run_file)
+                record["resumed"] = [*record.get("resumed", []), launch]
+        write_file(self.run_file, to_json(record))
+        return exists

@@ -324,7 +324,11 @@ class TrainingSession:
             self._first_step = self.step
             self._started = time.monotonic()
             stack.callback(self._release)
-            self._wrap()
+            self.module = self._compiled
+            if self._gradients == "average" and self._blocks is None and world_size() > 1:
+                handler = getattr(self.accelerator, "ddp_handler", None)
+                options = {} if handler is None else handler.to_kwargs()
+                self.module = data_parallel(self._compiled, self.device, **options)
             if self._blocks is not None:
                 stack.enter_context(sharding.quiet())
             self._open_metrics(stack)
@@ -363,7 +367,11 @@ class TrainingSession:
     def micro_batches(self, batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches of one update; processes exchange gradients in the backward of the last one only."""
         for number, batch in enumerate(batches, start=1):
-            with self._synchronized(number == len(batches)):
+            last = number == len(batches)
+            if self._blocks is not None:
+                self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
+            wrapped = self.module is not self._compiled and hasattr(self.module, "no_sync")
+            with self.module.no_sync() if wrapped and not last else contextlib.nullcontext():
                 yield batch
 
     def backward(self, loss: Tensor) -> None:
@@ -594,25 +602,11 @@ class TrainingSession:
 
     # --------------------------------------------------------------------------------------- beginning and end
 
-    def _wrap(self) -> None:
-        self.module = self._compiled
-        if self._gradients == "average" and self._blocks is None and world_size() > 1:
-            handler = getattr(self.accelerator, "ddp_handler", None)
-            options = {} if handler is None else handler.to_kwargs()
-            self.module = data_parallel(self._compiled, self.device, **options)
-
     def _release(self) -> None:
         """Lets go of what holds the process group, which may end at any time from now on."""
         if self.module is not None and self.module is not self._compiled:
             release(self.module)
         self.module = None
-
-    def _synchronized(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if self._blocks is not None:
-            self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
-        no_sync = getattr(self.module, "no_sync", None)
-        wrapped = self.module is not self._compiled
-        return no_sync() if wrapped and no_sync is not None and not last else contextlib.nullcontext()
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> None:
         """The log with its bar and trackers; the objective is in training mode until ``stack`` closes."""
@@ -663,7 +657,6 @@ def adamw(
     )
     schedule = LearningRateSchedule(
         optimizer,
-        kind="cosine",
         warmup_steps=settings.warmup_steps,
         total_steps=settings.max_steps,
         final_scale=settings.final_learning_rate,

@@ -391,7 +391,7 @@ def _empty_manifest(path: Path) -> Path:
         (lambda p: Net.from_pretrained(_saved(p), dim="3"), TypeError, "dim"),
         (lambda p: Net.from_pretrained(_saved(p), dim=4), CheckpointError, r"layer\.weight \(stored \(2, 2\), model"),
         (lambda p: Net.from_config(_edited(p, format_version=2)), CheckpointError, "reads up to 1; upgrade it"),
-        (lambda p: Net.from_config(_edited(p, format_version="1")), CheckpointError, "no format version of ours"),
+        (lambda p: Net.from_config(_edited(p, format_version="1")), CheckpointError, "no format version of lm-core"),
         (lambda p: Net.from_config(_edited(p, arguments=[1])), CheckpointError, "has no constructor arguments"),
         (
             lambda p: Net.from_config(_edited(p, state={"a": 1})),

@@ -54,7 +54,7 @@ def capture_rng(generators: Mapping[str, torch.Generator] | None = None) -> dict
 
 
 def restore_rng(state: Mapping[str, Any], generators: Mapping[str, torch.Generator] | None = None) -> None:
-    """Puts back what ``capture_rng`` took; draws go on as they would have.
+    """Puts back what ``capture_rng`` took; draws continue as they would have.
 
     Raises:
         ValueError: the state is not one of ``capture_rng``, or was taken with another number of CUDA devices or other

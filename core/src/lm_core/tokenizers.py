@@ -1,4 +1,4 @@
-"""Tokenizers: one small protocol, a byte tokenizer that needs no vocabulary file, and Hugging Face's behind it.
+"""Tokenizers: one small protocol, a byte tokenizer that needs no vocabulary file, and Hugging Face's.
 
 The byte tokenizer has the 256 bytes of UTF-8 plus BOS, EOS and PAD, so that a byte model can end a reply and no real
 byte has to double as padding. Nothing here adds special tokens unless asked to: where a document begins and ends is
@@ -265,5 +265,5 @@ def _auto_tokenizer(name: str, *, local: bool) -> Any:
         raise ImportError(f'the tokenizer {name} needs transformers: pip install "lm-core[hf]"') from error
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers and the network raise
+    except Exception as error:  # transformers raises all that its parsers and the network raise
         raise ValueError(f"source {name!r} holds no tokenizer that could be loaded: {error}") from error

@@ -1,7 +1,7 @@
 """Moving padding within rows: the change of layout that makes an adapter exact for any mask.
 
-A causal model never looks ahead, so padding placed after the real tokens of a row cannot change them, whatever the
-model does about masks or positions: that layout serves every call without a cache. A cache grows at its end, so there
+A causal model never looks ahead, so padding placed after the real tokens of a row cannot change them, even if the
+model has no mask or absolute positions: that layout serves every call without a cache. A cache grows at its end, so there
 the padding must come first, and the model has to be told about it.
 
 Legend: b batch, n sequence, d feature.

@@ -38,7 +38,7 @@ def _digest(path: Path) -> str:
 def check_format(version: object, where: Path) -> None:
     """Raises ``CheckpointError`` for a format this version cannot read."""
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{where} has no format version of ours, got {version!r}")
+        raise CheckpointError(f"{where} has no format version of lm-core, got {version!r}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{where} has format version {version}, this version of lm-core reads up to {FORMAT_VERSION}; upgrade it"

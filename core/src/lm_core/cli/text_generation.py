@@ -78,7 +78,7 @@ def open_prompt(
         device: as ``lm_core.training.accelerator.pick_device`` takes it.
 
     Raises:
-        ValueError: there is no model in the folder, the prompt is empty, or the device is not to be had.
+        ValueError: there is no model in the folder, the prompt is empty, or the device is not available.
         OSError: the prompt's file cannot be read.
     """
     folder = checkpoint_folder(checkpoint)

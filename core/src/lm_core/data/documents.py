@@ -177,7 +177,7 @@ def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
 
 def _document_of(row: Any, field: str, where: str) -> Document:
     if isinstance(row, dict):
-        # a text file has one column, whatever the others are called
+        # a text file has one column, independent of the names of others
         column = "text" if list(row) == ["text"] and isinstance(row["text"], bytes) else field
         if column not in row:
             raise ValueError(f"field {field!r} is missing in {where} which has {sorted(row)}")

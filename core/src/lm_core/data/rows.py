@@ -253,7 +253,7 @@ def _one_split(dataset: Any, split: str, name: str) -> Any:
 
 
 def data_fingerprint(source: Any) -> Sequence[Any]:
-    """What tells one version of ``source`` from another without reading it: names, sizes and times of its files.
+    """Distinguishes one version of ``source`` from another without reading it: names, sizes and times of its files.
 
     Raises:
         ValueError: ``source`` is neither files nor a Hugging Face dataset.

@@ -227,7 +227,7 @@ def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | No
 
 
 def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens: int) -> None:
-    """Raises unless the model knows every id and has room for all tokens, as far as it tells its sizes."""
+    """Raises unless the model knows every id and has room for all tokens, as far as it has sizes."""
     weight = getattr(model, "output_weight", None)
     if weight is not None:
         check_ids(ids, weight.shape[0], "prompt")

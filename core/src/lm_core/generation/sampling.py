@@ -59,7 +59,7 @@ def _check_logits(logits: Tensor, dim: int = -1) -> None:
 
 
 def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9, *, k: int | None = None) -> Float[Tensor, "*b v"]:
-    """Keeps the ``k`` largest logits of each row, and whatever ties with the smallest of them.
+    """Keeps the ``k`` largest logits of each row, and all that ties with the smallest of them.
 
     Args:
         logits: shape (..., v).

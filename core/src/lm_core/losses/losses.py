@@ -5,7 +5,7 @@
   :func:`token_log_probs` from a model. Logits at position i score token i + 1, so n tokens have n - 1 scores.
 
 All are computed in tiles of tokens by :mod:`lm_core.losses.output_layer`: extra memory is one tile of logits and the
-gradients, whatever the length of the sequences. Results are float32, or float64 for float64 input. Under autocast the
+gradients, for sequences of any length. Results are float32, or float64 for float64 input. Under autocast the
 matrix products run in its dtype. Tokens that do not count cost nothing on a CPU: they are left out before the first
 product.
 
@@ -258,7 +258,7 @@ def _shifted_scores(
     _check_layer(hidden, weight)
     _check_mask(mask, ids)
     if hidden.shape[:-1] != ids.shape:
-        raise ValueError(f"hidden must be (b, n, d) beside ids {tuple(ids.shape)}, got shape {tuple(hidden.shape)}")
+        raise ValueError(f"hidden must be (b, n, d) for ids {tuple(ids.shape)}, got shape {tuple(hidden.shape)}")
     labels, counted = _next_tokens(ids, mask, weight.shape[0])
     return _score(hidden[:, :-1], weight, labels, counted, temperature, chunk_size, with_entropy=with_entropy)
 

@@ -127,7 +127,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b h i e"]:
         """See ``attend``; with ``xpos`` (``RotaryEmbedding.xpos_blocks``) block by block, scaling queries and keys.
 
-        ``xpos`` is for causal attention: a block does not look at keys behind it.
+        ``xpos`` is for causal attention: a block does not look at keys after it.
         """
         dropout = self.dropout if self.training else 0.0
         if xpos is None:

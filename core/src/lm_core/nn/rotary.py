@@ -2,8 +2,8 @@
 
 Layout: half rotation, ``rotate_half(cat(x1, x2)) = cat(-x2, x1)``, base 10000. The sine carries the minus sign.
 
-Angles and scales are computed in float32 (float64 for float64 inputs) whatever the model's dtype, because bfloat16
-cannot tell neighbouring positions apart beyond 256.
+Angles and scales are computed in float32 (float64 for float64 inputs) in a model of any dtype, because bfloat16
+cannot distinguish neighbouring positions beyond 256.
 
 xPos multiplies queries by ``zeta ** (p / 512)`` and keys by ``zeta ** (-p / 512)``; only differences of positions
 matter. No single origin is safe: at position 32,768 the factors overflow. So keys stay UNSCALED (also in a cache) and

@@ -13,7 +13,7 @@ from lm_core.checks import check_above_zero, check_positive, check_probability, 
 @typed
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings of every training run, whatever it optimizes.
+    """Settings of every training run, for any objective.
 
     Args:
         max_seconds: seconds of training after which the run stops early, with a checkpoint to resume from.

@@ -156,7 +156,7 @@ def plot_curves(
 
     Args:
         metrics_path: the rows.
-        output: a ``.png``; by default ``curves.png`` beside the rows.
+        output: a ``.png``; by default ``curves.png`` next to the rows.
         names: which values; by default all that are numbers in at least two rows.
 
     Returns:

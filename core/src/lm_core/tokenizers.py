@@ -18,6 +18,7 @@ from torch import Tensor
 from lm_core.checks import typed
 
 BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
+_BYTE_TOKENIZER = {"format_version": 1, "kind": "bytes", "vocab_size": 259}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Message = Mapping[str, str]
@@ -117,8 +118,7 @@ class ByteTokenizer:
         """Writes the tokenizer into ``directory``, from where ``load_tokenizer`` reads it."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"format_version": 1, "kind": "bytes", "vocab_size": self.vocab_size}
-        (folder / BYTE_TOKENIZER_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / BYTE_TOKENIZER_FILE).write_text(json.dumps(_BYTE_TOKENIZER, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: "str | Path") -> "ByteTokenizer":
@@ -132,9 +132,8 @@ class ByteTokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a byte tokenizer's file: {error}") from error
-        expected = {"format_version": 1, "kind": "bytes", "vocab_size": cls.vocab_size}
-        if content != expected:
-            raise ValueError(f"{path} must hold {expected}, got {content}")
+        if content != _BYTE_TOKENIZER:
+            raise ValueError(f"{path} must hold {_BYTE_TOKENIZER}, got {content}")
         return cls()
 
 

@@ -1,8 +1,8 @@
 """Moving padding within rows: the change of layout that makes an adapter exact for any mask.
 
-A causal model never looks ahead, so padding placed after the real tokens of a row cannot change them, even if the
-model has no mask or absolute positions: that layout serves every call without a cache. A cache grows at its end, so there
-the padding must come first, and the model has to be told about it.
+A causal model never looks ahead, so padding placed after the real tokens of a row cannot change them, with any masks or
+positions that the model has: that layout serves every call without a cache. A cache grows at its end, so there the
+padding must come first, and the model has to be told about it.
 
 Legend: b batch, n sequence, d feature.
 """

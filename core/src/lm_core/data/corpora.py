@@ -174,10 +174,8 @@ def load_corpus(
 
     Args:
         source: ``"stdlib"``, or as for ``read_texts``.
-        tokenizer: anything with ``encode``; bytes by default.
-        field: the column that holds the document.
         validation_fraction: share kept for validation (of the documents; of the tokens if there is only one).
-        cache_dir: where to keep the tokenised array; see ``load_documents``.
+        tokenizer, field, cache_dir: as for ``load_documents``.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: as ``load_documents`` and ``split_documents``.

@@ -54,8 +54,22 @@ class PackedBatch:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class _Packing:
-    """Documents, and how both kinds of batches cut them into rows."""
+class Packing:
+    """Documents, and how both kinds of batches cut them into rows.
+
+    Args:
+        documents: documents to read.
+        sequence_length: inputs a row.
+        batch_size: rows a batch, of this rank.
+        eos_id: token that ends each document; None for none.
+        pad_id: token that fills unused positions.
+        bos_id: token that begins each document; None for none.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: a size below 1, a rank outside the world, or documents without two tokens.
+    """
 
     documents: Documents
     sequence_length: int
@@ -78,7 +92,7 @@ class _Packing:
 class _Stream:
     """One pass over the documents, in a given order, cut into rows."""
 
-    def __init__(self, packing: _Packing, order: NDArray[np.int64]) -> None:
+    def __init__(self, packing: Packing, order: NDArray[np.int64]) -> None:
         self.documents = packing.documents
         self.length = packing.sequence_length
         self.pad_id = packing.pad_id
@@ -135,26 +149,17 @@ def _batch(rows: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> PackedBat
 
 @typed
 @dataclass(kw_only=True, eq=False, repr=False)
-class PackedBatches(_Packing, Iterator[PackedBatch]):
+class PackedBatches(Packing, Iterator[PackedBatch]):
     """Endless training batches in a shuffled order that depends on the seed and the epoch alone.
 
     Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows.
 
-    Args:
-        documents: what to train on.
-        sequence_length: inputs a row.
-        batch_size: rows a batch, of this rank.
-        eos_id: token that ends each document; None for none.
-        pad_id: token that fills the last row of an epoch.
-        bos_id: token that begins each document; None for none.
-        seed: of the shuffling.
-        shuffle: False keeps the documents and rows in order.
-        rank: number of this process.
-        world_size: number of processes.
-        fingerprint_data: False leaves the data's fingerprint out of the cursor (it reads the data once).
+    Arguments and errors are those of ``Packing``, and:
 
-    Raises:
-        ValueError: a size below 1, a rank outside the world, or documents without two tokens.
+    Args:
+        seed: seed of the shuffling.
+        shuffle: False keeps the documents and rows in order.
+        fingerprint_data: False leaves the data's fingerprint out of the cursor (it reads the data once).
     """
 
     seed: int = 0
@@ -214,25 +219,16 @@ class PackedBatches(_Packing, Iterator[PackedBatch]):
 
 @typed
 @dataclass(kw_only=True, eq=False, repr=False)
-class ValidationBatches(_Packing):
+class ValidationBatches(Packing):
     """The documents once, in order, cut into rows; every iteration gives the same batches.
 
     All ranks get equally many batches of equal shape; what is missing at the end is filled with rows of padding,
     whose labels are all -100.
 
-    Args:
-        documents: held-out documents.
-        sequence_length: inputs a row.
-        batch_size: rows a batch, of this rank.
-        eos_id: token that ends each document; None for none.
-        pad_id: token that fills unused positions.
-        bos_id: token that begins each document; None for none.
-        max_tokens: at most about so many tokens, in rows spread evenly over the documents; None for all.
-        rank: number of this process.
-        world_size: number of processes.
+    Arguments and errors are those of ``Packing``, and:
 
-    Raises:
-        ValueError: a size below 1, a rank outside the world, or documents without two tokens.
+    Args:
+        max_tokens: at most about so many tokens, in rows spread evenly over the documents; None for all.
     """
 
     max_tokens: int | None = None

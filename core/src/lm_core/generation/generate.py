@@ -145,16 +145,13 @@ def sample(
     """Samples continuations up to a TOTAL length ``seq_len`` of prompt and answer, for prompts of different lengths.
 
     Args:
-        model: as in ``generate``.
         prompts: ids ``(b, n)`` or a list of 1-D tensors.
         seq_len: length of the longest row, prompt included.
-        temperature: as in ``generate``.
         filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
         filter_kwargs: by default ``thres=0.9`` where a filter is given.
         pad_id: written after the end of a row.
-        eos_id: as in ``generate``.
         output_keep_prompt: whether rows begin with their prompt.
-        **kwargs: further arguments of ``generate``.
+        model, temperature, eos_id, **kwargs: as in ``generate``.
 
     Returns:
         Right-padded ids.

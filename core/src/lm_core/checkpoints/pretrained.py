@@ -59,8 +59,8 @@ def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
             try:
                 bound = signature.bind(self, *args, **kwargs)
             except TypeError:
-                bound = None  # the constructor's own error is the one to show
-            if bound is not None:
+                pass  # the constructor's own error is the one to show
+            else:
                 # before nn.Module's constructor has run, its __setattr__ does not work yet
                 self.__dict__["_recorded_arguments"] = _encode_arguments(signature, bound)
         constructor(self, *args, **kwargs)
@@ -71,10 +71,8 @@ def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
 def _encode_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> dict[str, Any]:
     bound.apply_defaults()
     encoded: dict[str, Any] = {}
-    for number, (name, value) in enumerate(bound.arguments.items()):
+    for name, value in list(bound.arguments.items())[1:]:  # without self
         parameter = signature.parameters[name]
-        if number == 0:  # self
-            continue
         if parameter.kind is parameter.VAR_KEYWORD:
             encoded |= {key: encode_argument(entry) for key, entry in value.items()}
         elif parameter.kind is parameter.VAR_POSITIONAL:

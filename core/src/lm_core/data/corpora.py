@@ -86,7 +86,7 @@ def split_documents(
         keys = [str(number) for number in range(len(documents))] if names is None else names
         fractions = np.array([_fraction_of(key) for key in keys], dtype=np.float64)
         held_out = fractions < validation_fraction
-        if len(documents) > 1:  # of a few documents, chance may put all on one side
+        if len(documents):  # of a few documents, chance may put all on one side
             held_out[fractions.argmin()] = True
             held_out[fractions.argmax()] = False
         train = documents.select(np.flatnonzero(~held_out))

@@ -168,7 +168,11 @@ def save_checkpoint(
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
     check_tokenizer(tokenizer)
     own_rng = plain(capture_rng() if rng is None else rng, "rng")
-    all_rng = _gather(own_rng)
+    all_rng: list[Any] = [own_rng]
+    if world_size() > 1:
+        gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
+        dist.gather_object(own_rng, gathered, dst=0)
+        all_rng = gathered or []
 
     def write() -> Path:
         state = plain(trainer_state or {}, "trainer_state")
@@ -191,14 +195,6 @@ def save_checkpoint(
 
     path: Path = on_main_process(write)
     return path
-
-
-def _gather(own: dict[str, Any]) -> list[dict[str, Any]]:
-    if world_size() == 1:
-        return [own]
-    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(own, gathered, dst=0)
-    return [own] if gathered is None else gathered
 
 
 def _new_name(directory: Path, step: int) -> Path:

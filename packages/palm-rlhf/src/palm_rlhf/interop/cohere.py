@@ -20,7 +20,7 @@ from lm_core.checkpoints.atomic_io import new_directory
 from lm_core.checkpoints.manifest import CheckpointError, read_json
 from lm_core.checkpoints.weights import load_weights, read_weights
 from lm_core.checks import check_positive, typed
-from palm_rlhf.interop.original import build_palm, check_keys
+from palm_rlhf.interop.original import build_palm, check_keys, shapes_of
 from palm_rlhf.model.lora import target_weights
 from palm_rlhf.model.palm import PaLM
 
@@ -35,16 +35,6 @@ COHERE_MODULES = {
 }
 _EMBEDDING = "model.embed_tokens.weight"
 _OUTPUT = "lm_head.weight"
-
-
-def interleaved(rows: Tensor, dim_head: int) -> Tensor:
-    """Rows of query or key heads from our order (halves) to Cohere's (pairs)."""
-    return rearrange(rows, "(h two i) c -> (h i two) c", two=2, i=dim_head // 2).contiguous()
-
-
-def halved(rows: Tensor, dim_head: int) -> Tensor:
-    """Rows of query or key heads from Cohere's order (pairs) to ours (halves)."""
-    return rearrange(rows, "(h i two) c -> (h two i) c", two=2, i=dim_head // 2).contiguous()
 
 
 @typed
@@ -95,7 +85,7 @@ def to_cohere(
     with torch.random.fork_rng(devices=[]):
         model = CohereForCausalLM(config)
     # Assigning keeps our dtype, and leaves the rotary buffers, which casting the model would round, in float32.
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({**state, _OUTPUT: state[_EMBEDDING]}, assign=True)
     model.tie_weights()
     return model.to(palm.device).train(palm.training)
 
@@ -105,37 +95,24 @@ def export_cohere(
     palm: PaLM,
     directory: str | Path,
     tokenizer: Any = None,
-    *,
-    finetune_scope: str | None = None,
-    max_position_embeddings: int = 8192,
+    **arguments: Any,
 ) -> Path:
     """Writes the folder of ``to_cohere``, which ``AutoModelForCausalLM.from_pretrained`` opens.
 
     Args:
         palm: see ``to_cohere``.
         directory: a new or empty folder, which appears whole or not at all.
-        tokenizer: something with ``save_pretrained``, stored beside the weights, as transformers expects it.
-        finetune_scope: see ``to_cohere``.
-        max_position_embeddings: see ``to_cohere``.
-
-    Returns:
-        The folder.
+        tokenizer: something with ``save_pretrained``, stored with the weights, as transformers expects it.
+        **arguments: further arguments of ``to_cohere``, whose errors are raised here too.
 
     Raises:
         FileExistsError: the folder has content, or is a file.
         TypeError: the tokenizer cannot be saved.
-        ValueError: see ``to_cohere``.
-        ImportError: see ``to_cohere``.
     """
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(f"tokenizer must have save_pretrained(directory), got {type(tokenizer).__name__}")
     target = free_directory(directory)
-    model = to_cohere(
-        palm,
-        finetune_scope=finetune_scope,
-        tokenizer=tokenizer,
-        max_position_embeddings=max_position_embeddings,
-    )
+    model = to_cohere(palm, tokenizer=tokenizer, **arguments)
     with new_directory(target) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -195,7 +172,6 @@ def _check_expressible(palm: PaLM) -> None:
 def _cohere_state(palm: PaLM, scope: str | None) -> dict[str, Tensor]:
     adapters = None if scope is None else [block.by_target() for block in palm.scope_modules(scope).blocks()]
     state = {_EMBEDDING: palm.token_emb.weight.clone(), "model.norm.weight": palm.norm.gamma.clone()}
-    state[_OUTPUT] = state[_EMBEDDING]
     for layer, block in enumerate(palm.blocks()):
         prefix = f"model.layers.{layer}."
         state[f"{prefix}input_layernorm.weight"] = block.norm.gamma.clone()
@@ -211,8 +187,8 @@ def _cohere_state(palm: PaLM, scope: str | None) -> dict[str, Tensor]:
 
 def split_rows(target: str, rows: Tensor, dim_head: int) -> dict[str, Tensor]:
     """Output rows of a LoRA target, by Cohere's module and in its order."""
-    if target in ("q", "k"):
-        rows = interleaved(rows, dim_head)
+    if target in ("q", "k"):  # rotary pairs are halves of a head here, neighbours there
+        rows = rearrange(rows, "(h two i) c -> (h i two) c", two=2, i=dim_head // 2)
     names = COHERE_MODULES[target]
     return dict(zip(names, rows.chunk(len(names), dim=0), strict=True))
 
@@ -220,7 +196,7 @@ def split_rows(target: str, rows: Tensor, dim_head: int) -> dict[str, Tensor]:
 def joined_rows(target: str, modules: Mapping[str, Tensor], dim_head: int) -> Tensor:
     """What ``split_rows`` split."""
     rows = torch.cat([modules[name] for name in COHERE_MODULES[target]], dim=0)
-    return halved(rows, dim_head) if target in ("q", "k") else rows
+    return rearrange(rows, "(h i two) c -> (h two i) c", two=2, i=dim_head // 2) if target in ("q", "k") else rows
 
 
 def _special_ids(tokenizer: Any, num_tokens: int) -> dict[str, int | None]:
@@ -289,27 +265,10 @@ def _palm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _expected_shapes(arguments: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    dim, dim_head, ff_dim = arguments["dim"], arguments["dim_head"], arguments["dim"] * arguments["ff_mult"]
-    attn_dim, kv_dim = arguments["heads"] * dim_head, arguments["kv_heads"] * dim_head
-    block: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (dim,),
-        "self_attn.q_proj": (attn_dim, dim),
-        "self_attn.k_proj": (kv_dim, dim),
-        "self_attn.v_proj": (kv_dim, dim),
-        "self_attn.o_proj": (dim, attn_dim),
-        "mlp.up_proj": (ff_dim, dim),
-        "mlp.gate_proj": (ff_dim, dim),
-        "mlp.down_proj": (dim, ff_dim),
-    }
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (arguments["num_tokens"], dim), "model.norm.weight": (dim,)}
-    for layer in range(arguments["depth"]):
-        shapes |= {f"model.layers.{layer}.{module}.weight": shape for module, shape in block.items()}
-    return shapes
-
-
 def _palm_state(state: dict[str, Tensor], arguments: dict[str, Any], logit_scale: float) -> dict[str, Tensor]:
-    check_keys({name: t for name, t in state.items() if name != _OUTPUT}, _expected_shapes(arguments), "source")
+    with torch.device("meta"):
+        expected = shapes_of(_cohere_state(PaLM(**arguments), None))
+    check_keys({name: t for name, t in state.items() if name != _OUTPUT}, expected, "source")
     if _OUTPUT in state and not torch.equal(state[_OUTPUT], state[_EMBEDDING]):
         raise CheckpointError(f"{_OUTPUT} differs from {_EMBEDDING}, but PaLM's output layer is tied to it")
     # Logits are linear in the final gain, so it can carry their scale.

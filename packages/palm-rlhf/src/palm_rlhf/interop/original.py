@@ -49,6 +49,19 @@ class OriginalPaLM:
     state: dict[str, Tensor]
     rest: dict[str, Tensor]
 
+    def base(self) -> dict[str, Tensor]:
+        """Its weights without the scopes'."""
+        return {name: value for name, value in self.state.items() if not name.startswith("finetune_modules.")}
+
+    def build(self, overrides: dict[str, Any], other: "OriginalPaLM | None" = None) -> PaLM:
+        """The network with its scopes, and with those of another on an equal base."""
+        palm = build_palm(self.arguments, overrides)
+        with torch.random.fork_rng(devices=[]):
+            for scope, rank in {**self.scopes, **(other.scopes if other else {})}.items():
+                palm.add_finetune_params(scope, lora_r=rank)
+        load_weights(palm, {**(other.state if other else {}), **self.state}, dtypes="stored", where="state_dict")
+        return palm
+
 
 @typed
 def from_palm_rlhf_pytorch(
@@ -74,11 +87,7 @@ def from_palm_rlhf_pytorch(
     qk_scale = constructor_overrides.get("qk_scale", 8.0)
     original = palm_state_from_original(state_dict, prefix=prefix, norm_gain=norm_gain, qk_scale=qk_scale)
     more_scopes = constructor_overrides.pop("finetune_scopes", ())
-    palm = build_palm(original.arguments, constructor_overrides)
-    with torch.random.fork_rng(devices=[]):
-        for scope, rank in original.scopes.items():
-            palm.add_finetune_params(scope, lora_r=rank)
-    load_weights(palm, original.state, dtypes="stored", where="state_dict")
+    palm = original.build(constructor_overrides)
     for scope in more_scopes:
         palm.add_finetune_params(scope)
     return palm
@@ -94,15 +103,8 @@ def palm_state_from_original(
 ) -> OriginalPaLM:
     """The weights of one PaLM in an original's state dict, LoRA scopes included, under our keys.
 
-    Args:
-        state_dict: see ``from_palm_rlhf_pytorch``.
-        prefix: see there.
-        norm_gain: see there.
-        qk_scale: of the ``PaLM`` that is to take the weights.
-
-    Raises:
-        CheckpointError: see ``from_palm_rlhf_pytorch``.
-        ValueError: see ``from_palm_rlhf_pytorch``.
+    Arguments and errors are those of ``from_palm_rlhf_pytorch``; ``qk_scale`` is that of the ``PaLM`` that is to take
+    the weights.
     """
     tensors = cleaned(state_dict)
     prefix = _chosen_prefix(tensors, prefix)
@@ -163,6 +165,11 @@ def build_palm(arguments: dict[str, Any], overrides: dict[str, Any]) -> PaLM:
             raise ValueError(f"{name} is {arguments[name]} in the stored weights, got {value}")
     with torch.random.fork_rng(devices=[]):
         return PaLM(**{**arguments, **overrides})
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor."""
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def check_keys(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

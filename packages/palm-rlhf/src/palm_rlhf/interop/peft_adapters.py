@@ -18,8 +18,8 @@ from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json
 from lm_core.checkpoints.weights import read_weights, save_weights
 from lm_core.checks import typed
 from palm_rlhf.interop.cohere import COHERE_MODULES, free_directory, joined_rows, split_rows
-from palm_rlhf.interop.original import check_keys
-from palm_rlhf.model.lora import LoRASettings, lora_settings, target_dims
+from palm_rlhf.interop.original import check_keys, shapes_of
+from palm_rlhf.model.lora import LoRAScope, LoRASettings, lora_settings
 from palm_rlhf.model.palm import PaLM
 
 CONFIG_FILE = "adapter_config.json"
@@ -58,26 +58,16 @@ def export_lora(palm: PaLM, scope: str, directory: str | Path, *, base_model: st
         directory: a new or empty folder.
         base_model: where the twin is, for peft to find it.
 
-    Returns:
-        The folder.
-
     Raises:
         ValueError: there is no such scope.
         FileExistsError: the folder has content, or is a file.
     """
     modules = palm.scope_modules(scope)
-    target_directory = free_directory(directory)
-    state: dict[str, Tensor] = {}
-    for layer, adapters in enumerate(modules.blocks()):
-        for target, adapter in adapters.by_target().items():
-            for name, rows in split_rows(target, adapter.B.detach(), palm.dim_head).items():
-                prefix = _prefix(layer, name)
-                state[f"{prefix}lora_A.weight"] = adapter.A.detach().clone()
-                state[f"{prefix}lora_B.weight"] = rows.clone(memory_format=torch.contiguous_format)
-    with new_directory(target_directory) as temporary:
-        save_weights(temporary / WEIGHTS_FILE, state)
+    target = free_directory(directory)
+    with new_directory(target) as temporary:
+        save_weights(temporary / WEIGHTS_FILE, _adapter_state(modules, palm.dim_head))
         write_json(temporary / CONFIG_FILE, _config(modules.settings, base_model))
-    return target_directory
+    return target
 
 
 @typed
@@ -100,24 +90,26 @@ def import_lora(palm: PaLM, scope: str, directory: str | Path) -> None:
     config = read_json(folder / CONFIG_FILE)
     state = read_weights(folder / WEIGHTS_FILE)
     settings = _settings(config, state)
-    check_keys(state, _expected_shapes(palm, settings), str(folder))
-    factors = _factors(palm, settings, state)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+        modules = palm.add_scope(scope, settings)
+    try:
+        check_keys(state, shapes_of(_adapter_state(modules, palm.dim_head)), str(folder))
+        _load_factors(modules, state, palm.dim_head)
+    except ValueError:
+        palm.remove_finetune_params(scope)
+        raise
 
-    with torch.random.fork_rng(devices=[]):
-        palm.add_finetune_params(
-            scope,
-            settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            lora_rank_stabilized=settings.rank_stabilized,
-            lora_targets=settings.targets,
-        )
-    with torch.no_grad():
-        for layer, adapters in enumerate(palm.scope_modules(scope).blocks()):
-            for target, adapter in adapters.by_target().items():
-                a, b = factors[layer, target]
-                adapter.A.copy_(a)
-                adapter.B.copy_(b)
+
+def _adapter_state(modules: LoRAScope, dim_head: int) -> dict[str, Tensor]:
+    """Copies of a scope's weights, under peft's names."""
+    state: dict[str, Tensor] = {}
+    for layer, adapters in enumerate(modules.blocks()):
+        for target, adapter in adapters.by_target().items():
+            for name, rows in split_rows(target, adapter.B.detach(), dim_head).items():
+                prefix = _prefix(layer, name)
+                state[f"{prefix}lora_A.weight"] = adapter.A.detach().clone()
+                state[f"{prefix}lora_B.weight"] = rows.clone(memory_format=torch.contiguous_format)
+    return state
 
 
 def _prefix(layer: int, module: str) -> str:
@@ -173,32 +165,17 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoRASet
         raise CheckpointError(f"{CONFIG_FILE} is damaged: {error!r}") from error
 
 
-def _expected_shapes(palm: PaLM, settings: LoRASettings) -> dict[str, tuple[int, ...]]:
-    dims = target_dims(next(palm.blocks()))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(palm.depth):
-        for target in settings.targets:
-            modules = COHERE_MODULES[target]
-            dim_in, dim_out = dims[target]
-            for module in modules:
-                shapes[f"{_prefix(layer, module)}lora_A.weight"] = (settings.r, dim_in)
-                shapes[f"{_prefix(layer, module)}lora_B.weight"] = (dim_out // len(modules), settings.r)
-    return shapes
-
-
-def _factors(
-    palm: PaLM, settings: LoRASettings, state: Mapping[str, Tensor]
-) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
-    factors = {}
-    for layer in range(palm.depth):
-        for target in settings.targets:
-            modules = COHERE_MODULES[target]
-            first, *others = (state[f"{_prefix(layer, module)}lora_A.weight"] for module in modules)
+@torch.no_grad()
+def _load_factors(modules: LoRAScope, state: Mapping[str, Tensor], dim_head: int) -> None:
+    for layer, adapters in enumerate(modules.blocks()):
+        for target, adapter in adapters.by_target().items():
+            names = COHERE_MODULES[target]
+            first, *others = (state[f"{_prefix(layer, name)}lora_A.weight"] for name in names)
             if not all(torch.equal(first, other) for other in others):
                 raise ValueError(
-                    f"our feed-forward halves are one matrix with one adapter: lora_A of {' and '.join(modules)} must "
+                    f"our feed-forward halves are one matrix with one adapter: lora_A of {' and '.join(names)} must "
                     f"be equal, got different ones in layer {layer}; merge this adapter into its base instead"
                 )
-            rows = {module: state[f"{_prefix(layer, module)}lora_B.weight"] for module in modules}
-            factors[layer, target] = (first, joined_rows(target, rows, palm.dim_head))
-    return factors
+            rows = {name: state[f"{_prefix(layer, name)}lora_B.weight"] for name in names}
+            adapter.A.copy_(first)
+            adapter.B.copy_(joined_rows(target, rows, dim_head))

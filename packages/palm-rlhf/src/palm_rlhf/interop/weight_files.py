@@ -18,6 +18,7 @@ from palm_rlhf.interop.original import (
     from_palm_rlhf_pytorch,
     is_original,
     palm_state_from_original,
+    shapes_of,
 )
 from palm_rlhf.interop.original_rlhf import is_original_reward_model, reward_model_from_palm_rlhf_pytorch
 from palm_rlhf.model.palm import PaLM
@@ -50,14 +51,18 @@ def palm_layout(palm: PaLM, state: dict[str, Tensor], *, norm_gain: NormGain = "
     """
     if not is_original(state):
         return cleaned(state)
-    own = palm.state_dict()
     scale = next(palm.blocks()).attention.scale
     original = palm_state_from_original(state, norm_gain=norm_gain, qk_scale=8.0 if scale is None else scale)
-    converted = original.state
-    if converted.keys() == own.keys() and all(converted[name].shape == own[name].shape for name in own):
+    if shapes_of(original.state) == shapes_of(palm.state_dict()):
         # other numbers of heads can have the same shapes
-        _check_heads(palm, original.arguments)
-    return converted
+        wrong = [
+            f"{name} {original.arguments[name]} (model {getattr(palm, name)})"
+            for name in ("heads", "kv_heads", "dim_head")
+            if original.arguments[name] != getattr(palm, name)
+        ]
+        if wrong:
+            raise CheckpointError(f"the file is of a PaLM with {', '.join(wrong)}")
+    return original.state
 
 
 @typed
@@ -75,23 +80,14 @@ def convert_checkpoint(
 
     A reward model becomes a folder for ``RewardModel.from_pretrained``, unless ``prefix`` asks for its PaLM.
 
+    Other arguments and errors are those of ``from_palm_rlhf_pytorch`` and ``PaLM.save_pretrained``.
+
     Args:
         old: file with a state dict of ``PaLM``, ``RewardModel`` or ``ActorCritic``.
-        directory: see ``PaLM.save_pretrained``.
-        norm_gain: see ``from_palm_rlhf_pytorch``.
-        prefix: see there.
-        overwrite: see ``PaLM.save_pretrained``.
-        tokenizer: see ``PaLM.save_pretrained``.
-        **constructor_overrides: see ``from_palm_rlhf_pytorch``.
-
-    Returns:
-        The folder.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged, holds more than tensors, or is not of the original.
-        FileExistsError: the folder has content and ``overwrite`` is False.
-        ValueError: as ``from_palm_rlhf_pytorch``.
     """
     state = read_state_file(old)
     model: PaLM | RewardModel
@@ -100,13 +96,3 @@ def convert_checkpoint(
     else:
         model = from_palm_rlhf_pytorch(state, norm_gain, prefix=prefix, **constructor_overrides)
     return model.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
-
-
-def _check_heads(palm: PaLM, arguments: dict[str, Any]) -> None:
-    wrong = [
-        f"{name} {arguments[name]} (model {getattr(palm, name)})"
-        for name in ("heads", "kv_heads", "dim_head")
-        if arguments[name] != getattr(palm, name)
-    ]
-    if wrong:
-        raise CheckpointError(f"the file is of a PaLM with {', '.join(wrong)}")

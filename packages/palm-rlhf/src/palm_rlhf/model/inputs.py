@@ -68,26 +68,6 @@ def for_all_positions(extra_embed: Tensor, b: int, dim: int) -> Tensor:
     return extra_embed.reshape((1,) * (3 - extra_embed.ndim) + tuple(extra_embed.shape))
 
 
-def as_indices(x: Tensor) -> Tensor:
-    """Ids in a dtype that an embedding takes: bytes of a corpus come as uint8."""
-    return x if x.dtype in (torch.int64, torch.int32) else x.long()
-
-
 def as_matrix(t: Tensor) -> Tensor:
     """``(..., n)`` with any leading dimensions as ``(b, n)``."""
     return t.unsqueeze(0) if t.ndim < 2 else t.flatten(0, -2)
-
-
-def new_token_count(seq_len: int | None, max_new_tokens: int | None, prompt_length: int) -> int:
-    """Tokens to generate from either way of giving a length.
-
-    Raises:
-        ValueError: both or neither is given, or ``seq_len`` leaves no room.
-    """
-    if (seq_len is None) == (max_new_tokens is None):
-        raise ValueError(f"give seq_len or max_new_tokens, got {seq_len} and {max_new_tokens}")
-    if max_new_tokens is not None:
-        return max_new_tokens
-    if seq_len is not None and seq_len > prompt_length:
-        return seq_len - prompt_length
-    raise ValueError(f"seq_len must exceed the prompt's length {prompt_length}, got {seq_len}")

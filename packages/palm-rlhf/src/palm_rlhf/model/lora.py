@@ -7,7 +7,7 @@ Layout and initialisation are those of peft: ``A (r, in)`` Kaiming-uniform, ``B 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +70,7 @@ class LoRA(nn.Module):
 
 
 class BlockLoRA(nn.ModuleDict):
-    """The adapters of one block, by target name: its ``lm_core.nn.parallel_block.Adapters``.
-
-    Args:
-        adapters: by target.
-        dims: input and output features of every target.
-    """
+    """The adapters of one block, by target name: its ``lm_core.nn.parallel_block.Adapters``."""
 
     def __init__(self, adapters: dict[str, LoRA], dims: dict[str, tuple[int, int]]) -> None:
         super().__init__(adapters)
@@ -111,29 +106,16 @@ class LoRASettings:
 
 
 class LoRAScope(nn.ModuleList):
-    """One fine-tuning scope: a ``BlockLoRA`` for each block of the model.
-
-    Args:
-        depth: blocks.
-        dims: input and output features of each target.
-        settings: rank, scale, dropout and targets.
-    """
+    """One fine-tuning scope: a ``BlockLoRA`` for each block of the model."""
 
     def __init__(self, *, depth: int, dims: dict[str, tuple[int, int]], settings: LoRASettings) -> None:
         super().__init__()
         self.settings = settings
-        for _ in range(depth):
-            adapters = {
-                target: LoRA(
-                    *dims[target],
-                    r=settings.r,
-                    alpha=settings.alpha,
-                    dropout=settings.dropout,
-                    rank_stabilized=settings.rank_stabilized,
-                )
-                for target in settings.targets
-            }
-            self.append(BlockLoRA(adapters, dims))
+        shared = asdict(settings)
+        targets = shared.pop("targets")
+        self.extend(
+            BlockLoRA({target: LoRA(*dims[target], **shared) for target in targets}, dims) for _ in range(depth)
+        )
 
     def blocks(self) -> list[BlockLoRA]:
         """The adapters of each block of the model, in order."""

@@ -34,13 +34,11 @@ from lm_core.nn.parallel_block import ParallelBlock, Positions, called, called_a
 from lm_core.nn.rotary import RotaryEmbedding
 from palm_rlhf.model.cache import PaLMCache
 from palm_rlhf.model.inputs import (
-    as_indices,
     as_matrix,
     check_extra_embed,
     check_inputs,
     for_all_positions,
     is_same_everywhere,
-    new_token_count,
 )
 from palm_rlhf.model.lora import (
     ATTENTION_TARGETS,
@@ -51,8 +49,6 @@ from palm_rlhf.model.lora import (
     target_dims,
     target_weights,
 )
-
-__all__ = ["PaLM", "PaLMCache"]
 
 
 class PaLM(PretrainedMixin):
@@ -108,25 +104,13 @@ class PaLM(PretrainedMixin):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("dim", dim),
-            ("num_tokens", num_tokens),
-            ("depth", depth),
-            ("dim_head", dim_head),
-            ("heads", heads),
-            ("kv_heads", kv_heads),
-            ("ff_mult", ff_mult),
-            ("lora_r", lora_r),
-        ):
-            check_positive(value, name)
-        if heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
         if not 0 < qk_scale < math.inf:
             raise ValueError(f"qk_scale must be positive, got {qk_scale}")
         check_probability(attn_dropout, "attn_dropout")
         check_probability(ff_dropout, "ff_dropout")
         if isinstance(finetune_scopes, str):
             raise TypeError(f"finetune_scopes must be a list of names, got the text {finetune_scopes!r}")
+        check_positive(ff_mult, "ff_mult")
         self.dim = dim
         self.num_tokens = num_tokens
         self.depth = depth
@@ -135,6 +119,10 @@ class PaLM(PretrainedMixin):
         self.heads = heads
         self.kv_heads = kv_heads
         self.lora_r = lora_r
+        for name in ("dim", "num_tokens", "depth", "dim_head", "heads", "kv_heads", "lora_r"):
+            check_positive(getattr(self, name), name)
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads = {heads}, got {kv_heads}")
         self.cross_entropy_ignore_index = cross_entropy_ignore_index
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -226,7 +214,7 @@ class PaLM(PretrainedMixin):
         if cache is not None and past > 0:
             scope, extra_embed = cache.recalled(scope, disable_lora, extra_embed)
         lora = None if scope is None else self.scope_modules(scope)
-        x = as_indices(x)
+        x = x if x.dtype in (torch.int64, torch.int32) else x.long()  # bytes of a corpus come as uint8
         if not self.causal:
             mask = maybe_and_mask(mask, x >= 0)
             x = x.clamp(min=0)
@@ -244,8 +232,7 @@ class PaLM(PretrainedMixin):
         for layer, block in enumerate(self.blocks()):
             adapters = None if lora is None else lora[layer]
             if recompute:
-                step = partial(block, adapters=adapters)
-                h = checkpoint(step, h, positions, use_reentrant=False)
+                h = checkpoint(block, h, positions, adapters=adapters, use_reentrant=False)
             else:
                 h = block(h, positions, cache=cache, layer=layer, adapters=adapters)
         if cache is not None:
@@ -378,16 +365,24 @@ class PaLM(PretrainedMixin):
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.reshape(-1)
         rows = prompt_rows(prompt, mask, prompt_lengths)
         longest = max(row.shape[0] for row in rows)
+        if (seq_len is None) == (max_new_tokens is None):
+            raise ValueError(f"give seq_len or max_new_tokens, got {seq_len} and {max_new_tokens}")
+        if max_new_tokens is None:
+            assert seq_len is not None
+            if seq_len <= longest:
+                raise ValueError(f"seq_len must exceed the prompt's length {longest}, got {seq_len}")
+            max_new_tokens = seq_len - longest
         if kwargs.get("extra_embed") is not None:
             kwargs["extra_embed"] = for_all_positions(kwargs["extra_embed"], len(rows), self.dim)
+        pad_id = int(pad_value) if pad_id is None else pad_id
         result = generate(
             self,
             rows,
-            max_new_tokens=new_token_count(seq_len, max_new_tokens, longest),
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             filters=() if filter_logits_fn is None else (partial(filter_logits_fn, thres=filter_thres),),
             eos_id=eos_token if eos_id is None else eos_id,
-            pad_id=int(pad_value) if pad_id is None else pad_id,
+            pad_id=pad_id,
             generator=generator,
             use_cache=use_cache,
             progress=use_tqdm,
@@ -399,7 +394,7 @@ class PaLM(PretrainedMixin):
                 torch.cat((row.to(tokens), answer[:length]))
                 for row, answer, length in zip(rows, tokens, result.lengths.tolist(), strict=True)
             ]
-            tokens, _ = right_pad(whole, int(pad_value) if pad_id is None else pad_id)
+            tokens, _ = right_pad(whole, pad_id)
         return tokens if leading is None else tokens.reshape(*leading, -1)
 
     # ------------------------------------------------------------- LoRA scopes
@@ -435,7 +430,7 @@ class PaLM(PretrainedMixin):
             rank_stabilized=lora_rank_stabilized,
             targets=lora_targets,
         )
-        self._add_scope(scope, settings)
+        self.add_scope(scope, settings)
 
     def remove_finetune_params(self, scope: str) -> LoRAScope:
         """Takes a scope away and returns its modules.
@@ -490,13 +485,13 @@ class PaLM(PretrainedMixin):
             ValueError: there is no such scope.
         """
         if scope not in self.finetune_modules:
-            raise ValueError(f"finetune scope {scope!r} not found; there are {self._scope_names()}")
+            raise ValueError(f"finetune scope {scope!r} not found; there are {list(self.finetune_modules)}")
         modules: LoRAScope = self.finetune_modules[scope]  # type: ignore[assignment]
         return modules
 
     def config_state(self) -> dict[str, Any]:
         """The scopes and their settings, for checkpoints; their weights are in the state dict."""
-        settings = {scope: asdict(self.scope_modules(scope).settings) for scope in self._scope_names()}
+        settings = {scope: asdict(self.scope_modules(scope).settings) for scope in list(self.finetune_modules)}
         entries = [{"scope": scope, **entry, "targets": list(entry["targets"])} for scope, entry in settings.items()]
         return {"finetune_scopes": entries}
 
@@ -504,25 +499,27 @@ class PaLM(PretrainedMixin):
         """Makes the scopes those that ``config_state`` told, with weights still to be loaded."""
         if "finetune_scopes" not in state:
             return
-        for scope in self._scope_names():
+        for scope in list(self.finetune_modules):
             self.remove_finetune_params(scope)
         with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
             for entry in state["finetune_scopes"]:
                 settings = dict(entry)
-                self._add_scope(settings.pop("scope"), lora_settings(**settings))
+                self.add_scope(settings.pop("scope"), lora_settings(**settings))
 
-    def _scope_names(self) -> list[str]:
-        return list(self.finetune_modules)
+    def add_scope(self, scope: str, settings: LoRASettings) -> LoRAScope:
+        """``add_finetune_params`` with checked settings; returns the new scope's modules.
 
-    def _add_scope(self, scope: str, settings: LoRASettings) -> None:
+        Raises:
+            ValueError: the scope exists, or its name cannot be one.
+        """
         if scope in self.finetune_modules:
-            raise ValueError(f"finetune scope {scope!r} exists already; there are {self._scope_names()}")
+            raise ValueError(f"finetune scope {scope!r} exists already; there are {list(self.finetune_modules)}")
         # torch keeps submodules and methods of a module under one namespace
         if not scope or "." in scope or hasattr(self.finetune_modules, scope):
             raise ValueError(f"scope must be a non-empty name without dots and no attribute of modules, got {scope!r}")
-        first = next(self.blocks())
-        modules = LoRAScope(depth=len(self.layers), dims=target_dims(first), settings=settings)
+        modules = LoRAScope(depth=self.depth, dims=target_dims(next(self.blocks())), settings=settings)
         self.finetune_modules[scope] = modules.to(self.token_emb.weight).train(self.training)
+        return modules
 
     @torch.no_grad()
     def _add_deltas(self, modules: LoRAScope, sign: float) -> None:

@@ -97,7 +97,7 @@ def test_nothing_is_computed_that_the_objective_does_not_need(
     ppo = trainer(make_palm(), objective=objective, epochs=epochs, minibatch_size=minibatch_size)
     rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=4), seed=1)
     roles, as_role = [], ppo.actor_critic.as_role
-    ppo.actor_critic.as_role = lambda role: roles.append(role) or as_role(role)
+    ppo.actor_critic.as_role = lambda role, mask=None: roles.append(role) or as_role(role, mask)
     ppo.step(rollout, torch.linspace(0, 1, 8))
     assert Counter(roles) == calls
 

@@ -10,9 +10,8 @@
 torch.Size([1, 32])
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from lm_core.checkpoints.weights import register_layouts
 from palm_rlhf.model.cache import PaLMCache
@@ -22,15 +21,16 @@ from palm_rlhf.model.palm import PaLM
 if TYPE_CHECKING:
     from palm_rlhf.data.preferences import Preference, load_preferences
     from palm_rlhf.data.prompts import load_prompts
+    from palm_rlhf.data.rollouts import Rollout, rollout_of
     from palm_rlhf.pretrain.config import TrainingSettings
     from palm_rlhf.pretrain.trainer import PretrainTrainer, TrainingResult
     from palm_rlhf.reward.model import RewardModel
     from palm_rlhf.reward.rewards import ClassifierReward
-    from palm_rlhf.reward.trainer import RewardModelTrainer, RewardResult
+    from palm_rlhf.reward.trainer import RewardModelTrainer, RewardResult, RewardSettings
     from palm_rlhf.rl.config import RLConfig
     from palm_rlhf.rl.objectives import GRPO, PPO, REINFORCE, RLOO
     from palm_rlhf.rl.policy import ActorCritic
-    from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, rollout_of
+    from palm_rlhf.rl.rollouts import SamplingSettings
     from palm_rlhf.rl.trainer import GRPOTrainer, PolicyResult, RLHFTrainer
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "RewardModel",
     "RewardModelTrainer",
     "RewardResult",
+    "RewardSettings",
     "Rollout",
     "SamplingSettings",
     "TrainingResult",
@@ -66,46 +67,31 @@ __version__ = "0.1.0"
 
 # Trainers are imported when they are asked for: a model is usable without them, and sooner.
 _LATER = {
-    "ActorCritic": "palm_rlhf.rl.policy",
-    "ClassifierReward": "palm_rlhf.reward.rewards",
-    "GRPO": "palm_rlhf.rl.objectives",
-    "GRPOTrainer": "palm_rlhf.rl.trainer",
-    "PolicyResult": "palm_rlhf.rl.trainer",
-    "PPO": "palm_rlhf.rl.objectives",
-    "Preference": "palm_rlhf.data.preferences",
-    "REINFORCE": "palm_rlhf.rl.objectives",
-    "RLConfig": "palm_rlhf.rl.config",
-    "RLOO": "palm_rlhf.rl.objectives",
-    "RLHFTrainer": "palm_rlhf.rl.trainer",
-    "RewardModel": "palm_rlhf.reward.model",
-    "RewardModelTrainer": "palm_rlhf.reward.trainer",
-    "RewardResult": "palm_rlhf.reward.trainer",
-    "Rollout": "palm_rlhf.rl.rollouts",
-    "SamplingSettings": "palm_rlhf.rl.rollouts",
-    "load_preferences": "palm_rlhf.data.preferences",
-    "load_prompts": "palm_rlhf.data.prompts",
-    "rollout_of": "palm_rlhf.rl.rollouts",
-    "PretrainTrainer": "palm_rlhf.pretrain.trainer",
-    "TrainingResult": "palm_rlhf.pretrain.trainer",
-    "TrainingSettings": "palm_rlhf.pretrain.config",
+    "palm_rlhf.data.preferences": ("Preference", "load_preferences"),
+    "palm_rlhf.data.prompts": ("load_prompts",),
+    "palm_rlhf.data.rollouts": ("Rollout", "rollout_of"),
+    "palm_rlhf.pretrain.config": ("TrainingSettings",),
+    "palm_rlhf.pretrain.trainer": ("PretrainTrainer", "TrainingResult"),
+    "palm_rlhf.reward.model": ("RewardModel",),
+    "palm_rlhf.reward.rewards": ("ClassifierReward",),
+    "palm_rlhf.reward.trainer": ("RewardModelTrainer", "RewardResult", "RewardSettings"),
+    "palm_rlhf.rl.config": ("RLConfig",),
+    "palm_rlhf.rl.objectives": ("GRPO", "PPO", "REINFORCE", "RLOO"),
+    "palm_rlhf.rl.policy": ("ActorCritic",),
+    "palm_rlhf.rl.rollouts": ("SamplingSettings",),
+    "palm_rlhf.rl.trainer": ("GRPOTrainer", "PolicyResult", "RLHFTrainer"),
 }
 
 
-def _palm_layout(palm: PaLM, state: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    from palm_rlhf.interop.weight_files import palm_layout
-
-    return palm_layout(palm, state)
-
-
-register_layouts(PaLM, _palm_layout)
+# conversion is imported when a file is loaded
+register_layouts(PaLM, lambda *arguments: import_module("palm_rlhf.interop.weight_files").palm_layout(*arguments))
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_LATER[name]), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -22,9 +22,6 @@ def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: length and sampling of the continuation.
-
-    Returns:
-        The exit status.
     """
     print_continuations(PaLM, checkpoint, prompt, settings)
     return 0
@@ -54,9 +51,6 @@ def evaluate_checkpoint(
         max_tokens: tokens scored, about, in rows taken evenly from the documents; null for all.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status.
     """
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
@@ -92,9 +86,6 @@ def convert(
         prefix: name before token_emb.weight of the PaLM to take, where the file has several, such as "actor_palm".
         tokenizer: tokenizer to store with the model: "bytes", a folder, or organisation/name on the hub.
         overwrite: allows writing to a folder with content.
-
-    Returns:
-        The exit status.
     """
     from palm_rlhf.interop.weight_files import convert_checkpoint
 
@@ -132,13 +123,10 @@ def sample(
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         seed: seed of the draws.
         device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status.
     """
     from palm_rlhf.data.prompts import load_prompts
+    from palm_rlhf.data.rollouts import rollout_of
     from palm_rlhf.reward.rewards import as_reward, check_scores
-    from palm_rlhf.rl.rollouts import rollout_of
 
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -164,8 +152,7 @@ def sample(
             print(prompt + text)
         return 0
     scorer, _ = find_reward(reward)
-    rollout = rollout_of([asked] * num_samples, responses, finished=result.finished.tolist())
-    rollout = type(rollout)(**{**vars(rollout), "texts": texts})
+    rollout = rollout_of([asked] * num_samples, responses, finished=result.finished.tolist(), texts=texts)
     scores = check_scores(as_reward(scorer)(rollout), num_samples).tolist()
     for score, text in sorted(zip(scores, texts, strict=True), reverse=True):
         print(f"--- reward {score:.3f}\n{prompt + text}")

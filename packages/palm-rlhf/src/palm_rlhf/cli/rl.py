@@ -88,9 +88,6 @@ def train_policy(
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         checkpoint_dir: folder of the run.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
-
-    Returns:
-        The exit status.
     """
     from palm_rlhf.rl.evaluation import evaluate_policy
     from palm_rlhf.rl.trainer import RLHFTrainer
@@ -130,9 +127,9 @@ def train_policy(
             print(f"--- prompt\n{before['prompt']}")
             for name, sample in (("before", before), ("after", after)):
                 print(f"--- {name}, reward {sample['reward']:.2f}\n{sample['response']}")
-    drawn = min(responses.update_timesteps, responses.num_episodes)
-    planned = responses.num_episodes // drawn * trainer.epochs * -(-drawn // config.minibatch_size)
-    return report_run("palm-rlhf", result, checkpoint_dir, max_steps=planned, lines=lines, results=results)
+    return report_run(
+        "palm-rlhf", result, checkpoint_dir, max_steps=trainer.session.max_steps, lines=lines, results=results
+    )
 
 
 def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:

@@ -34,9 +34,6 @@ def train(
         trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_prompt: prompt that the trained model continues at the end.
         sample_tokens: length of that continuation; 0 for none.
-
-    Returns:
-        The exit status.
     """
     from palm_rlhf.pretrain.trainer import PretrainTrainer
 

@@ -94,8 +94,8 @@ def document_prompts(documents: Sequence[Any], *, count: int, prompt_tokens: int
 
 
 def _cuts(documents: Sequence[Any], count: int, length: int, generator: torch.Generator) -> list[Tensor]:
-    for name, value in (("count", count), ("length", length)):
-        check_positive(value, name)
+    check_positive(count, "count")
+    check_positive(length, "length")
     long_enough = [number for number in range(len(documents)) if len(documents[number]) >= length]
     if not long_enough:
         raise ValueError(f"documents must have one of at least {length} tokens, got {len(documents)} shorter ones")

@@ -3,7 +3,7 @@
 A JSONL line has ``prompt``, ``chosen``, ``rejected`` and optionally ``margin``; or ``prompt``, ``response``, ``label``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lm_core.data.rows import load_rows
-from lm_core.nn.masking import right_pad
 
 
 @dataclass(frozen=True)
@@ -34,19 +33,6 @@ class Labelled:
     label: float
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Sequences in one batch: ids ``(b, n)``, prompt lengths and lengths ``(b,)``."""
-
-    ids: Int[Tensor, "b n"]
-    prompt_lengths: Int[Tensor, " b"]
-    lengths: Int[Tensor, " b"]
-
-    def to(self, device: torch.device) -> "Judged":
-        """The same on another device."""
-        return Judged(self.ids.to(device), self.prompt_lengths.to(device), self.lengths.to(device))
-
-
 def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference | Labelled]:
     """Examples from rows (mappings of text or ids), or from any source of ``lm_core.data.rows``.
 
@@ -62,13 +48,6 @@ def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference |
     if len({type(example) for example in examples}) > 1:
         raise ValueError("pairs must be all pairs or all labelled responses, got both")
     return examples
-
-
-def as_batch(prompts: Sequence[Tensor], responses: Sequence[Tensor]) -> Judged:
-    """Right-padded sequences of prompts with responses."""
-    rows = [torch.cat(both) for both in zip(prompts, responses, strict=True)]
-    ids, mask = right_pad(rows, 0)
-    return Judged(ids, torch.tensor([prompt.shape[0] for prompt in prompts]), mask.sum(dim=1))
 
 
 def _example(row: Any, number: int, tokenizer: Any) -> Preference | Labelled:

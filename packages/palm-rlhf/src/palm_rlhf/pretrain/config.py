@@ -21,10 +21,6 @@ class TrainingSettings(CommonSettings):
         compile: compiles the model with its loss (torch.compile).
         fsdp: spreads weights and optimizer state over the processes.
         validation_tokens: how much held-out text is scored; null for all.
-
-    Raises:
-        ValueError: a value is out of range; it is named.
-        TypeError: a value is of another type.
     """
 
     sequence_length: int = 256

@@ -40,11 +40,6 @@ class Evaluation:
 def score(objective: NextTokenLoss, batches: ValidationBatches, *, progress: bool = False) -> Evaluation:
     """Scores every batch, in evaluation mode; every process calls it with its share and gets the result of all.
 
-    Args:
-        objective: the model with its loss.
-        batches: this process's share of the documents.
-        progress: shows a progress bar.
-
     Raises:
         ValueError: a token id is not below the model's ``num_tokens``.
     """

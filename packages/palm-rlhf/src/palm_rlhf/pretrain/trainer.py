@@ -83,7 +83,11 @@ class PretrainTrainer:
     ) -> None:
         self.settings = settings = TrainingSettings() if settings is None else settings
         self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-        _check_trainable(model, self.tokenizer)
+        check_vocabulary(self.tokenizer, model.num_tokens)
+        if not model.causal:
+            raise ValueError("model must be causal to be trained as a language model, got causal=False")
+        if len(model.finetune_modules):
+            raise ValueError(f"model must have no finetune scopes to be pretrained, got {list(model.finetune_modules)}")
         self.corpus = corpus
         self.session = TrainingSession(
             type(self).__name__,
@@ -168,11 +172,3 @@ class PretrainTrainer:
     def _validate(self) -> dict[str, float]:
         held_out = score(self.objective, self.validation_batches)
         return {"validation_bits_per_byte": held_out.bits_per_byte, "validation_loss": held_out.loss}
-
-
-def _check_trainable(model: PaLM, tokenizer: Any) -> None:
-    check_vocabulary(tokenizer, model.num_tokens)
-    if not model.causal:
-        raise ValueError("model must be causal to be trained as a language model, got causal=False")
-    if len(model.finetune_modules):
-        raise ValueError(f"model must have no finetune scopes to be pretrained, got {list(model.finetune_modules)}")

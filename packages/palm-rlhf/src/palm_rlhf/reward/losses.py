@@ -1,10 +1,7 @@
-"""What reward models are trained on: pairs of responses, numbers, or bins.
-
-Legend: b batch, k bins.
-"""
+"""Loss of pairs of responses. Legend: b batch."""
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from lm_core.checks import typed
@@ -22,13 +19,3 @@ def bradley_terry_loss(
         margin: by how much the better should win, of each pair or of all (arXiv 2307.09288, equation 2).
     """
     return -F.logsigmoid(chosen - rejected - margin).mean()
-
-
-def squared_error(rewards: Float[Tensor, " b"], targets: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean squared error of scalar rewards."""
-    return F.mse_loss(rewards, targets.to(rewards.dtype))
-
-
-def bin_cross_entropy(logits: Float[Tensor, "b k"], bins: Int[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Cross-entropy of binned rewards, the label of each being its bin."""
-    return F.cross_entropy(logits, bins.long())

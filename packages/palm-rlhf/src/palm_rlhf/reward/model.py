@@ -20,7 +20,6 @@ from lm_core.checks import check_probability, typed
 from lm_core.generation.sampling import gumbel_sample
 from lm_core.nn.masking import masked_mean, maybe_and_mask, prompt_mask_from_lengths
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.reward.losses import bin_cross_entropy, squared_error
 
 
 class RewardModel(PretrainedMixin):
@@ -125,13 +124,12 @@ class RewardModel(PretrainedMixin):
             if prompt_lengths.shape != x.shape[:1]:
                 raise ValueError(f"prompt_lengths must have shape ({x.shape[0]},), got {tuple(prompt_lengths.shape)}")
             prompt_mask = prompt_mask_from_lengths(prompt_lengths, x.shape[1])
-        for name, given in (("mask", mask), ("prompt_mask", prompt_mask)):
-            if given is not None and given.shape != x.shape:
-                raise ValueError(f"{name} must have the shape of x {tuple(x.shape)}, got {tuple(given.shape)}")
-            if given is not None and given.dtype != torch.bool:
-                raise TypeError(f"{name} must be boolean, got dtype {given.dtype}")
-        extra = None
-        counted = mask
+        for name, tensor in (("mask", mask), ("prompt_mask", prompt_mask)):
+            if tensor is not None and tensor.shape != x.shape:
+                raise ValueError(f"{name} must have the shape of x {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            if tensor is not None and tensor.dtype != torch.bool:
+                raise TypeError(f"{name} must be boolean, got dtype {tensor.dtype}")
+        extra, counted = None, mask
         if prompt_mask is not None:
             extra = torch.where(prompt_mask[..., None], self.prompt_embed, self.response_embed)
             if self.pooling == "response":
@@ -178,12 +176,12 @@ class RewardModel(PretrainedMixin):
             if labels.shape != x.shape[:1]:
                 raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
             if not self.num_binned_output:
-                return squared_error(logits[:, 0], labels)
+                return F.mse_loss(logits[:, 0], labels.to(logits.dtype))
             if labels.is_floating_point():
                 raise TypeError(f"labels must be integers with num_binned_output, got dtype {labels.dtype}")
             if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < self.num_binned_output)).all()):
                 raise ValueError(f"labels must be in [0, {self.num_binned_output}), got {labels.tolist()}")
-            return bin_cross_entropy(logits, labels)
+            return F.cross_entropy(logits, labels.long())
         if not self.num_binned_output:
             return logits[:, 0]
         if sample:

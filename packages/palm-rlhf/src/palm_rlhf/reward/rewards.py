@@ -4,8 +4,8 @@
 |---|---|
 | ``RewardModel`` | the tokens |
 | Hugging Face sequence classifier, with its own tokenizer | prompt and response as text |
-| callable ``(sequences, prompt_lengths) -> rewards`` | padded ids ``(b, n)`` and lengths ``(b,)`` |
-| callable with a parameter ``completions`` | ``f(prompts=, completions=, **columns) -> list[float | None]`` |
+| callable ``(sequences, prompt_lengths) -> rewards`` | padded ids ``(b, n)`` and lengths |
+| callable with a parameter ``completions`` | TRL's ``f(prompts=, completions=, **columns) -> list[float | None]`` |
 | list of these, or of ``(weight, reward)`` | each in turn; the weighted sum |
 | ``"module:function"`` | whatever the function is |
 
@@ -14,50 +14,19 @@ A None from a text callable leaves that term out for that response.
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_core.causal_lm import eval_mode
+from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.model import RewardModel
 
-
-@runtime_checkable
-class Responses(Protocol):
-    """Responses to score, such as a ``Rollout``: right-padded rows of prompt and response, with their texts."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def ids(self) -> Tensor:
-        """``(b, n)`` prompt and response."""
-
-    @property
-    def prompt_lengths(self) -> Tensor:
-        """``(b,)`` tokens of each prompt."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """``(b,)`` tokens of prompt and response."""
-
-    @property
-    def texts(self) -> list[str] | None:
-        """Responses as text; None without a tokenizer."""
-
-    @property
-    def prompt_texts(self) -> list[str | None] | None:
-        """Prompts as text."""
-
-    @property
-    def columns(self) -> list[Mapping[str, Any]]:
-        """Other columns of the prompts' rows."""
-
-
-Reward = Callable[[Responses], Tensor]
+Reward = Callable[[Rollout], Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,19 +37,15 @@ class ModelReward:
     batch_size: int = 64
 
     @torch.no_grad()
-    def __call__(self, rollout: Responses) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of whole sequences."""
+        parts = (t.split(self.batch_size) for t in (rollout.ids, rollout.prompt_lengths, rollout.lengths))
         with eval_mode(self.model):
-            parts = [
+            scores = [
                 self.model(ids, prompt_lengths=prompts, lengths=lengths)
-                for ids, prompts, lengths in zip(
-                    rollout.ids.split(self.batch_size),
-                    rollout.prompt_lengths.split(self.batch_size),
-                    rollout.lengths.split(self.batch_size),
-                    strict=True,
-                )
+                for ids, prompts, lengths in zip(*parts, strict=True)
             ]
-        return torch.cat(parts)
+        return torch.cat(scores)
 
 
 @dataclass(frozen=True)
@@ -105,7 +70,7 @@ class ClassifierReward:
             raise ValueError("the reward's tokenizer must have a pad token, got pad_token=None")
 
     @torch.no_grad()
-    def __call__(self, rollout: Responses) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of prompt and response as one text."""
         prompts, completions = _texts(rollout)
         whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -120,31 +85,23 @@ class ClassifierReward:
 
 
 @dataclass(frozen=True)
-class TokenReward:
-    """A function of padded ids and prompt lengths; it may also take ``lengths``."""
+class FunctionReward:
+    """A function of texts if it has a parameter ``completions``, else of padded ids; see the module."""
 
     function: Callable[..., Any]
 
-    def __call__(self, rollout: Responses) -> Tensor:
-        """Rewards of the function."""
-        more = {"lengths": rollout.lengths} if "lengths" in _parameters(self.function) else {}
-        return _as_scores(self.function(rollout.ids, rollout.prompt_lengths, **more), len(rollout), self.function)
-
-
-@dataclass(frozen=True)
-class TextReward:
-    """A function of texts: ``f(prompts=, completions=, **columns)``, in the form that TRL uses."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, rollout: Responses) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         """Rewards of the function, NaN where it returns None."""
+        parameters = _parameters(self.function)
+        if "completions" not in parameters:
+            more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
+            values = self.function(rollout.ids, rollout.prompt_lengths, **more)
+            return _as_scores(values, len(rollout), self.function)
         prompts, completions = _texts(rollout)
         names = sorted({name for columns in rollout.columns for name in columns})
-        columns = {name: [row.get(name) for row in rollout.columns] for name in names}
-        parameters = _parameters(self.function)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            columns = {name: values for name, values in columns.items() if name in parameters}
+            names = [name for name in names if name in parameters]
+        columns = {name: [row.get(name) for row in rollout.columns] for name in names}
         values = self.function(prompts=prompts, completions=completions, **columns)
         if not isinstance(values, Tensor):
             values = [float("nan") if value is None else value for value in values]
@@ -157,7 +114,7 @@ class WeightedRewards:
 
     terms: tuple[tuple[float, Reward], ...]
 
-    def __call__(self, rollout: Responses) -> Tensor:
+    def __call__(self, rollout: Rollout) -> Tensor:
         """NaN only where every term is None."""
         columns = [weight * reward(rollout).to(torch.float32) for weight, reward in self.terms]
         table = torch.stack([column.to(columns[0].device) for column in columns])
@@ -165,16 +122,13 @@ class WeightedRewards:
 
 
 def as_reward(reward: Any) -> Reward:
-    """A reward from any of the forms above.
-
-    Args:
-        reward: see the module.
+    """A reward from any of the forms of the module's table.
 
     Raises:
         TypeError: it is none of these.
         ValueError: an empty list, or a name that is not "module:function".
     """
-    if isinstance(reward, ModelReward | ClassifierReward | TokenReward | TextReward | WeightedRewards):
+    if isinstance(reward, ModelReward | ClassifierReward | FunctionReward | WeightedRewards):
         return reward
     if isinstance(reward, RewardModel):
         return ModelReward(reward)
@@ -188,7 +142,7 @@ def as_reward(reward: Any) -> Reward:
     if isinstance(reward, nn.Module) and hasattr(getattr(reward, "config", None), "num_labels"):
         raise TypeError("a Hugging Face classifier needs its tokenizer: pass ClassifierReward(model, tokenizer)")
     if callable(reward):
-        return TextReward(reward) if "completions" in _parameters(reward) else TokenReward(reward)
+        return FunctionReward(reward)
     raise TypeError(f"reward must be a RewardModel, a callable, or a list of these, got {type(reward).__name__}")
 
 
@@ -219,7 +173,7 @@ def _as_scores(values: Any, count: int, source: Any) -> Tensor:
     return scores.float()
 
 
-def _texts(rollout: Responses) -> tuple[list[str], list[str]]:
+def _texts(rollout: Rollout) -> tuple[list[str], list[str]]:
     prompts = rollout.prompt_texts
     if rollout.texts is None or prompts is None or any(text is None for text in prompts):
         raise ValueError("a reward on texts needs a tokenizer, got tokenizer=None")

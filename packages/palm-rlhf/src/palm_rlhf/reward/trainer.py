@@ -5,11 +5,12 @@ Processes share each minibatch and sum their gradients, so two of them make the 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lm_core.causal_lm import eval_mode
@@ -18,10 +19,38 @@ from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import rank, world_size
 from lm_core.training.config import CommonSettings
 from lm_core.training.session import TrainingResult, TrainingSession, adamw
-from palm_rlhf.data.preferences import Labelled, Preference, as_batch, load_preferences
+from palm_rlhf.data.preferences import Labelled, Preference, load_preferences
 from palm_rlhf.data.prompts import as_tokenizer
-from palm_rlhf.reward.losses import bin_cross_entropy, bradley_terry_loss, squared_error
+from palm_rlhf.data.rollouts import joined
+from palm_rlhf.reward.losses import bradley_terry_loss
 from palm_rlhf.reward.model import RewardModel
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings(CommonSettings):
+    """Training: optimizer, schedule, batches and the scale of rewards.
+
+    Args:
+        batch_size: examples an update, of all processes together.
+        normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
+            chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
+        precision: products are in float32.
+    """
+
+    max_steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    normalize: bool = True
+    validate_every: int = 50
+    checkpoint_every: int | None = 100
+    precision: Literal["fp32"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_counts("batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +75,15 @@ class RewardModelTrainer:
         pairs: see ``load_preferences``.
         validation_pairs: held out; by default a tenth of ``pairs`` is, drawn once and for all.
         tokenizer: for texts; travels with checkpoints.
-        max_steps: optimizer updates of the run.
-        batch_size: examples an update, of all processes together.
-        learning_rate: peak learning rate.
-        weight_decay: weight decay of matrices.
-        max_grad_norm: bound of the gradients' global norm; null only measures it.
-        normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
-            chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
-        validate_every: updates between validations.
         checkpoint_dir: folder of the run; None writes nothing.
-        checkpoint_every: updates between checkpoints.
-        keep_checkpoints: newest checkpoints that are kept; null for all.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        seed: seed of order and dropout.
-        device: auto takes CUDA, then MPS, then the CPU.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
+        settings: optimizer, batches and what is written when.
+        **options: fields of ``settings`` to change.
 
     Raises:
         ValueError: a number is out of range, ids or labels do not suit the model, or nothing is left to learn from.
+        TypeError: an option is unknown or of another type.
     """
 
     @typed
@@ -74,50 +94,29 @@ class RewardModelTrainer:
         pairs: Any,
         validation_pairs: Any = None,
         tokenizer: Any = None,
-        max_steps: int = 200,
-        batch_size: int = 16,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = 1.0,
-        normalize: bool = True,
-        validate_every: int = 50,
         checkpoint_dir: str | Path | None = None,
-        checkpoint_every: int = 100,
-        keep_checkpoints: int | None = 2,
         resume: bool | Literal["auto"] = "auto",
-        seed: int = 0,
-        device: str = "auto",
         trackers: Sequence[Any] = (),
+        settings: RewardSettings | None = None,
+        **options: Any,
     ) -> None:
-        config = CommonSettings(
-            max_steps=max_steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            beta2=0.999,
-            max_grad_norm=max_grad_norm,
-            validate_every=validate_every,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-            precision="fp32",
-            seed=seed,
-            device=device,
-        )
+        self.settings = settings = replace(settings or RewardSettings(), **options)
         tokenizer = as_tokenizer(tokenizer)
         examples = load_preferences(pairs, tokenizer=tokenizer)
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-            held_out = [examples[row] for row in sorted(order[: len(examples) // 10])]
-            examples = [examples[row] for row in sorted(order[len(examples) // 10 :])]
+            tenth = len(examples) // 10
+            held_out, examples = ([examples[row] for row in sorted(rows)] for rows in (order[:tenth], order[tenth:]))
         else:
             held_out = load_preferences(validation_pairs, tokenizer=tokenizer)
-        self.examples = examples
-        self.held_out = held_out
         for example in [*examples, *held_out]:
             _check(example, reward_model)
+        self.examples = examples
+        self.held_out = held_out
         self.session = TrainingSession(
             type(self).__name__,
-            config=config,
+            config=settings,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
             trackers=trackers,
@@ -125,18 +124,20 @@ class RewardModelTrainer:
         )
         self.device = self.session.device
         self.model = reward_model.to(self.device)
-        self.max_steps = max_steps
-        self.normalize = normalize and isinstance(examples[0], Preference)
-        self.batch_size = min(batch_size, len(examples))
+        self.normalize = settings.normalize and isinstance(examples[0], Preference)
+        self.batch_size = min(settings.batch_size, len(examples))
         self.order = UpdateOrder(
-            len(examples), batch_size=self.batch_size, seed=seed, rank=rank(), world_size=world_size()
+            len(examples), batch_size=self.batch_size, seed=settings.seed, rank=rank(), world_size=world_size()
         )
-        parameters = list(reward_model.trainable_parameters())
         self.session.register(
             model=reward_model,
-            optimizer=lambda: adamw(reward_model, config, parameters=parameters),
+            optimizer=lambda: adamw(reward_model, settings, parameters=reward_model.trainable_parameters()),
             gradients="sum",
-            identity={"max_steps": max_steps, "batch_size": batch_size, "examples": _fingerprint(examples)},
+            identity={
+                "max_steps": settings.max_steps,
+                "batch_size": settings.batch_size,
+                "examples": _fingerprint(examples),
+            },
             tokenizer=tokenizer,
             validate=self._validate,
             shown=("loss", "validation_accuracy"),
@@ -168,7 +169,7 @@ class RewardModelTrainer:
 
     def _validate(self) -> dict[str, float]:
         """Accuracy on held-out examples; after the last update, rewards then get their scale."""
-        scaled = self.normalize and self.session.step == self.max_steps
+        scaled = self.normalize and self.session.step == self.settings.max_steps
         if not self.held_out and not scaled:
             return {}
         first, second = self._predictions(self.held_out or self.examples[:256])
@@ -182,7 +183,7 @@ class RewardModelTrainer:
         if isinstance(examples[0], Preference):
             loss = bradley_terry_loss(first, second, torch.tensor([e.margin for e in examples]).to(first))
         else:
-            loss = (bin_cross_entropy if self.model.num_binned_output else squared_error)(first, second)
+            loss = (F.cross_entropy if self.model.num_binned_output else F.mse_loss)(first, second)
         return loss * (len(examples) / self.batch_size)
 
     @torch.no_grad()
@@ -197,20 +198,21 @@ class RewardModelTrainer:
 
     def _scored(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected; or predictions (logits with bins) and labels."""
-        if isinstance(examples[0], Preference):
+        are_pairs = isinstance(examples[0], Preference)
+        prompts = [example.prompt for example in examples]
+        if are_pairs:
             # one forward for both: half the calls, and one use of each parameter a backward
-            prompts = [example.prompt for example in examples] * 2
-            responses = [example.chosen for example in examples] + [example.rejected for example in examples]
-            batch = as_batch(prompts, responses).to(self.device)
-            chosen, rejected = self.model(batch.ids, prompt_lengths=batch.prompt_lengths, lengths=batch.lengths).chunk(
-                2
-            )
+            prompts, responses = prompts * 2, [e.chosen for e in examples] + [e.rejected for e in examples]
+        else:
+            responses = [example.response for example in examples]
+        ids, prompt_lengths, lengths = (tensor.to(self.device) for tensor in joined(prompts, responses))
+        score = self.model if are_pairs else self.model.logits
+        outputs = score(ids, prompt_lengths=prompt_lengths, lengths=lengths)
+        if are_pairs:
+            chosen, rejected = outputs.chunk(2)
             return chosen, rejected
-        batch = as_batch([example.prompt for example in examples], [example.response for example in examples])
-        batch = batch.to(self.device)
-        logits = self.model.logits(batch.ids, prompt_lengths=batch.prompt_lengths, lengths=batch.lengths)
         labels = torch.tensor([example.label for example in examples], device=self.device)
-        return (logits, labels.long()) if self.model.num_binned_output else (logits[:, 0], labels)
+        return (outputs, labels.long()) if self.model.num_binned_output else (outputs[:, 0], labels.to(outputs.dtype))
 
 
 def _fingerprint(examples: Sequence[Any]) -> str:

@@ -1,12 +1,5 @@
 """Advantages: how much better a token, or a whole response, was than expected.
 
-- :func:`generalized_advantages`: GAE (arXiv 1506.02438, equations 11 to 16), for PPO.
-- :func:`discounted_returns`: what REINFORCE weighs its log-probabilities with.
-- :func:`leave_one_out_advantages`: RLOO (arXiv 2402.14740, section 4.2).
-- :func:`group_advantages`: GRPO (arXiv 2402.03300, section 4.1.2), and Dr. GRPO without the division.
-- :func:`whiten`: mean 0 and deviation 1 over all valid tokens of a batch, not of a row: per row it would cancel the
-  very difference in reward between responses.
-
 All are pure functions. A response is a run of True in its row of ``mask``; what lies outside never counts.
 
 Legend: b batch, t tokens.
@@ -18,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lm_core.checks import check_positive, typed
+from lm_core.checks import typed
 
 
 def generalized_advantages(
@@ -29,7 +22,7 @@ def generalized_advantages(
     gamma: float = 1.0,
     lambda_: float = 0.95,
 ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-    """GAE over each response, whose last token ends its episode: nothing behind it is bootstrapped from.
+    """GAE (arXiv 1506.02438, equations 11 to 16) over each response, whose last token ends its episode.
 
     Args:
         rewards: received for each token.
@@ -42,11 +35,9 @@ def generalized_advantages(
         Advantages and returns (advantages plus values), 0 outside ``mask``, without gradient.
 
     Raises:
-        ValueError: shapes differ, or a number is outside [0, 1].
+        ValueError: shapes differ.
     """
     _check_shapes(mask, rewards=rewards, values=values)
-    _check_unit(gamma, "gamma")
-    _check_unit(lambda_, "gae_lambda")
     rewards, values = (t.detach().where(mask, 0) for t in (rewards, values))
     advantages = torch.zeros_like(values)
     following = next_value = values.new_zeros(values.shape[0])
@@ -61,11 +52,7 @@ def generalized_advantages(
 def discounted_returns(
     rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], *, gamma: float = 1.0
 ) -> Float[Tensor, "b t"]:
-    """The discounted sum of the rewards of each token and those after it; 0 outside ``mask``.
-
-    Raises:
-        ValueError: shapes differ, or ``gamma`` is outside [0, 1].
-    """
+    """The discounted sum of the rewards of each token and those after it; 0 outside ``mask``."""
     return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lambda_=1.0)[0]
 
 
@@ -97,14 +84,14 @@ def whiten(
 
 @typed
 def leave_one_out_advantages(scores: Float[Tensor, " b"], *, group_size: int) -> Float[Tensor, " b"]:
-    """Each response's score minus the mean score of the OTHER responses to its prompt.
+    """RLOO (arXiv 2402.14740, section 4.2): each score minus the mean score of the OTHER responses to the prompt.
 
     Args:
         scores: of the responses, those to one prompt next to each other.
         group_size: responses to a prompt, at least 2.
 
     Raises:
-        ValueError: ``group_size`` is below 2 or does not divide the number of scores.
+        ValueError: ``group_size`` does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
@@ -119,7 +106,7 @@ def group_advantages(
     scale: Literal["group", "batch", "none"] = "group",
     epsilon: float = 1e-4,
 ) -> Float[Tensor, " b"]:
-    """Each response's score minus the mean of its group.
+    """GRPO (arXiv 2402.03300, section 4.1.2): each response's score minus the mean of its group.
 
     Args:
         scores: of the responses, those to one prompt next to each other.
@@ -129,7 +116,7 @@ def group_advantages(
         epsilon: added to the deviation, so that a group of equal scores gives 0.
 
     Raises:
-        ValueError: ``group_size`` is below 2 or does not divide the number of scores.
+        ValueError: ``group_size`` does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -141,9 +128,6 @@ def group_advantages(
 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:
-    check_positive(group_size, "group_size")
-    if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, or there is nothing to compare with, got {group_size}")
     if scores.ndim != 1 or scores.shape[0] % group_size:
         raise ValueError(f"scores must be one dimension of whole groups of {group_size}, got {tuple(scores.shape)}")
     return scores.reshape(-1, group_size)
@@ -155,8 +139,3 @@ def _check_shapes(mask: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != mask.shape or tensor.ndim != 2:
             raise ValueError(f"{name} must have the mask's shape {tuple(mask.shape)}, got {tuple(tensor.shape)}")
-
-
-def _check_unit(value: float, name: str) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")

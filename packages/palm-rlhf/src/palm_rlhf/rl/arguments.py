@@ -7,7 +7,7 @@ option is a field of the objective, of ``RLConfig``, or an argument of ``ActorCr
 import difflib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from lm_core.checks import either
@@ -21,47 +21,18 @@ _POLICY_ALIASES = {"critic": "critic_palm", "critic_pooled_values": "pooled_valu
 _POLICY_OPTIONS = set(inspect.signature(ActorCritic).parameters) - {"palm", "with_critic", "precision"}
 
 
-@dataclass(frozen=True)
-class TrainerArguments:
-    """Arguments of a trainer, each with its owner.
-
-    Attributes:
-        policy: a network, or an ``ActorCritic``.
-        policy_options: arguments of the ``ActorCritic`` to make of a network.
-        reward: see ``palm_rlhf.reward.rewards``.
-        prompts: see ``palm_rlhf.data.prompts.load_prompts``.
-        objective: the objective.
-        config: the run's options.
-    """
-
-    policy: Any
-    policy_options: dict[str, Any]
-    reward: Any
-    prompts: Any
-    objective: Objective
-    config: RLConfig
-
-
 def sort_arguments(
-    *,
     policy: Any,
     reward: Any,
     prompts: Any,
-    objective: Objective | str | None,
-    config: RLConfig | None,
-    default: type[Objective],
+    objective: Objective | type[Objective] | str,
+    config: RLConfig,
     options: Mapping[str, Any],
-) -> TrainerArguments:
+) -> tuple[Any, dict[str, Any], Any, Any, Objective, RLConfig]:
     """Arguments of both call forms; an option changes a field of the objective or configuration it is given with.
 
-    Args:
-        policy: as of the trainer.
-        reward: as of the trainer.
-        prompts: as of the trainer.
-        objective: as of the trainer; None takes ``default``.
-        config: as of the trainer.
-        default: the trainer's own objective.
-        options: all other keywords.
+    Returns:
+        The policy, arguments of the ``ActorCritic`` to make of it, reward, prompts, objective and config.
 
     Raises:
         ValueError: an argument is given under two names, or one that must be given is not.
@@ -79,9 +50,9 @@ def sort_arguments(
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-        default, objective = OBJECTIVES[objective], None
-    of_objective = {field.name for field in fields(default if objective is None else objective)}
-    of_config = {field.name for field in fields(RLConfig)}
+        objective = OBJECTIVES[objective]
+    if isinstance(objective, type):
+        objective = objective()
     for alias, name in _ALIASES.items():
         if alias in options:
             usual = getattr(RLConfig, name)
@@ -89,27 +60,18 @@ def sort_arguments(
     for alias, name in _POLICY_ALIASES.items():
         if alias in options:
             options[name] = options.pop(alias)
-    known = of_config | of_objective | _POLICY_OPTIONS
+    owners = ({field.name for field in fields(objective)}, {field.name for field in fields(RLConfig)}, _POLICY_OPTIONS)
     for name in options:
-        if name not in known:
-            owner = default.__name__ if objective is None else type(objective).__name__
-            near = difflib.get_close_matches(name, known, n=1)
+        if not any(name in owner for owner in owners):
+            near = difflib.get_close_matches(name, set().union(*owners), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name!r} is no option of {owner}, RLConfig or ActorCritic{hint}")
-    own, config_options, policy_options = (
-        {name: value for name, value in options.items() if name in names}
-        for names in (of_objective, of_config, _POLICY_OPTIONS)
+            raise TypeError(f"{name!r} is no option of {type(objective).__name__}, RLConfig or ActorCritic{hint}")
+    of_objective, of_config, of_policy = (
+        {name: value for name, value in options.items() if name in owner} for owner in owners
     )
-    if policy_options and isinstance(policy, ActorCritic):
-        raise ValueError(f"{sorted(policy_options)} are arguments of ActorCritic, and policy is one already")
-    return TrainerArguments(
-        policy=policy,
-        policy_options=policy_options,
-        reward=reward,
-        prompts=prompts,
-        objective=default(**own) if objective is None else replace(objective, **own),
-        config=replace(config or RLConfig(), **config_options),
-    )
+    if of_policy and isinstance(policy, ActorCritic):
+        raise ValueError(f"{sorted(of_policy)} are arguments of ActorCritic, and policy is one already")
+    return policy, of_policy, reward, prompts, replace(objective, **of_objective), replace(config, **of_config)
 
 
 def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:

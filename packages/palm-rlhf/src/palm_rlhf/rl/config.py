@@ -23,10 +23,6 @@ class RLConfig(RunSettings):
         epochs: passes over each batch of responses; by default the objective's (4 for PPO, 1 for the others).
         pad_id: fills rows after their end.
         samples_logged: responses a phase that are written to samples.jsonl.
-
-    Raises:
-        ValueError: a value is out of range; it is named.
-        TypeError: a value is of another type.
     """
 
     actor_lr: float = 1e-4

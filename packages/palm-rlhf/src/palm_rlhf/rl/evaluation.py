@@ -8,9 +8,9 @@ import torch
 
 from lm_core.checks import check_positive
 from palm_rlhf.data.prompts import Prompt
-from palm_rlhf.rl.experience import score_rollout
+from palm_rlhf.rl.experience import Experience, concatenated, experience_metrics, score_rollout
 from palm_rlhf.rl.policy import Role
-from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, draw_rollout
+from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout
 from palm_rlhf.rl.trainer import RLHFTrainer
 
 SAMPLES = 4
@@ -44,20 +44,11 @@ def evaluate_policy(
     seed: int = 0,
     batch_size: int = 64,
 ) -> PolicyEvaluation:
-    """Draws one response of the reference and one of the actor to each prompt, and scores them.
-
-    Args:
-        trainer: with a reward.
-        prompts: see ``palm_rlhf.data.prompts.load_prompts``.
-        sampling: sampling settings; see ``RLHFTrainer.sampling``.
-        seed: seed of the draws.
-        batch_size: responses at a time.
-    """
+    """Draws one response of the reference and one of the actor to each prompt, and scores them."""
     check_positive(batch_size, "batch_size")
     policy = trainer.actor_critic
-    rewards: dict[Role, list[torch.Tensor]] = {role: [] for role in ROLES}
-    kls: list[torch.Tensor] = []
-    first: dict[Role, tuple[Rollout, torch.Tensor]] = {}
+    experiences: dict[Role, list[Experience]] = {role: [] for role in ROLES}
+    samples: dict[Role, list[dict[str, Any]]] = {}
     for start in range(0, len(prompts), batch_size):
         for role in ROLES:
             rollout = draw_rollout(
@@ -68,18 +59,11 @@ def evaluate_policy(
                 generator=torch.Generator(policy.device).manual_seed(seed + start),
                 role=role,
             )
-            scores = trainer.score(rollout)
-            rewards[role].append(scores.cpu())
-            first.setdefault(role, (rollout, scores))
-        scored = score_rollout(policy, rollout, scores, batch_size=batch_size)
-        assert scored.unfiltered is not None
-        assert scored.reference is not None
-        kl = (scored.unfiltered - scored.reference).where(scored.response_mask, 0)
-        kls.append(kl.sum(dim=1).cpu())
-    return PolicyEvaluation(
-        reward_before=float(torch.cat(rewards["reference"]).mean()),
-        reward_after=float(torch.cat(rewards["actor"]).mean()),
-        kl=float(torch.cat(kls).mean()),
-        before=first["reference"][0].samples(first["reference"][1], SAMPLES),
-        after=first["actor"][0].samples(first["actor"][1], SAMPLES),
-    )
+            rewards = trainer.score(rollout)
+            experience = Experience.from_rollout(rollout, rewards)
+            if role == "actor":
+                experience = score_rollout(policy, rollout, rewards, batch_size=batch_size)
+            experiences[role].append(experience.to("cpu"))
+            samples.setdefault(role, rollout.samples(rewards, SAMPLES))
+    before, after = (experience_metrics(concatenated(experiences[role], pad_id=sampling.pad_id)) for role in ROLES)
+    return PolicyEvaluation(before["reward"], after["reward"], after["kl"], samples["reference"], samples["actor"])

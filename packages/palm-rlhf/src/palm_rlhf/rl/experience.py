@@ -6,20 +6,20 @@ of processes. Responses are small compared with activations, so this costs littl
 Legend: b batch (of all processes), n sequence, m = n - 1, k bytes of a packed kept set.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.causal_lm import eval_mode
 from lm_core.distributed import world_size
+from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.rollouts import Rollout
 
 T = TypeVar("T")
 Scored = Literal["log_probs", "values", "reference"]
@@ -27,17 +27,11 @@ SCORED: tuple[Scored, ...] = ("log_probs", "values", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experience:
-    """Responses and everything an update needs of them. Per-token fields are 0 outside responses.
+class Experience(Rollout):
+    """A rollout and everything an update needs of it. Per-token fields are 0 outside responses.
 
     Attributes:
-        ids: prompt and response, right-padded.
-        mask: True at real tokens.
-        response_mask: True where the next token is one of the response.
-        finished: whether each response ended by itself.
         scores: reward of each response.
-        temperature: sampling temperature.
-        kept: packed kept sets of a filtered draw.
         log_probs: log-probs of the policy that drew the tokens, under the distribution that was sampled; None where
             every response is learned from once, by that same policy.
         unfiltered: the same under the distribution before filters.
@@ -48,13 +42,7 @@ class Experience:
         returns: targets of the values; None without a critic.
     """
 
-    ids: Int[Tensor, "b n"]
-    mask: Bool[Tensor, "b n"]
-    response_mask: Bool[Tensor, "b m"]
-    finished: Bool[Tensor, " b"]
     scores: Float[Tensor, " b"]
-    temperature: float = 1.0
-    kept: Tensor | None = None
     log_probs: Float[Tensor, "b m"] | None = None
     unfiltered: Float[Tensor, "b m"] | None = None
     reference: Float[Tensor, "b m"] | None = None
@@ -63,39 +51,28 @@ class Experience:
     advantages: Float[Tensor, "b m"] | None = None
     returns: Float[Tensor, "b m"] | None = None
 
-    def __len__(self) -> int:
-        return int(self.ids.shape[0])
-
     @classmethod
     def from_rollout(cls, rollout: Rollout, scores: Tensor) -> "Experience":
         """A rollout with its scores, not yet scored by the policy."""
-        return cls(
-            ids=rollout.ids,
-            mask=rollout.mask,
-            response_mask=rollout.response_mask,
-            finished=rollout.finished,
-            scores=scores.to(rollout.ids.device),
-            temperature=rollout.temperature,
-            kept=rollout.kept,
-        )
+        texts: dict[str, Any] = {"texts": None, "prompt_texts": None, "columns": []}
+        return cls(**{**vars(rollout), **texts}, scores=scores.to(rollout.ids.device))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields that are tensors, by name."""
-        present = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in present.items() if isinstance(value, Tensor)}
-
-    def to(self, device: torch.device | str) -> "Experience":
-        """The experience on another device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
-        return replace(self, **moved)
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Experience":
+        """The experience that ``state_dict`` stored."""
+        state = dict(state)
+        if "mask" in state:  # stored in place of the lengths before rollouts and experience were one
+            state["lengths"] = state.pop("mask").sum(dim=1)
+            state["prompt_lengths"] = state.pop("response_mask").int().argmax(dim=1) + 1
+        return cls(**state)
 
     def rows(self, rows: Int[Tensor, " r"]) -> "Experience":
         """Some rows, without columns that are padding in all of them."""
         chosen: dict[str, Any] = {name: value[rows] for name, value in self.tensors().items()}
-        width = max(int(chosen["mask"].sum(dim=1).max()), 2)
+        width = max(int(chosen["lengths"].max()), 2)
         for name, value in chosen.items():
             if value.ndim > 1:
-                chosen[name] = value[:, : width if name in ("ids", "mask") else width - 1]
+                chosen[name] = value[:, : width if name == "ids" else width - 1]
         return replace(self, **chosen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,7 +100,7 @@ def gathered(experience: Experience, *, pad_id: int) -> Experience:
     """The experience of all processes in the order of ranks, on every process."""
     if world_size() == 1:
         return experience
-    return concatenated(_all_gather([experience.to("cpu")]), pad_id=pad_id).to(experience.ids.device)
+    return concatenated(all_gathered([experience.to("cpu")]), pad_id=pad_id).to(experience.ids.device)
 
 
 def score_experience(
@@ -131,38 +108,34 @@ def score_experience(
 ) -> Experience:
     """The experience of all processes with log-probs, values and reference log-probs of its rows.
 
-    Each process scores its own ``batches``. Where these are the very batches that are learned from first, the ratio is
-    EXACTLY 1 before an update: products of another height or width round differently, which float32 shows in the sixth
-    digit.
-
-    Args:
-        policy: the policy that drew the responses.
-        experience: responses of all processes.
-        batches: rows of this process, a batch at a time.
-        wanted: what to compute: "log_probs", "values", "reference".
+    Each process scores its own ``batches`` of rows. Where these are the batches that are learned from first, the ratio
+    is EXACTLY 1 before an update: products of another height or width round differently, which float32 shows in the
+    sixth digit.
     """
     device = experience.ids.device
     parts = [(rows, _scores(policy, experience.rows(rows), wanted)) for rows in (batch.to(device) for batch in batches)]
     if world_size() > 1:
-        parts = _all_gather([(rows.cpu(), {name: t.cpu() for name, t in scores.items()}) for rows, scores in parts])
-    whole: dict[str, Any] = {}
-    for rows, scores in parts:
-        for name, value in scores.items():
-            if name not in whole:
-                whole[name] = value.new_zeros(experience.response_mask.shape, device=device)
-            whole[name][rows.to(device), : value.shape[1]] = value.to(device)
-    return replace(experience, **whole)
+        parts = all_gathered([(rows.cpu(), {name: t.cpu() for name, t in scores.items()}) for rows, scores in parts])
+    return _with_scores(experience, parts)
 
 
 def score_rollout(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
     """A rollout of this process alone, scored by actor, critic and reference."""
     experience = Experience.from_rollout(rollout.to(policy.device), scores)
     wanted = [name for name in SCORED if name != "values" or policy.value_head is not None]
-    parts = []
-    for first in range(0, len(rollout), batch_size):
-        part: dict[str, Any] = {name: t[first : first + batch_size] for name, t in experience.tensors().items()}
-        parts.append(_scores(policy, replace(experience, **part), wanted))
-    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    batches = torch.arange(len(rollout), device=policy.device).split(batch_size)
+    return _with_scores(experience, [(rows, _scores(policy, experience.rows(rows), wanted)) for rows in batches])
+
+
+def _with_scores(experience: Experience, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Experience:
+    """The experience with scores that were computed for some rows at a time."""
+    device = experience.ids.device
+    whole: dict[str, Any] = {}
+    for rows, scores in parts:
+        for name, value in scores.items():
+            if name not in whole:
+                whole[name] = value.new_zeros(experience.response_mask.shape, device=device)
+            whole[name][rows.to(device), : value.shape[1]] = value.to(device)
     return replace(experience, **whole)
 
 
@@ -185,13 +158,9 @@ def _scores(policy: ActorCritic, part: Experience, wanted: Collection[Scored]) -
 def token_rewards(
     experience: Experience, kl: Float[Tensor, "b m"] | None, *, kl_weight: float, missing_eos_penalty: float
 ) -> Float[Tensor, "b m"]:
-    """Rewards of each token: minus the weighted KL, plus the score at the last token.
+    """Rewards of each token: minus the weighted KL (None where it is no part of them), and the score at the last one.
 
-    Args:
-        experience: responses with scores.
-        kl: estimate of the KL from the reference at each token; None where it is not part of the reward.
-        kl_weight: reward taken off for each nat.
-        missing_eos_penalty: taken off the score of a response that did not end by itself.
+    ``missing_eos_penalty`` is taken off the score of a response that did not end by itself.
     """
     mask = experience.response_mask
     scores = experience.scores - missing_eos_penalty * (~experience.finished).to(experience.scores)
@@ -219,8 +188,10 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _all_gather(own: list[T]) -> list[T]:
+def all_gathered(local: list[T]) -> list[T]:
     """The lists of all processes, concatenated in the order of ranks, on every process."""
+    if world_size() == 1:
+        return local
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, local)
     return [entry for part in parts for entry in part]

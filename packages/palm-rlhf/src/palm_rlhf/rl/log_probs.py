@@ -5,11 +5,10 @@ its step, so its log-probability is renormalised over that set, as stored at the
 update would leave out some of the tokens that were drawn. The KL from the reference is between the unfiltered
 distributions, which is why both are computed.
 
-Legend: b batch, n sequence, d feature, v vocabulary, k bytes of a packed kept set.
+Legend: b batch, m positions, r response tokens, d feature, v vocabulary, k bytes of a packed kept set.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,57 +43,37 @@ class PolicyOutput:
     bins: ValueBins | None = None
 
 
-def score_responses(
-    model: Any,
-    ids: Int[Tensor, "b n"],
-    mask: Bool[Tensor, "b n"],
-    response_mask: Bool[Tensor, "b m"],
-    *,
+def hidden_scores(
+    rows: Float[Tensor, "r d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, " r"],
+    kept: UInt8[Tensor, "r k"] | None,
     temperature: float,
-    kept: UInt8[Tensor, "b m k"] | None = None,
-    with_entropy: bool = False,
-    detach_output: bool = False,
-    needs_mask: bool = True,
-    **model_kwargs: Any,
-) -> PolicyOutput:
-    """Log-probabilities of the response tokens of right-padded rows.
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities of labels as sampled and unfiltered, and entropies, from states before the output layer."""
+    # the core's functions shift by one: a pair of each state and its label scores exactly that label
+    pairs = torch.stack((rows, rows), dim=1), weight, torch.stack((torch.zeros_like(labels), labels), dim=1)
+    if with_entropy:
+        unfiltered, entropy = (t[:, 0] for t in hidden_log_probs_and_entropy(*pairs, temperature=temperature))
+    else:
+        unfiltered, entropy = hidden_log_probs(*pairs, temperature=temperature)[:, 0], None
+    return unfiltered if kept is None else _kept_log_probs(rows, weight, labels, kept, temperature), unfiltered, entropy
 
-    Args:
-        model: in the protocol of ``lm_core.CausalLM``.
-        ids: prompts and responses.
-        mask: True at real tokens.
-        response_mask: True where the NEXT token is one of the response.
-        temperature: divides the logits.
-        kept: packed kept sets of every step; see ``pack_kept``.
-        with_entropy: also computes entropies.
-        detach_output: no gradient to the output layer's weight.
-        needs_mask: False for a causal model that never sees padding on the right.
-        **model_kwargs: passed to the model.
-    """
-    if needs_mask and not bool(mask.all()):
-        model_kwargs["mask"] = mask
-    labels = ids[:, 1:][response_mask]
-    weight = getattr(model, "output_weight", None)
-    if isinstance(weight, Tensor) and hasattr(model, "hidden"):
-        weight = weight.detach() if detach_output else weight
-        # only the positions before response tokens go through the output layer
-        rows = model.hidden(ids, **model_kwargs)[:, :-1][response_mask]
-        unfiltered, entropy = _label_log_probs(rows, weight, labels, temperature, with_entropy)
-        sampled = unfiltered
-        if kept is not None:
-            sampled = _kept_log_probs(rows, weight, labels, kept[response_mask], temperature)
-    else:  # logits are all the model offers
-        logits = model(ids, **model_kwargs)[:, :-1][response_mask]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-        every = logits.log_softmax(dim=-1)
-        unfiltered = every.gather(-1, labels[:, None])[:, 0]
-        entropy = -(every.exp() * every).sum(dim=-1) if with_entropy else None
-        sampled = unfiltered if kept is None else _masked_log_probs(logits, labels, kept[response_mask])
-    return PolicyOutput(
-        _scattered(sampled, response_mask),
-        _scattered(unfiltered, response_mask),
-        None if entropy is None else _scattered(entropy, response_mask),
-    )
+
+def logit_scores(
+    logits: Float[Tensor, "r v"],
+    labels: Int[Tensor, " r"],
+    kept: UInt8[Tensor, "r k"] | None,
+    temperature: float,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``hidden_scores`` of a model that offers nothing but logits."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    every = logits.log_softmax(dim=-1)
+    unfiltered = every.gather(-1, labels[:, None])[:, 0]
+    entropy = -(every.exp() * every).sum(dim=-1) if with_entropy else None
+    return unfiltered if kept is None else _masked_log_probs(logits, labels, kept), unfiltered, entropy
 
 
 def pack_kept(kept: Bool[Tensor, "*shape v"]) -> UInt8[Tensor, "*shape k"]:
@@ -107,19 +86,6 @@ def unpack_kept(packed: UInt8[Tensor, "*shape k"], vocab_size: int) -> Bool[Tens
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
     bits = (packed[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()
-
-
-def _label_log_probs(
-    rows: Float[Tensor, "r d"], weight: Float[Tensor, "v d"], labels: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities and entropies, in chunks of the vocabulary's logits."""
-    # the core's functions shift by one: a pair of each state and its label scores exactly that label
-    ids = torch.stack((torch.zeros_like(labels), labels), dim=1)
-    states = torch.stack((rows, rows), dim=1)
-    if not with_entropy:
-        return hidden_log_probs(states, weight, ids, temperature=temperature)[:, 0], None
-    log_probs, entropy = hidden_log_probs_and_entropy(states, weight, ids, temperature=temperature)
-    return log_probs[:, 0], entropy[:, 0]
 
 
 def _kept_log_probs(
@@ -142,7 +108,3 @@ def _kept_log_probs(
 def _masked_log_probs(logits: Float[Tensor, "r v"], labels: Tensor, kept: Tensor) -> Float[Tensor, " r"]:
     logits = logits.masked_fill(~unpack_kept(kept, logits.shape[-1]), -torch.inf)
     return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)
-
-
-def _scattered(t: Tensor, mask: Tensor) -> Tensor:
-    return t.new_zeros(mask.shape).masked_scatter(mask, t)

@@ -1,20 +1,12 @@
 """Losses of policies and critics per token, and the weights that make one number of them.
 
-- :func:`clipped_surrogate`: PPO's L^CLIP (arXiv 1707.06347, equation 7), as a loss; GRPO uses it too.
-- :func:`reinforce_loss`: minus advantage times log-probability (Williams 1992).
-- :func:`clipped_value_loss`: squared error with the step from the old value clipped.
-- :func:`token_weights`: mean over tokens; GRPO's mean over responses of means over tokens (arXiv 2402.03300, equation
-  3); Dr. GRPO's constant divisor (arXiv 2503.20783).
-
 Losses are per token and not yet masked: multiplied by ``token_weights`` and summed they are the loss of the GLOBAL
 minibatch, so that parts on several processes add up to it exactly.
 
 Legend: b batch, t tokens.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,8 +17,7 @@ from lm_core.checks import typed
 Aggregation = Literal["token", "sequence", "constant"]
 
 
-@dataclass(frozen=True)
-class Surrogate:
+class Surrogate(NamedTuple):
     """Loss of each token, the probability ratio new / old, and where clipping cuts the gradient off."""
 
     loss: Float[Tensor, "*shape"]
@@ -43,7 +34,7 @@ def clipped_surrogate(
     eps_clip: float = 0.2,
     eps_clip_high: float | None = None,
 ) -> Surrogate:
-    """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)``.
+    """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)`` (arXiv 1707.06347, equation 7).
 
     Args:
         log_probs: log-probs under the policy that is trained.
@@ -52,24 +43,12 @@ def clipped_surrogate(
         advantages: advantages of the tokens.
         eps_clip: distance the ratio may fall below 1 before its gradient is cut.
         eps_clip_high: distance it may rise; ``eps_clip`` by default.
-
-    Raises:
-        ValueError: a range is not positive, or ``eps_clip`` not below 1.
     """
     high = eps_clip if eps_clip_high is None else eps_clip_high
-    if not 0 < eps_clip < 1:
-        raise ValueError(f"eps_clip must be in (0, 1), got {eps_clip}")
-    if not 0 < high < math.inf:
-        raise ValueError(f"eps_clip_high must be a finite number above 0, got {high}")
     ratio = (log_probs - (log_probs if old_log_probs is None else old_log_probs).detach()).exp()
     plain = ratio * advantages
     bounded = ratio.clamp(1 - eps_clip, 1 + high) * advantages
     return Surrogate(-torch.minimum(plain, bounded), ratio, bounded < plain)
-
-
-def reinforce_loss(log_probs: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """``-A * log_prob``: the plain policy gradient, right for one pass over tokens of the same policy."""
-    return -advantages * log_probs
 
 
 @typed
@@ -87,16 +66,11 @@ def clipped_value_loss(
         old_values: values when the tokens were drawn.
         returns: targets.
         value_clip: None for the plain squared error.
-
-    Raises:
-        ValueError: ``value_clip`` is not positive.
     """
     plain = (values - returns).square()
     if value_clip is None:
         return 0.5 * plain, torch.zeros_like(plain, dtype=torch.bool)
-    if not 0 < value_clip < math.inf:
-        raise ValueError(f"value_clip must be a finite number above 0 or None, got {value_clip}")
-    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    near = values.clamp(old_values - value_clip, old_values + value_clip)
     bounded = (near - returns).square()
     return 0.5 * torch.maximum(plain, bounded), bounded > plain
 
@@ -109,8 +83,8 @@ def token_weights(
 
     Args:
         mask: True at response tokens of the whole (global) minibatch.
-        aggregation: "token" weighs all tokens alike, "sequence" all responses alike and the tokens within each,
-            "constant" divides by ``b * max_new_tokens`` whatever the responses' lengths.
+        aggregation: "token" weighs all tokens alike; "sequence" all responses alike and the tokens within each (arXiv
+            2402.03300, equation 3); "constant" divides by ``b * max_new_tokens`` (Dr. GRPO, arXiv 2503.20783).
         max_new_tokens: for "constant".
 
     Raises:

@@ -13,7 +13,7 @@ Legend: b batch, n sequence, m = n - 1, v vocabulary, k bins.
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.rl.log_probs import PolicyOutput, score_responses
+from palm_rlhf.rl.log_probs import PolicyOutput, hidden_scores, logit_scores
 from palm_rlhf.rl.value_bins import ValueBins
 
 Role = Literal["actor", "critic", "reference"]
@@ -105,16 +105,18 @@ class ActorCritic(nn.Module):
             self.critic = other or (shared if critic_lora else copy.deepcopy(actor))
         self.actor = actor
         pick_precision(precision, self.device)  # refuses what the device cannot do
-        self.actor_scope, self.critic_scope = None, None
-        if actor_lora:
-            self.actor_scope = _add_adapter(actor, actor_lora_scope, actor_lora_r, actor_dropout, adopt=True)
-        elif actor_dropout:
-            _set_dropout(actor, actor_dropout, "actor_dropout")
-        if critic_lora:
-            self.critic_scope = critic_lora_scope
-            _add_adapter(self.critic, critic_lora_scope, critic_lora_r, critic_dropout, adopt=False)
-        elif self.critic is not None and critic_dropout:
-            _set_dropout(self.critic, critic_dropout, "critic_dropout")
+        self.scopes: dict[Role, str | None] = {"actor": None, "critic": None, "reference": None}
+        parts: tuple[tuple[Role, Any, bool, str, int | None, float], ...] = (
+            ("actor", actor, actor_lora, actor_lora_scope, actor_lora_r, actor_dropout),
+            ("critic", self.critic, critic_lora, critic_lora_scope, critic_lora_r, critic_dropout),
+        )
+        for role, network, lora, scope, r, dropout in parts:
+            if network is not None and lora:
+                self.scopes[role] = _add_adapter(network, scope, r, dropout, adopt=role == "actor")
+            elif isinstance(network, PaLM) and dropout:
+                network.set_dropout(dropout)
+            elif network is not None and dropout:
+                raise ValueError(f"{role}_dropout without LoRA is set in the model's own configuration")
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
         #: whether learning needs the training mode; else old and new log-probs come from evaluation mode
         self.learns_in_training_mode = actor_dropout > 0 or critic_dropout > 0 or recomputes
@@ -147,31 +149,28 @@ class ActorCritic(nn.Module):
         return getattr(self.actor, "max_length", None)
 
     @contextlib.contextmanager
-    def as_role(self, role: Role) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def as_role(self, role: Role, mask: Tensor | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The language model of a role and its keyword arguments, with that role's adapter and precision active."""
         network = {"actor": self.actor, "critic": self.critic, "reference": self.reference or self.actor}[role]
-        scope = self._scope(role)
+        scope = self.scopes[role]
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.precision, self.device))
-            if isinstance(network, PaLM):
+            if isinstance(network, PaLM):  # causal, so that padding on the right changes nothing
                 yield network, {"disable_lora": True} if scope is None else {"finetune_scope": scope}
                 return
             if _has_adapters(network):
                 stack.enter_context(_active_adapter(network.model, scope))
-            yield network, {}
-
-    def _scope(self, role: Role) -> str | None:
-        return {"actor": self.actor_scope, "critic": self.critic_scope, "reference": None}[role]
+            yield network, {} if mask is None or bool(mask.all()) else {"mask": mask}
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the actor, in a fixed order."""
-        return _trained(self.actor, self.actor_scope)
+        return _trained(self.actor, self.scopes["actor"])
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Trained parameters of the critic and its head, in a fixed order."""
         if self.value_head is None:
             return []
-        return [*_trained(self.critic, self.critic_scope), *self.value_head.parameters()]
+        return [*_trained(self.critic, self.scopes["critic"]), *self.value_head.parameters()]
 
     def generate(self, prompts: Any, *, role: Role = "actor", **settings: Any) -> Generation:
         """Responses of the actor (or the reference); arguments as of ``lm_core.generate``."""
@@ -190,28 +189,31 @@ class ActorCritic(nn.Module):
         with_entropy: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities of responses under the actor or the reference."""
-        with self.as_role(role) as (network, arguments):
-            return score_responses(
-                network,
-                ids,
-                mask,
-                response_mask,
-                temperature=temperature,
-                kept=kept,
-                with_entropy=with_entropy,
-                detach_output=role == "reference" or self._scope(role) is not None,
-                needs_mask=not isinstance(network, PaLM),
-                **arguments,
-            )
+        labels = ids[:, 1:][response_mask]
+        sets = None if kept is None or role == "reference" else kept[response_mask]
+        with self.as_role(role, mask) as (network, arguments):
+            weight = getattr(network, "output_weight", None)
+            if isinstance(weight, Tensor) and hasattr(network, "hidden"):
+                if role == "reference" or self.scopes[role] is not None:
+                    weight = weight.detach()
+                # only the positions before response tokens go through the output layer
+                rows = network.hidden(ids, **arguments)[:, :-1][response_mask]
+                scores = hidden_scores(rows, weight, labels, sets, temperature, with_entropy)
+            else:
+                logits = network(ids, **arguments)[:, :-1][response_mask]
+                scores = logit_scores(logits, labels, sets, temperature, with_entropy)
+        blank = scores[0].new_zeros(response_mask.shape)
+        sampled, unfiltered = (blank.masked_scatter(response_mask, t) for t in scores[:2])
+        entropy = None if scores[2] is None else blank.masked_scatter(response_mask, scores[2])
+        return PolicyOutput(sampled, unfiltered, entropy)
 
     def value_logits(
         self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], response_mask: Bool[Tensor, "b m"]
     ) -> Float[Tensor, "b m k"]:
         """Outputs of the value head for positions 0 to n - 2."""
         assert self.value_head is not None
-        with self.as_role("critic") as (network, arguments):
-            padded = {} if isinstance(network, PaLM) or bool(mask.all()) else {"mask": mask}
-            hidden = network.hidden(ids, **padded, **arguments)[:, :-1].to(self.value_head.weight)
+        with self.as_role("critic", mask) as (network, arguments):
+            hidden = network.hidden(ids, **arguments)[:, :-1].to(self.value_head.weight)
         if self.pooled_values:
             positions = torch.arange(hidden.shape[1], device=ids.device)
             # the state before the first response token is the last that belongs to the prompt
@@ -240,7 +242,7 @@ class ActorCritic(nn.Module):
             mask: True at real tokens.
             response_mask: True where the next token is one of the response.
             temperature: temperature the responses were drawn at.
-            kept: packed kept sets they were drawn from.
+            kept: packed kept sets they were drawn from; see ``palm_rlhf.rl.log_probs.pack_kept``.
         """
         output = self.score(ids, mask, response_mask, temperature=temperature, kept=kept, with_entropy=True)
         if self.value_head is None:
@@ -255,12 +257,12 @@ def _language_model(x: Any, name: str) -> Any:
         if not x.causal:
             raise ValueError(f"{name} must be causal to be trained as a policy, got causal=False")
         return x
-    if _is_hugging_face(x) or isinstance(x, nn.Module) or callable(x):
-        network = as_causal_lm(x)
-        if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
-            raise ValueError(f"{name} must have parameters to train, got {type(x).__name__}")
-        return network
-    raise TypeError(f"{name} must be a PaLM or a causal language model, got {type(x).__name__}")
+    if not callable(x):
+        raise TypeError(f"{name} must be a PaLM or a causal language model, got {type(x).__name__}")
+    network = as_causal_lm(x)
+    if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
+        raise ValueError(f"{name} must have parameters to train, got {type(x).__name__}")
+    return network
 
 
 def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: bool, with_critic: bool) -> None:
@@ -304,20 +306,18 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, ado
     if isinstance(network, PaLM):
         if scope not in network.finetune_modules:
             network.add_finetune_params(scope, r, lora_dropout=dropout)
-            return scope
-        existing = network.scope_modules(scope).settings.r
-        if r is not None and r != existing:
+        elif r not in (None, existing := network.scope_modules(scope).settings.r):
             raise ValueError(f"finetune scope {scope!r} exists with lora_r {existing}, got {r}; choose another scope")
         return scope
     from peft import LoraConfig, get_peft_model
 
-    if _has_adapters(network):
-        if adopt and scope not in network.model.peft_config:
-            return str(network.model.active_adapter)
-        if scope in network.model.peft_config:
-            return scope
+    adapters = network.model.peft_config if _has_adapters(network) else {}
+    if scope in adapters:
+        return scope
+    if adapters and adopt:
+        return str(network.model.active_adapter)
     config = LoraConfig(r=r or 8, lora_alpha=r or 8, lora_dropout=dropout, target_modules="all-linear")
-    if _has_adapters(network):
+    if adapters:
         active = network.model.active_adapter
         network.model.add_adapter(scope, config)
         network.model.set_adapter(active)
@@ -325,9 +325,7 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, ado
         training = network.training
         network.model = get_peft_model(network.model, config, adapter_name=scope)
         network.train(training)
-    for name, parameter in network.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
+    _require_gradients([parameter for name, parameter in network.named_parameters() if ".lora_" in name])
     return scope
 
 
@@ -339,28 +337,19 @@ def _active_adapter(model: Any, scope: str | None) -> Iterator[None]:
         yield
         return
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def restore_gradients() -> None:  # peft freezes every adapter but the active one
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-    if scope is None:
-        try:
-            with model.disable_adapter():
-                yield
-        finally:
-            restore_gradients()
-        return
-    model.set_adapter(scope)
-    restore_gradients()
     try:
-        yield
+        with model.disable_adapter() if scope is None else contextlib.nullcontext():
+            if scope is not None:
+                model.set_adapter(scope)
+                _require_gradients(trainable)
+            yield
     finally:
-        model.set_adapter(before)
-        restore_gradients()
+        if scope is not None:
+            model.set_adapter(before)
+        _require_gradients(trainable)
 
 
-def _set_dropout(network: Any, dropout: float, name: str) -> None:
-    if not isinstance(network, PaLM):
-        raise ValueError(f"{name} without LoRA is set in the model's own configuration, unless it is a PaLM")
-    network.set_dropout(dropout)
+def _require_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Undoes what peft does on a switch, which freezes every adapter but the active one."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)

@@ -112,7 +112,7 @@ class Phase:
         """Resumes from ``state``."""
         self.number, self.updates, self.epoch, self.cursor = state["counters"]
         self.metrics, self.sums = dict(state["metrics"]), dict(state["sums"])
-        self.experience = Experience(**state["experience"]).to(self.device) if state["experience"] else None
+        self.experience = Experience.from_state(state["experience"]).to(self.device) if state["experience"] else None
 
 
 def combined(*parts: Mapping[str, float]) -> Sums:

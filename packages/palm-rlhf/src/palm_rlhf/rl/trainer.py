@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.checks import check_ids, check_positive, either, typed
-from lm_core.data.epochs import EpochOrder, seed_of
+from lm_core.data.epochs import EpochOrder, seed_of, shard
 from lm_core.distributed import rank, world_size
 from lm_core.generation.decoding import Filter
 from lm_core.training.metrics import MetricsLog
 from lm_core.training.session import TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
+from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.rewards import as_reward, check_scores
-from palm_rlhf.rl.arguments import TrainerArguments, sort_arguments
+from palm_rlhf.rl.arguments import sort_arguments
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import (
     Experience,
@@ -34,10 +35,10 @@ from palm_rlhf.rl.experience import (
     score_experience,
     token_rewards,
 )
-from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
+from palm_rlhf.rl.kl import kl_estimate
 from palm_rlhf.rl.objectives import GRPO, PPO, Objective
 from palm_rlhf.rl.policy import ActorCritic
-from palm_rlhf.rl.rollouts import Rollout, SamplingSettings, draw_rollout
+from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, new_token_limit
 from palm_rlhf.rl.state import ExtraWeights, Phase
 from palm_rlhf.rl.update import PolicyUpdate, update_metrics
 
@@ -107,29 +108,23 @@ class RLHFTrainer:
         trackers: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        arguments = sort_arguments(
-            policy=policy,
-            reward=reward,
-            prompts=prompts,
-            objective=objective,
-            config=config,
-            default=self.default_objective,
-            options=options,
+        policy, policy_options, reward, prompts, objective, config = sort_arguments(
+            policy, reward, prompts, objective or self.default_objective, config or RLConfig(), options
         )
-        self.objective = objective = arguments.objective
-        self.config = config = arguments.config
+        self.objective = objective
+        self.config = config
         self.epochs = config.epochs or objective.epochs
         if not objective.uses_ratio and self.epochs > 1:
             raise ValueError(f"epochs must be 1 with {type(objective).__name__}, got {self.epochs}")
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.prompts: list[Prompt] = []
-        if arguments.prompts is not None:
-            self.prompts = load_prompts(arguments.prompts, tokenizer=tokenizer)
-            check_prompts(self.prompts, getattr(arguments.policy, "num_tokens", None))
+        if prompts is not None:
+            self.prompts = load_prompts(prompts, tokenizer=tokenizer)
+            check_prompts(self.prompts, getattr(policy, "num_tokens", None))
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
-        self.reward = None if arguments.reward is None else as_reward(arguments.reward)
-        self.kl = KLCoefficient(objective.kl_div_loss_weight, target=objective.kl_target, horizon=objective.kl_horizon)
+        self.reward = None if reward is None else as_reward(reward)
+        self.kl = objective.kl_coefficient()
         self.session = TrainingSession(
             type(self).__name__,
             config=config,
@@ -140,7 +135,11 @@ class RLHFTrainer:
         )
         self.device = self.session.device
         self.checkpoint_dir = self.session.checkpoint_dir
-        self.actor_critic = policy = _policy(arguments).to(self.device)
+        if not isinstance(policy, ActorCritic):
+            policy = ActorCritic(policy, **policy_options, with_critic=objective.needs_values)
+        elif objective.needs_values and policy.value_head is None:
+            raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
+        self.actor_critic = policy.to(self.device)
         policy.precision = config.precision
         if self.prompts:
             check_prompts(self.prompts, policy.vocab_size)
@@ -148,6 +147,9 @@ class RLHFTrainer:
             reward_model.to(self.device)
         self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
         self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard)
+        self.actor_parameters = self.update.actor_parameters
+        self.critic_parameters = self.update.critic_parameters
+        self.optimizer = self.update.optimizer
         self.phase = Phase(
             seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size, device=self.device
         )
@@ -175,21 +177,6 @@ class RLHFTrainer:
         """Completed optimizer updates."""
         return self.phase.updates
 
-    @property
-    def actor_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters of the actor."""
-        return self.update.actor_parameters
-
-    @property
-    def critic_parameters(self) -> list[nn.Parameter]:
-        """Trained parameters of the critic."""
-        return self.update.critic_parameters
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Optimizer of actor and critic."""
-        return self.update.optimizer
-
     # --------------------------------------------------------------------------------------------- drawing responses
 
     @typed
@@ -199,45 +186,33 @@ class RLHFTrainer:
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
         eos_id: int | None = None,
-        temperature: float = 1.0,
-        filters: Sequence[Filter] = (),
-        min_new_tokens: int = 0,
-        stop_strings: Sequence[str] = (),
         eos_token: int | None = None,
+        filters: Sequence[Filter] = (),
+        stop_strings: list[str] | tuple[str, ...] = (),
+        **settings: Any,
     ) -> SamplingSettings:
-        """Sampling settings for ``rollout``, with the tokenizer's EOS by default. Arguments as of ``train``.
+        """Sampling settings for ``rollout``, with the tokenizer's EOS by default; see ``SamplingSettings``.
 
         Raises:
             ValueError: neither length is given, or a number is out of range.
         """
         if max_seq_len is None and max_new_tokens is None:
             raise ValueError("give max_new_tokens or max_seq_len, got neither")
-        if max_new_tokens is not None:
-            check_positive(max_new_tokens, "max_new_tokens")
-        if max_seq_len is not None and max_seq_len < 2:
-            raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number above 0, got {temperature}")
-        if isinstance(stop_strings, str) or any(not stop for stop in stop_strings):
-            raise ValueError(f"stop_strings must be a list of non-empty strings, got {stop_strings!r}")
         if stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
-        if not 0 <= min_new_tokens <= (max_new_tokens or min_new_tokens):
-            raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
         eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
         eos = getattr(self.tokenizer, "eos_id", None) if eos_id is None else eos_id
         size = self.actor_critic.vocab_size
         if eos is not None and (eos < 0 or (size is not None and eos >= size)):
             raise ValueError(f"eos_id must be in [0, {size}), got {eos}")
         return SamplingSettings(
-            max_new_tokens=max_new_tokens or max_seq_len or 1,
+            max_new_tokens=max_seq_len if max_new_tokens is None else max_new_tokens,  # type: ignore[arg-type]
             max_seq_len=max_seq_len,
-            temperature=temperature,
             filters=tuple(filters),
             eos_id=eos,
-            min_new_tokens=min_new_tokens,
             stop_strings=tuple(stop_strings),
             pad_id=self.config.pad_id,
+            **settings,
         )
 
     def rollout(self, prompts: Any = None, *, sampling: SamplingSettings, seed: int | None = None) -> Rollout:
@@ -250,11 +225,9 @@ class RLHFTrainer:
         """
         chosen = self.prompts if prompts is None else load_prompts(prompts, tokenizer=self.tokenizer)
         check_prompts(chosen, self.actor_critic.vocab_size)
-        return self._rollout(chosen, sampling, self.config.seed if seed is None else seed)
-
-    def _rollout(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seed: int) -> Rollout:
+        seed = self.config.seed if seed is None else seed
         generator = torch.Generator(self.device).manual_seed(seed)
-        return draw_rollout(self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generator)
+        return draw_rollout(self.actor_critic, chosen, sampling, tokenizer=self.tokenizer, generator=generator)
 
     def score(self, rollout: Rollout) -> Tensor:
         """Rewards ``(b,)`` of a rollout.
@@ -266,32 +239,16 @@ class RLHFTrainer:
             raise ValueError("reward must be given to the trainer, or rewards to step, got reward=None")
         return check_scores(self.reward(rollout), len(rollout))
 
-    @torch.no_grad()
-    def best_of(
-        self, prompt: Any, *, num_samples: int, sampling: SamplingSettings, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, float]:
-        """The response with the highest reward among ``num_samples``: its ids without the prompt, and that reward."""
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
-        device = None if generator is None else generator.device
-        seed = int(torch.randint(2**31, (), generator=generator, device=device))
-        rollout = self.rollout(prompts, sampling=sampling, seed=seed)
-        scores = self.score(rollout) if num_samples > 1 or self.reward is not None else torch.zeros(1)
-        best = int(scores.argmax())
-        return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
-
     @typed
+    @torch.no_grad()
     def generate(
         self,
         max_seq_len: int,
         prompt: Any,
         num_samples: int = 4,
         *,
-        eos_id: int | None = None,
-        temperature: float = 1.0,
         generator: torch.Generator | None = None,
-        eos_token: int | None = None,
+        **sampling: Any,
     ) -> Tensor:
         """The best of ``num_samples`` responses by reward: 1-D ids without the prompt.
 
@@ -299,17 +256,20 @@ class RLHFTrainer:
             max_seq_len: tokens of prompt and response together.
             prompt: ids, text or chat.
             num_samples: responses to choose from.
-            eos_id: ends a response (alias ``eos_token``).
-            temperature: divides the logits.
             generator: source of randomness.
-            eos_token: see ``eos_id``.
+            **sampling: further arguments of ``sampling``, such as ``temperature`` and ``eos_id``.
 
         Raises:
             ValueError: a number is out of range, or there is no reward to choose by.
         """
-        eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
-        sampling = self.sampling(max_seq_len=max_seq_len, eos_id=eos_id, temperature=temperature)
-        return self.best_of(prompt, num_samples=num_samples, sampling=sampling, generator=generator)[0]
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
+        device = None if generator is None else generator.device
+        seed = int(torch.randint(2**31, (), generator=generator, device=device))
+        rollout = self.rollout(prompts, sampling=self.sampling(max_seq_len=max_seq_len, **sampling), seed=seed)
+        best = 0 if num_samples == 1 and self.reward is None else int(self.score(rollout).argmax())
+        return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])]
 
     def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
         """The experience of one phase, of all processes, and some samples of this process."""
@@ -319,16 +279,15 @@ class RLHFTrainer:
         prompts = [self.prompts[index] for index in taken for _ in range(group_size)]
         # each chunk has a generator of its own, so draws do not depend on how chunks are shared among processes
         batch_size = min(batch_size, -(-count // world_size()))
-        starts = list(range(0, count, batch_size))
-        local = range(rank() * len(starts) // world_size(), (rank() + 1) * len(starts) // world_size())
-        if len(local) == 0:
+        local = shard(list(range(-(-count // batch_size))), rank(), world_size())
+        if not local:
             raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
         parts: list[Experience] = []
         samples: list[dict[str, Any]] = []
         for chunk in local:
-            chosen = prompts[starts[chunk] : starts[chunk] + batch_size]
+            chosen = prompts[chunk * batch_size : (chunk + 1) * batch_size]
             seed = seed_of(self.config.seed, "responses", self.phase.number, chunk)
-            rollout = self._rollout(chosen, sampling, seed)
+            rollout = self.rollout(chosen, sampling=sampling, seed=seed)
             scores = self.score(rollout)
             parts.append(Experience.from_rollout(rollout, scores))
             samples += rollout.samples(scores, self.config.samples_logged - len(samples))
@@ -359,22 +318,21 @@ class RLHFTrainer:
             self._next_update()
         return self._end()
 
-    def _begin(self, drawn: Experience) -> None:
+    def _begin(self, experience: Experience) -> None:
         """Computes what the objective needs of new responses, in the very batches of the first pass."""
         objective = self.objective
         penalized = bool(self.kl.value) and objective.kl_in == "reward"
         wanted: set[Scored] = set()
-        if penalized or (objective.uses_ratio and not self.phase.learns_once(len(drawn))):
+        if penalized or (objective.uses_ratio and not self.phase.learns_once(len(experience))):
             wanted.add("log_probs")
         if objective.needs_values:
             wanted.add("values")
         if self.kl.value:
             wanted.add("reference")
-        experience = drawn
         if wanted:
-            minibatches = self.phase.first_minibatches(len(drawn))
+            minibatches = self.phase.first_minibatches(len(experience))
             batches = [part for rows in minibatches for part in self.update.micro_batches(rows)]
-            experience = score_experience(self.actor_critic, drawn, batches, wanted=wanted)
+            experience = score_experience(self.actor_critic, experience, batches, wanted=wanted)
         kl = None
         if penalized:
             assert experience.unfiltered is not None
@@ -422,12 +380,7 @@ class RLHFTrainer:
         max_seq_len: int | None = None,
         eos_token: int | None = None,
         temperature: float = 1.0,
-        *,
-        max_new_tokens: int | None = None,
-        eos_id: int | None = None,
-        filters: Sequence[Filter] = (),
-        min_new_tokens: int = 0,
-        stop_strings: Sequence[str] = (),
+        **sampling: Any,
     ) -> PolicyResult:
         """Trains; an episode is one response, of any length.
 
@@ -437,46 +390,48 @@ class RLHFTrainer:
             update_timesteps: responses drawn before learning from them.
             max_batch_size: responses drawn at a time.
             max_seq_len: tokens of prompt and response together at most.
-            eos_token: see ``eos_id``.
+            eos_token: ends a response; by default the tokenizer's EOS does (alias ``eos_id``).
             temperature: divides the logits.
-            max_new_tokens: tokens of a response at most.
-            eos_id: ends a response; by default the tokenizer's (alias ``eos_token``).
-            filters: filters of logits, such as ``functools.partial(top_p, p=0.9)``.
-            min_new_tokens: tokens before which no EOS is drawn.
-            stop_strings: end a response too.
+            **sampling: further fields of ``SamplingSettings``: ``max_new_tokens``, ``filters``, ``min_new_tokens``,
+                ``stop_strings``.
 
         Raises:
             ValueError: a number is out of range, or a prompt leaves no room.
             RuntimeError: another run is using the folder, or losses were not finite in too many updates in a row.
         """
-        for name, value in (
-            ("num_episodes", num_episodes),
-            ("max_timesteps", max_timesteps),
-            ("update_timesteps", update_timesteps),
-            ("max_batch_size", max_batch_size),
-        ):
-            check_positive(value, name)
+        check_positive(num_episodes, "num_episodes")
+        check_positive(max_timesteps, "max_timesteps")
+        check_positive(update_timesteps, "update_timesteps")
+        check_positive(max_batch_size, "max_batch_size")
         count = min(update_timesteps, num_episodes * max_timesteps)
         phases = num_episodes * max_timesteps // count
-        sampling = self.sampling(
-            max_seq_len=max_seq_len,
-            max_new_tokens=max_new_tokens,
-            eos_id=either(None, eos_id=eos_id, eos_token=eos_token),
-            temperature=temperature,
-            filters=filters,
-            min_new_tokens=min_new_tokens,
-            stop_strings=stop_strings,
-        )
-        self._check_trainable(sampling, count)
+        settings = self.sampling(max_seq_len=max_seq_len, eos_token=eos_token, temperature=temperature, **sampling)
+        if not self.prompts:
+            raise ValueError("prompts must be given to the trainer for train, got none")
+        new_token_limit(self.actor_critic, self.prompts, settings)
+        if self.reward is None:
+            raise ValueError("reward must be given to the trainer for train, got None")
+        if self.objective.missing_eos_penalty and settings.eos_id is None and not settings.stop_strings:
+            raise ValueError("missing_eos_penalty needs an end: give eos_id, stop_strings or a tokenizer with an EOS")
+        if count % self.objective.group_size:
+            size = self.objective.group_size
+            raise ValueError(f"update_timesteps must be a multiple of group_size {size}, got {count}")
         rows: list[dict[str, float]] = []
         phase = self.phase
         self.session.max_steps = phases * phase.updates_of(count)
-        with self.session.run() as session, self._sample_log() as sample_log:
+        with (
+            self.session.run() as session,
+            MetricsLog(
+                None if session.folder is None else session.folder.path / "samples.jsonl",
+                resume_step=session.step - 1,  # samples are written before the first update of their phase
+                is_main=rank() == 0,
+            ) as sample_log,
+        ):
             started = time.monotonic()
             for _ in session.steps(session.step + phase.remaining(phases, count)):
                 if phase.experience is None:
                     started = time.monotonic()
-                    experience, samples = self._draw(sampling, count, max_batch_size)
+                    experience, samples = self._draw(settings, count, max_batch_size)
                     self._begin(experience)
                     phase.metrics["rollout_seconds"] = time.monotonic() - started
                     sample_log.log(phase.updates, samples=json.dumps(samples))
@@ -488,31 +443,6 @@ class RLHFTrainer:
                     session.log(rows[-1])
         return session.result(PolicyResult, phases=phase.number, metrics=rows)
 
-    def _sample_log(self) -> MetricsLog:
-        """Log of sample responses, written before the first update of their phase; only of the main process."""
-        folder = self.session.folder
-        return MetricsLog(
-            Path() if folder is None else folder.path / "samples.jsonl",
-            resume_step=self.session.step - 1,
-            is_main=rank() == 0 and folder is not None,
-        )
-
-    def _check_trainable(self, sampling: SamplingSettings, count: int) -> None:
-        if not self.prompts:
-            raise ValueError("prompts must be given to the trainer for train, got none")
-        longest = max(prompt.ids.shape[0] for prompt in self.prompts)
-        limits = {"max_seq_len": sampling.max_seq_len, "the model's limit": self.actor_critic.max_length}
-        for name, limit in limits.items():
-            if limit is not None and longest >= limit:
-                raise ValueError(f"prompts must be shorter than {name} {limit}, the longest has {longest} tokens")
-        if self.reward is None:
-            raise ValueError("reward must be given to the trainer for train, got None")
-        if self.objective.missing_eos_penalty and sampling.eos_id is None and not sampling.stop_strings:
-            raise ValueError("missing_eos_penalty needs an end: give eos_id, stop_strings or a tokenizer with an EOS")
-        if count % self.objective.group_size:
-            size = self.objective.group_size
-            raise ValueError(f"update_timesteps must be a multiple of group_size {size}, got {count}")
-
 
 class GRPOTrainer(RLHFTrainer):
     """``RLHFTrainer`` with the objective ``GRPO``, without a critic.
@@ -521,13 +451,3 @@ class GRPOTrainer(RLHFTrainer):
     """
 
     default_objective: ClassVar[type[Objective]] = GRPO
-
-
-def _policy(arguments: TrainerArguments) -> ActorCritic:
-    """The policy that was given, or one made of the network, adapters included."""
-    objective, policy = arguments.objective, arguments.policy
-    if not isinstance(policy, ActorCritic):
-        return ActorCritic(policy, **arguments.policy_options, with_critic=objective.needs_values)
-    if objective.needs_values and policy.value_head is None:
-        raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
-    return policy

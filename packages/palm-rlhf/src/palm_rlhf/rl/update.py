@@ -10,14 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lm_core.causal_lm import eval_mode
 from lm_core.distributed import all_reduce_gradients, rank, world_size
 from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
 from palm_rlhf.rl.config import RLConfig
-from palm_rlhf.rl.experience import Experience
+from palm_rlhf.rl.experience import Experience, all_gathered
 from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
 from palm_rlhf.rl.losses import token_weights
 from palm_rlhf.rl.objectives import Objective
@@ -26,15 +24,7 @@ from palm_rlhf.rl.state import Sums, combined, is_maximum
 
 
 class PolicyUpdate:
-    """Optimizer updates of a policy.
-
-    Args:
-        policy: the policy that is trained.
-        objective: advantages and losses.
-        config: optimizer and batches.
-        kl: weight of the KL from the reference.
-        guard: skips updates that are not finite.
-    """
+    """Optimizer updates of a policy."""
 
     def __init__(
         self,
@@ -55,12 +45,7 @@ class PolicyUpdate:
         self.guard = guard
 
     def __call__(self, experience: Experience, rows: Tensor, *, number: int) -> Sums:
-        """Learns from some rows of an experience.
-
-        Args:
-            experience: experience of all processes, with advantages.
-            rows: the minibatch of all processes.
-            number: number of this update, for messages.
+        """Learns from some rows of the experience of all processes.
 
         Returns:
             Measured sums over the tokens of all processes; see ``update_metrics``.
@@ -75,7 +60,7 @@ class PolicyUpdate:
             for group in (self.actor_parameters, self.critic_parameters)
             if group
         ]
-        total = _over_processes(sums)
+        total = combined(*all_gathered([{name: float(value) for name, value in sums.items()}]))
         norm = torch.stack([part.float() for part in norms]).sum()
         if self.guard.allows(number, torch.tensor(total["loss"]), norm):
             self.optimizer.step()
@@ -89,7 +74,7 @@ class PolicyUpdate:
             experience.response_mask[rows], objective.aggregation, max_new_tokens=objective.constant_length
         )
         sums: dict[str, Tensor] = {}
-        with _training_mode(self.policy):
+        with _learning_mode(self.policy):
             for part in self.micro_batches(torch.arange(rows.shape[0], device=rows.device)):
                 loss, measured = self.loss(experience.rows(rows[part]), weights[part])
                 loss.backward()
@@ -104,12 +89,7 @@ class PolicyUpdate:
         return share.split(self.config.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
 
     def loss(self, batch: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of some rows in the loss of their minibatch, and sums for the metrics.
-
-        Args:
-            batch: rows of an experience with advantages.
-            weights: weights of the rows' tokens in the minibatch.
-        """
+        """The share of some rows in the loss of their minibatch, and sums for the metrics."""
         objective, mask = self.objective, batch.response_mask
         output = self.policy(batch.ids, batch.mask, mask, temperature=batch.temperature, kept=batch.kept)
         assert output.entropy is not None
@@ -164,49 +144,29 @@ class PolicyUpdate:
 
 def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a phase from the sums of its updates: means over updates, response tokens or responses."""
-    names = {
-        "updates": ("loss", "policy_loss", "value_loss", "grad_norm"),
-        "tokens": ("entropy", "clip_fraction", "ratio_mean", "step_kl", "value_clip_fraction", "kl_per_token"),
-        "responses": ("kl",),
-    }
-    sources = {
+    per_update = ("loss", "policy_loss", "value_loss", "grad_norm")
+    per_token = {
         "entropy": "entropy_tokens",
         "clip_fraction": "clipped_tokens",
         "ratio_mean": "ratio_tokens",
         "step_kl": "step_kl_tokens",
         "value_clip_fraction": "value_clipped_tokens",
         "kl_per_token": "kl_tokens",
-        "kl": "kl_tokens",
     }
-    metrics = {
-        name: sums[sources.get(name, name)] / max(sums[count], 1.0)
-        for count, group in names.items()
-        for name in group
-        if sources.get(name, name) in sums
-    }
+    means = [(name, name, "updates") for name in per_update]
+    means += [(name, source, "tokens") for name, source in per_token.items()]
+    means.append(("kl", "kl_tokens", "responses"))
+    metrics = {name: sums[source] / max(sums[count], 1.0) for name, source, count in means if source in sums}
     return metrics | ({"ratio_max": sums["ratio_max"]} if "ratio_max" in sums else {})
 
 
 @contextlib.contextmanager
-def _training_mode(policy: ActorCritic) -> Iterator[None]:
+def _learning_mode(policy: ActorCritic) -> Iterator[None]:
     """Training mode where dropout or recomputation needs it; else old and new log-probs come from the same mode."""
-    if not policy.learns_in_training_mode:
-        with eval_mode(policy):
-            yield
-        return
-    was_training = policy.training
-    policy.train()
+    modes = {module: module.training for module in policy.modules()}
+    policy.train(policy.learns_in_training_mode)
     try:
         yield
     finally:
-        policy.train(was_training)
-
-
-def _over_processes(sums: Mapping[str, Tensor]) -> Sums:
-    """Sums of all processes; one without rows has none."""
-    own = {name: float(value) for name, value in sums.items()}
-    if world_size() == 1:
-        return own
-    parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, own)
-    return combined(*parts)
+        for module, mode in modes.items():
+            module.training = mode

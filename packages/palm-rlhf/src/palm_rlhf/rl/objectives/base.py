@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lm_core.checks import check_above_zero, check_positive, typed
 from palm_rlhf.rl.experience import Experience
-from palm_rlhf.rl.kl import KLEstimator
+from palm_rlhf.rl.kl import KLCoefficient, KLEstimator
 from palm_rlhf.rl.log_probs import PolicyOutput
 from palm_rlhf.rl.losses import Aggregation, clipped_surrogate
 
@@ -80,16 +80,16 @@ class Objective(ABC):
     epochs: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "kl_horizon", "constant_length"):
-            if getattr(self, name) is not None:
-                check_positive(getattr(self, name), name)
+        check_positive(self.group_size, "group_size")
         if self.compares_responses and self.group_size < 2:
             raise ValueError(f"group_size must be at least 2 to compare responses to one prompt, got {self.group_size}")
-        check_above_zero(self.kl_target, "kl_target")
-        self._check_not_negative("kl_div_loss_weight", "beta_s")
+        self.kl_coefficient()  # checks its arguments
+        self._check_range(math.inf, "beta_s")
         if not math.isfinite(self.missing_eos_penalty):
             raise ValueError(f"missing_eos_penalty must be finite, got {self.missing_eos_penalty}")
-        if self.aggregation == "constant" and self.constant_length is None:
+        if self.constant_length is not None:
+            check_positive(self.constant_length, "constant_length")
+        elif self.aggregation == "constant":
             raise ValueError('aggregation "constant" needs constant_length, got None')
 
     @abstractmethod
@@ -105,15 +105,15 @@ class Objective(ABC):
             batch: rows of an experience with advantages.
         """
 
-    def _check_not_negative(self, *names: str) -> None:
-        for name in names:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+    def kl_coefficient(self) -> KLCoefficient:
+        """A new weight of the KL, fixed or adaptive."""
+        return KLCoefficient(self.kl_div_loss_weight, target=self.kl_target, horizon=self.kl_horizon)
 
-    def _check_unit(self, *names: str) -> None:
+    def _check_range(self, high: float, *names: str) -> None:
         for name in names:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not 0 <= value <= high or math.isinf(value):
+                raise ValueError(f"{name} must be a finite number in [0, {high}], got {value}")
 
 
 @typed
@@ -138,11 +138,12 @@ class ClippedObjective(Objective):
     def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
         """Minus the clipped surrogate of each token."""
         assert batch.advantages is not None
-        surrogate = clipped_surrogate(
-            scores.log_probs,
-            batch.log_probs,
-            batch.advantages,
-            eps_clip=self.eps_clip,
-            eps_clip_high=self.eps_clip_high,
+        return TokenLoss(
+            *clipped_surrogate(
+                scores.log_probs,
+                batch.log_probs,
+                batch.advantages,
+                eps_clip=self.eps_clip,
+                eps_clip_high=self.eps_clip_high,
+            )
         )
-        return TokenLoss(surrogate.loss, surrogate.ratio, surrogate.clipped)

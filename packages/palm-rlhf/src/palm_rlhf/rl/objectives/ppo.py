@@ -1,5 +1,6 @@
 """PPO with a token-level critic (arXiv 1707.06347; for language models arXiv 1909.08593)."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -42,8 +43,8 @@ class PPO(ClippedObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_above_zero(self.value_clip, "value_clip")
-        self._check_not_negative("value_loss_weight")
-        self._check_unit("gamma", "gae_lambda")
+        self._check_range(math.inf, "value_loss_weight")
+        self._check_range(1.0, "gamma", "gae_lambda")
 
     def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
         """Generalized advantages, and the returns that values are trained on."""

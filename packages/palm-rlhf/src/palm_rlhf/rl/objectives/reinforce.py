@@ -10,7 +10,6 @@ from lm_core.checks import typed
 from palm_rlhf.rl.advantages import discounted_returns, whiten
 from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.log_probs import PolicyOutput
-from palm_rlhf.rl.losses import reinforce_loss
 from palm_rlhf.rl.objectives.base import Objective, TokenLoss
 
 
@@ -31,7 +30,7 @@ class REINFORCE(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_unit("gamma")
+        self._check_range(1.0, "gamma")
 
     def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], None]:
         """Discounted returns minus their mean."""
@@ -44,4 +43,4 @@ class REINFORCE(Objective):
     def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
         """Minus the advantage times the log-prob of each token."""
         assert batch.advantages is not None
-        return TokenLoss(reinforce_loss(scores.log_probs, batch.advantages))
+        return TokenLoss(-batch.advantages * scores.log_probs)

@@ -1,0 +1,134 @@
+"""Rollouts: prompts with their responses, as rewards score them and policies learn from them.
+
+Legend: b batch, n sequence, m = n - 1 (aligned with the token that is predicted), k bytes of a packed kept set.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lm_core.nn.masking import prompt_mask_from_lengths, right_pad
+from palm_rlhf.data.prompts import Prompt
+
+R = TypeVar("R", bound="Rollout")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with responses.
+
+    Attributes:
+        ids: ``(b, n)`` prompt and response, right-padded.
+        prompt_lengths: ``(b,)`` tokens of each prompt.
+        lengths: ``(b,)`` tokens of prompt and response, EOS included.
+        finished: ``(b,)`` whether the response ended by EOS or a stop string.
+        temperature: sampling temperature.
+        kept: ``(b, n - 1, k)`` packed kept sets of a filtered draw.
+        texts: responses as text, where there is a tokenizer.
+        prompt_texts: prompts as text.
+        columns: columns of the prompts' dataset rows.
+    """
+
+    ids: Int[Tensor, "b n"]
+    prompt_lengths: Int[Tensor, " b"]
+    lengths: Int[Tensor, " b"]
+    finished: Bool[Tensor, " b"]
+    temperature: float = 1.0
+    kept: Tensor | None = None
+    texts: list[str] | None = None
+    prompt_texts: list[str | None] | None = None
+    columns: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def mask(self) -> Bool[Tensor, "b n"]:
+        """True at real tokens."""
+        return prompt_mask_from_lengths(self.lengths, self.ids.shape[1])
+
+    @property
+    def response_mask(self) -> Bool[Tensor, "b m"]:
+        """True where the NEXT token is one of the response, its EOS included."""
+        position = torch.arange(1, self.ids.shape[1], device=self.ids.device)
+        return (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
+
+    @property
+    def response_lengths(self) -> Int[Tensor, " b"]:
+        """Tokens of each response."""
+        return self.lengths - self.prompt_lengths
+
+    def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
+        """The first responses with their prompts and scores, for a log; token ids where there is no tokenizer."""
+        chosen = []
+        for row in range(min(max(number, 0), len(self))):
+            ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
+            chosen.append(
+                {
+                    "prompt": None if self.prompt_texts is None else self.prompt_texts[row],
+                    "response": ids if self.texts is None else self.texts[row],
+                    "reward": round(float(scores[row]), 4),
+                }
+            )
+        return chosen
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self: R, device: torch.device | str) -> R:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
+
+
+def rollout_of(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Tensor],
+    *,
+    finished: Sequence[bool] | None = None,
+    pad_id: int = 0,
+    temperature: float = 1.0,
+    texts: list[str] | None = None,
+) -> Rollout:
+    """A rollout of responses from elsewhere, such as another engine.
+
+    Args:
+        prompts: see ``load_prompts``.
+        responses: 1-D ids, EOS included, one for each prompt, at least one token each.
+        finished: whether each ended by itself; by default all did.
+        pad_id: fills rows after their end.
+        temperature: sampling temperature.
+        texts: responses as text.
+
+    Raises:
+        ValueError: the numbers differ, or a response is empty.
+    """
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(f"responses must be one for each of {len(prompts)} prompts, got {len(responses)}")
+    for row, response in enumerate(responses):
+        if response.ndim != 1 or response.shape[0] == 0:
+            raise ValueError(f"responses[{row}] must be 1-D with at least one token, got shape {tuple(response.shape)}")
+    ids, prompt_lengths, lengths = joined([p.ids.cpu() for p in prompts], [r.long().cpu() for r in responses], pad_id)
+    return Rollout(
+        ids=ids,
+        prompt_lengths=prompt_lengths,
+        lengths=lengths,
+        finished=torch.tensor([True] * len(prompts) if finished is None else list(finished)),
+        temperature=temperature,
+        texts=texts,
+        prompt_texts=[prompt.text for prompt in prompts],
+        columns=[prompt.columns for prompt in prompts],
+    )
+
+
+def joined(
+    prompts: Sequence[Tensor], responses: Sequence[Tensor], pad_id: int = 0
+) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """Right-padded ids of prompts with responses, lengths of the prompts, and lengths of both together."""
+    ids, mask = right_pad([torch.cat(both) for both in zip(prompts, responses, strict=True)], pad_id)
+    return ids, torch.tensor([prompt.shape[0] for prompt in prompts]), mask.sum(dim=1)

@@ -22,7 +22,7 @@ trainer = PretrainTrainer(
     model=palm,
     corpus=corpus,
     tokenizer=tokenizer,
-    checkpoint_dir="runs/sums",  # run the script again, and it goes on from here
+    checkpoint_dir="runs/sums",  # run the script again, and it resumes from here
     settings=TrainingSettings(max_steps=600, sequence_length=64, batch_size=8, learning_rate=5e-3, device="cpu"),
 )
 result = trainer.train()
@@ -32,6 +32,6 @@ prompt = torch.tensor(tokenizer.encode("7 + 5 = "))
 answer = palm.generate(max_new_tokens=6, prompt=prompt, temperature=0.0, eos_id=tokenizer.eos_id)
 print("7 + 5 =", tokenizer.decode(answer).strip())
 
-# What is in the checkpoint folder opens anywhere, with its tokenizer beside it.
+# What is in the checkpoint folder opens anywhere, with its tokenizer.
 again = PaLM.from_pretrained(result.checkpoints / f"step-{result.step}")
 print(f"opened again: {sum(parameter.numel() for parameter in again.parameters()):,} parameters")

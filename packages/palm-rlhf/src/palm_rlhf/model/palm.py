@@ -150,7 +150,7 @@ class PaLM(PretrainedMixin):
             self.add_finetune_params(scope)
 
     def init_weights(self) -> None:
-        """Draws all base weights anew.
+        """Draws all base weights again.
 
         | weight | distribution |
         |---|---|
@@ -324,7 +324,7 @@ class PaLM(PretrainedMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> Int[Tensor, "..."]:
-        """Token ids sampled behind ``prompt``, right-padded.
+        """Token ids sampled after ``prompt``, right-padded.
 
         Args:
             seq_len: total length, the (longest) prompt included.
@@ -333,7 +333,7 @@ class PaLM(PretrainedMixin):
             temperature: divides the logits, before the filter; 0 takes the most likely token.
             filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
             filter_thres: see there.
-            pad_value: written behind the end of a row (alias ``pad_id``).
+            pad_value: written after the end of a row (alias ``pad_id``).
             eos_token: ends a row (alias ``eos_id``).
             return_seq_without_prompt: False puts each row's prompt before its answer.
             use_tqdm: shows a progress bar.
@@ -496,7 +496,7 @@ class PaLM(PretrainedMixin):
         return {"finetune_scopes": entries}
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Makes the scopes those that ``config_state`` told, with weights still to be loaded."""
+        """Makes the scopes those of ``config_state``, with weights still to be loaded."""
         if "finetune_scopes" not in state:
             return
         for scope in list(self.finetune_modules):

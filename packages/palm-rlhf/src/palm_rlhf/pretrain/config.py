@@ -19,7 +19,7 @@ class TrainingSettings(CommonSettings):
         batch_size: rows a micro-batch, on each process.
         gradient_accumulation: micro-batches an update.
         compile: compiles the model with its loss (torch.compile).
-        fsdp: spreads weights and optimizer state over the processes.
+        fsdp: shards weights and optimizer state over the processes.
         validation_tokens: how much held-out text is scored; null for all.
     """
 

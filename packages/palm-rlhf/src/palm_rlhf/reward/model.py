@@ -1,6 +1,6 @@
 """Reward model: a PaLM with a head that scores responses (arXiv 2203.02155, section 3.5).
 
-The features of the response's tokens are averaged (those of all tokens where no prompt is told apart) and mapped to a
+The features of the response's tokens are averaged (those of all tokens where the prompt is not marked) and mapped to a
 number, or to a distribution over bins whose expectation is the reward. Learned embeddings tell prompt from response.
 
 Legend: b batch, n sequence, d feature, k bins.
@@ -32,7 +32,7 @@ class RewardModel(PretrainedMixin):
         use_lora: trains a scope on the frozen base instead of the base.
         lora_r: rank of the scope.
         reward_lora_scope: its name; one that exists is used.
-        pooling: "response" averages the features of the response, where the prompt is told apart; "sequence" those of
+        pooling: "response" averages the features of the response, where the prompt is marked; "sequence" those of
             prompt and response.
 
     Raises:
@@ -73,7 +73,7 @@ class RewardModel(PretrainedMixin):
         return self.palm.config_state()
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Gives the network the scopes that ``config_state`` told."""
+        """Gives the network the scopes of ``config_state``."""
         self.palm.apply_config_state(state)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -95,7 +95,7 @@ class RewardModel(PretrainedMixin):
         """Makes rewards ``(reward - mean) / deviation`` from now on, by changing the head.
 
         Pairs say nothing of where rewards lie, and little of how far apart: a fixed scale is what makes weights of the
-        divergence, value losses and clipping comparable between reward models (arXiv 1909.08593, section 2.2).
+        KL, value losses and clipping comparable between reward models (arXiv 1909.08593, section 2.2).
 
         Raises:
             ValueError: outputs are bins, or a number is out of range.

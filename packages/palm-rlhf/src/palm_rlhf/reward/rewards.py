@@ -1,4 +1,4 @@
-"""Rewards: everything that scores responses, behind one call.
+"""Rewards: everything that scores responses, called in one way.
 
 | given | called with |
 |---|---|
@@ -7,7 +7,7 @@
 | callable ``(sequences, prompt_lengths) -> rewards`` | padded ids ``(b, n)`` and lengths |
 | callable with a parameter ``completions`` | TRL's ``f(prompts=, completions=, **columns) -> list[float | None]`` |
 | list of these, or of ``(weight, reward)`` | each in turn; the weighted sum |
-| ``"module:function"`` | whatever the function is |
+| ``"module:function"`` | as the function that it names |
 
 A None from a text callable leaves that term out for that response.
 """

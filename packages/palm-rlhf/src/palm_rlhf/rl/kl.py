@@ -1,4 +1,4 @@
-"""Divergence from the reference policy: estimates from sampled tokens, and the coefficient that weighs them.
+"""KL from the reference policy: estimates from sampled tokens, and the coefficient that weighs them.
 
 The estimators k1, k2 and k3 are Schulman's ("Approximating KL divergence", 2020): with x drawn from the policy and
 r = reference(x) / policy(x), k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. k1 and k3 are unbiased; k3 is
@@ -38,12 +38,12 @@ def kl_estimate(
 
 
 class KLCoefficient:
-    """Weight of the divergence: fixed, or steered towards a target (arXiv 1909.08593, section 2.2).
+    """Weight of the KL: fixed, or steered towards a target (arXiv 1909.08593, section 2.2).
 
     Args:
         value: the weight, at first.
         target: nats a response to steer towards; None keeps the weight as it is.
-        horizon: responses after which a divergence of twice the target has raised the weight by about a fifth.
+        horizon: responses after which a KL of twice the target has raised the weight by about a fifth.
 
     Raises:
         ValueError: a number is out of range.
@@ -58,10 +58,10 @@ class KLCoefficient:
         check_positive(horizon, "kl_horizon")
         self.value, self.target, self.horizon = float(value), target, horizon
 
-    def update(self, divergence: float, responses: int) -> None:
-        """Tells the mean divergence (nats a response) of so many new responses."""
+    def update(self, kl: float, responses: int) -> None:
+        """Takes the mean KL (nats a response) of so many new responses."""
         if self.target is not None:
-            error = min(max(divergence / self.target - 1, -0.2), 0.2)
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * responses / self.horizon
 
     def state_dict(self) -> dict[str, float]:
@@ -69,5 +69,5 @@ class KLCoefficient:
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Goes on with the weight of ``state``."""
+        """Resumes with the weight of ``state``."""
         self.value = float(state["value"])

@@ -135,8 +135,7 @@ class ActorCritic(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        device: torch.device = next(self.actor.parameters()).device
-        return device
+        return torch.device(next(self.actor.parameters()).device)
 
     @property
     def vocab_size(self) -> int | None:

@@ -262,8 +262,7 @@ class RLHFTrainer:
         Raises:
             ValueError: a number is out of range, or there is no reward to choose by.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        check_positive(num_samples, "num_samples")
         prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
         device = None if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
@@ -380,6 +379,8 @@ class RLHFTrainer:
         max_seq_len: int | None = None,
         eos_token: int | None = None,
         temperature: float = 1.0,
+        *,
+        eos_id: int | None = None,
         **sampling: Any,
     ) -> PolicyResult:
         """Trains; an episode is one response, of any length.
@@ -390,8 +391,9 @@ class RLHFTrainer:
             update_timesteps: responses drawn before learning from them.
             max_batch_size: responses drawn at a time.
             max_seq_len: tokens of prompt and response together at most.
-            eos_token: ends a response; by default the tokenizer's EOS does (alias ``eos_id``).
+            eos_token: see ``eos_id``.
             temperature: divides the logits.
+            eos_id: ends a response; by default the tokenizer's.
             **sampling: further fields of ``SamplingSettings``: ``max_new_tokens``, ``filters``, ``min_new_tokens``,
                 ``stop_strings``.
 
@@ -405,7 +407,8 @@ class RLHFTrainer:
         check_positive(max_batch_size, "max_batch_size")
         count = min(update_timesteps, num_episodes * max_timesteps)
         phases = num_episodes * max_timesteps // count
-        settings = self.sampling(max_seq_len=max_seq_len, eos_token=eos_token, temperature=temperature, **sampling)
+        sampling |= {"eos_id": either(None, eos_id=eos_id, eos_token=eos_token), "temperature": temperature}
+        settings = self.sampling(max_seq_len=max_seq_len, **sampling)
         if not self.prompts:
             raise ValueError("prompts must be given to the trainer for train, got none")
         new_token_limit(self.actor_critic, self.prompts, settings)

@@ -240,8 +240,7 @@ class PaLM(PretrainedMixin):
                 cache.remember(scope, extra_embed)
             cache.masked = mask is not None
             cache.advance(x.shape[1])
-        features: Tensor = call(self.norm, h)
-        return features
+        return call(self.norm, h)
 
     def forward(
         self,
@@ -592,8 +591,7 @@ class PaLM(PretrainedMixin):
 
     def _embed(self, x: Tensor, call: Callable[[nn.Module, Tensor], Any]) -> Tensor:
         try:
-            embedded: Tensor = call(self.token_emb, x)
+            return call(self.token_emb, x)
         except IndexError:
             check_ids(x, self.num_tokens, "x")
             raise
-        return embedded

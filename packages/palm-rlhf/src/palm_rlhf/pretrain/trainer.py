@@ -130,8 +130,7 @@ class PretrainTrainer:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, from the beginning of ``train`` on."""
-        optimizer: torch.optim.Optimizer = self.session.optimizer
-        return optimizer
+        return self.session.optimizer
 
     def train(self) -> TrainingResult:
         """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.

@@ -8,7 +8,7 @@ Legend: b batch (of all processes), n sequence, m = n - 1, k bytes of a packed k
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from palm_rlhf.rl.policy import ActorCritic
 
 T = TypeVar("T")
 Scored = Literal["log_probs", "values", "reference"]
-SCORED: tuple[Scored, ...] = ("log_probs", "values", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +121,13 @@ def score_experience(
 def score_rollout(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
     """A rollout of this process alone, scored by actor, critic and reference."""
     experience = Experience.from_rollout(rollout.to(policy.device), scores)
-    wanted = [name for name in SCORED if name != "values" or policy.value_head is not None]
-    batches = torch.arange(len(rollout), device=policy.device).split(batch_size)
-    return _with_scores(experience, [(rows, _scores(policy, experience.rows(rows), wanted)) for rows in batches])
+    wanted: set[Scored] = {"log_probs", "reference"} if policy.value_head is None else set(get_args(Scored))
+    parts = []
+    for rows in torch.arange(len(rollout), device=policy.device).split(batch_size):
+        # columns of padding stay: a product of another width would round differently
+        part: dict[str, Any] = {name: t[rows] for name, t in experience.tensors().items()}
+        parts.append((rows, _scores(policy, replace(experience, **part), wanted)))
+    return _with_scores(experience, parts)
 
 
 def _with_scores(experience: Experience, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Experience:

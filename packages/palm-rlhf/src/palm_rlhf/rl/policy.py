@@ -218,8 +218,7 @@ class ActorCritic(nn.Module):
             # the state before the first response token is the last that belongs to the prompt
             prompt = positions <= response_mask.int().argmax(dim=1, keepdim=True)
             hidden = masked_mean(hidden, prompt, dim=1, keepdim=True).expand_as(hidden)
-        logits: Tensor = self.value_head(hidden)
-        return logits
+        return self.value_head(hidden)
 
     def values(self, logits: Float[Tensor, "b m k"]) -> Float[Tensor, "b m"]:
         """Values from the head's output."""

@@ -130,11 +130,11 @@ def make_palm():
 def trained():
     """``trained(module)``: the module in evaluation mode with every weight moved, so that each of them counts."""
 
-    def move(module, seed=1):
-        generator = torch.Generator().manual_seed(seed)
+    def move(module):
+        generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                noise = torch.randn(parameter.shape, generator=generator)
                 parameter += (0.2 if name.endswith("gamma") else 0.3) * noise
         return module.eval()
 
@@ -173,10 +173,10 @@ def random_model(make_palm):
 @pytest.fixture(scope="session")
 def make_hugging_face():
     """A tiny Hugging Face model of 13 tokens with logits of order one, in evaluation mode."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
 
     def make(kind="llama"):
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("peft")
         torch.manual_seed(0)
         common = {"vocab_size": 13, "initializer_range": 0.4}
         if kind == "gpt2":

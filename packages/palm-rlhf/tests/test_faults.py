@@ -1,4 +1,4 @@
-"""Kills, Ctrl-C, damaged checkpoints, a full disk, a dying rank: a run goes on, to the weights it would have had.
+"""Kills, Ctrl-C, damaged checkpoints, a full disk, a dying rank: a run resumes to the weights it would have had.
 
 ``LM_FAULT_KILLS`` sets the number of random kills (5 by default). Runs that are killed at random are forked from one
 interpreter that has everything imported, so that kills land in training and not in imports.
@@ -203,7 +203,7 @@ def test_a_policy_killed_at_random_moments_loses_at_most_the_work_since_its_chec
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_an_interrupt_saves_a_checkpoint_and_says_how_to_go_on(train, text, tmp_path, number):
+def test_an_interrupt_saves_a_checkpoint_and_prints_how_to_resume(train, text, tmp_path, number):
     folder, flags = tmp_path / "stopped", ["--max_steps=100", "--checkpoint_every=1000"]
     arguments = ["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
     process = subprocess.Popen(
@@ -324,7 +324,7 @@ else:
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_rank_that_dies_is_reported_and_the_run_goes_on(text, tmp_path, run_worker):
+def test_a_rank_that_dies_is_reported_and_the_run_resumes(text, tmp_path, run_worker):
     died, resumed = (run_worker(DYING_RANK, tmp_path, name, text) for name in ("die", "resume"))
 
     assert died.returncode != 0

@@ -204,7 +204,7 @@ def filled(palm, ids, **settings_):
     return cache
 
 
-def test_a_cloned_cache_goes_on_like_its_original(make_palm, trained):
+def test_a_cloned_cache_continues_like_its_original(make_palm, trained):
     palm, ids, new = make_palm(finetune_scopes=("actor",)).double(), torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5]])
     trained(palm.finetune_modules)
     settings_ = {"finetune_scope": "actor", "extra_embed": torch.ones(16)}

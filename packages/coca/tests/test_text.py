@@ -74,7 +74,7 @@ def test_loss_does_not_depend_on_padding_or_its_side(make_coca, make_batch):
 def test_left_padding_without_a_mask_is_refused(make_coca, make_batch):
     model, (text, tokens) = make_coca(), make_batch()
 
-    with pytest.raises(ValueError, match=r"must not begin with padding .*rows \[0, 1, 2, 3\]; pass mask="):
+    with pytest.raises(ValueError, match=r"must not begin with padding .* unless mask= .*rows \[0, 1, 2, 3\]"):
         model(padded(text, 2, 0), image_tokens=tokens)
 
 

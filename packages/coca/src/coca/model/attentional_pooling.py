@@ -25,19 +25,15 @@ class Pooler(nn.Module):
     """Learned queries that attend to tokens; the result is normalised.
 
     Args:
-        dim: features of the result.
-        context_dim: features of the tokens.
         queries: how many.
-        dim_head: features of a head.
-        heads: query heads.
+        dim: features of the result.
+        **sizes: further ones of ``CrossAttention``.
     """
 
-    def __init__(self, *, dim: int, context_dim: int, queries: int, dim_head: int, heads: int) -> None:
+    def __init__(self, *, queries: int, dim: int, **sizes: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, dim))
-        self.attention = CrossAttention(
-            dim=dim, context_dim=context_dim, dim_head=dim_head, heads=heads, norm_context=True
-        )
+        self.attention = CrossAttention(dim=dim, norm_context=True, **sizes)
         self.norm = LayerNorm(dim)
 
     def forward(self, tokens: Float[Tensor, "b m c"]) -> Float[Tensor, "b q d"]:
@@ -53,20 +49,20 @@ class AttentionalPooling(nn.Module):
         dim: features of both.
         image_dim: features of the image tokens.
         queries: captioning tokens; the contrastive embedding is one more.
-        dim_head: features of a head.
-        heads: query heads.
         pooling: "shared", "parallel" or "cascade"; see the module.
+        **sizes: ``dim_head`` and ``heads`` of ``CrossAttention``.
     """
 
-    def __init__(self, *, dim: int, image_dim: int, queries: int, dim_head: int, heads: int, pooling: Pooling) -> None:
+    def __init__(self, *, dim: int, image_dim: int, queries: int, pooling: Pooling, **sizes: int) -> None:
         super().__init__()
         self.pooling = pooling
         shared = pooling == "shared"
-        self.caption = Pooler(dim=dim, context_dim=image_dim, queries=queries + shared, dim_head=dim_head, heads=heads)
+        self.caption = Pooler(dim=dim, context_dim=image_dim, queries=queries + shared, **sizes)
         self.contrastive: Pooler | None = None
         if not shared:
-            context_dim = dim if pooling == "cascade" else image_dim
-            self.contrastive = Pooler(dim=dim, context_dim=context_dim, queries=1, dim_head=dim_head, heads=heads)
+            self.contrastive = Pooler(
+                dim=dim, context_dim=dim if pooling == "cascade" else image_dim, queries=1, **sizes
+            )
 
     def forward(self, tokens: Float[Tensor, "b m c"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b q d"]]:
         """The contrastive embedding and the captioning tokens."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coca.model.attentional_pooling import AttentionalPooling, Pooling
-from coca.model.captioning import CoCaCache, prefix_rows
+from coca.model.captioning import CoCaCache
 from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
 from coca.model.cross_attention import MultimodalLayer
 from coca.model.image_encoders import ImageEncoder, token_width
@@ -31,10 +31,10 @@ from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
 from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import check_positive, typed
-from lm_core.distributed import all_reduce_sum, world_size
+from lm_core.checks import check_ids, check_positive, typed
+from lm_core.distributed import all_reduce_sum
 from lm_core.generation.beam_search import beam_search
-from lm_core.generation.decoding import Filter, without_tokens
+from lm_core.generation.decoding import Filter, prompt_rows, without_tokens
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_k as keep_top_k
 from lm_core.generation.sampling import top_p as keep_top_p
@@ -153,7 +153,6 @@ class CoCa(PretrainedMixin):
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
         self.caption_loss_weight = caption_loss_weight
         self.contrastive_loss_weight = contrastive_loss_weight
-        self.contrastive_kind = loss
         self.max_logit_scale = max_logit_scale
         self.gradient_checkpointing = gradient_checkpointing
         # Preparation of the images in training; travels with checkpoints as preprocess.json.
@@ -217,8 +216,7 @@ class CoCa(PretrainedMixin):
         Raises:
             TypeError, ValueError: see ``coca.model.text_layout.layout_of``.
         """
-        layout = self._layout(text, mask)
-        embedding, states = self._unimodal(layout)
+        layout, embedding, states = self._unimodal(text, mask)
         return embedding, layout.restored(states)
 
     def embed_image(
@@ -235,12 +233,24 @@ class CoCa(PretrainedMixin):
         Raises:
             ValueError: none or both are given, there is no encoder, or the tokens have another width.
         """
-        embedding, pooled = self.pooling(self._image_tokens(images, image_tokens))
+        if (images is None) == (image_tokens is None):
+            raise ValueError(f"give images or image_tokens, got {'neither' if images is None else 'both'}")
+        if images is not None:
+            if self.img_encoder is None:
+                raise ValueError("images need an img_encoder, got img_encoder=None; or pass image_tokens")
+            image_tokens = self.img_encoder(images)
+        assert image_tokens is not None
+        if image_tokens.ndim != 3 or image_tokens.shape[-1] != self.image_dim or image_tokens.shape[1] == 0:
+            raise ValueError(
+                f"image_tokens must be (b, m, image_dim = {self.image_dim}) with at least one token, got shape "
+                f"{tuple(image_tokens.shape)}"
+            )
+        embedding, pooled = self.pooling(image_tokens)
         return embedding, pooled
 
     def encode_text(self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b l"]:
         """L2-normalised latents of texts: what retrieval and zero-shot classification compare. As ``embed_text``."""
-        return l2norm(self.text_to_latents(self._unimodal(self._layout(text, mask))[0]))
+        return l2norm(self.text_to_latents(self._unimodal(text, mask)[1]))
 
     def encode_image(
         self,
@@ -265,36 +275,26 @@ class CoCa(PretrainedMixin):
         process_group: Any = None,
         gather: bool = True,
     ) -> Any:
-        """Logits ``(b, n, v)``, or what the flags ask for.
+        """Logits ``(b, n, v)``, or what the flags ask for; logits at padding have no meaning.
+
+        The other arguments, and what is raised, are those of ``loss``.
 
         Args:
-            text: token ids; without a mask trailing ``pad_id`` are padding.
-            images: given to ``img_encoder``.
-            image_tokens: what an encoder returned, instead of images.
-            labels: see ``loss``.
             return_loss: the total of ``loss`` instead of logits.
             return_embeddings: ``(text, image)`` as ``embed_text`` and ``embed_image`` give them: neither projected nor
                 normalised, so not for comparison (``encode_text`` and ``encode_image`` are). Without an image the
                 second is None.
-            mask: True at real tokens, padding anywhere; logits at padding have no meaning.
-            process_group: see ``loss``.
-            gather: see ``loss``.
-
-        Raises:
-            TypeError, ValueError: see ``embed_text``, ``embed_image`` and ``loss``.
         """
         if return_loss:
-            settings = {"mask": mask, "process_group": process_group, "gather": gather}
-            return self.loss(text, images, image_tokens, labels, **settings).total
-        layout = self._layout(text, mask)
+            collective: dict[str, Any] = {"process_group": process_group, "gather": gather}
+            return self.loss(text, images, image_tokens, labels, mask=mask, **collective).total
+        layout, text_embedding, states = self._unimodal(text, mask)
+        if return_embeddings and images is None and image_tokens is None:
+            return text_embedding, None
+        image_embedding, pooled = self.embed_image(images, image_tokens)
         if return_embeddings:
-            has_image = images is not None or image_tokens is not None
-            image = self.embed_image(images, image_tokens)[0] if has_image else None
-            return self._unimodal(layout)[0], image
-        self._check_rows(text, images, image_tokens)
-        _, states = self._unimodal(layout)
-        hidden = self._multimodal(states, self.embed_image(images, image_tokens)[1])
-        return F.linear(layout.restored(hidden), self.output_weight)
+            return text_embedding, image_embedding
+        return F.linear(layout.restored(self._multimodal(states, pooled)), self.output_weight)
 
     def loss(
         self,
@@ -314,7 +314,7 @@ class CoCa(PretrainedMixin):
         -100, is not predicted; without any label the captioning loss is 0.
 
         Args:
-            text: token ids, at least two a row.
+            text: token ids, at least two a row; without a mask trailing ``pad_id`` are padding.
             images: given to ``img_encoder``.
             image_tokens: what an encoder returned, instead of images.
             labels: what is to be predicted, aligned with ``text`` like the text itself, which is the default: position
@@ -327,36 +327,22 @@ class CoCa(PretrainedMixin):
             TypeError, ValueError: see ``embed_text`` and ``embed_image``; also rows that do not match, labels of
                 another shape or out of range, or a text of one token.
         """
-        layout = self._layout(text, mask)
-        self._check_rows(text, images, image_tokens)
-        if text.shape[1] < 2:
-            raise ValueError(f"text must have at least two tokens a row for a loss, got shape {tuple(text.shape)}")
-        targets = layout.targets(self._checked_labels(labels, text))
-        text_embedding, states = self._unimodal(layout)
+        collective: dict[str, Any] = {"process_group": process_group, "gather": gather}
+        layout, text_embedding, states = self._unimodal(text, mask)
+        targets = layout.targets(labels)
         image_embedding, pooled = self.embed_image(images, image_tokens)
         hidden = self._multimodal(states[:, :-1], pooled)
 
         counted = (targets != IGNORED).sum()
-        several = gather and world_size(process_group) > 1
-        total_count = all_reduce_sum(counted, process_group) if several else counted
-        share = linear_cross_entropy(hidden, self.output_weight, targets, ignore_index=IGNORED, normalizer=total_count)
-        caption_loss = global_mean(share, process_group=process_group, gather=gather)
+        normalizer = all_reduce_sum(counted, process_group) if gather else counted
+        share = linear_cross_entropy(hidden, self.output_weight, targets, normalizer=normalizer)
+        caption_loss = global_mean(share, **collective)
 
-        image_latents = l2norm(self.image_to_latents(image_embedding))
-        text_latents = l2norm(self.text_to_latents(text_embedding))
+        latents = l2norm(self.image_to_latents(image_embedding)), l2norm(self.text_to_latents(text_embedding))
         if self.logit_bias is None:
-            contrastive = softmax_contrastive_loss(
-                image_latents, text_latents, self.logit_scale, process_group=process_group, gather=gather
-            )
+            contrastive = softmax_contrastive_loss(*latents, self.logit_scale, **collective)
         else:
-            contrastive = sigmoid_contrastive_loss(
-                image_latents,
-                text_latents,
-                self.logit_scale,
-                self.logit_bias,
-                process_group=process_group,
-                gather=gather,
-            )
+            contrastive = sigmoid_contrastive_loss(*latents, self.logit_scale, self.logit_bias, **collective)
         total = self.caption_loss_weight * caption_loss + self.contrastive_loss_weight * contrastive
         return CoCaLoss(total, caption_loss, contrastive)
 
@@ -389,15 +375,20 @@ class CoCa(PretrainedMixin):
         Raises:
             ValueError: there is no image, or shapes do not fit.
         """
+        if text.dtype.is_floating_point or text.ndim != 2 or 0 in text.shape:
+            raise ValueError(f"text must be integer ids (b, n), got {text.dtype} of shape {tuple(text.shape)}")
         past = 0 if cache is None else cache.length
-        self._check_hidden(text, mask, cache, pooled, past)
+        expected = (text.shape[0], past + text.shape[1])
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}")
+        if mask is None and cache is not None and cache.masked:
+            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
         if cache is not None and past == 0:
             cache.image = {}  # of a forward that failed half way
         x = self.token_emb(text)
         positions = Positions.of(self.rotary, x, past=past, mask=mask)
         x = self._decode(self.unimodal_layers, x, positions, cache=cache)
-        first = len(self.unimodal_layers)
-        x = self.norm(self._decode(self.multimodal_layers, x, positions, pooled, cache=cache, first=first))
+        x = self._multimodal(x, pooled, positions, cache)
         if cache is not None:
             cache.masked = mask is not None
             cache.advance(text.shape[1])
@@ -433,20 +424,15 @@ class CoCa(PretrainedMixin):
             image_tokens: what an encoder returned, instead of images.
             prefix: beginning of the captions: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
                 ``bos_id``.
-            max_new_tokens: tokens to generate at most, a caption.
-            temperature: divides the logits; 0 takes the most likely token.
+            max_new_tokens, temperature, min_new_tokens, repetition_penalty, generator, use_cache, progress: see
+                ``lm_core.generation.generate.generate``.
             top_k: samples among so many of the most likely tokens only.
             top_p: samples among the most likely tokens of this mass only.
             beams: above 1 searches with so many beams instead of sampling.
             length_penalty: of the beam search; see ``lm_core.generation.beam_search``.
-            min_new_tokens: EOS is not generated before this many tokens.
             eos_id: ends a caption; the model's by default.
-            repetition_penalty: above 1, tokens already seen become less likely.
-            generator: source of randomness.
-            use_cache: False recomputes the whole caption for each token.
             return_prefix: whether captions begin with their prefix.
             prefix_mask: True at real tokens of a padded ``prefix``.
-            progress: shows a progress bar.
 
         Raises:
             ValueError: an argument is out of range, the prefix does not fit the images, or there is neither a prefix
@@ -463,22 +449,23 @@ class CoCa(PretrainedMixin):
         filters += [] if top_p is None else [partial(keep_top_p, p=top_p)]
         with eval_mode(self):
             pooled = self.embed_image(images, image_tokens)[1]
-        rows = prefix_rows(prefix, prefix_mask, count=len(pooled), bos_id=self.bos_id, num_tokens=self.num_tokens)
-        shared: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "filters": filters,
-            "eos_id": end,
-            "pad_id": self.pad_id,
-            "min_new_tokens": min_new_tokens,
-            "repetition_penalty": repetition_penalty,
-            "use_cache": use_cache,
-            "progress": progress,
-            "pooled": pooled,
-        }
+        rows = self._prefix_rows(prefix, prefix_mask, len(pooled))
+        search = partial(generate, temperature=temperature, generator=generator)
         if beams != 1:
-            result = beam_search(self, rows, beams=beams, length_penalty=length_penalty, **shared)
-        else:
-            result = generate(self, rows, temperature=temperature, generator=generator, **shared)
+            search = partial(beam_search, beams=beams, length_penalty=length_penalty)
+        result = search(
+            self,
+            rows,
+            max_new_tokens=max_new_tokens,
+            filters=filters,
+            eos_id=end,
+            pad_id=self.pad_id,
+            min_new_tokens=min_new_tokens,
+            repetition_penalty=repetition_penalty,
+            use_cache=use_cache,
+            progress=progress,
+            pooled=pooled,
+        )
         if not return_prefix:
             return result.tokens
         captions = [
@@ -543,26 +530,44 @@ class CoCa(PretrainedMixin):
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _layout(self, text: Tensor, mask: Tensor | None) -> TextLayout:
-        return layout_of(text, mask, pad_id=self.pad_id, eos_id=self.eos_id, num_tokens=self.num_tokens)
-
-    def _unimodal(self, layout: TextLayout) -> tuple[Tensor, Tensor]:
-        """The normalised state at CLS, and the states of the tokens in the layout's order."""
+    def _unimodal(self, text: Tensor, mask: Tensor | None) -> tuple[TextLayout, Tensor, Tensor]:
+        """The text's layout, the normalised state at CLS, and the states of the tokens in the layout's order."""
+        layout = layout_of(text, mask, pad_id=self.pad_id, eos_id=self.eos_id, num_tokens=self.num_tokens)
         x = layout.with_cls(self.token_emb(layout.ids), self.text_cls)
         x = self._decode(self.unimodal_layers, x, Positions.of(self.rotary, x))
-        return self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
+        return layout, self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
 
-    def _multimodal(self, x: Tensor, pooled: Tensor) -> Tensor:
+    def _multimodal(
+        self, x: Tensor, pooled: Tensor | None, positions: Positions | None = None, cache: CoCaCache | None = None
+    ) -> Tensor:
         """Normalised features before the output layer."""
-        return self.norm(self._decode(self.multimodal_layers, x, Positions.of(self.rotary, x), pooled))
+        if pooled is None and (cache is None or len(cache.image) < len(self.multimodal_layers)):
+            raise ValueError(
+                "pooled image tokens are needed for the first call: pass pooled=model.embed_image(images)[1]"
+            )
+        if pooled is not None and pooled.shape[0] != x.shape[0]:
+            raise ValueError(f"text and images must have as many rows, got {x.shape[0]} and {pooled.shape[0]}")
+        positions = Positions.of(self.rotary, x) if positions is None else positions
+        first = len(self.unimodal_layers)
+        return self.norm(self._decode(self.multimodal_layers, x, positions, pooled, cache=cache, first=first))
+
+    def _prefix_rows(self, prefix: Any, mask: Tensor | None, count: int) -> list[Tensor]:
+        """The beginning of each of ``count`` captions, without padding."""
+        if prefix is None:
+            if self.bos_id is None:
+                raise ValueError("prefix must be given, since the model was made without a bos_id")
+            prefix = torch.tensor([self.bos_id])
+        if isinstance(prefix, Tensor) and prefix.ndim == 1:
+            prefix = prefix.expand(count, -1)
+        rows = prompt_rows(prefix, mask)
+        if len(rows) != count:
+            raise ValueError(f"prefix must have a row for each of the {count} images, got {len(rows)}")
+        for row in rows:
+            check_ids(row, self.num_tokens, "prefix")
+        return rows
 
     def _decode(
-        self,
-        layers: nn.ModuleList,
-        x: Tensor,
-        *inputs: Any,
-        cache: CoCaCache | None = None,
-        first: int = 0,
+        self, layers: nn.ModuleList, x: Tensor, *inputs: Any, cache: CoCaCache | None = None, first: int = 0
     ) -> Tensor:
         """The layers one after another; ``first`` is the number of the first one in the cache."""
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
@@ -572,56 +577,3 @@ class CoCa(PretrainedMixin):
             else:
                 x = layer(x, *inputs, cache=cache, layer=index)
         return x
-
-    def _image_tokens(self, images: Tensor | None, image_tokens: Tensor | None) -> Tensor:
-        if (images is None) == (image_tokens is None):
-            given = "neither" if images is None else "both"
-            raise ValueError(f"give images or image_tokens, got {given}")
-        if images is not None:
-            if self.img_encoder is None:
-                raise ValueError("images need an img_encoder, got img_encoder=None; or pass image_tokens")
-            image_tokens = self.img_encoder(images)
-        assert image_tokens is not None
-        if image_tokens.ndim != 3 or image_tokens.shape[-1] != self.image_dim or image_tokens.shape[1] == 0:
-            raise ValueError(
-                f"image_tokens must be (b, m, image_dim = {self.image_dim}) with at least one token, got shape "
-                f"{tuple(image_tokens.shape)}"
-            )
-        return image_tokens
-
-    @staticmethod
-    def _check_rows(text: Tensor, images: Tensor | None, image_tokens: Tensor | None) -> None:
-        given = images if images is not None else image_tokens
-        if given is not None and given.shape[0] != text.shape[0]:
-            raise ValueError(f"text and images must have as many rows, got {text.shape[0]} and {given.shape[0]}")
-
-    def _checked_labels(self, labels: Tensor | None, text: Tensor) -> Tensor | None:
-        if labels is None:
-            return None
-        if labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise TypeError(f"labels must hold integer token ids, got dtype {labels.dtype}")
-        if labels.shape != text.shape:
-            raise ValueError(
-                f"labels must have the shape of text {tuple(text.shape)} (they are shifted inside), got "
-                f"{tuple(labels.shape)}"
-            )
-        return labels.long()
-
-    def _check_hidden(
-        self, text: Tensor, mask: Tensor | None, cache: CoCaCache | None, pooled: Tensor | None, past: int
-    ) -> None:
-        if text.dtype.is_floating_point or text.ndim != 2 or 0 in text.shape:
-            raise ValueError(f"text must be integer ids (b, n), got {text.dtype} of shape {tuple(text.shape)}")
-        if pooled is None and (cache is None or len(cache.image) < len(self.multimodal_layers)):
-            raise ValueError(
-                "pooled image tokens are needed for the first call: pass pooled=model.embed_image(images)[1]"
-            )
-        if pooled is not None and pooled.shape[0] != text.shape[0]:
-            raise ValueError(f"pooled must have a row for each text, got {pooled.shape[0]} and {text.shape[0]}")
-        if cache is not None and cache.batch_size != text.shape[0]:
-            raise ValueError(f"cache holds {cache.batch_size} rows, got a batch of {text.shape[0]}")
-        expected = (text.shape[0], past + text.shape[1])
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
-            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}")
-        if mask is None and cache is not None and cache.masked:
-            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")

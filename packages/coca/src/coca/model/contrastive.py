@@ -63,9 +63,8 @@ def softmax_contrastive_loss(
     with torch.autocast(images.device.type, enabled=False):
         all_images, all_texts, first, total = _gathered(images, texts, process_group, gather)
         if not gather or world_size(process_group) == 1:
-            return (
-                summed_softmax(images, texts, scale, _rows(total, chunk_size), _learns(images, texts, scale))[0] / total
-            )
+            needed = _learns(images, texts, scale)
+            return summed_softmax(images, texts, scale, _rows(total, chunk_size), needed)[0] / total
         labels = torch.arange(first, first + images.shape[0], device=images.device)
         to_text, to_image = (
             linear_cross_entropy(own * scale, others, labels, normalizer=total, chunk_size=chunk_size)

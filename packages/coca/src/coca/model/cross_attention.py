@@ -7,6 +7,8 @@ so decoding computes them once for a caption and keeps them in the cache.
 Legend: b batch, i queries, n text tokens, m image tokens, d features.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -80,15 +82,13 @@ class MultimodalLayer(nn.Module):
 
     Args:
         dim: features of the residual stream and of the pooled image tokens.
-        dim_head: features of a head.
-        heads: query heads.
-        ff_mult: feed-forward inner features over ``dim``.
+        **sizes: ``dim_head``, ``heads`` and ``ff_mult`` of both parts.
     """
 
-    def __init__(self, *, dim: int, dim_head: int, heads: int, ff_mult: int) -> None:
+    def __init__(self, *, dim: int, **sizes: Any) -> None:
         super().__init__()
-        self.block = ParallelBlock(dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
-        self.cross_attention = CrossAttention(dim=dim, context_dim=dim, dim_head=dim_head, heads=heads, ff_mult=ff_mult)
+        self.block = ParallelBlock(dim=dim, **sizes)
+        self.cross_attention = CrossAttention(dim=dim, context_dim=dim, **sizes)
 
     def forward(
         self,

@@ -31,23 +31,15 @@ def token_width(encoder: Any) -> int | None:
     Asked in turn: ``dim``, ``num_features``, ``embed_dim`` of the module, then ``hidden_size`` or the last of
     ``hidden_sizes`` of its ``config`` (or of the ``vision_config`` in it), then the wrapped ``vit`` of an Extractor.
     """
-    for name in _WIDTHS:
-        value = getattr(encoder, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
     config = getattr(encoder, "config", None)
     config = getattr(config, "vision_config", config)
-    sizes = getattr(config, "hidden_sizes", None)
-    if sizes:
-        return int(sizes[-1])
-    value = getattr(config, "hidden_size", None)
-    if isinstance(value, int):
-        return value
+    stages = getattr(config, "hidden_sizes", None) or [None]
     inner = getattr(encoder, "vit", None)
-    if inner is None:
-        return None
-    norm = next((module for module in reversed(list(inner.modules())) if isinstance(module, nn.LayerNorm)), None)
-    return None if norm is None else int(norm.normalized_shape[0])
+    modules = () if inner is None else inner.modules()
+    norms = [module.normalized_shape[0] for module in modules if isinstance(module, nn.LayerNorm)]
+    declared = [*(getattr(encoder, name, None) for name in _WIDTHS), stages[-1], getattr(config, "hidden_size", None)]
+    widths = (value for value in (*declared, *norms[-1:]) if isinstance(value, int) and not isinstance(value, bool))
+    return next(widths, None)
 
 
 class ImageEncoder(nn.Module):
@@ -83,11 +75,10 @@ class ImageEncoder(nn.Module):
             ValueError: the encoder's result has no tokens, or tokens of another width than it was made for.
             TypeError: the result is no tensor and holds none.
         """
-        if self.frozen:
-            with torch.no_grad():
-                tokens = self._tokens(images)
-        else:
-            tokens = self._tokens(images)
+        encoder: Any = self.encoder
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = encoder.forward_features(images) if hasattr(encoder, "forward_features") else encoder(images)
+        tokens = tokens_of(features, self.width)
         if self.width is not None and tokens.shape[-1] != self.width:
             raise ValueError(
                 f"img_encoder must return tokens of image_dim = {self.width} features, got {tokens.shape[-1]}"
@@ -95,11 +86,6 @@ class ImageEncoder(nn.Module):
         if not torch.compiler.is_compiling():
             self._warn_if_detached(tokens)
         return tokens
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        encoder: Any = self.encoder
-        features = encoder.forward_features(images) if hasattr(encoder, "forward_features") else encoder(images)
-        return tokens_of(features, self.width)
 
     def _warn_if_detached(self, tokens: Tensor) -> None:
         if self._has_warned or tokens.requires_grad or self.frozen or not (self.training and torch.is_grad_enabled()):

@@ -107,22 +107,11 @@ def summed_sigmoid(
 
 
 @summed_softmax.register_fake
-def _(
-    images: Tensor, texts: Tensor, scale: Tensor, tile_size: int, need_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(scale), *_like(images, texts, need_gradients), torch.empty_like(scale)
-
-
 @summed_sigmoid.register_fake
-def _(
-    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int, tile_size: int, need_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    scalars = torch.empty_like(scale), torch.empty_like(bias)
-    return torch.empty_like(scale), *_like(images, texts, need_gradients), *scalars
-
-
-def _like(images: Tensor, texts: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(t) if needed else t.new_empty(0) for t in (images, texts))  # type: ignore[return-value]
+def _(images: Tensor, texts: Tensor, scale: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    need_gradients, scalars = others[-1], [scale, *(t for t in others if isinstance(t, Tensor))]
+    latents = [torch.empty_like(t) if need_gradients else t.new_empty(0) for t in (images, texts)]
+    return torch.empty_like(scale), *latents, *map(torch.empty_like, scalars)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

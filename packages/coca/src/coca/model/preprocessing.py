@@ -15,8 +15,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm_core.checkpoints.manifest import FORMAT_VERSION, check_format, read_json, write_json
+from lm_core.checks import check_positive
+
 PREPROCESS_FILE = "preprocess.json"
-_FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,7 @@ class ImagePreprocessing:
     std: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        check_positive(self.image_size, "image_size")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         for name in ("mean", "std"):
@@ -118,8 +119,7 @@ class ImagePreprocessing:
 
     def save(self, directory: str | Path) -> None:
         """Writes ``preprocess.json``."""
-        content = {"format_version": _FORMAT_VERSION, **asdict(self)}
-        (Path(directory) / PREPROCESS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(directory) / PREPROCESS_FILE, {"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def load_if_present(cls, directory: str | Path) -> "ImagePreprocessing | None":
@@ -132,10 +132,9 @@ class ImagePreprocessing:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("format_version") != _FORMAT_VERSION:
-                raise ValueError("it is of another format version")
+            content = read_json(path)
+            check_format(content.pop("format_version"), path)
             mean, std = (tuple(float(value) for value in content.pop(name)) for name in ("mean", "std"))
             return cls(mean=mean, std=std, **content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error

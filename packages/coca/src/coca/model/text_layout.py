@@ -61,9 +61,7 @@ def encode_captions(
         ValueError: there is no caption, one has no tokens, or ``max_length`` leaves no room for text.
     """
     rows = [caption_ids(caption, tokenizer, max_length) for caption in captions]
-    empty = [number for number, row in enumerate(rows) if not row]
-    if empty:
-        raise ValueError(f"captions must have at least one token each, got none in rows {empty[:8]}")
+    _refuse_rows(torch.tensor([not row for row in rows]), "captions must have at least one token each, got none")
     return right_pad([torch.tensor(row) for row in rows], pad_id)[0]
 
 
@@ -103,9 +101,20 @@ class TextLayout:
 
         Args:
             labels: aligned with the given text, -100 where nothing is asked; None takes the text itself.
+
+        Raises:
+            TypeError: ``labels`` hold no integers.
+            ValueError: they have another shape, or the text has one token.
         """
-        aligned = self.ids if labels is None else _moved_left(labels, self.mask)
-        real = torch.arange(1, self.ids.shape[1], device=self.ids.device) < rearrange(self.lengths, "b -> b 1")
+        aligned, shape = self.ids, tuple(self.ids.shape)
+        if shape[1] < 2:
+            raise ValueError(f"text must have at least two tokens a row for a loss, got shape {shape}")
+        if labels is not None:
+            _check_integers(labels, "labels")
+            if labels.shape != shape:
+                raise ValueError(f"labels must have text's shape {shape} (shifted inside), got {tuple(labels.shape)}")
+            aligned = _moved_left(labels.long(), self.mask)
+        real = torch.arange(1, shape[1], device=self.ids.device) < rearrange(self.lengths, "b -> b 1")
         return aligned[:, 1:].masked_fill(~real, IGNORED)
 
 
@@ -116,53 +125,49 @@ def layout_of(text: Tensor, mask: Tensor | None, *, pad_id: int, eos_id: int | N
         text: token ids ``(b, n)``.
         mask: True at real tokens; None takes trailing ``pad_id`` as padding. Where ``eos_id`` is ``pad_id``, the first
             of the trailing ones is the row's end and real.
-        pad_id: see above.
-        eos_id: see above.
-        num_tokens: ids are below it.
+        pad_id, eos_id, num_tokens: of the model.
 
     Raises:
         TypeError: ``text`` holds no integers or ``mask`` is not boolean.
         ValueError: shapes do not fit, an id is out of range, a row begins with padding and no mask tells where it is
             real, or a row has no real token (values are read on a CPU only).
     """
-    if text.dtype.is_floating_point or text.dtype == torch.bool:
-        raise TypeError(f"text must hold integer token ids, got dtype {text.dtype}")
+    _check_integers(text, "text")
     if text.ndim != 2 or 0 in text.shape:
         raise ValueError(f"text must have shape (b, n) with at least one row and token, got {tuple(text.shape)}")
     text = text.long()
-    n = text.shape[1]
     if mask is None:
         trailing = (text == pad_id).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
-        lengths = n - trailing
+        lengths = text.shape[1] - trailing
         if eos_id == pad_id:
-            lengths = (lengths + 1).clamp(max=n)
-        _check_values(text, lengths, num_tokens, pad_id=None if eos_id == pad_id else pad_id)
-        return TextLayout(text, lengths, None)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
-    if mask.shape != text.shape:
-        raise ValueError(f"mask must have the shape of text {tuple(text.shape)}, got {tuple(mask.shape)}")
-    lengths = mask.sum(dim=-1)
-    # What stands at padding is never used, and need not be a token.
-    text = _moved_left(text.masked_fill(~mask, pad_id), mask)
-    _check_values(text, lengths, num_tokens, pad_id=None)
+            lengths = (lengths + 1).clamp(max=text.shape[1])
+    else:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
+        if mask.shape != text.shape:
+            raise ValueError(f"mask must have the shape of text {tuple(text.shape)}, got {tuple(mask.shape)}")
+        lengths = mask.sum(dim=-1)
+        # What stands at padding is never used, and need not be a token.
+        text = _moved_left(text.masked_fill(~mask, pad_id), mask)
+    if text.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_ids(text, num_tokens, "text")
+        _refuse_rows(lengths == 0, "text must have a real token in every row, got only padding")
+        if mask is None and eos_id != pad_id:
+            rule = f"text must not begin with padding (pad_id {pad_id}) unless mask= says which tokens are real, got it"
+            _refuse_rows(text[:, 0] == pad_id, rule)
     return TextLayout(text, lengths, mask)
+
+
+def _refuse_rows(rows: Tensor, message: str) -> None:
+    refused = rows.nonzero().flatten().tolist()
+    if refused:
+        raise ValueError(f"{message} in rows {refused[:8]}")
+
+
+def _check_integers(ids: Tensor, name: str) -> None:
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integer token ids, got dtype {ids.dtype}")
 
 
 def _moved_left(t: Tensor, mask: Tensor | None) -> Tensor:
     return t if mask is None else t.gather(1, (~mask).long().argsort(dim=-1, stable=True))
-
-
-def _check_values(text: Tensor, lengths: Tensor, num_tokens: int, *, pad_id: int | None) -> None:
-    if text.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    check_ids(text, num_tokens, "text")
-    empty = (lengths == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"text must have a real token in every row, got only padding in rows {empty[:8]}")
-    leading = [] if pad_id is None else (text[:, 0] == pad_id).nonzero().flatten().tolist()
-    if leading:
-        raise ValueError(
-            f"text must not begin with padding (pad_id {pad_id}) unless a mask says which tokens are real, got it in "
-            f"rows {leading[:8]}; pass mask="
-        )

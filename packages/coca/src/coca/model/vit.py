@@ -62,7 +62,6 @@ class VisionTransformer(PretrainedMixin):
         self.channels = channels
         self.dim = dim
         self.gradient_checkpointing = gradient_checkpointing
-        self.num_patches = (image_size // patch_size) ** 2
         self.to_tokens = nn.Linear(channels * patch_size**2, dim, bias=False)
         self.positions = nn.Parameter(waves(image_size // patch_size, dim))
         self.layers = nn.ModuleList(

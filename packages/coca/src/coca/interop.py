@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from coca.model.coca import CoCa
+from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import typed
 
 _ORIGINAL_KEYS = ("token_emb.weight", "text_cls_token", "img_queries", "temperature", "unimodal_layers.0.fn.norm.gamma")
@@ -32,7 +34,6 @@ def from_coca_pytorch(
     state_dict: Mapping[str, Tensor],
     *,
     img_encoder: nn.Module | None = None,
-    dim_head: int | None = None,
     **arguments: Any,
 ) -> CoCa:
     """A ``CoCa`` with the weights of an original model; its sizes are read from the shapes.
@@ -40,12 +41,12 @@ def from_coca_pytorch(
     Args:
         state_dict: of the original model.
         img_encoder: a module of the kind the original was made with; takes the weights under ``img_encoder.``.
-        dim_head: only to check: it is read from the weights.
-        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight shows.
+        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight shows. A size
+            that the weights do not have is refused.
 
     Raises:
         ValueError: the state dict is not one of the original, or has an image encoder's weights and none is given (or
-            the other way round), or ``dim_head`` is another.
+            the other way round).
     """
     missing = [key for key in _ORIGINAL_KEYS if key not in state_dict]
     if missing:
@@ -55,20 +56,9 @@ def from_coca_pytorch(
         raise ValueError(f"state_dict has {len(encoder_state)} weights of an image encoder: pass img_encoder=")
     if img_encoder is not None and not encoder_state:
         raise ValueError("img_encoder was given, but state_dict has no weights of an image encoder")
-    sizes = _sizes(state_dict)
-    if dim_head not in (None, sizes["dim_head"]):
-        raise ValueError(f"dim_head is {sizes['dim_head']} in these weights, got {dim_head}")
-    model = CoCa(**sizes, img_encoder=img_encoder, pooling="shared", **arguments)
-    converted = convert_state_dict(state_dict)
-    own = model.state_dict()
-    unexpected, absent = sorted(set(converted) - set(own)), sorted(set(own) - set(converted))
-    shapes = [key for key in set(own) & set(converted) if own[key].shape != converted[key].shape]
-    if unexpected or absent or shapes:
-        raise ValueError(
-            f"state_dict does not fit: unexpected {unexpected[:8]}, missing {absent[:8]}, other shapes {shapes[:8]}"
-        )
-    model.load_state_dict(converted)
-    return model.to(state_dict["token_emb.weight"].dtype)
+    model = CoCa(**{**_sizes(state_dict), "img_encoder": img_encoder, "pooling": "shared", **arguments})
+    load_weights(model, convert_state_dict(state_dict), dtypes="stored", where="state_dict")
+    return model
 
 
 @typed
@@ -79,12 +69,7 @@ def load_coca_pytorch(path: str | Path, *, img_encoder: nn.Module | None = None,
         FileNotFoundError: there is no such file.
         ValueError: it holds no state dict, or see ``from_coca_pytorch``.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its readers raise
-        raise ValueError(f"{path} cannot be read as weights, nothing was executed: {error}") from error
+    content = load_tensors(path)
     for name in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -110,9 +95,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for layer in range(_depth(state_dict, "unimodal_layers")):
         result |= _block(state_dict, f"unimodal_layers.{layer}.fn", f"unimodal_layers.{layer}")
     for layer in range(_depth(state_dict, "multimodal_layers")):
-        old, new = f"multimodal_layers.{layer}", f"multimodal_layers.{layer}"
-        result |= _block(state_dict, f"{old}.0.fn", f"{new}.block")
-        result |= _cross_attention(state_dict, f"{old}.1.fn", f"{new}.cross_attention")
+        name = f"multimodal_layers.{layer}"
+        result |= _block(state_dict, f"{name}.0.fn", f"{name}.block")
+        result |= _cross_attention(state_dict, f"{name}.1.fn", f"{name}.cross_attention")
     for key, value in state_dict.items():
         if key.startswith("img_encoder."):
             result["img_encoder.encoder." + key.removeprefix("img_encoder.")] = value
@@ -144,8 +129,7 @@ def _cross_attention(state: Mapping[str, Tensor], old: str, new: str) -> dict[st
 
 
 def _depth(state: Mapping[str, Tensor], name: str) -> int:
-    numbers = {int(match[1]) for key in state if (match := re.match(rf"{name}\.(\d+)\.", key))}
-    return len(numbers)
+    return len({match[0] for key in state if (match := re.match(rf"{name}\.\d+\.", key))})
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Legend: c channels.
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,20 +44,16 @@ class CaptionedImages:
 
     def __post_init__(self) -> None:
         if not self.names:
-            more = (
-                f"; {len(self.unreadable)} could not be read, the first: {self.unreadable[0]}"
-                if self.unreadable
-                else ""
-            )
+            bad = self.unreadable
+            more = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
             raise ValueError(f"there must be at least one image, got none{more}")
-        if len(self.captions) != len(self.names):
-            raise ValueError(f"captions must be given for each of {len(self.names)} images, got {len(self.captions)}")
+        for what, values in (("captions", self.captions), ("labels", self.labels)):
+            if values is not None and len(values) != len(self.names):
+                raise ValueError(f"{what} must be given for each of {len(self.names)} images, got {len(values)}")
         for name, captions in zip(self.names, self.captions, strict=True):
             if not captions or not all(caption.strip() for caption in captions):
                 raise ValueError(f"each image must have captions that are not empty, got {list(captions)} for {name}")
         if self.labels is not None:
-            if len(self.labels) != len(self.names):
-                raise ValueError(f"labels must be given for each of {len(self.names)} images, got {len(self.labels)}")
             wrong = sorted({label for label in self.labels if not 0 <= label < len(self.class_names)})
             if wrong:
                 raise ValueError(f"labels must be in [0, {len(self.class_names)}), the class names, got {wrong[:8]}")
@@ -80,14 +76,12 @@ class CaptionedImages:
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images of these numbers, in this order."""
         kept = [int(index) for index in indices]
-        return CaptionedImages(
+        return replace(
+            self,
             names=tuple(self.names[index] for index in kept),
             captions=tuple(self.captions[index] for index in kept),
             read=lambda number: self.read(kept[number]),
             labels=None if self.labels is None else tuple(self.labels[index] for index in kept),
-            class_names=self.class_names,
-            templates=self.templates,
-            unreadable=self.unreadable,
         )
 
     def split(self, held_out: float, seed: int = 0) -> "tuple[CaptionedImages, CaptionedImages]":

@@ -5,6 +5,7 @@
 | ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path relative to the table), ``caption``, maybe ``label`` |
 | a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
+| ``"digits"`` | the embedded digits, as ``coca.data.digits`` has them: the other arguments have no effect |
 
 Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
 once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
@@ -13,15 +14,18 @@ once when the set is opened: an unreadable one is listed with its reason, and mo
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from coca.data.captioned_images import CaptionedImages, Pixels
+from coca.data.digits import handwritten_digits
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.data.rows import iterate_rows
 
@@ -65,6 +69,8 @@ def load_images(
         ValueError: there is no image in it, a column is missing, an image has no caption, or too many images are
             unreadable: they are named.
     """
+    if source == "digits":
+        return handwritten_digits()
     if not 0 <= max_unreadable < 1:
         raise ValueError(f"max_unreadable must be a part of the images in [0, 1), got {max_unreadable}")
     columns = {"image": image_column, "caption": caption_column, "label": label_column}
@@ -74,41 +80,43 @@ def load_images(
     good, unreadable = [], []
     for entry in tqdm(entries, desc="check images", unit="image", disable=not progress):
         try:
-            _decode(entry, preprocessing)
+            read_pixels(entry.data, preprocessing)
             good.append(entry)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+        except ValueError as error:
             unreadable.append(f"{entry.name}: {error}")
     if len(unreadable) > max_unreadable * len(entries):
         raise ValueError(
             f"{len(unreadable)} of {len(entries)} images in {source} cannot be read, more than max_unreadable = "
             f"{max_unreadable} allows: {'; '.join(unreadable[:8])}"
         )
-    labels = [entry.label for entry in good]
-    class_names = tuple(sorted({label for label in labels if label is not None}))
-    has_labels = bool(good) and None not in labels
+    labels = [entry.label for entry in good if entry.label is not None]
+    class_names = tuple(sorted(set(labels))) if len(labels) == len(good) else ()
     label_ids = {name: index for index, name in enumerate(class_names)}
     return CaptionedImages(
         names=tuple(entry.name for entry in good),
         captions=tuple(entry.captions for entry in good),
-        read=lambda index: _decode(good[index], preprocessing),
-        labels=tuple(label_ids[label] for label in labels if label is not None) if has_labels else None,
-        class_names=class_names if has_labels else (),
+        read=lambda index: read_pixels(good[index].data, preprocessing),
+        labels=tuple(label_ids[label] for label in labels) if class_names else None,
+        class_names=class_names,
         templates=templates or ("{}",),
         unreadable=tuple(unreadable),
     )
 
 
-def _decode(entry: _Entry, preprocessing: ImagePreprocessing) -> Pixels:
+def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) -> Pixels:
+    """Pixels of an image file, of which ``read`` returns the content.
+
+    Raises:
+        ValueError: it cannot be read or decoded.
+    """
     from PIL import Image
 
-    stream = io.BytesIO(entry.data())
     try:
-        with Image.open(stream) as picture:
+        with Image.open(io.BytesIO(read())) as picture:
             return preprocessing.pixels(picture)
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    except OSError as error:
-        raise OSError(str(error).replace(f" {stream!r}", "")) from error
+    # what Pillow raises for damaged files, and for those that would fill the memory
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(re.sub(r" <_io.BytesIO .*?>", "", str(error))) from error
 
 
 def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
@@ -185,23 +193,20 @@ def _tar(path: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
             continue
         label: str | None = None
         if ".json" in members:
-            content = json.loads(_member(path, members[".json"])())
+            content = json.loads(_member(path, members[".json"]))
             captions = _texts(content.get(columns["caption"]), f"{key}.json")
             label = None if content.get(columns["label"]) is None else str(content[columns["label"]])
         elif ".txt" in members:
-            captions = _lines(_member(path, members[".txt"])().decode("utf-8"))
+            captions = _lines(_member(path, members[".txt"]).decode("utf-8"))
         else:
             raise ValueError(f"{path} must have a caption, {key}.txt or {key}.json, next to {key}{image}")
-        yield _Entry(key + image, captions, label, _member(path, members[image]))
+        yield _Entry(key + image, captions, label, partial(_member, path, members[image]))
 
 
-def _member(path: Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        with path.open("rb") as stream:  # a member of an uncompressed tar is a piece of the file
-            stream.seek(member.offset_data)
-            return stream.read(member.size)
-
-    return read
+def _member(path: Path, member: tarfile.TarInfo) -> bytes:
+    with path.open("rb") as stream:  # a member of an uncompressed tar is a piece of the file
+        stream.seek(member.offset_data)
+        return stream.read(member.size)
 
 
 def _lines(text: str) -> tuple[str, ...]:

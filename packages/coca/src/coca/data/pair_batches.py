@@ -8,7 +8,7 @@ Legend: b pairs of this process, n sequence, c channels.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class PairBatch:
         return PairBatch(self.text.to(device), self.images.to(device))
 
 
+@dataclass(eq=False, kw_only=True)
 class PairBatches(Iterator[PairBatch]):
     """Training batches without end.
 
@@ -60,36 +61,25 @@ class PairBatches(Iterator[PairBatch]):
         ValueError: ``batch_size`` exceeds the number of images, or is less than the number of processes.
     """
 
-    def __init__(
-        self,
-        *,
-        data: CaptionedImages,
-        tokenizer: Any,
-        preprocessing: ImagePreprocessing,
-        batch_size: int,
-        pad_id: int,
-        max_length: int | None = None,
-        shift: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if batch_size > len(data):
-            raise ValueError(f"batch_size must be at most the number of images, {len(data)}, got {batch_size}")
-        if batch_size < world_size:
-            raise ValueError(f"batch_size must be at least the number of processes, {world_size}, got {batch_size}")
-        self.data = data
-        self.tokenizer = tokenizer
-        self.preprocessing = preprocessing
-        self.batch_size = batch_size
-        self.pad_id = pad_id
-        self.max_length = max_length
-        self.shift = shift
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = 0
-        self.order = EpochOrder(len(data), seed=seed)
+    data: CaptionedImages
+    tokenizer: Any
+    preprocessing: ImagePreprocessing
+    batch_size: int
+    pad_id: int
+    max_length: int | None = None
+    shift: int = 0
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    position: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        images, size = len(self.data), self.batch_size
+        if size > images:
+            raise ValueError(f"batch_size must be at most the number of images, {images}, got {size}")
+        if size < self.world_size:
+            raise ValueError(f"batch_size must be at least the number of processes, {self.world_size}, got {size}")
+        self.order = EpochOrder(images, seed=self.seed)
 
     @property
     def epoch(self) -> float:

@@ -30,6 +30,7 @@ _NEAR = 0.6
 _SHORT_USAGE = 12
 # Help of arguments that many commands have, where a docstring says nothing of its own.
 _COMMON_HELP = {
+    "checkpoint": "folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.",
     "checkpoint_dir": "folder of the run.",
     "device": "auto takes CUDA, then MPS, then the CPU.",
     "resume": "auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.",

@@ -1,11 +1,10 @@
 """The commands for a trained model: captions, latents, classes, neighbours; and the conversion of old weights.
 
-Each returns the exit status.
+Each returns the exit status: 0, or 1 if an image could not be read.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coca.data.digits import handwritten_digits
-from coca.data.image_files import SUFFIXES, load_images
-from coca.evaluation.evaluation import decoded, evaluate
+from coca.data.image_files import SUFFIXES, load_images, read_pixels
+from coca.evaluation.evaluation import decoded, evaluate, image_latents, text_latents
+from coca.interop import load_coca_pytorch
 from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
-from coca.model.text_layout import encode_captions
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checks import check_positive
 from lm_core.cli.main import report
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
@@ -43,7 +42,6 @@ def caption(
     """Prints a caption for each image.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         images: files or folders of images.
         prefix: beginning of the captions.
         beams: above 1 searches with so many beams.
@@ -53,14 +51,9 @@ def caption(
         max_new_tokens: at most.
         min_new_tokens: at least.
         seed: of the draws.
-        device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status; 1 if an image could not be read.
     """
-    loaded = _Loaded.from_checkpoint(checkpoint, device)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    paths, pixels, failed = _read_images(images, loaded.preprocessing)
+    model, tokenizer, preprocessing = _load(checkpoint, device)
+    paths, pixels, failed = _read_images(images, preprocessing)
     ids = None
     if prefix is not None:
         bos = getattr(tokenizer, "bos_id", None)
@@ -94,27 +87,22 @@ def embed(
     """Writes L2-normalised latents of images or texts to a .npz: arrays "latents" and "names".
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         output: the .npz to write.
         images: files or folders of images.
         texts: captions, instead of images.
-        device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status; 1 if an image could not be read.
     """
     if bool(images) == bool(texts):
         raise ValueError("give images or texts, one of the two")
-    loaded, failed = _Loaded.from_checkpoint(checkpoint, device), 0
+    model, tokenizer, preprocessing = _load(checkpoint, device)
     if texts:
-        names, latents = texts, loaded.text_latents(texts)
+        names, failed, latents = texts, 0, text_latents(model, texts, tokenizer)
     else:
-        names, pixels, failed = _read_images(images or [], loaded.preprocessing)
-        latents = loaded.image_latents(pixels)
+        names, pixels, failed = _read_images(images or [], preprocessing)
+        latents = image_latents(model, pixels.split(64))
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as stream:
-        np.savez(stream, latents=latents.float().cpu().numpy(), names=np.array(names))
+        np.savez(stream, latents=latents.cpu().numpy(), names=np.array(names))
     print(f"wrote {len(names)} latents of {latents.shape[1]} features to {target}")
     return int(failed > 0)
 
@@ -131,22 +119,17 @@ def zero_shot(
     """Prints the most likely classes of each image, with their probabilities.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         images: files or folders of images.
         classes: names to choose among.
         templates: captions with one {} for a class name, as "a photo of a {}".
         top: classes to print.
-        device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status; 1 if an image could not be read.
     """
-    _check_top(top)
-    loaded = _Loaded.from_checkpoint(checkpoint, device)
-    classifier = loaded.model.zero_shot_classifier(classes, templates or ["{}"], tokenizer=loaded.tokenizer)
-    paths, pixels, failed = _read_images(images, loaded.preprocessing)
-    similarity = loaded.image_latents(pixels) @ classifier.t()
-    probabilities = (similarity * loaded.model.logit_scale.detach()).softmax(dim=-1)
+    check_positive(top, "top")
+    model, tokenizer, preprocessing = _load(checkpoint, device)
+    classifier = model.zero_shot_classifier(classes, templates or ["{}"], tokenizer=tokenizer)
+    paths, pixels, failed = _read_images(images, preprocessing)
+    similarity = image_latents(model, pixels.split(64)) @ classifier.float().t()
+    probabilities = (similarity * model.logit_scale.detach()).softmax(dim=-1)
     for path, row in zip(paths, probabilities, strict=True):
         print("\t".join([path, *(f"{classes[index]} {value:.3f}" for value, index in _best(row, top))]))
     return int(failed > 0)
@@ -164,32 +147,28 @@ def retrieve(
     """Finds images by text, or measures recall on images with captions.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         images: files or folders of images; with captions, one source as for train (or digits).
         text: queries; the nearest images of each are printed.
         captions: measures losses, recall and classification on a source of images with captions instead.
         top: images to print for a query.
-        device: auto takes CUDA, then MPS, then the CPU.
-
-    Returns:
-        The exit status; 1 if an image could not be read.
     """
     if captions == bool(text):
         raise ValueError("give text, or captions to measure recall, one of the two")
-    _check_top(top)
+    check_positive(top, "top")
     if captions and len(images) != 1:
         raise ValueError(f"images must be one source with captions, got {len(images)}")
-    loaded = _Loaded.from_checkpoint(checkpoint, device)
+    model, tokenizer, preprocessing = _load(checkpoint, device)
     if captions:
-        data = handwritten_digits() if images == ["digits"] else load_images(images[0], loaded.preprocessing)
+        data = load_images(images[0], preprocessing)
         for line in data.unreadable_report():
             report("unreadable", line)
-        for name, value in evaluate(loaded.model, data, loaded.tokenizer, loaded.preprocessing).items():
+        for name, value in evaluate(model, data, tokenizer, preprocessing).items():
             print(f"{name:22} {value:.3f}")
         return int(bool(data.unreadable))
-    paths, pixels, failed = _read_images(images, loaded.preprocessing)
+    paths, pixels, failed = _read_images(images, preprocessing)
     queries = text or []
-    for query, similarity in zip(queries, loaded.text_latents(queries) @ loaded.image_latents(pixels).t(), strict=True):
+    similarities = text_latents(model, queries, tokenizer) @ image_latents(model, pixels.split(64)).t()
+    for query, similarity in zip(queries, similarities, strict=True):
         print(query)
         for value, index in _best(similarity, top):
             print(f"  {value:.3f}\t{paths[index]}")
@@ -218,12 +197,7 @@ def convert(
         bos_id: id that begins captions.
         eos_id: id that ends captions.
         overwrite: whether a folder with content may be written to.
-
-    Returns:
-        The exit status.
     """
-    from coca.interop import load_coca_pytorch
-
     vision = None if encoder is None else load_encoder(encoder)
     model = load_coca_pytorch(old, img_encoder=vision, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
     stored = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -231,35 +205,13 @@ def convert(
     return 0
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """A model with the tokenizer and the preprocessing of its checkpoint."""
-
-    model: CoCa
-    tokenizer: Any
-    preprocessing: ImagePreprocessing
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: str, device: str) -> "_Loaded":
-        folder, place = checkpoint_folder(checkpoint), pick_device(device)
-        model = CoCa.from_pretrained(folder).to(place).eval()
-        if model.preprocessing is None:
-            raise ValueError(f"{folder} has no preprocess.json, so the preparation of images is not known")
-        return cls(model, load_tokenizer(folder), model.preprocessing)
-
-    @torch.no_grad()
-    def image_latents(self, pixels: Tensor) -> Tensor:
-        return torch.cat([self.model.encode_image(part.to(self.model.device)) for part in pixels.split(64)])
-
-    @torch.no_grad()
-    def text_latents(self, texts: Sequence[str]) -> Tensor:
-        ids = encode_captions(texts, self.tokenizer, self.model.pad_id)
-        return torch.cat([self.model.encode_text(part.to(self.model.device)) for part in ids.split(256)])
-
-
-def _check_top(top: int) -> None:
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+def _load(checkpoint: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:
+    """The model of a checkpoint with its tokenizer and its preparation of images."""
+    folder, place = checkpoint_folder(checkpoint), pick_device(device)
+    model = CoCa.from_pretrained(folder).to(place).eval()
+    if model.preprocessing is None:
+        raise ValueError(f"{folder} has no preprocess.json, so the preparation of images is not known")
+    return model, load_tokenizer(folder), model.preprocessing
 
 
 def _best(scores: Tensor, top: int) -> list[tuple[float, int]]:
@@ -270,32 +222,27 @@ def _best(scores: Tensor, top: int) -> list[tuple[float, int]]:
 
 def _read_images(sources: Sequence[str], preprocessing: ImagePreprocessing) -> tuple[list[str], Tensor, int]:
     """Paths and tensors of the readable images; unreadable ones are named on standard error and counted."""
-    from PIL import Image
-
     paths: list[Path] = []
     for source in map(Path, sources):
-        if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise ValueError(f"images must be files or folders of images, got the folder {source} without any")
-            paths += inside
-        elif source.is_file():
-            paths.append(source)
-        else:
+        if not source.exists():
             raise FileNotFoundError(f"images must be files or folders of images, there is no {source}")
+        inside = source.rglob("*") if source.is_dir() else [source]
+        chosen = sorted(path for path in inside if path == source or path.suffix.lower() in SUFFIXES)
+        if not chosen:
+            raise ValueError(f"images must be files or folders of images, got the folder {source} without any")
+        paths += chosen
     if not paths:
         raise ValueError("images must name at least one file, got none")
-    good, tensors, failed = [], [], 0
+    good, pixels = [], []
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                tensors.append(preprocessing(picture))
+            pixels.append(read_pixels(path.read_bytes, preprocessing))
             good.append(str(path))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            failed += 1
+        except ValueError as error:
             print(f"unreadable  {path}: {error}", file=sys.stderr)
     if not good:
         raise ValueError(f"none of {len(paths)} images could be read")
+    failed = len(paths) - len(good)
     if failed:
         print(f"unreadable  {failed} of {len(paths)} images", file=sys.stderr)
-    return good, torch.stack(tensors), failed
+    return good, preprocessing.normalised(np.stack(pixels)), failed

@@ -1,18 +1,19 @@
 """``coca train``: a model, its image encoder and its data from flags."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import nn
 
-from coca.data.captioned_images import CaptionedImages
-from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
+from coca.data.digits import IMAGE_SIZE, MEAN, STD
 from coca.data.image_files import load_images
 from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.vit import VisionTransformer
 from coca.training.config import TrainingSettings
+from coca.training.trainer import CoCaTrainer
 from lm_core.checks import typed
 from lm_core.cli.main import report, report_run
 from lm_core.distributed import world_size
@@ -20,10 +21,7 @@ from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
 
-if TYPE_CHECKING:
-    from coca.training.trainer import TrainingResult
-
-# Key numbers of a run in order of importance: accuracies where classes are known, else recall, else losses.
+# Key numbers of a run, most important first: accuracies where classes are known, else recall, else losses.
 _RESULTS = {
     "zero_shot_accuracy": "zero-shot accuracy",
     "caption_accuracy": "captions that name the class",
@@ -119,7 +117,7 @@ def train(
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
 ) -> int:
-    """Trains a CoCa on images with captions.
+    """Trains a CoCa on images with captions; returns the exit status.
 
     Args:
         model: arguments of ``CoCa``.
@@ -135,33 +133,22 @@ def train(
         max_unreadable: part of the images that may be unreadable; they are named and counted.
         tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
-        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: names of trackers that accelerate knows, such as tensorboard.
-
-    Returns:
-        The exit status.
     """
-    from coca.training.trainer import CoCaTrainer
-
     encoder = load_tokenizer(tokenizer)
     if encoder.pad_id is None:
         raise ValueError(f"tokenizer must have a padding or an EOS id, got {encoder!r} without")
     preprocessing = images.preprocessing(digits=data == "digits")
 
-    def load(source: str) -> CaptionedImages:
-        if source == "digits":
-            return handwritten_digits()
-        return load_images(
-            source,
-            preprocessing,
-            image_column=image_column,
-            caption_column=caption_column,
-            label_column=label_column,
-            templates=tuple(templates or ()),
-            max_unreadable=max_unreadable,
-            progress=True,
-        )
-
+    load = partial(
+        load_images,
+        preprocessing=preprocessing,
+        image_column=image_column,
+        caption_column=caption_column,
+        label_column=label_column,
+        templates=tuple(templates or ()),
+        max_unreadable=max_unreadable,
+        progress=True,
+    )
     if validation_data is None:
         train_data, held_out = load(data).split(validation_fraction)
     else:
@@ -196,19 +183,8 @@ def train(
     result = trainer.train()
     lines = [("held out", f"{name:22} {value:.3f}") for name, value in result.metrics.items()]
     grid = ("grid", f"{result.grid}: held-out images, their generated captions and the nearest texts")
-    return report_run(
-        "coca",
-        result,
-        checkpoint_dir,
-        max_steps=settings.max_steps,
-        lines=[*lines, grid],
-        results=_results(result, "held-out digits" if data == "digits" else "held-out images"),
-    )
-
-
-def _results(result: "TrainingResult", what: str) -> list[Result]:
-    """The key numbers of the run, at most three."""
-    return [
+    what = "held-out digits" if data == "digits" else "held-out images"
+    results = [
         Result(
             f"{words}, {what}",
             result.metrics[name],
@@ -217,4 +193,7 @@ def _results(result: "TrainingResult", what: str) -> list[Result]:
         )
         for name, words in _RESULTS.items()
         if name in result.metrics
-    ][:3]
+    ]
+    return report_run(
+        "coca", result, checkpoint_dir, max_steps=settings.max_steps, lines=[*lines, grid], results=results[:3]
+    )

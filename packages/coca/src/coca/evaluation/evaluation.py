@@ -4,7 +4,7 @@ Legend: i images, t captions, l latent feature.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,25 @@ def image_batches(
 
 
 @torch.no_grad()
+def image_latents(model: CoCa, batches: Iterable[Float[Tensor, "b c height width"]]) -> Float[Tensor, "i l"]:
+    """L2-normalised latents of images, in float32."""
+    with eval_mode(model):
+        return torch.cat([model.encode_image(images.to(model.device)) for images in batches]).float()
+
+
+@torch.no_grad()
+def text_latents(
+    model: CoCa, captions: Sequence[str], tokenizer: Any, *, max_length: int | None = None, batch_size: int = 256
+) -> Float[Tensor, "t l"]:
+    """L2-normalised latents of captions, in float32."""
+    latents = []
+    with eval_mode(model):
+        for start in range(0, len(captions), batch_size):
+            ids = encode_captions(captions[start : start + batch_size], tokenizer, model.pad_id, max_length)
+            latents.append(model.encode_text(ids.to(model.device)))
+    return torch.cat(latents).float()
+
+
 def embed(
     model: CoCa,
     data: CaptionedImages,
@@ -57,16 +76,12 @@ def embed(
     max_length: int | None = None,
     batch_size: int = 256,
 ) -> Latents:
-    """Latents of all images and of every distinct pair of image and caption."""
-    captions = [caption for captions in data.captions for caption in captions]
-    image_of_text = [index for index, captions in enumerate(data.captions) for _ in captions]
-    with eval_mode(model):
-        images = [model.encode_image(part.to(model.device)) for part in image_batches(data, preprocessing, batch_size)]
-        texts = []
-        for start in range(0, len(captions), batch_size):
-            ids = encode_captions(captions[start : start + batch_size], tokenizer, model.pad_id, max_length)
-            texts.append(model.encode_text(ids.to(model.device)))
-    return Latents(torch.cat(images).float(), torch.cat(texts).float(), tuple(captions), torch.tensor(image_of_text))
+    """Latents of all images and of all their captions."""
+    captions = tuple(caption for captions in data.captions for caption in captions)
+    images = image_latents(model, image_batches(data, preprocessing, batch_size))
+    texts = text_latents(model, captions, tokenizer, max_length=max_length, batch_size=batch_size)
+    owners = [index for index, captions in enumerate(data.captions) for _ in captions]
+    return Latents(images, texts, captions, torch.tensor(owners))
 
 
 def caption_images(
@@ -155,11 +170,8 @@ def evaluate(
     metrics["zero_shot_accuracy"] = float((predicted == torch.tensor(data.labels)).float().mean())
     count = len(data) if captions is None else min(captions, len(data))
     if count:
-        chosen = data.select(range(count))
         settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        texts = caption_images(model, chosen, tokenizer, preprocessing, **settings)
-        right = [
-            names_class(text, label, data.class_names) for text, label in zip(texts, data.labels[:count], strict=True)
-        ]
-        metrics["caption_accuracy"] = sum(right) / count
+        texts = caption_images(model, data.select(range(count)), tokenizer, preprocessing, **settings)
+        labelled = zip(texts, data.labels[:count], strict=True)
+        metrics["caption_accuracy"] = sum(names_class(*row, data.class_names) for row in labelled) / count
     return metrics

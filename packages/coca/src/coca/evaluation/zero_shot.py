@@ -6,12 +6,11 @@ Legend: b images, l latent features.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from coca.evaluation.evaluation import image_latents
 from coca.model.coca import CoCa
-from lm_core.causal_lm import eval_mode
 
 
 def zero_shot_classifier(
@@ -26,7 +25,6 @@ def zero_shot_classifier(
     return model.zero_shot_classifier(class_names, templates, tokenizer=tokenizer, max_length=max_length)
 
 
-@torch.no_grad()
 def classify(
     model: CoCa, classifier: Float[Tensor, "classes l"], images: Tensor, *, batch_size: int = 256
 ) -> Int[Tensor, " b"]:
@@ -38,6 +36,4 @@ def classify(
         images: ``(b, c, height, width)``.
         batch_size: images encoded at a time.
     """
-    with eval_mode(model):
-        parts = [model.encode_image(part.to(model.device)) @ classifier.t() for part in images.split(batch_size)]
-    return torch.cat(parts).argmax(dim=-1)
+    return (image_latents(model, images.split(batch_size)) @ classifier.float().t()).argmax(dim=-1)

@@ -22,9 +22,9 @@ from coca.training.config import TrainingSettings
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.pretrained import check_vocabulary
 from lm_core.checks import typed
-from lm_core.distributed import broadcast_object, rank, world_size
+from lm_core.distributed import rank, world_size
 from lm_core.tokenizers import ByteTokenizer
-from lm_core.training.accelerator import Precision, autocast
+from lm_core.training.accelerator import autocast
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
 
@@ -53,22 +53,15 @@ class TrainingResult(SessionResult):
 
 
 class CoCaObjective(nn.Module):
-    """The model's losses under autocast, as one module to wrap.
+    """The losses of ``model`` as one module to wrap."""
 
-    Args:
-        model: the model.
-        precision: of matrix products.
-    """
-
-    def __init__(self, model: CoCa, *, precision: Precision) -> None:
+    def __init__(self, model: CoCa) -> None:
         super().__init__()
         self.model = model
-        self.precision: Precision = precision
 
     def forward(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Total, captioning and contrastive loss of the batch of all processes."""
-        with autocast(self.precision, text.device):
-            loss = self.model.loss(text, images)
+        loss = self.model.loss(text, images)
         return loss.total, loss.caption, loss.contrastive
 
 
@@ -109,7 +102,7 @@ class CoCaTrainer:
     ) -> None:
         self.settings = settings = TrainingSettings() if settings is None else settings
         self.tokenizer: Any = ByteTokenizer() if tokenizer is None else tokenizer
-        check_tokens(model, self.tokenizer)
+        _check_tokens(model, self.tokenizer)
         if model.img_encoder is None:
             raise ValueError("model must have an img_encoder to be trained on images, got img_encoder=None")
         self.data = data
@@ -141,13 +134,13 @@ class CoCaTrainer:
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
-            objective=CoCaObjective(model, precision=settings.precision),
+            objective=CoCaObjective(model),
             optimizer=lambda: adamw(model, settings),
             compile=settings.compile,
             state={"batches": self.batches},
             architecture={name: value for name, value in arguments.items() if name != "gradient_checkpointing"},
             tokenizer=self.tokenizer,
-            validate=self._validate,
+            validate=lambda: on_main_process(self._validate),
             record={
                 "model": arguments,
                 "images": len(data),
@@ -164,17 +157,17 @@ class CoCaTrainer:
         Seeds python's, numpy's and torch's generators, or puts them where the checkpoint had them.
 
         Raises:
-            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
-            CheckpointError: the checkpoint is of another model, seed or number of processes, or damaged.
+            RuntimeError: the loss was not finite too often in a row; for more see
+                ``lm_core.training.session.TrainingSession.run``.
             ValueError: the checkpoint is of other data.
-            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         with self.session.run() as session:
             for _ in session.steps():
                 started = time.monotonic()
                 batch = next(self.batches).to(self.device)
-                total, caption, contrastive = session.module(batch.text, batch.images)
+                with autocast(self.settings.precision, self.device):
+                    total, caption, contrastive = session.module(batch.text, batch.images)
                 session.backward(total)
                 update = session.optimizer_step()
                 self.model.clamp_logit_scale_()
@@ -195,22 +188,17 @@ class CoCaTrainer:
         )
 
     def _validate(self) -> dict[str, Any]:
-        """Metrics of the held-out images; rank 0 evaluates, the others wait."""
-        settings = self.settings
-        values: dict[str, Any] = {}
-        if rank() == 0:
-            inputs = (self.tokenizer, self.preprocessing)
-            length = settings.max_length
-            last = self.session.step >= settings.max_steps
-            captions = None if last else settings.validation_captions
-            with autocast(settings.precision, self.device):
-                metrics = evaluate(
-                    self.model, self.held_out, *inputs, max_length=length, max_new_tokens=length, captions=captions
-                )
-                (sample,) = caption_images(self.model, self.held_out.select([0]), *inputs, max_new_tokens=length)
-            values = {f"validation_{name}": value for name, value in metrics.items()}
-            values |= {"sample_caption": sample, "unreadable_images": len(self.data.unreadable)}
-        return broadcast_object(values)
+        """Metrics of the held-out images, and the caption of one of them."""
+        settings, inputs = self.settings, (self.tokenizer, self.preprocessing)
+        length = settings.max_length
+        captions = None if self.session.step >= settings.max_steps else settings.validation_captions
+        with autocast(settings.precision, self.device):
+            metrics = evaluate(
+                self.model, self.held_out, *inputs, max_length=length, max_new_tokens=length, captions=captions
+            )
+            (sample,) = caption_images(self.model, self.held_out.select([0]), *inputs, max_new_tokens=length)
+        values = {f"validation_{name}": value for name, value in metrics.items()}
+        return {**values, "sample_caption": sample, "unreadable_images": len(self.data.unreadable)}
 
     def _draw(self) -> Path:
         assert self.session.folder is not None
@@ -231,13 +219,8 @@ def _evaluated(validation: Mapping[str, Any]) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in validation.items() if name.startswith(prefix)}
 
 
-def check_tokens(model: CoCa, tokenizer: Any) -> None:
-    """Raises unless ``model`` was made for the tokens of ``tokenizer``.
-
-    Raises:
-        ValueError: the model has fewer tokens, or another EOS, BOS or padding id.
-        TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
-    """
+def _check_tokens(model: CoCa, tokenizer: Any) -> None:
+    """Raises unless ``model`` was made for the tokens of ``tokenizer``."""
     check_vocabulary(tokenizer, model.num_tokens)
     for name in ("pad_id", "eos_id", "bos_id"):
         wanted, own = getattr(tokenizer, name, None), getattr(model, name)

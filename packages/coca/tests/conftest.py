@@ -1,6 +1,9 @@
 """Models small enough to follow, and what they are fed."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +65,20 @@ def make_batch():
         return text, torch.randn(b, 5, 12, generator=generator, dtype=dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def start_run():
+    """Starts test_trainer.py as a program that trains into a folder; its errors go into a pipe."""
+
+    def start(folder, *launcher, **environ):
+        return subprocess.Popen(
+            [sys.executable, *launcher, str(Path(__file__).with_name("test_trainer.py")), str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from coca import CoCa, ImagePreprocessing
 from coca.cli import main
 from coca.data.digits import CLASS_NAMES, handwritten_digits
 from coca.data.image_files import load_images
-from coca.interop import load_coca_pytorch
+from coca.interop import from_coca_pytorch
 
 pytestmark = pytest.mark.plain
 
 TRAIN = ["train", "--device", "cpu", "--max_steps", "3", "--batch_size", "8", "--validate_every", "3", "--dim", "16"]
 TRAIN += ["--vit_dim", "16", "--dim_head", "8", "--heads", "2", "--validation_captions", "2", "--max_length", "12"]
+ON_FILES = [*TRAIN, "--image_size", "8", "--channels", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,7 @@ def run(tmp_path_factory, digit_files):
     source = folder / "images"
     shutil.copytree(digit_files, source)
     (source / "7.png").write_bytes(b"damaged")
-    sizes = ["--image_size", "8", "--channels", "1"]
-    assert main([*TRAIN, *sizes, "--data", str(source), "--checkpoint_dir", str(folder / "run")]) == 0
+    assert main([*ON_FILES, "--data", str(source), "--checkpoint_dir", str(folder / "run")]) == 0
     return folder / "run"
 
 
@@ -85,9 +86,8 @@ def test_captions_are_printed_for_files_and_folders(run, digit_files, capsys):
 
 def test_images_too_large_to_open_are_unreadable(run, digit_files, capsys, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    status = main(["caption", str(run), str(digit_files)])
 
-    assert status == 1
+    assert main(["caption", str(run), str(digit_files)]) == 1
     assert "none of 40 images could be read" in capsys.readouterr().err
 
 
@@ -166,9 +166,8 @@ def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(digit_
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     own = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", bos_token="<end>")
     own.save_pretrained(tmp_path / "words")
-    sizes = ["--image_size", "8", "--channels", "1", "--data", str(digit_files)]
     places = ["--tokenizer", str(tmp_path / "words"), "--checkpoint_dir", str(tmp_path / "run")]
-    assert main([*TRAIN, *sizes, *places]) == 0
+    assert main([*ON_FILES, "--data", str(digit_files), *places]) == 0
 
     model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
     assert (model.pad_id, model.bos_id, model.eos_id, model.num_tokens) == (0, 0, 0, len(vocabulary))
@@ -179,32 +178,15 @@ def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(digit_
 
 
 def test_an_originals_file_is_converted(tmp_path, capsys):
-    from pathlib import Path
-
     golden = json.loads((Path(__file__).parent / "golden" / "original.json").read_text("utf-8"))
-    state = {name: torch.zeros(shape) for name, shape in golden["shapes"].items() if "inv_freq" not in name}
-    torch.save(state, tmp_path / "old.pt")
+    state = {name: torch.randn(shape) for name, shape in golden["shapes"].items() if "inv_freq" not in name}
+    torch.save({"state_dict": state}, tmp_path / "old.pt")
     assert main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "new"), "--eos_id", "2"]) == 0
 
-    expected = load_coca_pytorch(tmp_path / "old.pt", eos_id=2)
-    converted = CoCa.from_pretrained(tmp_path / "new")
+    expected, converted = from_coca_pytorch(state), CoCa.from_pretrained(tmp_path / "new")
     assert converted.eos_id == 2
-    assert converted.state_dict().keys() == expected.state_dict().keys()
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["train", "--dims", "16"], "unknown argument --dims; the nearest known one is --dim"),
-        (["captoin"], "unknown command 'captoin'; the nearest known one is caption"),
-    ],
-)
-def test_an_unknown_word_is_answered_with_the_nearest(argv, message, capsys):
-    with pytest.raises(SystemExit) as left:
-        main(argv)
-
-    assert left.value.code == 2
-    assert message in capsys.readouterr().err
+    for name, value in expected.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(
@@ -230,20 +212,8 @@ def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_configuration_is_printed_and_read(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--dim", "24", "--print_config"])
-    config = capsys.readouterr().out
-    (tmp_path / "run.yaml").write_text(config.replace("dim: 24", "dim: 25"), "utf-8")
-
-    with pytest.raises(SystemExit):
-        main(["train", "--config", str(tmp_path / "run.yaml"), "--print_config"])
-    assert "\ndim: 25\n" in "\n" + capsys.readouterr().out
-
-
 def test_other_files_are_held_out_if_given(run, digit_files, tmp_path, capsys):
-    sizes = ["--image_size", "8", "--channels", "1", "--checkpoint_dir", str(tmp_path / "run")]
     sources = ["--data", str(digit_files), "--validation_data", str(run.parent / "images")]
-    assert main([*TRAIN, *sizes, *sources]) == 0
+    assert main([*ON_FILES, *sources, "--checkpoint_dir", str(tmp_path / "run")]) == 0
 
     assert "40 images to learn from, 39 held out" in capsys.readouterr().out

@@ -7,10 +7,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,22 +16,9 @@ from lm_core.checkpoints.checkpoint import list_checkpoints
 from lm_core.checkpoints.weights import read_weights
 
 pytestmark = [pytest.mark.plain, pytest.mark.skipif(os.name == "nt", reason="no SIGKILL there")]
-PROGRAM = Path(__file__).with_name("test_trainer.py")
 
 
-def start(folder, pause=0.0):
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TINY_PAUSE": str(pause)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(folder):
-    process = start(folder)
+def finish(process, folder):
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0, errors
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -42,31 +26,29 @@ def finish(folder):
     return read_weights(folder / "checkpoints" / "step-6" / "model.safetensors"), timeless
 
 
-def kill(folder, chance, pause):
-    """Starts a run, or goes on with it, and kills it after its first update; False if it was done sooner."""
+def kill(process, folder, wait):
+    """Kills a run some seconds after its next update; False if it was done sooner."""
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_size if metrics.exists() else 0
-    process = start(folder, pause)
     while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= before):
         time.sleep(0.01)  # into the loop, not into imports
-    time.sleep(chance.uniform(0, 2 * pause))
-    if process.poll() is not None:
-        process.communicate()
-        return False
-    os.killpg(process.pid, signal.SIGKILL)
+    time.sleep(wait)
+    is_running = process.poll() is None
+    if is_running:
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    return True
+    return is_running
 
 
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
-    expected, expected_rows = finish(tmp_path / "whole")
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(start_run, tmp_path):
+    expected, expected_rows = finish(start_run(tmp_path / "whole"), tmp_path / "whole")
     chance, left, runs = random.Random(0), int(os.environ.get("LM_FAULT_KILLS", "2")), 0
     while left > 0:
         folder = tmp_path / f"killed-{runs}"
-        while left > 0 and kill(folder, chance, pause=0.3):
+        while left > 0 and kill(start_run(folder, TINY_PAUSE="0.3"), folder, chance.uniform(0, 0.6)):
             left -= 1
         runs += 1
-        weights, rows = finish(folder)
+        weights, rows = finish(start_run(folder), folder)
         for name, value in expected.items():
             assert torch.equal(weights[name], value), name
         assert rows == expected_rows

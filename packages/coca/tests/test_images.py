@@ -70,39 +70,40 @@ def picture_bytes(shade):
     return stream.getvalue()
 
 
+def captions_of(number):
+    return [f"shade {number}", f"grey {number}"]
+
+
 def written_folder(folder):
     for number in range(3):
         (folder / f"{number}.png").write_bytes(picture_bytes(number * 10))
-        (folder / f"{number}.txt").write_text(f"shade {number}\ngrey {number}\n", "utf-8")
+        (folder / f"{number}.txt").write_text("\n".join(captions_of(number)) + "\n", "utf-8")
     return folder
 
 
 def written_csv(folder):
     written_folder(folder)
-    rows = [f"{number}.png,{word} {number},{'ab'[number % 2]}" for number in range(3) for word in ("shade", "grey")]
+    rows = [f"{number}.png,{caption},{'ab'[number % 2]}" for number in range(3) for caption in captions_of(number)]
     (folder / "captions.csv").write_text("\n".join(["image,caption,label", *rows]) + "\n", "utf-8")
     return folder
 
 
 def written_jsonl(folder):
     written_folder(folder)
-    rows = [
-        {"image": f"{number}.png", "caption": [f"shade {number}", f"grey {number}"], "label": "ab"[number % 2]}
-        for number in range(3)
-    ]
+    rows = [{"image": f"{n}.png", "caption": captions_of(n), "label": "ab"[n % 2]} for n in range(3)]
     (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", "utf-8")
     return folder / "x.jsonl"
 
 
 def written_tar(folder):
+    written_folder(folder)
     with tarfile.open(folder / "x.tar", "w") as archive:
         for number in range(3):
-            caption = {"caption": [f"shade {number}", f"grey {number}"], "label": "ab"[number % 2]}
-            for name, data in ((f"{number}.png", picture_bytes(number * 10)), (f"{number}.json", json.dumps(caption))):
-                content = data if isinstance(data, bytes) else data.encode()
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+            archive.add(folder / f"{number}.png", f"{number}.png")
+            (folder / "caption.json").write_text(
+                json.dumps({"caption": captions_of(number), "label": "ab"[number % 2]}), "utf-8"
+            )
+            archive.add(folder / "caption.json", f"{number}.json")
     return folder / "x.tar"
 
 
@@ -111,12 +112,57 @@ def test_images_are_read_with_all_their_captions(write, tmp_path):
     data = load_images(write(tmp_path), GREY)
 
     assert data.names == ("0.png", "1.png", "2.png")
-    assert data.captions == tuple((f"shade {number}", f"grey {number}") for number in range(3))
+    assert data.captions == tuple(tuple(captions_of(number)) for number in range(3))
     assert [int(data.read(number).mean()) for number in range(3)] == [0, 10, 20]
     if write is not written_folder:
         assert data.class_names == ("a", "b")
         assert data.labels == (0, 1, 0)
     assert data.unreadable == ()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "message"),
+    [
+        ("nowhere", None, FileNotFoundError, "there is no"),
+        (".", None, ValueError, "at least one image with a caption, got none"),
+        ("a.zip", "x", ValueError, "got .*a.zip"),
+        (
+            "a.csv",
+            "image,text\n0.png,hello\n",
+            ValueError,
+            r"a.csv, line 2, must have 'caption', got .*'image', 'text'",
+        ),
+        ("a.csv", "image,caption\ngone.png,hello\n", FileNotFoundError, "line 2, names the image .*gone.png, which is"),
+        ("a.jsonl", '{"image": 1}\n', ValueError, "a.jsonl, line 1, must have 'caption'"),
+        ("a.jsonl", "{oops\n", ValueError, "a.jsonl, line 1, is not JSON"),
+        ("a.tar", "x" * 2000, ValueError, "cannot be read as an uncompressed tar"),
+        ("0.png", "x", ValueError, r"must have a .txt next to it, .*0\.png has none"),
+    ],
+)
+def test_a_source_without_usable_images_is_refused(name, content, kind, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content, "utf-8")
+    with pytest.raises(kind, match=message):
+        load_images(tmp_path if name == "0.png" else tmp_path / name, GREY)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("damage", [b"", b"no image", None])
+def test_an_unreadable_image_is_named_and_counted(tmp_path, damage):
+    folder = written_folder(tmp_path)
+    (folder / "1.png").write_bytes(picture_bytes(10)[:40] if damage is None else damage)
+
+    data = load_images(folder, GREY, max_unreadable=0.4)
+
+    assert data.names == ("0.png", "2.png")
+    assert len(data.unreadable) == 1
+    assert data.unreadable[0].startswith("1.png: ")
+    assert " object at " not in data.unreadable[0]
+    with pytest.raises(
+        ValueError, match=r"1 of 3 images in .* cannot be read, more than max_unreadable = 0.1 .*1\.png"
+    ):
+        load_images(folder, GREY, max_unreadable=0.1)
 
 
 def test_a_split_keeps_every_image_once(tmp_path):
@@ -144,15 +190,16 @@ def test_a_grid_is_a_picture_of_all_images(tmp_path):
 
 
 class Extractor(nn.Module):
-    """As vit-pytorch's: returns (prediction, embeddings), detached unless told otherwise."""
+    """As vit-pytorch's: returns (prediction, embeddings), detached unless asked otherwise."""
+
+    dim = 12
 
     def __init__(self, detach=True):
         super().__init__()
-        self.vit = nn.Sequential(nn.Conv2d(1, 12, 4, 4), nn.Flatten(2), nn.LayerNorm(4))
-        self.dim, self.detach = 12, detach
+        self.vit, self.detach = nn.Conv2d(1, 12, 4, 4), detach
 
     def forward(self, images):
-        tokens = self.vit(images).transpose(1, 2)
+        tokens = self.vit(images).flatten(2).transpose(1, 2)
         return torch.zeros(len(images), 5), tokens.detach() if self.detach else tokens
 
 
@@ -163,8 +210,7 @@ class Timm(nn.Module):
 
     def __init__(self, channels_last=False):
         super().__init__()
-        self.stem = nn.Conv2d(1, 12, 4, 4)
-        self.channels_last = channels_last
+        self.stem, self.channels_last = nn.Conv2d(1, 12, 4, 4), channels_last
 
     def forward_features(self, images):
         features = self.stem(images)
@@ -174,19 +220,18 @@ class Timm(nn.Module):
         return self.forward_features(images).mean(dim=(1, 2))
 
 
-def hugging_face(kind):
+def hugging_face_vit():
     import transformers
 
-    if kind == "vit":
-        config = transformers.ViTConfig(
-            hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
-            patch_size=4, num_channels=1,
-        )  # fmt: skip
-        return transformers.ViTModel(config)
-    config = transformers.ResNetConfig(
-        num_channels=1, embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic"
-    )
-    return transformers.ResNetModel(config)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8}
+    return transformers.ViTModel(transformers.ViTConfig(hidden_size=12, patch_size=4, num_channels=1, **sizes))
+
+
+def hugging_face_resnet():
+    import transformers
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+    return transformers.ResNetModel(transformers.ResNetConfig(num_channels=1, **sizes))
 
 
 def vit_pytorch_extractor(detach=False):
@@ -203,30 +248,23 @@ def timm_model(name, **settings):
     return timm.create_model(name, pretrained=False, num_classes=0, in_chans=1, **settings)
 
 
+SMALL_VIT = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 2}
+SMALL_SWIN = {"img_size": 32, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "window_size": 4}
 # How to make one, the size of its images, and the shape of its tokens.
 ENCODERS = {
     "our ViT": (lambda: VisionTransformer(image_size=8, patch_size=4, channels=1, dim=12, depth=1), 8, (4, 12)),
     "Extractor": (lambda: Extractor(detach=False), 8, (4, 12)),
     "timm map": (Timm, 8, (4, 12)),
     "timm map, channels last": (lambda: Timm(channels_last=True), 8, (4, 12)),
-    "Hugging Face ViT": (lambda: hugging_face("vit"), 8, (5, 12)),
-    "Hugging Face ResNet": (lambda: hugging_face("resnet"), 8, (1, 12)),
+    "Hugging Face ViT": (hugging_face_vit, 8, (5, 12)),
+    "Hugging Face ResNet": (hugging_face_resnet, 8, (1, 12)),
     "CNN": (lambda: nn.Sequential(nn.Conv2d(1, 12, 4, 4), nn.ReLU()), 8, (4, 12)),
     "vit-pytorch's Extractor": (vit_pytorch_extractor, 8, (5, 12)),
-    "timm's ViT": (
-        lambda: timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2),
-        32,
-        (5, 12),
-    ),
+    "timm's ViT": (lambda: timm_model("vit_tiny_patch16_224", **SMALL_VIT), 32, (5, 12)),
     "timm's ResNet": (lambda: timm_model("resnet10t"), 32, (1, 512)),
-    "timm's Swin": (
-        lambda: timm_model(
-            "swin_tiny_patch4_window7_224", img_size=32, embed_dim=12, depths=(1, 1), num_heads=(2, 2), window_size=4
-        ),
-        32,
-        (16, 24),
-    ),
+    "timm's Swin": (lambda: timm_model("swin_tiny_patch4_window7_224", **SMALL_SWIN), 32, (16, 24)),
 }
+TEXT = torch.tensor([[3, 4, 5], [6, 7, 8]])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,12 +274,12 @@ def test_an_encoder_gives_tokens_and_is_trained(name):
     encoder = make()
     width = token_width(encoder)
     model = CoCa(**SIZES, image_dim=shape[1] if width is None else None, img_encoder=encoder)
-    images, text = torch.randn(2, 1, size, size), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    images = torch.randn(2, 1, size, size)
 
     tokens = model.img_encoder(images)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="img_encoder")
-        model(text, images, return_loss=True).backward()
+        model(TEXT, images, return_loss=True).backward()
 
     assert tokens.shape == (2, *shape)
     assert width == (None if name == "CNN" else shape[1])
@@ -254,10 +292,7 @@ def test_a_frozen_encoder_does_not_move(name):
     encoder = ENCODERS[name][0]()
     model = CoCa(**SIZES, img_encoder=encoder, freeze_img_encoder=True).train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    images, text = torch.randn(2, 1, 8, 8), torch.tensor([[3, 4, 5], [6, 7, 8]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(text, images, return_loss=True).backward()
+    model(TEXT, torch.randn(2, 1, 8, 8), return_loss=True).backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
 
     assert not encoder.training
@@ -269,13 +304,13 @@ def test_a_frozen_encoder_does_not_move(name):
 @pytest.mark.parametrize("make", [Extractor, lambda: vit_pytorch_extractor(detach=True)], ids=["ours", "vit-pytorch"])
 def test_an_extractor_that_detaches_is_warned_of_once(make):
     model = CoCa(**SIZES, img_encoder=make())
-    images, text = torch.randn(2, 1, 8, 8), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    images = torch.randn(2, 1, 8, 8)
 
     with pytest.warns(UserWarning, match=r"Extractor returns tokens without gradient .*detach=False"):
-        model(text, images, return_loss=True)
+        model(TEXT, images, return_loss=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="img_encoder")
-        model(text, images, return_loss=True)
+        model(TEXT, images, return_loss=True)
 
 
 def test_maps_become_their_places_row_by_row():
@@ -283,12 +318,6 @@ def test_maps_become_their_places_row_by_row():
 
     assert torch.equal(tokens_of(features)[0, 1], features[0, :, 0, 1])
     assert torch.equal(tokens_of(features.permute(0, 2, 3, 1), 3), tokens_of(features))
-
-
-@pytest.mark.plain
-def test_an_encoder_that_returns_no_tensor_is_refused():
-    with pytest.raises(TypeError, match="must return a tensor of tokens"):
-        tokens_of({"a": 1})
 
 
 def test_positions_start_distinct():

@@ -1,17 +1,16 @@
-"""Training through its public entry points: resumed bit for bit, spread over processes.
+"""Training through its public entry points: resumed bit for bit, on several processes.
 
-This file is also the program of the processes that are spread, and of those that test_faults_training.py kills.
+This file is also the program that the fixture ``start_run`` starts, for several processes and for kills.
 """
 
 import json
 import math
 import os
+import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from coca.data.pair_batches import PairBatches
 from coca.evaluation.evaluation import evaluate
 from coca.training.config import TrainingSettings
 from coca.training.trainer import CoCaTrainer
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.weights import read_weights
 from lm_core.tokenizers import ByteTokenizer
 
@@ -63,21 +63,10 @@ def tiny_trainer(folder, settings=TINY, resume="auto", trackers=(), **changes):
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     vit = VisionTransformer(image_size=4, patch_size=2, channels=1, dim=8, depth=1, dim_head=4, heads=2)
-    arguments = {
-        "dim": 8,
-        "num_tokens": tokenizer.vocab_size,
-        "unimodal_depth": 1,
-        "multimodal_depth": 1,
-        "num_img_queries": 2,
-        "dim_head": 4,
-        "heads": 2,
-        "img_encoder": vit,
-        "pad_id": tokenizer.pad_id,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-    }
+    sizes = {"dim": 8, "unimodal_depth": 1, "multimodal_depth": 1, "num_img_queries": 2, "dim_head": 4, "heads": 2}
+    ids = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     data, held_out = four_kinds().split(0.2)
-    model = CoCa(**{**arguments, **changes})
+    model = CoCa(**{"num_tokens": tokenizer.vocab_size, "img_encoder": vit, **sizes, **ids, **changes})
     if "TINY_DOUBLE" in os.environ:
         model.double()
         vit.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
@@ -142,7 +131,7 @@ def test_a_run_writes_what_it_says(whole_run):
 @pytest.mark.plain
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a process itself there")
 @pytest.mark.parametrize("step", [1, 3])
-def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step, capfd):
+def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step):
     stopped = tiny_trainer(tmp_path, trackers=[StopAt(step)]).train()
     resumed = tiny_trainer(tmp_path).train()
 
@@ -153,33 +142,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step, capfd
     assert resumed.first_metrics == whole_run[1].first_metrics
 
 
-def test_training_stops_in_time_and_goes_on(whole_run, tmp_path):
-    first = tiny_trainer(tmp_path, replace(TINY, max_seconds=1e-6)).train()
-    second = tiny_trainer(tmp_path).train()
+@pytest.mark.plain
+def test_a_run_does_not_go_on_with_another_architecture(whole_run, tmp_path):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    trainer = tiny_trainer(tmp_path / "run", dim=16)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
-    assert (first.outcome, first.step) == ("out of time", 1)
-    assert (second.outcome, second.step) == ("finished", 6)
-    assert all(torch.equal(weights(tmp_path, 6)[name], value) for name, value in weights(whole_run[0], 6).items())
+    with pytest.raises(CheckpointError, match="another architecture: dim is 16, but was 8"):
+        trainer.train()
+    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
 @pytest.mark.plain
 @pytest.mark.parametrize(
-    ("changes", "settings", "message"),
+    ("changes", "message"),
     [
-        ({"dim": 16}, TINY, "another architecture: dim is 16, but was 8"),
-        ({}, replace(TINY, seed=1), "seed is 1, but was 0"),
+        ({"num_tokens": 23, "pad_id": 0, "bos_id": 1, "eos_id": 2}, "model must have num_tokens >= 259, .* got 23"),
+        ({"eos_id": 3}, "the tokenizer's eos_id, 257, got 3"),
+        ({"img_encoder": None}, "model must have an img_encoder to be trained on images"),
     ],
 )
-def test_a_run_does_not_go_on_with_something_else(whole_run, tmp_path, changes, settings, message):
-    import shutil
-
-    shutil.copytree(whole_run[0], tmp_path / "run")
-    trainer = tiny_trainer(tmp_path / "run", settings, **changes)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        trainer.train()
-    assert all(torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+def test_a_model_that_does_not_fit_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path / "run", **changes)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("pad_id", [258, 257])  # of its own, or the end
@@ -212,42 +198,16 @@ def test_batches_do_not_depend_on_the_number_of_processes():
     assert seen(1) == seen(2) == seen(3)
 
 
-def test_batches_go_on_where_they_were():
-    data, _ = four_kinds().split(0.2)
-    settings = {"data": data, "tokenizer": ByteTokenizer(), "preprocessing": PREPROCESSING, "pad_id": 258}
-    batches, other = (PairBatches(batch_size=7, shift=1, **settings) for _ in range(2))
-    for _ in range(3):
-        next(batches)
-    other.load_state_dict(batches.state_dict())
-
-    first, second = next(batches), next(other)
-
-    assert torch.equal(first.images, second.images)
-    assert torch.equal(first.text, second.text)
-
-
-def start(folder, *more, **environ):
-    command = [sys.executable, *more, __file__, str(folder)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.mark.distributed
 @pytest.mark.plain
-def test_two_processes_train_as_one_does(tmp_path):
+def test_two_processes_train_as_one_does(start_run, tmp_path):
     # In float64: where a gradient is nearly 0, Adam turns its float32 rounding into a whole step.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     one, two = tmp_path / "one", tmp_path / "two"
-    runs = [start(one, TINY_DOUBLE="1"), start(two, *launcher, EXPECTED_WORLD_SIZE="2", TINY_DOUBLE="1")]
+    runs = [start_run(one, TINY_DOUBLE="1"), start_run(two, *launcher, EXPECTED_WORLD_SIZE="2", TINY_DOUBLE="1")]
     for process in runs:
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors

@@ -171,7 +171,8 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             names = set(inspect.signature(group.kind).parameters)
             skip = {*group.skip, *(names & {action.dest for action in parser._actions})}
             if names - skip:
-                parser.add_class_arguments(group.kind, skip=skip)
+                add = parser.add_class_arguments if inspect.isclass(group.kind) else parser.add_function_arguments
+                add(group.kind, skip=skip)
             parser.set_defaults(dict(group.defaults))
             for action in parser._actions:
                 action.required = action.required and action.dest not in group.defaults

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from coca.cli.commands import caption, convert, embed, retrieve, zero_shot
 from coca.cli.train import EncoderSettings, train
+from coca.data.image_files import load_images
 from coca.model.coca import CoCa
 from coca.training.config import TrainingSettings
 from lm_core.cli.main import run_command
@@ -40,7 +41,14 @@ MODEL = Group(
 )
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
-        train, {"model": MODEL, "images": Group(EncoderSettings), "settings": Group(TrainingSettings)}, TRAIN
+        train,
+        {
+            "model": MODEL,
+            "images": Group(EncoderSettings),
+            "settings": Group(TrainingSettings),
+            "reading": Group(load_images, skip=("source", "preprocessing", "progress"), as_dict=True),
+        },
+        TRAIN,
     ),
     "caption": caption,
     "embed": embed,

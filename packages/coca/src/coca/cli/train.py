@@ -1,11 +1,11 @@
 """``coca train``: a model, its image encoder and its data from flags."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from coca.data.captioned_images import CaptionedImages
 from coca.data.digits import IMAGE_SIZE, MEAN, STD
 from coca.data.image_files import load_images
 from coca.model.coca import CoCa
@@ -104,14 +104,10 @@ def train(
     model: dict[str, Any],
     images: EncoderSettings,
     settings: TrainingSettings,
+    reading: dict[str, Any],
     data: str = "digits",
     validation_data: str | None = None,
     validation_fraction: float = 0.2,
-    image_column: str = "image",
-    caption_column: str = "caption",
-    label_column: str = "label",
-    templates: list[str] | None = None,
-    max_unreadable: float = 0.05,
     tokenizer: str = "bytes",
     checkpoint_dir: str = "runs/coca-quickstart",
     resume: bool | Literal["auto"] = "auto",
@@ -123,14 +119,10 @@ def train(
         model: arguments of ``CoCa``.
         images: preparation and encoder of the images.
         settings: of the training.
+        reading: arguments of ``load_images``.
         data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
         validation_data: the same, held out.
         validation_fraction: part of data that is held out where validation_data is not given.
-        image_column: column of a table with the path of an image.
-        caption_column: column of a table with a caption.
-        label_column: column of a table with the class of an image, if it has one; held-out images are then classified.
-        templates: captions with one {} for a class name.
-        max_unreadable: part of the images that may be unreadable; they are named and counted.
         tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
     """
@@ -139,16 +131,9 @@ def train(
         raise ValueError(f"tokenizer must have a padding or an EOS id, got {encoder!r} without")
     preprocessing = images.preprocessing(digits=data == "digits")
 
-    load = partial(
-        load_images,
-        preprocessing=preprocessing,
-        image_column=image_column,
-        caption_column=caption_column,
-        label_column=label_column,
-        templates=tuple(templates or ()),
-        max_unreadable=max_unreadable,
-        progress=True,
-    )
+    def load(source: str) -> CaptionedImages:
+        return load_images(source, preprocessing, progress=True, **reading)
+
     if validation_data is None:
         train_data, held_out = load(data).split(validation_fraction)
     else:

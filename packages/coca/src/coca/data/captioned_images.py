@@ -53,10 +53,9 @@ class CaptionedImages:
         for name, captions in zip(self.names, self.captions, strict=True):
             if not captions or not all(caption.strip() for caption in captions):
                 raise ValueError(f"each image must have captions that are not empty, got {list(captions)} for {name}")
-        if self.labels is not None:
-            wrong = sorted({label for label in self.labels if not 0 <= label < len(self.class_names)})
-            if wrong:
-                raise ValueError(f"labels must be in [0, {len(self.class_names)}), the class names, got {wrong[:8]}")
+        wrong = sorted({label for label in self.labels or () if not 0 <= label < len(self.class_names)})
+        if wrong:
+            raise ValueError(f"labels must be in [0, {len(self.class_names)}), the class names, got {wrong[:8]}")
 
     def __len__(self) -> int:
         return len(self.names)

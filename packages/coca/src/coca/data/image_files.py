@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_images(
     image_column: str = "image",
     caption_column: str = "caption",
     label_column: str = "label",
-    templates: tuple[str, ...] = (),
+    templates: Sequence[str] | None = None,
     max_unreadable: float = 0.05,
     progress: bool = False,
 ) -> CaptionedImages:
@@ -57,11 +57,11 @@ def load_images(
     Args:
         source: see the module.
         preprocessing: size and channels of the pixels.
-        image_column: of a table.
-        caption_column: of a table, or key of a JSON object.
-        label_column: of a table, or key of a JSON object; where all images have it, they can be classified.
-        templates: captions with one ``{}`` for a class name, for zero-shot classification.
-        max_unreadable: part of the images that may be unreadable.
+        image_column: column of a table with the path of an image.
+        caption_column: column of a table, or key of a JSON object, with a caption.
+        label_column: the same with the class of an image; where all images have it, held-out ones are classified.
+        templates: captions with one {} for a class name.
+        max_unreadable: part of the images that may be unreadable; they are named and counted.
         progress: shows a progress bar.
 
     Raises:
@@ -98,7 +98,7 @@ def load_images(
         read=lambda index: read_pixels(good[index].data, preprocessing),
         labels=tuple(label_ids[label] for label in labels) if class_names else None,
         class_names=class_names,
-        templates=templates or ("{}",),
+        templates=tuple(templates or ("{}",)),
         unreadable=tuple(unreadable),
     )
 
@@ -123,8 +123,6 @@ def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
     """One entry an image, with all its captions."""
     by_name: dict[str, _Entry] = {}
     for entry in entries:
-        if not entry.captions:
-            raise ValueError(f"each image must have a caption, got none for {entry.name}")
         earlier = by_name.get(entry.name)
         if earlier is not None:
             if earlier.label != entry.label:
@@ -156,7 +154,7 @@ def _folder(folder: Path) -> Iterator[_Entry]:
         if not text.is_file():
             raise ValueError(f"each image of a folder without a table must have a .txt next to it, {path} has none")
         name = path.relative_to(folder).as_posix()
-        yield _Entry(name, _lines(text.read_text("utf-8")), None, path.read_bytes)
+        yield _Entry(name, _lines(text.read_text("utf-8"), str(text)), None, path.read_bytes)
 
 
 def _table(table: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
@@ -197,7 +195,7 @@ def _tar(path: Path, columns: Mapping[str, str]) -> Iterator[_Entry]:
             captions = _texts(content.get(columns["caption"]), f"{key}.json")
             label = None if content.get(columns["label"]) is None else str(content[columns["label"]])
         elif ".txt" in members:
-            captions = _lines(_member(path, members[".txt"]).decode("utf-8"))
+            captions = _lines(_member(path, members[".txt"]).decode("utf-8"), f"{key}.txt")
         else:
             raise ValueError(f"{path} must have a caption, {key}.txt or {key}.json, next to {key}{image}")
         yield _Entry(key + image, captions, label, partial(_member, path, members[image]))
@@ -209,8 +207,8 @@ def _member(path: Path, member: tarfile.TarInfo) -> bytes:
         return stream.read(member.size)
 
 
-def _lines(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+def _lines(text: str, where: str) -> tuple[str, ...]:
+    return _texts([line for line in text.splitlines() if line.strip()], where)
 
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:

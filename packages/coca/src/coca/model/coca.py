@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from coca.model.attentional_pooling import AttentionalPooling, Pooling
-from coca.model.captioning import CoCaCache
 from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softmax_contrastive_loss
-from coca.model.cross_attention import MultimodalLayer
+from coca.model.cross_attention import CoCaCache, MultimodalLayer
 from coca.model.image_encoders import ImageEncoder, token_width
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
@@ -124,10 +123,15 @@ class CoCa(PretrainedMixin):
     ) -> None:
         super().__init__()
         dim_latents = dim if dim_latents is None else dim_latents
+        width = token_width(img_encoder)
+        if image_dim is None:
+            image_dim = dim if width is None else width
         sizes = {"unimodal_depth": unimodal_depth, "multimodal_depth": multimodal_depth, "dim_latents": dim_latents}
         sizes |= {"num_img_queries": num_img_queries, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
-        for name, value in {"dim": dim, "num_tokens": num_tokens, **sizes}.items():
+        for name, value in {"dim": dim, "num_tokens": num_tokens, "image_dim": image_dim, **sizes}.items():
             check_positive(value, name)
+        if width is not None and width != image_dim:
+            raise ValueError(f"image_dim must be the width of img_encoder's tokens, {width}, got {image_dim}")
         for name, value_id in (("pad_id", pad_id), ("bos_id", bos_id), ("eos_id", eos_id)):
             if value_id is not None and not 0 <= value_id < num_tokens:
                 raise ValueError(f"{name} must be a token id in [0, {num_tokens}), got {value_id}")
@@ -140,12 +144,6 @@ class CoCa(PretrainedMixin):
             raise ValueError(
                 f"init_logit_scale must be in (0, max_logit_scale = {max_logit_scale}], got {init_logit_scale}"
             )
-        width = token_width(img_encoder)
-        if image_dim is None:
-            image_dim = dim if width is None else width
-        if width is not None and width != image_dim:
-            raise ValueError(f"image_dim must be the width of img_encoder's tokens, {width}, got {image_dim}")
-        check_positive(image_dim, "image_dim")
 
         self.dim = dim
         self.num_tokens = num_tokens

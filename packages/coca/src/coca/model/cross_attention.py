@@ -10,14 +10,34 @@ Legend: b batch, i queries, n text tokens, m image tokens, d features.
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from coca.model.captioning import CoCaCache
 from lm_core.nn.attention import attend
 from lm_core.nn.feedforward import split_swiglu
+from lm_core.nn.kv_cache import KVCache
 from lm_core.nn.norms import LayerNorm
 from lm_core.nn.parallel_block import ParallelBlock, Positions, joint_output
+
+
+class CoCaCache(KVCache):
+    """Keys and values of the text (without CLS) in every layer, and of the image in the multimodal ones."""
+
+    def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:
+        super().__init__(layers=layers, batch_size=batch_size, max_length=max_length)
+        # Layer number to keys and values; empty before the first forward.
+        self.image: dict[int, tuple[Tensor, Tensor]] = {}
+        self._image_of_row = torch.arange(batch_size)
+
+    def reorder(self, index: Int[Tensor, " rows"]) -> None:
+        """Row ``r`` becomes what row ``index[r]`` was, its image too."""
+        super().reorder(index)
+        if index.device.type == "cpu":
+            # The beams of an image change places among themselves: their image stays where it is.
+            before, self._image_of_row = self._image_of_row, self._image_of_row[index]
+            if torch.equal(before, self._image_of_row):
+                return
+        self.image = {layer: (keys[index], values[index]) for layer, (keys, values) in self.image.items()}
 
 
 class CrossAttention(nn.Module):

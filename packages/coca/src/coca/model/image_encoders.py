@@ -83,12 +83,12 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"img_encoder must return tokens of image_dim = {self.width} features, got {tokens.shape[-1]}"
             )
-        if not torch.compiler.is_compiling():
-            self._warn_if_detached(tokens)
+        self._warn_if_detached(tokens)
         return tokens
 
     def _warn_if_detached(self, tokens: Tensor) -> None:
-        if self._has_warned or tokens.requires_grad or self.frozen or not (self.training and torch.is_grad_enabled()):
+        learns = self.training and torch.is_grad_enabled() and not self.frozen
+        if torch.compiler.is_compiling() or self._has_warned or tokens.requires_grad or not learns:
             return
         if any(parameter.requires_grad for parameter in self.encoder.parameters()):
             self._has_warned = True

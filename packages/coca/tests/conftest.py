@@ -28,21 +28,9 @@ def make_coca():
 
     def make(vit=False, seed=0, **changes):
         torch.manual_seed(seed)
-        settings = {
-            "dim": 16,
-            "num_tokens": 23,
-            "unimodal_depth": 2,
-            "multimodal_depth": 2,
-            "dim_latents": 10,
-            "image_dim": None if vit else 12,
-            "num_img_queries": 4,
-            "dim_head": 8,
-            "heads": 2,
-            "ff_mult": 2,
-            "pad_id": PAD,
-            "bos_id": BOS,
-            "eos_id": EOS,
-        }
+        settings = {"dim": 16, "num_tokens": 23, "unimodal_depth": 2, "multimodal_depth": 2, "dim_latents": 10}
+        settings |= {"image_dim": None if vit else 12, "num_img_queries": 4, "dim_head": 8, "heads": 2, "ff_mult": 2}
+        settings |= {"pad_id": PAD, "bos_id": BOS, "eos_id": EOS}
         if vit:
             settings["img_encoder"] = VisionTransformer(
                 image_size=8, patch_size=4, channels=1, dim=12, depth=1, dim_head=4, heads=2, ff_mult=2

@@ -87,7 +87,6 @@ def hidden_with_cache_of(model, rows):
 
 
 WRONG_VALUES = [
-    (lambda m: m(TEXT), "give images or image_tokens, got neither"),
     (lambda m: m.embed_image(TOKENS, TOKENS), "got both"),
     (lambda m: m(TEXT, torch.zeros(2, 3, 8, 8)), "images need an img_encoder"),
     (lambda m: m(TEXT, image_tokens=torch.zeros(2, 5, 13)), "image_dim = 12"),

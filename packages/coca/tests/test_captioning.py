@@ -95,13 +95,8 @@ def test_a_wide_beam_finds_what_exhaustive_search_finds(make_coca, length_penalt
         if EOS not in ids[:-1] and (ids[-1] == EOS or n == 3)
     ]
 
-    found = model.generate(
-        image_tokens=tokens,
-        max_new_tokens=3,
-        beams=len(candidates),
-        length_penalty=length_penalty,
-        use_cache=use_cache,
-    )
+    search = {"beams": len(candidates), "length_penalty": length_penalty, "use_cache": use_cache}
+    found = model.generate(image_tokens=tokens, max_new_tokens=3, **search)
 
     for row in range(2):
         scores = {}

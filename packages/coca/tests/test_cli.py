@@ -22,6 +22,17 @@ TRAIN += ["--vit_dim", "16", "--dim_head", "8", "--heads", "2", "--validation_ca
 ON_FILES = [*TRAIN, "--image_size", "8", "--channels", "1"]
 
 
+@pytest.fixture
+def printed(capsys):
+    """Runs a command that succeeds; what it prints."""
+
+    def run_command(*words):
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    return run_command
+
+
 @pytest.fixture(scope="module")
 def digit_files(tmp_path_factory):
     """Forty digits as a newcomer would bring them: files and a table."""
@@ -47,10 +58,9 @@ def run(tmp_path_factory, digit_files):
     return folder / "run"
 
 
-def test_the_quickstart_trains_on_the_digits(tmp_path, capsys):
-    assert main([*TRAIN, "--checkpoint_dir", str(tmp_path / "run")]) == 0
+def test_the_quickstart_trains_on_the_digits(printed, tmp_path):
+    out = printed(*TRAIN, "--checkpoint_dir", tmp_path / "run")
 
-    out = capsys.readouterr().out
     assert "digits: 1,438 images to learn from, 359 held out" in out
     assert "zero_shot_accuracy" in out
     assert (tmp_path / "run" / "grid.png").is_file()
@@ -59,8 +69,7 @@ def test_the_quickstart_trains_on_the_digits(tmp_path, capsys):
     names = [result["name"] for result in summary["results"]]
     assert names[:2] == ["zero-shot accuracy, held-out digits", "captions that name the class, held-out digits"]
     assert all({"before", "after"} <= result.keys() for result in summary["results"])
-    assert main([*TRAIN, "--checkpoint_dir", str(tmp_path / "run")]) == 0
-    assert "already complete" in capsys.readouterr().out
+    assert "already complete" in printed(*TRAIN, "--checkpoint_dir", tmp_path / "run")
 
 
 def test_a_run_names_and_counts_unreadable_images(run):
@@ -72,12 +81,10 @@ def test_a_run_names_and_counts_unreadable_images(run):
     assert rows[-1]["unreadable_images"] == 1
 
 
-def test_captions_are_printed_for_files_and_folders(run, digit_files, capsys):
+def test_captions_are_printed_for_files_and_folders(printed, run, digit_files):
     paths = [str(digit_files / "3.png"), str(digit_files / "4.png")]
-    assert main(["caption", str(run), *paths, "--max_new_tokens", "6", "--prefix", "the"]) == 0
-    few = capsys.readouterr().out.splitlines()
-    assert main(["caption", str(run), str(digit_files), "--beams", "2", "--max_new_tokens", "3"]) == 0
-    many = capsys.readouterr().out.splitlines()
+    few = printed("caption", run, *paths, "--max_new_tokens", 6, "--prefix", "the").splitlines()
+    many = printed("caption", run, digit_files, "--beams", 2, "--max_new_tokens", 3).splitlines()
 
     assert [line.split("\t")[0] for line in few] == paths
     assert all(line.split("\t")[1].startswith("the") for line in few)
@@ -102,10 +109,10 @@ def test_an_unreadable_file_is_named_and_the_others_are_captioned(run, digit_fil
     assert "unreadable  1 of 2 images" in captured.err
 
 
-def test_latents_are_written(run, digit_files, tmp_path):
+def test_latents_are_written(printed, run, digit_files, tmp_path):
     paths = [str(digit_files / f"{number}.png") for number in range(3)]
-    assert main(["embed", str(run), str(tmp_path / "images.npz"), "--images", *paths]) == 0
-    assert main(["embed", str(run), str(tmp_path / "texts.npz"), "--texts", "the digit one", "two"]) == 0
+    printed("embed", run, tmp_path / "images.npz", "--images", *paths)
+    printed("embed", run, tmp_path / "texts.npz", "--texts", "the digit one", "two")
 
     images, texts = np.load(tmp_path / "images.npz"), np.load(tmp_path / "texts.npz")
     assert images["names"].tolist() == paths
@@ -118,24 +125,19 @@ def test_latents_are_written(run, digit_files, tmp_path):
     assert texts["latents"].shape == (2, 16)
 
 
-def test_classes_and_neighbours_are_printed(run, digit_files, capsys):
-    path = str(digit_files / "3.png")
-    assert main(["zero-shot", str(run), path, "--classes", "one", "two", "--top", "2"]) == 0
-    classes = capsys.readouterr().out.strip().split("\t")
-    assert main(["retrieve", str(run), str(digit_files), "--text", "the digit one", "--top", "3"]) == 0
-    neighbours = capsys.readouterr().out.splitlines()
-    assert main(["retrieve", str(run), str(digit_files), "--captions"]) == 0
-    measured = capsys.readouterr().out
+def test_classes_and_neighbours_are_printed(printed, run, digit_files):
+    classes = printed("zero-shot", run, digit_files / "3.png", "--classes", "one", "two", "--top", 2)
+    neighbours = printed("retrieve", run, digit_files, "--text", "the digit one", "--top", 3).splitlines()
 
-    probabilities = {entry.split()[0]: float(entry.split()[1]) for entry in classes[1:]}
+    probabilities = {entry.split()[0]: float(entry.split()[1]) for entry in classes.strip().split("\t")[1:]}
     assert probabilities.keys() == {"one", "two"}
     assert sum(probabilities.values()) == pytest.approx(1, abs=2e-3)
     assert neighbours[0] == "the digit one"
     assert len(neighbours) == 4
-    assert "zero_shot_accuracy" in measured
+    assert "zero_shot_accuracy" in printed("retrieve", run, digit_files, "--captions")
 
 
-def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
+def test_a_frozen_hugging_face_encoder_is_trained_upon(printed, digit_files, tmp_path):
     import transformers
 
     torch.manual_seed(0)
@@ -145,8 +147,8 @@ def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     preparation = {"size": {"height": 16, "width": 16}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(preparation), "utf-8")
-    source = ["--data", str(digit_files), "--checkpoint_dir", str(tmp_path / "run")]
-    assert main([*TRAIN, *source, "--encoder", str(tmp_path / "vit"), "--freeze_encoder"]) == 0
+    source = ["--data", digit_files, "--checkpoint_dir", tmp_path / "run"]
+    printed(*TRAIN, *source, "--encoder", tmp_path / "vit", "--freeze_encoder")
 
     before = transformers.ViTModel.from_pretrained(tmp_path / "vit").state_dict()
     model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
@@ -155,7 +157,7 @@ def test_a_frozen_hugging_face_encoder_is_trained_upon(digit_files, tmp_path):
     assert model.preprocessing == ImagePreprocessing(image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
 
 
-def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(digit_files, tmp_path, capsys):
+def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(printed, digit_files, tmp_path):
     """As GPT-2's: one special token, which begins, ends and pads."""
     import tokenizers
     import transformers
@@ -166,22 +168,20 @@ def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(digit_
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     own = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>", bos_token="<end>")
     own.save_pretrained(tmp_path / "words")
-    places = ["--tokenizer", str(tmp_path / "words"), "--checkpoint_dir", str(tmp_path / "run")]
-    assert main([*ON_FILES, "--data", str(digit_files), *places]) == 0
+    places = ["--tokenizer", tmp_path / "words", "--checkpoint_dir", tmp_path / "run"]
+    printed(*ON_FILES, "--data", digit_files, *places)
 
     model = CoCa.from_pretrained(tmp_path / "run" / "checkpoints" / "step-3")
     assert (model.pad_id, model.bos_id, model.eos_id, model.num_tokens) == (0, 0, 0, len(vocabulary))
-    capsys.readouterr()
-    assert main(["caption", str(tmp_path / "run"), str(digit_files / "3.png"), "--max_new_tokens", "4"]) == 0
-    caption = capsys.readouterr().out.strip().split("\t")[1:]
-    assert set(" ".join(caption).split()) <= set(words)
+    caption = printed("caption", tmp_path / "run", digit_files / "3.png", "--max_new_tokens", 4).partition("\t")[2]
+    assert set(caption.split()) <= set(words)
 
 
-def test_an_originals_file_is_converted(tmp_path, capsys):
+def test_an_originals_file_is_converted(printed, tmp_path):
     golden = json.loads((Path(__file__).parent / "golden" / "original.json").read_text("utf-8"))
     state = {name: torch.randn(shape) for name, shape in golden["shapes"].items() if "inv_freq" not in name}
     torch.save({"state_dict": state}, tmp_path / "old.pt")
-    assert main(["convert", str(tmp_path / "old.pt"), str(tmp_path / "new"), "--eos_id", "2"]) == 0
+    printed("convert", tmp_path / "old.pt", tmp_path / "new", "--eos_id", 2)
 
     expected, converted = from_coca_pytorch(state), CoCa.from_pretrained(tmp_path / "new")
     assert converted.eos_id == 2
@@ -212,8 +212,7 @@ def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_files_are_held_out_if_given(run, digit_files, tmp_path, capsys):
-    sources = ["--data", str(digit_files), "--validation_data", str(run.parent / "images")]
-    assert main([*ON_FILES, *sources, "--checkpoint_dir", str(tmp_path / "run")]) == 0
+def test_other_files_are_held_out_if_given(printed, run, digit_files, tmp_path):
+    sources = ["--data", digit_files, "--validation_data", run.parent / "images"]
 
-    assert "40 images to learn from, 39 held out" in capsys.readouterr().out
+    assert "40 images to learn from, 39 held out" in printed(*ON_FILES, *sources, "--checkpoint_dir", tmp_path / "run")

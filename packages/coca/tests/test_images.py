@@ -70,40 +70,34 @@ def picture_bytes(shade):
     return stream.getvalue()
 
 
-def captions_of(number):
-    return [f"shade {number}", f"grey {number}"]
+ROWS = [{"image": f"{n}.png", "caption": [f"shade {n}", f"grey {n}"], "label": "ab"[n % 2]} for n in range(3)]
 
 
 def written_folder(folder):
-    for number in range(3):
+    for number, row in enumerate(ROWS):
         (folder / f"{number}.png").write_bytes(picture_bytes(number * 10))
-        (folder / f"{number}.txt").write_text("\n".join(captions_of(number)) + "\n", "utf-8")
+        (folder / f"{number}.txt").write_text("\n".join(row["caption"]) + "\n", "utf-8")
     return folder
 
 
 def written_csv(folder):
-    written_folder(folder)
-    rows = [f"{number}.png,{caption},{'ab'[number % 2]}" for number in range(3) for caption in captions_of(number)]
-    (folder / "captions.csv").write_text("\n".join(["image,caption,label", *rows]) + "\n", "utf-8")
+    lines = [f"{row['image']},{caption},{row['label']}" for row in ROWS for caption in row["caption"]]
+    (written_folder(folder) / "captions.csv").write_text("\n".join(["image,caption,label", *lines]) + "\n", "utf-8")
     return folder
 
 
 def written_jsonl(folder):
-    written_folder(folder)
-    rows = [{"image": f"{n}.png", "caption": captions_of(n), "label": "ab"[n % 2]} for n in range(3)]
-    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", "utf-8")
+    (written_folder(folder) / "x.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n", "utf-8")
     return folder / "x.jsonl"
 
 
 def written_tar(folder):
     written_folder(folder)
     with tarfile.open(folder / "x.tar", "w") as archive:
-        for number in range(3):
+        for number, row in enumerate(ROWS):
+            (folder / f"{number}.json").write_text(json.dumps(row), "utf-8")
             archive.add(folder / f"{number}.png", f"{number}.png")
-            (folder / "caption.json").write_text(
-                json.dumps({"caption": captions_of(number), "label": "ab"[number % 2]}), "utf-8"
-            )
-            archive.add(folder / "caption.json", f"{number}.json")
+            archive.add(folder / f"{number}.json", f"{number}.json")
     return folder / "x.tar"
 
 
@@ -112,7 +106,7 @@ def test_images_are_read_with_all_their_captions(write, tmp_path):
     data = load_images(write(tmp_path), GREY)
 
     assert data.names == ("0.png", "1.png", "2.png")
-    assert data.captions == tuple(tuple(captions_of(number)) for number in range(3))
+    assert data.captions == tuple(tuple(row["caption"]) for row in ROWS)
     assert [int(data.read(number).mean()) for number in range(3)] == [0, 10, 20]
     if write is not written_folder:
         assert data.class_names == ("a", "b")
@@ -177,7 +171,7 @@ def test_a_split_keeps_every_image_once(tmp_path):
 
 def test_a_grid_is_a_picture_of_all_images(tmp_path):
     images = [np.full((1, 8, 8), 40 * number, np.uint8) for number in range(5)]
-    captions = ["a caption that is much too long for the room beside its image, and then some", "", "b", "c", "d"]
+    captions = ["a caption that is much too long for the room next to its image, and then some", "", "b", "c", "d"]
 
     path = save_grid(tmp_path / "grid.png", images, captions, [[("near", 0.5)]] * 5, title="five", columns=2)
 

@@ -112,7 +112,7 @@ def zero_shot(
     images: list[str],
     *,
     classes: list[str],
-    templates: list[str] | None = None,
+    templates: Sequence[str] | None = None,
     top: int = 3,
     device: str = "auto",
 ) -> int:

@@ -9,7 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
+
+settings.register_profile("core", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("core")
 
 
 def pytest_collection_modifyitems(items):
@@ -75,6 +79,88 @@ def xpos_score():
         return total
 
     return score
+
+
+HUGGING_FACE = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "cohere": {"num_key_value_heads": 2},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mamba": {"state_size": 4, "num_hidden_layers": 2},
+}
+X_TRANSFORMERS = {
+    "absolute": {},
+    "rotary": {"rotary_pos_emb": True},
+    "xpos": {"rotary_xpos": True},
+    "alibi": {"alibi_pos_bias": True},
+    "t5": {"rel_pos_bias": True},
+    "flash alibi": {"alibi_pos_bias": True, "attn_flash": True},
+    "window": {"rotary_pos_emb": True, "attn_max_attend_past": 3, "attn_kv_heads": 2},
+}
+
+
+def enlarged(model):
+    """Weights large enough for a wrong mask or position to show far above rounding."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(0.5 * noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def hugging_face():
+    """A function from the name of an architecture to a tiny model of it, of 48 tokens."""
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+
+    def build(name, model_class=transformers.AutoModelForCausalLM, **options):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 48, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        if name != "gpt2":
+            sizes["hidden_size"] = 32
+        if name not in ("gpt2", "bloom", "mamba"):
+            sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+            sizes["max_position_embeddings"] = 64
+        # What a model caches by itself is not tested here, and fails in some versions.
+        sizes["use_cache"] = False
+        config = transformers.AutoConfig.for_model(name, **{**sizes, **HUGGING_FACE.get(name, {}), **options})
+        return enlarged(getattr(model_class, "from_config", model_class)(config))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    """A function from a kind of positions and options of x-transformers to a tiny decoder of 48 tokens."""
+    x_transformers = pytest.importorskip("x_transformers")
+
+    def build(positions="absolute", layer_options=None, **options):
+        torch.manual_seed(0)
+        sizes = {"dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 8}
+        try:
+            layers = x_transformers.Decoder(**sizes | X_TRANSFORMERS[positions] | (layer_options or {}))
+            options = {"num_tokens": 48, "max_seq_len": 32, **options}
+            return enlarged(x_transformers.TransformerWrapper(attn_layers=layers, **options))
+        except (AssertionError, TypeError) as error:  # options come with versions
+            if "unrecognized" in str(error) or "unexpected" in str(error):
+                pytest.skip(f"this version of x-transformers has no such option: {error}")
+            raise
+
+    return build
+
+
+@pytest.fixture
+def build(request):
+    """A function from a name in either table above to a tiny model."""
+    return lambda kind: request.getfixturevalue("decoder" if kind in X_TRANSFORMERS else "hugging_face")(kind)
 
 
 class SuccessorModel(nn.Module):

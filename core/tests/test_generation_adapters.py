@@ -1,5 +1,7 @@
 """Generation through the adapters against a loop without a cache, and against transformers' own generation."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -8,21 +10,13 @@ from lm_core.adapters import as_causal_lm
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
 
-VOCABULARY = 24
+VOCABULARY = 48
 NEW = 9
 LENGTHS = (6, 3, 1, 5)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch\\.jit.*")
 
-HUGGING_FACE = {
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
-    "cohere": {"num_key_value_heads": 2, "logit_scale": 1.0},
-    "mamba": {"state_size": 4},
-}
-X_TRANSFORMERS = {"absolute": {}, "rotary": {"rotary_pos_emb": True}, "alibi": {"alibi_pos_bias": True}}
-KINDS = [*HUGGING_FACE, *X_TRANSFORMERS, "plain"]
+KINDS = ["gpt2", "llama", "mistral", "cohere", "mamba", "absolute", "rotary", "alibi", "plain"]
 
 
 class Recency(nn.Module):
@@ -40,35 +34,11 @@ class Recency(nn.Module):
         return self.out(torch.stack(states, dim=1))
 
 
-@pytest.fixture(scope="module")
-def build():
-    """A function from a kind to a tiny model of it, with weights that make its choices clear-cut."""
-
-    def model(kind, seed=0):
-        torch.manual_seed(seed)
-        if kind in HUGGING_FACE:
-            transformers = pytest.importorskip("transformers")
-            transformers.logging.set_verbosity_error()
-            sizes = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-            if kind != "gpt2":
-                sizes |= {"hidden_size": 32, "num_hidden_layers": 2}
-            if kind not in ("gpt2", "mamba"):
-                sizes |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
-            config = transformers.AutoConfig.for_model(kind, **{**sizes, **HUGGING_FACE[kind]})
-            result = transformers.AutoModelForCausalLM.from_config(config)
-        elif kind == "plain":
-            result = Recency()
-        else:
-            x_transformers = pytest.importorskip("x_transformers")
-            layers = x_transformers.Decoder(dim=32, depth=2, heads=4, attn_dim_head=8, **X_TRANSFORMERS[kind])
-            result = x_transformers.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=32, attn_layers=layers)
-        with torch.no_grad():
-            for parameter in result.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
-        return result.eval()
-
-    return model
+@pytest.fixture
+def adapted(build):
+    """A function from a kind to the adapter of a tiny model of it."""
+    torch.manual_seed(0)
+    return lambda kind: as_causal_lm(Recency() if kind == "plain" else build(kind))
 
 
 def prompts(seed=0):
@@ -101,8 +71,8 @@ def common_token(rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_generation_equals_a_loop_over_each_row_alone(build, kind):
-    adapter = as_causal_lm(build(kind))
+def test_greedy_generation_equals_a_loop_over_each_row_alone(adapted, kind):
+    adapter = adapted(kind)
     rows = prompts()
     eos_id = common_token([greedy_alone(adapter, row, None) for row in rows])
     expected = [greedy_alone(adapter, row, eos_id) for row in rows]
@@ -139,27 +109,19 @@ def test_a_hook_on_any_module_fires_once_for_each_token_and_takes_effect(build, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sampling_draws_the_same_tokens_with_and_without_a_cache(build, kind):
-    adapter = as_causal_lm(build(kind))
-    results = [
-        generate(
-            adapter, prompts(), max_new_tokens=NEW, use_cache=use_cache, generator=torch.Generator().manual_seed(1)
-        )
-        for use_cache in (True, False)
-    ]
+@pytest.mark.parametrize("search", [generate, partial(beam_search, beams=3, eos_id=5)])
+def test_sampling_and_beam_search_find_the_same_tokens_with_and_without_a_cache(adapted, kind, search):
+    adapter, results = adapted(kind), []
+    for use_cache in (True, False):
+        options = {"generator": torch.Generator().manual_seed(1)} if search is generate else {}
+        results.append(search(adapter, prompts(), max_new_tokens=NEW, use_cache=use_cache, **options))
     assert torch.equal(results[0].tokens, results[1].tokens)
     torch.testing.assert_close(results[0].log_probs, results[1].log_probs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_beam_search_finds_the_same_with_and_without_a_cache(build, kind):
-    adapter = as_causal_lm(build(kind))
-    results = [
-        beam_search(adapter, prompts(), beams=3, max_new_tokens=NEW, eos_id=5, use_cache=use_cache)
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(results[0].tokens, results[1].tokens)
-    torch.testing.assert_close(results[0].log_probs, results[1].log_probs, atol=1e-5, rtol=0)
+def by_transformers(model, ids, mask, **options):
+    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, **options}
+    return model.generate(ids, attention_mask=mask.long(), **options)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "cohere"])
@@ -170,14 +132,7 @@ def test_greedy_generation_equals_transformers(build, kind, with_eos):
     own = generate(model, ids, mask=mask, max_new_tokens=NEW, temperature=0.0)
     eos_id = common_token(own.tokens.tolist()) if with_eos else None
     own = generate(model, ids, mask=mask, max_new_tokens=NEW, temperature=0.0, eos_id=eos_id)
-    theirs = model.generate(
-        ids,
-        attention_mask=mask.long(),
-        do_sample=False,
-        max_new_tokens=NEW,
-        eos_token_id=eos_id,
-        pad_token_id=0,
-    )
+    theirs = by_transformers(model, ids, mask, eos_token_id=eos_id)
     assert own.finished.any() == with_eos
     assert torch.equal(own.tokens, theirs[:, ids.shape[1] :])
 
@@ -193,24 +148,15 @@ def test_beam_search_equals_transformers(build, kind, length_penalty, beams):
             model, ids, mask=mask, beams=beams, max_new_tokens=NEW, length_penalty=length_penalty, eos_id=eos_id
         )
         # "never" stops when no running beam can win any more, as ours does; the others are heuristics.
-        theirs = model.generate(
-            ids,
-            attention_mask=mask.long(),
-            do_sample=False,
-            max_new_tokens=NEW,
-            eos_token_id=eos_id,
-            pad_token_id=0,
-            num_beams=beams,
-            length_penalty=length_penalty,
-            early_stopping="never",
-            return_dict_in_generate=True,
-            output_scores=True,
+        options = {"num_beams": beams, "length_penalty": length_penalty, "early_stopping": "never"}
+        theirs = by_transformers(
+            model, ids, mask, eos_token_id=eos_id, return_dict_in_generate=True, output_scores=True, **options
         )
         new = theirs.sequences[:, ids.shape[1] :]
         for row in range(len(ids)):
             length = int(own.lengths[row])
             assert own.tokens[row, :length].tolist() == new[row, :length].tolist()
-            # Behind the end transformers writes the EOS again.
+            # After the end transformers writes the EOS again.
             assert set(new[row, length:].tolist()) <= {0, eos_id}
         scores = own.log_probs.sum(dim=-1) / own.lengths**length_penalty
         torch.testing.assert_close(scores, theirs.sequences_scores, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-settings.register_profile("core", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("core", deadline=None, derandomize=True)
 settings.load_profile("core")
 
 

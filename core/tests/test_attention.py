@@ -5,8 +5,6 @@ from hypothesis import strategies as st
 
 from lm_core.nn.attention import Attention, attend
 
-many = settings(deadline=None, derandomize=True, max_examples=150)
-
 
 def draw(generator, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=dtype)
@@ -16,7 +14,7 @@ def every_pair(b, h, i, j):
     return torch.ones(b, h, i, j, dtype=torch.bool)
 
 
-@many
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 100_000),
     b=st.integers(1, 3),

@@ -6,14 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_k
-
-many = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,6 @@ def score(log_probs, length_penalty):
     return sum(log_probs) / len(log_probs) ** length_penalty
 
 
-@many
 @given(
     seed=st.integers(0, 100_000),
     vocabulary=st.integers(3, 5),
@@ -78,7 +75,6 @@ def test_with_as_many_beams_as_sequences_the_best_of_all_is_found(
     assert bool(result.finished[0]) == (best[-1] == eos_id)
 
 
-@many
 @given(
     seed=st.integers(0, 100_000),
     beams=st.integers(1, 4),
@@ -111,7 +107,6 @@ def test_a_batch_equals_each_prompt_alone(seed, beams, ends, length_penalty, use
         assert together.finished[row] == alone.finished[0]
 
 
-@many
 @given(seed=st.integers(0, 100_000), ends=st.booleans(), length_penalty=st.sampled_from([0.0, 1.0, 3.0]))
 def test_one_beam_is_greedy_decoding(seed, ends, length_penalty, models):
     model, prompts = models.cached(5, seed, sharpness=1.0), [torch.tensor([1]), torch.tensor([2, 4, 0])]
@@ -123,7 +118,6 @@ def test_one_beam_is_greedy_decoding(seed, ends, length_penalty, models):
     torch.testing.assert_close(searched.log_probs, greedy.log_probs, rtol=0, atol=1e-6)
 
 
-@many
 @given(seed=st.integers(0, 100_000), length_penalty=st.sampled_from([0.0, 1.0, 1.5]))
 def test_more_beams_never_lose_to_the_classic_search_by_hand(seed, length_penalty, models, next_log_probs):
     """Two beams, step by step in Python: of the best four continuations, two that go on; endings among the best two."""

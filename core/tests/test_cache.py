@@ -49,7 +49,7 @@ operations = st.lists(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 4), room=st.integers(1, 6), steps=operations)
 def test_any_sequence_of_operations_equals_a_cache_of_lists(seed, rows, room, steps):
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,7 +37,6 @@ def check_row(result, row, tokens, log_probs, eos_id, pad_id):
     assert bool(result.finished[row]) == (tokens[-1] == eos_id)
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
 @given(
     seed=st.integers(0, 100_000),
     rows=st.integers(1, 6),

@@ -3,11 +3,10 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +19,6 @@ from lm_core.losses.losses import (
     token_log_probs,
 )
 
-many = settings(deadline=None, derandomize=True, max_examples=60)
 exact = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
 
@@ -44,7 +42,6 @@ def value_and_gradients(loss, *inputs):
     return loss, *torch.autograd.grad((loss * uneven).sum(), inputs, retain_graph=True)
 
 
-@many
 @given(
     rows=st.integers(1, 3),
     length=st.integers(1, 6),
@@ -65,10 +62,7 @@ def test_the_loss_equals_the_plain_loss_in_value_and_gradients(
         return  # the plain loss is NaN there
     ours = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, **options)
     reference = plain(hidden, weight, labels, **options)
-    for mine, theirs in zip(
-        value_and_gradients(ours, hidden, weight), value_and_gradients(reference, hidden, weight), strict=True
-    ):
-        exact(mine, theirs)
+    exact(value_and_gradients(ours, hidden, weight), value_and_gradients(reference, hidden, weight))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -85,31 +79,14 @@ def test_float32_agrees_to_its_rounding_at_a_real_size(reduction):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_gradients_pass_the_numerical_check(reduction, chunk_size):
-    hidden, weight, labels = batch()
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, reduction=reduction, chunk_size=chunk_size), (hidden, weight)
-    )
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_batch_without_labels_gives_zero_with_zero_gradients(reduction):
-    hidden, weight, labels = batch(ignored=1.1)
+@pytest.mark.parametrize("rows", [2, 0])
+def test_a_batch_without_labels_or_tokens_gives_zero_with_zero_gradients(reduction, rows):
+    hidden, weight, labels = batch((rows, 5), ignored=1.1)
     loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
     assert torch.equal(loss, torch.zeros(labels.shape if reduction == "none" else (), dtype=torch.float64))
     loss.sum().backward()
+    assert hidden.grad.shape == hidden.shape
     assert not hidden.grad.any()
-    assert not weight.grad.any()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_tokens_at_all_give_zero(reduction):
-    hidden, weight, labels = batch((0, 3))
-    loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
-    loss.backward()
-    assert loss == 0
-    assert hidden.grad.shape == (0, 3, 4)
     assert not weight.grad.any()
 
 
@@ -134,21 +111,17 @@ def test_nothing_is_differentiated_where_nothing_asks():
     exact(without, plain(hidden, weight, labels).detach())
 
 
-def test_a_retained_graph_gives_the_same_gradient_twice():
-    hidden, weight, labels = batch()
+def test_a_retained_graph_gives_the_same_gradient_twice_and_inputs_are_left_alone():
+    inputs = batch()
+    hidden, weight, labels = inputs
+    before = [t.detach().clone() for t in inputs]
     loss = 3 * linear_cross_entropy(hidden, weight, labels)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     loss.backward()
     assert torch.equal(first[0], hidden.grad)
     assert torch.equal(first[1], weight.grad)
-
-
-def test_inputs_are_left_alone():
-    hidden, weight, labels = batch()
-    before = [t.detach().clone() for t in (hidden, weight, labels)]
-    linear_cross_entropy(hidden, weight, labels).backward()
     linear_cross_entropy(hidden, weight, labels, reduction="none").sum().backward()
-    assert all(torch.equal(t, old) for t, old in zip((hidden, weight, labels), before, strict=True))
+    assert all(torch.equal(t, old) for t, old in zip(inputs, before, strict=True))
 
 
 def test_a_tied_embedding_gets_the_gradient_of_both_its_uses():
@@ -242,7 +215,6 @@ def test_half_precision_follows_the_plain_loss():
             assert (mine.double() - theirs.double()).norm() < 4 * rounding * theirs.double().norm()
 
 
-@many
 @given(
     rows=st.integers(1, 3),
     length=st.integers(1, 6),
@@ -258,28 +230,15 @@ def test_log_probs_and_entropy_equal_those_of_the_full_logits(rows, length, temp
     log_probs, entropies = hidden_log_probs_and_entropy(hidden, weight, ids, **options)
 
     log_softmax = (hidden[:, :-1] @ weight.T / temperature).log_softmax(-1)
-    counted = torch.ones(rows, length - 1) if mask is None else mask[:, :-1] & mask[:, 1:]
+    counted = torch.ones(rows, length - 1, dtype=torch.bool) if mask is None else mask[:, :-1] & mask[:, 1:]
     expected_log_probs = counted * log_softmax.gather(-1, ids[:, 1:, None])[..., 0]
     expected_entropies = counted * -(log_softmax.exp() * log_softmax).sum(-1)
     exact(hidden_log_probs(hidden, weight, ids, **options), log_probs)
     for mine, theirs in ((log_probs, expected_log_probs), (entropies, expected_entropies)):
-        for ours, reference in zip(
-            value_and_gradients(mine, hidden, weight), value_and_gradients(theirs, hidden, weight), strict=True
-        ):
-            exact(ours, reference.double())
+        exact(value_and_gradients(mine, hidden, weight), value_and_gradients(theirs, hidden, weight))
     combined = torch.autograd.grad((log_probs + 0.3 * entropies).sum(), (hidden, weight))
     reference = (expected_log_probs + 0.3 * expected_entropies).sum()
     exact(combined, torch.autograd.grad(reference, (hidden, weight)))
-
-
-@pytest.mark.parametrize("chunk_size", [2, None])
-def test_log_probs_and_entropy_pass_the_numerical_check(chunk_size):
-    hidden, weight, ids = batch((2, 4), ignored=0)
-    mask = torch.tensor([[False, True, True, True], [True, True, True, False]])
-    assert torch.autograd.gradcheck(
-        lambda h, w: hidden_log_probs_and_entropy(h, w, ids, mask=mask, temperature=0.7, chunk_size=chunk_size),
-        (hidden, weight),
-    )
 
 
 @pytest.mark.parametrize(("chunk_size", "products"), [(None, 3), (10, 3), (9, 8), (4, 12)])
@@ -304,10 +263,9 @@ class Model(nn.Module):
     def __init__(self, expose_hidden):
         super().__init__()
         self.embedding = nn.Embedding(13, 6, dtype=torch.float64)
-        self.output_weight = nn.Parameter(torch.randn(13, 6, dtype=torch.float64)) if expose_hidden else None
-        self.head = None if expose_hidden else nn.Linear(6, 13, bias=False, dtype=torch.float64)
+        self.weight = nn.Parameter(torch.randn(13, 6, dtype=torch.float64))
         if expose_hidden:
-            self.hidden = self.compute_hidden
+            self.hidden, self.output_weight = self.compute_hidden, self.weight
         self.seen = []
 
     def compute_hidden(self, ids, **options):
@@ -315,21 +273,19 @@ class Model(nn.Module):
         return self.embedding(ids).cumsum(1).tanh()
 
     def forward(self, ids, **options):
-        assert self.head is not None, "full logits were asked for"
-        return self.head(self.compute_hidden(ids, **options))
+        assert not hasattr(self, "hidden"), "full logits were asked for"
+        return self.compute_hidden(ids, **options) @ self.weight.T
 
 
-@pytest.fixture
-def make_model():
+@pytest.fixture(params=[True, False], ids=["hidden", "logits"])
+def model(request):
     torch.manual_seed(0)
-    return Model
+    return Model(request.param)
 
 
-@pytest.mark.parametrize("expose_hidden", [True, False])
-def test_token_log_probs_score_the_next_token(make_model, expose_hidden):
-    model, ids = make_model(expose_hidden), torch.randint(13, (3, 7), generator=torch.Generator().manual_seed(1))
-    weight = model.output_weight if expose_hidden else model.head.weight
-    logits = model.compute_hidden(ids) @ weight.T
+def test_token_log_probs_score_the_next_token(model):
+    ids = torch.randint(13, (3, 7), generator=torch.Generator().manual_seed(1))
+    logits = model.compute_hidden(ids) @ model.weight.T
     log_probs = token_log_probs(model, ids)
     assert log_probs.shape == (3, 6)
     # logits at position i score token i + 1: scored against token i the sum is another one
@@ -341,14 +297,12 @@ def test_token_log_probs_score_the_next_token(make_model, expose_hidden):
     exact(torch.autograd.grad(log_probs.sum(), parameters), torch.autograd.grad(-shifted, parameters))
 
 
-@pytest.mark.parametrize("expose_hidden", [True, False])
-def test_token_log_probs_use_mask_temperature_and_arguments_of_the_model(make_model, expose_hidden):
-    model, ids = make_model(expose_hidden), torch.randint(13, (2, 5), generator=torch.Generator().manual_seed(2))
+def test_token_log_probs_use_mask_temperature_and_arguments_of_the_model(model):
+    ids = torch.randint(13, (2, 5), generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[False, False, True, True, True], [True, True, True, True, False]])
     log_probs = token_log_probs(model, ids, mask=mask, temperature=2, segment=7)
     assert [sorted(options) for options in model.seen] == [["mask", "segment"]]
-    weight = model.output_weight if expose_hidden else model.head.weight
-    logits = model.compute_hidden(ids)[:, :-1] @ weight.T / 2.0
+    logits = model.compute_hidden(ids)[:, :-1] @ model.weight.T / 2.0
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     counted = torch.tensor([[False, False, True, True], [True, True, True, False]])
     exact(log_probs, expected.masked_fill(~counted, 0))
@@ -444,11 +398,7 @@ REFUSED = [
     (lambda: loss(labels=LABELS - 100, ignore_index=0), ValueError, r"labels must hold token ids .*got -100"),
     (lambda: loss(labels=LABELS.float()), TypeError, "labels must hold integer token ids, got dtype torch.float32"),
     (lambda: loss(labels=LABELS[:1]), ValueError, r"labels must have hidden's shape \(2, 3\), got \(1, 3\)"),
-    (
-        lambda: loss(hidden=HIDDEN[..., :3]),
-        ValueError,
-        r"hidden must end in weight's 4 features, got shape \(2, 3, 3\)",
-    ),
+    (lambda: loss(HIDDEN[..., :3]), ValueError, r"hidden must end in weight's 4 features, got shape \(2, 3, 3\)"),
     (lambda: loss(hidden=HIDDEN.long()), TypeError, "hidden must be floating point, got dtype torch.int64"),
     (lambda: loss(weight=WEIGHT[0]), ValueError, r"weight must be \(v, d\) .*got shape \(4,\)"),
     (lambda: loss(weight=WEIGHT[:0]), ValueError, r"weight must be \(v, d\) with v at least 1, got shape \(0, 4\)"),
@@ -463,7 +413,7 @@ REFUSED = [
     (
         lambda: loss(normalizer=3, reduction="sum"),
         ValueError,
-        "normalizer goes with reduction \"mean\" only, got .*'sum'",
+        "normalizer goes with reduction .mean. only, got .*'sum'",
     ),
     (lambda: scores(temperature=0), ValueError, "temperature must be a finite number above 0, got 0"),
     (lambda: scores(temperature=math.nan), ValueError, "temperature must be a finite number above 0, got nan"),
@@ -474,21 +424,9 @@ REFUSED = [
     (lambda: scores(mask=LABELS), TypeError, "mask must be boolean, got dtype torch.int64"),
     (lambda: scores(mask=LABELS[:1] > 0), ValueError, r"mask must have the shape of ids \(2, 3\), got \(1, 3\)"),
     (lambda: token_log_probs(LOGITS_ONLY, LABELS, temperature=-1), ValueError, "temperature must be .*got -1"),
-    (
-        lambda: token_log_probs(lambda ids: SimpleNamespace(), LABELS),
-        TypeError,
-        "model must return logits .*as_causal_lm",
-    ),
-    (
-        lambda: token_log_probs(lambda ids: HIDDEN[:1], LABELS),
-        ValueError,
-        r"model must return logits .*got \(1, 3, 4\)",
-    ),
-    (
-        lambda: token_log_probs(lambda ids: HIDDEN, LABELS + 4),
-        ValueError,
-        r"ids must hold token ids in \[0, 4\), got 4",
-    ),
+    (lambda: token_log_probs(lambda ids: None, LABELS), TypeError, "model must return logits .*as_causal_lm"),
+    (lambda: token_log_probs(lambda ids: HIDDEN[:1], LABELS), ValueError, r"must return logits .*got \(1, 3, 4\)"),
+    (lambda: token_log_probs(lambda ids: HIDDEN, LABELS + 4), ValueError, r"ids must hold .* in \[0, 4\), got 4"),
 ]
 
 
@@ -500,8 +438,8 @@ def test_bad_input_is_refused_by_name(call, error, message):
 
 
 @pytest.mark.plain
-def test_wrong_ids_are_refused_before_the_model_works(make_model):
-    model = make_model(True)
+def test_wrong_ids_are_refused_before_the_model_works():
+    model = Model(True)
     with pytest.raises(ValueError, match=r"ids must hold token ids in \[0, 13\), got 13"):
         token_log_probs(model, torch.full((1, 3), 13))
     assert model.seen == []

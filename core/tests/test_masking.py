@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_core.nn.masking import (
@@ -14,10 +14,7 @@ from lm_core.nn.masking import (
     right_pad,
 )
 
-many = settings(deadline=None, derandomize=True, max_examples=60)
 
-
-@many
 @given(seed=st.integers(0, 10_000), batch=st.integers(1, 4), length=st.integers(1, 6), features=st.integers(0, 3))
 def test_masked_mean_equals_a_loop_over_the_kept_entries(seed, batch, length, features):
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +86,6 @@ def test_positions_count_the_real_tokens():
     assert positions_from_mask(mask).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
 
 
-@many
 @given(sequences=st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=4))
 def test_padding_keeps_each_sequence_under_its_mask(sequences):
     tensors = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]

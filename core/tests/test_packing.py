@@ -48,7 +48,6 @@ def _rows(batches):
     ]
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
 @given(count=st.integers(1, 9), seed=st.integers(0, 99), length=st.integers(1, 50), bos=st.sampled_from([None, BOS]))
 def test_rows_equal_their_definition_token_by_token(count, seed, length, bos):
     documents = _documents(count, seed)
@@ -116,7 +115,7 @@ def test_ranks_validate_all_rows_once_with_equally_many_batches(world_size):
     assert all(batch.ids.shape == (3, 8) for rank in ranks for batch in rank)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(max_examples=30)
 @given(stop=st.integers(0, 60), batch_size=st.integers(1, 7))
 def test_a_resumed_cursor_gives_the_rows_of_the_uninterrupted_run(stop, batch_size):
     def fresh():

@@ -2,13 +2,12 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_core.nn.attention import Attention, attend
 from lm_core.nn.rotary import RotaryEmbedding, apply_rotary, rotate_half
 
-many = settings(deadline=None, derandomize=True, max_examples=60)
 CPU = torch.device("cpu")
 
 
@@ -28,7 +27,6 @@ def test_rotate_half_maps_x1_x2_to_minus_x2_x1():
     assert rotate_half(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[-3.0, -4.0, 1.0, 2.0]]
 
 
-@many
 @given(seed=st.integers(0, 10_000), half=st.integers(1, 8), base=st.sampled_from([10000.0, 500.0]))
 def test_rotation_equals_multiplication_by_complex_numbers(seed, half, base, rotate):
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +44,6 @@ def test_float32_rotation_is_right_to_the_precision_of_its_angles(rotate):
     )
 
 
-@many
 @given(seed=st.integers(0, 10_000), shift=st.integers(0, 4000))
 def test_only_differences_of_positions_matter(seed, shift):
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +57,6 @@ def test_only_differences_of_positions_matter(seed, shift):
     torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-9)
 
 
-@many
 @given(
     seed=st.integers(0, 10_000), n=st.integers(1, 9), block=st.integers(1, 10), scale_base=st.sampled_from([512.0, 3.0])
 )
@@ -77,7 +73,6 @@ def test_xpos_attention_equals_the_papers_formula_for_every_block_size(seed, n, 
         torch.testing.assert_close(result[0, 0, i], expected, rtol=1e-10, atol=1e-10)
 
 
-@many
 @given(
     seed=st.integers(0, 10_000),
     n=st.integers(2, 12),

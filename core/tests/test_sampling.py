@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_core.generation.sampling import apply_repetition_penalty, gumbel_noise, gumbel_sample, min_p, top_k, top_p
@@ -18,21 +18,16 @@ def logit_rows(draw, minimum=1):
     return torch.tensor([draw(values) for _ in range(rows)], dtype=torch.float32)
 
 
-many = settings(deadline=None, derandomize=True, max_examples=100)
-
-
 @pytest.fixture(scope="module")
 def processors():
     return pytest.importorskip("transformers.generation.logits_process")
 
 
-@many
 @given(logits=logit_rows(), k=st.integers(1, 30))
 def test_top_k_keeps_the_set_of_transformers(processors, logits, k):
     assert torch.equal(top_k(logits, k=k), processors.TopKLogitsWarper(k)(None, logits))
 
 
-@many
 @given(logits=logit_rows(), p=st.floats(0, 1))
 def test_top_p_keeps_the_set_of_transformers(processors, logits, p):
     expected = processors.TopPLogitsWarper(p)(None, logits)
@@ -40,13 +35,11 @@ def test_top_p_keeps_the_set_of_transformers(processors, logits, p):
     assert torch.equal(top_p(logits, p=p), expected)
 
 
-@many
 @given(logits=logit_rows(), ratio=st.floats(0, 1))
 def test_min_p_keeps_the_set_of_transformers(processors, logits, ratio):
     assert torch.equal(min_p(logits, ratio), processors.MinPLogitsWarper(ratio)(None, logits))
 
 
-@many
 @given(logits=logit_rows(), penalty=st.floats(0.25, 4), data=st.data())
 def test_repetition_penalty_equals_that_of_transformers(processors, logits, penalty, data):
     batch, vocabulary = logits.shape
@@ -58,7 +51,6 @@ def test_repetition_penalty_equals_that_of_transformers(processors, logits, pena
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@many
 @given(logits=logit_rows(), p=st.floats(0, 1))
 def test_half_precision_logits_keep_the_float32_nucleus(processors, dtype, logits, p):
     half = logits.to(dtype)
@@ -68,7 +60,6 @@ def test_half_precision_logits_keep_the_float32_nucleus(processors, dtype, logit
     assert torch.equal(min_p(half, p).float(), processors.MinPLogitsWarper(p)(None, half.float()))
 
 
-@many
 @given(logits=logit_rows(), p=st.floats(0.01, 0.99))
 def test_the_nucleus_is_the_smallest_set_whose_mass_reaches_p(logits, p):
     logits = logits.double()
@@ -100,7 +91,6 @@ def test_the_default_threshold_of_top_k_keeps_a_tenth():
     assert (top_k(torch.arange(40.0)[None]) > -math.inf).sum() == 4
 
 
-@many
 @given(logits=logit_rows(), value=st.floats(0, 1))
 def test_filters_keep_a_token_and_leave_their_input_alone(logits, value):
     before = logits.clone()
@@ -112,7 +102,6 @@ def test_filters_keep_a_token_and_leave_their_input_alone(logits, value):
     assert torch.equal(logits, before)
 
 
-@many
 @given(logits=logit_rows(minimum=2), p=st.floats(0, 1))
 def test_filters_compose_over_removed_entries(logits, p):
     logits[:, 0] = -math.inf

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_core.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -36,7 +36,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.text())
 def test_bytes_round_trip_any_text(text):
     tokenizer = ByteTokenizer()
@@ -45,7 +44,6 @@ def test_bytes_round_trip_any_text(text):
     assert tokenizer.decode(ids) == text
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 300)))
 def test_any_ids_decode_to_the_text_of_their_bytes(ids):
     expected = bytes(value for value in ids if value < 256).decode(errors="replace")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -90,7 +90,6 @@ def test_groups_can_be_of_some_parameters_only():
 # ---------------------------------------------------------------- schedule
 
 
-@settings(deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["cosine", "linear"]),
     warmup=st.integers(0, 20),

@@ -37,53 +37,41 @@ def test_a_command_gets_its_arguments_and_its_status_is_returned(capsys):
     assert capsys.readouterr().out == "abab\n"
 
 
-def test_an_error_of_ours_is_one_line_and_status_1(capsys, tmp_path):
+def raising(error):
     def work() -> int:
         """Works."""
-        write_summary(tmp_path, [], steps=1)
+        raise error
+
+    return work
+
+
+def summarising(directory, results):
+    def work() -> int:
+        """Works."""
+        write_summary(directory, results, steps=1)
         return 0
 
-    assert run(work, []) == 1
+    return work
+
+
+def test_an_error_of_ours_or_of_the_system_is_one_line_and_status_1(capsys, tmp_path):
+    assert run(summarising(tmp_path, []), []) == 1
     assert capsys.readouterr().err == "lm work: error: results must hold at least one number, got none\n"
-
-
-def test_an_error_of_the_system_is_one_line_and_status_1(capsys):
-    def work() -> int:
-        """Works."""
-        raise FileNotFoundError("no such corpus")
-
-    assert run(work, []) == 1
+    assert run(raising(FileNotFoundError("no such corpus")), []) == 1
     assert capsys.readouterr().err == "lm work: error: no such corpus\n"
 
 
-def test_a_defect_keeps_its_traceback():
-    def work() -> int:
-        """Works."""
-        raise ValueError("raised by neither the package nor the core")
-
+def test_a_defect_keeps_its_traceback(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="raised by neither"):
-        run(work, [])
-
-
-def test_an_error_that_only_a_defect_raises_keeps_its_traceback(monkeypatch, tmp_path):
-    def work() -> int:
-        """Works."""
-        write_summary(tmp_path, [Result("a", 1.0)], steps=1)
-        return 0
-
+        run(raising(ValueError("raised by neither the package nor the core")), [])
     monkeypatch.delattr("lm_core.training.run_directory.write_file")
     with pytest.raises(NameError, match="write_file"):
-        run(work, [])
+        run(summarising(tmp_path, [Result("a", 1.0)]), [])
 
 
 def test_ctrl_c_ends_with_130_and_prints_how_to_resume(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lm", "work", "a b"])
-
-    def work() -> int:
-        """Works."""
-        raise KeyboardInterrupt
-
-    assert run(work, []) == INTERRUPTED == 130
+    assert run(raising(KeyboardInterrupt), []) == INTERRUPTED == 130
     assert capsys.readouterr().err.endswith("lm work 'a b'\n")
     assert command_line("lm") == "lm work 'a b'"
 
@@ -160,13 +148,14 @@ def test_presets_are_what_the_printed_configuration_holds_and_the_run_gets(capsy
     printed = capsys.readouterr().out
     assert printed == "model: null\nsteps: 30\nseed: 4\n"
     (tmp_path / "run.yaml").write_text(printed)
-    for words in (["--seed", "4"], ["--config", str(tmp_path / "run.yaml")]):
+    for words, printed in (
+        (["--seed", "4"], "None 30 4\n"),
+        (["--config", str(tmp_path / "run.yaml")], "None 30 4\n"),
+        (["--model", "m", "--steps", "2"], "m 2 0\n"),
+        (["--model", "m"], "m 1 0\n"),
+    ):
         assert run(command, words) == 0
-        assert capsys.readouterr().out == "None 30 4\n"
-    assert run(command, ["--model", "m", "--steps", "2"]) == 0
-    assert capsys.readouterr().out == "m 2 0\n"
-    assert run(command, ["--model", "m"]) == 0
-    assert capsys.readouterr().out == "m 1 0\n"
+        assert capsys.readouterr().out == printed
 
 
 def test_help_shows_types_as_words_and_texts_as_sentences(capsys):
@@ -193,10 +182,8 @@ def test_the_version_names_package_core_and_torch(capsys):
     with pytest.raises(SystemExit) as left:
         run_command(parser_of(rest), ["--version"])
     assert left.value.code == 0
-    assert (
-        capsys.readouterr().out
-        == f"lm {lm_core.__version__} (lm-core {lm_core.__version__}, torch {torch.__version__})\n"
-    )
+    version = lm_core.__version__
+    assert capsys.readouterr().out == f"lm {version} (lm-core {version}, torch {torch.__version__})\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
@@ -266,39 +253,37 @@ def test_a_summary_holds_the_key_number_first(tmp_path):
     }
 
 
-FIRST_WORKS_ON = """
+FIRST_WORKS_LONGER = """
 import sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import command_parser
 
-own, folder = int(sys.argv[1]), Path(sys.argv[2])
+def run(own, folder):
+    def work() -> int:
+        "Works, on rank 0 longer."
+        store = (folder / "store").as_uri()
+        dist.init_process_group("gloo", init_method=store, rank=own, world_size=2, timeout=timedelta(seconds=60))
+        if own == 0:
+            time.sleep(1)
+            (folder / "drawn").touch()
+        return 0
 
-def work() -> int:
-    "Works, on rank 0 longer."
-    dist.init_process_group(
-        "gloo", init_method=(folder / "store").as_uri(), rank=own, world_size=2, timeout=timedelta(seconds=60)
-    )
-    if own == 0:
-        time.sleep(1)
-        (folder / "drawn").touch()
-    return 0
+    assert run_command(command_parser("lm", "Works.", {"work": work}, package="lm_core"), ["work"]) == 0
+    assert (folder / "drawn").exists() and not dist.is_initialized()
 
-parser = command_parser("lm", "Works.", {"work": work}, package="lm_core")
-status = run_command(parser, ["work"])
-sys.exit(status if (folder / "drawn").exists() and not dist.is_initialized() else 3)
+if __name__ == "__main__":
+    method = "fork" if sys.platform == "linux" else "spawn"
+    start_processes(run, (Path(sys.argv[1]),), nprocs=2, start_method=method)
 """
 
 
 @pytest.mark.distributed
 def test_no_process_ends_while_another_still_works(tmp_path):
-    script = tmp_path / "work.py"
-    script.write_text(FIRST_WORKS_ON)
-    processes = [subprocess.Popen([sys.executable, str(script), str(own), str(tmp_path)]) for own in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    (tmp_path / "work.py").write_text(FIRST_WORKS_LONGER)
+    command = [sys.executable, str(tmp_path / "work.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,9 +104,8 @@ def refusal(call):
 
 
 def run_rank(own, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=(folder / "store").as_uri(), rank=own, world_size=world, timeout=timedelta(seconds=60)
-    )
+    store = (folder / f"store-{world}").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=own, world_size=world, timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     results = {"towers": {batch: train_towers(own, world, batch) for batch in BATCHES[world]}}
     results["language model"] = train_language_model(own, world)
@@ -118,9 +118,7 @@ def run_rank(own, world, folder):
     results["nothing"] = all_gather(torch.empty(0, 3))
 
     results["refused shape"] = refusal(lambda: all_gather(torch.zeros(2, 3 + own)))
-    results["refused dtype"] = refusal(
-        lambda: all_gather(torch.zeros(2, dtype=torch.float64 if own else torch.float32))
-    )
+    results["refused dtype"] = refusal(lambda: all_gather(torch.zeros(2).double() if own else torch.zeros(2)))
     results["refused scalar"] = refusal(lambda: all_gather(torch.zeros(()) if own else torch.zeros(2)))
     results["refused gradient"] = refusal(lambda: all_gather(torch.zeros(2, requires_grad=own == 1)))
 
@@ -140,7 +138,7 @@ def run_rank(own, world, folder):
     results["object"] = broadcast_object({"from": own}, source=1)
     results["identity"] = (is_distributed(), rank(), world_size())
     barrier()
-    torch.save(results, folder / f"rank-{own}.pt")
+    torch.save(results, folder / f"rank-{own}-of-{world}.pt")
     end_process_group()
 
 
@@ -176,36 +174,28 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    """What every rank of a run of 2 or 4 processes found."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of what every rank of 2 and of 4 processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(own), str(world), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for own in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return [torch.load(folder / f"rank-{own}.pt", weights_only=True) for own in range(world)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(params=[pytest.param(world, marks=pytest.mark.distributed) for world in BATCHES])
+def ranks(request, results):
+    """What every rank of a run found."""
+    world = request.param
+    return [torch.load(results / f"rank-{own}-of-{world}.pt", weights_only=True) for own in range(world)]
 
 
 def assert_same(mine, theirs):
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.distributed
 def test_a_contrastive_loss_over_ranks_has_the_gradients_of_one_process(ranks):
     for batch in BATCHES[len(ranks)]:
         model = TwoTowers()
@@ -217,7 +207,6 @@ def test_a_contrastive_loss_over_ranks_has_the_gradients_of_one_process(ranks):
             assert_same(result["towers"][batch]["gradients"], gradients(model))
 
 
-@pytest.mark.distributed
 def test_a_loss_divided_by_the_global_count_has_the_gradient_of_one_process(ranks):
     model = TiedModel()
     loss = model(LABELS.clamp(min=0), LABELS)
@@ -226,7 +215,6 @@ def test_a_loss_divided_by_the_global_count_has_the_gradient_of_one_process(rank
         assert_same(result["language model"], {"loss": loss.detach(), "gradients": gradients(model)})
 
 
-@pytest.mark.distributed
 def test_parts_come_in_the_order_of_ranks_whatever_their_size_and_dtype(ranks):
     world = len(ranks)
     for result in ranks:
@@ -242,7 +230,6 @@ def test_parts_come_in_the_order_of_ranks_whatever_their_size_and_dtype(ranks):
         assert sizes.tolist() == [0] * world
 
 
-@pytest.mark.distributed
 def test_a_mismatch_is_refused_on_every_rank_by_name(ranks):
     world = len(ranks)
     for own, result in enumerate(ranks):
@@ -253,7 +240,6 @@ def test_a_mismatch_is_refused_on_every_rank_by_name(ranks):
         assert f"got {own == 1} on rank {own} and {own != 1} on rank" in result["refused gradient"]
 
 
-@pytest.mark.distributed
 def test_a_group_gathers_among_its_members_only(ranks):
     world = len(ranks)
     for own, result in enumerate(ranks):
@@ -268,7 +254,6 @@ def test_a_group_gathers_among_its_members_only(ranks):
             assert f"without global rank {own}" in result["outside the group"]
 
 
-@pytest.mark.distributed
 def test_sums_and_objects_reach_every_rank(ranks):
     world = len(ranks)
     for own, result in enumerate(ranks):
@@ -301,4 +286,6 @@ def test_bad_input_is_refused_by_name():
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    for size in BATCHES:  # forked ranks need not import torch again
+        method = "fork" if sys.platform == "linux" else "spawn"
+        start_processes(run_rank, (size, Path(sys.argv[1])), nprocs=size, start_method=method)

@@ -19,7 +19,7 @@ import json, os, random, resource, signal, sys, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from lm_core.checkpoints import checkpoint, pretrained, atomic_io as durable
+from lm_core.checkpoints import checkpoint, atomic_io as durable
 from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
@@ -42,9 +42,6 @@ def child(work):
 def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
 def filled(step, size=1000):
     model = nn.Linear(size, 1)
     nn.init.constant_(model.weight, step)
@@ -52,28 +49,29 @@ def filled(step, size=1000):
 """
 
 EVERY_POINT = """
+def step(state):
+    state["calls"] += 1
+    if state["calls"] == state["die_before"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
 def counted(function, state):
     def call(*args, **kwargs):
-        state["calls"] += 1
-        if state["calls"] == state["die_before"]:
-            die()
+        step(state)
         result = function(*args, **kwargs)
-        state["calls"] += 1
-        if state["calls"] == state["die_before"]:
-            die()
+        step(state)
         return result
     return call
 
 def write(point):
     state = {"calls": 0, "die_before": point}
-    durable.fsync_path = counted(durable.fsync_path, state)
-    durable.fsync_tree = counted(durable.fsync_tree, state)
-    pretrained.save_weights = counted(pretrained.save_weights, state)
-    checkpoint.save_tensors = counted(checkpoint.save_tensors, state)
-    checkpoint.write_manifest = counted(checkpoint.write_manifest, state)
-    checkpoint.remove_directory = counted(checkpoint.remove_directory, state)
-    durable.shutil.rmtree = counted(durable.shutil.rmtree, state)
-    durable.Path.rename = counted(durable.Path.rename, state)
+    for module, names in (
+        (durable, ("fsync_path", "fsync_tree")),
+        (checkpoint, ("save_weights", "save_tensors", "write_manifest", "remove_directory")),
+        (durable.shutil, ("rmtree",)),
+        (durable.Path, ("rename",)),
+    ):
+        for name in names:
+            setattr(module, name, counted(getattr(module, name), state))
     save_checkpoint(folder / str(point), 2, model=filled(2), trainer_state={"step": 2}, keep=1)
 
 found = []
@@ -177,18 +175,14 @@ for kind in ("weights", "trainer"):
     save_checkpoint(run, 1, model=filled(1), keep=1)
     def write():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        big = torch.zeros(100_000)
-        if kind == "weights":
-            model, state = filled(2, 100_000), {}
-        else:
-            model, state = filled(2), {"big": torch.zeros(100_000)}
+        size, state = (100_000, {}) if kind == "weights" else (1000, {"big": torch.zeros(100_000)})
         try:
-            save_checkpoint(run, 2, model=model, trainer_state=state, keep=1)
+            save_checkpoint(run, 2, model=filled(2, size), trainer_state=state, keep=1)
         except OSError as error:
             (folder / f"{kind}.txt").write_text(str(error))
     status = wait(child(write))
     model = filled(0)
-    loaded = load_checkpoint(run, model=model)
+    load_checkpoint(run, model=model)
     assert model.weight.eq(1).all()
     outcomes.append([status, (folder / f"{kind}.txt").read_text(), sorted(entry.name for entry in run.iterdir())])
 print(json.dumps(outcomes))
@@ -213,6 +207,13 @@ def at_rank(rank, work):
 def both(work):
     return [wait(pid) for pid in [child(at_rank(rank, work)) for rank in range(2)]]
 
+def refusal(call, *errors):
+    try:
+        call()
+    except errors as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
 def save_and_load(rank):
     torch.manual_seed(rank)
     path = save_checkpoint(folder / "run", 1, model=filled(1))
@@ -227,22 +228,13 @@ def main_rank_fails(rank):
     if rank == 0:
         def full(*args): raise OSError(28, "No space left on device")
         durable.fsync_path = full
-    try:
-        save_checkpoint(folder / "run", 2, model=filled(2))
-    except (OSError, RuntimeError) as error:
-        assert "No space left" in str(error), error
-        assert ("rank 0 failed" in str(error)) == (rank == 1), error
-    else:
-        raise AssertionError("nothing was raised")
+    message = refusal(lambda: save_checkpoint(folder / "run", 2, model=filled(2)), OSError, RuntimeError)
+    assert "No space left" in message, message
+    assert ("rank 0 failed" in message) == (rank == 1), message
 
 def locked(rank):
-    try:
-        with RunDirectory(folder / "locked"):
-            pass
-    except RuntimeError as error:
-        assert "another run is using" in str(error), error
-    else:
-        raise AssertionError("nothing was raised")
+    message = refusal(lambda: RunDirectory(folder / "locked").__enter__(), RuntimeError)
+    assert "another run is using" in message, message
 
 def decide_alike(rank):
     guard, interrupt = NonFiniteGuard(), InterruptHandler()
@@ -256,11 +248,8 @@ def decide_alike(rank):
 statuses = [both(save_and_load), both(main_rank_fails), both(decide_alike)]
 with RunDirectory(folder / "locked"):
     statuses.append(both(locked))
-try:
-    load_checkpoint(folder / "run")
-except checkpoint.CheckpointError as error:
-    refusal = str(error)
-print(json.dumps([statuses, sorted(path.name for path in (folder / "run" / "step-1").iterdir()), refusal]))
+message = refusal(lambda: load_checkpoint(folder / "run"), checkpoint.CheckpointError)
+print(json.dumps([statuses, sorted(path.name for path in (folder / "run" / "step-1").iterdir()), message]))
 """
 
 

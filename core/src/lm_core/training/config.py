@@ -86,12 +86,14 @@ class CommonSettings(RunSettings):
         super().__post_init__()
         self.check_counts("max_steps", "validate_every")
         self.check_above_zero("learning_rate")
-        for name in ("beta1", "beta2", "warmup"):
+        for name in ("beta1", "beta2"):
             check_probability(getattr(self, name), name)
         if not 0 <= self.final_learning_rate <= 1:
             raise ValueError(f"final_learning_rate must be in [0, 1], got {self.final_learning_rate}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
 
     @property
     def warmup_steps(self) -> int:

@@ -1,7 +1,6 @@
 """The command ``spin-trainer``: ``train``, ``generate`` and ``eval``."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
@@ -20,17 +19,12 @@ TRAIN = """Fine-tunes a language model by self-play; without a model, a small on
 The quickstart has values of its own for what is not given. Flags win over the YAML file, which wins over the defaults.
 Ctrl-C saves a checkpoint; the same command resumes from it, as it does after a kill."""
 
-MAX_SEQ_LEN = 512
-
-
-def _presets(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quickstart has defaults of its own."""
-    return {**DEFAULTS, "top_p": None} if chosen["model"] is None else {}
-
-
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
-        train, {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": MAX_SEQ_LEN})}, TRAIN, _presets
+        train,
+        {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": Answering.max_seq_len})},
+        TRAIN,
+        lambda chosen: {**DEFAULTS, "top_p": None} if chosen["model"] is None else {},
     ),
     "generate": Command(generate, {"answering": Group(Answering)}),
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),

@@ -45,8 +45,7 @@ class Answering:
 
     def sampling(self, eos_id: int | None, **changes: Any) -> Sampling:
         """How tokens are drawn; ``changes`` replace further fields of ``Sampling``."""
-        names = ("max_seq_len", "temperature", "batch_size", "seed")
-        own = {name: getattr(self, name) for name in names}
+        own = {name: getattr(self, name) for name in ("max_seq_len", "temperature", "batch_size", "seed")}
         return Sampling(**{**own, **nucleus(self.top_p), "eos_id": eos_id, **changes})
 
     def open_model(self, source: str, name: str) -> Any:

@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lm_core.causal_lm import eval_mode
 from lm_core.data.epochs import seed_of
-from lm_core.distributed import rank
-from spin_trainer.data.opponent_answers import (
-    Answer,
-    Interrupted,
-    Sampling,
-    answer_prompts,
-    batches_by_length,
-    fill,
-    opponent_log_probs,
-)
+from lm_core.distributed import barrier, rank, world_size
+from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length, opponent_log_probs
 from spin_trainer.data.row_store import RowStore, fingerprint_of
 from spin_trainer.data.sft_data import SFTDataset
+
+
+class Interrupted(Exception):
+    """Ctrl-C while rows were made; those that are done are on disk."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,11 @@ class IterationData:
         previous: "IterationData | None" = None,
         score_batch_size: int = 16,
     ) -> None:
-        self.dataset, self.sampling, self.split, self.iteration = dataset, sampling, split, iteration
-        self.previous = None if previous is None else previous.answers
+        self.dataset = dataset
+        self.sampling = sampling
+        self.split = split
+        self.iteration = iteration
+        self.previous = [] if previous is None else previous.answers
         self.score_batch_size = score_batch_size
         prompts = fingerprint_of({"prompts": [list(example.prompt) for example in dataset]})
         description = {"format_version": 1, "weights": weights, "prompts": prompts, **sampling.description()}
@@ -86,61 +87,59 @@ class IterationData:
         kinds = (False,) if previous is None else (False, True)
         self.pairs = [Pair(row, previous=kind) for kind in kinds for row in range(len(dataset))]
 
-    # ------------------------------------------------------------------------------------------------------ making
-
     def complete(self, model: Any, stop: Callable[[], bool] = lambda: False, *, scores: bool = True) -> None:
         """Makes what is not on disk yet; every process calls it.
 
         Args:
-            model: the opponent, a ``CausalLM``.
-            stop: asked between batches.
+            model: the opponent, a ``CausalLM``; None within an iteration, when it is gone and all has to be on disk.
+            stop: asked between batches; True leaves the rest.
             scores: whether log-probabilities are needed.
 
         Raises:
-            Interrupted: ``stop`` said so before all rows were there.
+            Interrupted: ``stop`` returned True before all rows were there.
+            FileNotFoundError: rows are missing, and there is no model.
         """
         with eval_mode(model):
             lengths = [len(example.prompt) for example in self.dataset]
             batches = batches_by_length(lengths, self.sampling.batch_size)
-            name = f"iteration {self.iteration}: {{}} ({self.split})"
-            fill(
-                self.answer_store,
-                batches,
-                lambda number, rows: self._answer(model, number, rows),
-                description=name.format("answers"),
-                stop=stop,
-            )
-            self._read_answers()
-            if not scores:
-                return
-            totals = [
-                len(example.prompt) + max(len(example.response), len(answer.tokens))
-                for example, answer in zip(self.dataset, self.answers, strict=True)
-            ]
-            fill(
-                self.score_store,
-                batches_by_length(totals, self.score_batch_size),
-                lambda _, rows: self._score(model, rows),
-                description=name.format("log-probs"),
-                stop=stop,
-            )
-            if len(self.score_store.rows) < len(self.dataset):
-                raise Interrupted
+            self._fill(self.answer_store, "answers", batches, self._answer, model, stop)
+            rows = sorted(self.answer_store.rows.items())
+            self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in rows]
+            if scores:
+                totals = [
+                    len(example.prompt) + max(len(example.response), len(answer.tokens))
+                    for example, answer in zip(self.dataset, self.answers, strict=True)
+                ]
+                batches = batches_by_length(totals, self.score_batch_size)
+                self._fill(self.score_store, "log-probs", batches, self._score, model, stop)
 
-    def read(self, *, scores: bool = True) -> None:
-        """Takes everything from disk, for going on within an iteration, when the opponent is gone.
-
-        Raises:
-            FileNotFoundError: rows are missing.
-        """
-        stores = [self.answer_store, *([self.score_store] if scores else [])]
-        for store in stores:
-            if len(store.rows) < len(self.dataset):
-                raise FileNotFoundError(
-                    f"{store.folder} has {len(store.rows)} of {len(self.dataset)} rows, and the weights that made them "
-                    "are gone: resume from an earlier checkpoint, or train into another folder"
-                )
-        self._read_answers()
+    def _fill(
+        self,
+        store: RowStore,
+        name: str,
+        batches: Sequence[list[int]],
+        work: Callable[[Any, int, list[int]], Iterator[dict[str, Any]]],
+        model: Any,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Makes missing rows by ``work(model, batch number, row numbers)``, each process its share of the batches."""
+        count = len(self.dataset)
+        if model is None and len(store.rows) < count:
+            raise FileNotFoundError(
+                f"{store.folder} has {len(store.rows)} of {count} rows, and the weights that made them "
+                "are gone: resume from an earlier checkpoint, or train into another folder"
+            )
+        share = list(enumerate(batches))[rank() :: world_size()]
+        todo = [(number, rows) for number, rows in share if any(row not in store.rows for row in rows)]
+        title = f"iteration {self.iteration}: {name} ({self.split})"
+        for number, rows in tqdm(todo, desc=title, unit="batch", disable=rank() != 0 or not todo, leave=False):
+            if stop():
+                break
+            store.append(work(model, number, rows))
+        barrier()
+        store.refresh()
+        if len(store.rows) < count:
+            raise Interrupted
 
     def _answer(self, model: Any, number: int, rows: list[int]) -> Iterator[dict[str, Any]]:
         prompts = [self.dataset[row].prompt for row in rows]
@@ -148,34 +147,22 @@ class IterationData:
         for row, answer in zip(rows, answer_prompts(model, prompts, self.sampling, seed), strict=True):
             yield {"row": row, "tokens": list(answer.tokens), "finished": answer.finished}
 
-    def _read_answers(self) -> None:
-        rows = self.answer_store.rows
-        if len(rows) < len(self.dataset):
-            raise Interrupted
-        self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in sorted(rows.items())]
-
-    def _score(self, model: Any, rows: list[int]) -> Iterator[dict[str, Any]]:
+    def _score(self, model: Any, _: int, rows: list[int]) -> Iterator[dict[str, Any]]:
         prompts = [self.dataset[row].prompt for row in rows]
         kinds: dict[str, Sequence[Sequence[int]]] = {
             "real": [self.dataset[row].response for row in rows],
             "generated": [self.answers[row].tokens for row in rows],
         }
-        if self.previous is not None:
+        if self.previous:
             kinds["previous"] = [self.previous[row].tokens for row in rows]
-        scores = {
-            kind: opponent_log_probs(model, prompts, answers, self.sampling.precision)
-            for kind, answers in kinds.items()
-        }
-        for place, row in enumerate(rows):
-            yield {"row": row, **{kind: values[place] for kind, values in scores.items()}}
-
-    # ------------------------------------------------------------------------------------------------------- using
+        precision = self.sampling.precision
+        scores = [opponent_log_probs(model, prompts, answers, precision) for answers in kinds.values()]
+        for row, *values in zip(rows, *scores, strict=True):
+            yield {"row": row, **dict(zip(kinds, values, strict=True))}
 
     def answer(self, pair: Pair) -> Answer:
         """The opponent's answer of a pair."""
-        answers = self.previous if pair.previous else self.answers
-        assert answers is not None
-        return answers[pair.row]
+        return (self.previous if pair.previous else self.answers)[pair.row]
 
     def reference(self, pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
         """The opponent's log-probabilities of the human and of the generated answers."""

@@ -5,28 +5,20 @@ batch draws, depends on the data and the seed only: so a resumed run, and a run 
 the same answers. A batch that a kill interrupted is generated again and only its missing rows are written.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lm_core.data.epochs import seed_of
-from lm_core.distributed import barrier, rank, world_size
-from lm_core.generation.decoding import Filter
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import top_p
 from lm_core.training.accelerator import Precision, autocast
-from spin_trainer.data.row_store import RowStore, name_of_function
-from spin_trainer.data.sft_data import to_tensor
-from spin_trainer.model.response_scores import collate, response_log_probs
-
-
-class Interrupted(Exception):
-    """Ctrl-C while rows were made; those that are done are on disk."""
+from spin_trainer.data.row_store import name_of_function
+from spin_trainer.model.response_scores import ResponseScores, collate
 
 
 @dataclass(frozen=True)
@@ -55,32 +47,28 @@ class Sampling:
 
     def description(self) -> dict[str, Any]:
         """JSON values for a fingerprint."""
+        as_they_are = ("max_seq_len", "temperature", "batch_size", "seed", "precision")
         return {
-            "max_seq_len": self.max_seq_len,
-            "temperature": self.temperature,
+            **{name: getattr(self, name) for name in as_they_are},
             "filter": name_of_function(self.filter_fn),
             "filter_kwargs": repr(sorted(self.filter_kwargs.items())),
-            "eos_id": self.eos_id if self.eos_id is None or isinstance(self.eos_id, int) else list(self.eos_id),
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "precision": self.precision,
+            "eos_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id,
         }
 
 
 def nucleus(mass: float | None) -> dict[str, Any]:
     """Arguments of ``Sampling`` and ``SPINTrainer`` that sample from the nucleus of this mass; None for no filter."""
-    return {
-        "filter_fn": None if mass is None else top_p,
-        "filter_kwargs": {} if mass is None else {"thres": mass},
-    }
+    if mass is None:
+        return {"filter_fn": None, "filter_kwargs": {}}
+    return {"filter_fn": top_p, "filter_kwargs": {"thres": mass}}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the opponent said.
+    """The opponent's answer to a prompt.
 
     Attributes:
-        tokens: its answer, EOS included.
+        tokens: token ids, EOS included.
         finished: whether it ended by EOS, not at the length limit.
     """
 
@@ -89,13 +77,7 @@ class Answer:
 
 
 def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Answer]:
-    """Answers of ``model`` to prompts of different lengths, each filled up to ``max_seq_len``.
-
-    Args:
-        model: a ``CausalLM``.
-        prompts: token ids.
-        sampling: how answers are drawn.
-        seed: of this batch's draws.
+    """Answers of a ``CausalLM`` to prompts of token ids, each filled up to ``max_seq_len`` and drawn by ``seed``.
 
     Raises:
         ValueError: a prompt leaves no room, or as ``lm_core.generation.generate.generate``.
@@ -106,7 +88,7 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
     room = sampling.max_seq_len - min(lengths)
     limit = getattr(model, "max_length", None)
     if limit is not None and max(lengths) + room > limit >= sampling.max_seq_len:
-        # each row fits, but not the shortest row's room behind the longest prompt
+        # each row fits, but not the shortest row's room after the longest prompt
         middle = len(prompts) // 2
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         answers: dict[int, Answer] = {}
@@ -115,25 +97,23 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
             answers |= dict(zip(part, found, strict=True))
         return [answers[row] for row in range(len(prompts))]
     device = next(model.parameters()).device
-    filters: tuple[Filter, ...] = ()
-    if sampling.filter_fn is not None:
-        filters = (partial(sampling.filter_fn, **sampling.filter_kwargs),)
+    filter_fn = sampling.filter_fn
     with autocast(sampling.precision, device):
         generation = generate(
             model,
-            [to_tensor(prompt) for prompt in prompts],
+            [torch.tensor(prompt) for prompt in prompts],
             max_new_tokens=room,
             temperature=sampling.temperature,
-            filters=filters,
+            filters=() if filter_fn is None else (partial(filter_fn, **sampling.filter_kwargs),),
             eos_id=sampling.eos_id,
             generator=torch.Generator(device).manual_seed(seed),
         )
-    answers_in_order = []
     rows = zip(generation.tokens.tolist(), generation.lengths.tolist(), generation.finished.tolist(), strict=True)
-    for (tokens, length, finished), prompt_length in zip(rows, lengths, strict=True):
-        own_room = sampling.max_seq_len - prompt_length
-        answers_in_order.append(Answer(tuple(tokens[: min(length, own_room)]), finished and length <= own_room))
-    return answers_in_order
+    rooms = [sampling.max_seq_len - length for length in lengths]
+    return [
+        Answer(tuple(tokens[: min(length, room)]), finished and length <= room)
+        for (tokens, length, finished), room in zip(rows, rooms, strict=True)
+    ]
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -142,40 +122,11 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def fill(
-    store: RowStore,
-    batches: Sequence[list[int]],
-    work: Callable[[int, list[int]], Iterable[Mapping[str, Any]]],
-    *,
-    description: str,
-    stop: Callable[[], bool] = lambda: False,
-) -> None:
-    """Makes the rows that a store lacks, each process its share of the batches, until all processes are done.
-
-    Args:
-        store: where rows are kept.
-        batches: row numbers of each batch.
-        work: gets the number of a batch and its rows, and gives a dict with "row" for each.
-        description: of the progress bar.
-        stop: asked between batches; True leaves the rest.
-    """
-    share = [(number, rows) for number, rows in enumerate(batches) if number % world_size() == rank()]
-    todo = [(number, rows) for number, rows in share if any(row not in store.rows for row in rows)]
-    for number, rows in tqdm(todo, desc=description, unit="batch", disable=rank() != 0 or not todo, leave=False):
-        if stop():
-            break
-        store.append(work(number, rows))
-    barrier()
-    store.refresh()
-
-
 @torch.no_grad()
 def opponent_log_probs(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], precision: Precision
 ) -> list[float]:
     """Summed log-probability of each answer under ``model``, in nats."""
     device = next(model.parameters()).device
-    ids, answer, mask = collate(prompts, answers, device)
-    with autocast(precision, device):
-        scores = response_log_probs(model, ids, answer, mask)
-    return [float(score) for score in scores.cpu()]
+    scores: list[float] = ResponseScores(model, precision=precision)(*collate(prompts, answers, device)).tolist()
+    return scores

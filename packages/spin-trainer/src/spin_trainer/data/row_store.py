@@ -56,13 +56,14 @@ class RowStore:
             try:
                 found = json.loads(record.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"{record} is damaged ({error}); delete the folder to make its rows anew") from error
+                raise ValueError(f"{record} is damaged ({error}); delete the folder to make its rows again") from error
             if fingerprint_of(found) != self.fingerprint:
                 raise ValueError(f"{self.folder} holds rows of other weights, prompts or settings; use another folder")
         elif rank == 0:
             write_file(record, to_json(dict(description)))
         self._cut_torn_line()
-        self.rows = self._read()
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.refresh()
 
     def _cut_torn_line(self) -> None:
         if not self._own.exists():
@@ -74,19 +75,14 @@ class RowStore:
                 stream.truncate(len(whole))
             fsync_path(self._own)
 
-    def _read(self) -> dict[int, dict[str, Any]]:
-        rows: dict[int, dict[str, Any]] = {}
+    def refresh(self) -> None:
+        """Reads what other processes have written; all of them must have come to a barrier."""
         for file in sorted(self.folder.glob("rows-*.jsonl")):
             # another process may be writing the last line
             for number, row in read_json_lines(file, torn_end=True):
                 if not isinstance(row.get("row"), int):
                     raise ValueError(f"{file}, line {number}, is damaged: it has no row number; delete {self.folder}")
-                rows[row["row"]] = row
-        return rows
-
-    def refresh(self) -> None:
-        """Reads what other processes have written; all of them must have come to a barrier."""
-        self.rows = self._read()
+                self.rows[row["row"]] = row
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows that are not there yet and flushes them to the disk."""

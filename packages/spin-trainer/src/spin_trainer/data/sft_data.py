@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lm_core.data.rows import iterate_rows
 
@@ -39,12 +38,7 @@ class Example:
 
 
 class SFTDataset(Sequence[Example]):
-    """Examples with a fingerprint of their content.
-
-    Args:
-        examples: the rows.
-        dropped: rows that were left out because their prompt was too long.
-    """
+    """Examples with a fingerprint of their content; ``dropped`` rows were left out, as their prompt was too long."""
 
     def __init__(self, examples: Sequence[Example], dropped: int = 0) -> None:
         self.examples, self.dropped = list(examples), dropped
@@ -102,7 +96,7 @@ def as_sft_dataset(
         if not prompt:
             raise ValueError(f"{where} must have a prompt of at least one token, got none")
         if not response:
-            raise ValueError(f"{where} must have an answer of at least one token behind its prompt, got none")
+            raise ValueError(f"{where} must have an answer of at least one token after its prompt, got none")
         if len(prompt) >= max_seq_len:
             if overlong == "error":
                 raise ValueError(
@@ -124,29 +118,24 @@ def as_sft_dataset(
     return SFTDataset(examples, dropped)
 
 
-def _check_columns(columns: Sequence[str], where: str) -> None:
-    if "messages" in columns or ("prompt" in columns and any(answer in columns for answer in ANSWER_COLUMNS)):
-        return
-    raise ValueError(
-        f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
-        f"got {sorted(columns)}"
-    )
-
-
 def _encoded(
     row: Any, tokenizer: Any, eos_id: int | None, pad_id: int | None, where: str
 ) -> tuple[list[int], list[int]]:
     if isinstance(row, Mapping):
-        _check_columns(list(row), where)
         if "messages" in row:
             return _chat(list(row["messages"]), tokenizer, eos_id, where)
-        answer = next(row[column] for column in ANSWER_COLUMNS if column in row)
-        prompt = row["prompt"]
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-            reply = answer if isinstance(answer, Sequence) and not isinstance(answer, str) else None
-            return _chat([*prompt, *(reply or [{"role": "assistant", "content": answer}])], tokenizer, eos_id, where)
+        answers = [row[column] for column in ANSWER_COLUMNS if column in row]
+        if "prompt" not in row or not answers:
+            raise ValueError(
+                f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
+                f"got {sorted(row)}"
+            )
+        prompt, answer = row["prompt"], answers[0]
+        if _is_list(prompt):
+            reply = answer if _is_list(answer) and answer else [{"role": "assistant", "content": answer}]
+            return _chat([*prompt, *reply], tokenizer, eos_id, where)
         return _text(prompt, answer, tokenizer, eos_id, where)
-    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 2:
+    if _is_list(row) and len(row) == 2:
         if isinstance(row[0], str):
             return _text(row[0], row[1], tokenizer, eos_id, where)
         return _ids(row[0], row[1], pad_id, where)
@@ -172,8 +161,12 @@ def _ids(sequence: Any, prompt_len: Any, pad_id: int | None, where: str) -> tupl
     if any(value < 0 for value in values):
         raise ValueError(f"{where} must hold ids of at least 0 (pad_id is {pad_id}), got {min(values)}")
     if length >= len(values):
-        raise ValueError(f"{where} must have answer tokens behind its prompt_len {length}, got {len(values)} tokens")
+        raise ValueError(f"{where} must have answer tokens after its prompt_len {length}, got {len(values)} tokens")
     return values[:length], values[length:]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _kinds(*parts: Any) -> str:
@@ -203,7 +196,7 @@ def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -
             raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         roles = [message["role"] for message in messages]
-        raise ValueError(f"{where} must end with an answer of the assistant behind a question, got the roles {roles}")
+        raise ValueError(f"{where} must end with an answer of the assistant after a question, got the roles {roles}")
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ValueError(f"{where} is a chat, but {type(tokenizer).__name__} has no apply_chat_template")
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
@@ -217,10 +210,5 @@ def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -
         raise ValueError(
             f"{where}: the chat template must end an answer with eos_id {end}, it does not; pass the id that does"
         )
-    # what a template writes behind the end of a turn is never generated
+    # what a template writes after the end of a turn is never generated
     return prompt, response[: response.index(end) + 1]
-
-
-def to_tensor(ids: Sequence[int]) -> Tensor:
-    """1-D int64."""
-    return torch.tensor(list(ids), dtype=torch.long)

@@ -1,6 +1,6 @@
 """The opponent's weights: a frozen copy of what trains, or a moving average of it.
 
-The frozen reference copies only the parameters that train; frozen ones are shared with the policy. So beside a LoRA
+The frozen reference copies only the parameters that train; frozen ones are shared with the policy. So next to a LoRA
 policy it costs the size of the adapters, and it is the policy's weights at the last promotion (theta_t), where
 switching adapters off would give the weights before the first iteration.
 
@@ -34,11 +34,6 @@ class FrozenReference(nn.Module):
         self._names: list[str] = []
         self.copy_params_from_model()
 
-    @property
-    def held(self) -> bool:
-        """Whether weights are held; False after ``release``."""
-        return bool(self._names)
-
     @torch.no_grad()
     def copy_params_from_model(self) -> None:
         """Makes the policy's present weights the reference."""
@@ -60,17 +55,16 @@ class FrozenReference(nn.Module):
         Raises:
             RuntimeError: the copy was released, or the policy's trainable parameters are others than they were.
         """
-        if not self.held:
-            raise RuntimeError("the reference was released; update_reference_model_with_policy() copies anew")
-        policy, own = self._policy[0], self._own()
-        if list(own) != self._names:
-            changed = sorted(set(own) ^ set(self._names))
+        policy, own, copies = self._policy[0], self._own(), self.exported()
+        if not copies:
+            raise RuntimeError("the reference was released; update_reference_model_with_policy() copies it again")
+        if changed := sorted(own.keys() ^ copies.keys()):
             raise RuntimeError(f"the policy trains other parameters than when the reference was taken: {changed[:8]}")
         before = {name: tensor.data for name, tensor in own.items()}
         try:
             # exchanging storages leaves a graph that the policy has built before valid
-            for number, tensor in enumerate(own.values()):
-                tensor.data = getattr(self, f"copy_{number}")
+            for name, tensor in own.items():
+                tensor.data = copies[name]
             with eval_mode(policy):
                 yield policy
         finally:
@@ -88,13 +82,15 @@ class FrozenReference(nn.Module):
         return {name: getattr(self, f"copy_{number}") for number, name in enumerate(self._names)}
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Takes what ``exported`` gave."""
+    def restore(self, state: Mapping[str, Tensor] | None) -> None:
+        """Takes what ``exported`` gave; nothing for None."""
+        if state is None:
+            return
         self.copy_params_from_model()
         if set(state) != set(self._names):
             raise ValueError(f"state must hold the parameters that train, got {sorted(state)[:8]}")
-        for number, name in enumerate(self._names):
-            getattr(self, f"copy_{number}").copy_(state[name])
+        for name, copy in self.exported().items():
+            copy.copy_(state[name])
 
     def _own(self) -> dict[str, Tensor]:
         policy = self._policy[0]
@@ -125,11 +121,6 @@ class MovingReference(nn.Module):
             parameter.requires_grad_(False)
         object.__setattr__(self, "_reference", as_causal_lm(self.ema.ema_model))
 
-    @property
-    def held(self) -> bool:
-        """Always True: the average goes on over the whole run."""
-        return True
-
     def copy_params_from_model(self) -> None:
         """Makes the policy's present weights the average."""
         self.ema.copy_params_from_model_to_ema()
@@ -155,6 +146,7 @@ class MovingReference(nn.Module):
         """The average and its counters, for a checkpoint."""
         return dict(self.ema.state_dict())
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Takes what ``exported`` gave."""
-        self.ema.load_state_dict(dict(state))
+    def restore(self, state: Mapping[str, Tensor] | None) -> None:
+        """Takes what ``exported`` gave; nothing for None."""
+        if state is not None:
+            self.ema.load_state_dict(dict(state))

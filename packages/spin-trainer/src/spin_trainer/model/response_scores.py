@@ -36,7 +36,7 @@ def response_mask(
     mask: Bool[Tensor, "b n"] | None = None,
     eos_id: int | Sequence[int] | None = None,
 ) -> Bool[Tensor, "b n"]:
-    """Where the answers are: behind the prompt, at real tokens, up to the first EOS of the answer and including it.
+    """Where the answers are: after the prompt, at real tokens, up to the first EOS of the answer and including it.
 
     Args:
         ids: prompts with their answers.
@@ -45,16 +45,12 @@ def response_mask(
         eos_id: token or tokens that end an answer; one inside the prompt ends nothing.
     """
     if mask is None:
-        answer = ~prompt_mask_from_len(prompt_lengths, ids)
-    else:
-        answer = mask & (positions_from_mask(mask) >= rearrange(prompt_lengths, "b -> b 1"))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    answer = mask & (positions_from_mask(mask) >= rearrange(prompt_lengths, "b -> b 1"))
     if eos_id is None:
         return answer
-    ends = torch.zeros_like(answer)
-    for end in (eos_id,) if isinstance(eos_id, int) else eos_id:
-        ends = ends | (ids == end)
-    ended_before = (ends & answer).long().cumsum(dim=-1) - (ends & answer).long()
-    return answer & (ended_before == 0)
+    ends = answer & torch.isin(ids, torch.tensor(eos_id, dtype=torch.long, device=ids.device))
+    return answer & (ends.cumsum(dim=-1) - ends.long() == 0)
 
 
 def response_log_probs(
@@ -89,12 +85,7 @@ def response_log_probs(
 
 
 class ResponseScores(nn.Module):
-    """``response_log_probs`` of a list of rows as a module, which is what DDP wraps.
-
-    Args:
-        model: a ``CausalLM`` that is a module.
-        precision: of matrix products; see ``lm_core.training.accelerator.pick_precision``.
-    """
+    """``response_log_probs`` of a ``CausalLM``, with matrix products in ``precision``: a module, for DDP to wrap."""
 
     def __init__(self, model: nn.Module, *, precision: Precision = "fp32") -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """SPIN: a policy, its frozen opponent, and the loss between them (arXiv 2401.01335, equation 4.7).
 
 Where we deviate from common implementations: log-probabilities are SUMS over the answer's tokens, as in the paper (a
-mean is an option); nothing behind an answer's EOS counts; the policy keeps the mode (train or eval) it is in.
+mean is an option); nothing after an answer's EOS counts; the policy keeps the mode (train or eval) it is in.
 
 Legend: b batch, n sequence.
 """
@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.checks import check_ids, typed
-from lm_core.training.accelerator import Precision, autocast
+from lm_core.checks import check_above_zero, check_ids, typed
+from lm_core.training.accelerator import Precision
 from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
 from spin_trainer.model.reference import FrozenReference, MovingReference
-from spin_trainer.model.response_scores import response_log_probs, response_mask
+from spin_trainer.model.response_scores import ResponseScores, response_log_probs, response_mask
 
 Reduction = Literal["sum", "mean"]
 
@@ -82,8 +82,7 @@ class SPIN(nn.Module):
             raise TypeError(f"SPIN has no argument {', '.join(sorted(original))}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {type(model).__name__}")
-        if not 0 < lambda_ < float("inf"):
-            raise ValueError(f"lambda_ must be a finite number above 0, got {lambda_}")
+        check_above_zero(lambda_, "lambda_")
         if not 0 <= ref_model_ema_decay <= 1:
             raise ValueError(f"ref_model_ema_decay must be in [0, 1], got {ref_model_ema_decay}")
         if ema_kwargs and ref_model_ema_decay == 1:
@@ -156,7 +155,7 @@ class SPIN(nn.Module):
             real_seq_mask: True at real tokens; not together with ``pad_id``.
 
         Raises:
-            ValueError: shapes that do not match, masks beside ``pad_id``, a row without answer tokens, an id outside
+            ValueError: shapes that do not match, masks next to ``pad_id``, a row without answer tokens, an id outside
                 the vocabulary, a prompt length below 1.
         """
         generated = self._checked(generated_seq, prompt_len, generated_seq_mask, "generated_seq")
@@ -182,8 +181,9 @@ class SPIN(nn.Module):
         precision: Precision = "fp32",
     ) -> Float[Tensor, " b"]:
         """Summed log-probabilities of the answers under the reference; arguments as for ``response_log_probs``."""
-        with self.ref_model.model() as reference, autocast(precision, ids.device):
-            return response_log_probs(reference, ids, answer, mask)
+        with self.ref_model.model() as reference:
+            scores: Tensor = ResponseScores(reference, precision=precision)(ids, answer, mask)
+            return scores
 
     def comparison(
         self,
@@ -193,10 +193,7 @@ class SPIN(nn.Module):
     ) -> Comparison:
         """The comparison from summed log-probabilities: of b human answers first, then of b generated ones.
 
-        Args:
-            policy: of the policy.
-            reference: of the reference.
-            answer: True at the answers' tokens, for a mean over them.
+        ``answer`` is True at the answers' tokens, for a mean over them.
         """
         if self.reduction == "mean":
             lengths = answer.sum(dim=-1).clamp(min=1)
@@ -233,5 +230,5 @@ class SPIN(nn.Module):
                 raise ValueError(f"prompt_len must be at least 1, got {int(prompt_len.min())}")
             empty = (~answer.any(dim=-1)).nonzero().flatten().tolist()
             if empty:
-                raise ValueError(f"{name} must have answer tokens behind every prompt, rows {empty[:8]} have none")
+                raise ValueError(f"{name} must have answer tokens after every prompt, rows {empty[:8]} have none")
         return ids, answer, mask

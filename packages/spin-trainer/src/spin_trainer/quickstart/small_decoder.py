@@ -77,10 +77,12 @@ class SmallDecoder(PretrainedMixin):
         **_: Any,
     ) -> Float[Tensor, "b n d"]:
         """Final hidden states of the given positions."""
-        if ids.device.type == "cpu":
-            check_ids(ids if mask is None else ids * mask[:, -ids.shape[1] :], self.vocab_size, "ids")
         past = 0 if cache is None else cache.length
-        x = self.embedding(ids if mask is None else ids * mask[:, past:])
+        if mask is not None:
+            ids = ids * mask[:, past:]
+        if ids.device.type == "cpu":
+            check_ids(ids, self.vocab_size, "ids")
+        x = self.embedding(ids)
         positions = Positions.of(self.rotary, x, past=past, mask=mask)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache=cache, layer=layer)

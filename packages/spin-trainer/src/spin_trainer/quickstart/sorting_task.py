@@ -14,13 +14,7 @@ MAX_SEQ_LEN = 2 * DIGITS + 2
 
 
 def sorting_examples(count: int, *, seed: int = 0, without: SFTDataset | None = None) -> SFTDataset:
-    """Random rows, drawn by ``seed``.
-
-    Args:
-        count: how many.
-        seed: of the draws.
-        without: rows whose prompts must not come again, for held-out rows.
-    """
+    """Random rows, drawn by ``seed``; held-out rows are ``without`` the prompts of others."""
     generator = torch.Generator().manual_seed(seed)
     taken = {example.prompt for example in without or ()}
     examples: list[Example] = []

@@ -50,8 +50,7 @@ def fine_tune(
 
     def optimizer() -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
         adam = torch.optim.AdamW(optimizer_groups(model, weight_decay=weight_decay), lr=learning_rate)
-        kinds: dict[str, Any] = {"kind": "linear", "total_steps": updates, "final_scale": final_learning_rate}
-        return adam, LearningRateSchedule(adam, **kinds)
+        return adam, LearningRateSchedule(adam, kind="linear", total_steps=updates, final_scale=final_learning_rate)
 
     device = next(model.parameters()).device
     config = RunSettings(seed=seed, device=str(device), precision="fp32")

@@ -1,15 +1,14 @@
 """What a self-play run accepts: checks made before any state is changed."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lm_core.checks import check_ids, either
+from lm_core.checks import check_ids
 from lm_core.training.accelerator import pick_device
-from spin_trainer.data.sft_data import SFTDataset, to_tensor
-from spin_trainer.model.reference import FrozenReference
+from spin_trainer.data.sft_data import SFTDataset
+from spin_trainer.model.reference import MovingReference
 from spin_trainer.model.spin import SPIN
 from spin_trainer.training.config import SelfPlaySettings
 
@@ -26,27 +25,20 @@ def make_spin(
     Raises:
         ValueError: a SPIN is given together with settings it would have to ignore.
     """
+    shared = {name: getattr(settings, name) for name in ("lambda_", "loss", "reduction", "ref_model_ema_decay")}
     if isinstance(model, SPIN):
-        moving = not isinstance(model.ref_model, FrozenReference)
         if spin_kwargs:
             raise ValueError(f"spin_kwargs must be None where model is a SPIN already, got {dict(spin_kwargs)}")
-        if moving != (settings.ref_model_ema_decay < 1):
-            raise ValueError(
-                f"ref_model_ema_decay must be that of the SPIN that is given, got {settings.ref_model_ema_decay}"
-            )
-        for name, default in (("loss", "logistic"), ("reduction", "sum"), ("lambda_", 0.1)):
-            if getattr(settings, name) not in (default, getattr(model, name)):
-                raise ValueError(f"{name} must be that of the SPIN that is given, got {getattr(settings, name)!r}")
+        fits = {
+            "ref_model_ema_decay": (settings.ref_model_ema_decay < 1) == isinstance(model.ref_model, MovingReference)
+        }
+        for name in ("lambda_", "loss", "reduction"):  # one that is left at its default was not given
+            fits[name] = shared[name] in (getattr(SelfPlaySettings, name), getattr(model, name))
+        for name, value in shared.items():
+            if not fits[name]:
+                raise ValueError(f"{name} must be that of the SPIN that is given, got {value!r}")
         return model
-    chosen: dict[str, Any] = {
-        "lambda_": settings.lambda_,
-        "loss": settings.loss,
-        "reduction": settings.reduction,
-        "ref_model_ema_decay": settings.ref_model_ema_decay,
-        "pad_id": pad_id,
-        "eos_id": tuple(eos_ids) or None,
-        **(spin_kwargs or {}),
-    }
+    chosen: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids) or None, **(spin_kwargs or {})}
     if chosen["ref_model_ema_decay"] != settings.ref_model_ema_decay:
         raise ValueError(f"ref_model_ema_decay is an argument of the trainer, got it in spin_kwargs {spin_kwargs}")
     return SPIN(model, **chosen)
@@ -77,7 +69,7 @@ def check_datasets(
             if len(example.prompt) + len(example.response) > settings.max_seq_len:
                 raise ValueError(f"row {number} of {name} must fit into max_seq_len {settings.max_seq_len}")
             if vocabulary is not None:
-                check_ids(to_tensor((*example.prompt, *example.response)), vocabulary, f"row {number} of {name}")
+                check_ids(torch.tensor((*example.prompt, *example.response)), vocabulary, f"row {number} of {name}")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
     if settings.early_stop_patience is not None and valid is None:
@@ -111,13 +103,3 @@ def check_accelerator(accelerator: Any, accelerate_kwargs: Mapping[str, Any] | N
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to shard the weights")
     return accelerator
-
-
-def run_folder(checkpoint_dir: str | Path | None, checkpoint_folder: str | Path | None) -> Path:
-    """The folder of a run, whichever of its two names it was given by.
-
-    Raises:
-        ValueError: both are given.
-    """
-    given = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
-    return Path("./spin-checkpoints" if given is None else given)

@@ -127,8 +127,7 @@ class SelfPlaySettings(RunSettings):
         settings = dict(given)
         for original, name in ORIGINAL_NAMES.items():
             if original in settings:
-                both = {name: settings.get(name), original: settings.pop(original)}
-                settings[name] = either(None, **both)
+                settings[name] = either(None, **{name: settings.get(name), original: settings.pop(original)})
         return cls(**settings)
 
     @property
@@ -136,14 +135,7 @@ class SelfPlaySettings(RunSettings):
         """Whether reference log-probabilities are computed in every update."""
         return not self.precompute_reference or self.opponent == "policy" or self.ref_model_ema_decay < 1
 
-    def learning_rate_of(self, iteration: int) -> float:
-        """The learning rate at the beginning of an iteration."""
-        return self.learning_rate if self.learning_rates is None else _entry(self.learning_rates, iteration)
 
-    def lambda_of(self, iteration: int) -> float | None:
-        """The lambda of an iteration, where they differ."""
-        return None if self.lambdas is None else _entry(self.lambdas, iteration)
-
-
-def _entry(values: Sequence[float], number: int) -> float:
-    return float(values[min(number, len(values) - 1)])
+def value_of(iteration: int, schedule: Sequence[float] | None, default: float) -> float:
+    """An iteration's entry of a schedule, whose last one is repeated; the default without a schedule."""
+    return default if schedule is None else float(schedule[min(iteration, len(schedule) - 1)])

@@ -9,6 +9,7 @@ from lm_core.causal_lm import eval_mode
 from lm_core.training.accelerator import Precision
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length, opponent_log_probs
 from spin_trainer.data.sft_data import SFTDataset
+from spin_trainer.model.losses import self_play_margins
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,9 @@ def evaluate(
     exact_match: bool = True,
     precision: Precision = "fp32",
 ) -> Evaluation:
-    """Scores every example, in evaluation mode, and answers every prompt greedily.
+    """Scores every example by a ``CausalLM`` in evaluation mode and, for ``exact_match``, answers prompts greedily.
 
-    Args:
-        model: a ``CausalLM`` that is a module.
-        dataset: held-out examples.
-        max_seq_len: longest prompt with answer.
-        eos_id: ends an answer.
-        batch_size: rows at a time.
-        exact_match: whether answers are generated.
-        precision: of matrix products.
+    Answers end with ``eos_id``, or where prompt and answer have ``max_seq_len`` tokens.
     """
     nats = tokens = matches = 0.0
     sampling = Sampling(max_seq_len=max_seq_len, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=eos_id)
@@ -69,14 +63,7 @@ def evaluate(
 def win_rate_over(model: Any, opponent: Any, dataset: SFTDataset, sampling: Sampling, *, seed: int = 0) -> float:
     """Share of held-out rows where ``model`` prefers the human answer to the opponent's more than the opponent does.
 
-    The opponent answers by ``sampling``; equal preference counts one half.
-
-    Args:
-        model: the player, a ``CausalLM``.
-        opponent: another one.
-        dataset: held-out examples.
-        sampling: how the opponent answers.
-        seed: of its draws.
+    The opponent, a ``CausalLM`` too, answers by ``sampling`` with ``seed``; equal preference counts one half.
     """
     wins = 0.0
     with eval_mode(model), eval_mode(opponent):
@@ -88,6 +75,6 @@ def win_rate_over(model: Any, opponent: Any, dataset: SFTDataset, sampling: Samp
                 for player in (model, opponent)
                 for answers in (real, generated)
             ]
-            margins = (scores[0] - scores[2]) - (scores[1] - scores[3])
+            margins = self_play_margins(*scores, lambda_=1)
             wins += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
     return wins / len(dataset)

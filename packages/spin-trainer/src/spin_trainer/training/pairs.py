@@ -22,11 +22,7 @@ PER_PAIR = (
 
 
 class PairMeasures:
-    """Sums of what comparisons and answers give, in float64 where the device has it.
-
-    Args:
-        device: of the comparisons; collectives need it.
-    """
+    """Sums over pairs on the device of their comparisons, in float64 where it has it."""
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -59,13 +55,7 @@ class PairMeasures:
 
 
 class PairComparison:
-    """Compares human answers with the opponent's.
-
-    Args:
-        spin: policy and reference.
-        settings: of self-play.
-        sampling: of the opponent where it answers live.
-    """
+    """Compares human answers with the opponent's; ``sampling`` is used where it answers live."""
 
     def __init__(self, spin: SPIN, settings: SelfPlaySettings, sampling: Sampling) -> None:
         self.spin = spin

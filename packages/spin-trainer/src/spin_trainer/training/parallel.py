@@ -1,8 +1,7 @@
 """Sharding of a policy over processes (FSDP, arXiv 2304.11277): its blocks, and phases with whole weights.
 
-Each process keeps a part of the weights, their gradients and the optimizer's state, and a block is whole for its own
-forward and backward only. Answers are generated token by token and by each process at its own pace, which shards do not
-allow: for that phase, in which there are no gradients and no optimizer, the weights are gathered once.
+Answers are generated token by token and by each process at its own pace, which shards do not allow: for that phase, in
+which there are no gradients and no optimizer, the weights are gathered once.
 """
 
 import contextlib
@@ -35,21 +34,16 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            for entry in child:
-                # a list of lists is no block: it cannot be called
-                yield from _entries(nn.ModuleList([entry])) if isinstance(entry, nn.ModuleList) else (entry,)
+        # a list of lists is no block: it cannot be called
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
         else:
             yield from _entries(child)
 
 
 @contextlib.contextmanager
 def whole_weights(scores: ResponseScores) -> Iterator[None]:
-    """Inside, every process has all weights and calls the model without the others; every process enters.
-
-    Args:
-        scores: the scoring module that training calls; nothing is done unless it is sharded.
-    """
+    """Inside, every process has all weights of what training calls, and calls it without the others; all enter."""
     shards: list[Any] = [part for part in scores.modules() if callable(getattr(part, "reshard", None))]
     if not shards:
         yield

@@ -1,14 +1,15 @@
 """State of a self-play run, for its checkpoints: where it is, and how good each iteration was."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lm_core.checkpoints.checkpoint import Checkpoint
-from spin_trainer.training.weights import load_stored_weights, read_stored_weights, write_stored_weights
+from lm_core.checkpoints.pretrained import WEIGHTS_FILE
+from lm_core.checkpoints.weights import read_weights, save_weights
+from spin_trainer.training.weights import load_stored_weights, replace_folder, stored_weights
 
 
 @dataclass
@@ -26,15 +27,6 @@ class RunState:
     update: int = 0
     opponent: str = ""
     previous_opponent: str | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All attributes."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the attributes of ``state``."""
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 class BestIteration:
@@ -68,42 +60,33 @@ class BestIteration:
         self.history.append(measures)
         number = len(self.history) - 1
         if self.patience is not None and self.number == number:
-            write_stored_weights(self.folder / f"iteration-{number}", policy)
+            state = stored_weights(policy)
+            replace_folder(
+                self.folder / f"iteration-{number}", lambda folder: save_weights(folder / WEIGHTS_FILE, state)
+            )
 
     def put_back(self, policy: nn.Module) -> None:
         """Gives the policy the best weights, if any are kept."""
         if self.patience is not None and self.number is not None:
             folder = self.folder / f"iteration-{self.number}"
-            load_stored_weights(policy, read_stored_weights(folder), str(folder))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The measures."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the measures of ``state``."""
-        self.history = list(state["history"])
-
-
-IDENTITY = (
-    *("seed", "fsdp", "train_sft_dataset", "valid_sft_dataset", "frozen_weights"),
-    *("batch", "epochs", "opponent_kind", "sampling"),
-)
+            load_stored_weights(policy, read_weights(folder / WEIGHTS_FILE), str(folder))
 
 
 def upgraded(checkpoint: Checkpoint) -> dict[str, Any]:
     """The trainer state of a checkpoint of version 0.1.0 under the keys that a session writes."""
-    old = checkpoint.trainer_state
-    kept = ("trainer", "optimizer", "schedule", "guard")
-    run = ("iteration", "update", "opponent", "previous_opponent")
+
+    def kept(*names: str) -> dict[str, Any]:
+        return {name: checkpoint.trainer_state.get(name) for name in names}
+
+    data = ("train_sft_dataset", "valid_sft_dataset", "frozen_weights")
     return {
-        **{name: old.get(name) for name in kept},
+        **kept("trainer", "optimizer", "schedule", "guard"),
         "architecture": {},
-        "identity": {name: old.get(name) for name in IDENTITY},
+        "identity": kept("seed", "fsdp", *data, "batch", "epochs", "opponent_kind", "sampling"),
         "validation": [{}, {}],
         "state": {
-            "run": {name: old.get(name) for name in run},
-            "best": {"history": old.get("history")},
-            "reference": old.get("reference"),
+            "run": kept("iteration", "update", "opponent", "previous_opponent"),
+            "best": kept("history"),
+            **kept("reference"),
         },
     }

@@ -7,10 +7,10 @@ A checkpoint holds all that the next update depends on, and answers are kept row
 phase and resumed ends with the weights, bit for bit, of one that was not (``lm_core.training.session``).
 """
 
-import functools
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +20,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import typed
+from lm_core.checks import either, typed
 from lm_core.data.epochs import UpdateOrder, seed_of
 from lm_core.distributed import rank, world_size
 from lm_core.generation.sampling import top_p
 from lm_core.rng import seed_everything
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession
-from spin_trainer.data.iteration_data import IterationData, Pair
-from spin_trainer.data.opponent_answers import Answer, Interrupted, Sampling
+from spin_trainer.data.iteration_data import Interrupted, IterationData, Pair
+from spin_trainer.data.opponent_answers import Answer, Sampling
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN
-from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin, run_folder
-from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin
+from spin_trainer.training.config import SelfPlaySettings, value_of
 from spin_trainer.training.pairs import PairComparison, PairMeasures
 from spin_trainer.training.parallel import blocks_of, whole_weights
 from spin_trainer.training.state import BestIteration, RunState, upgraded
@@ -130,7 +130,8 @@ class SPINTrainer:
             raise ValueError(f"settings must be in config where one is given, got {sorted(settings)} next to it")
         self.tokenizer = tokenizer
         self.pad_id = pad_id
-        self.checkpoint_folder = run_folder(checkpoint_dir, checkpoint_folder)
+        folder = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
+        self.checkpoint_folder = Path("./spin-checkpoints" if folder is None else folder)
         if eos_id is None and tokenizer is not None:
             eos_id = tokenizer.eos_id
         self.eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
@@ -177,7 +178,7 @@ class SPINTrainer:
         self.pairs = PairComparison(self.model, self.settings, self.sampling)
         self._base_lambda = self.model.lambda_
         self._valid: IterationData | None = None
-        policy = self.model.policy_model
+        policy, ref_model, live_reference = self.model.policy_model, self.model.ref_model, self.settings.live_reference
         # a partly frozen policy (LoRA) is stored as what of it trains
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not self.settings.fsdp
         self.session.register(
@@ -185,11 +186,22 @@ class SPINTrainer:
             objective=self.pairs.scores,
             blocks=(lambda: blocks_of(policy)) if self.settings.fsdp else None,
             state={
-                "run": self.state,
-                "best": self.best,
-                "reference": SavedValue(self._reference_state, self._load_reference),
+                "run": SavedValue(lambda: asdict(self.state), lambda state: vars(self.state).update(state)),
+                "best": SavedValue(lambda: {"history": self.best.history}, lambda state: vars(self.best).update(state)),
+                # an iteration's later updates need it where it is live
+                "reference": SavedValue(
+                    lambda: ref_model.exported() if self.state.update and live_reference else None, ref_model.restore
+                ),
             },
-            identity=self._identity,
+            identity={
+                "train_sft_dataset": self.train_dataset.fingerprint,
+                "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
+                "frozen_weights": fingerprint_of_weights(policy, trainable=False),
+                "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
+                "epochs": self.settings.epochs,
+                "opponent_kind": self.settings.opponent,
+                "sampling": repr(sorted(self.sampling.description().items())),
+            },
             upgrade=upgraded,
             save_weights=lambda: policy if whole else stored_weights(policy),
             load_weights=lambda stored: load_stored_weights(policy, stored.model_state or {}, str(stored.path)),
@@ -231,7 +243,7 @@ class SPINTrainer:
                     session.outcome = "stopped early"
                     break
                 # the opponent, which the policy is until its first update, answers and scores
-                self.model.lambda_ = settings.lambda_of(state.iteration) or self._base_lambda
+                self.model.lambda_ = value_of(state.iteration, settings.lambdas, self._base_lambda)
                 try:
                     train = self._opponent_data()
                 except Interrupted:
@@ -258,38 +270,32 @@ class SPINTrainer:
 
     def _opponent_data(self) -> IterationData:
         """The opponent's answers and scores: generated now, or read if the policy has trained since."""
-        resumes_training = self.state.update > 0
-        if not resumes_training:
-            self.state.opponent = fingerprint_of_weights(self.model.policy_model)
-            if self.settings.live_reference:
+        settings, state, t = self.settings, self.state, self.iteration
+        opponent = None
+        if state.update == 0:
+            opponent = self.model.policy
+            state.opponent = fingerprint_of_weights(self.model.policy_model)
+            if settings.live_reference:
                 self.model.update_reference_model_with_policy()
-        train = self._data("train", self.train_dataset, resumes_training)
-        if self.valid_dataset is not None:
-            self._valid = self._data("valid", self.valid_dataset, resumes_training)
-        return train
-
-    def _data(self, split: str, dataset: SFTDataset, resumes_training: bool) -> IterationData:
-        settings, t = self.settings, self.iteration
-        make: Any = partial(
+        stored: Any = partial(
             IterationData,
-            dataset=dataset,
             root=self.checkpoint_folder / "generations",
             sampling=self.sampling,
-            split=split,
             score_batch_size=settings.batch_size,
         )
+        of_train: Any = partial(stored, dataset=self.train_dataset, split="train")
         previous = None
-        if split == "train" and settings.mix_previous and settings.opponent == "reference" and t > 0:
-            previous = make(iteration=t - 1, weights=str(self.state.previous_opponent))
-            previous.read(scores=False)
-        data: IterationData = make(iteration=t, weights=self.state.opponent, previous=previous)
-        if resumes_training:
-            data.read(scores=not settings.live_reference)
-        else:
-            with whole_weights(self.pairs.scores):
-                stop = lambda: self.session.stop_requested  # noqa: E731
-                data.complete(self.model.policy, stop, scores=not settings.live_reference)
-        return data
+        if settings.mix_previous and settings.opponent == "reference" and t > 0:
+            previous = of_train(iteration=t - 1, weights=str(state.previous_opponent))
+            previous.complete(None, scores=False)
+        splits: list[IterationData] = [of_train(iteration=t, weights=state.opponent, previous=previous)]
+        if self.valid_dataset is not None:
+            splits.append(stored(dataset=self.valid_dataset, split="valid", iteration=t, weights=state.opponent))
+            self._valid = splits[-1]
+        with contextlib.nullcontext() if opponent is None else whole_weights(self.pairs.scores):
+            for split in splits:
+                split.complete(opponent, lambda: self.session.stop_requested, scores=not settings.live_reference)
+        return splits[0]
 
     def _order(self, data: IterationData) -> UpdateOrder:
         """Which pairs each update of the iteration takes."""
@@ -310,14 +316,17 @@ class SPINTrainer:
         settings, session, t = self.settings, self.session, self.iteration
         if self.state.update == 0:
             seed_everything(seed_of("training", settings.seed, t, rank()) % 2**32)
-            if not self.best.history and self.valid_dataset is not None:
-                session.validate()
-                self._add_history()
+            if not self.best.history:
+                self._validate_iteration()
         elif session.optimizer is not None:
             return  # a second call of ``train`` within an iteration
         optimizer = torch.optim.AdamW(
             optimizer_groups(self.model.policy_model, weight_decay=settings.weight_decay),
-            **{"lr": settings.learning_rate_of(t), "betas": (0.9, 0.99), **self.adam_kwargs},
+            **{
+                "lr": value_of(t, settings.learning_rates, settings.learning_rate),
+                "betas": (0.9, 0.99),
+                **self.adam_kwargs,
+            },
         )
         rising = int(settings.warmup * updates)
         schedule = LearningRateSchedule(
@@ -361,8 +370,7 @@ class SPINTrainer:
     def _promote(self, overwrite: bool) -> None:
         """Validates, exports the policy and saves a checkpoint, from which the next iteration begins."""
         state = self.state
-        self.session.validate()
-        self._add_history()
+        self._validate_iteration()
         state.iteration, state.update, state.previous_opponent = state.iteration + 1, 0, state.opponent
         self.save(Path("iterations") / f"iteration-{self.iteration}", overwrite=overwrite)
         self.session.use_optimizer(None)
@@ -373,36 +381,11 @@ class SPINTrainer:
         with whole_weights(self.pairs.scores):
             return {f"validation_{name}": value for name, value in self.pairs.validate(self._valid).items()}
 
-    def _add_history(self) -> None:
-        if self.valid_dataset is not None:
-            newest = self.session.last_validation
-            measures = {name.removeprefix("validation_"): value for name, value in newest.items()}
+    def _validate_iteration(self) -> None:
+        """Validates, if there is held-out data, and adds the measures to the history."""
+        measures = {name.removeprefix("validation_"): value for name, value in self.session.validate().items()}
+        if measures:
             self.best.add(measures, self.model.policy_model)
-
-    def _reference_state(self) -> dict[str, Tensor] | None:
-        """The reference's weights, where an iteration's later updates need them."""
-        needed = self.state.update > 0 and self.settings.live_reference
-        return self.model.ref_model.exported() if needed else None
-
-    def _load_reference(self, state: Mapping[str, Tensor] | None) -> None:
-        if state is not None:
-            self.model.ref_model.restore(state)
-
-    @functools.cached_property
-    def _frozen_weights(self) -> str:
-        return fingerprint_of_weights(self.model.policy_model, trainable=False)
-
-    def _identity(self) -> dict[str, Any]:
-        """Values that have to be equal to resume."""
-        return {
-            "train_sft_dataset": self.train_dataset.fingerprint,
-            "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
-            "frozen_weights": self._frozen_weights,
-            "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
-            "epochs": self.settings.epochs,
-            "opponent_kind": self.settings.opponent,
-            "sampling": repr(sorted(self.sampling.description().items())),
-        }
 
     # ---------------------------------------------------------------------------- what scripts for the original use
 

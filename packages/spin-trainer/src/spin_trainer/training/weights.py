@@ -6,7 +6,7 @@ these functions.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lm_core.checkpoints.atomic_io import new_directory, remove_directory
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.manifest import CheckpointError, write_json, write_manifest
-from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin, write_model
-from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
+from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin
+from lm_core.checkpoints.weights import load_weights, save_weights
 from lm_core.distributed import rank
 from lm_core.tokenizers import HuggingFaceTokenizer
 
@@ -33,31 +33,24 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def stored_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, or of a partly frozen model the parameters that train; gathered weights on rank 0 only."""
-    if is_partly_frozen(model):
-        state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    else:
-        state = model.state_dict()
-    return gathered_weights(model, list(state)) if is_sharded(model) else state
-
-
-def gathered_weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Whole weights of a model that is spread over processes, on the CPU of rank 0; other ranks get nothing.
+def stored_weights(model: nn.Module, *, frozen: bool = False) -> dict[str, Tensor]:
+    """The state dict; of a sharded model whole, on the CPU of rank 0 (other ranks get nothing).
 
     Args:
-        model: every process has its part.
-        names: those of the state dict that are wanted; None for all.
+        model: every process has it, or its part.
+        frozen: whether a partly frozen model gives all weights, not only the parameters that train.
     """
+    state = model.state_dict(keep_vars=True)
+    if is_partly_frozen(model) and not frozen:
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not is_sharded(model):
+        return {name: tensor.detach() for name, tensor in state.items()}
     gathered: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
-    found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if names is None or name in names:
-            if id(tensor) not in gathered:
-                value = whole(tensor.detach())
-                gathered[id(tensor)] = value.cpu() if rank() == 0 else value.new_empty(0)
-            found[name] = gathered[id(tensor)]
-    return found if rank() == 0 else {}
+    for tensor in state.values():
+        if id(tensor) not in gathered:
+            value = whole(tensor.detach())
+            gathered[id(tensor)] = value.cpu() if rank() == 0 else value.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in state.items()} if rank() == 0 else {}
 
 
 @torch.no_grad()
@@ -71,7 +64,7 @@ def load_stored_weights(model: nn.Module, state: Mapping[str, Tensor], where: st
     if not frozen and not is_sharded(model):
         load_weights(model, dict(state), where=where)
         return
-    own: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not frozen:
         kept = model.state_dict().keys()
         own |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
@@ -80,7 +73,12 @@ def load_stored_weights(model: nn.Module, state: Mapping[str, Tensor], where: st
     if wrong:
         raise CheckpointError(f"{where} does not fit the parameters that train, they differ in {wrong[:8]}")
     for name, tensor in own.items():
-        tensor.copy_(_spread_like(tensor, state[name]))
+        value = state[name]
+        if hasattr(tensor, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+        tensor.copy_(value)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -88,30 +86,24 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
-def _spread_like(sharded: Any, value: Tensor) -> Tensor:
-    """This process's part of a value that every process has, for a tensor that is spread; else the value."""
-    if not hasattr(sharded, "full_tensor"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def replace_folder(
+    folder: Path, fill: Callable[[Path], None], *, manifest: bool = True, overwrite: bool = True
+) -> None:
+    """Writes a new folder by ``fill`` on the main process, whole or not at all; an older folder of this name goes.
 
-    return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
-
-
-def read_stored_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in a folder that ``write_stored_weights`` wrote."""
-    return read_weights(folder / WEIGHTS_FILE)
-
-
-def write_stored_weights(folder: Path, model: nn.Module) -> None:
-    """Writes ``stored_weights`` into a new folder, whole or not at all; an older folder of this name goes."""
-    state = stored_weights(model)
+    Raises:
+        FileExistsError: the folder is there and ``overwrite`` is False.
+    """
 
     def write() -> None:
+        if folder.exists() and not overwrite:
+            raise FileExistsError(f"{folder} exists; overwrite=True replaces it")
         if folder.exists():
             remove_directory(folder)
         with new_directory(folder) as temporary:
-            save_weights(temporary / WEIGHTS_FILE, state)
-            write_manifest(temporary)
+            fill(temporary)
+            if manifest:
+                write_manifest(temporary)
 
     on_main_process(write)
 
@@ -124,38 +116,23 @@ def export_policy(model: nn.Module, folder: Path, tokenizer: Any = None, *, over
     Raises:
         FileExistsError: the folder is there and ``overwrite`` is False.
     """
-    gathered = gathered_weights(model) if is_sharded(model) else None
+    gathered = stored_weights(model, frozen=True) if is_sharded(model) else None
+    native = None if isinstance(model, PretrainedMixin) else getattr(model, "save_pretrained", None)
 
-    def write() -> None:
-        if folder.exists() and not overwrite:
-            raise FileExistsError(f"{folder} exists; overwrite=True replaces it")
-        if folder.exists():
-            remove_directory(folder)
-        with new_directory(folder) as temporary:
-            _write_policy(temporary, model, gathered, tokenizer)
+    def fill(folder: Path) -> None:
+        if callable(native):
+            native(str(folder), **({} if gathered is None else {"state_dict": gathered}))
+        else:
+            save_weights(folder / WEIGHTS_FILE, model if gathered is None else gathered)
+        if isinstance(model, PretrainedMixin):
+            write_json(folder / CONFIG_FILE, model.pretrained_config())
+            model.write_assets(folder)
+        if tokenizer is not None:
+            # transformers looks for a tokenizer next to the model
+            together = callable(native) and isinstance(tokenizer, HuggingFaceTokenizer)
+            tokenizer.save_pretrained(folder if together else folder / TOKENIZER_FOLDER)
 
-    on_main_process(write)
-
-
-def _write_policy(folder: Path, model: nn.Module, gathered: dict[str, Tensor] | None, tokenizer: Any) -> None:
-    native = getattr(model, "save_pretrained", None)
-    ours = isinstance(model, PretrainedMixin)
-    if isinstance(model, PretrainedMixin) and gathered is None:
-        write_model(folder, model)
-    elif isinstance(model, PretrainedMixin):
-        write_json(folder / CONFIG_FILE, model.pretrained_config())
-        save_weights(folder / WEIGHTS_FILE, gathered or {})
-        model.write_assets(folder)
-    elif callable(native):
-        native(str(folder), **({} if gathered is None else {"state_dict": gathered}))
-    else:
-        save_weights(folder / WEIGHTS_FILE, model if gathered is None else gathered)
-    if tokenizer is not None:
-        # transformers looks for a tokenizer beside the model
-        beside = callable(native) and not ours and isinstance(tokenizer, HuggingFaceTokenizer)
-        tokenizer.save_pretrained(folder if beside else folder / TOKENIZER_FOLDER)
-    if ours or not callable(native):
-        write_manifest(folder)
+    replace_folder(folder, fill, manifest=not callable(native), overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
-"""Small models and data whose right answers are known."""
+"""Small models and data whose right answers are known; scripts in processes of their own import them from here."""
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from spin_trainer import SPINTrainer
 from spin_trainer.data.sft_data import Example, SFTDataset
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 
@@ -20,46 +24,86 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
 
 
+def decoder(seed=0, **changes):
+    """A decoder of 12 tokens whose logits are of order one."""
+    torch.manual_seed(seed)
+    model = SmallDecoder(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **changes})
+    with torch.no_grad():
+        model.embedding.weight.mul_(25)
+    return model
+
+
+def sorting_rows(count, seed=0):
+    """Sorting tasks of two to four digits, so rows have different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        digits = torch.randint(0, 10, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
+        rows.append(Example((*digits.tolist(), 10), (*digits.sort().values.tolist(), EOS)))
+    return SFTDataset(rows)
+
+
+def llama(**config):
+    """A tiny Llama."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **config))
+
+
 @pytest.fixture(scope="session")
 def make_model():
-    """``make_model(seed)``: a decoder of 12 tokens whose logits are of order one."""
-
-    def make(seed=0, **changes):
-        torch.manual_seed(seed)
-        model = SmallDecoder(**{"num_tokens": 12, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, **changes})
-        with torch.no_grad():
-            model.embedding.weight.mul_(25)
-        return model
-
-    return make
+    return decoder
 
 
 @pytest.fixture(scope="session")
 def make_rows():
-    """``make_rows(count, seed)``: sorting tasks of two to four digits, so rows have different lengths."""
+    return sorting_rows
 
-    def make(count, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        rows = []
-        for _ in range(count):
-            digits = torch.randint(0, 10, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
-            rows.append(Example((*digits.tolist(), 10), (*digits.sort().values.tolist(), EOS)))
-        return SFTDataset(rows)
 
-    return make
+@pytest.fixture(scope="session")
+def rows_of():
+    """``rows_of(run, kind)``: the rows on disk of all processes, in the order in which they were written."""
+
+    def read(run, kind):
+        files = sorted(run.glob(f"generations/{kind}-*/rows-*.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """``run_python(*arguments)``: what python, or torchrun, prints; modules can be imported from this folder."""
+
+    def run(*arguments, processes=1, timeout=300, **environment):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [sys.executable, *launcher, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture
-def train(make_model, make_rows, tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch):
     """``train(folder, **changes)`` runs a small training; returns its trainer and result."""
-    from spin_trainer import SPINTrainer
 
-    def run(folder="run", *, model=None, seed=0, rows=12, curves=False, **changes):
+    def run(folder="run", *, model=None, rows=12, curves=False, **changes):
         if not curves:  # drawing takes longer than the training
             monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
         settings = {
-            "train_sft_dataset": make_rows(rows),
-            "valid_sft_dataset": make_rows(5, seed=1),
+            "train_sft_dataset": sorting_rows(rows),
+            "valid_sft_dataset": sorting_rows(5, seed=1),
             "max_seq_len": 10,
             "eos_id": EOS,
             "batch_size": 3,
@@ -71,7 +115,7 @@ def train(make_model, make_rows, tmp_path, monkeypatch):
             "checkpoint_folder": tmp_path / folder,
             **changes,
         }
-        trainer = SPINTrainer(make_model(seed) if model is None else model, **settings)
+        trainer = SPINTrainer(decoder() if model is None else model, **settings)
         return trainer, trainer()
 
     return run
@@ -97,21 +141,12 @@ def chat_tokenizer():
     """A real transformers tokenizer with a chat template, made here: bytes, merged a little, and special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = tokenizers.ByteLevelBPETokenizer()
     special = ["<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["sort 3 1 2", "1 2 3"] * 4, trainer)
+    texts = ["sort 3 1 2", "1 2 3"] * 4
+    backend.train_from_iterator(texts, vocab_size=300, special_tokens=special, show_progress=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=tokenizers.Tokenizer.from_str(backend.to_str()),
         eos_token="<|end|>",
         pad_token="<|pad|>",
         chat_template=(
@@ -124,21 +159,10 @@ def chat_tokenizer():
 @pytest.fixture
 def hugging_face_folder(chat_tokenizer, tmp_path):
     """A tiny Llama with its tokenizer, saved as transformers saves them, and chats to learn from."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(chat_tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=chat_tokenizer.eos_token_id,
-        pad_token_id=chat_tokenizer.pad_token_id,
-    )
     folder = tmp_path / "llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    ends = {"eos_token_id": chat_tokenizer.eos_token_id, "pad_token_id": chat_tokenizer.pad_token_id}
+    sizes = {"vocab_size": len(chat_tokenizer), "num_key_value_heads": 1, "max_position_embeddings": 64}
+    llama(**sizes, **ends).save_pretrained(folder)
     chat_tokenizer.save_pretrained(folder)
     for name, count in (("train", 6), ("valid", 3)):
         with (tmp_path / f"{name}.jsonl").open("w") as stream:

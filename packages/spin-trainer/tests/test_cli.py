@@ -95,7 +95,7 @@ def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(
     assert all(torch.equal(a, b) for a, b in zip(run("parts"), whole, strict=True))
 
 
-def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, tmp_path):
+def test_generate_writes_each_answer_next_to_the_human_one(hugging_face_folder, tmp_path):
     output = tmp_path / "out.jsonl"
     arguments = [str(hugging_face_folder), str(tmp_path / "train.jsonl"), str(output), "--max_seq_len=40"]
     assert main(["generate", *arguments, "--device=cpu"]) == 0
@@ -110,10 +110,8 @@ def test_generate_writes_each_answer_beside_the_human_one(hugging_face_folder, t
 
 
 def test_the_quickstart_ends_with_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("spin_trainer.quickstart.quickstart.SUPERVISED_UPDATES", 2)
-    monkeypatch.setattr("spin_trainer.quickstart.quickstart.ROWS", 8)
-    monkeypatch.setattr("spin_trainer.quickstart.quickstart.HELD_OUT", 4)
-    monkeypatch.setattr("spin_trainer.quickstart.quickstart.COMPARED", 6)
+    for name, value in {"SUPERVISED_UPDATES": 2, "ROWS": 8, "HELD_OUT": 4, "COMPARED": 6}.items():
+        monkeypatch.setattr(f"spin_trainer.quickstart.quickstart.{name}", value)
     assert main(["train", "--checkpoint_dir", str(tmp_path / "quick"), "--batch_size=4", "--device=cpu"]) == 0
     table = (tmp_path / "quick" / "table.md").read_text().splitlines()
 
@@ -179,10 +177,3 @@ def test_the_quickstarts_three_sets_share_no_prompt():
     assert len(prompts) == 2500
     assert not trained & set(prompts)
     assert not set(prompts[:500]) & set(prompts[500:])
-
-
-@pytest.mark.plain
-def test_an_unknown_flag_is_answered_with_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--iteration=3"])
-    assert "--iterations" in capsys.readouterr().err

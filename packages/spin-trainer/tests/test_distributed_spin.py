@@ -3,17 +3,13 @@
 Processes are started by torchrun; every worker asserts the number of processes it is one of.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.weights import read_weights
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 pytestmark = [
     pytest.mark.distributed,
@@ -32,45 +28,26 @@ import torch
 import torch.distributed as dist
 from torch.torch_version import TorchVersion
 
+import conftest
 import lm_core.training.session
-from spin_trainer import SFTDataset, SPINTrainer
-from spin_trainer.data.sft_data import Example
-from spin_trainer.quickstart.small_decoder import SmallDecoder
+from spin_trainer import SPINTrainer
+from spin_trainer.interop import with_lora
 
 lm_core.training.session.draw_curves = lambda *_: None
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
-generator = torch.Generator().manual_seed(0)
-
-def rows(count):
-    found = []
-    for _ in range(count):
-        size = int(torch.randint(2, 5, (), generator=generator))
-        digits = torch.randint(0, 10, (size,), generator=generator)
-        found.append(Example((*digits.tolist(), 10), (*digits.sort().values.tolist(), 11)))
-    return SFTDataset(found)
-
-train, valid = rows(11), rows(5)
 
 def decoder():
-    torch.manual_seed(0)
-    model = SmallDecoder(num_tokens=12, dim=16, heads=2, dim_head=8).double()
-    with torch.no_grad():
-        model.embedding.weight.mul_(25)
-    return model
+    return conftest.decoder().double()
 
 def with_adapters():
-    import transformers
-    from spin_trainer.interop import with_lora
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
-    config = transformers.LlamaConfig(vocab_size=12, tie_word_embeddings=True, initializer_range=0.5, **sizes, **ends)
-    return with_lora(transformers.LlamaForCausalLM(config).double(), r=4)
+    model = conftest.llama(vocab_size=12, tie_word_embeddings=True, initializer_range=0.5, **ends)
+    return with_lora(model.double(), r=4)
 
 def run(name, model, **changes):
     trainer = SPINTrainer(
-        model, train_sft_dataset=train, valid_sft_dataset=valid, max_seq_len=10, eos_id=11,
-        checkpoint_folder=folder / name,
+        model, train_sft_dataset=conftest.sorting_rows(11), valid_sft_dataset=conftest.sorting_rows(5, seed=1),
+        max_seq_len=10, eos_id=11, checkpoint_folder=folder / name,
         **{
             "iterations": 2, "epochs": 1, "batch_size": 4 // processes, "gradient_accumulation": 1,
             "generation_batch_size": 3, "learning_rate": 1e-2, "end_learning_rate": 1e-3, "lambda_": 1.0,
@@ -105,7 +82,7 @@ if processes == 2 and TorchVersion(torch.__version__) >= "2.7":
     outcome["sharded_nll"] = [entry["nll"] for entry in result.history]
     assert trainer().steps == 9  # finished: loads the last checkpoint into shards
     run("sharded-adapters", with_adapters(), gradient_accumulation=2, batch_size=2 // processes, fsdp=True)
-    # only rank 0 hears of the interrupt, and both stop
+    # only rank 0 gets the interrupt, and both stop
     result = run("parts", decoder(), fsdp=True, trackers=[StopAt()])[1]
     assert (result.outcome, result.steps) == ("interrupted", 6), result
     result = run("parts", decoder(), fsdp=True)[1]
@@ -124,31 +101,16 @@ if not dist.is_initialized() or dist.get_rank() == 0:
 """
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    script = tmp_path_factory.mktemp("script") / "worker.py"
-    script.write_text(WORKER)
-    folders = {}
+def outcomes(tmp_path_factory, run_python):
+    """Folder and outcome by number of processes."""
+    results = {}
     for processes in (1, 2):
-        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}")
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
-        done = subprocess.run(
-            [*command, str(folders[processes]), str(processes)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {processes: (folder, load_tensors(folder / "outcome.pt")) for processes, folder in folders.items()}
+        folder = tmp_path_factory.mktemp(f"processes-{processes}")
+        (folder / "worker.py").write_text(WORKER)
+        run_python(folder / "worker.py", folder, processes, processes=processes)
+        results[processes] = folder, load_tensors(folder / "outcome.pt")
+    return results
 
 
 def greatest_difference(state, reference):
@@ -160,15 +122,14 @@ def test_two_processes_train_to_the_weights_of_one(outcomes):
     assert greatest_difference(outcomes[2][1]["weights"], outcomes[1][1]["weights"]) < 1e-10
 
 
-def test_two_processes_give_the_answers_of_one_each_row_once(outcomes):
-    answers = {}
-    for processes, (folder, _) in outcomes.items():
-        files = sorted((folder / "plain" / "generations").glob("answers-train-0-*/rows-*.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        assert sorted(row["row"] for row in rows) == list(range(11))
-        assert len(files) == processes
-        answers[processes] = {row["row"]: row for row in rows}
-    assert answers[1] == answers[2]
+@pytest.mark.parametrize("kind", ["plain", pytest.param("sharded", marks=needs_sharding)])
+def test_two_processes_give_the_answers_of_one_each_row_once(outcomes, rows_of, kind):
+    whole, parts = outcomes[1][0] / "plain", outcomes[2][0] / kind
+    one, two = (sorted(rows_of(run, "answers-train-0"), key=lambda row: row["row"]) for run in (whole, parts))
+
+    assert [row["row"] for row in one] == list(range(11))
+    assert one == two
+    assert len(list(parts.glob("generations/answers-train-0-*/rows-*.jsonl"))) == 2
 
 
 def test_two_processes_validate_as_one(outcomes):
@@ -176,8 +137,6 @@ def test_two_processes_validate_as_one(outcomes):
 
 
 def test_what_two_processes_saved_is_what_they_trained(outcomes):
-    from spin_trainer.quickstart.small_decoder import SmallDecoder
-
     folder, outcome = outcomes[2]
     opened = SmallDecoder.from_pretrained(folder / "plain" / "iterations" / "iteration-2")
     assert greatest_difference(opened.state_dict(), outcome["weights"]) == 0
@@ -186,8 +145,6 @@ def test_what_two_processes_saved_is_what_they_trained(outcomes):
 
 @needs_sharding
 def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(outcomes):
-    from spin_trainer.quickstart.small_decoder import SmallDecoder
-
     folder, outcome = outcomes[2]
     opened = SmallDecoder.from_pretrained(folder / "sharded" / "iterations" / "iteration-2")
     assert greatest_difference(opened.state_dict(), outcomes[1][1]["weights"]) < 1e-10
@@ -196,80 +153,51 @@ def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(
     assert outcome["sharded_nll"] == pytest.approx(outcomes[1][1]["nll"], abs=1e-10)
 
 
-@needs_sharding
-def test_a_sharded_opponent_gives_the_answers_of_one_process(outcomes):
-    answers = []
-    for folder in (outcomes[1][0] / "plain", outcomes[2][0] / "sharded"):
-        files = sorted((folder / "generations").glob("answers-train-0-*/rows-*.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-        assert sorted(row["row"] for row in rows) == list(range(11))
-        answers.append({row["row"]: row for row in rows})
-    assert answers[0] == answers[1]
-
-
-def adapters_of(folder):
-    from safetensors.torch import load_file
-
-    stored = load_file(folder / "iterations" / "iteration-2" / "adapter_model.safetensors")
-    return {name.replace(".weight", ".default.weight"): value for name, value in stored.items()}
-
-
 def test_adapters_of_two_processes_are_those_of_one(outcomes):
     assert greatest_difference(outcomes[2][1]["adapters"], outcomes[1][1]["adapters"]) < 1e-10
 
 
 @needs_sharding
 def test_sharded_adapters_are_those_of_one_process(outcomes):
-    found = adapters_of(outcomes[2][0] / "sharded-adapters")
+    stored = read_weights(
+        outcomes[2][0] / "sharded-adapters" / "iterations" / "iteration-2" / "adapter_model.safetensors"
+    )
+    found = {name.replace(".weight", ".default.weight"): value for name, value in stored.items()}
     assert greatest_difference(found, outcomes[1][1]["adapters"]) < 1e-10
 
 
 @needs_sharding
 def test_a_sharded_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit(outcomes):
-    from lm_core.checkpoints.weights import read_weights
-
     parts, whole = (
         read_weights(outcomes[2][0] / name / "iterations" / "iteration-2" / "model.safetensors")
         for name in ("parts", "sharded")
     )
-    assert all(torch.equal(weight, whole[name]) for name, weight in parts.items())
+    assert greatest_difference(parts, whole) == 0
 
 
 @needs_sharding
 def test_the_best_iteration_is_put_back_into_shards(outcomes):
-    from lm_core.checkpoints.weights import read_weights
-
     folder = outcomes[2][0] / "ruined"
-    best = read_weights(folder / "best" / "iteration-0" / "model.safetensors")
-    back = read_weights(folder / "back" / "model.safetensors")
-    assert best.keys() == back.keys()
-    assert all(torch.equal(weight, back[name]) for name, weight in best.items())
+    best, back = (read_weights(folder / name / "model.safetensors") for name in ("best/iteration-0", "back"))
+    assert greatest_difference(best, back) == 0
 
 
 @needs_sharding
-def test_a_sharded_run_is_not_gone_on_with_unsharded(outcomes):
+def test_a_sharded_run_does_not_resume_unsharded(outcomes):
     assert "is of another run: fsdp is False, but was True; train into another folder" in outcomes[2][1]["refused"]
 
 
 @needs_sharding
-def test_the_command_trains_a_chat_model_in_shards_and_tells_so_once(hugging_face_folder, tmp_path):
+def test_the_command_trains_a_chat_model_in_shards_and_prints_so_once(hugging_face_folder, tmp_path, run_python):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {hugging_face_folder}\ndata: {tmp_path}/train.jsonl\nvalidation_data: {tmp_path}/valid.jsonl\n"
         f"checkpoint_dir: {tmp_path}/run\nmax_seq_len: 40\nepochs: 1\nbatch_size: 2\ngradient_accumulation: 1\n"
         "device: cpu\nfsdp: true\nearly_stop_patience: 1\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "spin_trainer", "train", "--config", str(config)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert done.stdout.count("2 process(es)") == 1
+    command = ["-m", "spin_trainer", "train", "--config", config]
+    printed = run_python(*command, processes=2, PYTHONWARNINGS="default")
+    assert printed.count("2 process(es)") == 1
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "run" / "iterations" / "iteration-1"
     trained = transformers.AutoModelForCausalLM.from_pretrained(folder)

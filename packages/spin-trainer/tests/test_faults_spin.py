@@ -7,8 +7,6 @@ has written a random row of answers, or a random checkpoint; which phase that wa
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -19,28 +17,20 @@ import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import accelerate, safetensors.torch, torch
+import conftest
 import lm_core.training.session
-from lm_core.checkpoints.checkpoint import latest_checkpoint
-from spin_trainer import SFTDataset, SPINTrainer
-from spin_trainer.data.sft_data import Example
-from spin_trainer.quickstart.small_decoder import SmallDecoder
+from spin_trainer import SPINTrainer
 
 lm_core.training.session.draw_curves = lambda *_: None
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-generator = torch.Generator().manual_seed(0)
-rows = []
-for _ in range(24):
-    digits = torch.randint(0, 10, (int(torch.randint(2, 5, (), generator=generator)),), generator=generator)
-    rows.append(Example((*digits.tolist(), 10), (*digits.sort().values.tolist(), 11)))
 
 def train(path):
-    torch.manual_seed(0)
-    model = SmallDecoder(num_tokens=12, dim=16, heads=2, dim_head=8, dropout=0.1)
     SPINTrainer(
-        model, train_sft_dataset=SFTDataset(rows), valid_sft_dataset=SFTDataset(rows[:6]), max_seq_len=24, eos_id=11,
-        iterations=2, epochs=1, batch_size=3, gradient_accumulation=1, generation_batch_size=2, learning_rate=1e-2,
-        end_learning_rate=1e-3, checkpoint_every=1, dropout=0.1, device="cpu", checkpoint_folder=path,
+        conftest.decoder(dropout=0.1), train_sft_dataset=conftest.sorting_rows(24),
+        valid_sft_dataset=conftest.sorting_rows(6), max_seq_len=24, eos_id=11, iterations=2, epochs=1, batch_size=3,
+        gradient_accumulation=1, generation_batch_size=2, learning_rate=1e-2, end_learning_rate=1e-3,
+        checkpoint_every=1, dropout=0.1, device="cpu", checkpoint_folder=path,
     )()
 
 def start(path):
@@ -116,18 +106,10 @@ print(json.dumps({"kills": done, "runs": rounds, "equal": equal, "rows": total_l
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_either_phase_ends_with_the_weights_of_the_uninterrupted_one(tmp_path):
+def test_a_run_killed_in_either_phase_ends_with_the_weights_of_the_uninterrupted_one(tmp_path, run_python):
     kills = int(os.environ.get("LM_FAULT_KILLS", "3"))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, str(tmp_path), str(kills)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240 + 60 * kills,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
+    printed = run_python("-c", KILLS, tmp_path, kills, timeout=240 + 60 * kills)
+    outcome = json.loads(printed.splitlines()[-1])
 
     assert min(outcome["kills"].values()) >= kills
     assert outcome["equal"] == [True] * outcome["runs"]

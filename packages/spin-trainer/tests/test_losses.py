@@ -42,20 +42,8 @@ def test_a_tie_counts_half_a_win():
     assert win_rate(torch.tensor([1.0, -1.0, 0.0, 2.0])).item() == 0.625
 
 
-class Table(torch.nn.Module):
-    """A language model that is a table: logits of the next token depend on the last one only."""
-
-    def __init__(self, vocabulary, seed=0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.logits = torch.nn.Parameter(torch.randn(vocabulary, vocabulary, generator=generator, dtype=torch.float64))
-
-    def forward(self, ids):
-        return self.logits[ids]
-
-
 def sequence_probability(table, start, answer):
-    log_probs, last, total = table.logits.detach().log_softmax(-1), start, 0.0
+    log_probs, last, total = table.weight.detach().log_softmax(-1), start, 0.0
     for token in answer:
         total, last = total + log_probs[last, token].item(), token
     return math.exp(total)
@@ -64,7 +52,8 @@ def sequence_probability(table, start, answer):
 @pytest.mark.parametrize("lambda_", [0.1, 1.0, 3.0])
 def test_at_the_opponents_weights_the_expected_gradient_is_half_lambda_times_that_of_sft(lambda_):
     # every answer of two tokens out of three, real ones by a distribution of their own: an exact expectation
-    table = Table(3)
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(3, 3, dtype=torch.float64)  # logits of the next token depend on the last one only
     spin = SPIN(table, lambda_=lambda_)
     answers = list(itertools.product(range(3), repeat=2))
     generator = torch.Generator().manual_seed(5)
@@ -78,10 +67,10 @@ def test_at_the_opponents_weights_the_expected_gradient_is_half_lambda_times_tha
     prompt_len = torch.ones(len(pairs), dtype=torch.long)
 
     losses = spin.compare(generated, real, prompt_len).losses
-    (spin_gradient,) = torch.autograd.grad((weights * losses).sum(), table.logits)
+    (spin_gradient,) = torch.autograd.grad((weights * losses).sum(), table.weight)
     rows = torch.tensor([[0, *answer] for answer in answers])
     nll = F.cross_entropy(table(rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-    (sft_gradient,) = torch.autograd.grad((data * nll.reshape(len(answers), 2).sum(-1)).sum(), table.logits)
+    (sft_gradient,) = torch.autograd.grad((data * nll.reshape(len(answers), 2).sum(-1)).sum(), table.weight)
 
     assert opponent.sum().item() == pytest.approx(1, abs=1e-12)
     assert (spin_gradient - lambda_ / 2 * sft_gradient).abs().max().item() < 1e-12

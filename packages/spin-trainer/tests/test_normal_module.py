@@ -21,10 +21,7 @@ def calls_of(model):
     for name, module in model.named_modules():
         if name and type(module).forward is not nn.Module.forward:
             counts[name] = 0
-
-            def count(*_, name=name):
-                counts[name] += 1
-
+            count = lambda *_, name=name: counts.update({name: counts[name] + 1})  # noqa: E731
             hooks.append(module.register_forward_hook(count))
     yield counts
     for hook in hooks:

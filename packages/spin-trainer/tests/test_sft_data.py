@@ -12,17 +12,17 @@ from spin_trainer import as_sft_dataset
 BYTES = ByteTokenizer()
 
 
-def test_ids_are_split_at_the_prompt_and_lose_their_padding():
-    rows = [(torch.tensor([1, 2, 3, 11, -1, -1]), 2), ([4, 5, 11], torch.tensor(1))]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(torch.tensor([1, 2, 3, 11, -1, -1]), 2), ([4, 5, 11], torch.tensor(1))],
+        torch.utils.data.TensorDataset(torch.tensor([[1, 2, 3, 11], [4, 5, 11, -1]]), torch.tensor([2, 1])),
+    ],
+)
+def test_ids_are_split_at_the_prompt_and_lose_their_padding(rows):
     dataset = as_sft_dataset(rows, max_seq_len=8, eos_id=11)
 
-    assert [(one.prompt, one.response) for one in dataset] == [((1, 2), (3, 11)), ((4,), (5, 11))]
-
-
-def test_a_tensor_dataset_of_the_originals_form_is_read():
-    rows = torch.utils.data.TensorDataset(torch.randint(0, 9, (5, 7)), torch.full((5,), 3))
-
-    assert [len(one.prompt) for one in as_sft_dataset(rows, max_seq_len=7)] == [3] * 5
+    assert [(example.prompt, example.response) for example in dataset] == [((1, 2), (3, 11)), ((4,), (5, 11))]
 
 
 def test_texts_get_an_eos_and_an_answer_that_is_cut_off_gets_none():

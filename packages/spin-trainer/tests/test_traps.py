@@ -1,10 +1,9 @@
-"""What is known to go wrong in self-play trainers, at the trainer's door; traps of the loss are in test_spin.py.
+"""Known traps of self-play trainers, through the trainer's API; traps of the loss are in test_spin.py.
 
 Each test is named for what must hold. The README's tables say which trap of the original each is about.
 """
 
 import inspect
-import json
 import math
 import re
 from pathlib import Path
@@ -17,15 +16,10 @@ from lm_core.data.epochs import seed_of
 from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, SPINTrainer
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts, batches_by_length
+from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 LN_2 = torch.tensor(2.0).log().item()
 SAMPLING = Sampling(max_seq_len=10, eos_id=(11,), batch_size=6)
-
-
-def answers_of(folder, iteration):
-    (file,) = folder.glob(f"generations/answers-train-{iteration}-*/rows-0.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [tuple(row["tokens"]) for row in sorted(rows, key=lambda row: row["row"])]
 
 
 def expected_answers(model, dataset, iteration):
@@ -46,37 +40,30 @@ def first_losses(folder):
     return first
 
 
-class Counting(torch.nn.Module):
-    """Says the successor of the last token, from ids alone."""
-
-    def __init__(self, vocabulary=12):
-        super().__init__()
-        self.table = torch.nn.Parameter(20.0 * torch.roll(torch.eye(vocabulary), 1, dims=1))
-
-    def forward(self, ids):
-        return self.table[ids]
-
-
-def test_the_sampler_continues_behind_the_last_token_of_each_prompt():
-    # the original read the logits one position late, behind its padding
+def test_the_sampler_continues_after_the_last_token_of_each_prompt():
+    # the original read the logits one position late, after its padding
     greedy = Sampling(max_seq_len=6, temperature=0.0, filter_fn=None, filter_kwargs={})
-    answers = answer_prompts(SPIN(Counting()).policy, [(3, 4), (7,), (1, 2, 3)], greedy, 0)
+    successor = torch.nn.Embedding.from_pretrained(20.0 * torch.roll(torch.eye(12), 1, dims=1), freeze=False)
+    answers = answer_prompts(SPIN(successor).policy, [(3, 4), (7,), (1, 2, 3)], greedy, 0)
 
     assert [answer.tokens for answer in answers] == [(5, 6, 7, 8), (8, 9, 10, 11, 0), (4, 5, 6)]
 
 
 def test_the_opponents_answers_are_those_of_the_promoted_weights_not_of_the_player(
-    train, tmp_path, make_model, make_rows
+    train, tmp_path, make_model, make_rows, rows_of
 ):
-    from spin_trainer.quickstart.small_decoder import SmallDecoder
-
-    train(iterations=2, mix_previous=False)
+    _, result = train(iterations=2, mix_previous=False)
     before = make_model()
-    promoted = SmallDecoder.from_pretrained(tmp_path / "run" / "iterations" / "iteration-1")
+    promoted = SmallDecoder.from_pretrained(result.iterations_folder / "iteration-1")
+    first, second = (
+        [tuple(row["tokens"]) for row in sorted(rows_of(tmp_path / "run", kind), key=lambda row: row["row"])]
+        for kind in ("answers-train-0", "answers-train-1")
+    )
 
-    assert answers_of(tmp_path / "run", 0) == expected_answers(before, make_rows(12), 0)
-    assert answers_of(tmp_path / "run", 1) == expected_answers(promoted, make_rows(12), 1)
-    assert answers_of(tmp_path / "run", 1) != expected_answers(before, make_rows(12), 1)
+    assert result.steps == 4 + 4
+    assert first == expected_answers(before, make_rows(12), 0)
+    assert second == expected_answers(promoted, make_rows(12), 1)
+    assert second != expected_answers(before, make_rows(12), 1)
 
 
 def test_a_live_opponent_learns_from_other_answers_than_a_frozen_one(train):
@@ -84,13 +71,6 @@ def test_a_live_opponent_learns_from_other_answers_than_a_frozen_one(train):
     live, _ = train("live", epochs=3, opponent="policy")
 
     assert not torch.equal(frozen.model.policy_model.embedding.weight, live.model.policy_model.embedding.weight)
-
-
-def test_answers_of_the_iteration_before_are_mixed_in(train, tmp_path):
-    mixed = train("mixed", iterations=2)[1]
-    alone = train("alone", iterations=2, mix_previous=False)[1]
-
-    assert (mixed.steps, alone.steps) == (4 + 8, 4 + 4)
 
 
 def test_the_trainers_reference_stays_bit_identical_throughout_an_iteration(train, make_model):
@@ -192,36 +172,20 @@ def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, mo
     assert parameters["pad_id"].default == -1
 
 
-class Bigram(torch.nn.Module):
-    """The smallest language model from ids to logits: no cache, no mask, no hidden states."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Sequential(torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12))
-
-    def forward(self, ids):
-        return self.inner(ids)
-
-
-def test_a_plain_module_plays_all_iterations(train, tmp_path):
-    torch.manual_seed(0)
-    _, result = train(model=Bigram(), iterations=2)
-
-    assert (result.outcome, result.iterations) == ("finished", 2)
-    assert (result.iterations_folder / "iteration-2" / "model.safetensors").is_file()
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script")
-def test_an_x_transformers_decoder_plays_all_iterations(train, tmp_path):
-    x_transformers = pytest.importorskip("x_transformers")
+@pytest.mark.parametrize("kind", ["plain", "x-transformers"])
+def test_any_language_model_plays_all_iterations(train, kind):
     torch.manual_seed(0)
-    model = x_transformers.TransformerWrapper(
-        num_tokens=12, max_seq_len=16, attn_layers=x_transformers.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
-    )
+    if kind == "plain":  # from ids to logits: no cache, no mask, no hidden states
+        model = torch.nn.Sequential(torch.nn.Embedding(12, 8), torch.nn.Linear(8, 12))
+    else:
+        x_transformers = pytest.importorskip("x_transformers")
+        layers = x_transformers.Decoder(dim=16, depth=1, heads=2, attn_dim_head=8)
+        model = x_transformers.TransformerWrapper(num_tokens=12, max_seq_len=16, attn_layers=layers)
     _, result = train(model=model, iterations=2)
 
     assert (result.outcome, result.iterations) == ("finished", 2)
-    assert (tmp_path / "run" / "iterations" / "iteration-2" / "model.safetensors").is_file()
+    assert (result.iterations_folder / "iteration-2" / "model.safetensors").is_file()
 
 
 def test_the_tests_that_the_readme_names_are_there():

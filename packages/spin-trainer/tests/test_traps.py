@@ -1,6 +1,6 @@
 """Known traps of self-play trainers, through the trainer's API; traps of the loss are in test_spin.py.
 
-Each test is named for what must hold. The README's tables say which trap of the original each is about.
+Each test is named for what must hold. MIGRATING.md says which trap of the original each is about.
 """
 
 import inspect
@@ -188,9 +188,10 @@ def test_any_language_model_plays_all_iterations(train, kind):
     assert (result.iterations_folder / "iteration-2" / "model.safetensors").is_file()
 
 
-def test_the_tests_that_the_readme_names_are_there():
+def test_the_tests_that_the_documents_name_are_there():
     folder = Path(__file__).parent
-    named = set(re.findall(r"`(test_\w+)`", (folder.parent / "README.md").read_text("utf-8")))
+    documents = "".join(file.read_text("utf-8") for file in folder.parent.glob("*.md"))
+    named = set(re.findall(r"`(test_\w+)`", documents))
     written = set(re.findall(r"^def (test_\w+)", "".join(f.read_text("utf-8") for f in folder.glob("test_*.py")), re.M))
 
     assert len(named) > 35

@@ -15,19 +15,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "texts").mkdir()
     for number in range(12):
-        (folder / "texts" / f"{number:02}.txt").write_text(
-            f"document {number}: " + "the same words again and again " * 12
-        )
+        text = f"document {number}: " + "the same words again and again " * 12
+        (folder / "texts" / f"{number:02}.txt").write_text(text)
     settings = ["--max_steps", "8", "--validate_every", "8", "--checkpoint_every", "8", "--sample_tokens", "6"]
-    command = [
-        "train",
-        "--corpus",
-        str(folder / "texts"),
-        "--validation_fraction",
-        "0.3",
-        "--checkpoint_dir",
-        str(folder / "run"),
-    ]
+    command = f"train --corpus {folder}/texts --validation_fraction 0.3 --checkpoint_dir {folder}/run".split()
     assert main([*command, *TINY, *settings]) == 0
     return folder
 

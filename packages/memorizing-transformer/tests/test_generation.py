@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
@@ -23,14 +25,17 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_cached_logits_equal_the_teacher_forced_pass_segment_by_segment(tiny_model, read_in_segments, name):
-    model, ids = tiny_model(**MODELS[name]), torch.randint(0, 20, (2, 43))
-    memories = model.create_knn_memories(batch_size=2)
-    expected, _ = read_in_segments(model, ids, memories)
+@settings(deadline=None, derandomize=True, max_examples=7)
+@given(st.integers(1, 9), st.integers(0, 12), st.lists(st.integers(1, 17), min_size=2, max_size=6), st.integers(0, 99))
+def test_cached_logits_equal_the_teacher_forced_pass_at_the_same_segment_length(
+    tiny_model, read_in_segments, name, length, window, pieces, seed
+):
+    model = tiny_model(seed, **{**MODELS[name], "xl_max_memories": window}, segment_length=length)
+    ids = torch.randint(0, 20, (2, sum(pieces)))
+    expected, _ = read_in_segments(model, ids, model.create_knn_memories(batch_size=2), length=length)
     cache = model.init_cache(2, 64)
-    got = torch.cat([model(piece, cache=cache) for piece in ids.split([5, 17, 1, 1, 19], 1)], dim=1)
-
-    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    cached = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, 1)], dim=1)
+    torch.testing.assert_close(cached, expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,8 +89,7 @@ def test_beams_carry_their_own_memories(tiny_model):
     model, prompt = tiny_model(xl_max_memories=5), torch.randint(0, 20, (2, 6))
     one = beam_search(model, prompt, beams=1, max_new_tokens=14)
     assert torch.equal(one.tokens, generate(model, prompt, max_new_tokens=14, temperature=0.0).tokens)
-    cached = beam_search(model, prompt, beams=3, max_new_tokens=14)
-    assert cached.tokens.shape == (2, 14)
+    assert beam_search(model, prompt, beams=3, max_new_tokens=14).tokens.shape == (2, 14)
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_go_on(tiny_model):

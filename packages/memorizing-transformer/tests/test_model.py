@@ -2,56 +2,20 @@
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memorizing_transformer import KNNAttention, KNNMemory, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer import MemorizingTransformer, XLMemories, retrofit
 from memorizing_transformer.memory.exact_search import CPU_CHUNK
 from memorizing_transformer.model.attention import RelativePositionBias
 from memorizing_transformer.model.segment import Past, view_of
-
-
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-def test_with_room_for_all_memories_the_layer_is_dense_attention(gate):
-    torch.manual_seed(0)
-    layer = KNNAttention(dim=16, heads=2, dim_head=8, num_retrieved_memories=64, gate=gate)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    memory, past, x = KNNMemory(8, 100, 2), torch.randn(2, 40, 2, 8), torch.randn(2, 6, 16)
-    past[..., 0, :] = normalize(past[..., 0, :], dim=-1)
-    memory.add(past)
-    out, _ = layer(x, knn_memory=memory, add_knn_memory=False)
-
-    weights = layer.projections
-    q = normalize((x @ weights.to_q.weight.T).view(2, 6, 2, 8), dim=-1)
-    k, v = (x @ weights.to_kv.weight.T).chunk(2, dim=-1)
-    k = normalize(k, dim=-1)
-    expected = torch.zeros(2, 6, 2, 8)
-    for b in range(2):
-        for h in range(2):
-            scale = layer.log_scale[h, 0, 0].exp()
-            for i in range(6):
-                far = past[b, :, 0] @ q[b, i, h] * scale
-                near = k[b, : i + 1] @ q[b, i, h] * scale
-                if gate == "softmax":
-                    p = torch.cat((far, near)).softmax(0)
-                    expected[b, i, h] = p @ torch.cat((past[b, :, 1], v[b, : i + 1]))
-                else:
-                    g = torch.sigmoid(layer.gate[h, 0, 0])
-                    expected[b, i, h] = g * far.softmax(0) @ past[b, :, 1] + (1 - g) * near.softmax(0) @ v[b, : i + 1]
-    torch.testing.assert_close(out, expected.flatten(2) @ weights.to_out.weight.T, atol=1e-5, rtol=1e-5)
 
 
 def test_two_segments_with_an_xl_window_are_one_pass_under_a_band(tiny_model, read_in_segments):
     model = tiny_model(xl_max_memories=8, memorizing_layers=())
     ids = torch.randint(0, 20, (2, 16))
     in_segments, _ = read_in_segments(model, ids, None)
-
-    # one pass over 16 tokens in which the second half sees keys of the first as they were, layer by layer
-    attended, _ = model(ids)[0], None
-    assert torch.allclose(in_segments[:, :8], attended[:, :8], atol=1e-12)
-    torch.testing.assert_close(in_segments, attended, atol=1e-12, rtol=0)
+    torch.testing.assert_close(in_segments, model(ids)[0], atol=1e-12, rtol=0)
 
 
 def test_segments_longer_than_the_window_see_a_band(tiny_model, read_in_segments):

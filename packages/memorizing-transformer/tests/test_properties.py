@@ -96,30 +96,6 @@ def test_clearing_rows_leaves_the_outputs_of_other_rows_bit_identical(tiny_model
     assert all(not torch.equal(outputs[0][row], outputs[1][row]) for row in rows)
 
 
-@PROPERTY
-@given(
-    st.integers(1, 9),
-    st.integers(0, 12),
-    st.booleans(),
-    st.lists(st.integers(1, 15), min_size=2, max_size=5),
-    st.integers(0, 2**16),
-)
-def test_generation_with_memory_is_the_teacher_forced_pass_at_the_same_segment_length(
-    tiny_model, read_in_segments, length, window, boundaries, pieces, seed
-):
-    model = tiny_model(
-        seed=seed,
-        xl_max_memories=window,
-        segment_length=length,
-        clear_memories_on_eos_token_id=3 if boundaries else None,
-    )
-    ids = torch.randint(0, 20, (2, sum(pieces)))
-    expected, _ = read_in_segments(model, ids, model.create_knn_memories(batch_size=2), length=length)
-    cache = model.init_cache(2, 64)
-    got = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
-
-
 class MadeTensors(TorchDispatchMode):
     """Shapes and sizes of all tensors that operations made (a view is not made)."""
 

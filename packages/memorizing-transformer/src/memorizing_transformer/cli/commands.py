@@ -4,6 +4,7 @@ Each returns the exit status.
 """
 
 import json
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -64,18 +65,21 @@ def evaluate_checkpoint(
     model = MemorizingTransformer.from_pretrained(folder, **sizes).to(pick_device(device))
     if encoder.eos_id is None:
         raise ValueError(f"tokenizer must have an EOS, which ends documents, got {encoder!r}")
-    settings: dict[str, Any] = {
-        "eos_id": encoder.eos_id,
-        "segment_length": segment_length or model.segment_length,
-        "batch_size": batch_size,
-        "max_documents": max_documents,
-        "precision": precision,
-        "progress": True,
-    }
-    on = evaluate(model, documents, **settings)
+    score = partial(
+        evaluate,
+        model,
+        documents,
+        eos_id=encoder.eos_id,
+        segment_length=segment_length or model.segment_length,
+        batch_size=batch_size,
+        max_documents=max_documents,
+        precision=precision,
+        progress=True,
+    )
+    on = score()
     print(f"{on.bits_per_byte:.4f} bits/byte, {on.loss:.4f} nats/token over {on.tokens:,} tokens")
     if model.memorizing_layers:
-        off = evaluate(model, documents, use_memory=False, **settings)
+        off = score(use_memory=False)
         print(f"{off.bits_per_byte:.4f} bits/byte without memory")
         print("\n".join(gain_by_position(on, off)))
     return 0

@@ -7,7 +7,6 @@ the text around it.
 import html
 import math
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,14 @@ class GeneratedToken:
 def retrieved_while_generating(
     model: MemorizingTransformer, prompt: Int[Tensor, " n"], *, max_new_tokens: int, layer: int = 0, **settings: Any
 ) -> list[GeneratedToken]:
-    """Continues a prompt and tells for each new token what the memory gave.
+    """Continues a prompt; returns for each new token what the memory gave.
 
     Args:
         model: the model; its memory begins empty and takes up the prompt, segment by segment.
         prompt: token ids.
         max_new_tokens: how many.
         layer: which of the memorizing layers, counted from 0.
-        **settings: of ``lm_core.generate``.
+        **settings: of ``lm_core.generate``, other than ``filters``.
 
     Raises:
         ValueError: the model has no such memorizing layer.
@@ -69,9 +68,8 @@ def retrieved_while_generating(
     layers = model.memory_attentions()
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer must be one of {len(layers)} memorizing layers, counted from 0, got {layer}")
-    with ExitStack() as stack:
-        records = stack.enter_context(layers[layer].recorded())
-        steps: list[Tensor] = []
+    steps: list[Tensor] = []
+    with layers[layer].recorded() as records:
 
         def note(logits: Tensor) -> Tensor:
             # the newest record is of the query that gives these logits; none while the memory is empty
@@ -79,8 +77,7 @@ def retrieved_while_generating(
             records.clear()
             return logits
 
-        given = (note, *settings.pop("filters", ()))
-        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=given, **settings)
+        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=(note,), **settings)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
     for token, positions in zip(tokens, steps, strict=False):
@@ -113,12 +110,12 @@ def write_page(
     for number, one in enumerate(generated):
         at = len(prompt) + number
         found = "<br>".join(
-            f"<code>{_around(ids, position, tokenizer, 24, 'found')}</code> <small>token {position:,}, "
+            f"<code>{_around(ids, position, tokenizer, 'found', after=24)}</code> <small>token {position:,}, "
             f"{count} head{'s' if count > 1 else ''}</small>"
             for position, count in one.positions[:shown]
         )
         rows.append(
-            f"<tr><td><code>{_around(ids, at, tokenizer, 24, 'token', ahead=0)}</code></td>"
+            f"<tr><td><code>{_around(ids, at, tokenizer, 'token', after=0)}</code></td>"
             f"<td>{found or '<small>the memory was empty</small>'}</td></tr>"
         )
     text = html.escape(tokenizer.decode([one.token for one in generated]))
@@ -132,9 +129,8 @@ def write_page(
     return Path(path)
 
 
-def _around(ids: list[int], at: int, tokenizer: Tokenizer, reach: int, kind: str, ahead: int | None = None) -> str:
-    ahead = reach if ahead is None else ahead
-    before, token, after = ids[max(0, at - reach) : at], ids[at : at + 1], ids[at + 1 : at + 1 + ahead]
-    parts = [html.escape(tokenizer.decode(part)) for part in (before, token, after)]
-    middle = parts[1].replace("\n", "\u21b5\n") or "\u25a1"
-    return f"{parts[0]}<span class={kind}>{middle}</span>{parts[2]}"
+def _around(ids: list[int], at: int, tokenizer: Tokenizer, kind: str, *, after: int) -> str:
+    parts = ids[max(0, at - 24) : at], ids[at : at + 1], ids[at + 1 : at + 1 + after]
+    before, token, rest = (html.escape(tokenizer.decode(part)) for part in parts)
+    shown = token.replace("\n", "\u21b5\n") or "\u25a1"
+    return f"{before}<span class={kind}>{shown}</span>{rest}"

@@ -4,6 +4,7 @@
 is closed, so any number of runs can use one parent. Scratch folders that killed processes left are removed.
 """
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -51,20 +52,17 @@ class MemoryDirectory:
             self._lock.acquire(timeout=timeout)
         except Timeout as error:
             self._lock = None
+            owner = "unknown"
+            with contextlib.suppress(OSError):
+                owner = (self.path / _OWNER_FILE).read_text(encoding="utf-8").strip() or owner
             raise TimeoutError(
-                f"another process ({self._owner()}) has used the memories in {self.path} for the {timeout:g} seconds "
+                f"another process ({owner}) has used the memories in {self.path} for the {timeout:g} seconds "
                 "waited; wait for it to end or choose another name"
             ) from error
         _held.add(self.path)
         (self.path / _OWNER_FILE).write_text(f"process {os.getpid()}\n", encoding="utf-8")
         if self.is_scratch:
             _remove_abandoned(parent)
-
-    def _owner(self) -> str:
-        try:
-            return (self.path / _OWNER_FILE).read_text(encoding="utf-8").strip() or "unknown"
-        except OSError:
-            return "unknown"
 
     def close(self) -> None:
         """Releases the folder; a scratch folder is removed."""

@@ -58,8 +58,6 @@ class DiskStorage(RingStorage):
         """Flushes everything to the disk, so that a power failure keeps it."""
         fsync_tree(self.directory)
 
-    # ------------------------------------------------------------------------------------------------------ files
-
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
         meta = {name: getattr(self, name) for name in ("rows", "capacity", "dim", "storage")}
         meta = {"format_version": FORMAT_VERSION, **meta}
@@ -90,8 +88,6 @@ class DiskStorage(RingStorage):
                     stream.truncate(size)
             (temporary / HEADER_FILE).write_bytes(self._encoded(0) * 2)
             write_json(temporary / META_FILE, meta)
-
-    # ----------------------------------------------------------------------------------------------------- header
 
     def _encoded(self, generation: int) -> bytes:
         counts = [count for pair in zip(self.first, self.written, strict=True) for count in pair]

@@ -75,12 +75,7 @@ class FaissIndex:
         must_be_trained: whether ``train`` must come before ``add``.
         clusters: of an IVF index, else 0.
 
-    Args:
-        dim: features of a key.
-        factory: factory string, as ``faiss.index_factory`` takes it.
-        nprobe: clusters an IVF index looks into.
-        ef_search: breadth of an HNSW index's search.
-        device: where the keys are.
+    The arguments are those of ``KNNMemory``; ``factory`` is its ``index``, ``device`` is where the keys are.
 
     Raises:
         ValueError: faiss has no such index, or none for GPUs where the keys are on one.

@@ -135,8 +135,6 @@ class KNNMemory:
         for row in stored if self.indexes else ():
             self.indexes[row].update(self.store, row)
 
-    # ----------------------------------------------------------------------------------------------------- sizes
-
     def __len__(self) -> int:
         """Tokens held in all rows together."""
         return sum(self.sizes)
@@ -150,8 +148,6 @@ class KNNMemory:
     def nbytes(self) -> int:
         """Bytes taken by keys and values."""
         return self.store.nbytes
-
-    # ------------------------------------------------------------------------------------------------- rows in scope
 
     def set_scoped_indices(self, indices: Sequence[int]) -> None:
         """Makes ``indices`` the batch rows that ``add`` and ``search`` mean, in this order.
@@ -178,8 +174,6 @@ class KNNMemory:
             raise ValueError(f"batch rows must be different from each other, got {rows}")
         if not rows or min(rows) < 0 or max(rows) >= self.num_indices:
             raise ValueError(f"batch rows must be in [0, {self.num_indices}), got {rows}")
-
-    # ------------------------------------------------------------------------------------------- adding and clearing
 
     def add(self, memories: Float[Tensor, "b ... 2 d"], mask: Bool[Tensor, "b n"] | None = None) -> None:
         """Adds tokens after those of each row in scope.
@@ -242,8 +236,6 @@ class KNNMemory:
         self.store.clear(stored)
         for row in stored if self.indexes else ():
             self.indexes[row].reset()
-
-    # --------------------------------------------------------------------------------------------------- searching
 
     def search(
         self,
@@ -320,8 +312,6 @@ class KNNMemory:
             positions[:, size:] = -1
         return scores, positions, slots
 
-    # ------------------------------------------------------------------------------------------ copies, saved states
-
     def selected(self, rows: Sequence[int]) -> "KNNMemory":
         """A copy, not on disk, whose batch row ``r`` is row ``rows[r]`` in scope; a row may come several times."""
         twin = KNNMemory.__new__(KNNMemory)
@@ -340,13 +330,14 @@ class KNNMemory:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` unless ``state`` is of a memory of the same shape and number format."""
-        if state.get("format_version") != STATE_VERSION:
-            raise ValueError(
-                f"the memory's state must have format version {STATE_VERSION}, got {state.get('format_version')!r}"
-            )
-        if state.get("heads") != self.heads:
-            raise ValueError(f"the memory was saved with heads = {state.get('heads')!r}, not {self.heads}")
-        self.store.check_state(state)
+        expected = {"format_version": STATE_VERSION, "heads": self.heads}
+        expected |= {name: getattr(self.store, name) for name in ("storage", "dim", "capacity")}
+        for name, value in expected.items():
+            if state.get(name) != value:
+                raise ValueError(f"the memory was saved with {name} = {state.get(name)!r}, not {value!r}")
+        rows = len(state.get("kv", ()))
+        if rows != self.store.rows:
+            raise ValueError(f"the memory was saved with {rows} rows, not {self.store.rows}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Holds what the memory of ``state_dict`` held.

@@ -16,7 +16,7 @@ Legend: r rows, n tokens, c capacity, d feature.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -38,15 +38,7 @@ def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
 
 
 class RingStorage:
-    """Ring buffers of several rows, in the memory of one device.
-
-    Args:
-        rows: number of rows.
-        capacity: tokens a row holds at most.
-        dim: features of a key, and of a value.
-        storage: number format.
-        device: where the buffers are.
-    """
+    """Ring buffers of ``rows`` rows of up to ``capacity`` tokens, in the memory of one device."""
 
     def __init__(self, *, rows: int, capacity: int, dim: int, storage: str, device: torch.device) -> None:
         self.rows = rows
@@ -58,8 +50,6 @@ class RingStorage:
         self.written = [0] * rows
         self.first = [0] * rows
         self.data, self.scales = self._allocate(0)
-
-    # -------------------------------------------------------------------------------------------------- sizes
 
     def size(self, row: int) -> int:
         """Tokens held in a row."""
@@ -82,8 +72,6 @@ class RingStorage:
         """Which token, counted since the row was cleared, lies in each slot."""
         last = self.written[row] - 1
         return last - (last - slots) % self.capacity
-
-    # ---------------------------------------------------------------------------------------- writing and clearing
 
     def append(self, rows: Sequence[int], kv: Sequence[Tensor]) -> None:
         """Adds tokens ``(n, 2, d)``, with an n for each row, after those of ``rows``; the oldest go when full."""
@@ -141,8 +129,6 @@ class RingStorage:
             scales[:, :have] = self.scales
         self.data, self.scales = data, scales
 
-    # ------------------------------------------------------------------------------------------------- reading
-
     def key_chunks(self, row: int, size: int, dtype: torch.dtype) -> Iterator[tuple[int, Float[Tensor, "n d"]]]:
         """Keys of a row with the slot of the first, ``size`` slots at a time, widened to ``dtype``."""
         for start, stop in self.ranges(row):
@@ -194,8 +180,6 @@ class RingStorage:
         self.read(row, slots, out=out)
         return out
 
-    # ------------------------------------------------------------------------------------- copies and saved states
-
     def selected(self, rows: Sequence[int]) -> "RingStorage":
         """A copy, in memory, whose row ``r`` is row ``rows[r]`` of this one."""
         twin = RingStorage(
@@ -208,7 +192,7 @@ class RingStorage:
         twin.first, twin.written = [self.first[row] for row in rows], [self.written[row] for row in rows]
         return twin
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The tokens held, oldest first, as tensors and numbers (on the CPU)."""
         kv, scales = [], []
         for row in range(self.rows):
@@ -225,26 +209,9 @@ class RingStorage:
             "scales": scales,
         }
 
-    def check_state(self, state: dict[str, object]) -> None:
-        """Raises ``ValueError`` unless ``state`` came from a storage of the same shape and format."""
-        for name in ("storage", "dim", "capacity"):
-            if state.get(name) != getattr(self, name):
-                raise ValueError(f"the memory was saved with {name} = {state.get(name)!r}, not {getattr(self, name)!r}")
-        rows = state.get("kv")
-        if not isinstance(rows, list) or len(rows) != self.rows:
-            found = len(rows) if isinstance(rows, list) else "none"
-            raise ValueError(f"the memory was saved with {found} rows, not {self.rows}")
-
-    def load_state(self, state: dict[str, object]) -> None:
-        """Holds what ``state`` of the same shape and format held.
-
-        Raises:
-            ValueError: it is of another one; nothing is changed then.
-        """
-        self.check_state(state)
-        kv: list[Tensor] = state["kv"]  # type: ignore[assignment]
-        scales: list[Tensor] = state["scales"]  # type: ignore[assignment]
-        firsts: list[int] = state["first"]  # type: ignore[assignment]
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Holds what a storage of the same shape and format held at its ``state``."""
+        kv, scales, firsts = state["kv"], state["scales"], state["first"]
         self.clear(range(self.rows))
         written = [first + held.shape[0] for first, held in zip(firsts, kv, strict=True)]
         self._make_room(max(written))

@@ -22,51 +22,42 @@ from torch import Tensor, nn
 
 from lm_core.checks import check_positive, check_probability, typed
 
+# T5's defaults.
+NUM_BUCKETS = 32
+MAX_DISTANCE = 128
+
 
 class RelativePositionBias(nn.Module):
     """A learned bias for each head and each bucket of distances, added to attention scores.
 
-    Half of the buckets are single distances from 0, the others grow logarithmically up to ``max_distance``; greater
+    Half of the buckets are single distances from 0, the others grow logarithmically up to ``MAX_DISTANCE``; greater
     distances share the last one.
 
     Args:
         heads: attention heads.
         scale: factor on the learned biases.
-        num_buckets: buckets.
-        max_distance: distance from which on all are alike.
         look_back: whether head h begins by preferring the token h before its own (modulo half of the buckets).
     """
 
     @typed
-    def __init__(
-        self,
-        *,
-        heads: int,
-        scale: float,
-        num_buckets: int = 32,
-        max_distance: int = 128,
-        look_back: bool = False,
-    ) -> None:
+    def __init__(self, *, heads: int, scale: float, look_back: bool = False) -> None:
         super().__init__()
-        for name, value in (("heads", heads), ("num_buckets", num_buckets), ("max_distance", max_distance)):
-            check_positive(value, name)
+        check_positive(heads, "heads")
         self.scale = scale
-        self.num_buckets = num_buckets
-        self.max_distance = max_distance
-        self.bias = nn.Embedding(num_buckets, heads)
+        self.bias = nn.Embedding(NUM_BUCKETS, heads)
         nn.init.normal_(self.bias.weight, std=0.1)
         if look_back:
             with torch.no_grad():
                 for head in range(heads):
-                    self.bias.weight[head % max(1, num_buckets // 2), head] += 1.0
+                    self.bias.weight[head % (NUM_BUCKETS // 2), head] += 1.0
 
     def bucket(self, distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """The bucket of each distance; keys ahead of the query share that of distance 0."""
         distance = distance.clamp(min=0)
-        exact = self.num_buckets // 2
-        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-        far = exact + (growth * (self.num_buckets - exact)).long()
-        return torch.where(distance < exact, distance, far.clamp(max=self.num_buckets - 1))
+        exact = NUM_BUCKETS // 2
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
+        far = exact + (growth * (NUM_BUCKETS - exact)).long()
+        return torch.where(distance < exact, distance, far.clamp(max=NUM_BUCKETS - 1))
 
     def forward(self, distance: Int[Tensor, "*b i j"]) -> Float[Tensor, "*b h i j"]:
         """The bias for each pair."""
@@ -74,15 +65,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Projections(nn.Module):
-    """Queries, keys and values of a layer, and the way back.
-
-    Args:
-        dim: features of the residual stream.
-        heads: query heads.
-        dim_head: features of a head.
-        multi_head_keys: whether each head has its own keys and values.
-        output_bias: whether the output projection has a bias.
-    """
+    """Projections of the residual stream to queries, keys and values, and back; ``heads`` are query heads."""
 
     @typed
     def __init__(self, *, dim: int, heads: int, dim_head: int, multi_head_keys: bool, output_bias: bool) -> None:
@@ -108,12 +91,7 @@ class Projections(nn.Module):
 
 
 class LocalAttention(nn.Module):
-    """Causal attention with an additive bias.
-
-    Args:
-        dim, heads, dim_head, multi_head_keys: as for ``Projections``.
-        dropout: on attention weights, in training mode.
-    """
+    """Causal attention with an additive bias; dropout on attention weights, in training mode."""
 
     @typed
     def __init__(

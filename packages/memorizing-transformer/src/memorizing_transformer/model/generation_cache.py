@@ -79,8 +79,6 @@ class MemoryCache:
             if place.xl is not None:
                 self.windows.append(like.new_zeros(*shape[:2], self.window, 2, self.dim_head))
 
-    # -------------------------------------------------------------------------------------------- new tokens
-
     def pieces(self, x: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Cuts new tokens where a row's segment is full; padding, where ``mask`` is False, is left out.
 
@@ -132,13 +130,10 @@ class MemoryCache:
         counts = [n] * self.batch_size if mask is None else mask.sum(dim=1).tolist()
         ends = [fill + count for fill, count in zip(self.fill, counts, strict=True)]
         # rows at the same place are written together
-        spans = (
-            [(slice(None), self.fill[0], ends[0])]
-            if mask is None
-            else [
-                (slice(row, row + 1), start, end) for row, (start, end) in enumerate(zip(self.fill, ends, strict=True))
-            ]
-        )
+        if mask is None:
+            spans = [(slice(None), self.fill[0], ends[0])]
+        else:
+            spans = [(slice(row, row + 1), self.fill[row], ends[row]) for row in range(self.batch_size)]
         if documents is not None:
             if self.documents is None:
                 self.documents = documents.ids.new_zeros(self.batch_size, self.segment_length)

@@ -139,10 +139,10 @@ class MemorizingAttention(nn.Module):
     def _search(self, memory: KNNMemory, q: Tensor) -> Retrieved:
         # on a CPU, products of narrow queries with a few keys of their own cost more in copies than the dtype saves
         is_slow = q.device.type == "cpu" and q.dtype.itemsize < 4
-        found = memory.retrieve(q.float() if is_slow else q, self.num_retrieved_memories)
+        retrieved = memory.retrieve(q.float() if is_slow else q, self.num_retrieved_memories)
         if self._records is not None:
-            self._records.append(found)
-        return found
+            self._records.append(retrieved)
+        return retrieved
 
     def _weights(self, distant: Tensor, local: Tensor, mask: Tensor) -> Tensor:
         """Attention weights of retrieved and local keys, which together sum to 1."""
@@ -165,9 +165,7 @@ class KNNAttention(MemorizingAttention):
 
     def __init__(self, *, xl_max_memories: int | float = 0, **settings: Any) -> None:
         super().__init__(**settings)
-        if xl_max_memories != int(xl_max_memories) or xl_max_memories < 0:
-            raise ValueError(f"xl_max_memories must be a whole number of at least 0, got {xl_max_memories}")
-        self.xl_max_memories = int(xl_max_memories)
+        self.xl_max_memories = whole_number(xl_max_memories, "xl_max_memories")
 
     def forward(  # type: ignore[override]
         self,
@@ -202,6 +200,13 @@ class KNNAttention(MemorizingAttention):
         if add_knn_memory and leaves:
             knn_memory.add(as_memories(kv[:, :, :leaves]))
         return out, packed(kv[:, :, leaves:]) if self.xl_max_memories > 0 else None
+
+
+def whole_number(value: int | float, name: str) -> int:
+    """``value`` as an integer; ``ValueError`` naming the argument unless it is one of at least 0."""
+    if value != int(value) or value < 0:
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value}")
+    return int(value)
 
 
 def _with_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:

@@ -25,13 +25,7 @@ class FeedForward(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """A norm and an attention of either kind, with their residual.
-
-    Args:
-        dim: features of the residual stream.
-        inner: the attention.
-        place: in the model.
-    """
+    """A norm and an attention of either kind, with their residual."""
 
     def __init__(self, dim: int, inner: LocalAttention | MemorizingAttention, place: Place) -> None:
         super().__init__()
@@ -48,7 +42,7 @@ class Attention(nn.Module):
         past: Past,
         memories: KNNMemoryList | None,
     ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
-        """The residual stream behind it, and the new keys and values."""
+        """The residual stream after it, and the new keys and values."""
         # without an XL window there are no keys for the first columns
         bias = bias if self.place.reads_xl is not None else bias[..., past.width :]
         recall: dict[str, Any] = {}
@@ -59,13 +53,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the model.
-
-    Args:
-        dim: features of the residual stream.
-        attentions: one, or the layer's own and a gated one to the memory.
-        feed_forward: what follows.
-    """
+    """One layer of the model: an attention, or two (the layer's own and a gated one to the memory), a feed-forward."""
 
     def __init__(self, *, dim: int, attentions: Sequence[Attention], feed_forward: FeedForward) -> None:
         super().__init__()
@@ -76,12 +64,9 @@ class Block(nn.Module):
     def forward(
         self, h: Float[Tensor, "b i dim"], *, biases: tuple[Tensor, Tensor], **reading: Any
     ) -> tuple[Float[Tensor, "b i dim"], list[Tensor]]:
-        """The residual stream behind it, and what its attentions keep.
+        """The residual stream after it, and the new keys and values of its attentions.
 
-        Args:
-            h: the residual stream.
-            biases: of plain and of memorizing attentions.
-            **reading: as for ``Layers.forward``.
+        ``biases`` are those of plain and of memorizing attentions; ``reading`` is as for ``Layers.forward``.
         """
         kept = []
         for attention in self.attentions:
@@ -94,16 +79,9 @@ class Block(nn.Module):
 class Layers(nn.Module):
     """The layers between the embedding and the last norm.
 
-    Args:
-        dim: features of the residual stream.
-        depth: how many layers.
-        memorizing_layers: those with a memory, counted from 1, in ascending order.
-        xl_memory_layers: those with an XL window, likewise.
-        shift_knn: how many memories farther up a memorizing layer searches.
-        shift_xl: how many XL windows farther up a layer reads.
-        plain: arguments of ``LocalAttention`` other than ``dim``.
-        memorizing: arguments of ``MemorizingAttention`` other than ``dim``.
-        feed_forward: arguments of ``FeedForward`` other than ``dim``.
+    Layers with a memory and with an XL window are counted from 1, in ascending order; a layer reads the memory that is
+    ``shift_knn`` and the window that is ``shift_xl`` farther up. ``plain``, ``memorizing`` and ``feed_forward`` are
+    arguments of ``LocalAttention``, ``MemorizingAttention`` and ``FeedForward`` other than ``dim``.
     """
 
     def __init__(

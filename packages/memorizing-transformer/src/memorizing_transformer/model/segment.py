@@ -143,9 +143,7 @@ def find_documents(
     """
     if sos_id is None and eos_id is None:
         return None
-    none = torch.zeros_like(x, dtype=torch.bool)
-    begins = none if sos_id is None else x == sos_id
-    ends = none if eos_id is None else x == eos_id
+    begins, ends = (x == (-1 if token is None else token) for token in (sos_id, eos_id))
     if mask is not None:
         begins, ends = begins & mask, ends & mask
     boundaries = begins.long().cumsum(1) + ends.long().cumsum(1)
@@ -177,14 +175,7 @@ class View:
 def view_of(
     x: Int[Tensor, "b n"], past: Past, *, mask: Bool[Tensor, "b n"] | None, documents: Documents | None
 ) -> View:
-    """What new tokens may see: nothing ahead, no padding, their own document.
-
-    Args:
-        x: token ids.
-        past: keys before them.
-        mask: False at padding; None where there is none.
-        documents: of the new tokens.
-    """
+    """What new tokens may see: nothing ahead, no padding (where ``mask`` is False), their own document."""
     (b, n), m, f, device = x.shape, past.width, past.columns, x.device
     # padding takes no position
     positions = torch.arange(n, device=device).unsqueeze(0) if mask is None else positions_from_mask(mask)

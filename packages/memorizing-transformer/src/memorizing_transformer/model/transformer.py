@@ -32,7 +32,7 @@ from memorizing_transformer.memory.knn_memory import Backend
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.memory.ring_storage import StorageFormat
 from memorizing_transformer.model.generation_cache import MemoryCache
-from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, packed
+from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, packed, whole_number
 from memorizing_transformer.model.layers import Layers
 from memorizing_transformer.model.segment import (
     Documents,
@@ -71,8 +71,8 @@ class MemorizingTransformer(PretrainedMixin):
         shift_xl_memories_down: see the module.
         knn_memory_multiprocessing: accepted for compatibility, without effect.
         gate: "softmax" over local and retrieved keys together, or the paper's "sigmoid".
-        gate_output: memorizing layers keep their plain attention, and one to the memory is put behind it, through a
-            tanh gate that begins at 0: for retrofitting (see ``retrofit``).
+        gate_output: memorizing layers keep their plain attention, and one to the memory follows it, through a tanh
+            gate that begins at 0: for retrofitting (see ``retrofit``).
         multi_head_keys: keys and values of their own for each head, not one for all.
         knn_backend: "exact" search, or "faiss".
         knn_storage: number format of the memory.
@@ -122,22 +122,19 @@ class MemorizingTransformer(PretrainedMixin):
     ) -> None:
         super().__init__()
         knn_heads = heads if knn_attn_heads is None else knn_attn_heads
-        sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "dim_head": dim_head, "heads": heads}
-        sizes |= {"knn_attn_heads": knn_heads, "ff_mult": ff_mult, "max_knn_memories": max_knn_memories}
-        sizes |= {"num_retrieved_memories": num_retrieved_memories, "segment_length": segment_length}
+        # heads, dim_head and num_retrieved_memories are checked by the attentions
+        sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "knn_attn_heads": knn_heads}
+        sizes |= {"ff_mult": ff_mult, "max_knn_memories": max_knn_memories, "segment_length": segment_length}
         for name, value in sizes.items():
             check_positive(value, name)
         check_probability(attn_dropout, "attn_dropout")
         check_probability(ff_dropout, "ff_dropout")
-        shift_knn = _whole_number(shift_knn_memories_down, "shift_knn_memories_down")
-        shift_xl = _whole_number(shift_xl_memories_down, "shift_xl_memories_down")
-        self.xl_max_memories = _whole_number(xl_max_memories, "xl_max_memories")
+        self.xl_max_memories = whole_number(xl_max_memories, "xl_max_memories")
         _check_token(clear_memories_on_sos_token_id, num_tokens, "clear_memories_on_sos_token_id")
         _check_token(clear_memories_on_eos_token_id, num_tokens, "clear_memories_on_eos_token_id")
         _check_token(pad_id, num_tokens, "pad_id")
-        middle = (max(1, depth // 2),)
+        middle, every = max(1, depth // 2), range(1, depth + 1)
         self.memorizing_layers = _layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
-        every = tuple(range(1, depth + 1)) if self.xl_max_memories else ()
         self.xl_memory_layers = _layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
         if not self.xl_max_memories:
             self.xl_memory_layers = ()
@@ -169,8 +166,8 @@ class MemorizingTransformer(PretrainedMixin):
             depth=depth,
             memorizing_layers=self.memorizing_layers,
             xl_memory_layers=self.xl_memory_layers,
-            shift_knn=shift_knn,
-            shift_xl=shift_xl,
+            shift_knn=whole_number(shift_knn_memories_down, "shift_knn_memories_down"),
+            shift_xl=whole_number(shift_xl_memories_down, "shift_xl_memories_down"),
             plain={"heads": heads, **shared},
             memorizing={
                 "heads": knn_heads,
@@ -183,8 +180,6 @@ class MemorizingTransformer(PretrainedMixin):
         )
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens)
-
-    # ---------------------------------------------------------------------------------------------------- structure
 
     @property
     def device(self) -> torch.device:
@@ -211,8 +206,6 @@ class MemorizingTransformer(PretrainedMixin):
     def memory_attentions(self) -> list[MemorizingAttention]:
         """Those that search a memory."""
         return [module for module in self.layers.modules() if isinstance(module, MemorizingAttention)]
-
-    # ----------------------------------------------------------------------------------------------------- memories
 
     def create_knn_memories(
         self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
@@ -253,8 +246,6 @@ class MemorizingTransformer(PretrainedMixin):
         finally:
             memories.cleanup()
 
-    # ------------------------------------------------------------------------------------------------------ forward
-
     def forward(
         self,
         x: Int[Tensor, "b n"],
@@ -287,7 +278,9 @@ class MemorizingTransformer(PretrainedMixin):
             TypeError: ids or labels are no integers, or the mask is not boolean.
         """
         if labels is not None:
-            self._check_labels(labels, x)
+            if labels.shape != x.shape:
+                raise ValueError(f"labels must have the shape of x {tuple(x.shape)}, got {tuple(labels.shape)}")
+            self._check_ids(labels.masked_fill(labels == self.cross_entropy_ignore_index, 0), "labels")
         features, new = self.read(
             x,
             mask=mask,
@@ -405,20 +398,18 @@ class MemorizingTransformer(PretrainedMixin):
         h, kept = self.layers(self.token_emb(x), view=view, past=past, memories=memories)
         return self.norm(h), kept
 
-    # ------------------------------------------------------------------------------------------------- generation
-
     def init_cache(self, batch_size: int, max_length: int, *, segment_length: int | None = None) -> MemoryCache:
         """An empty cache for ``batch_size`` rows; it needs no room for ``max_length``, which it may exceed.
 
         Args:
             batch_size: rows.
-            max_length: accepted because ``lm_core.generate`` tells it.
+            max_length: accepted because ``lm_core.generate`` passes it.
             segment_length: tokens between two times that the memory grows; the model's by default.
         """
-        check_positive(batch_size, "batch_size")
-        check_positive(max_length, "max_length")
         length = self.segment_length if segment_length is None else segment_length
-        check_positive(length, "segment_length")
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("segment_length", length)):
+            check_positive(value, name)
+        # never in files, wherever the model's other memories are
         create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=len(self.memorizing_layers))
         return MemoryCache(
             places=self.layers.places(),
@@ -426,8 +417,7 @@ class MemorizingTransformer(PretrainedMixin):
             segment_length=length,
             window=self.xl_max_memories,
             dim_head=self.dim_head,
-            # never in files, whatever the model's other memories are in
-            make_memories=lambda: create(**self.memory_settings, device=self.device),
+            make_memories=partial(create, **self.memory_settings, device=self.device),
         )
 
     @torch.no_grad()
@@ -451,14 +441,13 @@ class MemorizingTransformer(PretrainedMixin):
             max_new_tokens: at most, a row.
             temperature: 0 takes the most likely token.
             filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
-            filter_thres: see there.
+            filter_thres: argument of ``filter_logits_fn``.
             eos_id: ends a row.
-            pad_id: written behind the end of a row.
+            pad_id: written after the end of a row.
             knn_memories: what was read before; copied, not changed. Without it the memory begins empty.
             **kwargs: further arguments of ``lm_core.generate``.
         """
         filters = () if filter_logits_fn is None else (partial(filter_logits_fn, thres=filter_thres),)
-        given: dict[str, Any] = {} if knn_memories is None else {"knn_memories": knn_memories}
         result = generate(
             self,
             prompt_rows(prompt),
@@ -467,12 +456,10 @@ class MemorizingTransformer(PretrainedMixin):
             filters=filters,
             eos_id=eos_id,
             pad_id=pad_id,
-            **given,
+            knn_memories=knn_memories,
             **kwargs,
         )
         return result.tokens
-
-    # ------------------------------------------------------------------------------------------------------ checks
 
     def _checked(
         self, x: Tensor, mask: Tensor | None, *, past: int, memories: KNNMemoryList | None
@@ -484,8 +471,6 @@ class MemorizingTransformer(PretrainedMixin):
             ValueError: a shape does not fit, or (on the CPU) an id is out of range; memories of another number, batch,
                 features or key heads.
         """
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise TypeError(f"x must hold integer token ids, got dtype {x.dtype}")
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
         (b, n), fresh = x.shape, None
@@ -495,8 +480,7 @@ class MemorizingTransformer(PretrainedMixin):
             if mask.shape != (b, past + n):
                 raise ValueError(f"mask must have shape (b, cached + new) = {(b, past + n)}, got {tuple(mask.shape)}")
             fresh = mask[:, past:]
-        if not x.is_cuda:
-            check_ids(x, self.num_tokens, "x")
+        self._check_ids(x, "x")
         if memories is not None:
             self._check_memories(memories, b)
         x = x.long()
@@ -515,13 +499,9 @@ class MemorizingTransformer(PretrainedMixin):
                     f"got {memory.dim} and {memory.heads}"
                 )
 
-    def _check_labels(self, labels: Tensor, x: Tensor) -> None:
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"labels must be integers, got dtype {labels.dtype}")
-        if labels.shape != x.shape:
-            raise ValueError(f"labels must have the shape of x {tuple(x.shape)}, got {tuple(labels.shape)}")
-        if not labels.is_cuda:
-            check_ids(labels[labels != self.cross_entropy_ignore_index], self.num_tokens, "labels")
+    def _check_ids(self, ids: Tensor, name: str) -> None:
+        """Checks the dtype, and off a GPU, which reading values would wait for, the range."""
+        check_ids(ids[:0] if ids.is_cuda else ids, self.num_tokens, name)
 
 
 def _with_ones(features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d1"]:
@@ -529,18 +509,11 @@ def _with_ones(features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d1"]:
     return F.pad(features, (0, 1), value=1.0)
 
 
-def _whole_number(value: int | float, name: str) -> int:
-    if value != int(value) or value < 0:
-        raise ValueError(f"{name} must be a whole number of at least 0, got {value}")
-    return int(value)
-
-
 def _layer_numbers(
-    layers: int | Sequence[int] | None, depth: int, name: str, *, default: tuple[int, ...]
+    layers: int | Sequence[int] | None, depth: int, name: str, *, default: int | Sequence[int]
 ) -> tuple[int, ...]:
     """Layers counted from 1, in ascending order; refused if one does not exist or comes twice."""
-    if layers is None:
-        return default
+    layers = default if layers is None else layers
     chosen = (layers,) if isinstance(layers, int) else tuple(layers)
     wrong = [layer for layer in chosen if not 1 <= layer <= depth]
     if wrong:

@@ -3,11 +3,12 @@
 Row ``g`` of all rows (over all processes) has a queue of its own: in each epoch the documents are shuffled, and it
 takes every R-th of them from place g on, R being the number of rows. A row's queue depends on nothing but its number
 and the seed, so two processes with half of the rows each read what one process with all rows reads. Every document is
-followed by EOS, which is what tells the model to forget. Labels are the next tokens; none is asked for behind EOS.
+followed by EOS, which is what tells the model to forget. Labels are the next tokens; EOS has none.
 
 Legend: b batch rows of this process, n tokens of a segment.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class Segment:
 
     Attributes:
         ids: input tokens.
-        labels: the token after each; -100 behind EOS and at padding.
+        labels: the token after each; -100 at EOS and at padding.
         mask: False at padding (validation only); None where there is none.
         positions: how many tokens of its document come before each input.
     """
@@ -102,31 +103,25 @@ class DocumentStreams:
         return self
 
     def __next__(self) -> Segment:
-        rows = [self._row(index) for index in range(self.batch_size)]
-        ids, labels, positions = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        rows = np.stack([self._row(index) for index in range(self.batch_size)], axis=1)
+        ids, labels, positions = torch.from_numpy(rows)
         return Segment(ids=ids, labels=labels, mask=None, positions=positions)
 
-    def _row(self, index: int) -> tuple[Any, Any, Any]:
+    def _row(self, index: int) -> NDArray[np.int64]:
         number, (epoch, place, token) = self._numbers[index], self._cursors[index]
-        queue = self._queue(number, epoch)
-        n = self.segment_length
-        ids, labels, positions = (np.empty(n, dtype=np.int64) for _ in range(3))
-        filled = 0
-        while filled < n:
-            document = np.append(self.documents[int(queue[place])].astype(np.int64), self.eos_id)
-            count = min(n - filled, len(document) - token)
-            span = slice(filled, filled + count)
-            ids[span] = document[token : token + count]
-            labels[span] = np.append(document, IGNORE_INDEX)[token + 1 : token + 1 + count]
-            positions[span] = np.arange(token, token + count)
-            filled, token = filled + count, token + count
-            if token == len(document):
+        parts: list[NDArray[np.int64]] = []
+        missing = self.segment_length
+        while missing:
+            queue = self._queue(number, epoch)
+            parts.append(_read(self.documents, int(queue[place]), self.eos_id, token, missing))
+            missing -= parts[-1].shape[1]
+            token += parts[-1].shape[1]
+            if token > self.documents.lengths[queue[place]]:
                 place, token = place + 1, 0
                 if place == len(queue):
                     epoch, place = epoch + 1, 0
-                    queue = self._queue(number, epoch)
         self._cursors[index] = [epoch, place, token]
-        return ids, labels, positions
+        return np.concatenate(parts, axis=1)
 
     def state_dict(self) -> dict[str, Any]:
         """Where each row of this process is."""
@@ -179,7 +174,9 @@ class DocumentSegments:
     ) -> None:
         check_positive(segment_length, "segment_length")
         check_positive(batch_size, "batch_size")
-        self.documents, self.segment_length, self.eos_id = documents, segment_length, eos_id
+        self.documents = documents
+        self.segment_length = segment_length
+        self.eos_id = eos_id
         wanted = len(documents) if max_documents is None else min(max_documents, len(documents))
         chosen = (np.arange(wanted) * len(documents) // wanted)[rank::world_size]
         longest_first = sorted(chosen.tolist(), key=lambda number: -int(documents.lengths[number]))
@@ -196,23 +193,26 @@ class DocumentSegments:
     def __len__(self) -> int:
         return self.segments
 
-    def __iter__(self) -> Any:
-        n, size = self.segment_length, self.segments * self.segment_length
-        rows = []
-        for queue in self.queues:
-            ids, labels = np.zeros(size, dtype=np.int64), np.full(size, IGNORE_INDEX, dtype=np.int64)
-            positions, mask = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=bool)
+    def __iter__(self) -> Iterator[Segment]:
+        size = self.segments * self.segment_length
+        rows = np.zeros((3, len(self.queues), size), dtype=np.int64)
+        mask = np.zeros((len(self.queues), size), dtype=bool)
+        for row, queue in enumerate(self.queues):
             at = 0
             for number in queue:
-                document = np.append(self.documents[number].astype(np.int64), self.eos_id)
-                span = slice(at, at + len(document))
-                ids[span], labels[at : at + len(document) - 1] = document, document[1:]
-                positions[span], mask[span] = np.arange(len(document)), True
-                at += len(document)
-            rows.append((ids, labels, mask, positions))
-        whole = [torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)]
-        for start in range(0, size, n):
-            span = slice(start, start + n)
-            yield Segment(
-                ids=whole[0][:, span], labels=whole[1][:, span], mask=whole[2][:, span], positions=whole[3][:, span]
-            )
+                document = _read(self.documents, number, self.eos_id)
+                rows[:, row, at : at + document.shape[1]] = document
+                at += document.shape[1]
+            mask[row, :at] = True
+        rows[1][~mask] = IGNORE_INDEX
+        columns = (*torch.from_numpy(rows), torch.from_numpy(mask))
+        for ids, labels, positions, real in zip(*(part.split(self.segment_length, 1) for part in columns), strict=True):
+            yield Segment(ids=ids, labels=labels, mask=real, positions=positions)
+
+
+def _read(documents: Documents, number: int, eos_id: int, start: int = 0, most: int | None = None) -> NDArray[np.int64]:
+    """Ids of a document and its EOS from ``start`` on, the labels of these, and how many tokens come before each."""
+    text = documents[number]
+    stop = len(text) + 1 if most is None else min(len(text) + 1, start + most)
+    ids = np.append(text[start : stop + 1].astype(np.int64), (eos_id, IGNORE_INDEX))
+    return np.stack((ids[: stop - start], ids[1 : stop - start + 1], np.arange(start, stop)))

@@ -8,15 +8,15 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from lm_core.causal_lm import eval_mode
+from lm_core.checks import typed
 from lm_core.data.documents import Documents
 from lm_core.data.packing import IGNORE_INDEX
-from lm_core.distributed import all_reduce_sum
+from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.training.accelerator import Precision, autocast
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
@@ -43,23 +43,32 @@ class Evaluation:
     by_position: list[tuple[int, int, float]]
 
 
+@typed
 @torch.no_grad()
-def score(
+def evaluate(
     model: MemorizingTransformer,
-    segments: DocumentSegments,
+    documents: Documents,
     *,
+    eos_id: int,
+    segment_length: int = 512,
+    batch_size: int = 4,
+    max_documents: int | None = None,
     use_memory: bool = True,
     precision: Precision = "auto",
     progress: bool = False,
     ranges: Sequence[int] = RANGES,
 ) -> Evaluation:
-    """Reads every segment in evaluation mode, each document with memories that begin empty.
+    """Bits per byte of a model, in evaluation mode, on documents that are each read with memories that begin empty.
 
-    Every process calls it with its share of the documents and gets the result of all.
+    With several processes every one calls it, reads its share of the documents and gets the result of all.
 
     Args:
-        model: the model, which must be told by EOS where documents end.
-        segments: this process's share.
+        model: the model; EOS must be what ends documents for it.
+        documents: the text, in the model's token ids.
+        eos_id: follows every document.
+        segment_length: tokens a segment.
+        batch_size: documents at a time.
+        max_documents: only so many; None for all.
         use_memory: False reads without kNN memories (the XL window stays).
         precision: "auto", "fp32" or "bf16".
         progress: shows a progress bar.
@@ -70,11 +79,19 @@ def score(
     """
     if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
         raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
-    if model.eos_id != segments.eos_id:
+    if model.eos_id != eos_id:
         raise ValueError(
-            f"model must have clear_memories_on_eos_token_id = {segments.eos_id}, which ends the documents, "
-            f"got {model.eos_id}"
+            f"model must have clear_memories_on_eos_token_id = {eos_id}, which ends the documents, got {model.eos_id}"
         )
+    segments = DocumentSegments(
+        documents=documents,
+        segment_length=segment_length,
+        batch_size=batch_size,
+        eos_id=eos_id,
+        max_documents=max_documents,
+        rank=rank(),
+        world_size=world_size(),
+    )
     device = model.device
     sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
     edges = torch.tensor(ranges[1:], dtype=torch.long)
@@ -83,7 +100,7 @@ def score(
         stack.enter_context(eval_mode(model))
         memories = None
         if use_memory:
-            memories = stack.enter_context(model.knn_memories_context(batch_size=len(segments.queues)))
+            memories = stack.enter_context(model.knn_memories_context(batch_size=batch_size))
         for segment in tqdm(segments, desc="evaluate", unit="segment", disable=not progress, leave=False):
             ids, labels = segment.ids.to(device), segment.labels.to(device)
             mask = None if segment.mask is None else segment.mask.to(device)
@@ -106,34 +123,3 @@ def score(
     ]
     bits = nats / math.log(2) / (count * num_bytes / num_tokens)
     return Evaluation(bits, nats / count, int(count), by_position)
-
-
-def evaluate(
-    model: MemorizingTransformer,
-    documents: Documents,
-    *,
-    eos_id: int,
-    segment_length: int = 512,
-    batch_size: int = 4,
-    max_documents: int | None = None,
-    **settings: Any,
-) -> Evaluation:
-    """Bits per byte of a model on documents, read in order.
-
-    Args:
-        model: the model.
-        documents: the text, in the model's token ids.
-        eos_id: follows every document.
-        segment_length: tokens a segment.
-        batch_size: documents at a time.
-        max_documents: only so many; None for all.
-        **settings: further arguments of ``score``.
-    """
-    segments = DocumentSegments(
-        documents=documents,
-        segment_length=segment_length,
-        batch_size=batch_size,
-        eos_id=eos_id,
-        max_documents=max_documents,
-    )
-    return score(model, segments, **settings)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +32,8 @@ from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
-from memorizing_transformer.training.documents import DocumentSegments, DocumentStreams
-from memorizing_transformer.training.evaluation import Evaluation, score
+from memorizing_transformer.training.documents import DocumentStreams
+from memorizing_transformer.training.evaluation import Evaluation, evaluate
 
 CURVES = (
     "train_bits_per_byte",
@@ -66,12 +67,7 @@ class TrainingResult(SessionResult):
 
 
 class SegmentLoss(nn.Module):
-    """The model with its loss and what it remembers between segments.
-
-    Args:
-        model: the model.
-        precision: that it computes in.
-    """
+    """The model with its loss and what it remembers between segments."""
 
     def __init__(self, model: MemorizingTransformer, *, precision: Precision) -> None:
         super().__init__()
@@ -147,7 +143,12 @@ class MemoryTrainer:
     ) -> None:
         self.settings = settings = TrainingSettings() if settings is None else settings
         self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-        eos_id = _check_trainable(model, self.tokenizer)
+        check_vocabulary(self.tokenizer, model.num_tokens)
+        eos_id = self.tokenizer.eos_id
+        if eos_id is None or model.eos_id != eos_id:
+            raise ValueError(
+                f"model must have clear_memories_on_eos_token_id = {eos_id}, the tokenizer's eos_id, got {model.eos_id}"
+            )
         self.corpus = corpus
         self.session = TrainingSession(
             type(self).__name__,
@@ -158,16 +159,14 @@ class MemoryTrainer:
             packages=("memorizing-transformer",),
         )
         self.device = self.session.device
-        reading: dict[str, Any] = {
-            "segment_length": settings.segment_length,
-            "batch_size": settings.batch_size,
-            "eos_id": eos_id,
-            "rank": rank(),
-            "world_size": world_size(),
-        }
-        self.streams = DocumentStreams(documents=corpus.train, seed=settings.seed, **reading)
-        self.held_out = DocumentSegments(
-            documents=corpus.validation, max_documents=settings.validation_documents, **reading
+        self.streams = DocumentStreams(
+            documents=corpus.train,
+            segment_length=settings.segment_length,
+            batch_size=settings.batch_size,
+            eos_id=eos_id,
+            seed=settings.seed,
+            rank=rank(),
+            world_size=world_size(),
         )
         self.model = model.to(self.device)
         self.objective = SegmentLoss(model, precision=settings.precision)
@@ -192,10 +191,8 @@ class MemoryTrainer:
         """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
 
         Raises:
-            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
-            CheckpointError: the checkpoint is of another model, seed or number of processes, or damaged.
+            RuntimeError, CheckpointError, FileNotFoundError, FileExistsError: see ``TrainingSession.run``.
             ValueError: the checkpoint is of other data or another segment length.
-            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         settings, objective = self.settings, self.objective
@@ -229,25 +226,24 @@ class MemoryTrainer:
         )
 
     def _validate(self) -> dict[str, float]:
-        precision = self.settings.precision
-        self.last = score(self.model, self.held_out, use_memory=self.use_memory, precision=precision)
+        settings = self.settings
+        score = partial(
+            evaluate,
+            self.model,
+            self.corpus.validation,
+            eos_id=self.streams.eos_id,
+            segment_length=settings.segment_length,
+            batch_size=settings.batch_size,
+            max_documents=settings.validation_documents,
+            precision=settings.precision,
+        )
+        self.last = score(use_memory=self.use_memory)
         values = {"validation_bits_per_byte": self.last.bits_per_byte, "validation_loss": self.last.loss}
         if self.use_memory:
-            self.without_memory = score(self.model, self.held_out, use_memory=False, precision=precision)
+            self.without_memory = score(use_memory=False)
             values["validation_bits_per_byte_without_memory"] = self.without_memory.bits_per_byte
             values["memory_gain_far"] = _mean_from(self.without_memory, FAR) - _mean_from(self.last, FAR)
         return values
-
-
-def _check_trainable(model: MemorizingTransformer, tokenizer: Any) -> int:
-    """The id that ends documents."""
-    check_vocabulary(tokenizer, model.num_tokens)
-    if tokenizer.eos_id is None or model.eos_id != tokenizer.eos_id:
-        raise ValueError(
-            f"model must have clear_memories_on_eos_token_id = {tokenizer.eos_id}, the tokenizer's eos_id, "
-            f"got {model.eos_id}"
-        )
-    return tokenizer.eos_id
 
 
 def _mean_from(evaluation: Evaluation, position: int) -> float:

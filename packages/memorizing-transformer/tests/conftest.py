@@ -1,6 +1,7 @@
 """Independent references: dense attention over memory and segment, written from the paper's formulas."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -66,12 +67,10 @@ def calls_of():
             for name, module in model.named_modules()
             if name and type(module).forward is not nn.Module.forward
         }
-        calls = dict.fromkeys(modules, 0)
-
-        def note(name):
-            calls[name] += 1
-
-        handles = [module.register_forward_hook(lambda *_, name=name: note(name)) for name, module in modules.items()]
+        calls = Counter(dict.fromkeys(modules, 0))
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, module in modules.items()
+        ]
         run()
         for handle in handles:
             handle.remove()

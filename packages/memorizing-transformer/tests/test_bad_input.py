@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lm_core.data.documents import tokenise
 from memorizing_transformer import (
     KNNAttention,
     KNNMemory,
@@ -55,8 +56,6 @@ def loaded(**settings):
 
 
 def documents():
-    from lm_core.data.documents import tokenise
-
     return tokenise(["one", "two"])
 
 

@@ -188,7 +188,6 @@ def test_the_scope_comes_back_after_an_error():
 def test_a_mask_says_which_tokens_are_added():
     memory, kv = KNNMemory(4, 8, 2), torch.randn(2, 3, 2, 4)
     memory.add(kv, mask=torch.tensor([[True, False, True], [False, False, False]]))
-
     assert memory.sizes == [2, 0]
     assert torch.equal(memory.store.tokens(0), kv[0, [0, 2]])
 
@@ -232,10 +231,8 @@ def test_a_saved_memory_is_loaded_as_it_was(tmp_path, storage, count):
     other.load(tmp_path / "memory.pt")
     queries = unit(2, 6, 4)
 
-    for mine, theirs in zip(
-        vars(memory.retrieve(queries, 3)).values(), vars(other.retrieve(queries, 3)).values(), strict=True
-    ):
-        assert torch.equal(mine, theirs)
+    mine, theirs = (vars(one.retrieve(queries, 3)) for one in (memory, other))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     memory.add(kv)
     other.add(kv)
     assert torch.equal(memory.retrieve(queries, 3).kv, other.retrieve(queries, 3).kv)

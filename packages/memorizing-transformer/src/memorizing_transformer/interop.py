@@ -27,23 +27,21 @@ _SIMPLE = {
     "to_logits.1.weight": "to_logits.weight",
     "to_logits.1.bias": "to_logits.bias",
 }
-_LAYER = re.compile(r"layers\.(\d+)\.([01])\.(.*)")
-_ATTENTION = {
-    "fn.to_q.weight": "inner.projections.to_q.weight",
-    "fn.to_kv.weight": "inner.projections.to_kv.weight",
-    "fn.to_out.weight": "inner.projections.to_out.weight",
-    "fn.to_out.bias": "inner.projections.to_out.bias",
-    "fn.scale": "inner.log_scale",
-    "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias",
-}
-_FEED_FORWARD = {
-    "fn.net.0.weight": "ff.0.weight",
-    "fn.net.0.bias": "ff.0.bias",
-    "fn.net.3.weight": "ff.3.weight",
-    "fn.net.3.bias": "ff.3.bias",
-    "norm.weight": "ff_norm.weight",
-    "norm.bias": "ff_norm.bias",
+_LAYER = re.compile(r"layers\.(\d+)\.(.*)")
+_IN_LAYER = {
+    "0.fn.to_q.weight": "attentions.0.inner.projections.to_q.weight",
+    "0.fn.to_kv.weight": "attentions.0.inner.projections.to_kv.weight",
+    "0.fn.to_out.weight": "attentions.0.inner.projections.to_out.weight",
+    "0.fn.to_out.bias": "attentions.0.inner.projections.to_out.bias",
+    "0.fn.scale": "attentions.0.inner.log_scale",
+    "0.norm.weight": "attentions.0.norm.weight",
+    "0.norm.bias": "attentions.0.norm.bias",
+    "1.fn.net.0.weight": "ff.0.weight",
+    "1.fn.net.0.bias": "ff.0.bias",
+    "1.fn.net.3.weight": "ff.3.weight",
+    "1.fn.net.3.bias": "ff.3.bias",
+    "1.norm.weight": "ff_norm.weight",
+    "1.norm.bias": "ff_norm.bias",
 }
 
 
@@ -97,14 +95,10 @@ def from_memorizing_transformers_pytorch(
 
 
 def _renamed(name: str) -> str | None:
-    if name in _SIMPLE:
-        return _SIMPLE[name]
     match = _LAYER.fullmatch(name)
     if match is None:
-        return None
-    layer, part, rest = match.groups()
-    table, place = (_ATTENTION, "attentions.0.") if part == "0" else (_FEED_FORWARD, "")
-    return f"layers.blocks.{layer}.{place}{table[rest]}" if rest in table else None
+        return _SIMPLE.get(name)
+    return f"layers.blocks.{match[1]}.{_IN_LAYER[match[2]]}" if match[2] in _IN_LAYER else None
 
 
 @typed

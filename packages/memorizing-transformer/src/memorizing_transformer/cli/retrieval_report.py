@@ -68,21 +68,20 @@ def retrieved_while_generating(
     layers = model.memory_attentions()
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer must be one of {len(layers)} memorizing layers, counted from 0, got {layer}")
-    steps: list[Tensor] = []
+    steps: list[list[int]] = []
     with layers[layer].recorded() as records:
 
         def note(logits: Tensor) -> Tensor:
             # the newest record is of the query that gives these logits; none while the memory is empty
-            steps.append(records[-1].positions[0, :, -1] if records else torch.empty(0, dtype=torch.long))
+            steps.append(records[-1].positions[0, :, -1].T.flatten().tolist() if records else [])
             records.clear()
             return logits
 
         result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=(note,), **settings)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
-    for token, positions in zip(tokens, steps, strict=False):
-        # nearest first: a counter keeps the order of first sight, which a stable sort then leaves among equals
-        nearest_first = positions.view(-1, positions.shape[-1]).T.flatten().tolist() if positions.numel() else []
+    for token, nearest_first in zip(tokens, steps, strict=False):
+        # a counter keeps the order of first sight, which a stable sort then leaves among equals
         counts = Counter(position for position in nearest_first if position >= 0)
         out.append(GeneratedToken(token, sorted(counts.items(), key=lambda pair: -pair[1])))
     return out

@@ -81,10 +81,5 @@ def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_SCRATCH}*"):
         if folder.resolve() in _held or not (folder / _OWNER_FILE).exists():
             continue  # ours, or one that is being made at this moment
-        lock = FileLock(folder / _LOCK_FILE)
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
+        with contextlib.suppress(Timeout, OSError), FileLock(folder / _LOCK_FILE).acquire(timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 # A tile of scores stays in a CPU's cache; an accelerator wants few large products.
@@ -89,7 +89,11 @@ def screened_top_k(
     filler = kept.scores == _lowest(kept.scores)
     scores, numbers = _sorted_and_padded(again.masked_fill_(filler, -math.inf), kept.numbers, k)
     errors = _greatest_errors(queries, coarse, longest, farthest)
-    unproven = (~_separated(kept.least, errors, scores[:, k - 1])).nonzero().squeeze(1)
+    # The rounded score of a key that was not kept is at most `least`, if that is not negative (negative ones are in no
+    # order, but below). So it was at most halfway to the next number before it was rounded.
+    low, high = (code.view(torch.bfloat16).to(scores.dtype) for code in (kept.least, kept.least + 1))
+    is_proven = (kept.least >= 0) & ((low + high) / 2 + errors < scores[:, k - 1])
+    unproven = (~is_proven).nonzero().squeeze(1)
     if len(unproven):
         scores[unproven], numbers[unproven] = exact_top_k(queries[unproven], chunks(), k)
     return scores, numbers
@@ -124,16 +128,6 @@ def _greatest_errors(
     rounded_off = _norms(queries - coarse) * longest + _norms(coarse.to(queries.dtype)) * farthest
     sums = 2 * d * (single.eps * norms * longest + single.tiny * (1 + norms + longest))
     return 1.001 * (rounded_off + sums)
-
-
-def _separated(worst: Int[Tensor, " q"], errors: Float[Tensor, " q"], kth: Float[Tensor, " q"]) -> Bool[Tensor, " q"]:
-    """Whether no key that was not kept can have a score as great as ``kth``, for each query.
-
-    The rounded score of a key that was not kept is at most ``worst``, if that is not negative (negative ones are in no
-    order, but below). So it was at most halfway to the next number before it was rounded.
-    """
-    halfway = (worst.view(torch.bfloat16).to(kth.dtype) + (worst + 1).view(torch.bfloat16).to(kth.dtype)) / 2
-    return (worst >= 0) & (halfway + errors < kth)
 
 
 def _sorted_and_padded(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor, Tensor]:

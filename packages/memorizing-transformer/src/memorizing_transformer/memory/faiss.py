@@ -96,17 +96,15 @@ class FaissIndex:
         self.can_skip = not on_gpu
         self.must_be_trained = not index.is_trained
         self.clusters = 0 if ivf is None else int(ivf.nlist)
-        if on_gpu:
-            self._move(torch.cuda.current_device() if device.index is None else device.index, factory)
-
-    def _move(self, gpu: int, factory: str) -> None:
-        faiss = faiss_module()
+        if not on_gpu:
+            return
         try:
-            self.index = faiss.index_cpu_to_gpu(gpu_resources(), gpu, self.index)
+            gpu = torch.cuda.current_device() if device.index is None else device.index
+            self.index = faiss.index_cpu_to_gpu(gpu_resources(), gpu, index)
         except RuntimeError as error:
             raise ValueError(f"index must be one that faiss has for GPUs, got {factory!r}: {error}") from error
         if self.clusters:
-            faiss.GpuParameterSpace().set_index_parameter(self.index, "nprobe", self.nprobe)
+            faiss.GpuParameterSpace().set_index_parameter(self.index, "nprobe", nprobe)
 
     def __len__(self) -> int:
         return int(self.index.ntotal)

@@ -225,10 +225,8 @@ class KNNMemory:
         Raises:
             ValueError: a row comes twice or does not exist.
         """
-        if batch_indices is None:
-            rows = list(range(self.num_indices))
-        else:
-            rows = [batch_indices] if isinstance(batch_indices, int) else [int(index) for index in batch_indices]
+        chosen = range(self.num_indices) if batch_indices is None else batch_indices
+        rows = [chosen] if isinstance(chosen, int) else [int(index) for index in chosen]
         if not rows:
             return
         self._check_rows(rows)
@@ -250,9 +248,7 @@ class KNNMemory:
         Args:
             queries: ``(b, ..., d)``, with several key heads ``(b, h, ..., d)``.
             topk: how many.
-            nprobe: accepted for compatibility, like the next two; set it in the constructor.
-            increment_hits: without effect.
-            increment_age: without effect.
+            nprobe, increment_hits, increment_age: accepted for compatibility, without effect.
 
         Raises:
             ValueError: a shape does not fit, or ``topk`` is below 1.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,15 @@ class KNNMemoryList(list[KNNMemory]):
             timeout: seconds to wait for another process that uses the folder.
         """
 
-        make: Callable[..., KNNMemory] = KNNMemory
-
         def create(*args: Any, **kwargs: Any) -> KNNMemoryList:
+            make: Callable[..., KNNMemory] = partial(KNNMemory, *args, num_indices=batch_size, **kwargs)
             if memories_directory is None:
-                return cls(make(*args, num_indices=batch_size, **kwargs) for _ in range(num_memory_layers))
-            directory = MemoryDirectory(memories_directory, name, timeout=timeout)
+                return cls(make() for _ in range(num_memory_layers))
             memories = cls()
-            memories._directory = directory
+            memories._directory = MemoryDirectory(memories_directory, name, timeout=timeout)
             try:
                 for number in range(1, num_memory_layers + 1):
-                    file = directory.path / f"layer-{number}"
-                    memories.append(make(*args, num_indices=batch_size, memmap_filename=file, **kwargs))
+                    memories.append(make(memmap_filename=memories._directory.path / f"layer-{number}"))
             except BaseException:
                 memories.cleanup()
                 raise

@@ -107,16 +107,7 @@ class LocalAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b i dim"], *, bias: Float[Tensor, "#b h i j"], past: Sequence[Tensor] = ()
     ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
-        """Attends to the past and the segment.
-
-        Args:
-            x: normalised features.
-            bias: added to the scores; -inf where a query may not look.
-            past: keys and values ``(b, g, m, 2, d)`` before ``x``, in the order of time.
-
-        Returns:
-            The output, and the new keys and values.
-        """
+        """Attends to the past and the segment; arguments and results are those of ``MemorizingAttention.forward``."""
         q, k, v = self.projections(x)
         keys, values = (t.to(q.dtype).expand(-1, q.shape[1], -1, -1) for t in joined(past, k, v))
         dropout = self.dropout if self.training else 0.0

@@ -22,8 +22,7 @@ class MemoryCache:
 
     Args:
         places: of all attentions.
-        batch_size: rows.
-        segment_length: tokens between two times that the memory grows.
+        batch_size, segment_length: as for ``init_cache``.
         window: tokens of the XL window.
         dim_head: features of a head.
         make_memories: makes memories of ``batch_size`` rows, at the first token unless some are provided before.
@@ -49,12 +48,11 @@ class MemoryCache:
         self.masked = False
         self.fill = [0] * batch_size
         self.xl_lengths = [0] * batch_size
-        self.memories: KNNMemoryList | None = None
+        self.memories = KNNMemoryList()
         self.adds = True
         self.segments: list[Tensor] = []  # (b, g, s, 2, d) of each attention
         self.windows: list[Tensor] = []  # (b, g, m, 2, d) of each attention that has one
-        self.documents: Tensor | None = None  # (b, s)
-        self.open_documents: Tensor | None = None  # (b,)
+        self.documents: Documents | None = None  # of the segments
 
     def check_next(self, x: Tensor, mask: Tensor | None, memories: KNNMemoryList | None) -> None:
         """Raises ``ValueError`` unless new tokens ``(b, n)`` with these settings can follow."""
@@ -68,10 +66,7 @@ class MemoryCache:
     def begin(self, like: Tensor, memories: KNNMemoryList | None, adds: bool) -> None:
         """Allocates the buffers, in the dtype and on the device of ``like``; ``memories`` are copied."""
         self.adds = adds
-        if memories is None:
-            self.memories = self._make_memories()
-        else:
-            self.memories = memories.selected(range(self.batch_size))
+        self.memories = self._make_memories() if memories is None else memories.selected(range(self.batch_size))
         for place in self.places:
             shape = (self.batch_size, place.key_heads, self.segment_length, 2, self.dim_head)
             # zeros: padding is multiplied by weights of zero, and NaN times zero is NaN
@@ -113,7 +108,7 @@ class MemoryCache:
             window_mask=self._window_mask(device),
             segments=[segment[:, :, :used] for segment in self.segments] if used else (),
             fill=torch.tensor(fill, device=device).unsqueeze(1),
-            documents=None if self.documents is None else self.documents[:, :used],
+            documents=None if self.documents is None else self.documents.ids[:, :used],
         )
 
     def _window_mask(self, device: torch.device) -> Bool[Tensor, "b m"] | None:
@@ -135,14 +130,14 @@ class MemoryCache:
         else:
             spans = [(slice(row, row + 1), self.fill[row], ends[row]) for row in range(self.batch_size)]
         if documents is not None:
-            if self.documents is None:
-                self.documents = documents.ids.new_zeros(self.batch_size, self.segment_length)
-            self.open_documents = documents.open
+            shape = (self.batch_size, self.segment_length)
+            ids = documents.ids.new_zeros(shape) if self.documents is None else self.documents.ids
+            for rows, start, end in spans:
+                ids[rows, start:end] = documents.ids[rows, : end - start]
+            self.documents = Documents(ids, documents.open)
         for rows, start, end in spans:
             for segment, new in zip(self.segments, kept, strict=True):
                 segment[rows, :, start:end] = new[rows, :, : end - start].to(segment.dtype)
-            if documents is not None and self.documents is not None:
-                self.documents[rows, start:end] = documents.ids[rows, : end - start]
         self.fill = ends
         full = [row for row, end in enumerate(ends) if end == self.segment_length]
         if full:
@@ -151,20 +146,16 @@ class MemoryCache:
     def _commit(self, rows: list[int]) -> None:
         """Empties the full segments of ``rows`` into their XL windows and memories."""
         index = torch.tensor(rows, device=self.segments[0].device)
-        documents = None
-        if self.documents is not None and self.open_documents is not None:
-            documents = Documents(self.documents[index], self.open_documents[index])
         mask = self._window_mask(index.device)
         past = Past([window[index] for window in self.windows], None if mask is None else mask[index])
         kept = [segment[index] for segment in self.segments]
-        assert self.memories is not None
         with self.memories.at_batch_indices(rows):
             windows, window_mask = remember(
                 self.places,
                 kept,
                 past,
                 mask=None,
-                documents=documents,
+                documents=None if self.documents is None else self.documents.of(index),
                 window=self.window,
                 memories=self.memories if self.adds else None,
             )
@@ -174,22 +165,19 @@ class MemoryCache:
         for row, length in zip(rows, lengths, strict=True):
             self.fill[row] = 0
             self.xl_lengths[row] = length
-        if self.open_documents is not None:
-            self.open_documents = self.open_documents.index_fill(0, index, 0)
+        if self.documents is not None:
+            self.documents = Documents(self.documents.ids, self.documents.open.index_fill(0, index, 0))
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
         rows = index.tolist()
         if rows == list(range(self.batch_size)):
-            return  # copying a memory is the dearest part
+            return  # copying a memory is the most expensive part
         self.batch_size = len(rows)
         self.fill = [self.fill[row] for row in rows]
         self.xl_lengths = [self.xl_lengths[row] for row in rows]
         self.segments = [segment.index_select(0, index) for segment in self.segments]
         self.windows = [window.index_select(0, index) for window in self.windows]
-        if self.memories is not None:
-            self.memories = self.memories.selected(rows)
+        self.memories = self.memories.selected(rows)
         if self.documents is not None:
-            self.documents = self.documents[index]
-        if self.open_documents is not None:
-            self.open_documents = self.open_documents[index]
+            self.documents = self.documents.of(index)

@@ -8,6 +8,7 @@ Legend: b batch, i queries, j keys (past ones, then the new ones), g key heads, 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -15,13 +16,6 @@ from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.attention import LocalAttention, RelativePositionBias
 from memorizing_transformer.model.knn_attention import MemorizingAttention
 from memorizing_transformer.model.segment import Past, Place, View
-
-
-class FeedForward(nn.Sequential):
-    """Two linear maps with a GELU between them."""
-
-    def __init__(self, *, dim: int, mult: int, dropout: float) -> None:
-        super().__init__(nn.Linear(dim, dim * mult), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim * mult, dim))
 
 
 class Attention(nn.Module):
@@ -55,11 +49,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer of the model: an attention, or two (the layer's own and a gated one to the memory), a feed-forward."""
 
-    def __init__(self, *, dim: int, attentions: Sequence[Attention], feed_forward: FeedForward) -> None:
+    def __init__(self, *, dim: int, attentions: Sequence[Attention], ff_mult: int, ff_dropout: float) -> None:
         super().__init__()
         self.attentions = nn.ModuleList(attentions)
         self.ff_norm = nn.LayerNorm(dim)
-        self.ff = feed_forward
+        inner = dim * ff_mult
+        self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(ff_dropout), nn.Linear(inner, dim))
 
     def forward(
         self, h: Float[Tensor, "b i dim"], *, biases: tuple[Tensor, Tensor], **reading: Any
@@ -80,8 +75,8 @@ class Layers(nn.Module):
     """The layers between the embedding and the last norm.
 
     Layers with a memory and with an XL window are counted from 1, in ascending order; a layer reads the memory that is
-    ``shift_knn`` and the window that is ``shift_xl`` farther up. ``plain``, ``memorizing`` and ``feed_forward`` are
-    arguments of ``LocalAttention``, ``MemorizingAttention`` and ``FeedForward`` other than ``dim``.
+    ``shift_knn`` and the window that is ``shift_xl`` farther up, or the last. ``plain`` and ``memorizing`` are the
+    arguments of ``LocalAttention`` and ``MemorizingAttention`` other than ``dim``.
     """
 
     def __init__(
@@ -95,7 +90,8 @@ class Layers(nn.Module):
         shift_xl: int,
         plain: dict[str, Any],
         memorizing: dict[str, Any],
-        feed_forward: dict[str, Any],
+        ff_mult: int,
+        ff_dropout: float,
     ) -> None:
         super().__init__()
         scale = plain["dim_head"] ** 0.5
@@ -124,12 +120,14 @@ class Layers(nn.Module):
                     key_heads=attention.projections.key_heads,
                     xl=own_xl,
                     memory=own_memory,
-                    reads_xl=_shifted(own_xl, shift_xl, len(xl_memory_layers)),
-                    reads_memory=_shifted(own_memory, shift_knn, len(memorizing_layers)),
+                    reads_xl=None if own_xl is None else min(own_xl + shift_xl, len(xl_memory_layers) - 1),
+                    reads_memory=None
+                    if own_memory is None
+                    else min(own_memory + shift_knn, len(memorizing_layers) - 1),
                 )
                 attentions.append(Attention(dim, attention, place))
                 number += 1
-            self.blocks.append(Block(dim=dim, attentions=attentions, feed_forward=FeedForward(dim=dim, **feed_forward)))
+            self.blocks.append(Block(dim=dim, attentions=attentions, ff_mult=ff_mult, ff_dropout=ff_dropout))
 
     def places(self) -> list[Place]:
         """Those of all attentions, in the order they are applied."""
@@ -149,14 +147,13 @@ class Layers(nn.Module):
         Returns:
             The residual stream, and the new keys and values ``(b, g, i, 2, d)`` of each attention.
         """
-        biases = view.masked(self.position_bias(view.distances)), view.masked(self.knn_position_bias(view.distances))
+        hidden = ~view.visible.unsqueeze(1)
+        plain, memorizing = (
+            bias(view.distances).masked_fill(hidden, -torch.inf)
+            for bias in (self.position_bias, self.knn_position_bias)
+        )
         kept: list[Tensor] = []
         for block in self.blocks:
-            h, new = block(h, biases=biases, view=view, past=past, memories=memories)
+            h, new = block(h, biases=(plain, memorizing), view=view, past=past, memories=memories)
             kept += new
         return h, kept
-
-
-def _shifted(own: int | None, shift: int, count: int) -> int | None:
-    """Index of what is ``shift`` farther up, or of the last."""
-    return None if own is None else min(own + shift, count - 1)

@@ -123,6 +123,10 @@ class Documents:
     ids: Int[Tensor, "b n"]
     open: Int[Tensor, " b"]
 
+    def of(self, rows: Int[Tensor, " r"]) -> "Documents":
+        """Those of some rows."""
+        return Documents(self.ids[rows], self.open[rows])
+
 
 def find_documents(
     x: Int[Tensor, "b n"],
@@ -166,10 +170,6 @@ class View:
     distances: Int[Tensor, "#b n j"]
     visible: Bool[Tensor, "#b n j"]
     continues_document: Bool[Tensor, "b n"] | None
-
-    def masked(self, bias: Float[Tensor, "#b h n j"]) -> Float[Tensor, "#b h n j"]:
-        """The bias with -inf where a query may not look."""
-        return bias.masked_fill(~self.visible.unsqueeze(1), -torch.inf)
 
 
 def view_of(
@@ -269,12 +269,7 @@ def _split(
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """Columns that leave the XL window and those that stay in it, each with the mask of those that count (None: all).
 
-    The newest ``window`` remembered columns of each row stay, moved to the right.
-
-    Args:
-        kv: keys and values in the order of time.
-        keep: which columns are remembered; None for all.
-        window: how many stay at most.
+    The newest ``window`` columns that each row keeps (None: all) stay, moved to the right.
     """
     j = kv.shape[2]
     width = min(window, j)

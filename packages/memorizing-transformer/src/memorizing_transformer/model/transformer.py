@@ -130,9 +130,13 @@ class MemorizingTransformer(PretrainedMixin):
         check_probability(attn_dropout, "attn_dropout")
         check_probability(ff_dropout, "ff_dropout")
         self.xl_max_memories = whole_number(xl_max_memories, "xl_max_memories")
-        _check_token(clear_memories_on_sos_token_id, num_tokens, "clear_memories_on_sos_token_id")
-        _check_token(clear_memories_on_eos_token_id, num_tokens, "clear_memories_on_eos_token_id")
-        _check_token(pad_id, num_tokens, "pad_id")
+        for name, token in (
+            ("clear_memories_on_sos_token_id", clear_memories_on_sos_token_id),
+            ("clear_memories_on_eos_token_id", clear_memories_on_eos_token_id),
+            ("pad_id", pad_id),
+        ):
+            if token is not None and not 0 <= token < num_tokens:
+                raise ValueError(f"{name} must be a token in [0, {num_tokens}), got {token}")
         middle, every = max(1, depth // 2), range(1, depth + 1)
         self.memorizing_layers = _layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
         self.xl_memory_layers = _layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
@@ -176,7 +180,8 @@ class MemorizingTransformer(PretrainedMixin):
                 "gate": gate,
                 **shared,
             },
-            feed_forward={"mult": ff_mult, "dropout": ff_dropout},
+            ff_mult=ff_mult,
+            ff_dropout=ff_dropout,
         )
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens)
@@ -378,9 +383,8 @@ class MemorizingTransformer(PretrainedMixin):
         out = self.token_emb.weight.new_zeros(*x.shape, self.token_emb.embedding_dim)
         for columns, inside in cache.pieces(x, None if mask is None or bool(mask.all()) else mask):
             tokens = x.gather(1, columns)
-            documents = find_documents(
-                tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=inside, before=cache.open_documents
-            )
+            before = None if cache.documents is None else cache.documents.open
+            documents = find_documents(tokens, sos_id=self.sos_id, eos_id=self.eos_id, mask=inside, before=before)
             features, kept = self._features(tokens, cache.past(), inside, documents, cache.memories)
             cache.append(kept, inside, documents)
             out = out.to(features.dtype)
@@ -464,13 +468,7 @@ class MemorizingTransformer(PretrainedMixin):
     def _checked(
         self, x: Tensor, mask: Tensor | None, *, past: int, memories: KNNMemoryList | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The ids as int64, and which of them are real (None: all).
-
-        Raises:
-            TypeError: ``x`` holds no integers or ``mask`` is not boolean.
-            ValueError: a shape does not fit, or (on the CPU) an id is out of range; memories of another number, batch,
-                features or key heads.
-        """
+        """The ids as int64, and which of them are real (None: all)."""
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
         (b, n), fresh = x.shape, None
@@ -521,8 +519,3 @@ def _layer_numbers(
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"{name} must be different from each other, got {list(chosen)}")
     return tuple(sorted(chosen))
-
-
-def _check_token(token: int | None, num_tokens: int, name: str) -> None:
-    if token is not None and not 0 <= token < num_tokens:
-        raise ValueError(f"{name} must be a token in [0, {num_tokens}), got {token}")

@@ -96,9 +96,6 @@ class DocumentStreams:
         queue = len(self.documents) / self.rows
         return float(np.mean([epoch + place / queue for epoch, place, _ in self._cursors]))
 
-    def _queue(self, number: int, epoch: int) -> NDArray[np.int64]:
-        return self._order.epoch(epoch)[number :: self.rows]
-
     def __iter__(self) -> "DocumentStreams":
         return self
 
@@ -112,7 +109,7 @@ class DocumentStreams:
         parts: list[NDArray[np.int64]] = []
         missing = self.segment_length
         while missing:
-            queue = self._queue(number, epoch)
+            queue = self._order.epoch(epoch)[number :: self.rows]
             parts.append(_read(self.documents, int(queue[place]), self.eos_id, token, missing))
             missing -= parts[-1].shape[1]
             token += parts[-1].shape[1]

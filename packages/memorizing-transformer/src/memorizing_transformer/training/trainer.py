@@ -171,8 +171,6 @@ class MemoryTrainer:
         self.model = model.to(self.device)
         self.objective = SegmentLoss(model, precision=settings.precision)
         self.use_memory = settings.use_memory and bool(model.memorizing_layers)
-        self.last: Evaluation | None = None
-        self.without_memory: Evaluation | None = None
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
@@ -196,7 +194,8 @@ class MemoryTrainer:
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         settings, objective = self.settings, self.objective
-        self.last = self.without_memory = None
+        self.last: Evaluation | None = None
+        self.without_memory: Evaluation | None = None
         if self.use_memory and objective.memories is None:
             objective.memories = self.model.create_knn_memories(batch_size=settings.batch_size)
         with self.session.run() as session:

@@ -135,7 +135,7 @@ def test_evaluation_equals_each_document_alone():
     nats = 0.0
     for document in documents:
         ids = torch.from_numpy(np.append(document.astype(np.int64), EOS))
-        nats += float(torch.nn.functional.cross_entropy(one(ids[None, :-1])[0][0], ids[1:], reduction="sum"))
+        nats += torch.nn.functional.cross_entropy(one(ids[None, :-1])[0][0], ids[1:], reduction="sum").item()
     together = evaluate(one, documents, eos_id=EOS, segment_length=8, batch_size=1)
     assert together.loss == pytest.approx(nats / documents.num_tokens, abs=1e-9)
 

@@ -122,9 +122,9 @@ class MemorizingTransformer(PretrainedMixin):
     ) -> None:
         super().__init__()
         knn_heads = heads if knn_attn_heads is None else knn_attn_heads
-        # heads, dim_head and num_retrieved_memories are checked by the attentions
-        sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "knn_attn_heads": knn_heads}
-        sizes |= {"ff_mult": ff_mult, "max_knn_memories": max_knn_memories, "segment_length": segment_length}
+        sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "dim_head": dim_head, "heads": heads}
+        sizes |= {"knn_attn_heads": knn_heads, "ff_mult": ff_mult, "max_knn_memories": max_knn_memories}
+        sizes |= {"num_retrieved_memories": num_retrieved_memories, "segment_length": segment_length}
         for name, value in sizes.items():
             check_positive(value, name)
         check_probability(attn_dropout, "attn_dropout")

@@ -37,11 +37,15 @@ _EXACT_WITH_CACHE = frozenset(
 
 
 class XTransformersCache(AdapterCache):
-    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each, and the ids they come from."""
+    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each.
+
+    Attributes:
+        ids: the ids they come from, for releases of the library that want the whole sequence next to its cache.
+        layers: keys and values of each layer.
+    """
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
-        # The library wants the whole sequence next to its cache; that it takes new ids alone is a late addition.
         self.ids: Tensor | None = None
         self.layers: list[tuple[Tensor | None, ...]] = []
 
@@ -74,6 +78,7 @@ class XTransformersLM(Adapter):
         super().__init__(net, vocab_size=net.num_tokens, max_length=limit)
         self._why_not_cached = _reason_not_to_cache(net)
         self._hidden_is_exact = _hidden_gives_logits(net)
+        self._takes_new_ids = hasattr(net, "input_not_include_cache")
 
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
         states: Tensor = self.model(ids, return_embeddings=hidden, **kwargs)
@@ -88,14 +93,20 @@ class XTransformersLM(Adapter):
         settings: dict[str, Any] = {}
         if cache.length > 0:
             layers = [Intermediates(cached_kv=layer, layer_type="a") for layer in cache.layers]
-            settings = {"cache": LayerIntermediates(attn_intermediates=layers), "cache_age": ids.shape[1]}
-            ids = torch.cat((cache.ids, ids), dim=1)
+            held = LayerIntermediates(attn_intermediates=layers)
+            settings = {"cache": held, "cache_age": ids.shape[1]}
+            if self._takes_new_ids:
+                held.cache_length = cache.length
+                settings["input_not_include_cache"] = True
+            else:
+                ids = torch.cat((cache.ids, ids), dim=1)
         if mask is not None:
             # The first real token of each row; a row without any starts at its end.
             settings["seq_start_pos"] = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
         states: Tensor
         states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
-        cache.ids, cache.layers = ids, [tuple(layer.cached_kv) for layer in after.attn_intermediates]
+        cache.ids = None if self._takes_new_ids else ids
+        cache.layers = [tuple(layer.cached_kv) for layer in after.attn_intermediates]
         return states
 
     def _output_layer(self) -> nn.Module | None:

@@ -122,8 +122,10 @@ class Decoder:
         if self._cache is not None:
             inputs["cache"] = self._cache
         logits: Tensor
-        if hasattr(model, "hidden"):
-            hidden = model.hidden(self._unread, **inputs, **self._kwargs)[:, -1]
+        # Asked for once: an adapter looks at its model to know whether it is exact.
+        states_of = getattr(model, "hidden", None)
+        if states_of is not None:
+            hidden = states_of(self._unread, **inputs, **self._kwargs)[:, -1]
             layer = getattr(model, "output_layer", None)
             if layer is None:
                 weight = model.output_weight

@@ -62,9 +62,11 @@ def train(
         return _quickstart(settings, checkpoint_dir, resume)
     if data is None:
         raise ValueError("data must name the texts to train on, got none")
-    assert max_steps is not None
-    assert batch_size is not None
-    assert learning_rate is not None
+    if max_steps is None or batch_size is None or learning_rate is None:
+        raise ValueError(
+            "max_steps, batch_size and learning_rate must be numbers over named models, "
+            f"got {max_steps}, {batch_size} and {learning_rate}"
+        )
     calm, tokenizer = composition.load()
     say(calm.describe())
     prompts = composition.mode == "prompt"

@@ -206,9 +206,7 @@ class CALM(nn.Module):
             ValueError: as ``forward``.
         """
         prompts = each_augment(prompt, self.augments, "prompt")
-        masks: list[Tensor | None] = [None] * len(prompts)
-        if prompt_mask is not None:
-            masks = each_augment(prompt_mask, self.augments, "prompt_mask")
+        masks = each_augment(prompt_mask, self.augments, "prompt_mask")
         return self.as_causal_lm().read_prompts(prompts, masks)
 
     @typed
@@ -285,8 +283,6 @@ class CALM(nn.Module):
         return total if reduction == "sum" else total / (labels != IGNORED).sum().clamp(min=1)
 
     def _alignment(self, alignment: Any, states: AugmentStates, b: int, n: int) -> list[Tensor | None]:
-        if alignment is None:
-            return [None] * len(self.augments)
         each = each_augment(alignment, self.augments, "alignment")
         for augment, pairs, hiddens in zip(self.augments, each, states.hiddens, strict=True):
             if pairs is None:
@@ -369,9 +365,7 @@ class CALM(nn.Module):
             ValueError: no ids are given to continue, or a prompt has another number of rows.
         """
         prompts = each_augment(prompt, self.augments, "prompt", shared_too=anchor_prompt is None)
-        masks: list[Tensor | None] = [None] * len(prompts)
-        if prompt_mask is not None:
-            masks = each_augment(prompt_mask, self.augments, "prompt_mask", shared_too=anchor_prompt is None)
+        masks = each_augment(prompt_mask, self.augments, "prompt_mask", shared_too=anchor_prompt is None)
         start, start_mask = anchor_prompt, None
         if start is None:
             ids = [(p, m) for p, m in zip(prompts, masks, strict=True) if p is not None and not p.is_floating_point()]

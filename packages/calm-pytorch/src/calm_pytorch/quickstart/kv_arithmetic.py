@@ -10,6 +10,7 @@ An expression is ``a + b = c`` or ``a - b = c``; operands stand at even position
 Legend: b batch, n sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_positive, typed
+from lm_core.training.metrics import progress_bar
 
 MODULUS = 11
 PLUS, MINUS, EQUALS = MODULUS, MODULUS + 1, MODULUS + 2
@@ -130,40 +132,39 @@ def small_decoder(
 
 def train_alone(
     model: Any,
-    batch: Any,
+    draw: Callable[[], Tensor],
     *,
     steps: int,
     learning_rate: float,
+    description: str,
     every_other: bool = False,
-    weight_decay: float = 0.1,
-    progress: Any = None,
 ) -> None:
-    """Trains a model from scratch on ``batch(step)``: on its last token, or on every second one.
+    """Trains a model from scratch, on the last token of its rows or on every second one.
+
+    The weight decay draws the states of keys with one value together, so that what reads them learns values, not keys.
 
     Args:
         model: an x-transformers or Hugging Face decoder.
-        batch: gives the rows ``(b, n)`` of an update.
+        draw: returns the rows ``(b, n)`` of an update.
         steps: updates.
         learning_rate: at its peak.
+        description: label of the progress bar.
         every_other: scores the second, fourth, ... token instead of the last.
-        weight_decay: of all parameters. It draws the states of keys with one value together, so that what reads them
-            learns values and not keys.
-        progress: has ``update()``.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    scored = slice(0, None, 2) if every_other else slice(-1, None)
     model.train()
-    for step in range(steps):
-        rows = batch(step)
-        logits = logits_of(model(rows[:, :-1]))
-        scored = slice(0, None, 2) if every_other else slice(-1, None)
-        loss = F.cross_entropy(logits[:, scored].flatten(0, 1), rows[:, 1:][:, scored].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
+    with progress_bar(steps, description=description) as progress:
+        for _ in range(steps):
+            rows = draw()
+            logits = logits_of(model(rows[:, :-1]))
+            loss = F.cross_entropy(logits[:, scored].flatten(0, 1), rows[:, 1:][:, scored].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
             progress.update()
     model.eval()
 

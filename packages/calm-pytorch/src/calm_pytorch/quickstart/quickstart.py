@@ -119,23 +119,21 @@ def small_models(task: KeyValueTask, settings: QuickstartSettings) -> tuple[nn.M
     augment = small_decoder(task, dim=settings.dim, library=of_augment)
     anchor = small_decoder(task, dim=settings.dim, library=of_anchor)
     if settings.learner == "composition":
-        with progress_bar(settings.augment_steps, description="augment: keys") as bar:
-            train_alone(
-                augment,
-                lambda step: task.pairs(64, 4, generator),
-                steps=settings.augment_steps,
-                learning_rate=2e-3,
-                every_other=True,
-                progress=bar,
-            )
-    with progress_bar(settings.anchor_steps, description="anchor: numbers") as bar:
         train_alone(
-            anchor,
-            lambda step: task.expressions(256, generator),
-            steps=settings.anchor_steps,
-            learning_rate=1e-3,
-            progress=bar,
+            augment,
+            lambda: task.pairs(64, 4, generator),
+            steps=settings.augment_steps,
+            learning_rate=2e-3,
+            description="augment: keys",
+            every_other=True,
         )
+    train_alone(
+        anchor,
+        lambda: task.expressions(256, generator),
+        steps=settings.anchor_steps,
+        learning_rate=1e-3,
+        description="anchor: numbers",
+    )
     return anchor, augment.eval()
 
 

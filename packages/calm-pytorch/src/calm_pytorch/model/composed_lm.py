@@ -245,17 +245,16 @@ class ComposedLM(nn.Module):
             hidden: gives states before the output layer.
         """
         moved = None
+        alignment = [None] * len(self.augments) if alignment is None else alignment
         if mask is not None and (cache is None or cache.length == 0):
             # one layout for anchor and augments: position t of one is position t of the other
             moved = (with_padding_last if cache is None else with_padding_first)(ids.masked_fill(~mask, 0), mask)
             ids, mask = moved.ids, moved.mask
-            if alignment is not None:
-                order = moved.back.argsort(dim=1)
-                alignment = [None if pairs is None else _rows_in_order(pairs, order) for pairs in alignment]
-        readings = [
-            self._reading(index, ids, mask, states, None if alignment is None else alignment[index], cache)
-            for index in range(len(self.augments))
-        ]
+            order = moved.back.argsort(dim=1).unsqueeze(-1)
+            alignment = [
+                None if pairs is None else pairs.gather(1, order.expand(-1, -1, pairs.shape[-1])) for pairs in alignment
+            ]
+        readings = [self._reading(index, ids, mask, states, pairs, cache) for index, pairs in enumerate(alignment)]
         forward: Callable[..., Tensor] = self.anchor.hidden if hidden else self.anchor
         cached = {} if cache is None else {"cache": cache.anchor}
         with self._reading_anchor(readings):
@@ -319,7 +318,3 @@ class ComposedLM(nn.Module):
                     stack.enter_context(checkpointing(self._reader.recomputed(self._first_layer)))
             stack.enter_context(changing(self._blocks.modules, self._blocks.positions, change, where="anchor"))
             yield
-
-
-def _rows_in_order(pairs: Tensor, order: Tensor) -> Tensor:
-    return pairs.gather(1, order.unsqueeze(-1).expand(-1, -1, pairs.shape[-1]))

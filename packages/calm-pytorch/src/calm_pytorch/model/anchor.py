@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm_pytorch.model.blocks import Blocks, BlocksFunction, hidden_widths, recomputed_parts
+from calm_pytorch.model.blocks import Blocks, BlocksFunction, hidden_widths
 from calm_pytorch.model.hooks import HiddenPosition
 from lm_core.adapters import as_causal_lm
 from lm_core.adapters.huggingface import undisturbed
@@ -56,10 +56,6 @@ class Anchor:
         with undisturbed(model):
             self.dims = hidden_widths(self.blocks.read(run), "anchor")
             self.decodes = hasattr(self.language_model, "init_cache") and self._blocks_run_with_a_cache(probe)
-
-    def recomputed(self, first_layer: int) -> list[nn.Module]:
-        """The modules whose activations are computed again in a backward pass that ends at a layer."""
-        return recomputed_parts(self.model, self.blocks.modules[first_layer - 1 :])
 
     def _blocks_run_with_a_cache(self, probe: Tensor) -> bool:
         cache = self.language_model.init_cache(1, 3)

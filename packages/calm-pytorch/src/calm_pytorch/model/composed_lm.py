@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from calm_pytorch.model.anchor import Anchor
 from calm_pytorch.model.augment import Augment
+from calm_pytorch.model.blocks import recomputed_parts
 from calm_pytorch.model.cross_attention import Context
 from calm_pytorch.model.hooks import changing, checkpointing, hooks_outside_checkpoints
 from calm_pytorch.model.inputs import real_tokens
@@ -124,7 +125,7 @@ class ComposedLM(nn.Module):
         self._reader = anchor
         # in tuples, so that nothing is registered a second time
         layers = sorted({layer for augment in augments for _, layer in augment.connections})
-        self._first_layer = layers[0]
+        self._read_from = anchor.blocks.modules[layers[0] - 1 :]
         self._blocks = anchor.blocks.layers(layers)
         # for each of these blocks its cross-attentions, with the numbers of their augment and connection
         self._reads = tuple(
@@ -315,6 +316,6 @@ class ComposedLM(nn.Module):
             if torch.is_grad_enabled() and self.cross_attns.training:
                 stack.enter_context(hooks_outside_checkpoints(self.anchor))
                 if self.gradient_checkpointing:
-                    stack.enter_context(checkpointing(self._reader.recomputed(self._first_layer)))
+                    stack.enter_context(checkpointing(recomputed_parts(self._reader.model, self._read_from)))
             stack.enter_context(changing(self._blocks.modules, self._blocks.positions, change, where="anchor"))
             yield

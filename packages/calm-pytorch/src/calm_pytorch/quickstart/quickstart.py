@@ -28,7 +28,7 @@ from calm_pytorch.quickstart.kv_arithmetic import (
 )
 from calm_pytorch.quickstart.low_rank import add_low_rank_, rank_for
 from lm_core.checkpoints.checkpoint import save_checkpoint
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, typed
 from lm_core.rng import seed_everything
 from lm_core.training.metrics import MetricsLog, progress_bar
 from lm_core.training.optimization import LearningRateSchedule, clip_global_norm
@@ -77,8 +77,7 @@ class QuickstartSettings:
     def __post_init__(self) -> None:
         for name in ("augment_steps", "anchor_steps", "max_steps", "batch_size", "dim"):
             check_positive(getattr(self, name), name)
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be a finite number above 0, got {self.learning_rate}")
+        check_above_zero(self.learning_rate, "learning_rate")
         if not 0 < self.keys_share <= 1:
             raise ValueError(f"keys_share must be in (0, 1], got {self.keys_share}")
         if not 1 <= self.connections <= 4:

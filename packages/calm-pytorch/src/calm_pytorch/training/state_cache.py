@@ -37,11 +37,6 @@ class StateCache:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(states.nbytes for row in self.rows.values() for layers in row for states in layers)
-
     def states(self, indices: Sequence[int], prompt: Any, prompt_mask: Any = None) -> AugmentStates:
         """States of a batch of examples; those that are not held yet are computed.
 

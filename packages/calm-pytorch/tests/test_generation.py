@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from calm_pytorch import AugmentParams
+from calm_pytorch import AugmentParams, align_by_offsets
 from lm_core.generation.beam_search import beam_search
+from lm_core.generation.sampling import top_k
 
+GREEDY = {"temperature": 0.0, "filter_fn": None}
 KINDS = ["x-transformers", "gpt2", "llama", "neox", "bloom", "plain"]
 
 
@@ -22,11 +24,10 @@ def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alo
     prompt = ids(3, 7)
     prompt[0, 4:] = -1
     prompt[2, 2:] = -1
-    settings = {"temperature": 0.0, "filter_fn": None}
-    cached = calm.generate(prompt, 14, **settings)
-    assert torch.equal(cached, calm.generate(prompt, 14, use_cache=False, **settings))
+    cached = calm.generate(prompt, 14, **GREEDY)
+    assert torch.equal(cached, calm.generate(prompt, 14, use_cache=False, **GREEDY))
     for row, length in zip(range(3), (4, 7, 2), strict=True):
-        alone = calm.generate(prompt[row : row + 1, :length], 14, **settings)
+        alone = calm.generate(prompt[row : row + 1, :length], 14, **GREEDY)
         assert torch.equal(cached[row, : 14 - length], alone[0, : 14 - length])
 
 
@@ -57,14 +58,13 @@ def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, 
 
     if hooked in parts:
         parts[hooked].register_forward_hook(louder)
-    settings = {"temperature": 0.0, "filter_fn": None}
-    cached = calm.generate(ids(1, 5), 17, **settings)
+    cached = calm.generate(ids(1, 5), 17, **GREEDY)
     calls, heard[:] = len(heard), []
-    assert torch.equal(cached, calm.generate(ids(1, 5), 17, use_cache=False, **settings))
+    assert torch.equal(cached, calm.generate(ids(1, 5), 17, use_cache=False, **GREEDY))
     assert calls == (0 if hooked == "nothing" else 12)
     if hooked != "nothing":
         parts[hooked]._forward_hooks.clear()
-        assert not torch.equal(cached, calm.generate(ids(1, 5), 17, **settings))
+        assert not torch.equal(cached, calm.generate(ids(1, 5), 17, **GREEDY))
 
 
 class Louder(torch.nn.Module):
@@ -82,16 +82,15 @@ class Louder(torch.nn.Module):
 def test_a_layer_that_was_replaced_after_composing_is_the_one_that_runs(model_of, compose, ids, replaced):
     anchor = model_of("x-transformers")
     calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
-    settings = {"temperature": 0.0, "filter_fn": None}
-    before, loss = calm.generate(ids(1, 5), 17, **settings), calm(ids(2, 9), prompt=ids(2, 5))
+    before, loss = calm.generate(ids(1, 5), 17, **GREEDY), calm(ids(2, 9), prompt=ids(2, 5))
     attention, feedforward = anchor.attn_layers.layers[0][1], anchor.attn_layers.layers[1][1].ff[0]
     if replaced == "feedforward":
         feedforward[0] = Louder(feedforward[0])
     else:
         attention.to_q = Louder(attention.to_q)
-    after = calm.generate(ids(1, 5), 17, **settings)
+    after = calm.generate(ids(1, 5), 17, **GREEDY)
     assert not torch.equal(after, before)
-    assert torch.equal(after, calm.generate(ids(1, 5), 17, use_cache=False, **settings))
+    assert torch.equal(after, calm.generate(ids(1, 5), 17, use_cache=False, **GREEDY))
     logits = calm(ids(2, 9), prompt=ids(2, 5), return_loss=False)[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids(2, 9)[:, 1:].flatten())
     changed = calm(ids(2, 9), prompt=ids(2, 5))
@@ -152,8 +151,6 @@ def test_rows_that_end_leave_the_batch_without_harm(model_of, compose, ids):
 
 
 def test_a_generator_makes_samples_reproducible_and_filters_hold(model_of, compose, ids):
-    from lm_core.generation.sampling import top_k
-
     calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True)
     one, two = (calm.generate(ids(2, 4), 12, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two)
@@ -240,8 +237,6 @@ def test_a_row_whose_prompt_is_all_padding_is_the_anchor_alone(model_of, compose
 
 
 def test_alignment_by_offsets_shows_text_already_read_only():
-    from calm_pytorch import align_by_offsets
-
     anchor = [[(0, 3), (3, 5), (5, 9)]]
     augment = [[(0, 0), (0, 2), (2, 4), (4, 5), (5, 9)]]
     expected = torch.tensor([[[0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]]).bool()
@@ -251,8 +246,6 @@ def test_alignment_by_offsets_shows_text_already_read_only():
 @pytest.mark.parametrize("kind", ["llama", "plain"])
 def test_an_aligned_augment_with_other_tokens_does_not_leak_the_future(model_of, compose, ids, kind):
     """Two characters a token in the anchor, three in the augment."""
-    from calm_pytorch import align_by_offsets
-
     calm = compose(model_of(kind), AugmentParams(model_of("gpt2", seed=1)), trained=True)
     pairs = align_by_offsets([[(2 * i, 2 * i + 2) for i in range(6)]], [[(3 * i, 3 * i + 3) for i in range(4)]])
     seq, prompt = ids(1, 6), ids(1, 4, seed=1)

@@ -68,8 +68,7 @@ def test_a_hook_on_every_submodule_fires_as_often_as_the_architecture_says(
         assert counts(run) == [alone, of_blocks(1, 1), read]
         calm.eval()
     for cached in (True, False):
-        settings = {"temperature": 0.0, "filter_fn": None, "use_cache": cached}
-        found = counts(lambda: calm.generate(ids(1, 5), 5 + NEW_TOKENS, **settings))  # noqa: B023
+        found = counts(lambda: calm.generate(ids(1, 5), 5 + NEW_TOKENS, use_cache=cached, **SETTINGS))  # noqa: B023
         contexts = 1 if cached and not shared else NEW_TOKENS
         # with a cache of its own it runs to its end, so that all its layers know the token
         of_augment = alone if shared and cached else read

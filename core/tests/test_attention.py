@@ -44,6 +44,7 @@ def test_attention_equals_the_explicit_softmax(
     before = None if mask is None else mask.clone()
     result = attend(q, k, v, mask=mask, causal=causal, scale=scale)
     torch.testing.assert_close(result, naive_attention(q, k, v, visible, scale), rtol=1e-12, atol=1e-12)
+    assert torch.equal(Attention(causal=causal, scale=scale)(q, k, v, mask=mask), result)
     assert mask is None or torch.equal(mask, before)
 
 
@@ -118,11 +119,3 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean():
     assert noisy.mean().item() == pytest.approx(1.0, abs=0.02)
     assert noisy.std().item() > 0.01
     assert torch.allclose(attention.eval()(q, k, v), v)
-
-
-def test_the_module_holds_causality_and_scale(naive_attention):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (draw(generator, 1, 2, 4, 8) for _ in range(3))
-    result = Attention(causal=True, scale=3.0)(q, k, v)
-    expected = naive_attention(q, k, v, every_pair(1, 2, 4, 4).tril(), 3.0)
-    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)

@@ -148,49 +148,30 @@ SETTINGS = [
     ({"eos_id": "end"}, TypeError, "eos_id='end'"),
     ({"max_new_tokens": 10}, ValueError, "prompt (3 tokens) and max_new_tokens (10) exceed the model's limit of 12"),
 ]
-TEMPERATURES = [
-    ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
-    ({"temperature": NAN}, "temperature must be a finite number of at least 0, got nan"),
-    ({"temperature": INF}, "temperature must be a finite number of at least 0, got inf"),
-]
-BEAMS = [
-    ({"beams": 0}, ValueError, "beams must be at least 1, got 0"),
-    ({"beams": 1.5}, TypeError, "beams=1.5"),
-    ({"length_penalty": NAN}, ValueError, "length_penalty must be finite, got nan"),
+OF_ONE = [
+    (generate, {"temperature": -1.0}, ValueError, "temperature must be a finite number of at least 0, got -1.0"),
+    (generate, {"temperature": NAN}, ValueError, "temperature must be a finite number of at least 0, got nan"),
+    (generate, {"temperature": INF}, ValueError, "temperature must be a finite number of at least 0, got inf"),
+    (beam_search, {"beams": 0}, ValueError, "beams must be at least 1, got 0"),
+    (beam_search, {"beams": 1.5}, TypeError, "beams=1.5"),
+    (beam_search, {"length_penalty": NAN}, ValueError, "length_penalty must be finite, got nan"),
 ]
 
 
-@pytest.fixture
-def refuses(models):
-    """Calls ``generate`` or ``beam_search`` on a model that must not be touched."""
-
-    def check(function, prompt, arguments, error, message):
-        model = models.hidden(9, 0).train()
-        model.max_length = 12
-        rng, arguments = torch.get_rng_state(), {"max_new_tokens": 4, **arguments}
-        with pytest.raises(error, match=re.escape(message)):
-            function(model, prompt, **arguments)
-        assert model.calls == []
-        assert all(module.training for module in model.modules())
-        assert torch.equal(torch.get_rng_state(), rng)
-
-    return check
-
-
-@pytest.mark.parametrize(("prompt", "arguments", "error", "message"), PROMPTS + [(IDS, *row) for row in SETTINGS])
-def test_generation_refuses_bad_prompts_and_settings(prompt, arguments, error, message, refuses):
-    refuses(generate, prompt, arguments, error, message)
-    refuses(beam_search, prompt, {"beams": 2, **arguments}, error, message)
-
-
-@pytest.mark.parametrize(("arguments", "message"), TEMPERATURES)
-def test_sampling_refuses_bad_temperatures(arguments, message, refuses):
-    refuses(generate, IDS, arguments, ValueError, message)
-
-
-@pytest.mark.parametrize(("arguments", "error", "message"), BEAMS)
-def test_beam_search_refuses_bad_settings(arguments, error, message, refuses):
-    refuses(beam_search, IDS, {"beams": 2, **arguments}, error, message)
+@pytest.mark.parametrize(
+    ("function", "prompt", "arguments", "error", "message"),
+    [(function, *row) for function in (generate, beam_search) for row in PROMPTS + [(IDS, *row) for row in SETTINGS]]
+    + [(function, IDS, *row) for function, *row in OF_ONE],
+)
+def test_generation_refuses_bad_input_and_touches_nothing(function, prompt, arguments, error, message, models):
+    model = models.hidden(9, 0).train()
+    model.max_length = 12
+    rng, beams = torch.get_rng_state(), {"beams": 2} if function is beam_search else {}
+    with pytest.raises(error, match=re.escape(message)):
+        function(model, prompt, **{"max_new_tokens": 4, **beams, **arguments})
+    assert model.calls == []
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), rng)
 
 
 def test_an_argument_of_two_names_is_given_under_one():

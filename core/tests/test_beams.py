@@ -59,15 +59,8 @@ def test_with_as_many_beams_as_sequences_the_best_of_all_is_found(
     answers = every_sequence(model, prompt, vocabulary, room, eos_id, minimum)
     ranked = sorted(answers, key=lambda answer: -score(answer[1], length_penalty))
     assume(score(ranked[0][1], length_penalty) - score(ranked[1][1], length_penalty) > 1e-5)  # no tie
-    result = beam_search(
-        model,
-        torch.tensor([prompt]),
-        beams=vocabulary**room,
-        max_new_tokens=room,
-        min_new_tokens=minimum,
-        length_penalty=length_penalty,
-        eos_id=eos_id,
-    )
+    limits = {"beams": vocabulary**room, "max_new_tokens": room, "min_new_tokens": minimum, "eos_id": eos_id}
+    result = beam_search(model, torch.tensor([prompt]), **limits, length_penalty=length_penalty)
     best, log_probs = ranked[0]
     assert result.tokens[0].tolist() == best
     assert result.log_probs[0].tolist() == pytest.approx(log_probs, abs=1e-5)
@@ -87,16 +80,8 @@ def test_a_batch_equals_each_prompt_alone(seed, beams, ends, length_penalty, use
     prompts = [
         torch.randint(6, (n,), generator=generator) for n in torch.randint(1, 5, (4,), generator=generator).tolist()
     ]
-    search = partial(
-        beam_search,
-        model,
-        beams=beams,
-        max_new_tokens=6,
-        eos_id=2 if ends else None,
-        pad_id=7,
-        length_penalty=length_penalty,
-        use_cache=use_cache,
-    )
+    limits = {"beams": beams, "max_new_tokens": 6, "eos_id": 2 if ends else None, "pad_id": 7}
+    search = partial(beam_search, model, **limits, length_penalty=length_penalty, use_cache=use_cache)
     together = search(prompts)
     for row, prompt in enumerate(prompts):
         alone, length = search([prompt]), int(together.lengths[row])
@@ -120,7 +105,7 @@ def test_one_beam_is_greedy_decoding(seed, ends, length_penalty, models):
 
 @given(seed=st.integers(0, 100_000), length_penalty=st.sampled_from([0.0, 1.0, 1.5]))
 def test_more_beams_never_lose_to_the_classic_search_by_hand(seed, length_penalty, models, next_log_probs):
-    """Two beams, step by step in Python: of the best four continuations, two that go on; endings among the best two."""
+    """Two beams, step by step in Python: two continue of the best four; endings count among the best two."""
     model, room, eos_id, beams = models.cached(4, seed, sharpness=1.0), 5, 3, 2
     running, finished = [([], [])], []
     for _ in range(room):

@@ -27,12 +27,13 @@ def entries(generator, rows, count):
     return torch.randn(rows, count, 2, LAYERS, HEADS, FEATURES, generator=generator)
 
 
+def keys_and_values(new, layer=0):
+    return [new[:, :, part, layer].transpose(1, 2) for part in (0, 1)]
+
+
 def write(cache, new):
     """One forward: every layer writes, then the cache advances. Returns what the layers got back."""
-    got = []
-    for layer in range(LAYERS):
-        keys, values = (new[:, :, part, layer].transpose(1, 2) for part in (0, 1))
-        got.append(torch.stack(cache.update(layer, keys, values)))
+    got = [torch.stack(cache.update(layer, *keys_and_values(new, layer))) for layer in range(LAYERS)]
     cache.advance(new.shape[1])
     return torch.stack(got).permute(2, 4, 1, 0, 3, 5)  # (rows, length, keys or values, layers, heads, features)
 
@@ -82,9 +83,9 @@ def test_keys_and_values_in_one_tensor_are_kept_like_each_alone():
     for count in (2, 1, 4):
         new = entries(generator, 2, count)
         for layer in range(LAYERS):
-            keys, values = (new[:, :, part, layer].transpose(1, 2) for part in (0, 1))
-            held = joint.append(layer, torch.cat((keys, values), dim=1))
-            assert torch.equal(held, torch.cat(apart.update(layer, keys, values), dim=1))
+            parts = keys_and_values(new, layer)
+            joined = joint.append(layer, torch.cat(parts, dim=1))
+            assert torch.equal(joined, torch.cat(apart.update(layer, *parts), dim=1))
         apart.advance(count)
         joint.advance(count)
         for cache in (apart, joint):
@@ -98,8 +99,7 @@ def test_memory_is_taken_once_where_there_is_room():
     assert cache.nbytes == 0
     places = set()
     for _ in range(20):
-        new = entries(generator, 2, 1)
-        keys, values = cache.update(0, new[:, :, 0, 0].transpose(1, 2), new[:, :, 1, 0].transpose(1, 2))
+        keys, values = cache.update(0, *keys_and_values(entries(generator, 2, 1)))
         cache.advance(1)
         places.add((keys.untyped_storage().data_ptr(), values.untyped_storage().data_ptr()))
     assert len(places) == 1
@@ -121,7 +121,7 @@ def test_what_was_written_but_not_advanced_does_not_count():
     first, lost, second = (entries(generator, 2, count) for count in (2, 5, 1))
     cache = KVCache(layers=LAYERS, batch_size=2, max_length=3)
     write(cache, first)
-    cache.update(0, lost[:, :, 0, 0].transpose(1, 2), lost[:, :, 1, 0].transpose(1, 2))  # grows, then the forward fails
+    cache.update(0, *keys_and_values(lost))  # grows, then the forward fails
     assert cache.length == 2
     assert torch.equal(write(cache, second), torch.cat((first, second), dim=1))
 

@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +27,6 @@ class Tiny(PretrainedMixin):
         self.output = nn.Linear(dim, vocab, bias=False, dtype=dtype)
         if tie:
             self.output.weight = self.embedding.weight
-
-
-class Other(PretrainedMixin):
-    def __init__(self, *, vocab: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab, dim)
 
 
 def _equal(first: nn.Module, second: nn.Module) -> bool:
@@ -129,7 +122,7 @@ def test_a_step_saved_again_is_a_new_folder_and_the_newest(tmp_path):
     assert _equal(target, second)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used_where_one_is_whole(tmp_path):
     models = [nn.Linear(3, 3) for _ in range(3)]
     for step, model in enumerate(models):
         save_checkpoint(tmp_path, step, model=model)
@@ -139,6 +132,10 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
         loaded = load_checkpoint(tmp_path, model=target)
     assert loaded.step == 1
     assert _equal(target, models[1])
+    for step in (0, 1):
+        (tmp_path / f"step-{step}" / "trainer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* damaged: step-2: .*step-1: .*step-0: .*pt is miss"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "trainer.pt", "rng-0.pt", "model.safetensors"])
@@ -159,13 +156,6 @@ def test_every_kind_of_damage_to_every_file_is_noticed(tmp_path, name, harm):
         load_checkpoint(tmp_path, step=2)
 
 
-def test_when_all_are_damaged_each_is_named(tmp_path):
-    for step in (1, 2):
-        (save_checkpoint(tmp_path, step, model=nn.Linear(1, 1)) / "trainer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"every checkpoint .* damaged: step-2: .*step-1: .*trainer\.pt is miss"):
-        load_checkpoint(tmp_path)
-
-
 def test_going_back_before_a_damaged_checkpoint_never_loses_the_new_one(tmp_path):
     save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1), keep=2)
     (save_checkpoint(tmp_path, 2, model=nn.Linear(1, 1), keep=2) / "manifest.json").write_text("{")
@@ -181,20 +171,6 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     save_checkpoint(tmp_path, 4, model=nn.Linear(1, 1))
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 .* which has \[4\]"):
         load_checkpoint(tmp_path, step=7)
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest_of_the_new_one(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1), keep=1)
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lm_core.checkpoints.atomic_io.os.fsync", full)
-    with pytest.raises(OSError, match=r"step-2 could not be written \(.*No space left.*earlier checkpoints are unt"):
-        save_checkpoint(tmp_path, 2, model=nn.Linear(1, 1), keep=1)
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert load_checkpoint(tmp_path).step == 1
 
 
 def test_state_that_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path):
@@ -228,16 +204,17 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     assert _equal(model, loaded)
 
 
-def test_an_untied_model_is_told_that_a_tied_file_lacks_its_output(tmp_path):
-    Tiny(vocab=5, dim=4).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"missing keys: output.weight"):
-        Tiny.from_pretrained(tmp_path, tie=False)
-
-
-def test_a_tied_model_refuses_two_different_weights_for_one(tmp_path):
-    Tiny(vocab=5, dim=4, tie=False).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"tied in the model but different in the file: output.weight and embe"):
-        Tiny.from_pretrained(tmp_path, tie=True)
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (True, "missing keys: output.weight"),
+        (False, "tied in the model but different in the file: output.weight and em"),
+    ],
+)
+def test_a_file_tied_otherwise_than_the_model_is_refused(tmp_path, stored, message):
+    Tiny(vocab=5, dim=4, tie=stored).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        Tiny.from_pretrained(tmp_path, tie=not stored)
 
 
 def test_overlapping_and_strided_tensors_come_back_equal(tmp_path):
@@ -249,7 +226,7 @@ def test_overlapping_and_strided_tensors_come_back_equal(tmp_path):
     assert all(torch.equal(stored[name], state[name]) for name in stored)
 
 
-def test_a_refused_state_names_every_problem_and_changes_nothing():
+def test_a_refused_state_names_every_problem_or_the_first_eight_and_changes_nothing():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {**before, "1.weight": torch.zeros(5, 3), "extra": torch.zeros(1), "1.bias": torch.zeros(4).double()}
@@ -264,9 +241,6 @@ def test_a_refused_state_names_every_problem_and_changes_nothing():
     ):
         assert part in str(caught.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_long_lists_of_keys_are_shortened():
     with pytest.raises(CheckpointError, match=r"unexpected keys: k0, .*k7 and 12 more"):
         load_weights(nn.Identity(), {f"k{number}": torch.zeros(1) for number in range(20)})
 
@@ -294,16 +268,11 @@ def test_a_pickle_bomb_is_refused_and_not_executed(tmp_path, name, protocol):
     write_manifest(path, step=1, world_size=1, sequence=1)
     with pytest.raises(CheckpointError, match=name):
         load_checkpoint(tmp_path / "run", model=Tiny(vocab=3, dim=2))
+    with pytest.raises(CheckpointError, match=name):
+        load_tensors(path / name)
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickle.dumps(bomb))
     assert (tmp_path / "executed").exists()  # the bomb is real
-
-
-def test_a_bomb_outside_a_checkpoint_is_refused_too(tmp_path):
-    torch.save({"state": Bomb(tmp_path / "executed")}, tmp_path / "old.pt")
-    with pytest.raises(CheckpointError, match=r"old.pt holds more than tensors"):
-        load_tensors(tmp_path / "old.pt")
-    assert not (tmp_path / "executed").exists()
 
 
 def test_a_config_cannot_have_foreign_modules_imported(tmp_path):
@@ -383,10 +352,3 @@ def test_plain_state_keeps_values_and_containers():
     value = {"a": (1, [2.5, None]), "b": np.int64(3), "c": torch.float16, 4: "x"}
     assert plain(value) == {"a": (1, [2.5, None]), "b": 3, "c": torch.float16, 4: "x"}
     assert type(plain(value)["b"]) is int
-
-
-def test_no_warning_is_given_when_all_is_well(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1))
-        assert load_checkpoint(tmp_path).step == 1

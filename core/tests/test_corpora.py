@@ -3,7 +3,8 @@
 import gzip
 import json
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 
 from lm_core.data.corpora import load_corpus, split_documents, stdlib_corpus
 from lm_core.data.documents import Documents, load_documents, read_texts, tokenise
-from lm_core.tokenizers import ByteTokenizer
 
 TEXTS = ["first document", "zwei: naïve 日本", "third\nwith lines\n"]
 
@@ -105,21 +105,14 @@ def test_the_cache_is_keyed_by_file_tokenizer_and_field(write, tmp_path):
     assert _texts(load_documents(path, field="body", cache_dir=cache)) == ["changed"]
 
 
-def test_an_interrupted_cache_is_built_anew(write, tmp_path, monkeypatch):
+def test_an_interrupted_cache_is_built_again_and_a_truncated_one_named(write, tmp_path, monkeypatch):
     path, cache = write("jsonl"), tmp_path / "cache"
-    monkeypatch.setattr(ByteTokenizer, "fingerprint", "one")
-    monkeypatch.setattr("lm_core.data.documents._encode", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        load_documents(path, field="body", cache_dir=cache)
-    monkeypatch.undo()
-    monkeypatch.setattr(ByteTokenizer, "fingerprint", "one")
+    with monkeypatch.context() as full:
+        full.setattr("lm_core.data.documents._encode", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            load_documents(path, field="body", cache_dir=cache)
     assert not [entry for entry in cache.iterdir() if entry.is_dir()]
     assert _texts(load_documents(path, field="body", cache_dir=cache)) == TEXTS
-
-
-def test_a_truncated_cache_is_named(write, tmp_path):
-    path, cache = write("jsonl"), tmp_path / "cache"
-    load_documents(path, field="body", cache_dir=cache)
     ids = next(cache.glob("*/ids.bin"))
     ids.write_bytes(ids.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"cache .* is damaged"):
@@ -127,22 +120,10 @@ def test_a_truncated_cache_is_named(write, tmp_path):
 
 
 def test_two_writers_of_one_cache_do_not_disturb_each_other(write, tmp_path):
-    path, found, errors = write("jsonl"), [], []
-
-    def work():
-        try:
-            found.append(load_documents(path, field="body", cache_dir=tmp_path / "cache").fingerprint)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert len(found) == 4
-    assert len(set(found)) == 1
+    load = partial(load_documents, write("jsonl"), field="body", cache_dir=tmp_path / "cache")
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(load) for _ in range(4)]
+    assert len({job.result().fingerprint for job in jobs}) == 1
 
 
 def test_a_document_stays_on_its_side_when_others_are_added():
@@ -155,14 +136,11 @@ def test_a_document_stays_on_its_side_when_others_are_added():
     assert 40 <= len(large.validation) <= 80
 
 
-def test_a_single_document_is_split_by_position():
+def test_a_single_document_is_split_by_position_and_two_give_one_to_each_side():
     corpus = split_documents(tokenise([bytes(range(200))]), 0.1)
     assert list(corpus.train[0]) == list(range(180))
     assert list(corpus.validation[0]) == list(range(180, 200))
     assert (corpus.train.num_bytes, corpus.validation.num_bytes) == (180, 20)
-
-
-def test_two_documents_give_one_to_each_side():
     corpus = split_documents(tokenise(["a", "b"]), 0.001)
     assert (len(corpus.train), len(corpus.validation)) == (1, 1)
 
@@ -175,7 +153,7 @@ def test_the_fingerprint_sees_content_and_borders_but_not_storage():
     assert base[:1].fingerprint == tokenise(["ab"]).fingerprint
 
 
-def test_the_standard_library_is_real_source_without_its_tests():
+def test_the_standard_library_is_real_source_without_its_tests_and_the_same_at_every_call():
     corpus = stdlib_corpus()
     texts = _texts(corpus.train) + _texts(corpus.validation)
     argparse = Path(os.__file__).with_name("argparse.py").read_text(encoding="utf-8")
@@ -184,9 +162,6 @@ def test_the_standard_library_is_real_source_without_its_tests():
     assert not any("import unittest" in text and "class TestArgparse" in text for text in texts)
     assert len(set(_texts(corpus.train)) & set(_texts(corpus.validation))) == 0
     assert 0.02 < len(corpus.validation) / len(texts) < 0.09
-
-
-def test_the_standard_library_is_the_same_at_every_call():
     assert stdlib_corpus(max_documents=20).fingerprint == stdlib_corpus(max_documents=20).fingerprint
 
 

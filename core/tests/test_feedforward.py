@@ -9,13 +9,9 @@ from lm_core.nn.feedforward import SwiGLU, split_swiglu, swiglu
 
 def test_swiglu_multiplies_the_first_half_by_silu_of_the_second():
     x = torch.randn(2, 3, 8, dtype=torch.float64)
-    result = SwiGLU()(x)
-    for row in range(2):
-        for position in range(3):
-            for feature in range(4):
-                value, gate = float(x[row, position, feature]), float(x[row, position, feature + 4])
-                expected = value * gate / (1 + math.exp(-gate))
-                assert math.isclose(float(result[row, position, feature]), expected, rel_tol=1e-13)
+    values, gates = (half.flatten().tolist() for half in x.chunk(2, dim=-1))
+    expected = [value * gate / (1 + math.exp(-gate)) for value, gate in zip(values, gates, strict=True)]
+    assert SwiGLU()(x).flatten().tolist() == pytest.approx(expected, rel=1e-13)
 
 
 def test_swiglu_keeps_its_input_and_has_no_parameters():
@@ -28,14 +24,9 @@ def test_swiglu_keeps_its_input_and_has_no_parameters():
     assert list(SwiGLU().parameters()) == []
 
 
-def test_the_gradient_of_swiglu_is_right():
-    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(SwiGLU(), (x,))
-
-
 def test_swiglu_gradient_is_that_of_the_formula():
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(swiglu, x)
+    assert torch.autograd.gradcheck(SwiGLU(), x)
     upstream = torch.randn(3, 5, 4, dtype=torch.float64)
     (ours,) = torch.autograd.grad(swiglu(x), x, upstream)
     half, gate = x.chunk(2, dim=-1)

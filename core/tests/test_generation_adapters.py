@@ -9,6 +9,7 @@ from torch import nn
 from lm_core.adapters import as_causal_lm
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
+from lm_core.nn.masking import left_pad
 
 VOCABULARY = 48
 NEW = 9
@@ -44,13 +45,6 @@ def adapted(build):
 def prompts(seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
-
-
-def left_padded(rows):
-    width = max(len(row) for row in rows)
-    ids = torch.stack([nn.functional.pad(row, (width - len(row), 0)) for row in rows])
-    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
-    return ids, mask
 
 
 @torch.no_grad()
@@ -128,7 +122,7 @@ def by_transformers(model, ids, mask, **options):
 @pytest.mark.parametrize("with_eos", [False, True])
 def test_greedy_generation_equals_transformers(build, kind, with_eos):
     model = build(kind)
-    ids, mask = left_padded(prompts())
+    ids, mask = left_pad(prompts(), 0)
     own = generate(model, ids, mask=mask, max_new_tokens=NEW, temperature=0.0)
     eos_id = common_token(own.tokens.tolist()) if with_eos else None
     own = generate(model, ids, mask=mask, max_new_tokens=NEW, temperature=0.0, eos_id=eos_id)
@@ -142,7 +136,7 @@ def test_greedy_generation_equals_transformers(build, kind, with_eos):
 @pytest.mark.parametrize("beams", [2, 4])
 def test_beam_search_equals_transformers(build, kind, length_penalty, beams):
     model = build(kind)
-    ids, mask = left_padded(prompts())
+    ids, mask = left_pad(prompts(), 0)
     for eos_id in (None, 3, 11):
         own = beam_search(
             model, ids, mask=mask, beams=beams, max_new_tokens=NEW, length_penalty=length_penalty, eos_id=eos_id

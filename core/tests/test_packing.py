@@ -12,6 +12,7 @@ from lm_core.data.documents import tokenise
 from lm_core.data.packing import PackedBatches, ValidationBatches, bits_per_byte
 
 EOS, PAD, BOS = 257, 258, 256
+GOOD = {"sequence_length": 8, "batch_size": 1, "eos_id": EOS, "pad_id": PAD}
 
 
 def _documents(count=7, seed=0):
@@ -74,16 +75,14 @@ def test_an_epoch_has_every_token_of_every_document_as_a_label_once():
 
 def test_without_shuffling_training_rows_are_the_validation_rows():
     documents = _documents()
-    shared = {"documents": documents, "sequence_length": 8, "batch_size": 1, "eos_id": EOS, "pad_id": PAD}
-    training = PackedBatches(**shared, shuffle=False)
-    assert _rows(itertools.islice(training, training.rows_per_epoch)) == _rows(ValidationBatches(**shared))
+    training = PackedBatches(documents=documents, **GOOD, shuffle=False)
+    expected = _rows(ValidationBatches(documents=documents, **GOOD))
+    assert _rows(itertools.islice(training, training.rows_per_epoch)) == expected
 
 
 def test_epochs_and_seeds_differ_and_repeat():
     def rows(seed, epoch):
-        batches = PackedBatches(
-            documents=_documents(), sequence_length=8, batch_size=1, eos_id=EOS, pad_id=PAD, seed=seed
-        )
+        batches = PackedBatches(documents=_documents(), **GOOD, seed=seed)
         count = batches.rows_per_epoch
         return _rows(itertools.islice(batches, epoch * count, (epoch + 1) * count))
 
@@ -94,9 +93,10 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_see_together_what_one_process_sees_in_the_same_step(world_size):
-    shared = {"documents": _documents(), "sequence_length": 8, "eos_id": EOS, "pad_id": PAD, "seed": 5}
-    alone = PackedBatches(**shared, batch_size=2 * world_size)
-    ranks = [PackedBatches(**shared, batch_size=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shared = {"documents": _documents(), **GOOD, "seed": 5}
+    alone = PackedBatches(**shared | {"batch_size": 2 * world_size})
+    shares = [{"batch_size": 2, "rank": rank, "world_size": world_size} for rank in range(world_size)]
+    ranks = [PackedBatches(**shared | share) for share in shares]
     for _ in range(20):
         assert _rows([next(alone)]) == _rows([next(rank) for rank in ranks])
     assert {rank.rows_seen for rank in ranks} == {alone.rows_seen}
@@ -104,9 +104,10 @@ def test_ranks_see_together_what_one_process_sees_in_the_same_step(world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_ranks_validate_all_rows_once_with_equally_many_batches(world_size):
-    shared = {"documents": _documents(), "sequence_length": 8, "eos_id": EOS, "pad_id": PAD}
-    expected = _rows(ValidationBatches(**shared, batch_size=1))
-    ranks = [ValidationBatches(**shared, batch_size=3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    shared = {"documents": _documents(), **GOOD}
+    expected = _rows(ValidationBatches(**shared))
+    shares = [{"batch_size": 3, "rank": rank, "world_size": world_size} for rank in range(world_size)]
+    ranks = [ValidationBatches(**shared | share) for share in shares]
     assert len({len(rank) for rank in ranks}) == 1
     steps = zip(*[list(rank) for rank in ranks], strict=True)
     found = _rows([batch for step in steps for batch in step])
@@ -118,15 +119,9 @@ def test_ranks_validate_all_rows_once_with_equally_many_batches(world_size):
 @settings(max_examples=30)
 @given(stop=st.integers(0, 60), batch_size=st.integers(1, 7))
 def test_a_resumed_cursor_gives_the_rows_of_the_uninterrupted_run(stop, batch_size):
-    def fresh():
-        return PackedBatches(
-            documents=_documents(), sequence_length=8, batch_size=batch_size, eos_id=EOS, pad_id=PAD, seed=1
-        )
-
-    whole = fresh()
+    whole, resumed = (PackedBatches(documents=_documents(), **GOOD | {"batch_size": batch_size}) for _ in "ab")
     for _ in range(stop):
         next(whole)
-    resumed = fresh()
     resumed.load_state_dict(whole.state_dict())
     assert all(type(value) is int for value in whole.state_dict().values())
     assert _rows([next(resumed) for _ in range(3)]) == _rows([next(whole) for _ in range(3)])
@@ -135,9 +130,8 @@ def test_a_resumed_cursor_gives_the_rows_of_the_uninterrupted_run(stop, batch_si
 
 def test_limited_validation_takes_rows_from_all_over_and_repeats_exactly():
     documents = _documents(40)
-    shared = {"documents": documents, "sequence_length": 8, "batch_size": 1, "eos_id": EOS, "pad_id": PAD}
-    all_rows = _rows(ValidationBatches(**shared))
-    limited = ValidationBatches(**shared, max_tokens=10 * 8)
+    all_rows = _rows(ValidationBatches(documents=documents, **GOOD))
+    limited = ValidationBatches(documents=documents, **GOOD, max_tokens=10 * 8)
     places = [all_rows.index(row) for row in _rows(limited)]
     assert len(places) == 10
     assert places == sorted(places)
@@ -146,30 +140,20 @@ def test_limited_validation_takes_rows_from_all_over_and_repeats_exactly():
 
 
 def test_labels_are_counted_without_the_ignored_ones():
-    batch = next(
-        iter(ValidationBatches(documents=tokenise(["abc", "de"]), sequence_length=9, batch_size=2, eos_id=EOS))
-    )
+    (batch,) = ValidationBatches(documents=tokenise(["abc", "de"]), sequence_length=9, batch_size=2, eos_id=EOS)
     assert batch.num_labels == 3 + 2
     assert batch.to("cpu").ids.tolist() == batch.ids.tolist()
 
 
-def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
-    documents = tokenise(["some text", "more"])
-    assert bits_per_byte(10 * math.log(256), 10, documents) == pytest.approx(8.0)
-
-
-def test_bits_per_byte_counts_the_bytes_behind_wider_tokens():
+def test_bits_per_byte_of_a_uniform_byte_model_is_eight_and_counts_bytes_not_wider_tokens():
     class Pairs:
         vocab_size = 10
 
         def encode(self, text):
             return [1] * (len(text) // 2)
 
-    documents = tokenise(["abcdefgh"], tokenizer=Pairs())
-    assert bits_per_byte(4 * math.log(2), 4, documents) == pytest.approx(0.5)
-
-
-GOOD = {"sequence_length": 8, "batch_size": 2, "eos_id": EOS}
+    assert bits_per_byte(10 * math.log(256), 10, tokenise(["some text", "more"])) == pytest.approx(8.0)
+    assert bits_per_byte(4 * math.log(2), 4, tokenise(["abcdefgh"], tokenizer=Pairs())) == pytest.approx(0.5)
 
 
 @pytest.mark.plain

@@ -88,21 +88,15 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_arguments_of_every_kind_come_back(tmp_path):
-    model = Net(
-        dim=3,
-        scale=float("inf"),
-        names=("x", "y"),
-        sizes=[1, 2],
-        table={"k": 4, "$odd": 5},
-        dtype=torch.float64,
-        folder=Path("a/b"),
-    )
+def test_arguments_of_every_kind_come_back_and_can_be_overridden(tmp_path):
+    options = {"names": ("x", "y"), "sizes": [1, 2], "table": {"k": 4, "$odd": 5}, "folder": Path("a/b")}
+    model = Net(dim=3, scale=float("inf"), dtype=torch.float64, **options)
     model.save_pretrained(tmp_path)
     loaded = Net.from_pretrained(tmp_path)
     assert loaded.seen == model.seen
     assert _same(model, loaded)
     assert loaded.config == model.config
+    assert Net.from_pretrained(tmp_path, scale=3.0).seen[1] == 3.0
 
 
 def test_the_configuration_says_who_wrote_it(tmp_path):
@@ -116,35 +110,18 @@ def test_the_configuration_says_who_wrote_it(tmp_path):
     assert "activation" not in config["arguments"]  # a default that JSON cannot hold stays a default
 
 
-def test_positional_and_keyword_calls_are_recorded_alike():
-    assert Growing(5).config == Growing(dim=5).config
-
-
 def test_a_subclass_records_its_own_arguments_only(tmp_path):
     Wide(half=2).save_pretrained(tmp_path)
     assert Wide.from_pretrained(tmp_path).half == 2
     assert Wide(half=2).config["arguments"] == {"half": 2}
 
 
-def test_overrides_replace_stored_arguments(tmp_path):
-    Net(dim=2).save_pretrained(tmp_path)
-    assert Net.from_pretrained(tmp_path, scale=3.0).seen[1] == 3.0
-
-
-def test_a_changed_list_does_not_change_the_record():
+def test_calls_are_recorded_as_made_by_position_or_keyword():
+    assert Growing(5).config == Growing(dim=5).config
     sizes = [1]
     model = Net(dim=2, sizes=sizes)
     sizes.append(2)
     assert model.config["arguments"]["sizes"] == [1]
-
-
-def test_loading_leaves_the_random_state_as_it_was(tmp_path):
-    Net(dim=2).save_pretrained(tmp_path)
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    Net.from_pretrained(tmp_path)
-    assert torch.equal(torch.rand(2), expected)
 
 
 # ---------------------------------------------------------------- modules as arguments
@@ -158,10 +135,15 @@ def test_a_module_of_the_family_is_rebuilt_from_its_specification(tmp_path):
     assert _same(model, loaded)
 
 
-def test_a_transformers_model_is_rebuilt_from_its_configuration(tmp_path):
+@pytest.fixture
+def gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=7)
-    model = Around(encoder=transformers.GPT2LMHeadModel(config).eval())
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_a_transformers_model_is_rebuilt_from_its_configuration(gpt2, tmp_path):
+    model = Around(encoder=gpt2)
     model.save_pretrained(tmp_path)
     loaded = Around.from_pretrained(tmp_path)
     assert _same(model, loaded)
@@ -169,10 +151,8 @@ def test_a_transformers_model_is_rebuilt_from_its_configuration(tmp_path):
     assert torch.equal(model.encoder(ids).logits, loaded.encoder.eval()(ids).logits)
 
 
-def test_a_stored_transformers_configuration_cannot_name_code_to_download(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=7)
-    encoded = encode_argument(transformers.GPT2Model(config))
+def test_a_stored_transformers_configuration_cannot_name_code_to_download(gpt2):
+    encoded = encode_argument(gpt2)
     encoded["$module"]["config"] |= {"auto_map": {"AutoModel": "evil--code"}, "attn_implementation": "evil/kernel"}
     encoded["$module"]["config"]["_attn_implementation"] = "evil/kernel"
     rebuilt = decode_argument(encoded)
@@ -180,22 +160,16 @@ def test_a_stored_transformers_configuration_cannot_name_code_to_download(tmp_pa
     assert "evil" not in str(rebuilt.config._attn_implementation)
 
 
-def test_any_other_module_is_passed_again_and_takes_the_stored_weights(tmp_path):
-    model = Around(encoder=nn.Linear(2, 2))
+@pytest.mark.parametrize("inner", [nn.Linear, lambda *sizes: Around(encoder=nn.Linear(*sizes))])
+def test_any_other_module_and_one_around_it_is_passed_again_and_takes_the_stored_weights(inner, tmp_path):
+    model = Around(encoder=inner(2, 2))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"Around cannot be rebuilt alone, pass again.*encoder \(a Linear\)"):
+    name = type(model.encoder).__name__
+    with pytest.raises(ValueError, match=rf"Around cannot be rebuilt alone, pass again.*encoder \(a {name}\)"):
         Around.from_pretrained(tmp_path)
-    assert _same(model, Around.from_pretrained(tmp_path, encoder=nn.Linear(2, 2)))
-    with pytest.raises(CheckpointError, match=r"shapes that differ: encoder.weight \(stored \(2, 2\), model \(3, 2\)"):
-        Around.from_pretrained(tmp_path, encoder=nn.Linear(2, 3, bias=False))
-
-
-def test_a_module_around_one_that_cannot_be_rebuilt_is_passed_again_too(tmp_path):
-    model = Around(encoder=Around(encoder=nn.Linear(2, 2)))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"encoder \(a Around\)"):
-        Around.from_pretrained(tmp_path)
-    assert _same(model, Around.from_pretrained(tmp_path, encoder=Around(encoder=nn.Linear(2, 2))))
+    assert _same(model, Around.from_pretrained(tmp_path, encoder=inner(2, 2)))
+    with pytest.raises(CheckpointError, match=r"shapes that differ: encoder.*weight \(stored \(2, 2\), model \(3, 2\)"):
+        Around.from_pretrained(tmp_path, encoder=inner(2, 3))
 
 
 def test_a_timm_model_is_rebuilt_by_its_architecture(monkeypatch, tmp_path):
@@ -222,9 +196,10 @@ def test_a_timm_model_is_rebuilt_by_its_architecture(monkeypatch, tmp_path):
     assert asked == [("tiny_vit", False)]
 
 
-@pytest.mark.parametrize(
-    "value", [None, True, 3, -2.5, "x", [1, [2]], (1, ("a",)), {"a": 1}, {"$a": 1}, {1: 2}, Path("p"), torch.int8, []]
-)
+VALUES = [None, True, 3, -2.5, "x", [1, [2]], (1, ("a",)), {"a": 1}, {"$a": 1}, {1: 2}, Path("p"), torch.int8, []]
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_encoded_arguments_survive_json(value):
     decoded = decode_argument(json.loads(json.dumps(encode_argument(value))))
     assert decoded == value
@@ -234,7 +209,7 @@ def test_encoded_arguments_survive_json(value):
 # ---------------------------------------------------------------- what is added later
 
 
-def test_parts_added_after_construction_and_assets_come_back(tmp_path):
+def test_parts_added_later_and_assets_come_back_also_from_a_training_checkpoint(tmp_path):
     model = Growing()
     model.add("one")
     model.add("two")
@@ -244,7 +219,9 @@ def test_parts_added_after_construction_and_assets_come_back(tmp_path):
     assert _same(model, loaded)
     assert loaded.note == "resize 224"
     save_checkpoint(tmp_path / "run", 1, model=model)
-    assert Growing.from_pretrained(tmp_path / "run" / "step-1").note == "resize 224"
+    loaded = Growing.from_pretrained(tmp_path / "run" / "step-1")
+    assert _same(model, loaded)
+    assert loaded.note == "resize 224"
 
 
 def test_the_tokenizer_travels_with_the_model_and_with_a_training_checkpoint(tmp_path):
@@ -255,12 +232,6 @@ def test_the_tokenizer_travels_with_the_model_and_with_a_training_checkpoint(tmp
     (tmp_path / "saved" / "tokenizer" / "byte_tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer/byte_tokenizer.json has 2 bytes"):
         Net.from_pretrained(tmp_path / "saved")
-
-
-def test_a_training_checkpoint_opens_as_a_model(tmp_path):
-    model = Net(dim=3)
-    path = save_checkpoint(tmp_path, 7, model=model)
-    assert _same(Net.from_pretrained(path), model)
 
 
 # ---------------------------------------------------------------- folders
@@ -359,8 +330,16 @@ def _saved(path: Path) -> Path:
     return path / "model"
 
 
-def _edited(path: Path, **changes: object) -> dict[str, object]:
-    return {**Net(dim=2).config, **changes}
+def _edited(**changes: object) -> PretrainedMixin:
+    return Net.from_config({**Net(dim=2).config, **changes})
+
+
+def _holds(package: str, name: str) -> dict[str, object]:
+    return {"config": {"format_version": 1, "package": package, "class": name, "arguments": {}}}
+
+
+def _module(kind: str, **specification: object) -> nn.Module:
+    return decode_argument({"$module": {"kind": kind, "config": {}, **specification}})
 
 
 def _file(path: Path) -> Path:
@@ -390,36 +369,22 @@ def _empty_manifest(path: Path) -> Path:
         (lambda p: Net.from_pretrained(_saved(p), size=3), TypeError, "Net has no argument size; it has dim, scale"),
         (lambda p: Net.from_pretrained(_saved(p), dim="3"), TypeError, "dim"),
         (lambda p: Net.from_pretrained(_saved(p), dim=4), CheckpointError, r"layer\.weight \(stored \(2, 2\), model"),
-        (lambda p: Net.from_config(_edited(p, format_version=2)), CheckpointError, "reads up to 1; upgrade it"),
-        (lambda p: Net.from_config(_edited(p, format_version="1")), CheckpointError, "no format version of lm-core"),
-        (lambda p: Net.from_config(_edited(p, arguments=[1])), CheckpointError, "has no constructor arguments"),
-        (
-            lambda p: Net.from_config(_edited(p, state={"a": 1})),
-            CheckpointError,
-            r"no use for the stored state \['a'\]",
-        ),
+        (lambda p: _edited(format_version=2), CheckpointError, "reads up to 1; upgrade it"),
+        (lambda p: _edited(format_version="1"), CheckpointError, "no format version of ours"),
+        (lambda p: _edited(arguments=[1]), CheckpointError, "has no constructor arguments"),
+        (lambda p: _edited(state={"a": 1}), CheckpointError, r"no use for the stored state \['a'\]"),
         (lambda p: Net(dim=2).save_pretrained(_file(p)), FileExistsError, "got the file"),
         (lambda p: Net(dim=2).save_pretrained(p / "m", tokenizer="bytes"), TypeError, "tokenizer must have save_pre"),
         (lambda p: Net(dim=2).save_pretrained(3), TypeError, "directory"),
         (lambda p: Net(dim=2).push_to_hub("noslash"), ValueError, "organisation/name, got 'noslash'"),
         (lambda p: Net(dim="2"), TypeError, "dim"),
         (lambda p: Net(), TypeError, "dim"),
-        (lambda p: decode_argument({"$module": {"kind": "magic"}}), CheckpointError, "unknown kind 'magic'"),
-        (lambda p: decode_argument({"$module": 3}), CheckpointError, "unknown kind None"),
         (lambda p: decode_argument({"$eval": "1"}), CheckpointError, r"unknown tag '\$eval'"),
         (lambda p: decode_argument({"$dtype": "save"}), CheckpointError, "dtype 'save'"),
-        (
-            lambda p: decode_argument({"$module": {"kind": "transformers", "class": "AutoModel", "config": {}}}),
-            CheckpointError,
-            "'AutoModel', which transformers does not have",
-        ),
-        (
-            lambda p: decode_argument(
-                {"$module": {"kind": "family", "config": {"package": "os", "class": "PathLike"}}}
-            ),
-            CheckpointError,
-            "needs PathLike of os",
-        ),
+        (lambda p: decode_argument({"$module": 3}), CheckpointError, "unknown kind None"),
+        (lambda p: _module("magic"), CheckpointError, "unknown kind 'magic'"),
+        (lambda p: _module("transformers", **{"class": "Auto"}), CheckpointError, "'Auto', which transformers does"),
+        (lambda p: _module("family", **_holds("os", "PathLike")), CheckpointError, "needs PathLike of os"),
     ],
 )
 def test_bad_input_is_named(call, error, message, tmp_path):
@@ -439,21 +404,16 @@ def _install(folder, package, refers_to, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
 
 
-def _holds_model_of(package):
-    config = {"format_version": 1, "package": package, "class": "Model", "arguments": {}}
-    return {"$module": {"kind": "family", "config": config}}
-
-
 def test_a_model_of_an_installed_package_that_declares_itself_is_rebuilt(tmp_path, monkeypatch):
     _install(tmp_path, "declared_models", "declared_models", monkeypatch)
     assert "declared_models" not in sys.modules
-    assert type(decode_argument(_holds_model_of("declared_models"))).__name__ == "Model"
+    assert type(_module("family", **_holds("declared_models", "Model"))).__name__ == "Model"
 
 
 def test_an_entry_point_imports_no_other_package_than_the_one_it_is_named_for(tmp_path, monkeypatch):
     _install(tmp_path, "stranger", "antigravity", monkeypatch)
     with pytest.raises(CheckpointError, match="needs Model of stranger; import it, or pass the module again"):
-        decode_argument(_holds_model_of("stranger"))
+        _module("family", **_holds("stranger", "Model"))
     assert "antigravity" not in sys.modules
 
 

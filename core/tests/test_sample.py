@@ -17,16 +17,9 @@ def test_rows_are_filled_up_to_the_total_length_and_padded(model):
     assert result.tolist() == [[6, 7, 8, 9, 10], [4, 5, 6, -1, -1], [8, 9, 10, 11, -1]]
 
 
-def test_rows_may_begin_with_their_prompt(model):
-    result = sample(model, PROMPTS, 6, temperature=0.0, output_keep_prompt=True)
-    assert result.tolist() == [[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6], [7, 7, 8, 9, 10, 11]]
-
-
 def test_an_answer_ends_with_its_eos(model):
     result = sample(model, PROMPTS, 6, temperature=0.0, eos_id=8, pad_id=0)
     assert result.tolist() == [[6, 7, 8], [4, 5, 6], [8, 0, 0]]
-    kept = sample(model, PROMPTS, 6, temperature=0.0, eos_id=8, pad_id=0, output_keep_prompt=True)
-    assert kept.tolist() == [[5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6], [7, 7, 8, 0, 0, 0]]
 
 
 def test_a_tensor_of_prompts_works_as_a_list_does(model):
@@ -34,7 +27,7 @@ def test_a_tensor_of_prompts_works_as_a_list_does(model):
     assert torch.equal(sample(model, prompts, 5, temperature=0.0), sample(model, list(prompts), 5, temperature=0.0))
 
 
-def test_arguments_go_by_position_as_in_the_originals(model):
+def test_rows_may_begin_with_their_prompt_and_arguments_go_by_position_as_in_the_originals(model):
     result = sample(model, PROMPTS, 6, 1.0, top_k, {"k": 1}, 0, 8, True)
     assert result.tolist() == [[5, 6, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6], [7, 7, 8, 0, 0, 0]]
 

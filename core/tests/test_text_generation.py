@@ -29,12 +29,9 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_each_continuation_is_printed_behind_its_prompt(folder, capsys):
+def test_each_continuation_is_printed_after_its_prompt_and_ends_with_the_document(folder, capsys):
     print_continuations(Successor, folder, "ab", TextGeneration(max_new_tokens=3, num_samples=2))
     assert capsys.readouterr().out == "--- 1 of 2\nabcde\n--- 2 of 2\nabcde\n"
-
-
-def test_a_continuation_ends_with_the_document(folder, capsys):
     print_continuations(Successor, folder, "wx", TextGeneration(max_new_tokens=9))
     assert capsys.readouterr().out == "wxyz\n"
 

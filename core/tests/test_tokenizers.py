@@ -28,6 +28,9 @@ def hugging_face():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
 
 
+LATER = json.dumps({"format_version": 2})
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):
@@ -105,18 +108,8 @@ def test_fingerprints_tell_vocabularies_apart(hugging_face):
     assert HuggingFaceTokenizer(hugging_face).fingerprint != before
 
 
-def _damaged_folder(path: Path) -> Path:
-    (path / "byte_tokenizer.json").write_text("{")
-    return path
-
-
-def _later_format(path: Path) -> Path:
-    (path / "byte_tokenizer.json").write_text(json.dumps({"format_version": 2}))
-    return path
-
-
-def _damaged_hugging_face(path: Path) -> Path:
-    (path / "tokenizer.json").write_text("{")
+def _holding(path: Path, name: str, text: str) -> Path:
+    (path / name).write_text(text)
     return path
 
 
@@ -133,9 +126,9 @@ def _damaged_hugging_face(path: Path) -> Path:
         (lambda path: load_tokenizer(path / "nowhere"), FileNotFoundError, "nowhere"),
         (lambda path: load_tokenizer("byte"), FileNotFoundError, "'byte'"),
         (lambda path: load_tokenizer(path), ValueError, "tokenizer_config.json"),
-        (lambda path: load_tokenizer(_damaged_folder(path)), ValueError, "byte_tokenizer.json is not a byte"),
-        (lambda path: load_tokenizer(_later_format(path)), ValueError, "format_version"),
-        (lambda path: load_tokenizer(_damaged_hugging_face(path)), ValueError, "holds no tokenizer"),
+        (lambda p: load_tokenizer(_holding(p, "byte_tokenizer.json", "{")), ValueError, "byte_tokenizer.json is not a"),
+        (lambda p: load_tokenizer(_holding(p, "byte_tokenizer.json", LATER)), ValueError, "format_version"),
+        (lambda p: load_tokenizer(_holding(p, "tokenizer.json", "{")), ValueError, "holds no tokenizer"),
     ],
 )
 def test_bad_input_is_named(call, error, message, tmp_path):

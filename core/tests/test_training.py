@@ -4,19 +4,22 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
+import random
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR
 
+from lm_core.checkpoints.checkpoint import save_checkpoint
 from lm_core.nn.norms import RMSNorm
 from lm_core.rng import capture_rng, restore_rng, seed_everything
 from lm_core.training.accelerator import InterruptHandler, autocast, pick_device, pick_precision
@@ -51,8 +54,8 @@ def _names(model: nn.Module, group: dict) -> list[str]:
     return [names[id(parameter)] for parameter in group["params"]]
 
 
-def _optimizer(rate: float = 0.5) -> torch.optim.Optimizer:
-    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+def _optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
 
 
 # ---------------------------------------------------------------- optimizer groups
@@ -72,19 +75,15 @@ def test_only_matrices_decay_and_tied_weights_come_once():
     ]
 
 
-def test_each_kind_can_be_made_to_decay():
+def test_each_kind_can_be_made_to_decay_and_groups_can_be_of_some_parameters():
     model = Model()
     decayed, others = optimizer_groups(model, no_decay=("bias",))
     assert _names(model, others) == ["first.bias"]
     assert "embedding.weight" in _names(model, decayed)
     (everything,) = optimizer_groups(model, no_decay=())
     assert len(everything["params"]) == sum(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_groups_can_be_of_some_parameters_only():
-    model = Model()
-    (group,) = optimizer_groups(model, parameters=model.first.parameters(), no_decay=())
-    assert _names(model, group) == ["first.weight", "first.bias"]
+    (some,) = optimizer_groups(model, parameters=model.first.parameters(), no_decay=())
+    assert _names(model, some) == ["first.weight", "first.bias"]
 
 
 # ---------------------------------------------------------------- schedule
@@ -118,14 +117,14 @@ def test_the_cosine_is_half_way_down_in_the_middle_and_the_line_is_a_line():
 
 
 def test_the_schedule_moves_once_a_step_and_resumes_where_it_was():
-    optimizer = _optimizer(0.5)
+    optimizer = _optimizer()
     schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12, final_scale=0.0)
     rates = []
     for _ in range(6):
         rates.append(schedule.learning_rate)
         schedule.step()
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.45, 0.4, 0.35])
-    other = _optimizer(0.5)
+    other = _optimizer()
     resumed = LearningRateSchedule(other, kind="linear", warmup_steps=2, total_steps=12, final_scale=0.0)
     other.load_state_dict(optimizer.state_dict())
     resumed.load_state_dict(schedule.state_dict())
@@ -133,45 +132,30 @@ def test_the_schedule_moves_once_a_step_and_resumes_where_it_was():
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "arguments"),
-    [
-        (torch.optim.lr_scheduler.ExponentialLR, {"gamma": 0.5}),
-        (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 10}),
-    ],
+    ("scheduler", "arguments"), [(ExponentialLR, {"gamma": 0.5}), (CosineAnnealingLR, {"T_max": 10})]
 )
 def test_a_torch_scheduler_is_scaled_by_the_warmup_and_resumes_where_it_was(scheduler, arguments):
-    def schedule_of(optimizer):
-        return LearningRateSchedule(
-            optimizer, kind="constant", warmup_steps=3, scheduler=scheduler, scheduler_kwargs=arguments
-        )
-
-    alone = _optimizer(0.5)
+    settings = {"warmup_steps": 3, "scheduler": scheduler, "scheduler_kwargs": arguments}
+    alone = _optimizer()
     torch_schedule = scheduler(alone, **arguments)
     expected = []
     for step in range(8):
         expected.append(alone.param_groups[0]["lr"] * min(1.0, (step + 1) / 3))
         alone.step()
         torch_schedule.step()
-    optimizer = _optimizer(0.5)
-    schedule = schedule_of(optimizer)
+    optimizer = _optimizer()
+    schedule = LearningRateSchedule(optimizer, kind="constant", **settings)
     rates = []
     for step in range(8):
         if step in (2, 5):  # in the warmup and after it
-            optimizer, before = _optimizer(0.5), (optimizer.state_dict(), schedule.state_dict())
-            schedule = schedule_of(optimizer)
+            optimizer, before = _optimizer(), (optimizer.state_dict(), schedule.state_dict())
+            schedule = LearningRateSchedule(optimizer, kind="constant", **settings)
             optimizer.load_state_dict(before[0])
             schedule.load_state_dict(before[1])
         rates.append(schedule.learning_rate)
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
-
-
-def test_a_torch_scheduler_and_a_falling_kind_exclude_each_other():
-    with pytest.raises(ValueError, match="kind must be \"constant\" with a scheduler, got 'cosine'"):
-        LearningRateSchedule(
-            _optimizer(), scheduler=torch.optim.lr_scheduler.ConstantLR, scheduler_kwargs={}, total_steps=9
-        )
 
 
 def test_groups_keep_the_ratio_of_their_rates_and_tensor_rates_stay_tensors():
@@ -214,31 +198,23 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run():
     assert resumed.skipped == 5
 
 
-def test_an_update_ends_with_clipped_gradients_one_step_of_both_and_no_gradients():
+@pytest.mark.parametrize(
+    ("loss", "gradient", "max_norm", "moved"),
+    [(1.0, -8.0, 2.0, 0.5), (math.nan, 1.0, None, 0.0), (1.0, math.inf, None, 0.0)],
+)
+def test_an_update_is_one_clipped_step_or_none_where_it_is_not_finite_and_leaves_no_gradients(
+    loss, gradient, max_norm, moved
+):
     optimizer = _optimizer()
     parameter = optimizer.param_groups[0]["params"][0]
-    schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12)
-    run = {"optimizer": optimizer, "schedule": schedule, "guard": NonFiniteGuard(), "max_grad_norm": 2.0}
-    parameter.grad = torch.tensor([-8.0])
-    row = finish_update(1, 1.0, iter([parameter]), **run)
-    assert row == {"learning_rate": 0.25, "grad_norm": 8.0, "skipped": 0}
-    assert parameter.item() == pytest.approx(0.25 * 2.0, rel=1e-6)
-    assert parameter.grad is None
-    assert schedule.learning_rate == 0.5
-
-
-@pytest.mark.parametrize(("loss", "gradient"), [(float("nan"), 1.0), (1.0, float("inf"))])
-def test_an_update_that_is_not_finite_changes_nothing_and_leaves_no_gradients(loss, gradient):
-    optimizer = _optimizer()
-    parameter = optimizer.param_groups[0]["params"][0]
-    schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12)
-    run = {"optimizer": optimizer, "schedule": schedule, "guard": NonFiniteGuard(), "max_grad_norm": None}
     parameter.grad = torch.tensor([gradient])
-    row = finish_update(1, loss, [parameter], **run)
-    assert (row["learning_rate"], row["skipped"]) == (0.25, 1)
-    assert parameter.item() == 0.0
+    schedule = LearningRateSchedule(optimizer, kind="linear", warmup_steps=2, total_steps=12)
+    parts = {"optimizer": optimizer, "schedule": schedule, "guard": NonFiniteGuard()}
+    row = finish_update(1, loss, iter([parameter]), max_grad_norm=max_norm, **parts)
+    assert row == {"learning_rate": 0.25, "grad_norm": abs(gradient), "skipped": int(moved == 0)}
+    assert parameter.item() == pytest.approx(moved, rel=1e-6)
     assert parameter.grad is None
-    assert (schedule.learning_rate, schedule.steps_done) == (0.25, 0)
+    assert (schedule.learning_rate, schedule.steps_done) == ((0.5, 1) if moved else (0.25, 0))
 
 
 # ---------------------------------------------------------------- metrics
@@ -270,13 +246,6 @@ def test_resuming_drops_later_rows_and_a_torn_line_and_keeps_the_rest(tmp_path, 
     assert [row["step"] for row in read_metrics(path)] == [0]
 
 
-def test_other_processes_than_the_main_one_write_nothing(tmp_path):
-    with MetricsLog(tmp_path / "metrics.jsonl", is_main=False) as log:
-        log.log(1, loss=1.0)
-        log.sync()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_trackers_and_the_bar_get_the_values(tmp_path, capsys):
     calls = []
 
@@ -291,7 +260,13 @@ def test_trackers_and_the_bar_get_the_values(tmp_path, capsys):
     bar.close()
     assert calls == [(3, {"loss": 0.25, "rate": 1.0})]
     assert "loss=0.25" in capsys.readouterr().err
-    progress_bar(10, is_main=False).update(3)
+
+
+def test_other_processes_than_the_main_one_write_nothing(tmp_path, capsys):
+    with MetricsLog(tmp_path / "m.jsonl", is_main=False, progress=progress_bar(10, is_main=False)) as log:
+        log.log(1, loss=1.0)
+        log.sync()
+    assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
 
 
@@ -323,8 +298,6 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def _checkpoint(path: Path) -> None:
-    from lm_core.checkpoints.checkpoint import save_checkpoint
-
     save_checkpoint(path / "checkpoints", 1, model=nn.Linear(1, 1))
 
 
@@ -344,24 +317,24 @@ def test_the_record_of_a_run_keeps_its_start_and_every_resume(tmp_path):
     assert [entry["seed"] for entry in record["resumed"]] == [8]
 
 
+HOLDS = """
+import sys
+from lm_core.training.run_directory import RunDirectory
+with RunDirectory(sys.argv[1]):
+    print("held", flush=True)
+    input()
+"""
+
+
 def test_a_second_run_in_one_folder_is_refused_until_the_first_ends(tmp_path):
-    code = (
-        "import sys\nfrom lm_core.training.run_directory import RunDirectory\n"
-        "try:\n    RunDirectory(sys.argv[1]).__enter__()\n"
-        "except RuntimeError as error:\n    print(error); sys.exit(3)\n"
-    )
-
-    def other_process():
-        command = [sys.executable, "-c", code, str(tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    with RunDirectory(tmp_path):
-        refused = other_process()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(RuntimeError, match="another run is using"):
             RunDirectory(tmp_path).__enter__()
-    assert refused.returncode == 3
-    assert f"another run is using {tmp_path}" in refused.stdout
-    assert other_process().returncode == 0
+        other.communicate("\n", timeout=120)
+    with RunDirectory(tmp_path), pytest.raises(RuntimeError, match="another run is using"):
+        RunDirectory(tmp_path).__enter__()
 
 
 def test_starting_removes_what_a_killed_run_left_half_written(tmp_path):
@@ -450,38 +423,24 @@ def test_the_first_interrupt_asks_and_the_second_raises(capfd):
     assert capfd.readouterr().err.count("saving a checkpoint") == 1
 
 
-def test_a_scheduler_s_termination_asks_as_well_however_often_it_comes():
-    with InterruptHandler(grace=0.0) as interrupt:
+@pytest.mark.parametrize(("number", "grace"), [(signal.SIGTERM, {"grace": 0.0}), (signal.SIGINT, {})])
+def test_terminations_and_a_ctrl_c_that_the_launcher_repeats_at_once_are_one_request(number, grace):
+    with InterruptHandler(**grace) as interrupt:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(number)
             assert interrupt.requested
 
 
-def test_a_ctrl_c_that_the_launcher_repeats_at_once_is_one_request():
-    with InterruptHandler() as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested
-
-
 def test_outside_the_main_thread_nothing_is_handled():
-    before, inside = signal.getsignal(signal.SIGINT), []
-
     def work():
         with InterruptHandler() as interrupt:
-            inside.append((signal.getsignal(signal.SIGINT), interrupt.should_stop()))
+            return signal.getsignal(signal.SIGINT), interrupt.should_stop()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert inside == [(before, False)]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == (signal.getsignal(signal.SIGINT), False)
 
 
 def test_equal_seeds_draw_equally():
-    import random
-
-    import numpy as np
-
     def draw():
         seed_everything(11)
         return random.random(), float(np.random.rand()), torch.rand(2).tolist()  # noqa: NPY002
@@ -513,6 +472,11 @@ def _lines(path: Path, text: str) -> Path:
         (lambda p: learning_rate_scale(0, final_scale=2.0, total_steps=3), ValueError, r"in \[0, 1\], got 2\.0"),
         (lambda p: learning_rate_scale(0), ValueError, "total_steps must be greater than warmup_steps = 0, got None"),
         (lambda p: learning_rate_scale(0, kind="step"), TypeError, "kind"),
+        (
+            lambda p: LearningRateSchedule(_optimizer(), scheduler=ConstantLR, scheduler_kwargs={}, total_steps=9),
+            ValueError,
+            "kind must be \"constant\" with a scheduler, got 'cosine'",
+        ),
         (lambda p: LearningRateSchedule(_optimizer(), warmup_steps=9, total_steps=9), ValueError, "= 9, got 9"),
         (
             lambda p: LearningRateSchedule(_optimizer(), kind="constant").load_state_dict({"last_epoch": 1}),
@@ -525,20 +489,12 @@ def _lines(path: Path, text: str) -> Path:
         (lambda p: MetricsLog(p / "m.jsonl", trackers=[3]), TypeError, r"log\(values, step=...\), got int"),
         (lambda p: _log_one(p, 1, step=2), TypeError, "step"),
         (lambda p: _log_one(p, 1, {"step": 2}), TypeError, "'step' is taken"),
-        (
-            lambda p: _log_one(p, 1, loss=[1]),
-            TypeError,
-            "'loss' must be a number or a string, got list",
-        ),
+        (lambda p: _log_one(p, 1, loss=[1]), TypeError, "'loss' must be a number or a string, got list"),
         (lambda p: MetricsLog(_lines(p, "oops\n{}\n"), resume_step=1), ValueError, "line 1, is not JSON"),
         (lambda p: read_metrics(p / "none"), FileNotFoundError, "none"),
         (lambda p: plot_curves(p / "none"), FileNotFoundError, "none"),
         (lambda p: plot_curves(_lines(p, '{"step": 1, "a": 1}\n')), ValueError, "no numbers in two rows"),
-        (
-            lambda p: plot_curves(_lines(p, '{"step": 1, "a": 1}\n'), names=["b"]),
-            ValueError,
-            r"has \['a'\], got \['b'\]",
-        ),
+        (lambda p: plot_curves(_lines(p, '{"step": 1, "a": 1}\n'), names=["b"]), ValueError, r"\['a'\], got \['b'\]"),
         (lambda p: seed_everything(-1), ValueError, r"\[0, 2\*\*32\), got -1"),
         (lambda p: seed_everything(2**32), ValueError, "got 4294967296"),
         (lambda p: seed_everything(1.5), TypeError, "seed"),

@@ -11,6 +11,7 @@ from torch import nn
 from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.training.config import CommonSettings
+from lm_core.training.metrics import read_metrics
 from lm_core.training.run_directory import RunDirectory
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession, adamw, draw_curves
 
@@ -72,10 +73,6 @@ def die():
     raise SystemError("killed")
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
@@ -98,7 +95,7 @@ def test_a_run_that_was_stopped_or_died_ends_as_the_uninterrupted_one_bit_for_bi
     assert (result.outcome, result.first_step, result.step) == ("finished", saved, 6)
     assert equal(whole.model, resumed.model)
     assert whole.seen == resumed.seen == 12
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "parts")
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "parts" / "metrics.jsonl")
     assert resumed.session.first_validation == whole.session.first_validation
     moments = [one.session.optimizer.state_dict()["state"][0]["exp_avg"] for one in (whole, resumed)]
     assert torch.equal(*moments)
@@ -115,23 +112,19 @@ def test_the_same_session_continues_where_it_stopped_and_without_a_folder(tmp_pa
     assert parts.train().seconds is None  # nothing was left to do
 
 
-def test_rows_validations_and_checkpoints_come_on_schedule(tmp_path):
-    Trainer(tmp_path).train()
-    assert [(row["step"], "loss" in row) for row in rows_of(tmp_path)] == [
+def test_rows_validations_and_checkpoints_come_on_schedule_even_if_the_last_update_is_interrupted(tmp_path):
+    assert Trainer(tmp_path, trackers=[At(6, interrupt)]).train().outcome == "finished"
+    assert [(row["step"], "loss" in row) for row in read_metrics(tmp_path / "metrics.jsonl")] == [
         *((0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True), (6, True), (6, False)),
     ]
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-4", "step-6"]
-
-
-def test_the_last_update_finishes_a_run_even_if_someone_interrupts_it(tmp_path):
-    assert Trainer(tmp_path, trackers=[At(6, interrupt)]).train().outcome == "finished"
 
 
 def test_a_time_limit_stops_with_a_validation_and_a_checkpoint(tmp_path):
     settings = CommonSettings(max_steps=6, max_seconds=1e-9, device="cpu")
     result = Trainer(tmp_path, settings).train()
     assert (result.outcome, result.step) == ("out of time", 1)
-    assert rows_of(tmp_path)[-1].keys() == {"step", "validation_loss"}
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1].keys() == {"step", "validation_loss"}
     assert [path.name for path in list_checkpoints(result.checkpoints)] == ["step-1"]
 
 
@@ -144,7 +137,7 @@ def test_every_modules_mode_is_restored_and_training_runs_in_training_mode(tmp_p
     assert during == [True] * 12
 
 
-def test_a_tracker_by_name_is_started_with_the_settings_and_finished(tmp_path):
+def test_a_tracker_by_name_is_started_with_the_settings_and_finished():
     seen = []
 
     class Accelerator:
@@ -157,15 +150,9 @@ def test_a_tracker_by_name_is_started_with_the_settings_and_finished(tmp_path):
         def log(self, values, step):
             seen.append(step)
 
-    trainer = Trainer(tmp_path)
-    session = TrainingSession(
-        "Trainer",
-        config=TINY,
-        checkpoint_dir=None,
-        trackers=["tensorboard"],
-        packages=("torch",),
-        accelerator=Accelerator(),
-    )
+    options = {"checkpoint_dir": None, "packages": ("torch",), "accelerator": Accelerator()}
+    session = TrainingSession("Trainer", config=TINY, trackers=["tensorboard"], **options)
+    trainer = Trainer(None)
     session.register(model=trainer.model, optimizer=lambda: adamw(trainer.model, TINY))
     trainer.session = session
     trainer.train()
@@ -202,14 +189,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_changes_nothing(tmp_
         trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.session.model.state_dict().items())
     assert trainer.session.step == 0
-
-
-def test_a_checkpoint_of_another_trainer_is_refused_by_name(tmp_path):
-    Trainer(tmp_path).train()
-    other = Trainer(tmp_path)
-    other.session.trainer = "Other"
+    trainer.session.trainer = "Other"
     with pytest.raises(CheckpointError, match="was not written by Other, got 'Trainer'"):
-        other.train()
+        trainer.train()
 
 
 def test_a_loop_that_makes_no_update_is_an_error_and_not_endless():

@@ -19,7 +19,7 @@ import json, os, random, resource, signal, sys, time, warnings
 from pathlib import Path
 import torch
 from torch import nn
-from lm_core.checkpoints import checkpoint, atomic_io as durable
+from lm_core.checkpoints import checkpoint, pretrained, atomic_io as durable
 from lm_core.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
@@ -66,7 +66,8 @@ def write(point):
     state = {"calls": 0, "die_before": point}
     for module, names in (
         (durable, ("fsync_path", "fsync_tree")),
-        (checkpoint, ("save_weights", "save_tensors", "write_manifest", "remove_directory")),
+        (checkpoint, ("save_tensors", "write_manifest", "remove_directory")),
+        (pretrained, ("save_weights",)),
         (durable.shutil, ("rmtree",)),
         (durable.Path, ("rename",)),
     ):

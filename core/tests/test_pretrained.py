@@ -370,7 +370,7 @@ def _empty_manifest(path: Path) -> Path:
         (lambda p: Net.from_pretrained(_saved(p), dim="3"), TypeError, "dim"),
         (lambda p: Net.from_pretrained(_saved(p), dim=4), CheckpointError, r"layer\.weight \(stored \(2, 2\), model"),
         (lambda p: _edited(format_version=2), CheckpointError, "reads up to 1; upgrade it"),
-        (lambda p: _edited(format_version="1"), CheckpointError, "no format version of ours"),
+        (lambda p: _edited(format_version="1"), CheckpointError, "no format version of lm-core"),
         (lambda p: _edited(arguments=[1]), CheckpointError, "has no constructor arguments"),
         (lambda p: _edited(state={"a": 1}), CheckpointError, r"no use for the stored state \['a'\]"),
         (lambda p: Net(dim=2).save_pretrained(_file(p)), FileExistsError, "got the file"),

@@ -37,7 +37,7 @@ class KNNMemoryList(list[KNNMemory]):
         """
 
         def create(*args: Any, **kwargs: Any) -> KNNMemoryList:
-            make: Callable[..., KNNMemory] = partial(KNNMemory, *args, num_indices=batch_size, **kwargs)
+            make: Callable[..., KNNMemory] = partial(KNNMemory, *args, **{**kwargs, "num_indices": batch_size})
             if memories_directory is None:
                 return cls(make() for _ in range(num_memory_layers))
             memories = cls()

@@ -158,6 +158,23 @@ def test_presets_are_what_the_printed_configuration_holds_and_the_run_gets(capsy
         assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize("how", ["flag", "file"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("steps: null", "steps must be INT, got None"), ("resume: maybe", "resume must be {true,false,auto}, got maybe")],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(capsys, tmp_path, value, message, how):
+    def work(*, steps: int = 1, resume: bool | Literal["auto"] = "auto") -> int:
+        """Works."""
+        return 0
+
+    (tmp_path / "run.yaml").write_text(value)
+    with pytest.raises(SystemExit) as left:
+        run(work, ["--config", str(tmp_path / "run.yaml")] if how == "file" else ["--" + value.replace(": ", "=")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(f"lm work: error: {message}\n")
+
+
 def test_help_shows_types_as_words_and_texts_as_sentences(capsys):
     def work(*, device: Literal["auto", "cpu"] = "auto", trackers: list[str] | None = None, size: float | None = 1.0):
         """Works.

@@ -91,6 +91,8 @@ def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
         (["train", "--anchr", "x"], "--anchor"),
         (["train", *OVER_MODELS], "anchor must be a folder"),
         (["train", "--max_steps", "0"], "max_steps must be at least 1"),
+        (["train", "--max_steps", "null"], "error: max_steps must be INT, got None\n"),
+        (["train", "--learning_rate", "null"], "error: learning_rate must be FLOAT, got None\n"),
         (["describ"], "describe"),
     ],
 )

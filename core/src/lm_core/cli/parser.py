@@ -25,6 +25,7 @@ import lm_core
 
 _UNKNOWN_FLAGS = re.compile(r"unrecognized arguments: (.*)", re.IGNORECASE | re.DOTALL)
 _UNKNOWN_KEY = re.compile(r"does not accept (?:option|nested key) '([^']*)'")
+_WRONG_VALUE = re.compile(r"Parser key \"([^\"]*)\":.*(?:Got|Given) value: (.*)", re.DOTALL)
 _UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
 _NEAR = 0.6
 _SHORT_USAGE = 12
@@ -197,7 +198,13 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         if command is not None and command.presets is not None and not {"-h", "--help"} & set(words):
             draft = self.parse_args([word for word in words if not word.startswith("--print_config")])
             chosen.set_defaults(dict(command.presets(draft[argv[0]].as_dict())))
-        return self.parse_args(words)
+        arguments = self.parse_args(words)
+        for action in chosen._actions:
+            kinds = _alternatives(getattr(action, "_typehint", action.type))
+            # jsonargparse takes null in a configuration file for any type
+            if arguments[argv[0]].get(action.dest, "") is None and not {None, Any, type(None)} & set(kinds):
+                chosen.error(f"{action.dest} must be {_metavar(kinds[0])}, got None")
+        return arguments
 
     def _words(self, argv: Sequence[str]) -> list[str]:
         """``argv`` as argparse takes it: values joined to their flags, lists as JSON."""
@@ -252,6 +259,10 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             return "; ".join(f"unknown argument {flag}{_nearest(flag[2:], known, '--')}" for flag in flags)
         if match := _UNKNOWN_KEY.search(message):
             return f"unknown key {match[1]!r} in the configuration{_nearest(match[1], known, '')}"
+        if match := _WRONG_VALUE.search(message):
+            command, _, name = match[1].rpartition(".")
+            actions = {action.dest: action for action in self.commands.get(command, self)._actions}
+            return f"{name} must be {_metavar(getattr(actions[name], '_typehint', actions[name].type))}, got {match[2]}"
         if match := _UNKNOWN_COMMAND.search(message):
             return f"unknown command {match[1]!r}{_nearest(match[1], self.commands, '')}"
         return re.sub(rf"\b({'|'.join(self.commands) or '(?!)'})\.", "", message)

@@ -19,15 +19,12 @@ TRAIN = """Composes frozen models; without arguments, the key-value arithmetic o
 Flags win over the YAML file, which wins over the defaults. Over named models Ctrl-C saves a checkpoint, from which the
 same command resumes; the quickstart saves one at its end."""
 QUICKSTART = QuickstartSettings()
-OVER_MODELS = {"max_steps": 1000, "batch_size": 8, "learning_rate": 1e-3}
 
 
 def _presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What null stands for: values of the quickstart, or of training over named models."""
-    values = {
-        name: getattr(QUICKSTART, name) if chosen["anchor"] is None else OVER_MODELS[name] for name in OVER_MODELS
-    }
-    return {name: value for name, value in values.items() if chosen[name] is None}
+    """Without an anchor, the values of the quickstart."""
+    names = ("max_steps", "batch_size", "learning_rate") if chosen["anchor"] is None else ()
+    return {name: getattr(QUICKSTART, name) for name in names}
 
 
 COMMANDS = {

@@ -23,9 +23,9 @@ def train(
     data: str | None = None,
     length: int = 64,
     validation_data: str | None = None,
-    max_steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
+    max_steps: int = 1000,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     warmup: float = 0.05,
     max_grad_norm: float | None = 0.5,
@@ -43,9 +43,9 @@ def train(
         data: texts to train on: files, folders or globs of text, JSON, tables or arrow files.
         length: tokens in a piece of text.
         validation_data: held-out texts, as for data; null for no validation.
-        max_steps: updates; null is 600 of the quickstart, 1000 over named models.
-        batch_size: expressions or pieces of text in an update; null is 128 of the quickstart, 8 over named models.
-        learning_rate: peak learning rate; null is 2e-3 of the quickstart, 1e-3 over named models.
+        max_steps: updates; 600 by default in the quickstart.
+        batch_size: expressions or pieces of text in an update; 128 by default in the quickstart.
+        learning_rate: peak learning rate; 2e-3 by default in the quickstart.
         weight_decay: weight decay of matrices, over named models.
         warmup: fraction of the updates over which the learning rate rises, over named models.
         max_grad_norm: bound of the gradients' global norm; null only measures it.
@@ -62,11 +62,6 @@ def train(
         return _quickstart(settings, checkpoint_dir, resume)
     if data is None:
         raise ValueError("data must name the texts to train on, got none")
-    if max_steps is None or batch_size is None or learning_rate is None:
-        raise ValueError(
-            "max_steps, batch_size and learning_rate must be numbers over named models, "
-            f"got {max_steps}, {batch_size} and {learning_rate}"
-        )
     calm, tokenizer = composition.load()
     say(calm.describe())
     prompts = composition.mode == "prompt"

@@ -57,10 +57,20 @@ def settings(**changes):
     return TrainingSettings(**{**defaults, **changes})
 
 
-def trained(folder, **changes):
-    one = model(attn_dropout=0.1)
-    trainer = MemoryTrainer(model=one, corpus=corpus(), checkpoint_dir=folder, settings=settings(**changes))
+def new_trainer(folder, directory=None, trackers=(), **changes):
+    one = model(attn_dropout=0.1, knn_memories_directory=directory)
+    run = {"checkpoint_dir": folder, "settings": settings(**changes), "trackers": trackers}
+    return MemoryTrainer(model=one, corpus=corpus(), **run)
+
+
+def trained(folder, directory=None, **changes):
+    trainer = new_trainer(folder, directory, **changes)
     return trainer, trainer.train()
+
+
+def assert_same_weights(one, other):
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name]), name
 
 
 def test_gates_stand_still_without_a_memory_and_are_opened_for_the_first_one(tmp_path):
@@ -151,18 +161,38 @@ def test_the_memory_gains_exactly_nothing_before_the_first_eviction(tmp_path):
 
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(tmp_path):
     whole, _ = trained(tmp_path / "whole")
-    _part, result = trained(tmp_path / "parts", max_seconds=1e-6)
+    _part, result = trained(tmp_path / "parts", tmp_path / "memories", max_seconds=1e-6)
+    assert list((tmp_path / "memories").iterdir()) == []
     assert result.outcome == "out of time"
     assert result.step < 6
     resumed, result = trained(tmp_path / "parts")
     assert result.step == 6
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    assert_same_weights(whole, resumed)
     mine, theirs = whole.objective.memories, resumed.objective.memories
     for a, b in zip(mine.state_dict(), theirs.state_dict(), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a["kv"], b["kv"], strict=True))
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(7))
+
+
+class FailsOnce:
+    failed = False
+
+    def log(self, values, *, step):
+        if step == 4 and not self.failed:
+            self.failed = True
+            raise OSError("no connection")
+
+
+def test_an_error_leaves_no_memory_files_and_the_next_call_continues_with_the_memories(tmp_path):
+    whole, _ = trained(tmp_path / "whole")
+    trainer = new_trainer(tmp_path / "run", tmp_path / "memories", [FailsOnce()])
+    with pytest.raises(OSError, match="no connection"):
+        trainer.train()
+    assert list((tmp_path / "memories").iterdir()) == []
+    assert trainer.train().step == 6
+    assert_same_weights(whole, trainer)
+    assert list((tmp_path / "memories").iterdir()) == []
 
 
 def test_training_learns_and_draws_curves(tmp_path):

@@ -91,14 +91,21 @@ def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
     return leftovers
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes (or replaces) one small file so that a reader sees the old content or the new one, never a part."""
-    temporary = temporary_sibling(path)
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yields a temporary path; the file written there becomes (or replaces) ``target`` if the block has no error."""
+    temporary = temporary_sibling(target)
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         fsync_path(temporary)
-        temporary.replace(path)
+        temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_path(path.parent)
+    fsync_path(target.parent)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes (or replaces) one small file so that a reader sees the old content or the new one, never a part."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -23,7 +23,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lm_core.checkpoints.atomic_io import fsync_path, temporary_sibling
+from lm_core.checkpoints.atomic_io import new_file
 from lm_core.checkpoints.manifest import load_tensors, save_tensors
 from lm_core.checks import check_positive, typed
 from memorizing_transformer.memory.disk_storage import DiskStorage
@@ -352,15 +352,8 @@ class KNNMemory:
         """Writes the memory into one file, which appears whole or not at all."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_sibling(target)
-        try:
+        with new_file(target) as temporary:
             save_tensors(temporary, self.state_dict())
-            fsync_path(temporary)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_path(target.parent)
 
     @typed
     def load(self, path: str | Path) -> None:

@@ -9,9 +9,10 @@ random states. A run that was killed and resumed ends with the weights, bit for 
 settings, device, torch and number of processes).
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,6 +172,7 @@ class MemoryTrainer:
         self.model = model.to(self.device)
         self.objective = SegmentLoss(model, precision=settings.precision)
         self.use_memory = settings.use_memory and bool(model.memorizing_layers)
+        self._unfinished: list[dict[str, Any]] | None = None
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
@@ -196,9 +198,7 @@ class MemoryTrainer:
         settings, objective = self.settings, self.objective
         self.last: Evaluation | None = None
         self.without_memory: Evaluation | None = None
-        if self.use_memory and objective.memories is None:
-            objective.memories = self.model.create_knn_memories(batch_size=settings.batch_size)
-        with self.session.run() as session:
+        with self._memories(), self.session.run() as session:
             for _ in session.steps():
                 started = time.monotonic()
                 segments = [next(self.streams) for _ in range(settings.gradient_accumulation)]
@@ -223,6 +223,21 @@ class MemoryTrainer:
             last=self.last,
             without_memory=self.without_memory,
         )
+
+    @contextlib.contextmanager
+    def _memories(self) -> Iterator[None]:
+        """Memories for a run, closed at its end; after an unfinished run the next one continues with their content."""
+        if not self.use_memory:
+            yield
+            return
+        with self.model.knn_memories_context(batch_size=self.settings.batch_size) as memories:
+            if self._unfinished is not None:
+                memories.load_state_dict(self._unfinished)
+            self.objective.memories = memories
+            try:
+                yield
+            finally:
+                self._unfinished = memories.state_dict() if self.session.step < self.settings.max_steps else None
 
     def _validate(self) -> dict[str, float]:
         settings = self.settings

@@ -150,7 +150,7 @@ class Adapter(nn.Module, ABC):
         self, ids: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any], *, hidden: bool
     ) -> Tensor:
         """Logits or hidden states of new tokens; ``mask (b, m)`` has its padding first. Grows keys and values."""
-        raise NotImplementedError
+        raise AttributeError(self._why_not_cached)
 
     def _output_layer(self) -> nn.Module | None:
         """The module that makes logits of hidden states; None where a function does."""

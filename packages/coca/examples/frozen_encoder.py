@@ -1,4 +1,4 @@
-"""A frozen Hugging Face vision model under CoCa: tokens once, then only the decoder trains.
+"""A frozen Hugging Face vision model as CoCa's encoder: tokens are computed once, and only the decoder trains.
 
 The encoder here is built from a configuration, so that nothing is downloaded; with a pretrained one, replace it by
 ``transformers.AutoModel.from_pretrained("google/vit-base-patch16-224-in21k")``. A timm model works the same way:
@@ -40,8 +40,8 @@ print(f"{sum(p.numel() for p in trainable):,} of {sum(p.numel() for p in coca.pa
 
 images = torch.randn(8, 3, 32, 32)
 texts = torch.randint(3, 100, (8, 12))
-texts[:, 0], texts[:, -1] = 1, 2
-# A frozen encoder says the same every time: its tokens can be kept and given instead of the images.
+texts[:, 0], texts[:, -1] = 1, 2  # BOS and EOS
+# A frozen encoder returns the same tokens every time: compute them once and pass them instead of the images.
 with torch.no_grad():
     tokens = coca.img_encoder(images)
 optimizer = torch.optim.AdamW(trainable, lr=3e-3)
@@ -54,4 +54,4 @@ for step in range(60):
         print(f"update {step + 1}: caption {loss.caption:.3f}, contrastive {loss.contrastive:.3f}")
 
 captions = coca.eval().generate(images, max_new_tokens=11)
-print(f"captions learned by heart: {(captions == texts[:, 1:]).all(dim=1).sum()} of 8")
+print(f"captions reproduced exactly: {(captions == texts[:, 1:]).all(dim=1).sum()} of 8")

@@ -1,4 +1,4 @@
-"""The whole model on the handwritten digits in half a minute: both losses, captions, classes, neighbours."""
+"""Training on handwritten digits in half a minute, then captions, zero-shot classification and retrieval."""
 
 import torch
 
@@ -49,11 +49,11 @@ few: CaptionedImages = held_out.select(range(6))
 for name, caption in zip(few.names, caption_images(coca, few, tokenizer, preprocessing), strict=True):
     print(f"{name}: {caption}")
 
-images = torch.cat([preprocessing.normalised(held_out.read(number)[None]) for number in range(len(held_out))])
+images = torch.cat([preprocessing.normalised(held_out.read(index)[None]) for index in range(len(held_out))])
 classifier = coca.zero_shot_classifier(held_out.class_names, held_out.templates, tokenizer=tokenizer)
-right = (classify(coca, classifier, images) == torch.tensor(held_out.labels)).float().mean()
-print(f"zero-shot: {right:.2f} of {len(held_out)} held-out digits")
+accuracy = (classify(coca, classifier, images) == torch.tensor(held_out.labels)).float().mean()
+print(f"zero-shot: {accuracy:.2f} of {len(held_out)} held-out digits")
 
 query = coca.encode_text(encode_captions(["the digit seven"], tokenizer, coca.pad_id))
 nearest = (coca.encode_image(images) @ query[0]).topk(5).indices.tolist()
-print("nearest to 'the digit seven':", [held_out.class_names[held_out.labels[number]] for number in nearest])
+print("nearest to 'the digit seven':", [held_out.class_names[held_out.labels[index]] for index in nearest])

@@ -1,4 +1,4 @@
-"""Models small enough to follow, and what they are fed."""
+"""Fixtures: small models, their inputs, and training runs in processes of their own."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 def make_coca():
     """A small CoCa over precomputed image tokens of 12 features, or with a ViT over 8 x 8 grey images."""
 
-    # Here, not above: the run-time shape checker must be in place before the package is imported.
+    # Imported here: the run-time shape checker must be in place before the package is imported.
     from coca import CoCa, VisionTransformer
 
     def make(vit=False, seed=0, **changes):
@@ -36,7 +36,7 @@ def make_coca():
                 image_size=8, patch_size=4, channels=1, dim=12, depth=1, dim_head=4, heads=2, ff_mult=2
             )
         model = CoCa(**{**settings, **changes})
-        # Larger embeddings than at the start of training, so that no difference hides behind a small scale.
+        # Larger embeddings than at the start of training, so that a small scale hides no difference.
         torch.nn.init.normal_(model.token_emb.weight, std=1.0)
         return model
 

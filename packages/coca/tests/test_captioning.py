@@ -53,7 +53,7 @@ def test_cached_features_equal_the_full_forward(make_coca, make_batch):
 
 
 def test_captions_follow_weights_that_have_changed(make_coca, make_batch):
-    """Layouts of weights end with the caption they are for, since nothing tells of a change through ``.data``."""
+    """Weight layouts are rebuilt for each caption, since a change through ``.data`` cannot be detected."""
     model, (_, tokens) = make_coca().eval(), make_batch()
     inputs = {"image_tokens": tokens, "max_new_tokens": 12, "min_new_tokens": 12}
     before = model.generate(**inputs)

@@ -1,4 +1,4 @@
-"""The command: the quickstart in small, what is asked of the trained model, and errors that help."""
+"""The command: a small quickstart, every command on its model, and one-line errors."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ ON_FILES = [*TRAIN, "--image_size", "8", "--channels", "1"]
 
 @pytest.fixture
 def printed(capsys):
-    """Runs a command that succeeds; what it prints."""
+    """Runs a command that succeeds; returns its output."""
 
     def run_command(*words):
         assert main([str(word) for word in words]) == 0
@@ -35,7 +35,7 @@ def printed(capsys):
 
 @pytest.fixture(scope="module")
 def digit_files(tmp_path_factory):
-    """Forty digits as a newcomer would bring them: files and a table."""
+    """Forty digits as a user's own data: image files and a table."""
     folder = tmp_path_factory.mktemp("digits")
     data = handwritten_digits().select(range(40))
     rows = ["image,caption,label"]
@@ -49,7 +49,7 @@ def digit_files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, digit_files):
-    """A run on those files, with one that cannot be read among them."""
+    """A run on those files, one of which cannot be read."""
     folder = tmp_path_factory.mktemp("run")
     source = folder / "images"
     shutil.copytree(digit_files, source)
@@ -137,7 +137,7 @@ def test_classes_and_neighbours_are_printed(printed, run, digit_files):
     assert "zero_shot_accuracy" in printed("retrieve", run, digit_files, "--captions")
 
 
-def test_a_frozen_hugging_face_encoder_is_trained_upon(printed, digit_files, tmp_path):
+def test_training_takes_a_frozen_hugging_face_encoder(printed, digit_files, tmp_path):
     import transformers
 
     torch.manual_seed(0)
@@ -157,8 +157,8 @@ def test_a_frozen_hugging_face_encoder_is_trained_upon(printed, digit_files, tmp
     assert model.preprocessing == ImagePreprocessing(image_size=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3))
 
 
-def test_a_tokenizer_of_ones_own_whose_end_is_its_padding_is_trained_with(printed, digit_files, tmp_path):
-    """As GPT-2's: one special token, which begins, ends and pads."""
+def test_training_takes_a_tokenizer_whose_eos_is_its_padding(printed, digit_files, tmp_path):
+    """As GPT-2's: one special token as BOS, EOS and padding."""
     import tokenizers
     import transformers
 

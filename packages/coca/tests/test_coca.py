@@ -109,7 +109,7 @@ def test_the_logit_scale_never_exceeds_its_bound(make_coca, make_batch, stored):
     assert model.log_logit_scale.item() == pytest.approx(math.log(100))
 
 
-def test_the_logit_scale_starts_where_it_is_told(make_coca):
+def test_the_logit_scale_starts_at_its_default_or_argument(make_coca):
     assert make_coca().logit_scale.item() == pytest.approx(1 / 0.07)
     assert make_coca(loss="sigmoid").logit_scale.item() == pytest.approx(10)
     assert make_coca(init_logit_scale=5.0, max_logit_scale=20.0).logit_scale.item() == pytest.approx(5)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: half-precision training and captions there, equal to the CPU's."""
+"""Half-precision training and captions on a GPU, against the CPU's."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_autocast_on_a_gpu_is_near_float32_on_the_cpu(make_coca, make_batch, dty
     model.cuda()
     with torch.autocast("cuda", dtype=dtype):
         rough = model.loss(text.cuda(), images.cuda())
-    # as a scaler that has found its scale: at the first one, 65536, it is meant to skip updates
+    # a scale that a scaler settles at: from its first one, 65536, it is meant to skip updates
     scaler = torch.amp.GradScaler("cuda", init_scale=1024, enabled=dtype == torch.float16)
     scaler.scale(rough.total).backward()
 

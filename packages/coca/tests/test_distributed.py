@@ -21,7 +21,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
 class Towers(torch.nn.Module):
-    """What DDP wraps: the parts of the loss, as tensors."""
+    """Module for DDP to wrap; returns the parts of the loss as tensors."""
 
     def __init__(self, loss, dtype):
         super().__init__()
@@ -55,7 +55,7 @@ def results(module, text, tokens):
 
 
 def run_rank(own, world, folder):
-    early = Towers("softmax", torch.float64)  # made before there is a group: what counts is the time of the call
+    early = Towers("softmax", torch.float64)  # made before there is a group, which only the call must see
     dist.init_process_group(
         "gloo", init_method=(folder / "store").as_uri(), rank=own, world_size=world, timeout=timedelta(seconds=120)
     )
@@ -132,7 +132,7 @@ def test_a_group_of_one_and_no_gathering_are_the_local_loss(ranks):
 
 
 def test_the_mean_of_local_means_is_another_loss():
-    """What the original computed: the test above would not see a difference if the batch did not make one."""
+    """The original's loss: on this batch it differs, so the tests above would fail with it."""
     model, (text, tokens) = Towers("softmax", torch.float64).model, batch(torch.float64)
     halves = [model.loss(text[rows], image_tokens=tokens[rows]).caption for rows in (slice(0, 5), slice(5, 8))]
 

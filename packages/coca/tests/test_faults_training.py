@@ -1,6 +1,6 @@
-"""A training run killed again and again ends, bit for bit, as one that was not. Its program is test_trainer.py.
+"""A training run that is killed repeatedly ends, bit for bit, as one that is not. Its program is test_trainer.py.
 
-Two kills here; LM_FAULT_KILLS=20 for the long form.
+Two kills by default; LM_FAULT_KILLS=20 for a long test.
 """
 
 import json

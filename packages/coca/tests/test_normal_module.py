@@ -1,4 +1,4 @@
-"""CoCa is a normal module: each submodule is called, so hooks fire and what takes its place has an effect."""
+"""CoCa is a normal module: each submodule is called, so hooks fire and replacements have an effect."""
 
 from collections import Counter
 
@@ -66,7 +66,7 @@ def test_every_submodule_of_the_decoder_is_called_for_every_token(make_coca, pai
 
 
 class Scaled(nn.Module):
-    """What a user puts in a submodule's place."""
+    """A user's replacement for a submodule."""
 
     def __init__(self, module):
         super().__init__()

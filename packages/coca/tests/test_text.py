@@ -1,4 +1,4 @@
-"""Where the text ends, what it predicts, and that padding changes nothing."""
+"""Texts: end, targets, and independence of padding."""
 
 import pytest
 import torch

@@ -108,7 +108,7 @@ def whole_run(tmp_path_factory):
     return folder, tiny_trainer(folder).train()
 
 
-def test_a_run_writes_what_it_says(whole_run):
+def test_a_run_writes_metrics_checkpoints_and_a_grid(whole_run):
     folder, result = whole_run
 
     assert (result.outcome, result.step, result.first_step) == ("finished", 6, 0)
@@ -131,7 +131,7 @@ def test_a_run_writes_what_it_says(whole_run):
 @pytest.mark.plain
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a process itself there")
 @pytest.mark.parametrize("step", [1, 3])
-def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step):
+def test_an_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, step):
     stopped = tiny_trainer(tmp_path, trackers=[StopAt(step)]).train()
     resumed = tiny_trainer(tmp_path).train()
 
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(whole_run, tmp_path, step):
 
 
 @pytest.mark.plain
-def test_a_run_does_not_go_on_with_another_architecture(whole_run, tmp_path):
+def test_a_run_does_not_resume_with_another_architecture(whole_run, tmp_path):
     shutil.copytree(whole_run[0], tmp_path / "run")
     trainer = tiny_trainer(tmp_path / "run", dim=16)
 
@@ -166,7 +166,7 @@ def test_a_model_that_does_not_fit_is_refused(changes, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("pad_id", [258, 257])  # of its own, or the end
+@pytest.mark.parametrize("pad_id", [258, 257])  # an id of its own, or EOS
 def test_a_held_out_caption_loss_does_not_depend_on_the_size_of_its_batches(tmp_path, pad_id):
     model = tiny_trainer(tmp_path).model
     model.pad_id = pad_id

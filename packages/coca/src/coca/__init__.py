@@ -1,4 +1,4 @@
-"""coca: Contrastive Captioners, image-text models that contrast and caption.
+"""CoCa, Contrastive Captioners: image-text models that compare, retrieve, classify and caption.
 
 >>> import torch
 >>> from coca import CoCa, VisionTransformer

@@ -1,16 +1,16 @@
-"""Weights of the original ``CoCa-pytorch`` 0.1.0 in this package's layout, and back from its file.
+"""Conversion of weights of the original ``CoCa-pytorch`` 0.1.0.
 
 | original | here |
 |---|---|
-| ``fused_attn_ff_proj``; ``attn_out`` and ``ff_out.1`` | ``proj_in``; side by side in ``proj_out`` |
-| ``to_q`` and ``ff.0``; ``to_out`` and ``ff.2`` | one under the other in ``proj_in``; side by side in ``proj_out`` |
+| ``fused_attn_ff_proj``; ``attn_out`` and ``ff_out.1`` | ``proj_in``; concatenated in ``proj_out`` |
+| ``to_q`` and ``ff.0``; ``to_out`` and ``ff.2`` | concatenated in ``proj_in``; concatenated in ``proj_out`` |
 | ``img_queries``, ``img_attn_pool``, ``img_attn_pool_norm`` | ``pooling.caption`` (``pooling="shared"``) |
 | ``temperature``, of shape (1,) | ``log_logit_scale``: both are the logarithm |
 | ``img_encoder.*`` | ``img_encoder.encoder.*`` |
-| ``beta``, ``inv_freq`` buffers, ``to_logits.1.weight`` | nothing: zero, computed, tied |
+| ``beta``, ``inv_freq`` buffers, ``to_logits.1.weight`` | dropped: zero, recomputed, tied |
 
-Logits of texts without padding and the captioning loss are then the original's. Text embeddings are too where no row is
-padded; after padding the original put CLS elsewhere.
+Logits of texts without padding and the captioning loss then equal the original's, as do the text embeddings of texts
+without padding; with padding the original put CLS elsewhere.
 """
 
 import re
@@ -39,14 +39,13 @@ def from_coca_pytorch(
     """A ``CoCa`` with the weights of an original model; its sizes are read from the shapes.
 
     Args:
-        state_dict: of the original model.
-        img_encoder: a module of the kind the original was made with; takes the weights under ``img_encoder.``.
-        **arguments: further arguments of ``CoCa``, such as ``pad_id`` and ``eos_id``, which no weight shows. A size
-            that the weights do not have is refused.
+        state_dict: state dict of the original model.
+        img_encoder: module of the original encoder's class; receives the weights under ``img_encoder.``.
+        **arguments: further arguments of ``CoCa`` that the weights do not determine, such as ``pad_id`` and ``eos_id``.
+            A size that contradicts the weights is refused.
 
     Raises:
-        ValueError: the state dict is not one of the original, or has an image encoder's weights and none is given (or
-            the other way round).
+        ValueError: the state dict is not the original's, or only one of state dict and arguments has an image encoder.
     """
     missing = [key for key in _ORIGINAL_KEYS if key not in state_dict]
     if missing:
@@ -63,11 +62,11 @@ def from_coca_pytorch(
 
 @typed
 def load_coca_pytorch(path: str | Path, *, img_encoder: nn.Module | None = None, **arguments: Any) -> CoCa:
-    """As ``from_coca_pytorch``, from a ``.pt`` file, of which nothing is executed.
+    """As ``from_coca_pytorch``, from a ``.pt`` file; nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no state dict, or see ``from_coca_pytorch``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file contains no state dict; see also ``from_coca_pytorch``.
     """
     content = load_tensors(path)
     for name in ("state_dict", "model"):
@@ -79,7 +78,7 @@ def load_coca_pytorch(path: str | Path, *, img_encoder: nn.Module | None = None,
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original's tensors under our names."""
+    """The original's tensors under this package's names."""
     result: dict[str, Tensor] = {
         "token_emb.weight": state_dict["token_emb.weight"],
         "text_cls": state_dict["text_cls_token"],

@@ -10,8 +10,7 @@ from coca.training.config import TrainingSettings
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, CommandParser, Group, command_parser
 
-TRAIN = """Trains a CoCa on images with captions; without arguments, on handwritten digits (about two minutes on two CPU
-cores).
+TRAIN = """Trains a CoCa on images with captions, by default on handwritten digits (under 90 s on two CPU cores).
 
   coca train                                               the quickstart, into runs/coca-quickstart
   coca train --data photos/captions.csv --dim 512 --heads 8 --dim_head 64 --vit_dim 384 --vit_depth 12 \\
@@ -24,7 +23,7 @@ cores).
 Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
 as it does after a kill."""
 
-# Arguments that come from the tokenizer and the encoder; the sizes are those of the quickstart.
+# Flags of the model, without what tokenizer and encoder determine; the default sizes are the quickstart's.
 MODEL = Group(
     CoCa,
     skip=("num_tokens", "image_dim", "img_encoder", "freeze_img_encoder", "pad_id", "bos_id", "eos_id"),

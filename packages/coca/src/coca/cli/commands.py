@@ -1,4 +1,4 @@
-"""The commands for a trained model: captions, latents, classes, neighbours; and the conversion of old weights.
+"""Commands for a trained model (``caption``, ``embed``, ``zero-shot``, ``retrieve``), and ``convert`` for old weights.
 
 Each returns the exit status: 0, or 1 if an image could not be read.
 """
@@ -43,17 +43,18 @@ def caption(
 
     Args:
         images: files or folders of images.
-        prefix: beginning of the captions.
-        beams: above 1 searches with so many beams.
-        temperature: 0 takes the most likely token each time.
-        top_k: samples among the k most likely tokens.
-        top_p: samples among the most likely tokens up to this probability together.
-        max_new_tokens: at most.
-        min_new_tokens: at least.
-        seed: of the draws.
+        prefix: text that every caption begins with.
+        beams: width of the beam search; 1 for greedy decoding or sampling.
+        temperature: sampling temperature; 0 takes the most likely token each time.
+        top_k: samples among the k most likely tokens only.
+        top_p: samples among the most likely tokens of this total probability only.
+        max_new_tokens: maximum number of generated tokens.
+        min_new_tokens: minimum number of generated tokens.
+        seed: seed of the sampling.
     """
     model, tokenizer, preprocessing = _load(checkpoint, device)
     paths, pixels, failed = _read_images(images, preprocessing)
+    # the prefix as in training: after BOS, without EOS
     ids = None
     if prefix is not None:
         bos = getattr(tokenizer, "bos_id", None)
@@ -87,9 +88,9 @@ def embed(
     """Writes L2-normalised latents of images or texts to a .npz: arrays "latents" and "names".
 
     Args:
-        output: the .npz to write.
+        output: .npz file to write.
         images: files or folders of images.
-        texts: captions, instead of images.
+        texts: captions to embed instead of images.
     """
     if bool(images) == bool(texts):
         raise ValueError("give images or texts, one of the two")
@@ -120,9 +121,9 @@ def zero_shot(
 
     Args:
         images: files or folders of images.
-        classes: names to choose among.
+        classes: class names to choose among.
         templates: captions with one {} for a class name, as "a photo of a {}".
-        top: classes to print.
+        top: number of classes to print for an image.
     """
     check_positive(top, "top")
     model, tokenizer, preprocessing = _load(checkpoint, device)
@@ -147,10 +148,10 @@ def retrieve(
     """Finds images by text, or measures recall on images with captions.
 
     Args:
-        images: files or folders of images; with captions, one source as for train (or digits).
-        text: queries; the nearest images of each are printed.
-        captions: measures losses, recall and classification on a source of images with captions instead.
-        top: images to print for a query.
+        images: files or folders of images; with --captions one source that coca train reads (or digits).
+        text: queries for which the nearest images are printed.
+        captions: measures losses, recall and classification on images with captions instead.
+        top: number of images to print for a query.
     """
     if captions == bool(text):
         raise ValueError("give text, or captions to measure recall, one of the two")
@@ -186,17 +187,17 @@ def convert(
     eos_id: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Converts a weight file of CoCa-pytorch into a folder that ``CoCa.from_pretrained`` opens.
+    """Converts a weight file of CoCa-pytorch to a checkpoint folder.
 
     Args:
-        old: file with the state dict of a CoCa.
+        old: file with the state dict of CoCa-pytorch's CoCa.
         directory: folder to write.
-        encoder: folder of the Hugging Face vision model that the file has the weights of, if it has any.
-        tokenizer: stored with the model: bytes, a folder, or organisation/name on the hub.
+        encoder: folder of the Hugging Face vision model whose weights the file contains, if it contains any.
+        tokenizer: tokenizer to store with the model: bytes, a folder, or organisation/name on the hub.
         pad_id: padding id that the model was trained with.
-        bos_id: id that begins captions.
-        eos_id: id that ends captions.
-        overwrite: whether a folder with content may be written to.
+        bos_id: id of the token that begins captions.
+        eos_id: id of the token that ends captions.
+        overwrite: allows writing to a folder with content.
     """
     vision = None if encoder is None else load_encoder(encoder)
     model = load_coca_pytorch(old, img_encoder=vision, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
@@ -206,9 +207,9 @@ def convert(
 
 
 def _load(checkpoint: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:
-    """The model of a checkpoint with its tokenizer and its preparation of images."""
-    folder, place = checkpoint_folder(checkpoint), pick_device(device)
-    model = CoCa.from_pretrained(folder).to(place).eval()
+    """Model, tokenizer and preprocessing of a checkpoint."""
+    folder = checkpoint_folder(checkpoint)
+    model = CoCa.from_pretrained(folder).to(pick_device(device)).eval()
     if model.preprocessing is None:
         raise ValueError(f"{folder} has no preprocess.json, so the preparation of images is not known")
     return model, load_tokenizer(folder), model.preprocessing

@@ -1,4 +1,4 @@
-"""``coca train``: a model, its image encoder and its data from flags."""
+"""``coca train``: builds data, image encoder, model and trainer from flags."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
 
-# Key numbers of a run, most important first: accuracies where classes are known, else recall, else losses.
+# Results of a run, most important first: accuracies where classes are known, else recall, else losses.
 _RESULTS = {
     "zero_shot_accuracy": "zero-shot accuracy",
     "caption_accuracy": "captions that name the class",
@@ -35,16 +35,15 @@ _RESULTS = {
 @typed
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """Images and their encoder.
+    """Image encoder and preprocessing.
 
     Args:
-        encoder: folder of a Hugging Face vision model, or organisation/name on the hub, instead of our ViT.
+        encoder: folder or organisation/name on the hub of a Hugging Face vision model to use instead of our ViT.
         freeze_encoder: trains everything but the encoder.
-        image_size: pixels; images are resized and cropped to a square. 0 takes 8 for the digits, the encoder's own
-            size, else 224.
-        channels: 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
-        patch_size: of our ViT; 0 takes a quarter or a fourteenth of image_size.
-        vit_dim: features of our ViT.
+        image_size: pixels to resize and crop a side to; 0 takes 8 for the digits, the encoder's own size, else 224.
+        channels: channels of the images, 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
+        patch_size: patch size of our ViT; 0 takes a quarter or (from 56 pixels) a fourteenth of image_size.
+        vit_dim: features of a token of our ViT.
         vit_depth: blocks of our ViT.
         vit_heads: query heads of our ViT.
 
@@ -62,10 +61,10 @@ class EncoderSettings:
     vit_heads: int = 4
 
     def preprocessing(self, *, digits: bool) -> ImagePreprocessing:
-        """Preparation of the images.
+        """Preprocessing of the images.
 
         Raises:
-            ValueError: the digits are to have another size.
+            ValueError: another size or number of channels is asked for the digits.
         """
         if digits:
             size, channels = self.image_size or IMAGE_SIZE, self.channels or 1
@@ -79,7 +78,7 @@ class EncoderSettings:
         return ImagePreprocessing(image_size=self.image_size or 224, channels=self.channels or 3)
 
     def build(self, preprocessing: ImagePreprocessing, *, gradient_checkpointing: bool) -> nn.Module:
-        """The encoder of images that ``preprocessing`` has prepared.
+        """The image encoder for images that ``preprocessing`` has prepared.
 
         Raises:
             ValueError, ImportError: sizes do not fit, or the encoder is not available.
@@ -117,18 +116,19 @@ def train(
 
     Args:
         model: arguments of ``CoCa``.
-        images: preparation and encoder of the images.
-        settings: of the training.
+        images: settings of the images and their encoder.
+        settings: settings of the training.
         reading: arguments of ``load_images``.
         data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
-        validation_data: the same, held out.
-        validation_fraction: part of data that is held out where validation_data is not given.
+        validation_data: held-out images with captions, in the same formats; null holds out a part of data.
+        validation_fraction: fraction of data to hold out where validation_data is not given.
         tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
     """
-    encoder = load_tokenizer(tokenizer)
-    if encoder.pad_id is None:
-        raise ValueError(f"tokenizer must have a padding or an EOS id, got {encoder!r} without")
+    # data: the tokenizer decides the vocabulary, the image settings what is read
+    text_tokenizer = load_tokenizer(tokenizer)
+    if text_tokenizer.pad_id is None:
+        raise ValueError(f"tokenizer must have a padding or an EOS id, got {text_tokenizer!r} without")
     preprocessing = images.preprocessing(digits=data == "digits")
 
     def load(source: str) -> CaptionedImages:
@@ -138,29 +138,31 @@ def train(
         train_data, held_out = load(data).split(validation_fraction)
     else:
         train_data, held_out = load(data), load(validation_data)
+    # model, initialised from the seed
     seed_everything(settings.seed)
     coca = CoCa(
         **model,
-        num_tokens=encoder.vocab_size,
+        num_tokens=text_tokenizer.vocab_size,
         img_encoder=images.build(preprocessing, gradient_checkpointing=model["gradient_checkpointing"]),
         freeze_img_encoder=images.freeze_encoder,
-        pad_id=encoder.pad_id,
-        bos_id=getattr(encoder, "bos_id", None),
-        eos_id=encoder.eos_id,
+        pad_id=text_tokenizer.pad_id,
+        bos_id=getattr(text_tokenizer, "bos_id", None),
+        eos_id=text_tokenizer.eos_id,
     )
     trainer = CoCaTrainer(
         model=coca,
         data=train_data,
         held_out=held_out,
         preprocessing=preprocessing,
-        tokenizer=encoder,
+        tokenizer=text_tokenizer,
         checkpoint_dir=checkpoint_dir,
         settings=settings,
         resume=resume,
         trackers=trackers or (),
     )
+    # report before and after training
     millions = sum(parameter.numel() for parameter in coca.parameters()) / 1e6
-    report("model", f"CoCa, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
+    report("model", f"CoCa, {millions:.2f} million parameters, {text_tokenizer.vocab_size} tokens")
     report("data", f"{data}: {len(train_data):,} images to learn from, {len(held_out):,} held out")
     for line in train_data.unreadable_report():
         report("unreadable", line)
@@ -168,15 +170,15 @@ def train(
     result = trainer.train()
     lines = [("held out", f"{name:22} {value:.3f}") for name, value in result.metrics.items()]
     grid = ("grid", f"{result.grid}: held-out images, their generated captions and the nearest texts")
-    what = "held-out digits" if data == "digits" else "held-out images"
+    subject = "held-out digits" if data == "digits" else "held-out images"
     results = [
         Result(
-            f"{words}, {what}",
+            f"{label}, {subject}",
             result.metrics[name],
             result.first_metrics.get(name),
             "lower" if name.endswith("loss") else "higher",
         )
-        for name, words in _RESULTS.items()
+        for name, label in _RESULTS.items()
         if name in result.metrics
     ]
     return report_run(

@@ -1,8 +1,8 @@
-"""Images with captions: what is trained on and evaluated.
+"""Data sets of images with captions, for training and evaluation.
 
-Images stay where they are (files, or members of a tar) and are decoded when asked for; a small set may be held in
-memory. Whatever cannot be decoded is found when the set is opened, listed by name in ``unreadable``, and never silently
-left out. ``coca.data.image_files`` reads folders, tables and tars, ``coca.data.digits`` the embedded digits.
+Images are decoded on access, from files, members of a tar, or memory. Those that cannot be decoded are found when the
+set is opened, listed by name in ``unreadable``, and never silently dropped. ``coca.data.image_files`` reads folders,
+tables and tars, ``coca.data.digits`` the built-in digits.
 
 Legend: c channels.
 """
@@ -22,13 +22,13 @@ class CaptionedImages:
     """Images, each with one or more captions.
 
     Attributes:
-        names: of the images, for errors and pictures.
-        captions: of each image, at least one.
-        read: ``read(i)`` gives the pixels of image i, ``(c, size, size)``.
-        labels: class of each image, or None where classes are unknown.
-        class_names: of the labels.
+        names: image names, for errors and pictures.
+        captions: captions of each image, at least one.
+        read: ``read(i)`` returns the pixels of image i, ``(c, size, size)``.
+        labels: class index of each image, or None where classes are unknown.
+        class_names: class name of each index.
         templates: captions with one ``{}`` for a class name, for zero-shot classification.
-        unreadable: "name: reason" of each image that could not be decoded and is not among the others.
+        unreadable: "name: reason" of each image that could not be decoded; none of them is in ``names``.
 
     Raises:
         ValueError: there is no image, an image has no caption, or lengths or labels do not fit.
@@ -44,8 +44,8 @@ class CaptionedImages:
 
     def __post_init__(self) -> None:
         if not self.names:
-            bad = self.unreadable
-            more = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
+            failed = self.unreadable
+            more = f"; {len(failed)} could not be read, the first: {failed[0]}" if failed else ""
             raise ValueError(f"there must be at least one image, got none{more}")
         for what, values in (("captions", self.captions), ("labels", self.labels)):
             if values is not None and len(values) != len(self.names):
@@ -62,24 +62,24 @@ class CaptionedImages:
 
     @property
     def fingerprint(self) -> int:
-        """A number that differs where names, order or captions differ."""
+        """Checksum of names, order and captions."""
         return zlib.crc32(repr((self.names, self.captions)).encode("utf-8", errors="surrogatepass"))
 
     def unreadable_report(self) -> list[str]:
-        """The first of the unreadable images with their reasons, and how many there are; a line each."""
+        """Lines that name the first 20 unreadable images with their reasons and count all of them."""
         if not self.unreadable:
             return []
         count = len(self.unreadable)
         return [*self.unreadable[:20], f"{count} of {count + len(self)} images, all named in run.json"]
 
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
-        """The images of these numbers, in this order."""
+        """The images with these indices, in this order."""
         kept = [int(index) for index in indices]
         return replace(
             self,
             names=tuple(self.names[index] for index in kept),
             captions=tuple(self.captions[index] for index in kept),
-            read=lambda number: self.read(kept[number]),
+            read=lambda position: self.read(kept[position]),
             labels=None if self.labels is None else tuple(self.labels[index] for index in kept),
         )
 
@@ -87,8 +87,8 @@ class CaptionedImages:
         """Images to train on and images held out, drawn by ``seed``.
 
         Args:
-            held_out: part of the images to hold out, at least one.
-            seed: of the draw.
+            held_out: fraction of the images to hold out, at least one image.
+            seed: seed of the draw.
 
         Raises:
             ValueError: ``held_out`` is not in (0, 1), or there are fewer than two images.

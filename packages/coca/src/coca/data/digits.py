@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's handwritten digits with captions, 1,797 real images of 8 x 8 pixels.
+"""Built-in data set: scikit-learn's handwritten digits with captions, 1,797 real images of 8 x 8 pixels.
 
 They come with the ``scikit-learn`` wheel, so nothing is downloaded.
 """
@@ -10,12 +10,12 @@ from coca.data.captioned_images import CaptionedImages
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("the digit {}", "a handwritten {}", "a picture of the number {}", "someone wrote the number {}")
 IMAGE_SIZE = 8
-# Of the whole set, in the range [0, 1].
+# Pixel statistics of the whole set, in the range [0, 1].
 MEAN, STD = 0.305, 0.376
 
 
 def handwritten_digits() -> CaptionedImages:
-    """All digits, each with a caption in every template.
+    """All digits, each with one caption for every template.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -25,12 +25,12 @@ def handwritten_digits() -> CaptionedImages:
     except ImportError as error:
         raise ImportError('the handwritten digits need the extra "digits": pip install "coca[digits]"') from error
     data = load_digits()
-    # Stored as 0 to 16.
+    # scikit-learn stores 0 to 16
     pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = tuple(int(label) for label in data.target)
     return CaptionedImages(
-        names=tuple(f"digit {number:04d}" for number in range(len(labels))),
-        captions=tuple(tuple(form.format(CLASS_NAMES[label]) for form in TEMPLATES) for label in labels),
+        names=tuple(f"digit {index:04d}" for index in range(len(labels))),
+        captions=tuple(tuple(template.format(CLASS_NAMES[label]) for template in TEMPLATES) for label in labels),
         read=lambda index: pixels[index],
         labels=labels,
         class_names=CLASS_NAMES,

@@ -1,11 +1,11 @@
 """Folders, tables and tars of images with captions.
 
-| source | what is read |
+| source | content |
 |---|---|
 | ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path relative to the table), ``caption``, maybe ``label`` |
 | a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
-| ``"digits"`` | the embedded digits, as ``coca.data.digits`` has them: the other arguments have no effect |
+| ``"digits"`` | the built-in digits (``coca.data.digits``); other arguments have no effect |
 
 Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
 once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
@@ -55,19 +55,18 @@ def load_images(
     """Images with captions from files.
 
     Args:
-        source: see the module.
+        source: folder, table, tar or "digits"; see the module docstring.
         preprocessing: size and channels of the pixels.
         image_column: column of a table with the path of an image.
         caption_column: column of a table, or key of a JSON object, with a caption.
-        label_column: the same with the class of an image; where all images have it, held-out ones are classified.
+        label_column: column or key with the class of an image; if all images have one, held-out ones are classified.
         templates: captions with one {} for a class name.
-        max_unreadable: part of the images that may be unreadable; they are named and counted.
+        max_unreadable: largest fraction of images that may be unreadable; they are named and counted.
         progress: shows a progress bar.
 
     Raises:
-        FileNotFoundError: there is no such source, or it names an image that is not there.
-        ValueError: there is no image in it, a column is missing, an image has no caption, or too many images are
-            unreadable: they are named.
+        FileNotFoundError: the source, or an image that it names, does not exist.
+        ValueError: the source has no images, lacks a column or caption, or has too many unreadable images, by name.
     """
     if source == "digits":
         return handwritten_digits()
@@ -77,6 +76,7 @@ def load_images(
     entries = _merged(_entries(Path(source), columns))
     if not entries:
         raise ValueError(f"source must hold at least one image with a caption, got none in {source}")
+    # Decode every image once, to find those that cannot be read.
     good, unreadable = [], []
     for entry in tqdm(entries, desc="check images", unit="image", disable=not progress):
         try:
@@ -89,6 +89,7 @@ def load_images(
             f"{len(unreadable)} of {len(entries)} images in {source} cannot be read, more than max_unreadable = "
             f"{max_unreadable} allows: {'; '.join(unreadable[:8])}"
         )
+    # Classes count only if every image has one.
     labels = [entry.label for entry in good if entry.label is not None]
     class_names = tuple(sorted(set(labels))) if len(labels) == len(good) else ()
     label_ids = {name: index for index, name in enumerate(class_names)}
@@ -104,10 +105,10 @@ def load_images(
 
 
 def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) -> Pixels:
-    """Pixels of an image file, of which ``read`` returns the content.
+    """Pixels of an image file, whose bytes ``read`` returns.
 
     Raises:
-        ValueError: it cannot be read or decoded.
+        ValueError: the file cannot be read or decoded.
     """
     from PIL import Image
 
@@ -120,7 +121,7 @@ def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) ->
 
 
 def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
-    """One entry an image, with all its captions."""
+    """One entry for each image, with all its captions."""
     by_name: dict[str, _Entry] = {}
     for entry in entries:
         earlier = by_name.get(entry.name)

@@ -1,8 +1,8 @@
-"""Batches of image-text pairs in an order that a seed fixes, resumable at any batch, equal on any number of processes.
+"""Batches of image-text pairs: seeded order, resumable at any batch, the same for any number of processes.
 
-A run sees one endless sequence of images, permutation after permutation. Update k takes the next ``batch_size`` of
-them, of which each process takes its own piece, so several processes together see what one would. The caption of an
-image with several, and its random shift, depend on the seed, the epoch and the image only.
+Images come in one endless sequence, a new permutation each epoch. Update k takes the next ``batch_size`` of them and
+each process its shard, so several processes together see what one would. The caption chosen for an image with several,
+and its random shift, depend only on seed, epoch and image.
 
 Legend: b pairs of this process, n sequence, c channels.
 """
@@ -43,18 +43,18 @@ class PairBatch:
 
 @dataclass(eq=False, kw_only=True)
 class PairBatches(Iterator[PairBatch]):
-    """Training batches without end.
+    """Endless iterator over training batches.
 
     Args:
         data: images with captions.
-        tokenizer: see ``lm_core.tokenizers``.
-        preprocessing: how pixels are normalised.
+        tokenizer: caption tokenizer; see ``lm_core.tokenizers``.
+        preprocessing: normalisation of the pixels.
         batch_size: pairs of an update, over all processes together.
-        pad_id: padding of texts.
+        pad_id: padding id of the texts.
         max_length: tokens at which captions are cut.
-        shift: images are moved by up to so many pixels each way; their border is repeated.
-        seed: of order, captions and shifts.
-        rank: of this process.
+        shift: largest random shift of an image in pixels, in each direction; its border is repeated.
+        seed: seed of order, captions and shifts.
+        rank: rank of this process.
         world_size: number of processes.
 
     Raises:
@@ -83,7 +83,7 @@ class PairBatches(Iterator[PairBatch]):
 
     @property
     def epoch(self) -> float:
-        """Times that the whole set has been seen."""
+        """Passes over the whole set so far, with fractions."""
         return self.position / len(self.data)
 
     def __next__(self) -> PairBatch:
@@ -100,11 +100,11 @@ class PairBatches(Iterator[PairBatch]):
         return PairBatch(right_pad(rows, self.pad_id)[0], self.preprocessing.normalised(np.stack(pixels)))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the sequence stands."""
+        """Position in the sequence, and what it depends on."""
         return {"position": self.position, "seed": self.seed, "image_fingerprint": self.data.fingerprint}
 
     def check_state(self, state: Mapping[str, int]) -> None:
-        """Raises ``ValueError`` if ``state`` is of other images, captions or another seed."""
+        """Raises ``ValueError`` if ``state`` belongs to other images, captions or another seed."""
         check_same_order(state, self.state_dict(), cursor="position")
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -29,7 +29,7 @@ class Latents:
         images: ``(i, l)``, L2-normalised.
         texts: ``(t, l)``, L2-normalised.
         captions: the ``t`` captions.
-        image_of_text: number of the image of each caption.
+        image_of_text: index of the image of each caption, ``(t,)``.
     """
 
     images: Float[Tensor, "i l"]
@@ -41,7 +41,7 @@ class Latents:
 def image_batches(
     data: CaptionedImages, preprocessing: ImagePreprocessing, batch_size: int
 ) -> Iterator[Float[Tensor, "b c height width"]]:
-    """The images in order."""
+    """Normalised images in order, batch by batch."""
     for start in range(0, len(data), batch_size):
         indices = range(start, min(start + batch_size, len(data)))
         yield preprocessing.normalised(np.stack([data.read(index) for index in indices]))
@@ -107,10 +107,10 @@ def decoded(ids: list[int], tokenizer: Any, eos_id: int | None) -> str:
 
 
 def names_class(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
-    """True if a caption has the name of this class, as a whole word, and of no other."""
+    """True if a caption contains the name of this class, as a whole word, and of no other."""
     named = {
-        number
-        for number, name in enumerate(class_names)
+        index
+        for index, name in enumerate(class_names)
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
     }
     return named == {label}
@@ -128,24 +128,25 @@ def evaluate(
     batch_size: int = 128,
     captions: int | None = None,
 ) -> dict[str, float]:
-    """Losses, retrieval both ways, and where classes are known zero-shot classification and captions that name them.
+    """Losses and retrieval; where classes are known also zero-shot classification and captions that name the class.
 
     Runs in this process alone.
 
     Args:
         model: a ``CoCa`` with an image encoder.
         data: held-out images.
-        tokenizer: as in training.
-        preprocessing: as in training.
+        tokenizer: caption tokenizer of the training.
+        preprocessing: preprocessing of the training.
         max_length: tokens at which captions are cut, as in training.
-        max_new_tokens: of generated captions.
-        batch_size: pairs at a time; the contrastive loss is of such batches.
-        captions: images to caption; None for all, 0 for none.
+        max_new_tokens: maximum length of generated captions.
+        batch_size: pairs in a batch; the contrastive loss is a mean over such batches.
+        captions: number of images to caption; None for all, 0 for none.
 
     Returns:
-        ``caption_loss`` (nats a token), ``contrastive_loss``, ``image_to_text_r@k`` and ``text_to_image_r@k`` where
-        captions tell images apart, ``zero_shot_accuracy`` and ``caption_accuracy`` where classes are known.
+        ``caption_loss`` (nats per token), ``contrastive_loss``, ``image_to_text_r@k`` and ``text_to_image_r@k`` where
+        captions differ enough, ``zero_shot_accuracy`` and ``caption_accuracy`` where classes are known.
     """
+    # Losses: the first caption of each image.
     caption_nats = contrastive = tokens = 0.0
     with eval_mode(model):
         for index, images in enumerate(image_batches(data, preprocessing, batch_size)):
@@ -159,11 +160,12 @@ def evaluate(
             contrastive += float(loss.contrastive) * len(images)
     latents = embed(model, data, tokenizer, preprocessing, max_length=max_length, batch_size=batch_size)
     metrics = {"caption_loss": caption_nats / max(tokens, 1), "contrastive_loss": contrastive / len(data)}
-    # Where many images share a caption it cannot find one of them.
+    # A caption that many images share cannot retrieve one of them.
     if len(set(latents.captions)) > len(latents.captions) / 2:
         metrics |= retrieval_metrics(latents.images, latents.texts, latents.image_of_text)
     if data.labels is None:
         return metrics
+    # Classification, and captions that name the class.
     templates = data.templates or ("{}",)
     classifier = model.zero_shot_classifier(data.class_names, templates, tokenizer=tokenizer, max_length=max_length)
     predicted = (latents.images @ classifier.float().t()).argmax(dim=-1).cpu()

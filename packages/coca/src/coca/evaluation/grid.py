@@ -1,4 +1,4 @@
-"""A picture of results: images, each with its generated caption and the nearest texts. Drawn with Pillow alone."""
+"""Picture of results: each image with its generated caption and nearest texts, drawn with Pillow alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,18 +28,18 @@ def draw_grid(
     count: int = 12,
     texts: int = 4,
 ) -> Path:
-    """Draws the first images of ``data`` with generated captions, each with the nearest of all captions in ``data``.
+    """Draws the first images of ``data``, each with a generated caption and the nearest of all captions in ``data``.
 
     Args:
-        path: a ``.png``.
-        model: captions the images.
+        path: ``.png`` file to write.
+        model: model that captions the images.
         data: images with captions.
-        tokenizer: as in training.
-        preprocessing: as in training.
-        max_length: tokens of a caption.
-        title: written above.
-        count: images to draw.
-        texts: nearest texts to show, an image.
+        tokenizer: caption tokenizer of the training.
+        preprocessing: preprocessing of the training.
+        max_length: maximum number of tokens of a caption.
+        title: heading of the picture.
+        count: number of images.
+        texts: number of nearest texts for each image.
     """
     chosen = data.select(range(min(count, len(data))))
     captions = caption_images(model, chosen, tokenizer, preprocessing, max_new_tokens=max_length)
@@ -63,18 +63,18 @@ def save_grid(
     title: str = "",
     columns: int = 3,
 ) -> Path:
-    """Writes the picture.
+    """Draws images in columns, each with its caption above its nearest texts.
 
     Args:
-        path: a ``.png``.
+        path: ``.png`` file to write.
         images: pixels ``(c, height, width)``.
         captions: the generated caption of each image.
-        nearest: for each image texts with their similarity, the most similar first.
-        title: written above.
+        nearest: texts of each image with their similarities, the most similar first.
+        title: heading of the picture.
         columns: images in a row.
 
     Raises:
-        ValueError: there is no image, or the lists have different lengths.
+        ValueError: the lists are empty or have different lengths.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -83,6 +83,7 @@ def save_grid(
             f"images, captions and nearest must be as many, at least one, got {len(images)}, {len(captions)} and "
             f"{len(nearest)}"
         )
+    # layout of the page
     font, bold = ImageFont.load_default(_FONT), ImageFont.load_default(_FONT + 1)
     columns = min(columns, len(images))
     lines = max(len(texts) for texts in nearest)
@@ -92,21 +93,20 @@ def save_grid(
     canvas = Image.new("RGB", (columns * (_WIDTH + _MARGIN) + _MARGIN, top + rows * height + _MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, 9), title, fill="black", font=bold)
-    for number, (pixels, caption, texts) in enumerate(zip(images, captions, nearest, strict=True)):
-        row, column = divmod(number, columns)
+    for index, (pixels, caption, texts) in enumerate(zip(images, captions, nearest, strict=True)):
+        row, column = divmod(index, columns)
         left, upper = _MARGIN + column * (_WIDTH + _MARGIN), top + row * height
         canvas.paste(_picture(pixels), (left, upper))
-        place = left + _CELL + 10
-        room = _WIDTH - _CELL - 10
-        cursor = upper
-        for line in _wrapped(draw, caption or "(empty caption)", bold, room, 2):
-            draw.text((place, cursor), line, fill=(0, 70, 160), font=bold)
-            cursor += _LINE + 2
-        cursor += 6
+        # caption and texts to the right of the image
+        text_left, text_width, y = left + _CELL + 10, _WIDTH - _CELL - 10, upper
+        for line in _wrapped(draw, caption or "(empty caption)", bold, text_width, 2):
+            draw.text((text_left, y), line, fill=(0, 70, 160), font=bold)
+            y += _LINE + 2
+        y += 6
         for text, similarity in texts:
-            shown = _wrapped(draw, f"{similarity:.2f}  {text}", font, room, 1)[0]
-            draw.text((place, cursor), shown, fill=(60, 60, 60), font=font)
-            cursor += _LINE
+            shown = _wrapped(draw, f"{similarity:.2f}  {text}", font, text_width, 1)[0]
+            draw.text((text_left, y), shown, fill=(60, 60, 60), font=font)
+            y += _LINE
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(target, format="PNG")
@@ -117,17 +117,17 @@ def _picture(pixels: NDArray[np.uint8]) -> Any:
     from PIL import Image
 
     array = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
-    # Small images keep their pixels visible.
+    # small images keep visible pixels
     method = Image.Resampling.NEAREST if max(array.shape[:2]) < _CELL else Image.Resampling.LANCZOS
     return Image.fromarray(np.ascontiguousarray(array)).convert("RGB").resize((_CELL, _CELL), method)
 
 
-def _wrapped(draw: Any, text: str, font: Any, room: int, lines: int) -> list[str]:
-    """The text in at most so many lines, the last one cut if it has to be."""
+def _wrapped(draw: Any, text: str, font: Any, width: int, lines: int) -> list[str]:
+    """``text`` as at most ``lines`` lines of ``width`` pixels, the last one shortened if necessary."""
     result, current = [], ""
     for word in text.replace("\n", " ").split(" "):
         longer = f"{current} {word}".strip()
-        if current and draw.textlength(longer, font=font) > room:
+        if current and draw.textlength(longer, font=font) > width:
             result.append(current)
             current = word
         else:
@@ -136,6 +136,6 @@ def _wrapped(draw: Any, text: str, font: Any, room: int, lines: int) -> list[str
     if len(result) > lines:
         result = [*result[: lines - 1], " ".join(result[lines - 1 :])]
     last = result[-1]
-    while last and draw.textlength(last, font=font) > room:
+    while last and draw.textlength(last, font=font) > width:
         last = last[:-2] + "…" if last.endswith("…") else last[:-1] + "…"
     return [*result[:-1], last]

@@ -1,4 +1,4 @@
-"""Recall at k between images and captions, both ways; an image may have several captions.
+"""Recall at k between images and captions, in both directions; an image may have several captions.
 
 Legend: i images, t captions, l latent feature.
 """
@@ -18,23 +18,23 @@ def retrieval_metrics(
     ks: Sequence[int] = (1, 5, 10),
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """Fraction of matches among the k most similar, both ways.
+    """Recall at k, from text to image and from image to text.
 
-    Text to image: the caption's image is among the first k. Image to text: any of the image's captions is. The rank of
-    the right one counts everything at least as similar as it, so a model that gives all the same score gets 0, not 1.
+    Text to image: the caption's image is among the first k. Image to text: any of the image's captions is. Ties count
+    against the match, so a model that gives everything the same score gets 0, not 1.
 
     Args:
-        image_latents: L2-normalised.
-        text_latents: L2-normalised.
-        image_of_text: number of the image that each caption belongs to; by default caption n belongs to image n.
-        ks: depths.
-        chunk_size: rows compared at a time.
+        image_latents: L2-normalised latents of the images.
+        text_latents: L2-normalised latents of the captions.
+        image_of_text: index of the image that each caption belongs to; by default caption i belongs to image i.
+        ks: values of k.
+        chunk_size: captions compared at a time.
 
     Returns:
         ``image_to_text_r@1``, ..., ``text_to_image_r@1``, ..., in [0, 1]. Images without a caption are not counted.
 
     Raises:
-        ValueError: shapes do not match, an image number is out of range, a k is below 1, or a latent is not finite.
+        ValueError: shapes do not match, an image index is out of range, a k is below 1, or a latent is not finite.
     """
     if image_latents.ndim != 2 or text_latents.ndim != 2 or image_latents.shape[1] != text_latents.shape[1]:
         shapes = f"{tuple(image_latents.shape)} and {tuple(text_latents.shape)}"
@@ -56,21 +56,22 @@ def retrieval_metrics(
     if bool(((image_of_text < 0) | (image_of_text >= images)).any()):
         raise ValueError(f"image_of_text must be in [0, {images}), got {image_of_text.tolist()[:8]}")
 
+    # Text to image: rank of each caption's image, and the score of each image's best caption.
     text_ranks = []
     best = torch.full((images,), -torch.inf, device=image_latents.device, dtype=image_latents.dtype)
     for texts_part, owner in zip(text_latents.split(chunk_size), image_of_text.split(chunk_size), strict=True):
         similarity = texts_part @ image_latents.t()
-        own = similarity.gather(1, owner.unsqueeze(-1))
-        text_ranks.append((similarity >= own).sum(dim=-1))
-        best.scatter_reduce_(0, owner, own.squeeze(-1), "amax")
-    described = best > -torch.inf
-    # An image's own other captions are no mistakes: only those of other images are counted before its best.
-    before = torch.zeros(images, dtype=torch.long, device=image_latents.device)
-    numbers = torch.arange(images, device=image_latents.device)
+        match = similarity.gather(1, owner.unsqueeze(-1))
+        text_ranks.append((similarity >= match).sum(dim=-1))
+        best.scatter_reduce_(0, owner, match.squeeze(-1), "amax")
+    has_caption = best > -torch.inf
+    # Image to text: an image's other captions are correct too, so only those of other images can precede its best.
+    mistakes = torch.zeros(images, dtype=torch.long, device=image_latents.device)
+    indices = torch.arange(images, device=image_latents.device)
     for texts_part, owner in zip(text_latents.split(chunk_size), image_of_text.split(chunk_size), strict=True):
         # The same product as above, so that equal similarities are equal bit by bit.
         similarity = (texts_part @ image_latents.t()).t()
-        before += ((similarity >= best.unsqueeze(-1)) & (numbers.unsqueeze(-1) != owner)).sum(dim=-1)
-    image_ranks = before[described] + 1
+        mistakes += ((similarity >= best.unsqueeze(-1)) & (indices.unsqueeze(-1) != owner)).sum(dim=-1)
+    image_ranks = mistakes[has_caption] + 1
     ranks = {"image_to_text": image_ranks, "text_to_image": torch.cat(text_ranks)}
-    return {f"{way}_r@{k}": float((rank <= k).float().mean()) for way, rank in ranks.items() for k in ks}
+    return {f"{name}_r@{k}": float((rank <= k).float().mean()) for name, rank in ranks.items() for k in ks}

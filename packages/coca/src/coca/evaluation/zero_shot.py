@@ -21,7 +21,7 @@ def zero_shot_classifier(
     tokenizer: Any,
     max_length: int | None = None,
 ) -> Float[Tensor, "classes l"]:
-    """``CoCa.zero_shot_classifier`` as a function: one L2-normalised latent a class."""
+    """``CoCa.zero_shot_classifier`` as a function: one L2-normalised latent for each class."""
     return model.zero_shot_classifier(class_names, templates, tokenizer=tokenizer, max_length=max_length)
 
 
@@ -31,9 +31,9 @@ def classify(
     """The most similar class of each image.
 
     Args:
-        model: with an image encoder.
-        classifier: of ``zero_shot_classifier``.
-        images: ``(b, c, height, width)``.
+        model: model with an image encoder.
+        classifier: class latents from ``zero_shot_classifier``.
+        images: normalised images ``(b, c, height, width)``.
         batch_size: images encoded at a time.
     """
     return (image_latents(model, images.split(batch_size)) @ classifier.float().t()).argmax(dim=-1)

@@ -25,9 +25,9 @@ class Pooler(nn.Module):
     """Learned queries that attend to tokens; the result is normalised.
 
     Args:
-        queries: how many.
+        queries: number of queries.
         dim: features of the result.
-        **sizes: further ones of ``CrossAttention``.
+        **sizes: further sizes of ``CrossAttention``.
     """
 
     def __init__(self, *, queries: int, dim: int, **sizes: int) -> None:
@@ -37,7 +37,7 @@ class Pooler(nn.Module):
         self.norm = LayerNorm(dim)
 
     def forward(self, tokens: Float[Tensor, "b m c"]) -> Float[Tensor, "b q d"]:
-        """One vector a query."""
+        """One vector for each query."""
         queries = repeat(self.queries, "q d -> b q d", b=tokens.shape[0])
         return self.norm(self.attention(queries, tokens))
 
@@ -46,10 +46,10 @@ class AttentionalPooling(nn.Module):
     """Image tokens to a contrastive embedding and captioning tokens.
 
     Args:
-        dim: features of both.
+        dim: features of the embedding and of the captioning tokens.
         image_dim: features of the image tokens.
-        queries: captioning tokens; the contrastive embedding is one more.
-        pooling: "shared", "parallel" or "cascade"; see the module.
+        queries: number of captioning tokens; the contrastive embedding has a further query.
+        pooling: "shared", "parallel" or "cascade"; see the module docstring.
         **sizes: ``dim_head`` and ``heads`` of ``CrossAttention``.
     """
 
@@ -68,7 +68,7 @@ class AttentionalPooling(nn.Module):
         """The contrastive embedding and the captioning tokens."""
         pooled = self.caption(tokens)
         if self.contrastive is None:
-            # One split, whose gradient is put together once.
+            # a single split, so that the backward concatenates its gradient once
             embedding, pooled = pooled.split_with_sizes((1, pooled.shape[1] - 1), dim=1)
             return embedding[:, 0], pooled
         embedding = self.contrastive(pooled if self.pooling == "cascade" else tokens)

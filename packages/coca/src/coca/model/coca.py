@@ -1,10 +1,10 @@
-"""CoCa, Contrastive Captioners (arXiv 2205.01917): one forward, a contrastive and a captioning loss.
+"""CoCa, Contrastive Captioners (arXiv 2205.01917): a contrastive and a captioning loss from one forward.
 
 The lower half of the text decoder is unimodal and ends in a CLS embedding for the contrastive loss; the upper half also
 attends to pooled image tokens and predicts the next token. Both losses come from one pass over the text.
 
-Where we deviate from the paper: parallel blocks, multi-query attention and rotary positions, as in the original code;
-the whole text is embedded for the contrastive loss, in training as in use, its last token included.
+Deviations from the paper: parallel blocks, multi-query attention and rotary positions, as in the original code; the
+whole text is embedded for the contrastive loss, its last token included, in training and in inference.
 
 Legend: b batch, n text tokens, m image tokens, q captioning tokens, d feature, l latent feature, v vocabulary.
 """
@@ -49,7 +49,7 @@ class CoCaLoss:
     """The losses of one forward, in nats.
 
     Attributes:
-        total: the weighted sum, to call ``backward`` on.
+        total: weighted sum of both, to call ``backward`` on.
         caption: mean over the predicted tokens of all processes.
         contrastive: mean over the pairs of all processes.
     """
@@ -60,7 +60,7 @@ class CoCaLoss:
 
 
 class CoCa(PretrainedMixin):
-    """An image-text model that contrasts and captions.
+    """Contrastive captioner: latents of images and texts to compare, and captions of images.
 
     Args:
         dim: features of the decoder.
@@ -70,22 +70,22 @@ class CoCa(PretrainedMixin):
         dim_latents: features of the latents; ``dim`` by default.
         image_dim: features of the image tokens; by default the width that ``img_encoder`` declares, else ``dim``.
         num_img_queries: image tokens that the decoder sees after pooling.
-        dim_head: features of a head; even.
+        dim_head: features of a head, an even number.
         heads: query heads.
         ff_mult: feed-forward inner features over ``dim``.
-        img_encoder: images to tokens; see ``coca.model.image_encoders``. None for precomputed tokens.
+        img_encoder: module from images to tokens; see ``coca.model.image_encoders``. None for precomputed tokens.
         caption_loss_weight: factor of the captioning loss.
         contrastive_loss_weight: factor of the contrastive loss.
-        pad_id: padding after a text.
+        pad_id: id of the padding after a text.
         pooling: "shared" (one attention for all queries, as in the original code), "parallel" or "cascade" (one pooler
-            a task, as in the paper).
+            for each task, as in the paper).
         loss: "softmax" (CLIP) or "sigmoid" (SigLIP) contrastive loss.
         init_logit_scale: factor of the similarities at the start; by default 1 / 0.07, or 10 for "sigmoid".
-        max_logit_scale: the factor never exceeds it.
-        init_logit_bias: added to the scores of the "sigmoid" loss, at the start.
+        max_logit_scale: upper bound of this factor.
+        init_logit_bias: initial bias of the scores of the "sigmoid" loss.
         bos_id: token that begins a caption, for ``generate`` without a prefix.
         eos_id: token that ends a caption; may be ``pad_id``.
-        freeze_img_encoder: the encoder takes no gradient and stays in evaluation mode.
+        freeze_img_encoder: keeps the encoder without gradient and in evaluation mode.
         gradient_checkpointing: recomputes the decoder's layers in the backward to save memory.
 
     Raises:
@@ -122,6 +122,7 @@ class CoCa(PretrainedMixin):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        # Derive what was left out, and check every size before anything is built.
         dim_latents = dim if dim_latents is None else dim_latents
         width = token_width(img_encoder)
         if image_dim is None:
@@ -148,12 +149,14 @@ class CoCa(PretrainedMixin):
         self.dim = dim
         self.num_tokens = num_tokens
         self.image_dim = image_dim
-        self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+        self.pad_id = pad_id
+        self.bos_id = bos_id
+        self.eos_id = eos_id
         self.caption_loss_weight = caption_loss_weight
         self.contrastive_loss_weight = contrastive_loss_weight
         self.max_logit_scale = max_logit_scale
         self.gradient_checkpointing = gradient_checkpointing
-        # Preparation of the images in training; travels with checkpoints as preprocess.json.
+        # Preprocessing of the training images; stored with checkpoints as preprocess.json.
         self.preprocessing: ImagePreprocessing | None = None
 
         self.img_encoder: ImageEncoder | None = None
@@ -178,26 +181,26 @@ class CoCa(PretrainedMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.token_emb.weight.device
 
     @property
     def output_weight(self) -> Float[Tensor, "v d"]:
-        """The output layer's weight, which is the embedding's."""
+        """Weight of the output layer, tied to the token embedding."""
         return self.token_emb.weight
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         """Factor of the similarities, at most ``max_logit_scale``.
 
-        The gradient passes the bound, or a scale that has reached it could never come back.
+        The gradient passes through the bound; without it a scale that has reached the bound could never decrease.
         """
         log = self.log_logit_scale
         return (log - (log - math.log(self.max_logit_scale)).relu().detach()).exp()
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:
-        """Brings the stored scale back below its bound; after an optimizer's update."""
+        """Clamps the stored scale to its bound; to be called after every optimizer step."""
         self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
 
     # ----------------------------------------------------------------------------------------------- embeddings
@@ -205,7 +208,7 @@ class CoCa(PretrainedMixin):
     def embed_text(
         self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b n d"]]:
-        """The state at CLS, normalised by the last norm but not projected, and the states of the tokens.
+        """The state at CLS (after the final norm, not projected), and the states of the tokens.
 
         Args:
             text: token ids; without a mask trailing ``pad_id`` are padding.
@@ -222,14 +225,14 @@ class CoCa(PretrainedMixin):
         images: Float[Tensor, "b c height width"] | None = None,
         image_tokens: Float[Tensor, "b m c"] | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b q d"]]:
-        """The pooled embedding, not projected, and the pooled tokens that the decoder sees.
+        """The pooled embedding (not projected), and the pooled tokens that the decoder sees.
 
         Args:
-            images: given to ``img_encoder``.
-            image_tokens: what an encoder returned, instead of images.
+            images: images for ``img_encoder``.
+            image_tokens: output of an encoder, instead of images.
 
         Raises:
-            ValueError: none or both are given, there is no encoder, or the tokens have another width.
+            ValueError: neither or both are passed, there is no encoder, or the tokens have another width.
         """
         if (images is None) == (image_tokens is None):
             raise ValueError(f"give images or image_tokens, got {'neither' if images is None else 'both'}")
@@ -247,7 +250,7 @@ class CoCa(PretrainedMixin):
         return embedding, pooled
 
     def encode_text(self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b l"]:
-        """L2-normalised latents of texts: what retrieval and zero-shot classification compare. As ``embed_text``."""
+        """L2-normalised text latents for retrieval and zero-shot classification; arguments as ``embed_text``."""
         return l2norm(self.text_to_latents(self._unimodal(text, mask)[1]))
 
     def encode_image(
@@ -255,7 +258,7 @@ class CoCa(PretrainedMixin):
         images: Float[Tensor, "b c height width"] | None = None,
         image_tokens: Float[Tensor, "b m c"] | None = None,
     ) -> Float[Tensor, "b l"]:
-        """L2-normalised latents of images: what retrieval and zero-shot classification compare. As ``embed_image``."""
+        """L2-normalised image latents for retrieval and zero-shot classification; arguments as ``embed_image``."""
         return l2norm(self.image_to_latents(self.embed_image(images, image_tokens)[0]))
 
     # ---------------------------------------------------------------------------------------------- whole model
@@ -273,14 +276,14 @@ class CoCa(PretrainedMixin):
         process_group: Any = None,
         gather: bool = True,
     ) -> Any:
-        """Logits ``(b, n, v)``, or what the flags ask for; logits at padding have no meaning.
+        """Logits ``(b, n, v)``, or a loss or embeddings instead; logits at padding are undefined.
 
-        The other arguments, and what is raised, are those of ``loss``.
+        Other arguments and errors are those of ``loss``.
 
         Args:
-            return_loss: the total of ``loss`` instead of logits.
-            return_embeddings: ``(text, image)`` as ``embed_text`` and ``embed_image`` give them: neither projected nor
-                normalised, so not for comparison (``encode_text`` and ``encode_image`` are). Without an image the
+            return_loss: returns the total of ``loss``.
+            return_embeddings: returns ``(text, image)`` as from ``embed_text`` and ``embed_image``: neither projected
+                nor normalised, so not for comparison (use ``encode_text`` and ``encode_image``). Without an image the
                 second is None.
         """
         if return_loss:
@@ -308,18 +311,18 @@ class CoCa(PretrainedMixin):
         """Both losses of matching texts and images, from one pass.
 
         In a process group the values are those of the batch of all processes, and so is the gradient once it is
-        averaged over them (as ``DistributedDataParallel`` does); every process must call it. Padding, and a label of
-        -100, is not predicted; without any label the captioning loss is 0.
+        averaged over them (as ``DistributedDataParallel`` does); every process must call it. Padding and labels of
+        -100 are not predicted; without any label the captioning loss is 0.
 
         Args:
-            text: token ids, at least two a row; without a mask trailing ``pad_id`` are padding.
-            images: given to ``img_encoder``.
-            image_tokens: what an encoder returned, instead of images.
-            labels: what is to be predicted, aligned with ``text`` like the text itself, which is the default: position
-                i predicts label i + 1. -100 where nothing is asked.
+            text: token ids, at least two in a row; without a mask trailing ``pad_id`` are padding.
+            images: images for ``img_encoder``.
+            image_tokens: output of an encoder, instead of images.
+            labels: target ids aligned with ``text``, which is the default: position i predicts label i + 1, and -100
+                is ignored.
             mask: True at real tokens, padding anywhere.
-            process_group: of the processes that share a batch; None for all.
-            gather: False keeps to this process's pairs, for instance to evaluate on one of several.
+            process_group: group of the processes that share a batch; None for all.
+            gather: False computes the losses of this process's pairs alone, for instance to evaluate on one process.
 
         Raises:
             TypeError, ValueError: see ``embed_text`` and ``embed_image``; also rows that do not match, labels of
@@ -331,6 +334,7 @@ class CoCa(PretrainedMixin):
         image_embedding, pooled = self.embed_image(images, image_tokens)
         hidden = self._multimodal(states[:, :-1], pooled)
 
+        # captioning: this process's share of the mean over the tokens of all processes
         counted = (targets != IGNORED).sum()
         normalizer = all_reduce_sum(counted, process_group) if gather else counted
         share = linear_cross_entropy(hidden, self.output_weight, targets, normalizer=normalizer)
@@ -344,10 +348,10 @@ class CoCa(PretrainedMixin):
         total = self.caption_loss_weight * caption_loss + self.contrastive_loss_weight * contrastive
         return CoCaLoss(total, caption_loss, contrastive)
 
-    # ----------------------------------------------------------------------- captions, and the protocol of lm_core
+    # ----------------------------------------------------------------------- captions, and the CausalLM protocol
 
     def init_cache(self, batch_size: int, max_length: int) -> CoCaCache:
-        """An empty cache for ``batch_size`` captions with room for ``max_length`` tokens."""
+        """An empty cache for ``batch_size`` captions of up to ``max_length`` tokens."""
         layers = len(self.unimodal_layers) + len(self.multimodal_layers)
         return CoCaCache(layers=layers, batch_size=batch_size, max_length=max_length)
 
@@ -367,7 +371,7 @@ class CoCa(PretrainedMixin):
         Args:
             text: token ids; with a cache, the new ones.
             mask: True at real tokens of cached and new positions.
-            cache: what ``init_cache`` made; it keeps the image's keys and values after the first call.
+            cache: cache from ``init_cache``; keeps the image's keys and values after the first call.
             pooled: pooled image tokens; required unless the cache has been filled.
 
         Raises:
@@ -382,7 +386,7 @@ class CoCa(PretrainedMixin):
         if mask is None and cache is not None and cache.masked:
             raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
         if cache is not None and past == 0:
-            cache.image = {}  # of a forward that failed half way
+            cache.image = {}  # a forward that failed may have left keys and values
         x = self.token_emb(text)
         positions = Positions.of(self.rotary, x, past=past, mask=mask)
         x = self._decode(self.unimodal_layers, x, positions, cache=cache)
@@ -418,18 +422,18 @@ class CoCa(PretrainedMixin):
         """Captions of images as token ids, right-padded with ``pad_id``, which is never generated unless it is EOS.
 
         Args:
-            images: given to ``img_encoder``.
-            image_tokens: what an encoder returned, instead of images.
+            images: images for ``img_encoder``.
+            image_tokens: output of an encoder, instead of images.
             prefix: beginning of the captions: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
                 ``bos_id``.
             max_new_tokens, temperature, min_new_tokens, repetition_penalty, generator, use_cache, progress: see
                 ``lm_core.generation.generate.generate``.
-            top_k: samples among so many of the most likely tokens only.
-            top_p: samples among the most likely tokens of this mass only.
-            beams: above 1 searches with so many beams instead of sampling.
-            length_penalty: of the beam search; see ``lm_core.generation.beam_search``.
-            eos_id: ends a caption; the model's by default.
-            return_prefix: whether captions begin with their prefix.
+            top_k: samples among the ``top_k`` most likely tokens only.
+            top_p: samples among the most likely tokens of this total probability only.
+            beams: width of the beam search; 1 for greedy decoding or sampling.
+            length_penalty: length penalty of the beam search; see ``lm_core.generation.beam_search``.
+            eos_id: token that ends a caption; the model's by default.
+            return_prefix: returns each caption with its prefix.
             prefix_mask: True at real tokens of a padded ``prefix``.
 
         Raises:
@@ -441,10 +445,12 @@ class CoCa(PretrainedMixin):
             raise ValueError(f"beams = {beams} searches: temperature, top_k and top_p must be left at their defaults")
         if temperature == 0.0 and (top_k is not None or top_p is not None):
             raise ValueError("top_k and top_p need a temperature above 0, got 0 (the most likely token)")
+        # filters of the next token: padding only as the end of a caption, then the sampling's
         end = self.eos_id if eos_id is None else eos_id
         filters: list[Filter] = [] if end == self.pad_id else [partial(without_tokens, ids=(self.pad_id,))]
         filters += [] if top_k is None else [partial(keep_top_k, k=top_k)]
         filters += [] if top_p is None else [partial(keep_top_p, p=top_p)]
+        # the image is encoded once, in evaluation mode as the decoding is
         with eval_mode(self):
             pooled = self.embed_image(images, image_tokens)[1]
         rows = self._prefix_rows(prefix, prefix_mask, len(pooled))
@@ -481,20 +487,20 @@ class CoCa(PretrainedMixin):
         tokenizer: Any,
         max_length: int | None = None,
     ) -> Float[Tensor, "classes l"]:
-        """One L2-normalised latent a class: the mean of its captions' latents (arXiv 2103.00020, section 3.1).
+        """One L2-normalised latent for each class: the mean latent of its captions (arXiv 2103.00020, section 3.1).
 
         Args:
-            class_names: put into the templates.
+            class_names: class names to put into the templates.
             templates: captions with one ``{}``.
-            tokenizer: as in training; see ``lm_core.tokenizers``.
+            tokenizer: caption tokenizer of the training; see ``lm_core.tokenizers``.
             max_length: tokens at which a caption is cut, as in training.
 
         Returns:
             ``(classes, l)``; ``model.encode_image(images) @ classifier.T`` is highest at the predicted class.
 
         Raises:
-            TypeError: one string is given instead of a list.
-            ValueError: there is no class or template, a class comes twice, or a template has not exactly one ``{}``.
+            TypeError: a string is passed instead of a list.
+            ValueError: there is no class or template, a class is repeated, or a template has not exactly one ``{}``.
         """
         if isinstance(class_names, str) or isinstance(templates, str):
             raise TypeError("class_names and templates must be lists of strings, got one string")
@@ -518,12 +524,12 @@ class CoCa(PretrainedMixin):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def write_assets(self, directory: Path) -> None:
-        """Writes ``preprocess.json``, if the preparation of images is known."""
+        """Writes ``preprocess.json``, if the preprocessing is known."""
         if self.preprocessing is not None:
             self.preprocessing.save(directory)
 
     def read_assets(self, directory: Path) -> None:
-        """Reads what ``write_assets`` wrote."""
+        """Reads ``preprocess.json``, if there is one."""
         self.preprocessing = ImagePreprocessing.load_if_present(directory)
 
     # ------------------------------------------------------------------------------------------------------ parts
@@ -550,7 +556,7 @@ class CoCa(PretrainedMixin):
         return self.norm(self._decode(self.multimodal_layers, x, positions, pooled, cache=cache, first=first))
 
     def _prefix_rows(self, prefix: Any, mask: Tensor | None, count: int) -> list[Tensor]:
-        """The beginning of each of ``count`` captions, without padding."""
+        """The prefix of each of ``count`` captions, without padding."""
         if prefix is None:
             if self.bos_id is None:
                 raise ValueError("prefix must be given, since the model was made without a bos_id")
@@ -567,7 +573,7 @@ class CoCa(PretrainedMixin):
     def _decode(
         self, layers: nn.ModuleList, x: Tensor, *inputs: Any, cache: CoCaCache | None = None, first: int = 0
     ) -> Tensor:
-        """The layers one after another; ``first`` is the number of the first one in the cache."""
+        """Applies ``layers`` in turn; ``first`` is the index of the first one in the cache."""
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(layers, start=first):
             if recompute:

@@ -2,7 +2,7 @@
 
 In the multimodal layers a SwiGLU feed-forward runs in parallel, as in the original code; its input projection is one
 matrix with the queries' and its output projection one with the attention's. Keys and values depend on the image only,
-so decoding computes them once for a caption and keeps them in the cache.
+so decoding computes them once for each caption and keeps them in the cache.
 
 Legend: b batch, i queries, n text tokens, m image tokens, d features.
 """
@@ -25,15 +25,15 @@ class CoCaCache(KVCache):
 
     def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:
         super().__init__(layers=layers, batch_size=batch_size, max_length=max_length)
-        # Layer number to keys and values; empty before the first forward.
+        # Layer index to keys and values; empty before the first forward.
         self.image: dict[int, tuple[Tensor, Tensor]] = {}
         self._image_of_row = torch.arange(batch_size)
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was, its image too."""
+        """Replaces row ``r`` with row ``index[r]``, its image included."""
         super().reorder(index)
         if index.device.type == "cpu":
-            # The beams of an image change places among themselves: their image stays where it is.
+            # If beams are reordered within their images only, the images' keys and values need not move.
             before, self._image_of_row = self._image_of_row, self._image_of_row[index]
             if torch.equal(before, self._image_of_row):
                 return
@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
         dim_head: features of a head.
         heads: query heads.
         ff_mult: inner features of a parallel feed-forward over ``dim``; 0 for none.
-        norm_context: whether the context is normalised (the output of an image encoder is; pooled tokens are already).
+        norm_context: normalises the context (for an image encoder's output; pooled tokens are normalised already).
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CrossAttention(nn.Module):
             x: residual stream.
             context: image tokens; not read where the cache holds their keys and values.
             cache: holds the context's keys and values after the first call.
-            layer: number of this layer in the cache.
+            layer: index of this layer in the cache.
         """
         b, i, _ = x.shape
         keys_values = None if cache is None else cache.image.get(layer)
@@ -91,7 +91,7 @@ class CrossAttention(nn.Module):
                 cache.image = {**cache.image, layer: keys_values}
         projected = self.proj_in(self.norm(x))
         q, inner = split_swiglu(projected, (self.attn_dim,)) if self.ff_dim else (projected, None)
-        # Without a mask the heads of one key are only more queries: no key and no gradient of it is repeated.
+        # Without a mask, heads that share a key are merely more queries: neither keys nor their gradients are repeated.
         q = q.reshape(b, 1, i * self.heads, self.dim_head)
         out = attend(q, *keys_values).reshape(b, i, self.attn_dim)
         return self.proj_out(out if inner is None else torch.cat((out, inner), dim=-1))
@@ -119,6 +119,6 @@ class MultimodalLayer(nn.Module):
         cache: CoCaCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "b n d"]:
-        """One layer; ``pooled`` image tokens are needed until the cache holds their keys and values."""
+        """Applies the layer; ``pooled`` image tokens are needed until the cache holds their keys and values."""
         x = self.block(x, positions, cache=cache, layer=layer)
         return x + self.cross_attention(x, pooled, cache=cache, layer=layer)

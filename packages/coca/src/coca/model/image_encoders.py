@@ -1,13 +1,13 @@
-"""Anything that sees, as an image encoder: images to tokens ``(b, m, d)``.
+"""Image encoders of any library, adapted to return tokens ``(b, m, d)``.
 
-``ImageEncoder`` finds by shape and attributes (no library is imported) what a module returns:
+``ImageEncoder`` recognises a module's output by shape and attributes, without importing its library:
 
 | module | taken as tokens |
 |---|---|
 | our ``VisionTransformer``, any module that returns ``(b, m, d)`` | the result |
 | a Hugging Face vision model (``last_hidden_state``) | ``last_hidden_state``; CNNs' maps as below |
 | a timm model (``forward_features``) | the features before its head |
-| a CNN that returns a map ``(b, c, h, w)``, or ``(b, h, w, c)`` of the declared width | its ``h * w`` places |
+| a CNN that returns a map ``(b, c, h, w)``, or ``(b, h, w, c)`` of the declared width | its ``h * w`` positions |
 | vit-pytorch's ``Extractor`` | embeddings of its layer (the second of the pair it returns) |
 
 Legend: b batch, m tokens, d feature.
@@ -26,9 +26,9 @@ _WIDTHS = ("dim", "num_features", "embed_dim", "hidden_size")
 
 
 def token_width(encoder: Any) -> int | None:
-    """Features of the tokens that an encoder declares, or None if it declares none.
+    """Token width that an encoder declares, or None if it declares none.
 
-    Asked in turn: ``dim``, ``num_features``, ``embed_dim`` of the module, then ``hidden_size`` or the last of
+    Looked up in turn: ``dim``, ``num_features``, ``embed_dim`` of the module, then ``hidden_size`` or the last of
     ``hidden_sizes`` of its ``config`` (or of the ``vision_config`` in it), then the wrapped ``vit`` of an Extractor.
     """
     config = getattr(encoder, "config", None)
@@ -43,12 +43,12 @@ def token_width(encoder: Any) -> int | None:
 
 
 class ImageEncoder(nn.Module):
-    """A module that is called on images, and its result as tokens.
+    """Calls a module on images and returns its output as tokens.
 
     Args:
-        encoder: the module.
+        encoder: module to call.
         width: features of its tokens; None if not known before the first call.
-        frozen: its parameters take no gradient and it stays in evaluation mode.
+        frozen: keeps the module without gradient and in evaluation mode.
     """
 
     def __init__(self, encoder: nn.Module, *, width: int | None, frozen: bool = False) -> None:
@@ -62,7 +62,7 @@ class ImageEncoder(nn.Module):
             encoder.eval()
 
     def train(self, mode: bool = True) -> "ImageEncoder":
-        """As ``nn.Module.train``, but a frozen encoder stays in evaluation mode (its batch norms must not move)."""
+        """As ``nn.Module.train``, but a frozen encoder stays in evaluation mode (for its batch norms)."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -72,8 +72,8 @@ class ImageEncoder(nn.Module):
         """Tokens of the images.
 
         Raises:
-            ValueError: the encoder's result has no tokens, or tokens of another width than it was made for.
-            TypeError: the result is no tensor and holds none.
+            ValueError: the encoder's output has no tokens, or tokens of another width than declared.
+            TypeError: the output neither is nor contains a tensor.
         """
         encoder: Any = self.encoder
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -95,18 +95,18 @@ class ImageEncoder(nn.Module):
             warnings.warn(
                 f"img_encoder {type(self.encoder).__name__} returns tokens without gradient although it has trainable "
                 "parameters, so it will not be trained. vit-pytorch's Extractor detaches unless it is made with "
-                "detach=False; freeze_img_encoder=True says that no training is wanted",
+                "detach=False; to keep the encoder as it is, pass freeze_img_encoder=True",
                 UserWarning,
                 stacklevel=4,
             )
 
 
 def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]:
-    """The tokens in what an encoder returned; see the module.
+    """The tokens in an encoder's output; see the module docstring.
 
     Args:
-        features: a tensor, an output with ``last_hidden_state``, or a tuple.
-        width: features of a token, to tell a map ``(b, h, w, c)`` from ``(b, c, h, w)``.
+        features: tensor, output with ``last_hidden_state``, or tuple.
+        width: features of a token, to distinguish a map ``(b, h, w, c)`` from ``(b, c, h, w)``.
 
     Raises:
         ValueError: the tensor has neither three nor four dimensions.
@@ -137,11 +137,11 @@ def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]
 
 
 def load_encoder(source: str) -> nn.Module:
-    """The vision model in a folder, or of ``organisation/name`` on the hub; code from there is never run.
+    """The vision model in a folder, or of ``organisation/name`` on the hub; its code is never run.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: there is no vision model that could be loaded.
+        ValueError: no vision model can be loaded from there.
     """
     try:
         from transformers import AutoModel
@@ -149,6 +149,6 @@ def load_encoder(source: str) -> nn.Module:
         raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
     try:
         model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parsers and the network raise
+    except Exception as error:  # transformers passes on the errors of its parsers and of the network
         raise ValueError(f"encoder {source!r} holds no vision model that could be loaded: {error}") from error
     return getattr(model, "vision_model", model)

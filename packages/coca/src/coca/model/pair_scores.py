@@ -1,10 +1,10 @@
-"""The scores of all pairs of images and texts, in tiles of rows: the only code that holds them.
+"""Losses over the scores of all image-text pairs, in tiles of rows, so that the whole matrix is never held.
 
-A tile's scores become their gradient and are multiplied into the gradients of the latents before the next tile is made.
-The results are scalars, so the gradients are made in the forward and only scaled in the backward:
+A tile's scores are turned into their gradient in place and multiplied into the gradients of the latents before the next
+tile is computed. The results are scalars, so the forward computes the gradients and the backward only scales them:
 
 - ``summed_softmax``: both directions share one matrix. A column's softmax needs every row, so with several tiles the
-  scores are made twice: four matrix products, three where one tile holds them all (as many as the plain formula).
+  scores are computed twice: four matrix products, or three with a single tile (as many as the plain formula).
 - ``summed_sigmoid``: three products.
 
 With ``z = scale * image @ text`` (``+ bias``), ``y`` 1 on matches and 0 elsewhere:
@@ -12,8 +12,7 @@ With ``z = scale * image @ text`` (``+ bias``), ``y`` 1 on matches and 0 elsewhe
     d softmax loss / d z = (softmax over the row + softmax over the column) / 2 - y    (1)
     d sigmoid loss / d z = sigmoid(z) - y                                              (2)
 
-They are custom operators, so that ``torch.compile`` takes a call whole instead of unrolling its loop. There are no
-second derivatives.
+Both are custom operators, so that ``torch.compile`` does not unroll their loops, and have no second derivative.
 
 Legend: b images of this process, s texts of all, t rows of a tile, d feature.
 """
@@ -37,10 +36,11 @@ class _Gradients:
         self._inputs = images, texts, scale
         self.images = torch.empty_like(images) if needed else images.new_empty(0)
         self.texts = torch.zeros_like(texts) if needed else texts.new_empty(0)
-        self.scale, self.bias = torch.zeros_like(scale), torch.zeros_like(scale)
+        self.scale = torch.zeros_like(scale)
+        self.bias = torch.zeros_like(scale)
 
     def add(self, gradient: Tensor, tile: slice) -> None:
-        """Takes the gradient ``(t, s)`` of a tile's scores."""
+        """Adds what a tile contributes, given the gradient ``(t, s)`` of its scores."""
         images, texts, scale = self._inputs
         unscaled = torch.mm(gradient, texts, out=self.images[tile])
         self.scale += (unscaled * images[tile]).sum()
@@ -60,7 +60,7 @@ def summed_softmax(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum over the pairs of the mean of both cross-entropies, and its gradients in images, texts and scale.
 
-    Row i of both belongs together, and there are no others.
+    Image i matches text i; there are no other texts.
     """
     with torch.autocast(images.device.type, enabled=False):
         several = tile_size < images.shape[0]
@@ -89,7 +89,7 @@ def summed_sigmoid(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum over all pairs of the binary cross-entropy, and its gradients in images, texts, scale and bias.
 
-    Image i belongs to text ``first + i``.
+    Image i matches text ``first + i``.
     """
     with torch.autocast(images.device.type, enabled=False):
         loss = torch.zeros_like(scale)
@@ -97,7 +97,7 @@ def summed_sigmoid(
         for tile in _tiles(images.shape[0], tile_size):
             scores = torch.mm(images[tile] * scale, texts.t()).add_(bias)
             matches = scores.diagonal(first + tile.start)[: tile.stop - tile.start]
-            matches.neg_()  # now each score is that of a mistake
+            matches.neg_()  # each score is now that of the wrong label
             loss += F.softplus(scores, threshold=40).sum()  # exact in float64 too; three times as fast as logsigmoid
             if need_gradients:
                 scores.sigmoid_()
@@ -125,8 +125,8 @@ def _scaled(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None,
     saved = ctx.saved_tensors
     if upstream is None:
         return (None,) * (len(saved) + ctx.others)
-    # not in place, since a retained graph may come here again
-    gradients = (t * upstream if wanted else None for t, wanted in zip(saved, ctx.needs_input_grad, strict=False))
+    # not in place, since a retained graph may run this again
+    gradients = (t * upstream if needed else None for t, needed in zip(saved, ctx.needs_input_grad, strict=False))
     return *gradients, *[None] * ctx.others
 
 

@@ -1,4 +1,4 @@
-"""From a picture to the tensor an encoder sees: size, crop, channels, scale. It travels with every checkpoint.
+"""Image preprocessing: resizing, cropping, channels and normalisation, stored with every checkpoint.
 
 Legend: c channels.
 """
@@ -23,13 +23,13 @@ PREPROCESS_FILE = "preprocess.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocessing:
-    """Resizes the shorter side, cuts out the centre, and normalises.
+    """Resizes the shorter side, crops the centre, and normalises.
 
     Args:
         image_size: height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
-        mean: of each channel, subtracted from values in [0, 1].
-        std: of each channel, divided by.
+        mean: mean of each channel, subtracted from values in [0, 1].
+        std: standard deviation of each channel, by which the difference is divided.
 
     Raises:
         ValueError: a size or standard deviation is not positive, or the number of channels does not fit.
@@ -53,16 +53,16 @@ class ImagePreprocessing:
 
     @classmethod
     def from_hugging_face(cls, source: str, *, image_size: int = 0, channels: int = 0) -> "ImagePreprocessing":
-        """Mean, deviation and size of a vision model's ``preprocessor_config.json``.
+        """Preprocessing with mean, deviation and size of a vision model's ``preprocessor_config.json``.
 
         Args:
             source: folder or ``organisation/name``.
-            image_size: instead of the model's own; 0 takes that, or 224 where there is none.
-            channels: instead of 3; 0 takes that.
+            image_size: height and width in pixels; 0 takes the model's own, or 224 where there is none.
+            channels: number of channels; 0 takes 3.
 
         Raises:
             ImportError: transformers is not installed.
-            ValueError: the file is there and cannot be read.
+            ValueError: the file exists but cannot be read.
         """
         try:
             from transformers.utils import cached_file
@@ -83,19 +83,19 @@ class ImagePreprocessing:
         return cls(image_size=image_size or size, channels=channels or 3, mean=mean, std=std)
 
     def pixels(self, picture: Any) -> NDArray[np.uint8]:
-        """A ``PIL.Image`` resized and cropped, ``(c, size, size)``.
+        """Pixels ``(c, size, size)`` of a ``PIL.Image``, resized (bicubic, antialiased) and cropped.
 
-        Transparent parts are laid on white. Larger pictures are averaged down, smaller ones interpolated.
+        Transparent parts become white.
         """
         from PIL import Image
 
         if picture.mode == "I" or picture.mode.startswith("I;16"):
-            # Sixteen bits: Pillow would cut at 255 instead of scaling.
+            # Sixteen bits: Pillow would clip at 255 instead of scaling.
             picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            ground = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(ground, picture)
+            background = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(background, picture)
         picture = picture.convert("L" if self.channels == 1 else "RGB")
         size, (width, height) = self.image_size, picture.size
         if (width, height) != (size, size):
@@ -104,17 +104,17 @@ class ImagePreprocessing:
             picture = picture.resize(resized, Image.Resampling.BICUBIC)
             left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
             picture = picture.crop((left, top, left + size, top + size))
-        array = np.array(picture, dtype=np.uint8)  # a copy that torch may hold
+        array = np.array(picture, dtype=np.uint8)  # a writable copy for torch
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
     def normalised(self, pixels: NDArray[np.uint8]) -> Float[Tensor, "*b c height width"]:
-        """Pixels as the encoder sees them."""
+        """Pixels as normalised floats, an encoder's input."""
         values = torch.from_numpy(pixels).float() / 255
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
         return (values - mean) / std
 
     def __call__(self, picture: Any) -> Float[Tensor, "c height width"]:
-        """A ``PIL.Image`` as the encoder sees it."""
+        """A ``PIL.Image`` as an encoder's input."""
         return self.normalised(self.pixels(picture))
 
     def save(self, directory: str | Path) -> None:
@@ -123,7 +123,7 @@ class ImagePreprocessing:
 
     @classmethod
     def load_if_present(cls, directory: str | Path) -> "ImagePreprocessing | None":
-        """Reads what ``save`` wrote; None if there is no such file.
+        """Reads ``preprocess.json``; None if there is no such file.
 
         Raises:
             ValueError: the file is damaged or of a later format.

@@ -1,14 +1,14 @@
-"""Texts: captions as token ids, where the real tokens are, and where CLS goes.
+"""Captions as token ids, their padding, and the position of CLS.
 
-A caption is ``BOS text EOS`` with a tokenizer that has both, and without what it lacks; a long one loses text, not its
-end, so that the model learns to stop. Training, embedding and zero-shot classification share this rule.
+A caption is ``BOS text EOS``, without an id that the tokenizer lacks; a long one loses text, not EOS, so that the model
+learns to stop. Training, embedding and zero-shot classification share this rule.
 
-The learned CLS embedding follows the last real token of its row, wherever padding begins. Under a causal mask it
-then sees the row's real tokens and nothing else, no token sees it, and no key needs a mask: padding comes after all
-that is used. (The original put it after the padding, at a rotary position that depended on the longest row.)
+The learned CLS embedding follows the last real token of its row. Under a causal mask it then sees the row's real tokens
+and nothing else, no real token sees it, and no key needs a mask, since padding follows everything that is used. (The
+original put it after the padding, at a rotary position that depended on the longest row.)
 
-Without a mask only trailing ``pad_id`` are padding. With a mask the rows are first moved together to the left, on
-whichever side the padding is, and results are put back.
+Without a mask only trailing ``pad_id`` are padding. With a mask, padding anywhere is first moved to the right, and
+results are returned at the original positions.
 
 Legend: b batch, n sequence, d feature.
 """
@@ -33,22 +33,22 @@ def caption_ids(caption: str, tokenizer: Any, max_length: int | None = None) -> 
     """Ids of one caption.
 
     Args:
-        caption: the text.
-        tokenizer: see ``lm_core.tokenizers``.
-        max_length: tokens at most, BOS and EOS included; None for all.
+        caption: text to encode.
+        tokenizer: caption tokenizer; see ``lm_core.tokenizers``.
+        max_length: maximum number of ids, BOS and EOS included; None for no limit.
 
     Raises:
-        ValueError: ``max_length`` leaves no room for text.
+        ValueError: ``max_length`` leaves no place for text.
     """
     bos, eos = getattr(tokenizer, "bos_id", None), tokenizer.eos_id
     before = [] if bos is None else [bos]
     after = [] if eos is None else [eos]
     ids = list(tokenizer.encode(caption))
     if max_length is not None:
-        room = max_length - len(before) - len(after)
-        if room < 1:
+        limit = max_length - len(before) - len(after)
+        if limit < 1:
             raise ValueError(f"max_length must leave room for text next to BOS and EOS, got {max_length}")
-        ids = ids[:room]
+        ids = ids[:limit]
     return [*before, *ids, *after]
 
 
@@ -58,7 +58,7 @@ def encode_captions(
     """Captions as one right-padded tensor.
 
     Raises:
-        ValueError: there is no caption, one has no tokens, or ``max_length`` leaves no room for text.
+        ValueError: there is no caption, one has no tokens, or ``max_length`` leaves no place for text.
     """
     rows = [caption_ids(caption, tokenizer, max_length) for caption in captions]
     _refuse_rows(torch.tensor([not row for row in rows]), "captions must have at least one token each, got none")
@@ -67,12 +67,12 @@ def encode_captions(
 
 @dataclass(frozen=True)
 class TextLayout:
-    """A text whose padding is all on the right.
+    """Texts with all padding on the right.
 
     Attributes:
-        ids: tokens ``(b, n)``.
-        lengths: real tokens of each row ``(b,)``.
-        mask: True at the real tokens of the text as it was given; None where it was right-padded already.
+        ids: token ids ``(b, n)``.
+        lengths: number of real tokens of each row, ``(b,)``.
+        mask: True at the real tokens of the original text; None if that was right-padded.
     """
 
     ids: Int[Tensor, "b n"]
@@ -81,8 +81,8 @@ class TextLayout:
 
     def with_cls(self, tokens: Float[Tensor, "b n d"], cls: Float[Tensor, " d"]) -> Float[Tensor, "b n_plus_1 d"]:
         """Token embeddings with ``cls`` at position ``length`` of each row."""
-        places = torch.arange(tokens.shape[1] + 1, device=tokens.device) == rearrange(self.lengths, "b -> b 1")
-        return torch.where(rearrange(places, "b n -> b n 1"), cls.to(tokens.dtype), F.pad(tokens, (0, 0, 0, 1)))
+        is_cls = torch.arange(tokens.shape[1] + 1, device=tokens.device) == rearrange(self.lengths, "b -> b 1")
+        return torch.where(rearrange(is_cls, "b n -> b n 1"), cls.to(tokens.dtype), F.pad(tokens, (0, 0, 0, 1)))
 
     def cls_of(self, states: Float[Tensor, "b n_plus_1 d"]) -> Float[Tensor, "b d"]:
         """The state at CLS."""
@@ -90,7 +90,7 @@ class TextLayout:
         return states.gather(1, index).squeeze(1)
 
     def restored(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """States at the places of the given text; what stands at padding has no meaning."""
+        """States at the positions of the original text; undefined at padding."""
         if self.mask is None:
             return states
         index = repeat(positions_from_mask(self.mask), "b n -> b n d", d=states.shape[-1])
@@ -100,11 +100,11 @@ class TextLayout:
         """Labels of positions 0 to n-2: the label of the next position, or -100.
 
         Args:
-            labels: aligned with the given text, -100 where nothing is asked; None takes the text itself.
+            labels: target ids aligned with the original text, -100 to ignore a token; None takes the text itself.
 
         Raises:
-            TypeError: ``labels`` hold no integers.
-            ValueError: they have another shape, or the text has one token.
+            TypeError: ``labels`` are not integers.
+            ValueError: ``labels`` have another shape, or the text has one token.
         """
         aligned, shape = self.ids, tuple(self.ids.shape)
         if shape[1] < 2:
@@ -119,18 +119,18 @@ class TextLayout:
 
 
 def layout_of(text: Tensor, mask: Tensor | None, *, pad_id: int, eos_id: int | None, num_tokens: int) -> TextLayout:
-    """Checks a text and finds its real tokens.
+    """Checks texts and locates their real tokens.
 
     Args:
         text: token ids ``(b, n)``.
         mask: True at real tokens; None takes trailing ``pad_id`` as padding. Where ``eos_id`` is ``pad_id``, the first
             of the trailing ones is the row's end and real.
-        pad_id, eos_id, num_tokens: of the model.
+        pad_id, eos_id, num_tokens: special ids and vocabulary size of the model.
 
     Raises:
-        TypeError: ``text`` holds no integers or ``mask`` is not boolean.
-        ValueError: shapes do not fit, an id is out of range, a row begins with padding and no mask tells where it is
-            real, or a row has no real token (values are read on a CPU only).
+        TypeError: ``text`` does not hold integers, or ``mask`` is not boolean.
+        ValueError: shapes do not fit, an id is out of range, a row begins with padding without a mask, or a row has no
+            real token (values are checked on the CPU only).
     """
     _check_integers(text, "text")
     if text.ndim != 2 or 0 in text.shape:
@@ -147,13 +147,13 @@ def layout_of(text: Tensor, mask: Tensor | None, *, pad_id: int, eos_id: int | N
         if mask.shape != text.shape:
             raise ValueError(f"mask must have the shape of text {tuple(text.shape)}, got {tuple(mask.shape)}")
         lengths = mask.sum(dim=-1)
-        # What stands at padding is never used, and need not be a token.
+        # Values at padding are never used and need not be token ids.
         text = _moved_left(text.masked_fill(~mask, pad_id), mask)
     if text.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(text, num_tokens, "text")
         _refuse_rows(lengths == 0, "text must have a real token in every row, got only padding")
         if mask is None and eos_id != pad_id:
-            rule = f"text must not begin with padding (pad_id {pad_id}) unless mask= says which tokens are real, got it"
+            rule = f"text must not begin with padding (pad_id {pad_id}) unless mask= marks the real tokens, got it"
             _refuse_rows(text[:, 0] == pad_id, rule)
     return TextLayout(text, lengths, mask)
 

@@ -1,8 +1,8 @@
-"""A compact vision transformer (arXiv 2010.11929) with which the package trains alone.
+"""Compact vision transformer (arXiv 2010.11929), the package's own image encoder.
 
-Patches, learned positions, parallel blocks (as the decoder's, without a causal mask), a norm. It returns one token a
-patch and has no class token: CoCa pools by attention. Positions start as two-dimensional waves (arXiv 2104.02057,
-section 4): starting near zero, small images took several hundred updates to learn where their strokes are.
+Patches, learned position embeddings, parallel blocks (the decoder's, without a causal mask) and a norm. It returns one
+token for each patch and has no class token: CoCa pools by attention. Position embeddings start as two-dimensional sines
+and cosines (arXiv 2104.02057, section 4): started near zero, they took several hundred updates to help on small images.
 
 Legend: b batch, c channels, n patches, d feature.
 """
@@ -20,14 +20,14 @@ from lm_core.nn.parallel_block import ParallelBlock, Positions
 
 
 class VisionTransformer(PretrainedMixin):
-    """Square images to patch tokens.
+    """Vision transformer from square images to patch tokens.
 
     Args:
         image_size: height and width in pixels.
-        patch_size: of a square patch; divides ``image_size``.
+        patch_size: height and width of a patch; divides ``image_size``.
         dim: features of a token.
-        depth: blocks.
-        channels: of the images.
+        depth: number of blocks.
+        channels: channels of the images.
         dim_head: features of a head.
         heads: query heads.
         ff_mult: feed-forward inner features over ``dim``.
@@ -70,7 +70,7 @@ class VisionTransformer(PretrainedMixin):
         self.norm = LayerNorm(dim)
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b n d"]:
-        """One token a patch, row by row.
+        """One token for each patch, row by row.
 
         Raises:
             ValueError: the images have another size or number of channels.
@@ -81,18 +81,18 @@ class VisionTransformer(PretrainedMixin):
         p = self.patch_size
         x = self.to_tokens(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)) + self.positions
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        unplaced = Positions()  # places are in the tokens already
+        no_rotary = Positions()  # positions are embedded in the tokens already
         for layer in self.layers:
-            x = checkpoint(layer, x, unplaced, use_reentrant=False) if recompute else layer(x, unplaced)
+            x = checkpoint(layer, x, no_rotary, use_reentrant=False) if recompute else layer(x, no_rotary)
         return self.norm(x)
 
 
 def waves(side: int, dim: int) -> Float[Tensor, "n d"]:
-    """Sines and cosines of row and column over a grid of ``side * side`` places, of wavelengths up to the grid."""
+    """Sines and cosines of row and column in a ``side x side`` grid, with wavelengths up to the grid's size."""
     count = -(-dim // 4)
-    places = torch.arange(side, dtype=torch.float32)
+    coordinates = torch.arange(side, dtype=torch.float32)
     frequencies = torch.pi * (max(side, 2) / 2) ** -torch.linspace(0, 1, count)
-    angles = rearrange(places, "s -> s 1") * frequencies
+    angles = rearrange(coordinates, "s -> s 1") * frequencies
     along = torch.cat((angles.sin(), angles.cos()), dim=-1)
     rows, columns = (t.expand(side, side, -1) for t in (rearrange(along, "s d -> s 1 d"), along))
     return rearrange(torch.cat((rows, columns), dim=-1), "h w d -> (h w) d")[:, :dim].clone()

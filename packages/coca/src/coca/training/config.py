@@ -1,6 +1,6 @@
-"""Settings of a training run; the defaults are those of the quickstart.
+"""Settings of a training run, with the quickstart's defaults.
 
-The same names are the flags of ``coca train`` and the keys of its YAML file.
+The names are also the flags of ``coca train`` and the keys of its YAML file.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from lm_core.training.config import CommonSettings
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(CommonSettings):
-    """Training: batches, optimizer, schedule, precision, what is written when.
+    """Training: batches, optimizer, schedule, precision, validation and checkpoints.
 
     Args:
-        batch_size: pairs an update, over all processes together; all are contrasted with each other.
+        batch_size: pairs in an update, over all processes together; all are contrasted with each other.
         max_length: tokens at which captions are cut, BOS and EOS included.
-        shift: images are moved by up to so many pixels each way.
+        shift: largest random shift of an image in pixels, in each direction.
         compile: compiles the model with its losses (torch.compile).
-        validation_captions: held-out images to caption at a validation; null for all. The last one takes all.
+        validation_captions: held-out images to caption in a validation; null for all. The last validation takes all.
 
     Raises:
         ValueError: a value is out of range; it is named.

@@ -1,7 +1,7 @@
 """Training on image-text pairs.
 
-An update takes ``batch_size`` pairs, each process its piece of them, and both losses are those of the whole batch, so
-the update is the same on any number of processes.
+An update shards ``batch_size`` pairs over the processes, and both losses are those of the whole batch, so the update is
+the same on any number of processes.
 """
 
 import time
@@ -41,8 +41,8 @@ class TrainingResult(SessionResult):
     """Outcome of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        first_metrics: of the validation before training; see ``coca.evaluation.evaluation.evaluate``.
-        metrics: of the last validation.
+        first_metrics: metrics of the validation before training; see ``coca.evaluation.evaluation.evaluate``.
+        metrics: metrics of the last validation.
         grid: picture of held-out images with their generated captions and nearest texts.
     """
 
@@ -53,7 +53,7 @@ class TrainingResult(SessionResult):
 
 
 class CoCaObjective(nn.Module):
-    """The losses of ``model`` as one module to wrap."""
+    """The losses of ``model`` as one module, which DDP and ``torch.compile`` wrap."""
 
     def __init__(self, model: CoCa) -> None:
         super().__init__()
@@ -69,16 +69,15 @@ class CoCaTrainer:
     """Trains a ``CoCa`` on images with captions, resumably.
 
     Args:
-        model: trained in place; moved to the device.
+        model: model to train, in place; moved to the device.
         data: images to train on.
         held_out: images to validate on.
-        preprocessing: normalisation of pixels; travels with the checkpoints.
+        preprocessing: normalisation of the pixels; stored with the checkpoints.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
-        tokenizer: of the captions; travels with the checkpoints; bytes by default.
-        settings: everything else.
+        tokenizer: caption tokenizer, stored with the checkpoints; bytes by default.
+        settings: all other settings.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
-        trackers: names of trackers that ``accelerate`` knows ("tensorboard", "wandb"), and objects with
-            ``log(values, step=...)``.
+        trackers: ``accelerate`` trackers by name ("tensorboard", "wandb"), and objects with ``log(values, step=...)``.
 
     Raises:
         ValueError: the model has no image encoder, or other special ids or fewer tokens than the tokenizer; the batch
@@ -154,13 +153,12 @@ class CoCaTrainer:
     def train(self) -> TrainingResult:
         """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
 
-        Seeds python's, numpy's and torch's generators, or puts them where the checkpoint had them.
+        Seeds python's, numpy's and torch's generators, or restores them from the checkpoint.
 
         Raises:
-            RuntimeError: the loss was not finite too often in a row; for more see
-                ``lm_core.training.session.TrainingSession.run``.
-            ValueError: the checkpoint is of other data.
-            OSError: a checkpoint could not be written; earlier ones are untouched.
+            RuntimeError: too many losses in a row were not finite (``lm_core.training.session.TrainingSession.run``).
+            ValueError: the checkpoint belongs to other data.
+            OSError: a checkpoint could not be written; earlier ones are intact.
         """
         with self.session.run() as session:
             for _ in session.steps():
@@ -188,7 +186,7 @@ class CoCaTrainer:
         )
 
     def _validate(self) -> dict[str, Any]:
-        """Metrics of the held-out images, and the caption of one of them."""
+        """Metrics of the held-out images, and a generated caption of the first."""
         settings, inputs = self.settings, (self.tokenizer, self.preprocessing)
         length = settings.max_length
         captions = None if self.session.step >= settings.max_steps else settings.validation_captions
@@ -214,15 +212,15 @@ class CoCaTrainer:
 
 
 def _evaluated(validation: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of ``evaluate`` in a row of metrics."""
+    """The metrics of ``evaluate`` from a row of metrics."""
     prefix = "validation_"
     return {name.removeprefix(prefix): value for name, value in validation.items() if name.startswith(prefix)}
 
 
 def _check_tokens(model: CoCa, tokenizer: Any) -> None:
-    """Raises unless ``model`` was made for the tokens of ``tokenizer``."""
+    """Raises ``ValueError`` unless vocabulary size and special ids of ``model`` fit ``tokenizer``."""
     check_vocabulary(tokenizer, model.num_tokens)
     for name in ("pad_id", "eos_id", "bos_id"):
-        wanted, own = getattr(tokenizer, name, None), getattr(model, name)
-        if wanted is not None and wanted != own:
-            raise ValueError(f"model must have the tokenizer's {name}, {wanted}, got {own}")
+        expected, actual = getattr(tokenizer, name, None), getattr(model, name)
+        if expected is not None and expected != actual:
+            raise ValueError(f"model must have the tokenizer's {name}, {expected}, got {actual}")

@@ -108,11 +108,8 @@ def decoded(ids: list[int], tokenizer: Any, eos_id: int | None) -> str:
 
 def names_class(caption: str, label: int, class_names: tuple[str, ...]) -> bool:
     """True if a caption contains the name of this class, as a whole word, and of no other."""
-    named = {
-        index
-        for index, name in enumerate(class_names)
-        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE)
-    }
+    patterns = [rf"(?<!\w){re.escape(name)}(?!\w)" for name in class_names]
+    named = {index for index, pattern in enumerate(patterns) if re.search(pattern, caption, re.IGNORECASE)}
     return named == {label}
 
 

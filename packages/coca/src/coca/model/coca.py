@@ -81,7 +81,7 @@ class CoCa(PretrainedMixin):
             for each task, as in the paper).
         loss: "softmax" (CLIP) or "sigmoid" (SigLIP) contrastive loss.
         init_logit_scale: factor of the similarities at the start; by default 1 / 0.07, or 10 for "sigmoid".
-        max_logit_scale: upper bound of this factor.
+        max_logit_scale: upper bound of the similarities' factor.
         init_logit_bias: initial bias of the scores of the "sigmoid" loss.
         bos_id: token that begins a caption, for ``generate`` without a prefix.
         eos_id: token that ends a caption; may be ``pad_id``.
@@ -159,6 +159,7 @@ class CoCa(PretrainedMixin):
         # Preprocessing of the training images; stored with checkpoints as preprocess.json.
         self.preprocessing: ImagePreprocessing | None = None
 
+        # Modules: image side, text decoder, latents and the parameters of the contrastive loss.
         self.img_encoder: ImageEncoder | None = None
         if img_encoder is not None:
             self.img_encoder = ImageEncoder(img_encoder, width=image_dim, frozen=freeze_img_encoder)

@@ -67,12 +67,14 @@ def summed_softmax(
         rows, matches = images.new_empty(images.shape[0]), images.new_empty(images.shape[0])
         columns = images.new_full((images.shape[0],), -torch.inf)
         scores = images.new_empty(0)
+        # first pass: log-sum-exp of every row and column
         for tile in _tiles(images.shape[0], tile_size):
             scores = torch.mm(images[tile] * scale, texts.t())
             rows[tile] = scores.logsumexp(dim=1)
             columns = torch.logaddexp(columns, scores.logsumexp(dim=0))
             matches[tile] = scores.diagonal(tile.start)
         gradients = _Gradients(images, texts, scale, need_gradients)
+        # second pass: gradients, from the scores again; a single tile still has them
         if need_gradients:
             for tile in _tiles(images.shape[0], tile_size):
                 if several:

@@ -128,6 +128,7 @@ class CoCaTrainer:
             rank=rank(),
             world_size=world_size(),
         )
+        # what a checkpoint, the record of the run and its curves contain
         self.model = model.to(self.device)
         self.model.preprocessing = preprocessing
         arguments = model.config["arguments"]

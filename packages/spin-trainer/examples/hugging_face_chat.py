@@ -1,8 +1,8 @@
-"""Self-play of a Hugging Face chat model from a YAML file, all weights and with LoRA, then what the command prints.
+"""Self-play of a Hugging Face chat model from a YAML file, with all weights and with LoRA, then its evaluation.
 
-The model is a tiny Llama with a tokenizer and a chat template of its own, made and briefly fine-tuned here, so nothing
-is downloaded; its fourteen held-out rows show the mechanism, not a gain. With a model of yours, write its folder or
-name as ``model`` in the YAML.
+The model is a tiny Llama with a tokenizer and a chat template, created and briefly fine-tuned here, so nothing is
+downloaded; its fourteen held-out rows show the mechanism, not a gain. For your own model, set ``model`` in the YAML to
+its folder or its name on the hub.
 """
 
 import json
@@ -46,15 +46,15 @@ learning_rates: [{rate}, {half}]
 """
 
 
-def conversation(number: int) -> dict[str, object]:
-    """One line of a .jsonl file: an addition and its answer."""
-    a, b = divmod(number, 10)
+def conversation(index: int) -> dict[str, object]:
+    """A row of a .jsonl file: an addition and its answer."""
+    a, b = divmod(index, 10)
     question = {"role": "user", "content": f"what is {a} plus {b}"}
     return {"messages": [question, {"role": "assistant", "content": str(a + b)}]}
 
 
 def write_model(folder: Path) -> None:
-    """A byte-level tokenizer with a chat template, and a two-layer Llama."""
+    """Saves a byte-level tokenizer with a chat template, and a fine-tuned two-layer Llama."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def write_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # peft about a name in transformers
+warnings.filterwarnings("ignore", category=FutureWarning)  # from peft, about a renamed transformers attribute
 with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     for file in ("train", "held_out"):
@@ -98,6 +98,6 @@ with tempfile.TemporaryDirectory() as name:
         config.write_text(RUN.format(folder=folder, name=kind, rate=rate, end=rate / 10, half=rate / 2, lora=lora))
         if main(["train", "--config", str(config)]) != 0:
             sys.exit(1)
-        played = f"{folder}/{kind}/iterations/iteration-2"
-        over = ["--opponent_checkpoint", f"{folder}/model"]
-        main(["eval", played, "--data", f"{folder}/held_out.jsonl", "--max_seq_len=48", *over])
+        trained = f"{folder}/{kind}/iterations/iteration-2"
+        opponent = ["--opponent_checkpoint", f"{folder}/model"]
+        main(["eval", trained, "--data", f"{folder}/held_out.jsonl", "--max_seq_len=48", *opponent])

@@ -1,4 +1,4 @@
-"""Self-play in a page: a small decoder learns to sort digits, then plays two iterations against itself."""
+"""Self-play on one page: a small decoder learns to sort digits, then trains for two iterations of self-play."""
 
 import tempfile
 
@@ -32,5 +32,5 @@ with tempfile.TemporaryDirectory() as folder:
         end_learning_rate=1e-5,
         checkpoint_folder=folder,
     )
-    for number, measures in enumerate(trainer().history):
-        print(f"after {number} iterations: {measures['nll']:.3f} nats/answer, win rate {measures['win_rate']:.3f}")
+    for count, metrics in enumerate(trainer().history):
+        print(f"after {count} iterations: {metrics['nll']:.3f} nats/answer, win rate {metrics['win_rate']:.3f}")

@@ -6,7 +6,7 @@
 >>> spin = SPIN(model, lambda_=0.1)
 >>> real, generated = torch.randint(0, 16, (2, 12)), torch.randint(0, 16, (2, 10))
 >>> loss = spin(generated, real, prompt_len=torch.tensor([4, 5]))
->>> round(loss.item(), 4)  # ln 2: the player still is its opponent
+>>> round(loss.item(), 4)  # ln 2: policy and opponent have the same weights
 0.6931
 """
 

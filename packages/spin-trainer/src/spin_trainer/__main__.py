@@ -1,4 +1,4 @@
-"""``python -m spin_trainer`` is the command ``spin-trainer``; torchrun starts it as ``-m spin_trainer``."""
+"""Entry point of ``python -m spin_trainer``, which is also the form that torchrun starts."""
 
 import sys
 

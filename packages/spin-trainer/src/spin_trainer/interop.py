@@ -1,4 +1,4 @@
-"""Models of other libraries and files of the original: opening a folder or hub name, LoRA, the original's weights."""
+"""Loading models from a folder or the hub, adding LoRA adapters, reading the original's checkpoints."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from lm_core.checkpoints.pretrained import CONFIG_FILE
 
 
 def load_model(source: str, name: str = "model") -> nn.Module:
-    """A model from a folder or the hub.
+    """Loads a causal language model from a folder or the hub.
 
     Args:
-        source: a folder that a language model of these packages or a transformers causal language model (or a peft
-            adapter of one) was saved to, or ``organisation/name`` on the hub. Code from the hub is never run.
-        name: what errors call it.
+        source: folder with a saved language model of these packages, a transformers causal language model or a peft
+            adapter of one; or ``organisation/name`` on the hub. Code from the hub is never run.
+        name: argument name in error messages.
 
     Raises:
-        CheckpointError: the folder is of a package that is not installed.
+        CheckpointError: the folder was written by a package that is not installed.
         FileNotFoundError: ``source`` is neither a folder nor a hub name.
-        ValueError: the folder holds something else.
+        ValueError: the folder holds no causal language model.
         ImportError: transformers or peft is needed and not installed.
     """
     folder = Path(source)
@@ -62,14 +62,14 @@ def with_lora(
 
     Args:
         model: a transformers causal language model.
-        r: rank.
-        alpha: scale is alpha / r; twice the rank by default.
-        dropout: in front of the adapters.
-        targets: names of linear layers; all but the output layer by default.
+        r: rank of the adapters.
+        alpha: scale times rank; adapters are scaled by alpha / r. Twice the rank by default.
+        dropout: dropout probability in front of the adapters.
+        targets: names of the linear layers that get an adapter; all but the output layer by default.
 
     Raises:
         ValueError: the rank is below 1.
-        TypeError: the model is no transformers model.
+        TypeError: the model is not a transformers model.
         ImportError: peft is not installed.
     """
     if r < 1:
@@ -80,20 +80,20 @@ def with_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ImportError('LoRA needs the extra "hf": pip install "spin-trainer[hf]"') from error
-    chosen: Any = "all-linear" if targets is None else targets if isinstance(targets, str) else list(targets)
+    target_modules: Any = "all-linear" if targets is None else targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
-        r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=chosen, task_type="CAUSAL_LM"
+        r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
     )
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
 
 def load_original_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The policy's state dict from a checkpoint of self-rewarding-lm-pytorch's ``SPINTrainer``.
+    """Reads the policy's state dict from a checkpoint of self-rewarding-lm-pytorch's ``SPINTrainer``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is damaged, holds more than tensors, or is no such checkpoint.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, holds more than tensors, or is not such a checkpoint.
     """
     content = load_tensors(path)
     state = content.get("model") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""The command ``spin-trainer``: ``train``, ``generate`` and ``eval``."""
+"""Command line ``spin-trainer`` with the commands ``train``, ``generate`` and ``eval``."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,14 +9,14 @@ from spin_trainer.cli.train import train
 from spin_trainer.quickstart.quickstart import DEFAULTS
 from spin_trainer.training.config import SelfPlaySettings
 
-TRAIN = """Fine-tunes a language model by self-play; without a model, a small one on a toy (two minutes on two cores).
+TRAIN = """Fine-tunes a language model by self-play; without --model, runs the quickstart (2 minutes on two CPU cores).
 
   spin-trainer train                                       the quickstart, into runs/spin-quickstart
   spin-trainer train --config run.yaml                     model, data and settings from a file
   spin-trainer train --model FOLDER --data sft.jsonl --max_seq_len 1024 --lora_r 16 --checkpoint_dir runs/mine
   torchrun --nproc_per_node 8 -m spin_trainer train --config run.yaml
 
-The quickstart has values of its own for what is not given. Flags win over the YAML file, which wins over the defaults.
+The quickstart has its own defaults. Flags override the YAML file, which overrides the defaults.
 Ctrl-C saves a checkpoint; the same command resumes from it, as it does after a kill."""
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {
@@ -32,8 +32,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
 
 
 def build_parser() -> CommandParser:
-    """The parser of the whole command."""
-    description = "Self-play fine-tuning: train, generate, eval."
+    """Builds the parser of ``spin-trainer`` with its commands."""
+    description = "Self-play fine-tuning (SPIN) of causal language models: train, generate answers, evaluate."
     return command_parser("spin-trainer", description, COMMANDS, package="spin_trainer")
 
 

@@ -1,4 +1,4 @@
-"""The commands ``generate`` and ``eval``: a model's answers to a dataset, and how good they are."""
+"""The commands ``generate``, which writes a model's answers to a dataset, and ``eval``, which scores a model on it."""
 
 import json
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from spin_trainer.training.weights import fingerprint_of_weights
 @typed
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """Answers: how long they are, how tokens are drawn, where.
+    """Settings of generated answers: tokenizer, length, sampling, device.
 
     Args:
-        tokenizer: folder, organisation/name or "bytes" to use instead of the model's own tokenizer.
-        max_seq_len: longest prompt with answer, in tokens.
-        temperature: temperature of sampling; 0 is greedy.
+        tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
+        max_seq_len: maximum length of a prompt with its answer, in tokens.
+        temperature: sampling temperature; 0 is greedy.
         top_p: probability mass to sample from; null for no filter.
-        batch_size: prompts at a time.
-        seed: seed of the draws.
+        batch_size: prompts per batch.
+        seed: sampling seed.
         device: auto takes CUDA, then MPS, then the CPU.
     """
 
@@ -44,34 +44,30 @@ class Answering:
     device: str = "auto"
 
     def sampling(self, eos_id: int | None, **changes: Any) -> Sampling:
-        """How tokens are drawn; ``changes`` replace further fields of ``Sampling``."""
-        own = {name: getattr(self, name) for name in ("max_seq_len", "temperature", "batch_size", "seed")}
-        return Sampling(**{**own, **nucleus(self.top_p), "eos_id": eos_id, **changes})
+        """Creates the ``Sampling`` of these settings; ``changes`` replace its fields."""
+        fields = {name: getattr(self, name) for name in ("max_seq_len", "temperature", "batch_size", "seed")}
+        return Sampling(**{**fields, **nucleus(self.top_p), "eos_id": eos_id, **changes})
 
     def open_model(self, source: str, name: str) -> Any:
-        """The model in ``source`` as a ``CausalLM`` on the device."""
+        """Loads the model in ``source`` as a ``CausalLM`` on the device; ``name`` names the argument in errors."""
         return as_causal_lm(load_model(source, name).to(pick_device(self.device)))
 
 
 def generate(
     checkpoint: str, data: str, output: str, *, answering: Answering, overlong: Literal["error", "drop"] = "error"
 ) -> int:
-    """Writes a model's answers to every prompt of a dataset, next to the human ones.
-
-    Started again with the same arguments, it resumes.
+    """Writes a model's answers to every prompt of a dataset, next to the human ones; run it again to resume.
 
     Args:
-        checkpoint: an exported policy's folder, another model's, or organisation/name on the hub.
-        data: rows with prompt and response, or messages: a file, folder, glob or data set of the hub.
-        output: a .jsonl file; rows that are done are kept in a folder next to it.
-        answering: how the model answers.
-        overlong: what to do with prompts that leave no room for an answer.
-
-    Returns:
-        The exit status.
+        checkpoint: model that answers: folder of an exported policy or other model, or organisation/name on the hub.
+        data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
+        output: .jsonl file to write; completed rows are stored in a folder next to it.
+        answering: settings of the answers.
+        overlong: handling of prompts that leave no room for an answer: error, or drop the row.
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    # tokenizer, dataset and model
     encoder = load_tokenizer(answering.tokenizer or checkpoint)
     length = answering.max_seq_len
     dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, overlong=overlong, name="data")
@@ -84,6 +80,7 @@ def generate(
         iteration=0,
         weights=fingerprint_of_weights(policy),
     )
+    # generate the rows that are not on disk yet
     rows.complete(policy, scores=False)
     lines = [
         {
@@ -108,17 +105,14 @@ def evaluate_model(
     opponent_checkpoint: str | None = None,
     exact_match: bool = True,
 ) -> int:
-    """Prints how well a model answers a dataset: likelihood, exact match, win rate over an opponent.
+    """Prints a model's scores on a dataset: likelihood, exact match, win rate over an opponent.
 
     Args:
-        checkpoint: an exported policy's folder, another model's, or organisation/name on the hub.
-        data: rows as ``generate`` takes them; null is the held-out rows of the quickstart's table.
-        answering: how the opponent answers.
-        opponent_checkpoint: another model, over whose answers and likelihoods the win rate is computed.
-        exact_match: whether prompts are answered greedily and compared with the human answers.
-
-    Returns:
-        The exit status.
+        checkpoint: model to evaluate: folder of an exported policy or other model, or organisation/name on the hub.
+        data: rows with prompt and response, or with messages; null is the quickstart's held-out rows.
+        answering: settings of the opponent's answers.
+        opponent_checkpoint: model to compute the win rate against; null skips the win rate.
+        exact_match: whether to answer prompts greedily and compare with the human answers.
     """
     eos_id: int | None = sorting_task.EOS
     length = answering.max_seq_len

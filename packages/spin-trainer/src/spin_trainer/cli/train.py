@@ -1,4 +1,4 @@
-"""The command ``train``."""
+"""The command ``train``: self-play fine-tuning of a model on a dataset, or the quickstart."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -38,22 +38,19 @@ def train(
 
     Args:
         settings: settings of self-play.
-        model: a folder or organisation/name on the hub; null runs the quickstart.
-        data: rows with prompt and response, or messages: a file, folder, glob or data set of the hub.
-        validation_data: held-out rows in the same form.
-        tokenizer: folder, organisation/name or "bytes" to use instead of the model's own tokenizer.
+        model: model to fine-tune: a folder, or organisation/name on the hub; null runs the quickstart.
+        data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
+        validation_data: held-out rows in the same formats.
+        tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
         top_p: probability mass that the opponent samples from; null for no filter.
         lora_r: rank of LoRA adapters; null trains all weights.
         lora_alpha: scale of the adapters times their rank; null is twice the rank.
         lora_dropout: dropout probability in front of the adapters.
-        lora_targets: names of the layers that get an adapter; null is all linear ones.
-        overlong: what to do with prompts that leave no room for an answer.
+        lora_targets: names of the linear layers that get an adapter; null is all but the output layer.
+        overlong: handling of prompts that leave no room for an answer: error, or drop the row.
         checkpoint_dir: folder of the run, for answers, checkpoints, exported policies, metrics.jsonl and curves.png.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that accelerate knows, such as tensorboard.
-
-    Returns:
-        The exit status.
     """
     if model is None and (data is not None or validation_data is not None):
         raise ValueError(f"model must be given together with data, got data {data!r} and no model")
@@ -61,8 +58,9 @@ def train(
         raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
     if model is None and (lora_r is not None or tokenizer is not None):
         raise ValueError(f"lora_r and tokenizer need a model, got {lora_r} and {tokenizer!r} for the quickstart's")
-    start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # from here on processes know their rank
+    start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # sets rank and world size
     run: dict[str, Any] = {"resume": resume, "trackers": trackers or (), **nucleus(top_p)}
+    # without a model: the quickstart
     if model is None:
         report("downloads", "nothing; about two minutes on two CPU cores")
         result, table = quickstart(settings, Path(checkpoint_dir), **run)
@@ -72,6 +70,7 @@ def train(
             write_file(Path(checkpoint_dir) / "table.md", lines)
             say("On a toy this small more supervised training wins; self-play shows that it learns from the same data.")
         return _report(result, checkpoint_dir)
+    # tokenizer, model and trainer
     seed_everything(settings.seed)
     encoder = load_tokenizer(tokenizer or model)
     policy = load_model(model)
@@ -87,6 +86,7 @@ def train(
         config=settings,
         **run,
     )
+    # a summary in front of the run
     trained = sum(parameter.numel() for parameter in trainer.model.trainable_parameters())
     total = sum(parameter.numel() for parameter in policy.parameters())
     report("model", f"{model}, {total / 1e6:.2f} million parameters, of which {trained / 1e6:.2f} train")
@@ -99,14 +99,14 @@ def _report(result: SPINResult, folder: str) -> int:
     lines: list[tuple[str, object]] = [
         (
             "held out",
-            f"{measures['nll']:8.3f} nats/answer, win rate {measures['win_rate']:.3f} "
-            f"({f'iteration {number - 1}' if number else 'before'})",
+            f"{metrics['nll']:8.3f} nats/answer, win rate {metrics['win_rate']:.3f} "
+            f"({f'iteration {index - 1}' if index else 'before'})",
         )
-        for number, measures in enumerate(result.history)
+        for index, metrics in enumerate(result.history)
     ]
     if result.best_iteration is not None:
         lines.append(("best", f"after {result.best_iteration} iterations, by held-out likelihood"))
     lines.append(("policies", f"{result.iterations_folder} ({result.outcome} after {result.iterations} iterations)"))
-    nll = [measures["nll"] for measures in result.history]
+    nll = [metrics["nll"] for metrics in result.history]
     results = [Result("held-out NLL/answer, nats", nll[-1], before=nll[0])] if nll else []
     return report_run("spin-trainer", result, folder, lines=lines, results=results)

@@ -1,1 +1,1 @@
-"""Supervised data, opponents' answers and pairs."""
+"""Supervised data, the opponent's answers, and their storage."""

@@ -1,7 +1,7 @@
-"""What one iteration trains and is judged on: the opponent's answers, and its log-probabilities of all answers.
+"""Data of one iteration: the opponent's answers to a dataset, and its log-probabilities of all answers.
 
-At the beginning of an iteration the policy IS the opponent (it was just promoted), so the policy makes both; no second
-model is in memory then, and with both on disk none is needed while the policy trains.
+The policy computes both at the beginning of the iteration, when it IS the opponent (it was just promoted). So a second
+model is needed neither then nor, with both on disk, while the policy trains.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +20,16 @@ from spin_trainer.data.sft_data import SFTDataset
 
 
 class Interrupted(Exception):
-    """Ctrl-C while rows were made; those that are done are on disk."""
+    """A stop was requested while rows were computed; completed rows are on disk."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of the dataset with an answer of the opponent.
+    """An example of the dataset with an answer of the opponent.
 
     Attributes:
-        row: number of the example.
-        previous: whether the answer is of the iteration before.
+        row: index of the example.
+        previous: True if the answer is from the previous iteration.
     """
 
     row: int
@@ -42,12 +42,12 @@ class IterationData:
     Args:
         dataset: prompts with human answers.
         root: folder of the row stores.
-        sampling: how the opponent answers.
-        split: "train" or "valid".
-        iteration: number of the iteration, from 0.
+        sampling: sampling settings of the answers.
+        split: name of the dataset, "train" or "valid".
+        iteration: index of the iteration, from 0.
         weights: fingerprint of the opponent's weights.
-        previous: the same dataset's data of the iteration before, whose answers are mixed in.
-        score_batch_size: rows scored at a time.
+        previous: data of the previous iteration, whose answers are mixed in.
+        score_batch_size: rows per batch of log-probabilities.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class IterationData:
         self.iteration = iteration
         self.previous = [] if previous is None else previous.answers
         self.score_batch_size = score_batch_size
+        # row stores, named by everything that their rows depend on
         prompts = fingerprint_of({"prompts": [list(example.prompt) for example in dataset]})
         description = {"format_version": 1, "weights": weights, "prompts": prompts, **sampling.description()}
         description |= {"iteration": iteration, "split": split}
@@ -83,21 +84,21 @@ class IterationData:
         }
         self.score_store = RowStore(root, f"scores-{split}-{iteration}", scores, rank=rank())
         self.answers: list[Answer] = []
-        # each example with the opponent's answer, and with that of the iteration before
+        # each example with the opponent's answer, and with that of the previous iteration
         kinds = (False,) if previous is None else (False, True)
         self.pairs = [Pair(row, previous=kind) for kind in kinds for row in range(len(dataset))]
 
     def complete(self, model: Any, stop: Callable[[], bool] = lambda: False, *, scores: bool = True) -> None:
-        """Makes what is not on disk yet; every process calls it.
+        """Computes the rows that are not on disk yet; every process must call it.
 
         Args:
-            model: the opponent, a ``CausalLM``; None within an iteration, when it is gone and all has to be on disk.
-            stop: asked between batches; True leaves the rest.
+            model: the opponent, a ``CausalLM``; None after the policy's first update, when all rows must be on disk.
+            stop: called between batches; True interrupts.
             scores: whether log-probabilities are needed.
 
         Raises:
-            Interrupted: ``stop`` returned True before all rows were there.
-            FileNotFoundError: rows are missing, and there is no model.
+            Interrupted: ``stop`` returned True before all rows were complete.
+            FileNotFoundError: rows are missing and ``model`` is None.
         """
         with eval_mode(model):
             lengths = [len(example.prompt) for example in self.dataset]
@@ -122,7 +123,7 @@ class IterationData:
         model: Any,
         stop: Callable[[], bool],
     ) -> None:
-        """Makes missing rows by ``work(model, batch number, row numbers)``, each process its share of the batches."""
+        """Computes missing rows with ``work(model, batch index, row indices)``; each process takes its batches."""
         count = len(self.dataset)
         if model is None and len(store.rows) < count:
             raise FileNotFoundError(
@@ -130,20 +131,20 @@ class IterationData:
                 "are gone: resume from an earlier checkpoint, or train into another folder"
             )
         share = list(enumerate(batches))[rank() :: world_size()]
-        todo = [(number, rows) for number, rows in share if any(row not in store.rows for row in rows)]
+        todo = [(index, rows) for index, rows in share if any(row not in store.rows for row in rows)]
         title = f"iteration {self.iteration}: {name} ({self.split})"
-        for number, rows in tqdm(todo, desc=title, unit="batch", disable=rank() != 0 or not todo, leave=False):
+        for index, rows in tqdm(todo, desc=title, unit="batch", disable=rank() != 0 or not todo, leave=False):
             if stop():
                 break
-            store.append(work(model, number, rows))
+            store.append(work(model, index, rows))
         barrier()
         store.refresh()
         if len(store.rows) < count:
             raise Interrupted
 
-    def _answer(self, model: Any, number: int, rows: list[int]) -> Iterator[dict[str, Any]]:
+    def _answer(self, model: Any, batch: int, rows: list[int]) -> Iterator[dict[str, Any]]:
         prompts = [self.dataset[row].prompt for row in rows]
-        seed = seed_of("answers", self.sampling.seed, self.iteration, self.split, number)
+        seed = seed_of("answers", self.sampling.seed, self.iteration, self.split, batch)
         for row, answer in zip(rows, answer_prompts(model, prompts, self.sampling, seed), strict=True):
             yield {"row": row, "tokens": list(answer.tokens), "finished": answer.finished}
 
@@ -161,17 +162,17 @@ class IterationData:
             yield {"row": row, **dict(zip(kinds, values, strict=True))}
 
     def answer(self, pair: Pair) -> Answer:
-        """The opponent's answer of a pair."""
+        """The generated answer of a pair."""
         return (self.previous if pair.previous else self.answers)[pair.row]
 
     def reference(self, pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-        """The opponent's log-probabilities of the human and of the generated answers."""
+        """Reference log-probabilities of the human and of the generated answers."""
         rows = [self.score_store.rows[pair.row] for pair in pairs]
         generated = [row["previous" if pair.previous else "generated"] for row, pair in zip(rows, pairs, strict=True)]
         return [row["real"] for row in rows], generated
 
     def summary(self) -> dict[str, float]:
-        """Mean length of the opponent's answers, share cut off by the length limit, share equal to the human answer."""
+        """Mean length of the answers, share cut off by the length limit, share equal to the human answer."""
         count = len(self.answers)
         equal = sum(a.tokens == example.response for a, example in zip(self.answers, self.dataset, strict=True))
         return {

@@ -1,8 +1,7 @@
-"""The opponent's side of an iteration: its answers to all prompts, and its log-probabilities of both answers.
+"""The opponent's answers to prompts, and its log-probabilities of answers.
 
-Both are made once an iteration and kept on disk (``RowStore``). Which rows share a batch, and which random numbers a
-batch draws, depends on the data and the seed only: so a resumed run, and a run on another number of processes, makes
-the same answers. A batch that a kill interrupted is generated again and only its missing rows are written.
+Both are computed once per iteration and stored on disk (``RowStore``). Batches and their random numbers depend on data
+and seed alone, so resumed runs and runs on any number of processes generate the same answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +22,17 @@ from spin_trainer.model.response_scores import ResponseScores, collate
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """Sampling settings.
 
     Attributes:
-        max_seq_len: longest prompt with answer.
-        temperature: 0 takes the most likely token.
-        filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for none.
-        filter_kwargs: its arguments.
+        max_seq_len: maximum length of a prompt with its answer, in tokens.
+        temperature: sampling temperature; 0 is greedy.
+        filter_fn: logits filter, called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+        filter_kwargs: arguments of ``filter_fn``.
         eos_id: token or tokens that end an answer.
-        batch_size: prompts at a time; part of what decides the draws.
-        seed: of the draws.
-        precision: of matrix products.
+        batch_size: prompts per batch; the sampled tokens depend on it.
+        seed: sampling seed.
+        precision: precision of matrix products.
     """
 
     max_seq_len: int
@@ -46,10 +45,10 @@ class Sampling:
     precision: Precision = "fp32"
 
     def description(self) -> dict[str, Any]:
-        """JSON values for a fingerprint."""
-        as_they_are = ("max_seq_len", "temperature", "batch_size", "seed", "precision")
+        """The settings as JSON values, for a fingerprint."""
+        plain = ("max_seq_len", "temperature", "batch_size", "seed", "precision")
         return {
-            **{name: getattr(self, name) for name in as_they_are},
+            **{name: getattr(self, name) for name in plain},
             "filter": name_of_function(self.filter_fn),
             "filter_kwargs": repr(sorted(self.filter_kwargs.items())),
             "eos_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id,
@@ -57,7 +56,7 @@ class Sampling:
 
 
 def nucleus(mass: float | None) -> dict[str, Any]:
-    """Arguments of ``Sampling`` and ``SPINTrainer`` that sample from the nucleus of this mass; None for no filter."""
+    """Arguments of ``Sampling`` and ``SPINTrainer`` for top-p sampling with this mass; None for no filter."""
     if mass is None:
         return {"filter_fn": None, "filter_kwargs": {}}
     return {"filter_fn": top_p, "filter_kwargs": {"thres": mass}}
@@ -65,11 +64,11 @@ def nucleus(mass: float | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """The opponent's answer to a prompt.
+    """An answer of the opponent.
 
     Attributes:
         tokens: token ids, EOS included.
-        finished: whether it ended by EOS, not at the length limit.
+        finished: True if it ended with EOS, False if the length limit cut it off.
     """
 
     tokens: tuple[int, ...]
@@ -77,25 +76,27 @@ class Answer:
 
 
 def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Answer]:
-    """Answers of a ``CausalLM`` to prompts of token ids, each filled up to ``max_seq_len`` and drawn by ``seed``.
+    """Samples an answer of a ``CausalLM`` to each prompt, up to ``max_seq_len`` tokens with the prompt.
 
     Raises:
-        ValueError: a prompt leaves no room, or as ``lm_core.generation.generate.generate``.
+        ValueError: a prompt leaves no room for an answer; see also ``lm_core.generation.generate.generate``.
     """
+    # room after the shortest prompt: the most tokens that an answer can have
     lengths = [len(prompt) for prompt in prompts]
     if max(lengths) >= sampling.max_seq_len:
         raise ValueError(f"max_seq_len must exceed the longest prompt ({max(lengths)}), got {sampling.max_seq_len}")
     room = sampling.max_seq_len - min(lengths)
     limit = getattr(model, "max_length", None)
     if limit is not None and max(lengths) + room > limit >= sampling.max_seq_len:
-        # each row fits, but not the shortest row's room after the longest prompt
+        # padded, the batch would exceed the model's limit: answer its shorter and its longer half separately
         middle = len(prompts) // 2
         order = sorted(range(len(prompts)), key=lengths.__getitem__)
         answers: dict[int, Answer] = {}
-        for number, part in enumerate((order[:middle], order[middle:])):
-            found = answer_prompts(model, [prompts[row] for row in part], sampling, seed_of(seed, number))
-            answers |= dict(zip(part, found, strict=True))
+        for index, part in enumerate((order[:middle], order[middle:])):
+            part_answers = answer_prompts(model, [prompts[row] for row in part], sampling, seed_of(seed, index))
+            answers |= dict(zip(part, part_answers, strict=True))
         return [answers[row] for row in range(len(prompts))]
+    # generate all rows up to that room, then cut each where its own prompt leaves less
     device = next(model.parameters()).device
     filter_fn = sampling.filter_fn
     with autocast(sampling.precision, device):
@@ -117,7 +118,7 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches of similar length, longest first (so that a lack of memory shows at once)."""
+    """Row indices in batches of similar length, longest first, so that running out of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -126,7 +127,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 def opponent_log_probs(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], precision: Precision
 ) -> list[float]:
-    """Summed log-probability of each answer under ``model``, in nats."""
+    """Log-probability of each answer under ``model``, summed over its tokens, in nats."""
     device = next(model.parameters()).device
     scores: list[float] = ResponseScores(model, precision=precision)(*collate(prompts, answers, device)).tolist()
     return scores

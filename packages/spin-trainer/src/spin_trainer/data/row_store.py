@@ -1,8 +1,7 @@
-"""Rows on disk that survive kills: each is computed once, whatever instant the process dies at.
+"""Crash-safe rows on disk: append-only JSON lines that are computed and written once.
 
-A store is a folder with ``description.json`` (what the rows depend on) and a ``rows-R.jsonl`` a process. Rows are
-appended and flushed to the disk a batch at a time; a last line cut short by a kill is cut off when the store is opened
-again. A row that is there is not written twice.
+A store is a folder with ``description.json`` (everything that the rows depend on) and a ``rows-R.jsonl`` per process.
+Rows are appended and flushed to disk a batch at a time; opening a store removes a last line that a kill cut short.
 """
 
 import functools
@@ -19,12 +18,12 @@ from lm_core.data.jsonl import read_json_lines
 
 
 def fingerprint_of(description: Mapping[str, Any]) -> str:
-    """SHA-256 over JSON values."""
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def name_of_function(function: Callable[..., Any] | None) -> str | None:
-    """Where a function is defined, as part of a fingerprint; of a partial, with its arguments."""
+    """Module and name of a function, for a fingerprint; a partial's arguments are included."""
     if function is None:
         return None
     if isinstance(function, functools.partial):
@@ -34,13 +33,13 @@ def name_of_function(function: Callable[..., Any] | None) -> str | None:
 
 
 class RowStore:
-    """Rows by number, for one description.
+    """Rows by index, for one description.
 
     Args:
-        root: folder of stores; this one is in a subfolder named by kind and fingerprint.
-        kind: such as "answers".
+        root: folder of stores; this one is the subfolder named by kind and fingerprint.
+        kind: kind of rows, such as "answers".
         description: JSON values that the rows depend on.
-        rank: this process's number; it writes a file of its own.
+        rank: rank of this process, which writes to its own file.
 
     Raises:
         ValueError: the folder holds rows of another description, or is damaged.
@@ -50,14 +49,14 @@ class RowStore:
         self.fingerprint = fingerprint_of(description)
         self.folder = root / f"{kind}-{self.fingerprint[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._own = self.folder / f"rows-{rank}.jsonl"
+        self._rows_file = self.folder / f"rows-{rank}.jsonl"
         record = self.folder / "description.json"
         if record.exists():
             try:
-                found = json.loads(record.read_text(encoding="utf-8"))
+                recorded = json.loads(record.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(f"{record} is damaged ({error}); delete the folder to make its rows again") from error
-            if fingerprint_of(found) != self.fingerprint:
+            if fingerprint_of(recorded) != self.fingerprint:
                 raise ValueError(f"{self.folder} holds rows of other weights, prompts or settings; use another folder")
         elif rank == 0:
             write_file(record, to_json(dict(description)))
@@ -66,31 +65,31 @@ class RowStore:
         self.refresh()
 
     def _cut_torn_line(self) -> None:
-        if not self._own.exists():
+        if not self._rows_file.exists():
             return
-        content = self._own.read_bytes()
+        content = self._rows_file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            with self._own.open("r+b") as stream:
+            with self._rows_file.open("r+b") as stream:
                 stream.truncate(len(whole))
-            fsync_path(self._own)
+            fsync_path(self._rows_file)
 
     def refresh(self) -> None:
-        """Reads what other processes have written; all of them must have come to a barrier."""
+        """Reads the rows of all processes; a barrier must precede it."""
         for file in sorted(self.folder.glob("rows-*.jsonl")):
             # another process may be writing the last line
-            for number, row in read_json_lines(file, torn_end=True):
+            for line, row in read_json_lines(file, torn_end=True):
                 if not isinstance(row.get("row"), int):
-                    raise ValueError(f"{file}, line {number}, is damaged: it has no row number; delete {self.folder}")
+                    raise ValueError(f"{file}, line {line}, is damaged: it has no row number; delete {self.folder}")
                 self.rows[row["row"]] = row
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rows that are not there yet and flushes them to the disk."""
+        """Writes the rows that are not stored yet and flushes them to disk."""
         new = [dict(row) for row in rows if row["row"] not in self.rows]
         if not new:
             return
-        created = not self._own.exists()
-        with self._own.open("ab") as stream:
+        created = not self._rows_file.exists()
+        with self._rows_file.open("ab") as stream:
             stream.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in new).encode())
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning data in every form it comes in, as prompts and human answers in token ids.
+"""Supervised fine-tuning data: reads ids, texts and chats as prompts and human answers in token ids.
 
 Accepted rows: ``(sequence, prompt_len)`` pairs of ids; ``(prompt, answer)`` texts; dicts with the columns ``prompt``
-and ``response`` (or ``completion``, ``answer``); dicts with ``messages``, whose last one is the answer. A chat goes
-through the tokenizer's own template, and what the template adds in front of an answer is in the prompt, so generation
-and training see the same text.
+and ``response`` (or ``completion``, ``answer``); dicts with ``messages``, the last of which is the answer. A chat is
+formatted by the tokenizer's own template; the text that it adds in front of an answer belongs to the prompt, so
+generation and training see the same text.
 
-An answer that the length limit cuts off gets no EOS: the model must not learn that it ended there.
+A truncated answer gets no EOS: the model must not learn that the answer ends there.
 """
 
 import functools
@@ -28,8 +28,8 @@ class Example:
 
     Attributes:
         prompt: token ids, at least one.
-        response: token ids, at least one; ends with EOS unless it was cut off or had none.
-        truncated: whether the length limit cut the answer off.
+        response: token ids, at least one; ends with EOS unless it was truncated or had none.
+        truncated: whether the length limit truncated the answer.
     """
 
     prompt: tuple[int, ...]
@@ -38,10 +38,11 @@ class Example:
 
 
 class SFTDataset(Sequence[Example]):
-    """Examples with a fingerprint of their content; ``dropped`` rows were left out, as their prompt was too long."""
+    """Examples with a fingerprint of their content; ``dropped`` counts the rows left out for a prompt too long."""
 
     def __init__(self, examples: Sequence[Example], dropped: int = 0) -> None:
-        self.examples, self.dropped = list(examples), dropped
+        self.examples = list(examples)
+        self.dropped = dropped
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -68,20 +69,20 @@ def as_sft_dataset(
     overlong: Overlong = "error",
     name: str = "train_sft_dataset",
 ) -> SFTDataset:
-    """Reads a dataset whole.
+    """Reads a dataset into memory.
 
     Args:
-        source: files, a dataset or a sequence, as ``lm_core.data.rows`` takes them; rows as the module describes them.
-        max_seq_len: longest prompt with answer; longer answers are cut off.
-        tokenizer: in the protocol of ``lm_core.tokenizers``, for texts and chats.
-        eos_id: ends answers; by default the tokenizer's.
-        pad_id: trailing ids of this value are taken off sequences.
-        overlong: what to do with a prompt that leaves no room for an answer.
-        name: names the argument in errors.
+        source: files, a dataset or a sequence, see ``lm_core.data.rows``; the module docstring lists the row formats.
+        max_seq_len: maximum length of a prompt with its answer, in tokens; longer answers are truncated.
+        tokenizer: tokenizer of texts and chats, with the protocol of ``lm_core.tokenizers``.
+        eos_id: token that ends answers; by default the tokenizer's.
+        pad_id: padding id; it is removed from the end of sequences.
+        overlong: handling of prompts that leave no room for an answer: "error", or "drop" the row.
+        name: argument name in error messages.
 
     Raises:
-        ValueError, TypeError: naming the row and what is wrong with it.
-        FileNotFoundError: there is no such file.
+        ValueError, TypeError: a row is invalid; the message names it.
+        FileNotFoundError: a file does not exist.
     """
     if isinstance(source, SFTDataset):
         return source
@@ -89,6 +90,7 @@ def as_sft_dataset(
         raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
     if eos_id is None and tokenizer is not None:
         eos_id = tokenizer.eos_id
+    # encode, check and truncate each row
     examples: list[Example] = []
     dropped = 0
     for where, row in iterate_rows(source, name=name):
@@ -109,6 +111,7 @@ def as_sft_dataset(
         examples.append(Example(tuple(prompt), tuple(response[:room]), len(response) > room))
     if not examples:
         raise ValueError(f"{name} must hold at least one row, got none ({dropped} with a prompt too long)")
+    # without EOS in any complete answer the policy would never learn to stop
     whole = [example for example in examples if not example.truncated]
     if eos_id is not None and whole and not any(example.response[-1] == eos_id for example in whole):
         raise ValueError(
@@ -174,7 +177,7 @@ def _kinds(*parts: Any) -> str:
 
 
 def _check_ends(tokenizer: Any, eos_id: int | None, where: str) -> int:
-    """The id that ends an answer, if there is a tokenizer for texts and such an id."""
+    """Returns the id that ends an answer, after checking that tokenizer and id are set."""
     if tokenizer is None:
         raise ValueError(f"{where} holds text, so a tokenizer is needed, got tokenizer=None")
     if eos_id is None:
@@ -210,5 +213,5 @@ def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -
         raise ValueError(
             f"{where}: the chat template must end an answer with eos_id {end}, it does not; pass the id that does"
         )
-    # what a template writes after the end of a turn is never generated
+    # the template's text after the end of a turn is never generated, so it is not learned
     return prompt, response[: response.index(end) + 1]

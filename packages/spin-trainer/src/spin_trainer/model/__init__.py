@@ -1,1 +1,1 @@
-"""SPIN's loss, reference and response scores."""
+"""The self-play loss, the reference model and response log-probabilities."""

@@ -1,7 +1,7 @@
-"""Setting the dropout of any model, and putting it back.
+"""Setting and restoring the dropout of any model.
 
-Besides ``nn.Dropout`` and its kin, models keep attention dropout as a plain number that they hand to the attention
-function; both are reached.
+Covers ``nn.Dropout`` and its variants as well as float attributes such as ``attention_dropout``, which models pass to
+the attention function.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from lm_core.checks import check_probability
 _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _dropout_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, _DROPOUT_MODULES):
             yield module, "p"
@@ -24,20 +24,20 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def set_dropout_(model: nn.Module, prob: float) -> None:
-    """Sets every dropout probability in ``model``, of modules and of attention.
+    """Sets every dropout probability in ``model``, of dropout modules and of attention.
 
     Raises:
         ValueError: ``prob`` is outside [0, 1).
     """
     check_probability(prob, "prob")
-    for module, name in _places(model):
+    for module, name in _dropout_attributes(model):
         setattr(module, name, float(prob))
 
 
 @contextmanager
 def dropout_of(model: nn.Module, prob: float) -> Iterator[None]:
-    """``set_dropout_`` inside; every probability is as before on leaving."""
-    before = [(module, name, getattr(module, name)) for module, name in _places(model)]
+    """Context manager around ``set_dropout_`` that restores every probability on exit."""
+    before = [(module, name, getattr(module, name)) for module, name in _dropout_attributes(model)]
     set_dropout_(model, prob)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The self-play loss of SPIN (arXiv 2401.01335) on log-probabilities that are already there.
+"""The self-play loss of SPIN (arXiv 2401.01335) as a function of log-probabilities.
 
 Equation 4.7: ``l(lambda * [log p(y|x) - log p_t(y|x)] - lambda * [log p(y'|x) - log p_t(y'|x)])`` with the human answer
 y, the opponent's answer y' and the opponent p_t. The paper's section 4.1 names four decreasing functions l.
@@ -23,23 +23,23 @@ def self_play_margins(
     *,
     lambda_: float | int = 0.1,
 ) -> Float[Tensor, " b"]:
-    """The argument of l in equation 4.7: how much more the policy prefers the human answer than the opponent did.
+    """Margin inside l in equation 4.7: the policy's preference for the human answer minus the opponent's.
 
     Args:
         policy_real: log p(y|x), summed over the answer's tokens, in nats.
-        policy_generated: log p(y'|x).
-        reference_real: log p_t(y|x).
-        reference_generated: log p_t(y'|x).
-        lambda_: the regularisation of section 4.2; greater stays closer to the opponent.
+        policy_generated: log p(y'|x), likewise.
+        reference_real: log p_t(y|x), likewise.
+        reference_generated: log p_t(y'|x), likewise.
+        lambda_: regularisation weight of section 4.2; larger values keep the policy closer to the opponent.
     """
     return lambda_ * ((policy_real - reference_real) - (policy_generated - reference_generated))
 
 
 def self_play_losses(margins: Float[Tensor, " b"], loss: LossName = "logistic") -> Float[Tensor, " b"]:
-    """l of each margin, in nats for "logistic", where a margin of 0 costs ln 2.
+    """Loss of each margin, l in equation 4.7; "logistic" is in nats, ln 2 at a margin of 0.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: ``loss`` is not one of ``LOSS_NAMES``.
     """
     if loss == "logistic":
         return -F.logsigmoid(margins)

@@ -1,11 +1,11 @@
-"""The opponent's weights: a frozen copy of what trains, or a moving average of it.
+"""The reference model: a frozen copy of the policy's trainable parameters, or their moving average.
 
-The frozen reference copies only the parameters that train; frozen ones are shared with the policy. So next to a LoRA
-policy it costs the size of the adapters, and it is the policy's weights at the last promotion (theta_t), where
-switching adapters off would give the weights before the first iteration.
+The frozen reference copies only the parameters that train and shares the others with the policy. For a LoRA policy it
+costs the size of the adapters and equals the policy at the last promotion (theta_t); switching adapters off would give
+the weights before the first iteration.
 
 It is bit-identical from one promotion to the next. An exponential moving average with decay 1 is not: ema-pytorch
-copies the policy at its first updates whatever the decay.
+copies the policy at its first updates, regardless of the decay.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,69 +21,69 @@ from lm_core.causal_lm import eval_mode
 
 
 class FrozenReference(nn.Module):
-    """The policy as it was when ``copy_params_from_model`` was last called.
+    """A frozen copy of the policy, taken at each call of ``copy_params_from_model``.
 
     Args:
-        policy: a causal language model in the protocol of ``lm_core.causal_lm.CausalLM``.
+        policy: causal language model with the protocol of ``lm_core.causal_lm.CausalLM``.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
-        # in a tuple, so that the policy is no submodule: its parameters are registered elsewhere
+        # in a tuple, so that the policy is not registered as a submodule a second time
         self._policy = (policy,)
         self._names: list[str] = []
         self.copy_params_from_model()
 
     @torch.no_grad()
     def copy_params_from_model(self) -> None:
-        """Makes the policy's present weights the reference."""
+        """Copies the policy's current weights into the reference."""
         self.release()
-        for name, tensor in self._own().items():
+        for name, tensor in self._copied_tensors().items():
             self._names.append(name)
             self.register_buffer(f"copy_{len(self._names) - 1}", tensor.detach().clone())
 
     def release(self) -> None:
         """Frees the copy, for a trainer that has all reference log-probabilities on disk."""
-        for number in range(len(self._names)):
-            delattr(self, f"copy_{number}")
+        for index in range(len(self._names)):
+            delattr(self, f"copy_{index}")
         self._names = []
 
     @contextmanager
     def model(self) -> Iterator[Any]:
-        """The reference as a causal language model, in evaluation mode; use it without gradients.
+        """Yields the reference as a causal language model in evaluation mode; use it without gradients.
 
         Raises:
-            RuntimeError: the copy was released, or the policy's trainable parameters are others than they were.
+            RuntimeError: the copy was released, or the set of trainable parameters has changed since it was taken.
         """
-        policy, own, copies = self._policy[0], self._own(), self.exported()
+        policy, tensors, copies = self._policy[0], self._copied_tensors(), self.exported()
         if not copies:
             raise RuntimeError("the reference was released; update_reference_model_with_policy() copies it again")
-        if changed := sorted(own.keys() ^ copies.keys()):
+        if changed := sorted(tensors.keys() ^ copies.keys()):
             raise RuntimeError(f"the policy trains other parameters than when the reference was taken: {changed[:8]}")
-        before = {name: tensor.data for name, tensor in own.items()}
+        before = {name: tensor.data for name, tensor in tensors.items()}
         try:
-            # exchanging storages leaves a graph that the policy has built before valid
-            for name, tensor in own.items():
+            # swapping storages keeps an autograd graph that the policy has already built valid
+            for name, tensor in tensors.items():
                 tensor.data = copies[name]
             with eval_mode(policy):
                 yield policy
         finally:
-            for name, tensor in own.items():
+            for name, tensor in tensors.items():
                 tensor.data = before[name]
 
     @torch.no_grad()
     def forward(self, ids: Int[Tensor, "b n"], **kwargs: Any) -> Float[Tensor, "b n v"]:
-        """The reference's logits."""
+        """Logits of the reference."""
         with self.model() as model:
             return model(ids, **kwargs)
 
     def exported(self) -> dict[str, Tensor]:
-        """The copy by name of parameter, for a checkpoint."""
-        return {name: getattr(self, f"copy_{number}") for number, name in enumerate(self._names)}
+        """The copied tensors by parameter name, for a checkpoint."""
+        return {name: getattr(self, f"copy_{index}") for index, name in enumerate(self._names)}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor] | None) -> None:
-        """Takes what ``exported`` gave; nothing for None."""
+        """Loads the result of ``exported``; None changes nothing."""
         if state is None:
             return
         self.copy_params_from_model()
@@ -92,7 +92,7 @@ class FrozenReference(nn.Module):
         for name, copy in self.exported().items():
             copy.copy_(state[name])
 
-    def _own(self) -> dict[str, Tensor]:
+    def _copied_tensors(self) -> dict[str, Tensor]:
         policy = self._policy[0]
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         return trained | {name: b for name, b in policy.named_buffers() if b.is_floating_point()}
@@ -102,8 +102,8 @@ class MovingReference(nn.Module):
     """An exponential moving average of the policy (ema-pytorch), for ``ref_model_ema_decay`` below 1.
 
     Args:
-        model: the policy as the caller gave it.
-        decay: of the average.
+        model: policy module, without an adapter around it.
+        decay: decay of the average.
         settings: further arguments of ``ema_pytorch.EMA``.
 
     Raises:
@@ -122,23 +122,23 @@ class MovingReference(nn.Module):
         object.__setattr__(self, "_reference", as_causal_lm(self.ema.ema_model))
 
     def copy_params_from_model(self) -> None:
-        """Makes the policy's present weights the average."""
+        """Copies the policy's current weights into the average."""
         self.ema.copy_params_from_model_to_ema()
 
     def update(self) -> None:
-        """One step of the average; after each update of the policy."""
+        """Advances the average by one step; call it after each update of the policy."""
         self.ema.update()
 
     @contextmanager
     def model(self) -> Iterator[Any]:
-        """The average as a causal language model, in evaluation mode."""
+        """Yields the average as a causal language model in evaluation mode."""
         reference: Any = self._reference
         with eval_mode(reference):
             yield reference
 
     @torch.no_grad()
     def forward(self, ids: Int[Tensor, "b n"], **kwargs: Any) -> Float[Tensor, "b n v"]:
-        """The average's logits."""
+        """Logits of the average."""
         with self.model() as model:
             return model(ids, **kwargs)
 
@@ -147,6 +147,6 @@ class MovingReference(nn.Module):
         return dict(self.ema.state_dict())
 
     def restore(self, state: Mapping[str, Tensor] | None) -> None:
-        """Takes what ``exported`` gave; nothing for None."""
+        """Loads the result of ``exported``; None changes nothing."""
         if state is not None:
             self.ema.load_state_dict(dict(state))

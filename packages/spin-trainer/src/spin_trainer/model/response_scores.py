@@ -1,8 +1,8 @@
-"""Log-probability of an answer given its prompt: what the self-play loss compares.
+"""Log-probability of an answer given its prompt, the quantity that the self-play loss compares.
 
 Logits at position i score token i + 1, so the first token of the answer is scored by the last token of the prompt, and
-the sum equals ``-cross_entropy(reduction="sum")`` over the answer. Models with ``hidden`` and ``output_weight`` never
-make the logits of a whole sequence, and prompts cost no output layer at all.
+the sum equals ``-cross_entropy(reduction="sum")`` over the answer. For models with ``hidden`` and ``output_weight``
+the logits of a whole sequence are never materialised, and the output layer is applied to answers only.
 
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
@@ -21,12 +21,12 @@ from lm_core.training.accelerator import Precision, autocast
 
 
 def prompt_mask_from_len(lengths: Int[Tensor, " b"], seq: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
-    """True at the first ``lengths`` positions of each row of ``seq``."""
+    """Mask that is True at the first ``lengths`` positions of each row of ``seq``."""
     return torch.arange(seq.shape[-1], device=seq.device) < rearrange(lengths, "... -> ... 1")
 
 
 def log_prob_from_model_and_seq(model: Any, seq: Int[Tensor, "b n"]) -> Float[Tensor, "b n-1"]:
-    """Log-probability that ``model`` gives each token of ``seq`` but the first, in nats."""
+    """Log-probabilities of the tokens of ``seq`` from the second on, in nats."""
     return token_log_probs(model, seq)
 
 
@@ -36,13 +36,13 @@ def response_mask(
     mask: Bool[Tensor, "b n"] | None = None,
     eos_id: int | Sequence[int] | None = None,
 ) -> Bool[Tensor, "b n"]:
-    """Where the answers are: after the prompt, at real tokens, up to the first EOS of the answer and including it.
+    """Mask of the answer tokens: real tokens after the prompt, up to and including the first EOS of the answer.
 
     Args:
         ids: prompts with their answers.
-        prompt_lengths: real tokens of each prompt.
+        prompt_lengths: number of real tokens in each prompt.
         mask: True at real tokens; padding may be on either side.
-        eos_id: token or tokens that end an answer; one inside the prompt ends nothing.
+        eos_id: token or tokens that end an answer; an EOS inside the prompt is ignored.
     """
     if mask is None:
         mask = torch.ones_like(ids, dtype=torch.bool)
@@ -59,13 +59,13 @@ def response_log_probs(
     answer: Bool[Tensor, "b n"],
     mask: Bool[Tensor, "b n"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Summed log-probability of the tokens that ``answer`` marks.
+    """Log-probability of each answer, summed over the tokens that ``answer`` marks.
 
     Args:
-        model: a ``CausalLM``; it is used in the mode it is in.
+        model: ``CausalLM`` to score with; its mode (train or eval) is kept.
         ids: prompts with their answers.
-        answer: as ``response_mask`` gives it.
-        mask: True at real tokens; None if all are.
+        answer: mask of the answer tokens, see ``response_mask``.
+        mask: True at real tokens; None if nothing is padded.
 
     Returns:
         Shape (b,), in nats, float32 or float64.
@@ -73,11 +73,11 @@ def response_log_probs(
     arguments: dict[str, Any] = {} if mask is None else {"mask": mask}
     weight = getattr(model, "output_weight", None)
     if isinstance(weight, Tensor) and callable(getattr(model, "hidden", None)):
-        # positions that score an answer's token: the answer itself and the token before it
+        # logits are needed at the answer's positions and at the one before
         scored = answer.clone()
         scored[:, :-1] |= answer[:, 1:]
         hidden = model.hidden(ids, **arguments)
-        # an output layer in another dtype than the states (norms in float32) is used in the states' own
+        # hidden states may have another dtype than the output layer (float32 norms)
         log_probs = hidden_log_probs(hidden, model.output_weight.to(hidden.dtype), ids, mask=scored)
     else:
         log_probs = token_log_probs(model, ids, **arguments)
@@ -85,7 +85,7 @@ def response_log_probs(
 
 
 class ResponseScores(nn.Module):
-    """``response_log_probs`` of a ``CausalLM``, with matrix products in ``precision``: a module, for DDP to wrap."""
+    """``response_log_probs`` as a module that DDP can wrap, with matrix products in ``precision``."""
 
     def __init__(self, model: nn.Module, *, precision: Precision = "fp32") -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ResponseScores(nn.Module):
     def forward(
         self, ids: Int[Tensor, "b n"], answer: Bool[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, " b"]:
-        """Summed log-probabilities of the answers, (b,)."""
+        """Log-probabilities of the answers, summed over their tokens, in nats."""
         with autocast(self.precision, ids.device):
             return response_log_probs(self.model, ids, answer, mask)
 
@@ -103,7 +103,7 @@ class ResponseScores(nn.Module):
 def collate(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], device: torch.device | str = "cpu"
 ) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"], Bool[Tensor, "b n"] | None]:
-    """Rows of any lengths as ids, the mask of the answers, and the mask of real tokens (None if nothing is padded)."""
+    """Pads prompts with answers to ids, answer mask and mask of real tokens (None if nothing is padded)."""
     rows = [torch.tensor([*prompt, *answer], dtype=torch.long) for prompt, answer in zip(prompts, answers, strict=True)]
     ids, mask = right_pad(rows, 0)
     lengths = torch.tensor([len(prompt) for prompt in prompts])

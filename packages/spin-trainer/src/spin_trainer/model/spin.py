@@ -1,7 +1,7 @@
-"""SPIN: a policy, its frozen opponent, and the loss between them (arXiv 2401.01335, equation 4.7).
+"""SPIN: a policy, its frozen reference, and the loss between them (arXiv 2401.01335, equation 4.7).
 
-Where we deviate from common implementations: log-probabilities are SUMS over the answer's tokens, as in the paper (a
-mean is an option); nothing after an answer's EOS counts; the policy keeps the mode (train or eval) it is in.
+Deviations from common implementations: log-probabilities are SUMS over the answer's tokens, as in the paper (a mean is
+an option); tokens after an answer's EOS do not count; the mode of the policy (train or eval) is never changed.
 
 Legend: b batch, n sequence.
 """
@@ -27,13 +27,12 @@ Reduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a batch of pairs gave, ``(b,)`` each; log-probabilities of answers, in nats.
+    """Losses, margins and log-probabilities of a batch of pairs, each of shape (b,).
 
     Attributes:
-        losses: of each pair.
-        margins: arguments of the loss function; positive where the policy prefers the human answer more than the
-            reference does.
-        policy_real, policy_generated, reference_real, reference_generated: log-probabilities.
+        losses: loss of each pair.
+        margins: arguments of the loss; positive where the policy prefers the human answer more than the reference does.
+        policy_real, policy_generated, reference_real, reference_generated: log-probabilities of answers, in nats.
     """
 
     losses: Float[Tensor, " b"]
@@ -48,18 +47,18 @@ class SPIN(nn.Module):
     """A policy that learns to prefer human answers to those of its opponent, a frozen copy of itself.
 
     Args:
-        model: any causal language model that ``lm_core.adapters.as_causal_lm`` takes; it is not copied.
+        model: causal language model in any form that ``lm_core.adapters.as_causal_lm`` accepts; it is not copied.
         lambda_: weight of the log-ratios; the original's keyword ``λ`` is accepted too.
-        pad_id: id of padding, if the batches given to ``forward`` mark it so; it never reaches the model.
+        pad_id: id that marks padding in the batches passed to ``forward``; it never reaches the model.
         ref_model_ema_decay: 1 freezes the reference between promotions; below 1 it is a moving average.
         ema_kwargs: further arguments of ``ema_pytorch.EMA``, for a decay below 1.
         loss: "logistic" (the paper's choice), "hinge", "exponential" or "correlation".
         reduction: "sum" over the answer's tokens (the paper), or "mean".
-        eos_id: token or tokens that end an answer; what follows does not count.
+        eos_id: token or tokens that end an answer; tokens after it do not count.
 
     Raises:
-        ValueError: a number is out of range, an unknown name, ``ema_kwargs`` without a decay below 1.
-        TypeError: ``model`` is no module, or an argument is of another type.
+        ValueError: a number is out of range, a name is unknown, or ``ema_kwargs`` come without a decay below 1.
+        TypeError: ``model`` is not a module, or an argument has the wrong type.
     """
 
     @typed
@@ -77,6 +76,7 @@ class SPIN(nn.Module):
         **original: Any,
     ) -> None:
         super().__init__()
+        # the original's keyword, and checks of all arguments
         lambda_ = original.pop("λ", lambda_)
         if original:
             raise TypeError(f"SPIN has no argument {', '.join(sorted(original))}")
@@ -94,7 +94,8 @@ class SPIN(nn.Module):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"model must have trainable parameters, got a {type(model).__name__} with none")
         self.lambda_ = float(lambda_)
-        self.pad_id, self.eos_id = pad_id, eos_id
+        self.pad_id = pad_id
+        self.eos_id = eos_id
         self.loss: LossName = loss  # type: ignore[assignment]
         self.reduction: Reduction = reduction  # type: ignore[assignment]
         self.policy_model = model
@@ -110,19 +111,19 @@ class SPIN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the policy is."""
+        """Device of the policy's parameters."""
         return next(self.policy_model.parameters()).device
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The policy's parameters that train, each once."""
+        """Parameters of the policy that require gradients, each once."""
         return [parameter for parameter in self.policy_model.parameters() if parameter.requires_grad]
 
     def update_reference_model_with_policy(self) -> None:
-        """Promotes the policy: its present weights are the opponent's from now on."""
+        """Promotes the policy: copies its current weights into the reference."""
         self.ref_model.copy_params_from_model()
 
     def update_ema(self) -> None:
-        """One step of a moving reference; nothing for a frozen one."""
+        """Advances a moving reference by one step; a frozen one stays as it is."""
         if isinstance(self.ref_model, MovingReference):
             self.ref_model.update()
 
@@ -134,7 +135,7 @@ class SPIN(nn.Module):
         generated_seq_mask: Bool[Tensor, "b n"] | None = None,
         real_seq_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss, averaged over pairs; arguments and errors as for ``compare``."""
+        """Loss averaged over pairs; arguments and errors as for ``compare``."""
         return self.compare(generated_seq, real_seq, prompt_len, generated_seq_mask, real_seq_mask).losses.mean()
 
     def compare(
@@ -145,31 +146,30 @@ class SPIN(nn.Module):
         generated_seq_mask: Bool[Tensor, "b n"] | None = None,
         real_seq_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Comparison:
-        """Loss, margin and log-probabilities of each pair; nothing that is given is written to.
+        """Loss, margin and log-probabilities of each pair; the arguments are not modified.
 
         Args:
             generated_seq: prompts with the opponent's answers.
             real_seq: the same prompts with the human answers.
-            prompt_len: tokens of each prompt.
+            prompt_len: number of tokens in each prompt.
             generated_seq_mask: True at real tokens; not together with ``pad_id``.
             real_seq_mask: True at real tokens; not together with ``pad_id``.
 
         Raises:
-            ValueError: shapes that do not match, masks next to ``pad_id``, a row without answer tokens, an id outside
-                the vocabulary, a prompt length below 1.
+            ValueError: shapes, masks, ids or prompt lengths are invalid, or a row has no answer tokens.
         """
         generated = self._checked(generated_seq, prompt_len, generated_seq_mask, "generated_seq")
         real = self._checked(real_seq, prompt_len, real_seq_mask, "real_seq")
-        # one call scores both: under DDP a forward has one backward
+        # both answers in one batch: under DDP one forward belongs to one backward
         width = max(generated_seq.shape[1], real_seq.shape[1])
         ids, answer, mask = (
             torch.cat([F.pad(rows[part], (0, width - rows[part].shape[1])) for rows in (real, generated)])
             for part in range(3)
         )
-        given_mask = None if bool(mask.all()) else mask
-        # before the policy's forward: the reference may borrow the policy's module
-        reference = self.reference_log_probs(ids, answer, given_mask)
-        return self.comparison(response_log_probs(self.policy, ids, answer, given_mask), reference, answer)
+        padding_mask = None if bool(mask.all()) else mask
+        # before the policy's forward: a frozen reference runs in the policy's module
+        reference = self.reference_log_probs(ids, answer, padding_mask)
+        return self.comparison(response_log_probs(self.policy, ids, answer, padding_mask), reference, answer)
 
     @torch.no_grad()
     def reference_log_probs(
@@ -180,7 +180,7 @@ class SPIN(nn.Module):
         *,
         precision: Precision = "fp32",
     ) -> Float[Tensor, " b"]:
-        """Summed log-probabilities of the answers under the reference; arguments as for ``response_log_probs``."""
+        """Log-probabilities of the answers under the reference; arguments as for ``response_log_probs``."""
         with self.ref_model.model() as reference:
             scores: Tensor = ResponseScores(reference, precision=precision)(ids, answer, mask)
             return scores
@@ -191,9 +191,9 @@ class SPIN(nn.Module):
         reference: Float[Tensor, " two_b"],
         answer: Bool[Tensor, "two_b n"],
     ) -> Comparison:
-        """The comparison from summed log-probabilities: of b human answers first, then of b generated ones.
+        """Compares summed log-probabilities of b human answers, followed by those of b generated ones.
 
-        ``answer`` is True at the answers' tokens, for a mean over them.
+        ``answer`` is True at answer tokens; the reduction "mean" divides by their number.
         """
         if self.reduction == "mean":
             lengths = answer.sum(dim=-1).clamp(min=1)
@@ -209,7 +209,7 @@ class SPIN(nn.Module):
     def _checked(
         self, seq: Tensor, prompt_len: Tensor, mask: Tensor | None, name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids with 0 at padding, the answer's mask, the mask of real tokens."""
+        """Checks a batch; returns ids with 0 at padding, the answer mask and the mask of real tokens."""
         if seq.ndim != 2 or seq.dtype == torch.bool or seq.is_floating_point():
             raise ValueError(f"{name} must hold token ids (b, n), got {seq.dtype} of shape {tuple(seq.shape)}")
         if prompt_len.shape != seq.shape[:1]:

@@ -1,1 +1,1 @@
-"""The sorting task of the quickstart."""
+"""The quickstart of the command, on a sorting task."""

@@ -1,13 +1,12 @@
-"""The quickstart: a small decoder learns to sort digits, plays against itself, and is compared with more of the same.
+"""The quickstart: supervised training of a small decoder that sorts digits, self-play, and a comparison.
 
-One table at the end, every number on rows that nothing was chosen by: the supervised start, each iteration of
-self-play, and supervised training for as many updates again at self-play's learning rate.
+It ends with a table on rows that no choice was made on: the supervised start, each iteration of self-play, and
+supervised training continued for as many updates at self-play's learning rate.
 
-The start was trained at a constant rate and is stopped while it still falls, so it has something left to learn. Its
-noise matters too: at a hundredth of that rate any training along the data settles it, and most of what iteration 0
-gains is that. Self-play's gradient is half that of supervised training with the noise of the opponent's answers on top,
-and only pairs whose answers differ have any; hence a small rate and many prompts. On a toy like this more supervised
-training wins; what is shown is that self-play learns from nothing but the same data.
+The start is trained at a constant learning rate and stopped early, so that something is left to learn; most of the gain
+of iteration 0 is its noise averaged out at the smaller learning rate. Self-play's gradient is half that of supervised
+training, with the noise of the opponent's answers, and 0 for pairs of equal answers: hence a small learning rate and
+many prompts. More supervised training wins on this toy; the table shows that self-play learns from the same data.
 """
 
 import copy
@@ -28,7 +27,7 @@ from spin_trainer.training.evaluation import Evaluation, evaluate, win_rate_over
 from spin_trainer.training.trainer import SPINResult, SPINTrainer
 
 MODEL = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16}
-# What the command's quickstart plays by; flags and a YAML file win.
+# Defaults of the command's quickstart; flags and a YAML file override them.
 DEFAULTS: dict[str, Any] = {
     "max_seq_len": sorting_task.MAX_SEQ_LEN,
     "iterations": 3,
@@ -43,12 +42,12 @@ DEFAULTS: dict[str, Any] = {
     "temperature": 1.0,
 }
 SUPERVISED_UPDATES, SUPERVISED_RATE = 400, 3e-3
-ROWS, HELD_OUT, COMPARED = 12000, 500, 2000
+ROWS, HELD_OUT, COMPARED = 12000, 500, 2000  # for training, for validation and for the table
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """A line of the table."""
 
     name: str
     evaluation: Evaluation
@@ -56,7 +55,7 @@ class Row:
 
 
 def quickstart_data() -> tuple[SFTDataset, SFTDataset, SFTDataset]:
-    """Rows to train on, to validate on, and for the table; no prompt is in two of them."""
+    """Rows for training, for validation and for the table; no prompt is in two of them."""
     train = sorting_task.sorting_examples(ROWS, seed=1)
     valid = sorting_task.sorting_examples(HELD_OUT, seed=2, without=train)
     seen = SFTDataset([*train, *valid])
@@ -64,20 +63,17 @@ def quickstart_data() -> tuple[SFTDataset, SFTDataset, SFTDataset]:
 
 
 def quickstart(
-    settings: SelfPlaySettings,
-    folder: Path,
-    *,
-    compare: bool = True,
-    **trainer_arguments: Any,
+    settings: SelfPlaySettings, folder: Path, *, compare: bool = True, **trainer_arguments: Any
 ) -> tuple[SPINResult, list[Row]]:
-    """Runs it all; the supervised start is kept in ``folder/start``, so a run goes on from it.
+    """Runs the quickstart; the supervised start is stored in ``folder/start``, from which a resumed run continues.
 
     Args:
         settings: settings of self-play.
         folder: folder of the run.
-        compare: whether supervised training is continued too, and the table made.
-        trainer_arguments: further arguments of ``SPINTrainer``; its opponent samples without a filter by default.
+        compare: whether to continue supervised training too and make the table.
+        trainer_arguments: further arguments of ``SPINTrainer``; by default its opponent samples without a filter.
     """
+    # the supervised start
     train, valid, compared = quickstart_data()
     if not (folder / "start").is_dir():
         report("supervised", f"{SUPERVISED_UPDATES} updates on {ROWS} rows: sort {sorting_task.DIGITS} digits")
@@ -87,6 +83,7 @@ def quickstart(
         fine_tune(model, train, updates=SUPERVISED_UPDATES, seed=settings.seed, **constant)
         on_main_process(lambda: model.save_pretrained(folder / "start"))
     start = SmallDecoder.from_pretrained(folder / "start")
+    # self-play
     policy = copy.deepcopy(start)
     trainer = SPINTrainer(
         policy,
@@ -101,6 +98,7 @@ def quickstart(
     result = trainer.train()
     if result.outcome == "interrupted" or not compare:
         return result, []
+    # supervised training continued, for comparison
     report("supervised", f"{result.step} updates more, for comparison")
     more = copy.deepcopy(start).to(trainer.device)
     fine_tune(
@@ -114,24 +112,26 @@ def quickstart(
     )
     if not trainer.is_main:
         return result, []
+    # the table
     sampling = replace(trainer.sampling, seed=1)
 
-    def scored(name: str, model: SmallDecoder, opponent: SmallDecoder | None) -> Row:
+    def scored_row(name: str, model: SmallDecoder, opponent: SmallDecoder | None) -> Row:
         model.to(trainer.device)
-        eos_id = sorting_task.EOS
-        evaluation = evaluate(model, compared, max_seq_len=settings.max_seq_len, eos_id=eos_id, batch_size=500)
+        evaluation = evaluate(
+            model, compared, max_seq_len=settings.max_seq_len, eos_id=sorting_task.EOS, batch_size=500
+        )
         return Row(name, evaluation, None if opponent is None else win_rate_over(model, opponent, compared, sampling))
 
-    table = [scored("supervised start", start, None)]
-    for number in range(1, result.iterations + 1):
-        played = SmallDecoder.from_pretrained(result.iterations_folder / f"iteration-{number}")
-        table.append(scored(f"self-play iteration {number - 1}", played, start))
-    table.append(scored("supervised, continued", more, start))
+    table = [scored_row("supervised start", start, None)]
+    for count in range(1, result.iterations + 1):
+        trained = SmallDecoder.from_pretrained(result.iterations_folder / f"iteration-{count}")
+        table.append(scored_row(f"self-play iteration {count - 1}", trained, start))
+    table.append(scored_row("supervised, continued", more, start))
     return result, table
 
 
 def table_lines(table: list[Row]) -> list[str]:
-    """The table as Markdown."""
+    """Formats the table as lines of Markdown."""
     lines = ["| held out | NLL/sequence | exact match | win rate over the start |", "|---|---|---|---|"]
     for row in table:
         rate = "" if row.win_rate is None else f"{row.win_rate:.3f}"

@@ -1,9 +1,9 @@
 """A small decoder for the quickstart, the examples and the tests: PaLM's blocks (arXiv 2204.02311, section 2).
 
-It has no options: self-play needs any model in the protocol of ``lm_core.causal_lm.CausalLM``, and this is one that
-runs everywhere. The output layer is tied to the embedding.
+Self-play works with any model that has the protocol of ``lm_core.causal_lm.CausalLM``; this one needs no other library.
+The output layer is tied to the embedding.
 
-Legend: b batch, n sequence, m cached and new, d features, v vocabulary.
+Legend: b batch, n sequence, m cached and new positions, d features, v vocabulary.
 """
 
 from typing import Any
@@ -24,15 +24,15 @@ class SmallDecoder(PretrainedMixin):
     """A causal language model with a cache, hidden states and tied embeddings.
 
     Args:
-        num_tokens: size of the vocabulary.
-        dim: features.
-        depth: blocks.
-        heads: query heads, which share one key/value head.
-        dim_head: features of a head, even.
+        num_tokens: vocabulary size.
+        dim: model dimension.
+        depth: number of blocks.
+        heads: number of query heads, which share one key/value head.
+        dim_head: dimension of each head, even.
         dropout: dropout probability of each block's output.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size is below 1.
     """
 
     @typed
@@ -61,11 +61,11 @@ class SmallDecoder(PretrainedMixin):
 
     @property
     def output_weight(self) -> Float[Tensor, "v d"]:
-        """The output layer, which is the embedding."""
+        """Weight of the output layer, tied to the embedding."""
         return self.embedding.weight
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for ``forward`` and ``hidden``."""
+        """Creates an empty cache for ``forward`` and ``hidden``."""
         return KVCache(layers=self.depth, batch_size=batch_size, max_length=max_length)
 
     def hidden(
@@ -76,7 +76,7 @@ class SmallDecoder(PretrainedMixin):
         cache: KVCache | None = None,
         **_: Any,
     ) -> Float[Tensor, "b n d"]:
-        """Final hidden states of the given positions."""
+        """Final hidden states of ``ids``."""
         past = 0 if cache is None else cache.length
         if mask is not None:
             ids = ids * mask[:, past:]
@@ -99,12 +99,12 @@ class SmallDecoder(PretrainedMixin):
         cache: KVCache | None = None,
         **_: Any,
     ) -> Float[Tensor, "b n v"]:
-        """Logits of the given positions; see ``lm_core.causal_lm.CausalLM``."""
+        """Logits of ``ids``; see ``lm_core.causal_lm.CausalLM``."""
         return F.linear(self.hidden(ids, mask=mask, cache=cache), self.output_weight)
 
     def upgrade_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights of version 0.1.0 under their present names."""
-        names = {".into.": ".proj_in.", ".out.": ".proj_out."}
-        for before, now in names.items():
-            state = {name.replace(before, now): value for name, value in state.items()}
+        """Renames the weights of version 0.1.0 to their current names."""
+        renamed = {".into.": ".proj_in.", ".out.": ".proj_out."}
+        for old, new in renamed.items():
+            state = {name.replace(old, new): value for name, value in state.items()}
         return state

@@ -1,6 +1,6 @@
-"""The embedded task: sort six digits. Small enough for two CPU cores, and the right answer is known.
+"""The quickstart's task, sorting six digits: small enough for two CPU cores, with a known right answer.
 
-A prompt is six digits and a separator, an answer the same digits in ascending order and an EOS.
+A prompt is six digits and a separator; its answer is the same digits in ascending order and an EOS.
 """
 
 import torch
@@ -14,7 +14,7 @@ MAX_SEQ_LEN = 2 * DIGITS + 2
 
 
 def sorting_examples(count: int, *, seed: int = 0, without: SFTDataset | None = None) -> SFTDataset:
-    """Random rows, drawn by ``seed``; held-out rows are ``without`` the prompts of others."""
+    """Random rows drawn with ``seed``, with no prompt of the rows in ``without``."""
     generator = torch.Generator().manual_seed(seed)
     taken = {example.prompt for example in without or ()}
     examples: list[Example] = []

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the same data, briefly: the start that self-play needs, and what it is compared with."""
+"""Supervised fine-tuning on the same data: the start of self-play, and its baseline."""
 
 from typing import Any
 
@@ -25,15 +25,15 @@ def fine_tune(
     weight_decay: float = 0.0,
     seed: int = 0,
 ) -> float:
-    """Minimises the cross-entropy of the answers, in place; every process takes its share of each batch.
+    """Trains a model in place on the cross-entropy of the answers; every process takes its share of each batch.
 
     Args:
-        model: a ``CausalLM`` that is a module.
+        model: ``CausalLM`` that is a module.
         dataset: prompts with answers.
-        updates: optimizer updates; the learning rate falls along a line to ``final_learning_rate`` times itself.
-        batch_size: answers of an update.
-        learning_rate: learning rate at the beginning.
-        final_learning_rate: learning rate at the end, as a fraction.
+        updates: number of optimizer updates.
+        batch_size: answers per update.
+        learning_rate: learning rate at the beginning, with linear decay.
+        final_learning_rate: learning rate at the end, as a fraction of ``learning_rate``.
         weight_decay: weight decay of matrices.
         seed: seed of the order and of dropout.
 
@@ -41,8 +41,8 @@ def fine_tune(
         The loss of the last update, in nats/token.
 
     Raises:
-        ValueError: there is no update, or a batch has fewer answers than there are processes.
-        KeyboardInterrupt: Ctrl-C, after the update under way.
+        ValueError: ``updates`` is below 1, or ``batch_size`` is below the number of processes.
+        KeyboardInterrupt: Ctrl-C was pressed; the current update is completed.
     """
     check_positive(updates, "updates")
     if batch_size < world_size():
@@ -52,6 +52,7 @@ def fine_tune(
         adam = torch.optim.AdamW(optimizer_groups(model, weight_decay=weight_decay), lr=learning_rate)
         return adam, LearningRateSchedule(adam, kind="linear", total_steps=updates, final_scale=final_learning_rate)
 
+    # a session without a folder: nothing is stored
     device = next(model.parameters()).device
     config = RunSettings(seed=seed, device=str(device), precision="fp32")
     session = TrainingSession("fine_tune", config=config, checkpoint_dir=None)
@@ -59,6 +60,7 @@ def fine_tune(
     order = UpdateOrder(
         len(dataset), batch_size=batch_size, seed=seed, key=("supervised",), rank=rank(), world_size=world_size()
     )
+    # one batch per update; the loss is divided by the answer tokens of all processes
     loss = float("nan")
     with session.run():
         for update in session.steps():

@@ -1,4 +1,4 @@
-"""What a self-play run accepts: checks made before any state is changed."""
+"""Checks of a trainer's arguments, made before any state changes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,28 +20,28 @@ def make_spin(
     pad_id: int | None,
     eos_ids: Sequence[int],
 ) -> SPIN:
-    """The ``SPIN`` of a trainer: the one given, or one of the settings.
+    """The ``SPIN`` of a trainer: ``model`` if it is one, else a new one from the settings.
 
     Raises:
-        ValueError: a SPIN is given together with settings it would have to ignore.
+        ValueError: ``model`` is a SPIN and the settings differ from its own.
     """
     shared = {name: getattr(settings, name) for name in ("lambda_", "loss", "reduction", "ref_model_ema_decay")}
     if isinstance(model, SPIN):
         if spin_kwargs:
             raise ValueError(f"spin_kwargs must be None where model is a SPIN already, got {dict(spin_kwargs)}")
-        fits = {
+        matches = {
             "ref_model_ema_decay": (settings.ref_model_ema_decay < 1) == isinstance(model.ref_model, MovingReference)
         }
-        for name in ("lambda_", "loss", "reduction"):  # one that is left at its default was not given
-            fits[name] = shared[name] in (getattr(SelfPlaySettings, name), getattr(model, name))
+        for name in ("lambda_", "loss", "reduction"):  # a setting at its default was not passed
+            matches[name] = shared[name] in (getattr(SelfPlaySettings, name), getattr(model, name))
         for name, value in shared.items():
-            if not fits[name]:
+            if not matches[name]:
                 raise ValueError(f"{name} must be that of the SPIN that is given, got {value!r}")
         return model
-    chosen: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids) or None, **(spin_kwargs or {})}
-    if chosen["ref_model_ema_decay"] != settings.ref_model_ema_decay:
+    arguments: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids) or None, **(spin_kwargs or {})}
+    if arguments["ref_model_ema_decay"] != settings.ref_model_ema_decay:
         raise ValueError(f"ref_model_ema_decay is an argument of the trainer, got it in spin_kwargs {spin_kwargs}")
-    return SPIN(model, **chosen)
+    return SPIN(model, **arguments)
 
 
 def check_datasets(
@@ -51,11 +51,12 @@ def check_datasets(
     valid: SFTDataset | None,
     eos_ids: Sequence[int],
 ) -> None:
-    """Raises unless the model knows all ids and has room for ``max_seq_len`` tokens.
+    """Checks that ids are in the vocabulary and that ``max_seq_len`` suits model and data.
 
     Raises:
-        ValueError: it does not; or early stopping is asked for without held-out data.
+        ValueError: they do not; or ``early_stop_patience`` is set without held-out data.
     """
+    # limits of the model
     policy = spin.policy
     vocabulary = getattr(policy, "vocab_size", None)
     weight = getattr(policy, "output_weight", None)
@@ -64,12 +65,13 @@ def check_datasets(
     limit = getattr(policy, "max_length", None)
     if limit is not None and settings.max_seq_len > limit:
         raise ValueError(f"max_seq_len must be at most the model's {limit}, got {settings.max_seq_len}")
+    # every row, then EOS
     for name, dataset in (("train_sft_dataset", train), ("valid_sft_dataset", valid)):
-        for number, example in enumerate(dataset or ()):
+        for row, example in enumerate(dataset or ()):
             if len(example.prompt) + len(example.response) > settings.max_seq_len:
-                raise ValueError(f"row {number} of {name} must fit into max_seq_len {settings.max_seq_len}")
+                raise ValueError(f"row {row} of {name} must fit into max_seq_len {settings.max_seq_len}")
             if vocabulary is not None:
-                check_ids(torch.tensor((*example.prompt, *example.response)), vocabulary, f"row {number} of {name}")
+                check_ids(torch.tensor((*example.prompt, *example.response)), vocabulary, f"row {row} of {name}")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
     if settings.early_stop_patience is not None and valid is None:
@@ -77,28 +79,30 @@ def check_datasets(
 
 
 def check_accelerator(accelerator: Any, accelerate_kwargs: Mapping[str, Any] | None, device: str) -> Any:
-    """The accelerator to use, None for the default; one that would change losses or precision silently is refused.
+    """The accelerator to use, None for the default; one that would silently change losses or precision is refused.
 
     Raises:
-        ValueError: it accumulates gradients, mixes precisions, or shards.
+        ValueError: the accelerator accumulates gradients, has mixed precision, or shards.
     """
     if accelerator is not None and accelerate_kwargs:
-        raise ValueError(f"accelerate_kwargs must be None beside an accelerator, got {dict(accelerate_kwargs)}")
+        raise ValueError(
+            f"accelerate_kwargs must be None where an accelerator is passed, got {dict(accelerate_kwargs)}"
+        )
     if accelerator is None and not accelerate_kwargs:
         return None
-    chosen = dict(accelerate_kwargs or {})
-    steps = chosen.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
+    arguments = dict(accelerate_kwargs or {})
+    steps = arguments.get("gradient_accumulation_steps", getattr(accelerator, "gradient_accumulation_steps", 1))
     if steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps is gradient_accumulation here and must be 1 in accelerate, got {steps}"
         )
-    mixed = chosen.get("mixed_precision", getattr(accelerator, "mixed_precision", None))
+    mixed = arguments.get("mixed_precision", getattr(accelerator, "mixed_precision", None))
     if mixed not in ("no", None):
         raise ValueError(f"mixed_precision is precision= here, got {mixed!r} in accelerate")
     if accelerator is None:
         from accelerate import Accelerator
 
-        accelerator = Accelerator(**{"cpu": pick_device(device).type == "cpu", **chosen})
+        accelerator = Accelerator(**{"cpu": pick_device(device).type == "cpu", **arguments})
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to shard the weights")

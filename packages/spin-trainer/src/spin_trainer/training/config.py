@@ -1,4 +1,4 @@
-"""What can be chosen about self-play: arguments of ``SPINTrainer``, flags and YAML keys of the command.
+"""Settings of self-play: arguments of ``SPINTrainer``, flags and YAML keys of the command.
 
 The paper's schedule for iterations 0 to 3 is ``lambdas=[0.1, 0.1, 0.1, 5.0]`` and
 ``learning_rates=[5e-7, 5e-7, 1e-7, 1e-7]``, two epochs each, answers of the previous iteration mixed in.
@@ -13,7 +13,7 @@ from lm_core.checks import check_probability, either, typed
 from lm_core.training.config import RunSettings
 from spin_trainer.model.losses import LossName
 
-# The original's name -> the one here; ``SPINTrainer`` takes both.
+# The original's name -> the name here; ``SPINTrainer`` accepts both.
 ORIGINAL_NAMES = {
     "grad_accum_steps": "gradient_accumulation",
     "start_learning_rate": "learning_rate",
@@ -24,41 +24,39 @@ ORIGINAL_NAMES = {
 @typed
 @dataclass(frozen=True, kw_only=True)
 class SelfPlaySettings(RunSettings):
-    """Self-play: iterations, loss, sampling, optimizer, what is written when.
+    """Settings of self-play: iterations, loss, sampling, optimizer, intervals of validation and checkpoints.
 
     Args:
-        max_seq_len: longest prompt with answer, in tokens; answers are truncated there.
+        max_seq_len: maximum length of a prompt with its answer, in tokens; answers are truncated there.
         iterations: rounds of generation, training and promotion.
         epochs: passes over the pairs in each iteration.
-        batch_size: pairs of a micro-batch, per process.
-        gradient_accumulation: micro-batches of an update.
+        batch_size: pairs per micro-batch and process.
+        gradient_accumulation: micro-batches per update.
         learning_rate: learning rate at the beginning of each iteration.
-        end_learning_rate: learning rate at the end of each iteration, reached along a line.
-        learning_rate_num_decay_steps: updates over which the learning rate falls; null is the iteration's length.
+        end_learning_rate: learning rate at the end of each iteration, reached by linear decay.
+        learning_rate_num_decay_steps: updates over which the learning rate decays; null is the iteration's length.
         warmup: fraction of an iteration's updates over which the learning rate rises.
         learning_rates: learning rate of each iteration, instead of learning_rate; the last one is repeated.
-        lambda_: weight of the log-ratios.
+        lambda_: weight of the log-ratios in the loss; larger values keep the policy closer to the opponent.
         lambdas: weight of the log-ratios in each iteration, instead of lambda_; the last one is repeated.
-        loss: logistic (the paper's), hinge, exponential or correlation.
-        reduction: sum of the log-probabilities over an answer's tokens (the paper's), or their mean.
-        opponent: reference is the frozen policy of the last promotion (the paper's); policy generates live answers.
-        mix_previous: whether the previous iteration's answers are trained on too.
+        loss: loss function: logistic (as in the paper), hinge, exponential or correlation.
+        reduction: sum (as in the paper) or mean of the log-probabilities of an answer's tokens.
+        opponent: model that answers: reference, the policy at the last promotion (as in the paper), or policy, live.
+        mix_previous: whether to train on the previous iteration's answers as well.
         ref_model_ema_decay: 1 freezes the reference within an iteration; below 1 it is a moving average.
-        precompute_reference: whether reference log-probabilities are computed once an iteration, not in every update.
+        precompute_reference: whether to compute reference log-probabilities once per iteration, not in every update.
         temperature: temperature of the opponent's sampling; 0 is greedy.
-        generation_batch_size: prompts answered at a time; null is twice the batch size.
+        generation_batch_size: prompts per generation batch; null is twice the batch size.
         dropout: dropout probability while training.
         weight_decay: weight decay of matrices; norms and embeddings do not decay.
-        validate_every: updates between validations; there is always one at both ends of an iteration.
-        early_stop_patience: iterations without a better held-out likelihood before stopping, with the best iteration's
-            weights put back at the end; null never stops.
-        checkpoint_every: updates between checkpoints; there is always one at the end of an iteration.
-        fsdp: whether weights and optimizer state are sharded over processes; needs a frozen reference with
-            precomputed log-probabilities.
+        validate_every: updates between validations; both ends of an iteration are always validated.
+        early_stop_patience: iterations without better held-out likelihood before stopping at the best; null for never.
+        checkpoint_every: updates between checkpoints; the end of an iteration always has one.
+        fsdp: whether to shard weights and optimizer state over processes; needs a frozen, precomputed reference.
 
     Raises:
-        ValueError: a value is out of range; it is named.
-        TypeError: a value is of another type.
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
     """
 
     max_seq_len: int
@@ -118,13 +116,13 @@ class SelfPlaySettings(RunSettings):
         check_probability(self.dropout, "dropout")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "SelfPlaySettings":
-        """Settings by their names or the original's.
+    def of(cls, arguments: Mapping[str, Any]) -> "SelfPlaySettings":
+        """Creates settings from keyword arguments, under their names here or the original's.
 
         Raises:
-            ValueError: one is given under both.
+            ValueError: a setting is passed under both names.
         """
-        settings = dict(given)
+        settings = dict(arguments)
         for original, name in ORIGINAL_NAMES.items():
             if original in settings:
                 settings[name] = either(None, **{name: settings.get(name), original: settings.pop(original)})
@@ -132,10 +130,10 @@ class SelfPlaySettings(RunSettings):
 
     @property
     def live_reference(self) -> bool:
-        """Whether reference log-probabilities are computed in every update."""
+        """True if reference log-probabilities are computed in every update."""
         return not self.precompute_reference or self.opponent == "policy" or self.ref_model_ema_decay < 1
 
 
 def value_of(iteration: int, schedule: Sequence[float] | None, default: float) -> float:
-    """An iteration's entry of a schedule, whose last one is repeated; the default without a schedule."""
+    """Value of a schedule at an iteration, repeating its last entry; the default if there is no schedule."""
     return default if schedule is None else float(schedule[min(iteration, len(schedule) - 1)])

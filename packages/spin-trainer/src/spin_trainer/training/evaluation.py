@@ -1,4 +1,4 @@
-"""How well a model answers held-out prompts: likelihood of human answers, exact match, win rate over an opponent."""
+"""Evaluation on held-out prompts: likelihood of human answers, exact match, win rate over an opponent."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +14,13 @@ from spin_trainer.model.losses import self_play_margins
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over held-out examples gave.
+    """Scores of a model on held-out examples.
 
     Attributes:
-        nll_per_sequence: negative log-likelihood of a human answer, in nats.
-        nll_per_token: the same, a token.
-        exact_match: share of greedy answers equal to the human one; None if not asked for.
-        sequences, tokens: how many answers, and answer tokens, were scored.
+        nll_per_sequence: negative log-likelihood per human answer, in nats.
+        nll_per_token: negative log-likelihood per answer token, in nats.
+        exact_match: share of greedy answers equal to the human one; None if not requested.
+        sequences, tokens: number of answers and of answer tokens.
     """
 
     nll_per_sequence: float
@@ -41,9 +41,9 @@ def evaluate(
     exact_match: bool = True,
     precision: Precision = "fp32",
 ) -> Evaluation:
-    """Scores every example by a ``CausalLM`` in evaluation mode and, for ``exact_match``, answers prompts greedily.
+    """Scores every example with a ``CausalLM`` in evaluation mode; ``exact_match`` also answers the prompts greedily.
 
-    Answers end with ``eos_id``, or where prompt and answer have ``max_seq_len`` tokens.
+    Answers end with ``eos_id``, or where prompt and answer reach ``max_seq_len`` tokens.
     """
     nats = tokens = matches = 0.0
     sampling = Sampling(max_seq_len=max_seq_len, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=eos_id)
@@ -63,13 +63,13 @@ def evaluate(
 def win_rate_over(model: Any, opponent: Any, dataset: SFTDataset, sampling: Sampling, *, seed: int = 0) -> float:
     """Share of held-out rows where ``model`` prefers the human answer to the opponent's more than the opponent does.
 
-    The opponent, a ``CausalLM`` too, answers by ``sampling`` with ``seed``; equal preference counts one half.
+    The opponent, also a ``CausalLM``, answers with ``sampling`` and ``seed``; equal preference counts one half.
     """
     wins = 0.0
     with eval_mode(model), eval_mode(opponent):
-        for number, rows in enumerate(batches_by_length([len(e.prompt) for e in dataset], sampling.batch_size)):
+        for index, rows in enumerate(batches_by_length([len(e.prompt) for e in dataset], sampling.batch_size)):
             prompts, real = [dataset[row].prompt for row in rows], [dataset[row].response for row in rows]
-            generated = [answer.tokens for answer in answer_prompts(opponent, prompts, sampling, seed + number)]
+            generated = [answer.tokens for answer in answer_prompts(opponent, prompts, sampling, seed + index)]
             scores = [
                 torch.tensor(opponent_log_probs(player, prompts, answers, sampling.precision), dtype=torch.float64)
                 for player in (model, opponent)

@@ -1,4 +1,4 @@
-"""Pairs of a human and a generated answer: their comparison by policy and reference, measures, validation."""
+"""Pairs of a human and a generated answer: comparison by policy and reference, metrics, validation."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,15 @@ from spin_trainer.model.response_scores import ResponseScores, collate
 from spin_trainer.model.spin import SPIN, Comparison
 from spin_trainer.training.config import SelfPlaySettings
 
-# Means over pairs; log-probabilities and the negative log-likelihood are those of whole answers, in nats.
+# Metrics averaged over pairs; log-probabilities are those of whole answers, in nats.
 PER_PAIR = (
     *("loss", "margin", "win_rate", "real_log_prob", "generated_log_prob"),
     *("real_length", "generated_length", "truncation_rate"),
 )
 
 
-class PairMeasures:
-    """Sums over pairs on the device of their comparisons, in float64 where it has it."""
+class PairMetrics:
+    """Running sums of the metrics of pairs, kept on the device, in float64 where the device supports it."""
 
     def __init__(self, device: torch.device) -> None:
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -31,7 +31,7 @@ class PairMeasures:
     def add(
         self, comparison: Comparison, examples: Sequence[Example], answers: Sequence[Answer], weights: Tensor
     ) -> None:
-        """Adds a batch; ``weights (b,)`` is how much each pair counts."""
+        """Adds a batch; ``weights (b,)`` holds the weight of each pair."""
         margins, device = comparison.margins.detach(), self.sums.device
         columns = [
             comparison.losses.detach(),
@@ -47,7 +47,7 @@ class PairMeasures:
         self.sums += torch.stack([column.to(self.sums.dtype) for column in columns]) @ weights.to(self.sums.dtype)
 
     def means(self) -> dict[str, float]:
-        """Means over the pairs of all processes; every process calls it and gets the same."""
+        """Means over the pairs of all processes; every process must call it and gets the same result."""
         *sums, count = all_reduce_sum(self.sums).tolist()
         values = {name: total / count for name, total in zip(PER_PAIR, sums, strict=True)}
         values["nll"] = -values["real_log_prob"]
@@ -55,7 +55,7 @@ class PairMeasures:
 
 
 class PairComparison:
-    """Compares human answers with the opponent's; ``sampling`` is used where it answers live."""
+    """Compares human answers with the opponent's; ``sampling`` is for an opponent that answers live."""
 
     def __init__(self, spin: SPIN, settings: SelfPlaySettings, sampling: Sampling) -> None:
         self.spin = spin
@@ -71,34 +71,34 @@ class PairComparison:
         *,
         scores: nn.Module | None = None,
     ) -> Comparison:
-        """Loss, margin and log-probabilities of each pair, by one forward of the policy.
+        """Loss, margin and log-probabilities of each pair, from one forward of the policy.
 
         Args:
             examples: prompts with human answers.
-            answers: the opponent's.
-            reference: its log-probabilities of the human and of the generated answers; computed here if None.
-            scores: called instead of the plain ``ResponseScores``: the one that DDP wraps.
+            answers: answers of the opponent.
+            reference: reference log-probabilities of human and of generated answers; computed here if None.
+            scores: module to call instead of the plain ``ResponseScores``, such as its DDP wrapper.
         """
         prompts = [example.prompt for example in examples]
         both = [*(example.response for example in examples), *(answer.tokens for answer in answers)]
         ids, answer, mask = collate([*prompts, *prompts], both, self.spin.device)
         if reference is None:
-            # before the policy's forward: the reference may borrow the policy's module
-            known = self.spin.reference_log_probs(ids, answer, mask, precision=self.settings.precision)
+            # before the policy's forward: a frozen reference runs in the policy's module
+            reference_scores = self.spin.reference_log_probs(ids, answer, mask, precision=self.settings.precision)
         policy = (scores or self.scores)(ids, answer, mask)
         if reference is not None:
-            known = torch.tensor([*reference[0], *reference[1]], dtype=policy.dtype, device=policy.device)
-        return self.spin.comparison(policy, known, answer)
+            reference_scores = torch.tensor([*reference[0], *reference[1]], dtype=policy.dtype, device=policy.device)
+        return self.spin.comparison(policy, reference_scores, answer)
 
     def of_pairs(
         self, data: IterationData, pairs: Sequence[Pair], answers: Sequence[Answer], scores: nn.Module | None = None
     ) -> Comparison:
-        """``compare`` for pairs of an iteration, with its stored log-probabilities unless the reference is live."""
+        """``compare`` for pairs of an iteration, with stored reference log-probabilities unless they are live."""
         reference = None if self.settings.live_reference else data.reference(pairs)
         return self.compare([data.dataset[pair.row] for pair in pairs], answers, reference, scores=scores)
 
     def live_answers(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Answer]:
-        """The opponent's answers now, drawn by ``seed``."""
+        """Answers that the opponent generates now, drawn with ``seed``."""
         if self.settings.opponent == "policy":
             return answer_prompts(self.spin.policy, prompts, self.sampling, seed)
         with self.spin.ref_model.model() as reference:
@@ -106,15 +106,15 @@ class PairComparison:
 
     @torch.no_grad()
     def validate(self, data: IterationData) -> dict[str, float]:
-        """Measures of all held-out pairs, each process its share."""
-        measures = PairMeasures(self.spin.device)
+        """Metrics of all held-out pairs; each process takes its share of the batches."""
+        metrics = PairMetrics(self.spin.device)
         lengths = [len(example.prompt) + len(example.response) for example in data.dataset]
         with eval_mode(self.spin.policy):
-            for number, rows in enumerate(batches_by_length(lengths, self.settings.batch_size)):
-                if number % world_size() == rank():
+            for index, rows in enumerate(batches_by_length(lengths, self.settings.batch_size)):
+                if index % world_size() == rank():
                     pairs = [Pair(row) for row in rows]
                     answers = [data.answer(pair) for pair in pairs]
                     weights = torch.ones(len(rows), device=self.spin.device)
                     comparison = self.of_pairs(data, pairs, answers)
-                    measures.add(comparison, [data.dataset[row] for row in rows], answers, weights)
-        return measures.means()
+                    metrics.add(comparison, [data.dataset[row] for row in rows], answers, weights)
+        return metrics.means()

@@ -1,7 +1,7 @@
-"""Sharding of a policy over processes (FSDP, arXiv 2304.11277): its blocks, and phases with whole weights.
+"""Sharding of a policy (FSDP, arXiv 2304.11277): its blocks, and phases with gathered weights.
 
-Answers are generated token by token and by each process at its own pace, which shards do not allow: for that phase, in
-which there are no gradients and no optimizer, the weights are gathered once.
+Each process generates answers token by token at its own pace, which sharded weights do not allow. So the weights are
+gathered once for that phase, which has no gradients and no optimizer.
 """
 
 import contextlib
@@ -16,46 +16,42 @@ from spin_trainer.model.response_scores import ResponseScores
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model that are gathered one at a time.
-
-    A model's own ``blocks()``; what transformers says it must not split; else the entries of the outermost lists of
-    modules.
-    """
-    own = getattr(model, "blocks", None)
-    if callable(own) and not isinstance(own, nn.Module):
-        return list(own())
-    whole: set[str] = set()
+    """Submodules that FSDP gathers one at a time: ``blocks()``, ``_no_split_modules`` or entries of module lists."""
+    blocks = getattr(model, "blocks", None)
+    if callable(blocks) and not isinstance(blocks, nn.Module):
+        return list(blocks())
+    unsplit: set[str] = set()
     for module in model.modules():
-        whole.update(getattr(module, "_no_split_modules", None) or ())
-    if whole:
-        return [module for module in model.modules() if type(module).__name__ in whole]
-    return list(_entries(model))
+        unsplit.update(getattr(module, "_no_split_modules", None) or ())
+    if unsplit:
+        return [module for module in model.modules() if type(module).__name__ in unsplit]
+    return list(_list_entries(model))
 
 
-def _entries(module: nn.Module) -> Iterator[nn.Module]:
+def _list_entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        # a list of lists is no block: it cannot be called
+        # a ModuleList inside a ModuleList cannot be called, so it is not a block
         if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
             yield child
         else:
-            yield from _entries(child)
+            yield from _list_entries(child)
 
 
 @contextlib.contextmanager
 def whole_weights(scores: ResponseScores) -> Iterator[None]:
-    """Inside, every process has all weights of what training calls, and calls it without the others; all enter."""
-    shards: list[Any] = [part for part in scores.modules() if callable(getattr(part, "reshard", None))]
-    if not shards:
+    """Context in which every process holds all weights and can call the model alone; every process must enter it."""
+    sharded: list[Any] = [module for module in scores.modules() if callable(getattr(module, "reshard", None))]
+    if not sharded:
         yield
         return
-    for part in shards:
-        part.set_reshard_after_forward(False, recurse=False)
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
     ids = torch.zeros(1, 2, dtype=torch.long, device=next(scores.parameters()).device)
     with torch.no_grad(), sharding.quiet():
-        scores(ids, ids == 0)  # any forward through the root gathers all
+        scores(ids, ids == 0)  # any forward through the root gathers all shards
         try:
             yield
         finally:
-            for part in shards:
-                part.reshard()
-                part.set_reshard_after_forward(part is not scores, recurse=False)
+            for module in sharded:
+                module.reshard()
+                module.set_reshard_after_forward(module is not scores, recurse=False)

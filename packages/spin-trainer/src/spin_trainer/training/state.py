@@ -1,4 +1,4 @@
-"""State of a self-play run, for its checkpoints: where it is, and how good each iteration was."""
+"""State of a self-play run that its checkpoints hold: progress, and the scores of each iteration."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from spin_trainer.training.weights import load_stored_weights, replace_folder, s
 
 @dataclass
 class RunState:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        iteration: number of the iteration under way, from 0; as many are complete.
-        update: updates done within it.
+        iteration: index of the current iteration, which is also the number of completed ones.
+        update: completed updates of the current iteration.
         opponent: fingerprint of the opponent's weights.
-        previous_opponent: that of the iteration before.
+        previous_opponent: fingerprint of the previous iteration's opponent.
     """
 
     iteration: int = 0
@@ -30,11 +30,11 @@ class RunState:
 
 
 class BestIteration:
-    """Held-out measures before self-play (entry 0) and after each iteration.
+    """History of held-out metrics, before self-play (entry 0) and after each iteration, and the best weights.
 
     Args:
-        folder: where the best weights are kept.
-        patience: iterations without a better likelihood before stopping; None never stops and keeps no weights.
+        folder: folder for the best weights.
+        patience: iterations without a better likelihood before stopping; None never stops and stores no weights.
     """
 
     def __init__(self, folder: Path, patience: int | None) -> None:
@@ -44,49 +44,48 @@ class BestIteration:
 
     @property
     def number(self) -> int | None:
-        """Iterations after which the likelihood was best; None before any measure."""
+        """Entry with the best likelihood; None while the history is empty."""
         losses = [entry["nll"] for entry in self.history]
         return losses.index(min(losses)) if losses else None
 
     @property
     def stops(self) -> bool:
-        """Whether the likelihood has not improved for long enough."""
+        """True if the likelihood has not improved for ``patience`` iterations."""
         if self.patience is None or self.number is None:
             return False
         return len(self.history) - 1 - self.number >= self.patience
 
-    def add(self, measures: dict[str, float], policy: nn.Module) -> None:
-        """Adds the measures, and keeps the policy's weights if it is the best so far; every process calls it."""
-        self.history.append(measures)
-        number = len(self.history) - 1
-        if self.patience is not None and self.number == number:
+    def add(self, metrics: dict[str, float], policy: nn.Module) -> None:
+        """Adds an entry, and stores the policy's weights if it is the best so far; every process must call it."""
+        self.history.append(metrics)
+        latest = len(self.history) - 1
+        if self.patience is not None and self.number == latest:
             state = stored_weights(policy)
-            replace_folder(
-                self.folder / f"iteration-{number}", lambda folder: save_weights(folder / WEIGHTS_FILE, state)
-            )
+            best = self.folder / f"iteration-{latest}"
+            replace_folder(best, lambda folder: save_weights(folder / WEIGHTS_FILE, state))
 
     def put_back(self, policy: nn.Module) -> None:
-        """Gives the policy the best weights, if any are kept."""
+        """Loads the best weights into the policy, if weights are stored."""
         if self.patience is not None and self.number is not None:
             folder = self.folder / f"iteration-{self.number}"
             load_stored_weights(policy, read_weights(folder / WEIGHTS_FILE), str(folder))
 
 
 def upgraded(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The trainer state of a checkpoint of version 0.1.0 under the keys that a session writes."""
+    """Converts the trainer state of a 0.1.0 checkpoint to the keys that a session writes now."""
 
-    def kept(*names: str) -> dict[str, Any]:
+    def select(*names: str) -> dict[str, Any]:
         return {name: checkpoint.trainer_state.get(name) for name in names}
 
     data = ("train_sft_dataset", "valid_sft_dataset", "frozen_weights")
     return {
-        **kept("trainer", "optimizer", "schedule", "guard"),
+        **select("trainer", "optimizer", "schedule", "guard"),
         "architecture": {},
-        "identity": kept("seed", "fsdp", *data, "batch", "epochs", "opponent_kind", "sampling"),
+        "identity": select("seed", "fsdp", *data, "batch", "epochs", "opponent_kind", "sampling"),
         "validation": [{}, {}],
         "state": {
-            "run": kept("iteration", "update", "opponent", "previous_opponent"),
-            "best": kept("history"),
-            **kept("reference"),
+            "run": select("iteration", "update", "opponent", "previous_opponent"),
+            "best": select("history"),
+            **select("reference"),
         },
     }

@@ -1,10 +1,9 @@
-"""Self-play fine-tuning, the whole loop: the opponent answers, the player learns to tell, the player is promoted.
+"""The self-play training loop: generate the opponent's answers, train the policy, promote it to opponent.
 
-Algorithm 1 of arXiv 2401.01335. At the beginning of an iteration the policy is the opponent, so it answers all prompts
-and scores all answers, once and onto the disk (``data.iteration_data``); then it trains on pairs; then the next begins.
-
-A checkpoint holds all that the next update depends on, and answers are kept row by row: a run that was killed in either
-phase and resumed ends with the weights, bit for bit, of one that was not (``lm_core.training.session``).
+Algorithm 1 of arXiv 2401.01335. At the beginning of an iteration the policy is the opponent: it answers all prompts and
+scores all answers, once, onto disk (``data.iteration_data``). Answers are stored row by row and checkpoints hold
+everything that the next update depends on, so a run that is killed in either phase and resumed ends with the weights of
+an uninterrupted one, bit for bit (``lm_core.training.session``).
 """
 
 import contextlib
@@ -35,7 +34,7 @@ from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN
 from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin
 from spin_trainer.training.config import SelfPlaySettings, value_of
-from spin_trainer.training.pairs import PairComparison, PairMeasures
+from spin_trainer.training.pairs import PairComparison, PairMetrics
 from spin_trainer.training.parallel import blocks_of, whole_weights
 from spin_trainer.training.state import BestIteration, RunState, upgraded
 from spin_trainer.training.weights import (
@@ -51,13 +50,13 @@ SHOWN = ("loss", "nll", "margin", "win_rate", "real_log_prob", "generated_log_pr
 
 @dataclass(frozen=True, kw_only=True)
 class SPINResult(TrainingResult):
-    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
+    """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        iterations: iterations that are complete.
+        iterations: number of completed iterations.
         best_iteration: number of iterations after which held-out likelihood was best; None without validation data.
-        history: held-out measures before self-play and after each iteration.
-        iterations_folder: the policy after each iteration, as its own library opens it.
+        history: held-out metrics before self-play and after each iteration.
+        iterations_folder: folder with the policy after each iteration, in the format of its own library.
     """
 
     iterations: int
@@ -67,38 +66,38 @@ class SPINResult(TrainingResult):
 
     @property
     def steps(self) -> int:
-        """Updates done."""
+        """Number of completed updates."""
         return self.step
 
 
 class SPINTrainer:
-    """Trains any causal language model by self-play; call it like a function.
+    """Fine-tunes any causal language model by self-play.
 
     Args:
-        model: what ``lm_core.adapters.as_causal_lm`` takes (Hugging Face with or without peft, x-transformers, a model
-            of ours, any module from ids to logits), or a ``SPIN``. Trained in place, moved to the device.
+        model: a ``SPIN``, or anything that ``lm_core.adapters.as_causal_lm`` accepts: transformers models with or
+            without peft, x-transformers, PaLM, any module from ids to logits. Trained in place, moved to the device.
         train_sft_dataset: prompts with human answers; see ``spin_trainer.data.sft_data``.
-        valid_sft_dataset: held-out ones.
-        tokenizer: for texts and chats; it travels with the exported policies.
-        accelerator: an ``accelerate.Accelerator`` of your own.
-        accelerate_kwargs: arguments for the one that is made otherwise.
+        valid_sft_dataset: held-out prompts with human answers.
+        tokenizer: tokenizer of texts and chats, saved with the exported policies.
+        accelerator: ``accelerate.Accelerator`` to use instead of a new one.
+        accelerate_kwargs: arguments of the new ``accelerate.Accelerator``.
         adam_kwargs: further arguments of ``torch.optim.AdamW``.
-        filter_fn: filter of the opponent's sampling; None for none.
-        filter_kwargs: its arguments; ``thres=0.9`` for the default filter.
-        pad_id: trailing ids of this value are taken off given sequences.
+        filter_fn: logits filter of the opponent's sampling; None for no filter.
+        filter_kwargs: arguments of ``filter_fn``; ``thres=0.9`` for the default filter.
+        pad_id: padding id; it is removed from the end of sequences.
         eos_id: token or tokens that end an answer; by default the tokenizer's.
-        overlong: "error" or "drop", for prompts that leave no room for an answer.
-        spin_kwargs: arguments of ``SPIN``.
+        overlong: handling of prompts that leave no room for an answer: "error", or "drop" the row.
+        spin_kwargs: further arguments of ``SPIN``.
         checkpoint_dir: folder of the run, ./spin-checkpoints by default.
-        checkpoint_folder: the same under the original's name.
+        checkpoint_folder: ``checkpoint_dir`` under the original's name.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
-        trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
+        trackers: names of ``accelerate``'s trackers, and objects with ``log(values, step=...)``.
         config: settings of self-play.
-        settings: the fields of ``SelfPlaySettings`` one by one instead of ``config``; ``grad_accum_steps``,
-            ``start_learning_rate`` and ``valid_every`` are accepted as the original's names of three of them.
+        settings: fields of ``SelfPlaySettings``, instead of ``config``; the original's ``grad_accum_steps``,
+            ``start_learning_rate`` and ``valid_every`` are accepted too.
 
     Raises:
-        ValueError, TypeError: naming the argument, or the row of a dataset; nothing was changed.
+        ValueError, TypeError: an argument or a dataset's row is invalid; raised before anything is written.
     """
 
     @typed
@@ -135,6 +134,7 @@ class SPINTrainer:
         if eos_id is None and tokenizer is not None:
             eos_id = tokenizer.eos_id
         self.eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+        # datasets, and the sampling of answers to their prompts
         read: Any = partial(
             as_sft_dataset,
             max_seq_len=self.settings.max_seq_len,
@@ -159,9 +159,11 @@ class SPINTrainer:
             seed=self.settings.seed,
             precision=self.settings.precision,
         )
+        # policy and reference
         self.model: SPIN = make_spin(model, self.settings, spin_kwargs, pad_id, self.eos_ids)
         check_datasets(self.model, self.settings, self.train_dataset, self.valid_dataset, self.eos_ids)
         self.adam_kwargs = dict(adam_kwargs or {})
+        # the session logs, stores and resumes the run
         self.session = TrainingSession(
             type(self).__name__,
             config=self.settings,
@@ -179,7 +181,7 @@ class SPINTrainer:
         self._base_lambda = self.model.lambda_
         self._valid: IterationData | None = None
         policy, ref_model, live_reference = self.model.policy_model, self.model.ref_model, self.settings.live_reference
-        # a partly frozen policy (LoRA) is stored as what of it trains
+        # of a partly frozen policy (LoRA) a checkpoint stores the trained parameters alone
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not self.settings.fsdp
         self.session.register(
             model=policy,
@@ -188,7 +190,7 @@ class SPINTrainer:
             state={
                 "run": SavedValue(lambda: asdict(self.state), lambda state: vars(self.state).update(state)),
                 "best": SavedValue(lambda: {"history": self.best.history}, lambda state: vars(self.best).update(state)),
-                # an iteration's later updates need it where it is live
+                # a live reference is needed by the iteration's later updates
                 "reference": SavedValue(
                     lambda: ref_model.exported() if self.state.update and live_reference else None, ref_model.restore
                 ),
@@ -213,49 +215,49 @@ class SPINTrainer:
 
     @property
     def iteration(self) -> int:
-        """Iterations that are complete."""
+        """Number of completed iterations."""
         return self.state.iteration
 
     @property
     def steps(self) -> int:
-        """Updates done."""
+        """Number of completed updates."""
         return self.session.step
 
     def train(self, *, overwrite: bool = True) -> SPINResult:
         """Runs all iterations, or resumes the run in ``checkpoint_dir``.
 
-        Seeds python's, numpy's and torch's generators, or puts them where the checkpoint had them.
+        Seeds the generators of Python, NumPy and torch, or restores their states from the checkpoint.
 
         Args:
-            overwrite: whether policies exported by an earlier run into this folder are replaced.
+            overwrite: whether to replace policies that an earlier run exported into this folder.
 
         Raises:
-            RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
-            CheckpointError, ValueError: the folder is of another run, or damaged.
-            FileExistsError, FileNotFoundError: the folder does not suit ``resume`` or ``overwrite``.
+            RuntimeError: another run is using the folder, or too many losses in a row were not finite.
+            CheckpointError, ValueError: the folder belongs to another run or is damaged.
+            FileExistsError, FileNotFoundError: the folder contradicts ``resume`` or ``overwrite``.
         """
         settings, state, policy = self.settings, self.state, self.model.policy_model
         with self.session.run() as session, dropout_of(policy, settings.dropout):
             if not settings.live_reference and isinstance(self.model.ref_model, FrozenReference):
-                self.model.ref_model.release()  # its log-probabilities are on the disk instead
+                self.model.ref_model.release()  # its log-probabilities are on disk
             while state.iteration < settings.iterations and session.outcome == "finished":
                 if self.best.stops:
                     session.outcome = "stopped early"
                     break
-                # the opponent, which the policy is until its first update, answers and scores
+                # generate: until its first update the policy is the opponent
                 self.model.lambda_ = value_of(state.iteration, settings.lambdas, self._base_lambda)
                 try:
                     train = self._opponent_data()
                 except Interrupted:
                     session.outcome = "interrupted"
                     break
-                # the policy trains on pairs of a human and a generated answer
+                # train on pairs of a human and a generated answer
                 order = self._order(train)
                 updates = order.updates_per_epoch * settings.epochs
                 self._begin_training(updates)
                 for _ in session.steps(session.step + updates - state.update, ends=False):
                     session.log(self._update(train, order))
-                # the policy is promoted: it is the next iteration's opponent
+                # promote the policy to the next iteration's opponent
                 if session.outcome == "finished":
                     self._promote(overwrite)
             if session.outcome in ("finished", "stopped early"):
@@ -269,7 +271,7 @@ class SPINTrainer:
         )
 
     def _opponent_data(self) -> IterationData:
-        """The opponent's answers and scores: generated now, or read if the policy has trained since."""
+        """The opponent's answers and scores: generated now, or read from disk in the middle of an iteration."""
         settings, state, t = self.settings, self.state, self.iteration
         opponent = None
         if state.update == 0:
@@ -298,7 +300,7 @@ class SPINTrainer:
         return splits[0]
 
     def _order(self, data: IterationData) -> UpdateOrder:
-        """Which pairs each update of the iteration takes."""
+        """Order of the iteration's pairs, by update and micro-batch."""
         accumulation = self.settings.gradient_accumulation
         return UpdateOrder(
             len(data.pairs),
@@ -312,7 +314,7 @@ class SPINTrainer:
         )
 
     def _begin_training(self, updates: int) -> None:
-        """A new optimizer with a learning rate that falls along a line, as in the paper; random states; validation."""
+        """Begins an iteration's training: seeds, first validation, new optimizer with linear decay as in the paper."""
         settings, session, t = self.settings, self.session, self.iteration
         if self.state.update == 0:
             seed_everything(seed_of("training", settings.seed, t, rank()) % 2**32)
@@ -328,31 +330,31 @@ class SPINTrainer:
                 **self.adam_kwargs,
             },
         )
-        rising = int(settings.warmup * updates)
+        warmup_steps = int(settings.warmup * updates)
         schedule = LearningRateSchedule(
             optimizer,
             kind="linear",
-            warmup_steps=rising,
-            total_steps=max(settings.learning_rate_num_decay_steps or updates, rising + 1),
+            warmup_steps=warmup_steps,
+            total_steps=max(settings.learning_rate_num_decay_steps or updates, warmup_steps + 1),
             final_scale=settings.end_learning_rate / settings.learning_rate,
         )
         session.use_optimizer(optimizer, schedule)
 
     def _update(self, data: IterationData, order: UpdateOrder) -> dict[str, Any]:
-        """One optimizer update; its metrics."""
+        """Makes one optimizer update; returns its metrics."""
         started, session, state = time.monotonic(), self.session, self.state
-        measures = PairMeasures(self.device)
+        metrics = PairMetrics(self.device)
         total = len(order.indices(state.update))
-        for number, indices in enumerate(session.micro_batches(order.micro_batches(state.update))):
-            # a process without a pair takes one of no weight: all run the same number of forwards
+        for micro_batch, indices in enumerate(session.micro_batches(order.micro_batches(state.update))):
+            # a process without a pair takes one with weight 0, so that all run the same number of forwards
             pairs = [data.pairs[index] for index in indices or [0]]
             weights = torch.full((len(pairs),), float(bool(indices)), device=self.device)
-            answers = self._answers(data, pairs, number)
+            answers = self._answers(data, pairs, micro_batch)
             comparison = self.pairs.of_pairs(data, pairs, answers, session.module)
-            # gradients are averaged over processes, so each divides by its part of the pairs
+            # gradients are averaged over processes, hence the factor world_size
             session.backward((comparison.losses * weights).sum() * world_size() / total)
-            measures.add(comparison, [data.dataset[pair.row] for pair in pairs], answers, weights)
-        values = {**measures.means(), **session.optimizer_step(), "iteration": self.iteration}
+            metrics.add(comparison, [data.dataset[pair.row] for pair in pairs], answers, weights)
+        values = {**metrics.means(), **session.optimizer_step(), "iteration": self.iteration}
         self.model.update_ema()
         if state.update == 0:
             values |= {f"opponent_{name}": value for name, value in data.summary().items()}
@@ -360,18 +362,20 @@ class SPINTrainer:
         return {**values, "pairs_per_second": round(total / max(time.monotonic() - started, 1e-9), 2)}
 
     def _answers(self, data: IterationData, pairs: Sequence[Pair], micro_batch: int) -> list[Answer]:
-        """The opponent's stored answers to the pairs of a micro-batch, or its live ones."""
+        """The opponent's stored or live answers to the pairs of a micro-batch."""
         if self.settings.opponent == "reference":
             return [data.answer(pair) for pair in pairs]
-        place = micro_batch * world_size() + rank()
-        seed = seed_of("live", self.settings.seed, self.iteration, self.state.update, place)
+        part = micro_batch * world_size() + rank()
+        seed = seed_of("live", self.settings.seed, self.iteration, self.state.update, part)
         return self.pairs.live_answers([data.dataset[pair.row].prompt for pair in pairs], seed)
 
     def _promote(self, overwrite: bool) -> None:
-        """Validates, exports the policy and saves a checkpoint, from which the next iteration begins."""
+        """Ends an iteration: validates, exports the policy, saves the checkpoint that the next one starts from."""
         state = self.state
         self._validate_iteration()
-        state.iteration, state.update, state.previous_opponent = state.iteration + 1, 0, state.opponent
+        state.iteration += 1
+        state.update = 0
+        state.previous_opponent = state.opponent
         self.save(Path("iterations") / f"iteration-{self.iteration}", overwrite=overwrite)
         self.session.use_optimizer(None)
         self.session.save()
@@ -382,25 +386,25 @@ class SPINTrainer:
             return {f"validation_{name}": value for name, value in self.pairs.validate(self._valid).items()}
 
     def _validate_iteration(self) -> None:
-        """Validates, if there is held-out data, and adds the measures to the history."""
-        measures = {name.removeprefix("validation_"): value for name, value in self.session.validate().items()}
-        if measures:
-            self.best.add(measures, self.model.policy_model)
+        """Validates, if there is held-out data, and adds the metrics to the history."""
+        metrics = {name.removeprefix("validation_"): value for name, value in self.session.validate().items()}
+        if metrics:
+            self.best.add(metrics, self.model.policy_model)
 
-    # ---------------------------------------------------------------------------- what scripts for the original use
+    # ---------------------------------------------------------------------------- the original's API
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the main process."""
+        """True on the main process."""
         return rank() == 0
 
     @property
     def unwrapped_model(self) -> SPIN:
-        """Policy and reference."""
+        """The ``SPIN`` with policy and reference."""
         return self.model
 
     def __call__(self, overwrite_checkpoints: bool = True) -> SPINResult:
-        """``train`` under the original's name."""
+        """Calls ``train``, for scripts of the original."""
         return self.train(overwrite=overwrite_checkpoints)
 
     def print(self, *message: Any) -> None:
@@ -408,17 +412,17 @@ class SPINTrainer:
         self.session.accelerator.print(*message)
 
     def log(self, **data: Any) -> None:
-        """Adds a row to the metrics of a running training, and sends it to accelerate's trackers."""
+        """Logs values to the metrics of the running training and to accelerate's trackers."""
         if self.session.module is not None:
             self.session.log(data)
         self.session.accelerator.log(data, step=self.steps)
 
     def wait(self) -> None:
-        """Waits for all processes."""
+        """Waits until all processes have reached this call."""
         self.session.accelerator.wait_for_everyone()
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Writes the policy, with its tokenizer, into a folder below ``checkpoint_folder``; every process calls it.
+        """Exports policy and tokenizer to ``checkpoint_folder / path``; every process must call it.
 
         Raises:
             FileExistsError: the folder exists and ``overwrite`` is False.
@@ -428,11 +432,11 @@ class SPINTrainer:
         return folder
 
     def calc_spin_loss(self, real_seq: Int[Tensor, "b n"], prompt_len: Int[Tensor, " b"]) -> Float[Tensor, ""]:
-        """The loss of a batch, with answers that the opponent gives now.
+        """Loss of a batch, with answers that the opponent generates now.
 
         Args:
             real_seq: prompts with human answers, padded with ``pad_id``.
-            prompt_len: tokens of each prompt.
+            prompt_len: number of tokens in each prompt.
         """
         rows = [
             (row[row != self.pad_id].tolist(), int(length)) for row, length in zip(real_seq, prompt_len, strict=True)

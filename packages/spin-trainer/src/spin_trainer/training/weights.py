@@ -1,8 +1,7 @@
-"""A policy's weights on disk: what a checkpoint keeps, and a folder that its own library opens again.
+"""A policy's weights on disk: in checkpoints, and exported to folders that its own library opens.
 
-Where part of a model is frozen (LoRA), a checkpoint keeps the trained part alone, with a fingerprint of the rest. What
-is stored is whole: weights that are spread over processes (FSDP) are gathered one at a time, so every process calls
-these functions.
+Of a partly frozen model (LoRA) a checkpoint holds the trained parameters and a fingerprint of the others. Stored
+weights are unsharded: FSDP's shards are gathered one tensor at a time, so every process must call these functions.
 """
 
 import hashlib
@@ -23,22 +22,22 @@ from lm_core.tokenizers import HuggingFaceTokenizer
 
 
 def is_partly_frozen(model: nn.Module) -> bool:
-    """Whether some parameters do not train."""
+    """True if some parameters do not require gradients."""
     return any(not parameter.requires_grad for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered if it is spread over processes; then every process calls this."""
+    """Gathers a sharded tensor, which every process must call; returns any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def stored_weights(model: nn.Module, *, frozen: bool = False) -> dict[str, Tensor]:
-    """The state dict; of a sharded model whole, on the CPU of rank 0 (other ranks get nothing).
+    """The state dict; a sharded model is gathered on the CPU of rank 0 (other ranks get an empty dict).
 
     Args:
-        model: every process has it, or its part.
-        frozen: whether a partly frozen model gives all weights, not only the parameters that train.
+        model: the policy, sharded or not.
+        frozen: whether to include the frozen weights of a partly frozen model.
     """
     state = model.state_dict(keep_vars=True)
     if is_partly_frozen(model) and not frozen:
@@ -55,24 +54,24 @@ def stored_weights(model: nn.Module, *, frozen: bool = False) -> dict[str, Tenso
 
 @torch.no_grad()
 def load_stored_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copies what ``stored_weights`` gave into ``model``, if every name and shape fits.
+    """Loads the result of ``stored_weights`` into ``model``.
 
     Raises:
-        CheckpointError: naming what does not fit.
+        CheckpointError: names or shapes do not match.
     """
     frozen = is_partly_frozen(model)
     if not frozen and not is_sharded(model):
         load_weights(model, dict(state), where=where)
         return
-    own: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not frozen:
-        kept = model.state_dict().keys()
-        own |= {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    wrong = sorted(set(own) ^ set(state))
-    wrong += sorted(name for name in set(own) & set(state) if own[name].shape != state[name].shape)
+        persistent = model.state_dict().keys()
+        tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    wrong = sorted(set(tensors) ^ set(state))
+    wrong += sorted(name for name in set(tensors) & set(state) if tensors[name].shape != state[name].shape)
     if wrong:
         raise CheckpointError(f"{where} does not fit the parameters that train, they differ in {wrong[:8]}")
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         value = state[name]
         if hasattr(tensor, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
@@ -82,17 +81,17 @@ def load_stored_weights(model: nn.Module, state: Mapping[str, Tensor], where: st
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes."""
+    """True if the parameters are sharded over processes (FSDP)."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def replace_folder(
     folder: Path, fill: Callable[[Path], None], *, manifest: bool = True, overwrite: bool = True
 ) -> None:
-    """Writes a new folder by ``fill`` on the main process, whole or not at all; an older folder of this name goes.
+    """Writes a folder with ``fill`` on the main process, atomically, replacing an older one of this name.
 
     Raises:
-        FileExistsError: the folder is there and ``overwrite`` is False.
+        FileExistsError: the folder exists and ``overwrite`` is False.
     """
 
     def write() -> None:
@@ -109,12 +108,12 @@ def replace_folder(
 
 
 def export_policy(model: nn.Module, folder: Path, tokenizer: Any = None, *, overwrite: bool = False) -> None:
-    """Writes a policy as its own library opens it: Hugging Face's or ours by ``from_pretrained``, others as weights.
+    """Exports a policy for ``from_pretrained`` of its library (transformers, peft, ours); others as plain weights.
 
-    A peft model is written as its adapters.
+    A peft model is exported as its adapters.
 
     Raises:
-        FileExistsError: the folder is there and ``overwrite`` is False.
+        FileExistsError: the folder exists and ``overwrite`` is False.
     """
     gathered = stored_weights(model, frozen=True) if is_sharded(model) else None
     native = None if isinstance(model, PretrainedMixin) else getattr(model, "save_pretrained", None)
@@ -137,11 +136,11 @@ def export_policy(model: nn.Module, folder: Path, tokenizer: Any = None, *, over
 
 @torch.no_grad()
 def fingerprint_of_weights(model: nn.Module, *, trainable: bool | None = None) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a model's parameters, the same whether they are spread or not.
+    """SHA-256 over names, dtypes, shapes and values of parameters and buffers, equal with and without sharding.
 
     Args:
-        model: whose parameters and buffers.
-        trainable: only parameters that train (True) or that do not (False).
+        model: the policy, sharded or not.
+        trainable: True takes only tensors that require gradients, False only those that do not, None all.
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

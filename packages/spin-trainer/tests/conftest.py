@@ -1,4 +1,4 @@
-"""Small models and data whose right answers are known; scripts in processes of their own import them from here."""
+"""Small models and data with known right answers, also imported by the scripts that tests run in new processes."""
 
 import json
 import os
@@ -17,7 +17,7 @@ EOS = 11
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none; with REQUIRE_CUDA=1 it runs, and fails."""
+    """Skips GPU tests on machines without a GPU; with REQUIRE_CUDA=1 they run there, and fail."""
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if marked and os.environ.get("REQUIRE_CUDA") != "1" and not torch.cuda.is_available():
         for item in marked:
@@ -75,7 +75,7 @@ def rows_of():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """``run_python(*arguments)``: what python, or torchrun, prints; modules can be imported from this folder."""
+    """``run_python(*arguments)``: output of python, or of torchrun; scripts can import modules of this folder."""
 
     def run(*arguments, processes=1, timeout=300, **environment):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
@@ -123,7 +123,7 @@ def train(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def stop_at():
-    """``stop_at(step)``: a tracker that dies at an update, as a process would, but for the open files."""
+    """``stop_at(step)``: a tracker that raises at an update, like a crash that leaves files open."""
 
     class StopAt:
         def __init__(self, step):
@@ -138,7 +138,7 @@ def stop_at():
 
 @pytest.fixture(scope="session")
 def chat_tokenizer():
-    """A real transformers tokenizer with a chat template, made here: bytes, merged a little, and special tokens."""
+    """A transformers tokenizer with a chat template, trained here: byte-level BPE with special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     backend = tokenizers.ByteLevelBPETokenizer()
@@ -158,7 +158,7 @@ def chat_tokenizer():
 
 @pytest.fixture
 def hugging_face_folder(chat_tokenizer, tmp_path):
-    """A tiny Llama with its tokenizer, saved as transformers saves them, and chats to learn from."""
+    """Folder of a tiny Llama saved by transformers with its tokenizer, next to files of chats."""
     folder = tmp_path / "llama"
     ends = {"eos_token_id": chat_tokenizer.eos_token_id, "pad_token_id": chat_tokenizer.pad_token_id}
     sizes = {"vocab_size": len(chat_tokenizer), "num_key_value_heads": 1, "max_position_embeddings": 64}

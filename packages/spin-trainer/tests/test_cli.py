@@ -10,11 +10,11 @@ from lm_core.training.metrics import read_metrics
 from spin_trainer.cli import build_parser, main
 from spin_trainer.interop import load_model, with_lora
 
-# peft asks transformers for a name that newer transformers call otherwise
+# peft uses an attribute that newer transformers have renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 YAML = """
-# as a user writes it
+# a user's file
 model: {model}
 data: {folder}/train.jsonl
 validation_data: {folder}/valid.jsonl
@@ -68,15 +68,13 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
     rates = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in row]
     assert {row["iteration"]: row["learning_rate"] for row in reversed(rates)} == pytest.approx({0: 1e-3, 1: 5e-4})
 
-    assert main(["train", "--config", str(config)]) == 0  # finished before: nothing is done again
+    assert main(["train", "--config", str(config)]) == 0  # already complete: nothing is done again
     arguments = [str(folder), "--data", str(tmp_path / "valid.jsonl"), "--max_seq_len=40", "--device=cpu"]
     assert main(["eval", *arguments, "--opponent_checkpoint", str(hugging_face_folder)]) == 0
     assert "win rate over" in capsys.readouterr().out
 
 
-def test_a_lora_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(
-    hugging_face_folder, tmp_path, train, stop_at
-):
+def test_a_resumed_lora_run_ends_bit_for_bit_as_an_uninterrupted_one(hugging_face_folder, tmp_path, train, stop_at):
     pytest.importorskip("peft")
     settings = {"max_seq_len": 40, "eos_id": None, "iterations": 2, "checkpoint_every": 1, "dropout": 0.1}
     data = {f"{name}_sft_dataset": tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
@@ -155,7 +153,10 @@ def test_a_lora_reference_is_theta_t_in_every_iteration(hugging_face_folder):
 def test_a_flag_wins_over_the_quickstarts_own_values_also_where_it_is_the_usual_value():
     flags = ["--mix_previous=true", "--batch_size=16"]
     seen = [build_parser().parse(["train", *words]).train for words in ([], flags)]
-    assert [(one.mix_previous, one.batch_size, one.lambda_) for one in seen] == [(False, 64, 1.0), (True, 16, 1.0)]
+    assert [(chosen.mix_previous, chosen.batch_size, chosen.lambda_) for chosen in seen] == [
+        (False, 64, 1.0),
+        (True, 16, 1.0),
+    ]
 
 
 def test_the_printed_configuration_starts_the_quickstart_it_was_printed_for(tmp_path, capsys):

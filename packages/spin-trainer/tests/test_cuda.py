@@ -1,4 +1,4 @@
-"""What only a GPU shows: self-play there, in float32 with the losses of the CPU, and in bfloat16."""
+"""Self-play on a GPU: in float32 with the losses of the CPU, and in bfloat16."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Two gloo processes train, validate and save as one process with the same global batch does, with DDP and with FSDP.
 
-Processes are started by torchrun; every worker asserts the number of processes it is one of.
+Processes are started by torchrun; every worker asserts the world size.
 """
 
 import pytest
@@ -66,7 +66,7 @@ model = decoder()
 _, result = run("plain", model)
 assert (result.outcome, result.steps) == ("finished", 9), result
 outcome = {"weights": dict(model.state_dict()), "nll": [entry["nll"] for entry in result.history]}
-# peft asks transformers for a name that newer transformers call otherwise
+# peft uses an attribute that newer transformers have renamed
 warnings.filterwarnings("ignore", category=FutureWarning)
 adapted = with_adapters()
 run("adapters", adapted, gradient_accumulation=2, batch_size=2 // processes)
@@ -103,7 +103,7 @@ if not dist.is_initialized() or dist.get_rank() == 0:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, run_python):
-    """Folder and outcome by number of processes."""
+    """Folder and outcome of a run, by number of processes."""
     results = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"processes-{processes}")

@@ -1,8 +1,8 @@
-"""SIGKILL in the generation phase and in the training phase: the run goes on, to the weights it would have had.
+"""SIGKILL in the generation phase and in the training phase: the resumed run ends with the uninterrupted weights.
 
 ``LM_FAULT_KILLS`` sets the number of random kills in EACH phase (3 by default). Runs are forked from one interpreter
 that has everything imported, so that kills land in the work and not in imports. A run is killed a random time after it
-has written a random row of answers, or a random checkpoint; which phase that was is told by what it left behind.
+has written a random row of answers, or a random checkpoint; the files that it leaves show which phase that was.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every form of data gives the same prompts and answers: ids, texts, chats, Hugging Face datasets, files."""
+"""Every data format gives the same prompts and answers: ids, texts, chats, Hugging Face datasets, files."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""SPIN: shifted sums, EOS, padding, references that stay where they are. Traps of the original, one test each."""
+"""SPIN: shifted sums, EOS, padding, frozen references; one test for each trap of the original."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from spin_trainer.quickstart.small_decoder import SmallDecoder
 
 
 class Plain(torch.nn.Module):
-    """From ids to logits, nothing else: no mask, no cache."""
+    """A module from ids to logits, without mask and cache."""
 
     def __init__(self, vocabulary=12):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Table of bad input: each case is refused by name, before anything is written or changed."""
+"""Tables of invalid input: each case raises an error that names it, before anything is written or changed."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The whole loop: answers made once, exact resume in both phases, promotion, early stop, what is saved and logged."""
+"""The training loop: one generation per iteration, exact resume in both phases, promotion, early stop, files, logs."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_an_interrupted_generation_is_finished_row_by_row(train, tmp_path, rows_
 
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"opponent": "policy"}, {"ref_model_ema_decay": 0.9}])
 @pytest.mark.parametrize("step", [3, 7])
-def test_a_run_that_died_and_went_on_ends_bit_for_bit_as_one_that_did_not(train, settings, step, make_model, stop_at):
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(train, settings, step, make_model, stop_at):
     common = {"iterations": 2, "epochs": 1, "checkpoint_every": 1, "mix_previous": False, **settings}
     if "ref_model_ema_decay" in settings:
         common["spin_kwargs"] = {"ema_kwargs": {"update_after_step": 0, "update_every": 1}}

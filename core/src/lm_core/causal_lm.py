@@ -1,4 +1,4 @@
-"""The protocol of causal language models, which generation, losses, trainers and adapters share.
+"""The causal language model protocol shared by generation, losses, trainers and adapters.
 
 Legend: b batch, n sequence, v vocabulary, d feature.
 """
@@ -13,26 +13,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-class Cache(Protocol):
-    """State that a model keeps between calls, opaque but for ``reorder``."""
-
-    def reorder(self, index: Tensor) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
-
-
 @runtime_checkable
 class CausalLM(Protocol):
     """A causal language model: ids ``(b, n)`` to logits ``(b, n, v)``.
 
     ``mask (b, cached + n)`` is True at real tokens; positions are ``mask.cumsum(-1) - 1``. A model that decodes
-    incrementally also has ``init_cache(batch_size, max_length)`` and accepts ``cache=``: ids are then the new tokens.
-    ``hidden(ids, *, mask, cache)`` with ``output_weight (v, d)`` spares the full logits; ``output_layer``, if present,
-    is the module that makes logits of hidden states. ``max_length``, if present and not None, bounds prompt and new
+    incrementally also has ``init_cache(batch_size, max_length)`` and accepts ``cache=``: ids are then the new tokens,
+    and the cache has ``reorder(index)``, after which row ``r`` is the former row ``index[r]``.
+    ``hidden(ids, *, mask, cache)`` with ``output_weight (v, d)`` avoids the full logits; ``output_layer``, if present,
+    is the module that maps hidden states to logits. ``max_length``, if present and not None, bounds prompt and new
     tokens together.
     """
 
     def __call__(self, ids: Tensor, *, mask: Tensor | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
-        """Logits of the given positions."""
+        """Logits of every position in ``ids``."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +35,10 @@ class Generation:
 
     Attributes:
         tokens: ``(b, new)`` token ids, right-padded with ``pad_id``.
-        lengths: ``(b,)`` new tokens of each row, its EOS included.
+        lengths: ``(b,)`` number of new tokens in each row, EOS included.
         log_probs: ``(b, new)`` float32 log-probabilities of the tokens under the distribution they were drawn from
             (at temperature 0 the unfiltered one of temperature 1, in beam search the filtered one); 0 at padding.
-        finished: ``(b,)`` whether the row ended with EOS, not at the length limit.
+        finished: ``(b,)`` True where the row ended with EOS, not at the length limit.
     """
 
     tokens: Int[Tensor, "b new"]
@@ -55,7 +49,7 @@ class Generation:
 
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; every submodule's own mode is restored on leaving, also by an exception."""
+    """Evaluation mode inside the block; the mode of every submodule is restored on exit, also after an exception."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     training = [module for module in modules if module.training]
     for module in training:

@@ -1,4 +1,4 @@
-"""lm_core: the parts every language model needs, one concept a module."""
+"""Common parts of language models, one concept a module."""
 
 from lm_core.adapters import as_causal_lm
 from lm_core.causal_lm import CausalLM, Generation, eval_mode

@@ -23,12 +23,12 @@ def either(default: Any, **names: Any) -> Any:
     """The value of an argument that has several names: the one that is not the default.
 
     Raises:
-        ValueError: it was given under several.
+        ValueError: it was passed under several.
     """
-    given = {name: value for name, value in names.items() if value != default}
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(names)} are one argument, got {given}")
-    return next(iter(given.values()), default)
+    passed = {name: value for name, value in names.items() if value != default}
+    if len(passed) > 1:
+        raise ValueError(f"{' and '.join(names)} are one argument, got {passed}")
+    return next(iter(passed.values()), default)
 
 
 def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
@@ -37,7 +37,7 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
     Values are read, so on an accelerator this waits for the device: call it at the API boundary, not in every forward.
 
     Raises:
-        TypeError: the dtype is not an integer one.
+        TypeError: the dtype is not an integer dtype.
         ValueError: an id is negative or not below ``vocab_size``.
     """
     if torch.compiler.is_compiling():

@@ -1,14 +1,14 @@
-"""Collectives between the processes of a training run, that do nothing harmful when there is only one.
+"""Collectives between the processes of a training run; with a single process they return their input.
 
 :func:`all_gather` is for losses over the global batch, such as CLIP's contrastive loss (arXiv 2103.00020): every rank
-gathers the features of all, computes the same loss, and the backward sums over ranks what each sends back to a
-feature. ``DistributedDataParallel`` then divides by the number of ranks, which leaves exactly the gradient of one
+gathers the features of all ranks, computes the same loss, and the backward sums the gradients of each feature over
+ranks. ``DistributedDataParallel`` then divides by the number of ranks, which leaves exactly the gradient of one
 process with the whole batch, for the towers and for parameters of the loss itself (a temperature) alike. Slicing the
 gradient without the sum, as is often done, loses the other ranks' share.
 
-``torch.distributed`` is asked at call time, so a module may be imported before the process group is made.
+``torch.distributed`` is queried at call time, so a module may be imported before the process group exists.
 
-Legend: b batch of this rank, s sum of the batches of all ranks.
+Legend: b batch of this rank, s sum of the batches of all ranks, w ranks.
 """
 
 import atexit
@@ -28,13 +28,13 @@ T = TypeVar("T")
 Group = Any  # torch.distributed.ProcessGroup, which a build without distributed support lacks
 
 if dist.is_available():
-    # DDP imports this, and its functions hold the group that exists by then as their default for good: gloo's threads
-    # then outlive destroy_process_group, and one that lets go of a tensor while the interpreter ends aborts the process
+    # DDP imports this, and its functions keep the group that exists at import as their default: gloo's threads then
+    # outlive destroy_process_group, and one that frees a tensor while the interpreter exits aborts the process
     import torch.distributed.nn.functional
 
 
 def is_distributed() -> bool:
-    """Whether a process group has been made (even one of a single process)."""
+    """True once a process group exists (even one of a single process)."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -44,18 +44,18 @@ def world_size(group: Group = None) -> int:
 
 
 def rank(group: Group = None) -> int:
-    """Number of this process within the group (None for all); 0 when not distributed, -1 outside the group."""
+    """Rank of this process within the group (None for all); 0 when not distributed, -1 outside the group."""
     return dist.get_rank(group) if is_distributed() else 0
 
 
 def barrier(group: Group = None) -> None:
-    """Waits until every process of the group has come here."""
+    """Waits until every process of the group has reached this call."""
     if not _alone(group):
         dist.barrier(group=group)
 
 
 def all_reduce_sum(t: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, "*shape"]:
-    """The sum of ``t`` over the ranks, as a new tensor without gradient; for counts and logged numbers.
+    """Sum of ``t`` over the ranks, as a new tensor without gradient; for counts and logged numbers.
 
     Raises:
         ValueError: this process is not in the group.
@@ -86,24 +86,23 @@ def all_reduce_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def sum_over_processes(value: float | int, device: torch.device) -> float:
-    """The sum of a number that each process has; all of them call it.
+    """Sum of ``value`` over all processes, each of which calls it.
 
-    Args:
-        value: this process's number.
-        device: the one that is trained on; NCCL takes no tensors of the CPU.
+    ``device`` is the training device: NCCL takes no CPU tensors.
     """
-    number = torch.tensor(value, dtype=torch.float64)
-    return float(all_reduce_sum(number.to(device) if device.type == "cuda" else number))
+    local = torch.tensor(value, dtype=torch.float64)
+    return float(all_reduce_sum(local.to(device) if device.type == "cuda" else local))
 
 
 def loss_normalizer(labels: float | int, device: torch.device) -> tuple[float, Tensor]:
-    """Labels of all processes, and what each divides its summed loss by, so that every label weighs the same.
+    """Number of labels on all processes, and the divisor of each process's summed loss.
 
-    DDP and FSDP average gradients over processes, so each divides by its part of all labels, not by its own number.
+    DDP and FSDP average gradients over processes, so each process divides by the mean number of labels a process, not
+    by its own: every label then has the same weight.
 
     Args:
-        labels: of this process, in all micro-batches of the update.
-        device: the one that is trained on.
+        labels: labels of this process in all micro-batches of the update.
+        device: training device, which the divisor is put on.
     """
     total = sum_over_processes(labels, device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -111,21 +110,21 @@ def loss_normalizer(labels: float | int, device: torch.device) -> tuple[float, T
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is True on any rank; what all ranks have to decide alike, such as to stop or to skip."""
+    """True on every rank if ``flag`` is True on any, for joint decisions such as stopping or skipping an update."""
     if _alone(None):
         return flag
-    # a group of NCCL alone reduces only what is on the GPU
+    # an NCCL-only group reduces GPU tensors only
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
 
 
 def broadcast_object(value: T, source: int = 0, group: Group = None) -> T:
-    """The value that rank ``source`` of the group passed; what the other ranks passed is ignored.
+    """The value passed by rank ``source`` of the group; the values of other ranks are ignored.
 
-    It travels pickled, between processes of one run only.
+    The value is pickled, between processes of one run only.
 
     Raises:
-        ValueError: ``source`` is no rank of the group, or this process is not in it.
+        ValueError: ``source`` is not a rank of the group, or this process is not in it.
     """
     alone = _alone(group)
     if not 0 <= source < world_size(group):
@@ -144,21 +143,21 @@ def all_gather(
 ) -> tuple[Shaped[Tensor, " s *rest"], Int[Tensor, " w"]]:
     """Concatenates the tensors of all ranks along their first dimension; differentiable.
 
-    Every rank of the group must call it, and if the result is used in a loss, every rank must run its backward: a
-    backward is an all-reduce. A rank without samples passes a tensor of 0 rows, which must require a gradient where
-    those of the others do.
+    Every rank of the group must call it, and if the result is used in a loss, every rank must run its backward: the
+    backward is an all-reduce. A rank without samples passes a tensor of 0 rows, which must require a gradient if those
+    of the other ranks do.
 
     Args:
         x: this rank's part, shape (b, ...); b may differ from rank to rank, the rest and the dtype may not.
         group: the process group; None for all processes.
 
     Returns:
-        The parts of all ranks in the order of ranks, (s, ...), and how many rows each gave, int64 of shape (world
-        size,). When not distributed, or alone in the group, ``x`` itself and its size.
+        The parts of all ranks in rank order, (s, ...), and the number of rows of each, int64 of shape (w,). When not
+        distributed, or alone in the group, ``x`` itself and its size.
 
     Raises:
-        ValueError: on every rank alike, when ``x`` has no dimension, or its shape, dtype or need of a gradient differs
-            between ranks; also when this process is not in the group.
+        ValueError: ``x`` has no dimension, or its shape, dtype or ``requires_grad`` differs between ranks (raised on
+            every rank); or this process is not in the group.
     """
     if _alone(group):
         if x.ndim == 0:
@@ -166,11 +165,11 @@ def all_gather(
         return x, torch.tensor([x.shape[0]], device=x.device)
     rows = x.shape[0] if x.ndim > 0 else -1
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
-    # a rank that stopped at its own bad input would leave the others waiting: all learn of it, and all refuse
+    # a rank that raised on its own bad input would leave the others waiting: all compare descriptions, and all raise
     signature = zlib.crc32(repr((x.ndim, tuple(x.shape[1:]), x.dtype)).encode())
-    own = torch.tensor([rows, signature, needs_gradient], dtype=torch.int64, device=x.device)
-    described = [torch.empty_like(own) for _ in range(world_size(group))]
-    dist.all_gather(described, own, group=group)
+    description = torch.tensor([rows, signature, needs_gradient], dtype=torch.int64, device=x.device)
+    described = [torch.empty_like(description) for _ in range(world_size(group))]
+    dist.all_gather(described, description, group=group)
     table = torch.stack(described)
     sizes, signatures, gradients = table.T.tolist()
     if min(sizes) < 0:
@@ -195,8 +194,9 @@ def all_gather(
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: list[int], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = sizes, group
-        # collectives take equal shapes only: short parts are padded, and the padding cut off again
+        ctx.sizes = sizes
+        ctx.group = group
+        # collectives take equal shapes only: short parts are padded, and the padding is cut off afterwards
         padded = x.contiguous()
         if x.shape[0] < max(sizes):
             padded = torch.cat((padded, x.new_zeros((max(sizes) - x.shape[0], *x.shape[1:]))))
@@ -213,12 +213,9 @@ class _AllGather(torch.autograd.Function):
 
 
 def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn.Module:
-    """``module`` in a ``DistributedDataParallel`` on ``device``; call ``release`` when training ends.
+    """``module``, which is on ``device``, in a ``DistributedDataParallel`` with further ``options``.
 
-    Args:
-        module: a module with parameters that require gradients, on ``device``.
-        device: the device that is trained on.
-        options: further arguments of ``DistributedDataParallel``.
+    Call ``release`` when training ends.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -226,9 +223,9 @@ def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn
 
 
 def release(wrapper: nn.Module) -> None:
-    """Makes a ``DistributedDataParallel`` let go of the process group; it cannot be called afterwards.
+    """Drops a ``DistributedDataParallel``'s references to the process group; it cannot be called afterwards.
 
-    Its ``Reducer`` holds the group. Collected later than ``destroy_process_group``, it is the last to do so: it joins
+    Its ``Reducer`` holds the group. If that is the last reference, collected after ``destroy_process_group``, it joins
     gloo's threads while it holds the GIL, for which a thread that frees a tensor waits, and the process hangs.
     """
     for name in ("logger", "reducer", "process_group"):
@@ -236,10 +233,10 @@ def release(wrapper: nn.Module) -> None:
 
 
 def end_process_group() -> None:
-    """Destroys the process group, if there is one, in the order that neither aborts nor hangs the process.
+    """Destroys the process group, if there is one, in an order that neither aborts nor hangs the process.
 
-    Wrappers that hold the group go first, whoever made them. Then the group ends and joins its threads: one that
-    outlives the interpreter aborts the process ("terminate called without an active exception").
+    All DDP wrappers release the group first. Then the group ends and joins its threads: one that outlives the
+    interpreter aborts the process ("terminate called without an active exception").
     """
     if not is_distributed():
         return
@@ -254,7 +251,7 @@ def end_process_group() -> None:
 
 
 def end_process_group_at_exit() -> None:
-    """Calls ``end_process_group`` once the script has ended, before anything that was registered for then earlier."""
+    """Registers ``end_process_group`` with ``atexit``, to run before everything registered earlier."""
     atexit.unregister(end_process_group)
     atexit.register(end_process_group)
 
@@ -267,5 +264,5 @@ def _alone(group: Group) -> bool:
     return dist.get_world_size(group) == 1
 
 
-def _differing(values: list[int], own: int) -> str:
-    return "rank " + ", ".join(str(other) for other, value in enumerate(values) if value != own)
+def _differing(values: list[int], local: int) -> str:
+    return "rank " + ", ".join(str(other) for other, value in enumerate(values) if value != local)

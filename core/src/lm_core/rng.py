@@ -1,4 +1,4 @@
-"""Random states: seeding every generator of a process, taking all states, and putting them back.
+"""Random states: seeding all generators of a process, capturing their states and restoring them.
 
 States are tensors and plain numbers, so that a checkpoint can be read with ``weights_only=True``: numpy's own state
 objects would need an unpickler.
@@ -18,11 +18,8 @@ from lm_core.checks import typed
 def seed_everything(seed: int) -> None:
     """Seeds python, numpy and torch (every device).
 
-    Args:
-        seed: from 0 to 2**32 - 1, which is what numpy takes.
-
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed is outside [0, 2**32), the range that numpy takes.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
@@ -54,11 +51,11 @@ def capture_rng(generators: Mapping[str, torch.Generator] | None = None) -> dict
 
 
 def restore_rng(state: Mapping[str, Any], generators: Mapping[str, torch.Generator] | None = None) -> None:
-    """Puts back what ``capture_rng`` took; draws continue as they would have.
+    """Restores the states of ``capture_rng``; draws continue as if uninterrupted.
 
     Raises:
-        ValueError: the state is not one of ``capture_rng``, or was taken with another number of CUDA devices or other
-            named generators. Nothing is changed then.
+        ValueError: the state does not come from ``capture_rng``, or was captured with another number of CUDA devices
+            or other named generators. Nothing is changed in that case.
     """
     missing = {"python", "numpy", "torch", "cuda", "generators"} - set(state)
     if missing:

@@ -1,8 +1,8 @@
 """Tokenizers: one small protocol, a byte tokenizer that needs no vocabulary file, and Hugging Face's.
 
-The byte tokenizer has the 256 bytes of UTF-8 plus BOS, EOS and PAD, so that a byte model can end a reply and no real
-byte has to double as padding. Nothing here adds special tokens unless asked to: where a document begins and ends is
-known to the caller, not to the tokenizer.
+The byte tokenizer has the 256 byte values plus BOS, EOS and PAD, so that a byte model can end a reply and no real byte
+has to double as padding. Special tokens are added only on request: the caller, not the tokenizer, knows where a
+document begins and ends.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ Message = Mapping[str, str]
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer.
+    """The tokenizer protocol of this library.
 
     ``bos_id`` and ``apply_chat_template(messages, add_generation_prompt=True) -> list[int]`` are optional; so are
-    ``save_pretrained(directory)``, which lets the tokenizer travel with a checkpoint, and ``fingerprint``, which keys
-    the cache of a tokenised corpus.
+    ``save_pretrained(directory)``, which stores the tokenizer with a checkpoint, and ``fingerprint``, which keys the
+    cache of a tokenised corpus.
     """
 
     @property
@@ -63,9 +63,9 @@ def _id_list(ids: "Tensor | Iterable[int]") -> list[int]:
 def _check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise ValueError("messages must hold at least one message, got none")
-    for number, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if "role" not in message or "content" not in message:
-            raise ValueError(f"messages[{number}] must have 'role' and 'content', got the keys {sorted(message)}")
+            raise ValueError(f"messages[{index}] must have 'role' and 'content', got the keys {sorted(message)}")
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class ByteTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Names the mapping from text to ids."""
+        """Name of the mapping from text to ids."""
         return "bytes-259"
 
     @typed
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """UTF-8 bytes of ``text``, between BOS and EOS if asked.
+        """UTF-8 bytes of ``text``, with BOS before and EOS after them on request.
 
         A lone surrogate (JSON files hold them) is encoded like any other code point instead of failing.
         """
@@ -92,7 +92,7 @@ class ByteTokenizer:
         return [self.bos_id] * add_bos + ids + [self.eos_id] * add_eos
 
     def decode(self, ids: "Tensor | Iterable[int]") -> str:
-        """Text of ``ids``: ids past the bytes are skipped, bytes that are not UTF-8 become U+FFFD.
+        """Text of ``ids``: ids of 256 and above are skipped, bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id is negative, or ``ids`` is a tensor of more than one dimension.
@@ -106,7 +106,7 @@ class ByteTokenizer:
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation: ``BOS``, then ``role: content EOS`` for each message, then ``assistant: ``.
 
-        Each message ends by the EOS id, which no text can contain, so a message cannot forge another one.
+        Each message ends with the EOS id, which no text can contain, so a message cannot forge another one.
         """
         _check_messages(messages)
         ids = [self.bos_id]
@@ -115,14 +115,14 @@ class ByteTokenizer:
         return ids + self.encode("assistant: ") if add_generation_prompt else ids
 
     def save_pretrained(self, directory: "str | Path") -> None:
-        """Writes the tokenizer into ``directory``, from where ``load_tokenizer`` reads it."""
+        """Writes the tokenizer into ``directory``, for ``load_tokenizer``."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BYTE_TOKENIZER_FILE).write_text(json.dumps(_BYTE_TOKENIZER, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: "str | Path") -> "ByteTokenizer":
-        """Reads what ``save_pretrained`` wrote.
+        """Reads the file of ``save_pretrained``.
 
         Raises:
             ValueError: the file is missing, damaged, or of a later format.
@@ -138,11 +138,7 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``transformers`` tokenizer in the protocol above.
-
-    Args:
-        tokenizer: any ``PreTrainedTokenizerBase``.
-    """
+    """A ``transformers`` tokenizer (any ``PreTrainedTokenizerBase``) in the protocol above."""
 
     def __init__(self, tokenizer: Any) -> None:
         missing = [name for name in ("encode", "decode", "save_pretrained") if not hasattr(tokenizer, name)]
@@ -169,7 +165,7 @@ class HuggingFaceTokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """The padding id; many tokenizers have none, then EOS stands in."""
+        """The padding id, or EOS for the many tokenizers that have none."""
         return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     @property
@@ -184,15 +180,15 @@ class HuggingFaceTokenizer:
 
     @typed
     def encode(self, text: str, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """Token ids of ``text``, between BOS and EOS if asked.
+        """Token ids of ``text``, with BOS before and EOS after them on request.
 
         Raises:
-            ValueError: BOS or EOS is asked for and the tokenizer has none.
+            ValueError: BOS or EOS is requested and the tokenizer has none.
         """
         for wanted, value, name in ((add_bos, self.bos_id, "bos"), (add_eos, self.eos_id, "eos")):
             if wanted and value is None:
                 raise ValueError(f"add_{name}=True needs a tokenizer with a {name} token, got {self!r}")
-        # verbose=False: a corpus document longer than the model's context is no mistake, and it warned about each
+        # verbose=False: no warning for every corpus document that is longer than the model's context
         ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         before = [self.bos_id] if add_bos and self.bos_id is not None else []
         after = [self.eos_id] if add_eos and self.eos_id is not None else []
@@ -227,14 +223,14 @@ class HuggingFaceTokenizer:
 
 @typed
 def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
-    """The tokenizer named ``"bytes"``, the one stored in a folder, or one of the Hugging Face hub.
+    """The byte tokenizer, a tokenizer stored in a folder, or one from the Hugging Face hub.
 
     Args:
         source: ``"bytes"``; a folder with a saved tokenizer, or with a checkpoint that carries one in ``tokenizer/``
             (read without network access); or ``organisation/name`` on the hub. Code from the hub is never run.
 
     Raises:
-        FileNotFoundError: ``source`` is neither of the three.
+        FileNotFoundError: ``source`` is none of the three.
         ValueError: the folder holds no readable tokenizer.
         ImportError: ``transformers`` is needed and not installed.
     """

@@ -1,7 +1,7 @@
-"""Other libraries' language models in the protocol of ``lm_core.causal_lm.CausalLM``.
+"""Adapters of other libraries' language models to the protocol ``lm_core.causal_lm.CausalLM``.
 
 ``as_causal_lm`` takes a Hugging Face causal language model (also inside peft), an x-transformers decoder, or any module
-or function from ids to logits. Their parameters are shared; the library in question is imported only when used.
+or function from ids to logits. Parameters are shared, not copied; the other library is imported only when used.
 """
 
 from typing import Any
@@ -26,22 +26,22 @@ __all__ = [
 
 @typed
 def as_causal_lm(x: Any, *, vocab_size: int | None = None) -> Any:
-    """Makes a language model of another kind speak the protocol of ``lm_core.causal_lm.CausalLM``.
+    """Adapts a language model of another library to the protocol ``lm_core.causal_lm.CausalLM``.
 
-    Every result is called ``(ids, *, mask=None, cache=None, **kw) -> logits`` and is exact for any mask. It decodes
-    incrementally (``init_cache``) and gives hidden states (``hidden``, ``output_weight``) where these are exact too.
+    The result is called as ``(ids, *, mask=None, cache=None, **kw) -> logits`` and is exact for any mask. It decodes
+    incrementally (``init_cache``) and has hidden states (``hidden``, ``output_weight``) if these are exact too.
 
-    - What already has ``init_cache``, and what this function returned: itself.
+    - A model with ``init_cache``, or a result of this function: returned unchanged.
     - A transformers ``PreTrainedModel`` with a language-modelling head, or a ``PeftModel`` of one: ``HuggingFaceLM``.
       The model is tried on a few tokens, so wrap it once and keep the result, after peft and with its final output
-      layer; its mode, gradients and the random state stay as they are.
+      layer; its mode, its gradients and the random state do not change.
     - An x-transformers ``TransformerWrapper`` of a ``Decoder``, or an ``AutoregressiveWrapper`` of that:
       ``XTransformersLM``.
     - Any other ``nn.Module`` or callable from ids ``(b, n)`` to logits ``(b, n, v)``: ``PlainLM``, without a cache.
 
     Args:
         x: the model.
-        vocab_size: bound of the ids, for a plain module or callable; the others know theirs.
+        vocab_size: bound of the ids, for a plain module or callable; other models have their own.
 
     Returns:
         An ``nn.Module``.
@@ -68,7 +68,7 @@ def _adapted(x: Any, vocab_size: int | None) -> Any:
     if _is_a(inner, "transformers", "PreTrainedModel"):
         return HuggingFaceLM(x)
     wrapper = _is_a(x, "x_transformers", "TransformerWrapper") or _is_a(x, "x_transformers", "AutoregressiveWrapper")
-    # Its other modules go the same way, to be refused by name.
+    # Other modules of x-transformers too, so that XTransformersLM rejects them by name.
     if wrapper or type(x).__module__.startswith("x_transformers."):
         return XTransformersLM(x)
     if callable(x):
@@ -80,5 +80,5 @@ def _adapted(x: Any, vocab_size: int | None) -> Any:
 
 
 def _is_a(x: object, package: str, name: str) -> bool:
-    """Whether ``x`` is an instance of a class of another package, which is not imported to find out."""
+    """True for an instance of the class ``name`` of ``package``, without importing the package."""
     return any(cls.__name__ == name and cls.__module__.partition(".")[0] == package for cls in type(x).__mro__)

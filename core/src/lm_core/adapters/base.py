@@ -1,6 +1,6 @@
-"""What every adapter shares: argument checks, padding, and the bookkeeping of a cache.
+"""Base of all adapters: argument checks, padding, and the bookkeeping of a cache.
 
-An adapter supplies only how its library is called with rows whose padding is already in place.
+A subclass only implements the call of its library, with rows whose padding is already in place.
 
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
@@ -22,8 +22,8 @@ class AdapterCache(ABC):
     """Keys and values of another library's model, with the padding its positions depend on.
 
     Attributes:
-        length: positions held.
-        batch_size: rows held.
+        length: positions in the cache.
+        batch_size: rows in the cache.
         mask: ``(b, length)`` True at real tokens, None while no row has padding.
     """
 
@@ -33,24 +33,24 @@ class AdapterCache(ABC):
         self.mask: Tensor | None = None
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
+        """Replaces row ``r`` by the former row ``index[r]``; the batch size may change."""
         self._select(index)
         if self.mask is not None:
             self.mask = self.mask.index_select(0, index)
         self.batch_size = index.shape[0]
 
     def clone(self) -> "AdapterCache":
-        """An independent copy: what is appended to one is not seen by the other. Tensors are never written to."""
+        """An independent copy, which shares the tensors, since these are never written to."""
         return copy.copy(self)
 
     def extended_mask(self, new: Tensor | None, n: int) -> Tensor | None:
-        """Mask of the positions held and ``n`` new ones, of which ``new (b, n)`` says which are real (None: all)."""
+        """Mask of cached and ``n`` new positions, where ``new (b, n)`` is the mask of the new ones (None: all real)."""
         if self.mask is None and new is None:
             return None
         some = self.mask if new is None else new
         assert some is not None
-        held = some.new_ones(self.batch_size, self.length) if self.mask is None else self.mask
-        return torch.cat((held, some.new_ones(self.batch_size, n) if new is None else new), dim=1)
+        cached = some.new_ones(self.batch_size, self.length) if self.mask is None else self.mask
+        return torch.cat((cached, some.new_ones(self.batch_size, n) if new is None else new), dim=1)
 
     @abstractmethod
     def _select(self, index: Tensor) -> None:
@@ -58,19 +58,19 @@ class AdapterCache(ABC):
 
 
 class Adapter(nn.Module, ABC):
-    """A causal language model on top of another one, which it shares, not copies.
+    """A causal language model around another library's model, which is not copied.
 
-    ``init_cache``, ``hidden`` and ``output_weight`` exist only where they are exact: ask with ``hasattr``.
+    ``init_cache``, ``hidden`` and ``output_weight`` exist only if they are exact: check with ``hasattr``.
 
     Attributes:
         model: the adapted model.
-        vocab_size: ids must be below it; None if unknown.
-        max_length: positions the model knows; None if it has no table of positions, or none is known.
+        vocab_size: upper bound of the ids; None if unknown.
+        max_length: maximum number of positions; None without a table of positions, or if unknown.
     """
 
     _cache_type: type[AdapterCache]
-    # What a subclass finds out about its model: why it cannot continue a cache (None: it can), and whether its logits
-    # are nothing but hidden states times a weight.
+    # Set by a subclass for its model: the reason it cannot use a cache (None: it can), and whether its logits equal
+    # hidden states times a weight.
     _why_not_cached: str | None = "it has no cache"
     _hidden_is_exact = False
 
@@ -88,7 +88,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter or buffer; the CPU for a model without any."""
+        """Device of the first parameter or buffer; the CPU for a model without either."""
         for tensor in (*self.parameters(), *self.buffers()):
             return tensor.device
         return torch.device("cpu")
@@ -101,24 +101,24 @@ class Adapter(nn.Module, ABC):
         cache: AdapterCache | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "b n v"]:
-        """Logits at every given position; at padding they mean nothing.
+        """Logits at every position of ``ids``; those at padding are meaningless.
 
         Args:
             ids: token ids; with a cache, the new ones. Ids at padding are never read.
             mask: True at real tokens of the cached and the new positions.
-            cache: from ``init_cache``; grows by the new positions.
-            **kwargs: go to the adapted model.
+            cache: cache of ``init_cache``, which grows by the new positions.
+            **kwargs: further arguments of the adapted model.
 
         Raises:
             TypeError: ids are not integers, mask is not boolean, or cache was not made by ``init_cache``.
-            ValueError: shapes do not fit, an id is outside the vocabulary (looked for on the CPU only), the sequence
-                is longer than ``max_length``, or with a cache a row has padding between real tokens.
+            ValueError: shapes do not fit, an id is outside the vocabulary (checked on the CPU only), the sequence is
+                longer than ``max_length``, or with a cache a row has padding between real tokens.
         """
         return self._states(ids, mask, cache, kwargs, hidden=False)
 
     @property
     def _offers_hidden(self) -> bool:
-        """Asked in every call: an output layer that has been hooked, wrapped or replaced must be called."""
+        """Checked in every call: an output layer that has been hooked, wrapped or replaced must be called."""
         layer = self._output_layer()
         untouched = layer is None or (
             type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
@@ -134,14 +134,14 @@ class Adapter(nn.Module, ABC):
 
     @property
     def hidden(self) -> Callable[..., Tensor]:
-        """``hidden(ids, *, mask=None, cache=None, **kwargs)``: states ``(b, n, d)``; arguments as of ``forward``."""
+        """``hidden(ids, *, mask=None, cache=None, **kwargs)``: states ``(b, n, d)``; arguments as for ``forward``."""
         if not self._offers_hidden:
             raise AttributeError("logits are not hidden @ output_weight.T")
         return self._hidden
 
     @property
     def output_weight(self) -> Float[Tensor, "v d"]:
-        """The output layer: ``logits == hidden @ output_weight.T``."""
+        """Weight of the output layer: ``logits == hidden @ output_weight.T``."""
         if not self._offers_hidden:
             raise AttributeError("logits are not hidden @ output_weight.T")
         return self._weight()
@@ -153,7 +153,7 @@ class Adapter(nn.Module, ABC):
         raise AttributeError(self._why_not_cached)
 
     def _output_layer(self) -> nn.Module | None:
-        """The module that makes logits of hidden states; None where a function does."""
+        """The module that maps hidden states to logits; None if a function does."""
         return None
 
     def _weight(self) -> Tensor:
@@ -162,7 +162,7 @@ class Adapter(nn.Module, ABC):
         return layer.weight
 
     def _init_cache(self, batch_size: int, max_length: int) -> AdapterCache:
-        # The libraries' keys and values grow by concatenation, so there is nothing to reserve for max_length.
+        # The libraries' keys and values grow by concatenation, so nothing is allocated for max_length.
         check_positive(batch_size, "batch_size")
         check_positive(max_length, "max_length")
         return self._cache_type(batch_size)
@@ -192,7 +192,7 @@ class Adapter(nn.Module, ABC):
             last = with_padding_last(ids, new)
             return moved_back(self._whole(last.ids, last.mask, kwargs, hidden=hidden), last)
         n = ids.shape[1]
-        # A prompt may come with its padding anywhere; what follows it is appended.
+        # A prompt may have its padding anywhere; later tokens are appended.
         first = with_padding_first(ids, new) if cache.length == 0 and new is not None else None
         if first is not None:
             ids, new = first.ids, first.mask
@@ -200,11 +200,12 @@ class Adapter(nn.Module, ABC):
         if whole_mask is not None and whole_mask.device.type == "cpu" and has_gap(whole_mask):
             raise ValueError("mask must not have padding between the real tokens of a row when a cache is used")
         states = self._incremental(ids, whole_mask, cache, kwargs, hidden=hidden)
-        cache.length, cache.mask = cache.length + n, whole_mask
+        cache.length += n
+        cache.mask = whole_mask
         return states if first is None else moved_back(states, first)
 
     def _checked(self, ids: Tensor, mask: Tensor | None, cache: AdapterCache | None) -> tuple[Tensor, Tensor | None]:
-        """Int64 ids with 0 at padding, and the mask of the new positions."""
+        """Checks the arguments; returns int64 ids with 0 at padding, and the mask of the new positions."""
         if cache is not None and self._why_not_cached is not None:
             raise TypeError(f"cache must be None: an adapted {self._described()} has no init_cache")
         if cache is not None and not isinstance(cache, self._cache_type):
@@ -219,7 +220,7 @@ class Adapter(nn.Module, ABC):
         total = length + ids.shape[1]
         if self.max_length is not None and total > self.max_length:
             raise ValueError(f"ids must end within {self.max_length} positions, got {total}")
-        # Some models view their ids in another shape.
+        # Some models call `view` on their ids.
         ids = ids.long().contiguous()
         new = None
         if mask is not None:

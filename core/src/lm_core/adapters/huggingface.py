@@ -1,13 +1,13 @@
-"""A Hugging Face causal language model, also one wrapped by peft, in the protocol of this package.
+"""Adapter of Hugging Face causal language models, also those wrapped by peft.
 
-transformers has hundreds of architectures, and what one of them does exactly is not written in its configuration. So
-each is tried on a few tokens when it is wrapped (``undisturbed``: no gradient, mode and random state as before):
+transformers has hundreds of architectures, whose exact behaviour does not follow from their configuration. So each
+model is tried on a few tokens when it is wrapped (``undisturbed``: no gradient, mode and random state unchanged):
 
-- It must be causal, or it is refused.
-- ``hidden`` is offered where the output layer is a bias-free ``nn.Linear`` and nothing is done to its result. Soft
-  caps and scales change small logits by less than rounding, so that layer's result is replaced by large numbers.
-- ``init_cache`` is offered where the model returns a cache that only holds keys and values of each position, and a
-  left-padded row decoded in steps equals the row alone. Recurrent and hybrid models are decoded without a cache.
+- A model that is not causal is rejected.
+- ``hidden`` exists if the output layer is a bias-free ``nn.Linear`` whose result is returned unchanged. Soft caps and
+  scales change small logits by less than rounding, so the trial replaces that layer's result by large numbers.
+- ``init_cache`` exists if the model returns a cache that only holds keys and values of each position, and a left-padded
+  row decoded in steps equals the row alone. Recurrent and hybrid models are decoded without a cache.
 
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
@@ -26,8 +26,8 @@ from lm_core.adapters.base import Adapter, AdapterCache
 from lm_core.causal_lm import eval_mode
 from lm_core.nn.masking import positions_from_mask
 
-# Layers that hold one key and one value a position, without in-place writes: rows can be selected, and a shallow copy
-# is an independent one.
+# Layers with one key and one value for each position, without in-place writes: rows can be selected, and a shallow copy
+# is independent.
 _LAYERS_OF_KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer"})
 
 # Error, relative to the spread of the logits, above which two ways to compute them count as different: well above
@@ -37,11 +37,11 @@ _TOLERANCE_HALF_PRECISION = 0.1
 
 
 class HuggingFaceCache(AdapterCache):
-    """What transformers keeps, with the padding next to it: its cache object or, in older versions, nested tuples."""
+    """The cache of transformers (its cache object or, in older versions, nested tuples) and the mask of its padding."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
-        # The model makes it in the first call, because only the model knows which of its layers slide.
+        # Made by the model in the first call, because only the model knows which of its layers use sliding windows.
         self.past: Any = None
 
     def _select(self, index: Tensor) -> None:
@@ -51,7 +51,7 @@ class HuggingFaceCache(AdapterCache):
             self.past.reorder_cache(index)
 
     def clone(self) -> AdapterCache:
-        """An independent copy: each call makes longer tensors, so only what holds them is copied."""
+        """An independent copy: calls make new, longer tensors, so only their containers are copied."""
         clone: Any = super().clone()
         clone.past = copy.copy(self.past)
         if self.past is not None and not isinstance(self.past, (tuple, list)):
@@ -77,14 +77,14 @@ class HuggingFaceLM(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         inner = _base_model(model)
-        _refuse_what_is_no_causal_lm(inner)
+        _check_causal_lm(inner)
         super().__init__(model, vocab_size=_vocab_size(inner), max_length=_number_of_positions(model, inner))
         self._changes_input = _changes_input(model)
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
         self._hidden_is_exact = False
         self._why_not_cached: str | None = None
         with undisturbed(model):
-            self._refuse_what_is_not_causal()
+            self._check_causal()
             self._hidden_is_exact = not self._changes_input and self._hidden_gives_logits()
             self._why_not_cached = self._reason_not_to_cache()
 
@@ -105,7 +105,7 @@ class HuggingFaceLM(Adapter):
             states: Tensor = self._inner.base_model(input_ids=ids, **settings, **kwargs)[0]
             return states
         logits: Tensor = self.model(input_ids=ids, **settings, **kwargs).logits
-        # A learned prompt before the ids has logits too.
+        # A learned prompt has logits too, before those of the ids.
         return logits[:, -ids.shape[1] :]
 
     def _incremental(
@@ -135,11 +135,11 @@ class HuggingFaceLM(Adapter):
         return type(self._inner).__name__
 
     def _trial_ids(self, length: int) -> Tensor:
-        """``(1, length)`` ids from the middle of the vocabulary, where no special tokens are."""
+        """``(1, length)`` ids from the middle of the vocabulary, away from special tokens."""
         v = self.vocab_size or length
         return (torch.arange(length, device=self.device) + v // 2).remainder(v).unsqueeze(0)
 
-    def _refuse_what_is_not_causal(self) -> None:
+    def _check_causal(self) -> None:
         ids = self._trial_ids(4).repeat(2, 1)
         ids[1, -1] = ids[0, 0]
         output = self.model(input_ids=ids, use_cache=False, return_dict=True)
@@ -152,7 +152,7 @@ class HuggingFaceLM(Adapter):
     def _hidden_gives_logits(self) -> bool:
         inner = self._inner
         head = inner.get_output_embeddings()
-        # Subclasses (quantised, offloaded, with a low-rank update) compute something else than weight @ hidden.
+        # Subclasses (quantised, offloaded, with a low-rank update) do not compute weight @ hidden.
         if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
             return False
         if head.weight.device.type == "meta" or inner.base_model is inner:
@@ -178,7 +178,7 @@ class HuggingFaceLM(Adapter):
         try:
             return self._try_to_cache()
         except Exception as error:
-            # Some architectures cannot read a cache back, or not with these arguments: each in a way of its own.
+            # Some architectures cannot read a cache back, or not with these arguments, and raise errors of any type.
             return f"its cache fails with {type(error).__name__}: {error}"
 
     def _try_to_cache(self) -> str | None:
@@ -204,7 +204,7 @@ class HuggingFaceLM(Adapter):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are as before on leaving."""
+    """Evaluation mode without gradients; modes and random states are restored on exit."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.no_grad(), torch.random.fork_rng(devices=devices), eval_mode(model):
         yield
@@ -226,17 +226,17 @@ def _peft_configs(model: Any) -> list[Any]:
 
 
 def _changes_input(model: Any) -> bool:
-    """Whether peft puts learned tokens before the input, or reads the whole input to decide what to adapt."""
+    """True if peft prepends learned tokens to the input, or reads the whole input to decide what to adapt."""
     return any(
         config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None) for config in _peft_configs(model)
     )
 
 
-def _refuse_what_is_no_causal_lm(inner: Any) -> None:
+def _check_causal_lm(inner: Any) -> None:
     name = type(inner).__name__
     if getattr(inner.config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder: as_causal_lm needs a causal language model without an encoder")
-    # Weights that accelerate offloads are on the meta device too, but come when their module is called.
+    # Weights that accelerate offloads are on the meta device too, but are loaded when their module is called.
     present = [module for module in inner.modules() if not hasattr(module, "_hf_hook")]
     if any(p.device.type == "meta" for module in present for p in module.parameters(recurse=False)):
         raise ValueError(f"{name} must have its weights loaded, some are on the meta device")
@@ -245,16 +245,16 @@ def _refuse_what_is_no_causal_lm(inner: Any) -> None:
 def _reason_not_to_keep(past: Any, length: int) -> str | None:
     if isinstance(past, (tuple, list)):
         return None
-    held = type(past).__name__
-    known = held == "DynamicCache"
+    kind = type(past).__name__
+    known = kind == "DynamicCache"
     layers = getattr(past, "layers", None)
     # Before transformers 4.54 the cache had no layers, but lists of tensors.
     if known and layers is not None:
         names = {type(layer).__name__ for layer in layers}
-        held = f"{held} of {', '.join(sorted(names))}"
+        kind = f"{kind} of {', '.join(sorted(names))}"
         known = names <= _LAYERS_OF_KEYS_AND_VALUES
     if not known:
-        return f"its cache ({held}) is not of keys and values only"
+        return f"its cache ({kind}) is not of keys and values only"
     if past.get_seq_length() != length:
         return "its cache does not hold every position"
     return None
@@ -278,7 +278,7 @@ def _number_of_positions(model: Any, inner: Any) -> int | None:
     for name, module in inner.named_modules():
         learned = isinstance(module, nn.Embedding) and module is not words and ("pos" in name or "wpe" in name)
         if limit is not None and learned and limit <= module.num_embeddings:
-            # RoBERTa and its family start counting after the padding id.
+            # RoBERTa and related models count positions from after the padding id.
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             virtual = max((getattr(config, "num_virtual_tokens", 0) for config in _peft_configs(model)), default=0)
             return min(limit, module.num_embeddings - skipped) - virtual

@@ -1,8 +1,8 @@
-"""Moving padding within rows: the change of layout that makes an adapter exact for any mask.
+"""Moving padding within rows, which makes an adapter exact for any mask.
 
-A causal model never looks ahead, so padding placed after the real tokens of a row cannot change them, with any masks or
-positions that the model has: that layout serves every call without a cache. A cache grows at its end, so there the
-padding must come first, and the model has to be told about it.
+A causal model never attends to later tokens, so padding after the real tokens of a row cannot change them, independent
+of the model's masks and positions: every call without a cache uses that layout. A cache grows at its end, so with one
+the padding must come first, and the model needs a mask of it.
 
 Legend: b batch, n sequence, d feature.
 """
@@ -19,9 +19,9 @@ class Realigned(NamedTuple):
     """Rows with their padding moved to one side.
 
     Attributes:
-        ids: ``(b, n)``, what was at padding included.
+        ids: ``(b, n)`` ids, those at padding included.
         mask: ``(b, n)``, True at real tokens.
-        back: ``(b, n)``, column of ``ids`` that holds what was at each original column.
+        back: ``(b, n)``, column of ``ids`` that has the token of each original column.
     """
 
     ids: Int[Tensor, "b n"]
@@ -40,7 +40,7 @@ def with_padding_first(ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Re
 
 
 def moved_back(states: Float[Tensor, "b n d"], realigned: Realigned) -> Float[Tensor, "b n d"]:
-    """States of the realigned columns at the columns the tokens came from."""
+    """States moved from the realigned columns back to the original ones."""
     b, n, _ = states.shape
     # Whole rows of a matrix are copied (and their gradients added) faster than gathered entry by entry.
     first = torch.arange(0, b * n, n, device=states.device).unsqueeze(-1)
@@ -49,7 +49,7 @@ def moved_back(states: Float[Tensor, "b n d"], realigned: Realigned) -> Float[Te
 
 
 def has_gap(mask: Bool[Tensor, "b n"]) -> bool:
-    """Whether padding lies between two real tokens of a row. Reads values."""
+    """True if padding lies between two real tokens of a row; synchronises the device."""
     after_a_token = (mask[:, :-1] & ~mask[:, 1:]).cumsum(dim=1) > 0
     return bool((after_a_token & mask[:, 1:]).any())
 

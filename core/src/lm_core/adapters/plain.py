@@ -1,4 +1,4 @@
-"""Any module or function from token ids to logits as a causal language model, decoded without a cache."""
+"""Adapter of any module or function from token ids to logits, decoded without a cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from lm_core.adapters.base import Adapter
 class PlainLM(Adapter):
     """A callable ``ids (b, n) -> logits (b, n, v)`` as a causal language model.
 
-    It has no ``init_cache``: whoever decodes with it calls it on the whole sequence for each token. The callable never
-    sees a mask; rows reach it with their padding last, where a causal model does not look.
+    It has no ``init_cache``: decoding calls it on the whole sequence for each token. The callable receives no mask; its
+    rows have their padding last, where it cannot affect the real tokens of a causal model.
 
     Args:
-        function: an ``nn.Module``, whose parameters are shared, or any other callable. An output with an attribute
-            ``logits`` is taken by it.
-        vocab_size: bound of the ids, if they are to be checked.
+        function: an ``nn.Module``, whose parameters are shared, or any other callable. Its output is a tensor of logits
+            or has an attribute ``logits``.
+        vocab_size: bound of the ids, for a check; None skips the check.
     """
 
     def __init__(self, function: Callable[..., Any], *, vocab_size: int | None = None) -> None:

@@ -1,11 +1,11 @@
-"""An x-transformers ``TransformerWrapper`` around a ``Decoder`` in the protocol of this package.
+"""Adapter of an x-transformers ``TransformerWrapper`` around a ``Decoder``.
 
-Not every option of that library survives its own cache: token shift, memory tokens, hybrid modules and others look at
-neighbours that a cached call does not have, and nothing says so. Many start as the identity, so trying a new model
-would not find them either. Hence a list of the parts known to treat each token by itself or by its distance to
-others; a model with any other part is decoded without a cache.
+Not every option of that library works with its own cache: token shift, memory tokens, hybrid modules and others read
+adjacent tokens that a cached call lacks, without an error. Many are the identity at initialisation, so that a trial of
+a new model would not detect them. Hence a list of the modules known to treat each token by itself or by its distance to
+others; a model with any other module is decoded without a cache.
 
-Calls without a cache move padding after the real tokens. Cached ones keep it in front, indicated by ``seq_start_pos``,
+Calls without a cache move padding after the real tokens. Cached calls move it in front and pass ``seq_start_pos``,
 which masks keys and shifts the table of positions; all other position schemes of the list depend on distances only.
 
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
@@ -37,15 +37,11 @@ _EXACT_WITH_CACHE = frozenset(
 
 
 class XTransformersCache(AdapterCache):
-    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each.
-
-    Attributes:
-        ids: the ids they come from, for releases of the library that want the whole sequence next to its cache.
-        layers: keys and values of each layer.
-    """
+    """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
+        # The ids of the cache, for releases of the library that take the whole sequence next to its cache.
         self.ids: Tensor | None = None
         self.layers: list[tuple[Tensor | None, ...]] = []
 
@@ -61,10 +57,10 @@ class XTransformersLM(Adapter):
     """An x-transformers decoder that returns logits only.
 
     Args:
-        model: a ``TransformerWrapper``, or an ``AutoregressiveWrapper`` around one (its network is taken out).
+        model: a ``TransformerWrapper``, or an ``AutoregressiveWrapper``, whose network is used.
 
     Raises:
-        TypeError: the wrapper holds no causal layers, or gives something else than one tensor of logits a token.
+        TypeError: the wrapper has no causal layers, or returns anything other than one vector of logits a token.
     """
 
     _cache_type = XTransformersCache
@@ -72,7 +68,7 @@ class XTransformersLM(Adapter):
     def __init__(self, model: nn.Module) -> None:
         wrapped = any(cls.__name__ == "AutoregressiveWrapper" for cls in type(model).__mro__)
         net: Any = model.net if wrapped else model
-        _refuse_what_is_no_causal_lm(net)
+        _check_causal_lm(net)
         table: Any = getattr(net, "pos_emb", None)
         limit = table.max_seq_len if type(table).__name__ == "AbsolutePositionalEmbedding" else None
         super().__init__(net, vocab_size=net.num_tokens, max_length=limit)
@@ -93,10 +89,10 @@ class XTransformersLM(Adapter):
         settings: dict[str, Any] = {}
         if cache.length > 0:
             layers = [Intermediates(cached_kv=layer, layer_type="a") for layer in cache.layers]
-            held = LayerIntermediates(attn_intermediates=layers)
-            settings = {"cache": held, "cache_age": ids.shape[1]}
+            past = LayerIntermediates(attn_intermediates=layers)
+            settings = {"cache": past, "cache_age": ids.shape[1]}
             if self._takes_new_ids:
-                held.cache_length = cache.length
+                past.cache_length = cache.length
                 settings["input_not_include_cache"] = True
             else:
                 ids = torch.cat((cache.ids, ids), dim=1)
@@ -116,7 +112,7 @@ class XTransformersLM(Adapter):
         return _output_weight(self.model)
 
 
-def _refuse_what_is_no_causal_lm(net: Any) -> None:
+def _check_causal_lm(net: Any) -> None:
     name = type(net).__name__
     layers = getattr(net, "attn_layers", None)
     if layers is None or not hasattr(net, "to_logits") or not hasattr(net, "num_tokens"):
@@ -146,7 +142,7 @@ def _reason_not_to_cache(net: Any) -> str | None:
     if unknown:
         return f"{', '.join(unknown)} may look at other tokens"
     present = ["looped"] if getattr(net, "looped", False) else []
-    # These need an argument in every call, but whoever decodes with a cache gives arguments with the prompt only.
+    # These need an argument in every call, but cached decoding passes arguments with the prompt only.
     present += ["embed_num_tokens"] if getattr(net, "embeds", None) is not None else []
     present += ["cross_attend"] if net.attn_layers.cross_attend else []
     if present:

@@ -1,9 +1,9 @@
-"""Atomic folders and files: there whole or not at all, at any instant the process is killed.
+"""Atomic directory and file writes (temporary sibling, fsync, rename), safe against a kill at any instant.
 
-A folder is filled under a temporary name next to its final one, every file and folder in it is flushed to the disk, and
-one rename puts it in place; the parent is flushed too, for on POSIX a rename lives in the parent's entries. Removing
-goes the other way round: first a rename to a temporary name, then the deletion, so that no half-deleted folder is ever
-seen under a real name. Windows cannot flush a folder; there the rename alone has to do.
+A folder is filled under a temporary name next to its final one, every file and folder in it is flushed to disk, and one
+rename puts it in place; the parent is flushed too, because on POSIX a rename is stored in the parent's entries. Removal
+runs in reverse: first a rename to a temporary name, then the deletion, so that no half-deleted folder has a real name.
+Windows cannot flush a folder; there the rename alone must suffice.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes one file, or the entries of one folder, to the disk."""
+    """Flushes one file, or the entries of one folder, to disk."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -43,7 +43,7 @@ def temporary_sibling(path: Path) -> Path:
 def new_directory(target: Path) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes ``target`` when the block ends without an error.
 
-    After an error nothing is left, neither ``target`` nor the temporary folder.
+    An error leaves neither ``target`` nor the temporary folder.
 
     Args:
         target: the final name; it must not exist, except as an empty folder.
@@ -64,21 +64,18 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_directory(directory: Path) -> None:
-    """Deletes a folder so that a kill midway leaves only a temporary name."""
+    """Deletes a folder; a kill midway leaves at most a folder of a temporary name."""
     doomed = temporary_sibling(directory)
     directory.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
-    """Deletes what killed writers left under ``parent``; call it only while no writer can be at work there.
+    """Deletes and returns temporary entries of killed writers; call it only while nothing writes to ``parent``.
 
     Args:
-        parent: the folder whose temporary entries go.
-        name: if given, only leftovers of a target of this name.
-
-    Returns:
-        The paths that were removed.
+        parent: folder with the temporary entries.
+        name: target whose leftovers are deleted; empty for all targets.
     """
     if not parent.is_dir():
         return []
@@ -93,7 +90,7 @@ def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yields a temporary path; the file written there becomes (or replaces) ``target`` if the block has no error."""
+    """Yields a temporary path; a file written there becomes or replaces ``target`` when the block ends without error."""
     temporary = temporary_sibling(target)
     try:
         yield temporary
@@ -106,6 +103,6 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes (or replaces) one small file so that a reader sees the old content or the new one, never a part."""
+    """Writes or replaces a small file atomically: a reader sees the old content or the new one, never a part."""
     with new_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

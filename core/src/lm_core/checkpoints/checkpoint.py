@@ -1,13 +1,13 @@
-"""Checkpoints of training runs that survive being killed at any instant, and resume exactly.
+"""Checkpoints of training runs that survive a kill at any instant and resume exactly.
 
 A checkpoint is a folder ``step-N``: ``config.json``, ``model.safetensors`` and ``tokenizer/`` (so it opens with
 ``from_pretrained``), ``trainer.pt`` (optimizer, schedule, data cursor), ``rng-R.pt`` for each process, and
 ``manifest.json`` with the SHA-256 and size of each file. It is always a NEW folder: written under a temporary name,
-flushed to the disk, renamed; only then are older ones removed. A step that is saved again (after going back to an
-earlier one) becomes ``step-N-2``. "Newest" means written last, which the manifest's ``sequence`` says.
+flushed to disk, renamed; only then are older ones removed. A step that is saved again (after going back to an earlier
+one) becomes ``step-N-2``. "Newest" means written last, according to the manifest's ``sequence``.
 
-Loading checks the manifest. A newest checkpoint that is damaged is reported by name, and the one before it is used.
-Nothing in a file is ever executed: see ``lm_core.checkpoints.manifest``.
+Loading checks the manifest. If the newest checkpoint is damaged, a warning names it and the one before is used.
+Nothing in a file is executed: see ``lm_core.checkpoints.manifest``.
 """
 
 import re
@@ -66,13 +66,13 @@ _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What ``load_checkpoint`` found.
+    """A checkpoint read by ``load_checkpoint``.
 
     Attributes:
-        path: its folder.
-        step: the update it was saved after.
+        path: folder of the checkpoint.
+        step: number of updates done when it was saved.
         config: content of ``config.json``; empty if the model had none.
-        trainer_state: what the trainer gave to ``save_checkpoint``.
+        trainer_state: the ``trainer_state`` of ``save_checkpoint``.
         rng: this process's random states, for ``restore_rng``.
         model_state: the weights, on the CPU; None if they were loaded into a model.
     """
@@ -86,7 +86,7 @@ class Checkpoint:
 
 
 def on_main_process(work: Callable[[], Any]) -> Any:
-    """Runs ``work`` on rank 0; its result, or its error, reaches every rank, so that none waits for ever."""
+    """Runs ``work`` on rank 0; every rank returns its result or raises, so that none waits forever for rank 0."""
     result: Any = None
     error: Exception | None = None
     if rank() == 0:
@@ -103,9 +103,9 @@ def on_main_process(work: Callable[[], Any]) -> Any:
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
-    """The folders named as checkpoints in ``directory``, oldest first in order of writing, whether whole or not.
+    """The checkpoint folders in ``directory``, intact or damaged, in the order they were written.
 
-    One whose manifest cannot be read comes last, as its age is not known.
+    Those without a readable manifest come last, since their age is unknown.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -144,21 +144,21 @@ def save_checkpoint(
     """Writes a checkpoint and then removes the oldest ones. Every process calls it; rank 0 writes.
 
     Args:
-        directory: folder of the run's checkpoints, made if needed; one run at a time may write to it.
+        directory: folder of the run's checkpoints, created if needed; only one run at a time may write to it.
         step: number of updates done.
-        model: the model, or its full state dict (from shards; then only rank 0's is used).
-        config: what ``from_pretrained`` needs; by default the model's own if it is a ``PretrainedMixin``.
+        model: the model, or its full state dict (gathered from shards; only rank 0's is used).
+        config: configuration for ``from_pretrained``; by default the model's own if it is a ``PretrainedMixin``.
         trainer_state: nested dicts, lists and tuples of tensors and numbers: optimizer, schedule, data cursor.
         rng: this process's random states, by default ``capture_rng()``.
-        tokenizer: something with ``save_pretrained``, stored in ``tokenizer/``.
-        keep: how many checkpoints stay, the new one included; None for all.
+        tokenizer: tokenizer with ``save_pretrained``, stored in ``tokenizer/``.
+        keep: number of checkpoints to keep, the new one included; None for all.
 
     Returns:
         The new folder.
 
     Raises:
         ValueError: ``step`` is negative or ``keep`` below 1.
-        TypeError: a state holds something that could not be read back; it is named.
+        TypeError: a state holds something that could not be read back; the message names it.
         OSError: the disk is full or the folder cannot be written. Earlier checkpoints are untouched, and no part of
             the new one is left.
     """
@@ -167,11 +167,12 @@ def save_checkpoint(
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 or None, got {keep}")
     check_tokenizer(tokenizer)
-    own_rng = plain(capture_rng() if rng is None else rng, "rng")
-    all_rng: list[Any] = [own_rng]
+    # random states of all processes, which rank 0 writes
+    local_rng = plain(capture_rng() if rng is None else rng, "rng")
+    all_rng: list[Any] = [local_rng]
     if world_size() > 1:
         gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-        dist.gather_object(own_rng, gathered, dst=0)
+        dist.gather_object(local_rng, gathered, dst=0)
         all_rng = gathered or []
 
     def write() -> Path:
@@ -181,8 +182,8 @@ def save_checkpoint(
             with new_directory(target) as temporary:
                 write_model(temporary, model, config=config, tokenizer=tokenizer)
                 save_tensors(temporary / TRAINER_FILE, state, "trainer_state")
-                for number, rank_rng in enumerate(all_rng):
-                    save_tensors(temporary / f"rng-{number}.pt", rank_rng, "rng")
+                for process, rank_rng in enumerate(all_rng):
+                    save_tensors(temporary / f"rng-{process}.pt", rank_rng, "rng")
                 sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(directory)), default=0)
                 write_manifest(temporary, step=step, world_size=len(all_rng), sequence=sequence)
         except OSError as error:
@@ -206,14 +207,14 @@ def _new_name(directory: Path, step: int) -> Path:
 
 def _prune(directory: Path, newest: Path, keep: int) -> None:
     others = [path for path in list_checkpoints(directory) if path != newest]
-    # those without a readable manifest are listed last, but are worth least
+    # those without a readable manifest are removed first, although they are listed last
     others.sort(key=lambda path: _sequence(path) or -1)
     for path in others[: max(0, len(others) - (keep - 1))]:
         remove_directory(path)
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
-    """The newest whole checkpoint, or None if there is none; every newer one that is damaged is warned of by name.
+    """The newest intact checkpoint, or None without any; a warning names each newer one that is damaged.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -234,7 +235,7 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder with a model at or below ``path``: itself, or a run's newest whole checkpoint.
+    """The folder with a model at or below ``path``: itself, or a run's newest intact checkpoint.
 
     Raises:
         FileNotFoundError: there is none.
@@ -252,19 +253,19 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 @typed
 def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, step: int | None = None) -> Checkpoint:
-    """Reads the newest whole checkpoint, or a given one. Every process calls it and gets its own random states.
+    """Reads the newest intact checkpoint, or a chosen one. Every process calls it and gets its own random states.
 
-    Everything is read and checked before the model is touched.
+    Everything is read and checked before the model is changed.
 
     Args:
         directory: folder of a run's checkpoints, or one checkpoint ``step-N``.
-        model: takes the weights, strictly; without it they are returned.
-        step: that step instead of the newest; if damaged, that is an error.
+        model: model to load the weights into, strictly; without it they are returned.
+        step: step to read instead of the newest; a damaged checkpoint of it is an error.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or none of this step.
-        CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; files,
-            classes and keys are named.
+        CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; the
+            message names files, classes and keys.
     """
     path: Path = on_main_process(lambda: _choose(Path(directory), step))
     manifest = read_manifest(path)

@@ -1,8 +1,8 @@
-"""What is on the disk, and whether it still is what was written: manifests, and files read without running anything.
+"""Manifests with checksums, and readers of JSON and tensor files that execute nothing.
 
 ``manifest.json`` holds the SHA-256 and the size of every file of a folder. Files with tensors are read with
-``weights_only=True``, which rebuilds tensors, numbers, strings and containers and refuses everything else, so a file
-from a stranger cannot execute code.
+``weights_only=True``, which rebuilds tensors, numbers, strings and containers and rejects everything else, so an
+untrusted file cannot execute code.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: damaged, of another format, or of another model."""
+    """Error of an unusable checkpoint: damaged, of another format, or of another model."""
 
 
 def _digest(path: Path) -> str:
@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, is no JSON, or holds something else than an object.
+        CheckpointError: the file is missing, is not JSON, or holds anything other than an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +66,7 @@ def to_json(content: Mapping[str, Any]) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """``value`` as JSON holds it: sequences as lists, keys and all else that it has no type for as text."""
+    """``value`` in JSON types: sequences as lists, keys and values of other types as text."""
     if isinstance(value, Mapping):
         return {str(key): json_value(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
@@ -80,7 +80,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_manifest(directory: Path, **entries: Any) -> None:
-    """Writes ``manifest.json`` for all files now below ``directory``, with further ``entries``."""
+    """Writes ``manifest.json`` with all files below ``directory`` and further ``entries``."""
     files = {
         file.relative_to(directory).as_posix(): {"sha256": _digest(file), "size": file.stat().st_size}
         for file in sorted(directory.rglob("*"))
@@ -90,7 +90,7 @@ def write_manifest(directory: Path, **entries: Any) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of ``directory``, its files not yet checked.
+    """The manifest of ``directory``, without a check of its files.
 
     Raises:
         CheckpointError: it is missing, damaged, of a later format, or names files outside the folder.
@@ -110,10 +110,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 @typed
 def verify_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of ``directory`` after checking size and SHA-256 of every file it names.
+    """The manifest of ``directory`` after a check of the size and SHA-256 of every file in it.
 
     Raises:
-        CheckpointError: naming the file that is missing or differs.
+        CheckpointError: a file is missing or differs; the message names it.
     """
     manifest = read_manifest(directory)
     for name, expected in manifest["files"].items():
@@ -129,12 +129,12 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str = "state") -> Any:
-    """``value`` rebuilt from what ``weights_only`` can read: tensors, numbers, strings, None, lists, tuples, dicts.
+    """``value`` in types that ``weights_only`` reads: tensors, numbers, strings, None, lists, tuples, dicts.
 
-    numpy scalars become Python's; tensors are detached and own exactly their memory.
+    numpy scalars become Python's; tensors are detached, and views are cloned so that only their own data is saved.
 
     Raises:
-        TypeError: naming the entry that is of another type.
+        TypeError: an entry has another type; the message names it.
     """
     if value is None or type(value) in (bool, int, float, str, torch.dtype):
         return value
@@ -150,7 +150,7 @@ def plain(value: Any, where: str = "state") -> Any:
                 raise TypeError(f"{where} must have strings or integers as keys, got {key!r}")
         return {key: plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        entries = [plain(entry, f"{where}[{number}]") for number, entry in enumerate(value)]
+        entries = [plain(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
         return entries if isinstance(value, list) else tuple(entries)
     raise TypeError(
         f"{where} must be a tensor, a number, a string, None or a container of these, got {type(value).__name__}"
@@ -158,15 +158,15 @@ def plain(value: Any, where: str = "state") -> Any:
 
 
 def save_tensors(path: Path, state: Any, where: str = "state") -> None:
-    """Writes nested containers of tensors and numbers; ``where`` names the state in errors.
+    """Writes nested containers of tensors and numbers; ``where`` is the state's name in errors.
 
     Raises:
-        TypeError: something in ``state`` could not be read back.
+        TypeError: ``state`` holds an object that could not be read back.
         OSError: the disk is full or the file cannot be written.
     """
     try:
         torch.save(plain(state, where), path)
-    except RuntimeError as error:  # torch's writer hides the system's error in a RuntimeError
+    except RuntimeError as error:  # torch's writer wraps the system's error in a RuntimeError
         raise OSError(f"could not write {path}: {error}") from error
 
 
@@ -175,8 +175,8 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
     """Reads nested containers of tensors and numbers; nothing in the file is executed.
 
     Args:
-        path: a file of ``torch.save``, from anyone.
-        map_location: device the tensors are put on.
+        path: a file of ``torch.save``, possibly untrusted.
+        map_location: device of the tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -187,12 +187,12 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message also advises weights_only=False, which is just what a bomb needs.
-        found = re.search(r"unsupported (?:global|class|operand):? [\w. ]+", str(error), re.IGNORECASE)
-        detail = f" ({found[0].strip()})" if found else ""
+        # torch's own message suggests weights_only=False, which would execute a malicious file
+        match = re.search(r"unsupported (?:global|class|operand):? [\w. ]+", str(error), re.IGNORECASE)
+        detail = f" ({match[0].strip()})" if match else ""
         raise CheckpointError(
             f"{path} holds more than tensors and numbers, or is damaged; "
             f"it was refused and nothing in it was run{detail}"
         ) from error
-    except Exception as error:  # zip reader, unpickler and tensor code each raise their own kinds on damaged bytes
+    except Exception as error:  # zip reader, unpickler and tensor code raise errors of many types on damaged bytes
         raise CheckpointError(f"{path} is damaged or is no file of torch.save: {error}") from error

@@ -1,12 +1,12 @@
 """Constructor arguments as JSON, modules among them.
 
-``config.json`` has to rebuild a model from its constructor's arguments. Numbers, strings, lists, tuples and dicts are
-written as they are or under a ``$`` tag. A module is written as a specification where it can be rebuilt from one: a
-model of a package built on this one, a Hugging Face model, a timm model. Anything else is marked ``$given``: it has to
-be passed again when the model is loaded.
+``config.json`` must be enough to rebuild a model. Numbers, strings, lists, tuples and dicts are written unchanged or
+under a ``$`` tag. A module is written as a specification if it can be rebuilt from one: a model of a package built on
+this one, a Hugging Face model, a timm model. Anything else is marked ``$given``: it must be passed again when the model
+is loaded.
 
-A checkpoint is data from anyone, so a specification names a class only among those of installed packages that register
-theirs (entry points), Hugging Face's and timm's; no other module is imported on its word.
+Checkpoints are untrusted data, so a specification can name only classes that installed packages register (entry
+points), Hugging Face's and timm's; it cannot make any other module be imported.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 
 
 def package_of(cls: type) -> str:
-    """Import name of the package a class belongs to."""
+    """Import name of a class's top-level package."""
     return cls.__module__.split(".", 1)[0]
 
 
 def version_of(package: str) -> str | None:
-    """Version of an imported package, or of an installed distribution; None if there is neither."""
+    """Version of an imported package, or of an installed distribution; None for neither."""
     version = getattr(sys.modules.get(package), "__version__", None)
     if version is None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -46,15 +46,15 @@ def version_of(package: str) -> str | None:
 
 
 def register(cls: type) -> None:
-    """Makes a class known by its package and name, so that a specification may ask for it."""
+    """Registers a class under its package and name, for specifications."""
     _registered[f"{package_of(cls)}:{cls.__name__}"] = cls
 
 
 def registered_class(package: str, name: str) -> type:
-    """The class a specification names.
+    """The class named by a specification.
 
-    A package that is not imported yet is, if its distribution declares it: an entry point of its own name in the group
-    ``lm_core.models``.
+    Imports its package if needed and if the package's distribution declares it: an entry point of the package's name in
+    the group ``lm_core.models``.
 
     Raises:
         CheckpointError: no such class is registered.
@@ -62,16 +62,16 @@ def registered_class(package: str, name: str) -> type:
     key = f"{package}:{name}"
     if key not in _registered:
         for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=package):
-            # the name decides, not what a stranger's entry point refers to
+            # ignore an entry point of this name that refers to another package
             if entry.module.split(".", 1)[0] == package:
-                getattr(entry.load(), name, None)  # which also imports what the package imports lazily
+                getattr(entry.load(), name, None)  # also triggers the package's lazy imports
     if key not in _registered:
         raise CheckpointError(f"the checkpoint needs {name} of {package}; import it, or pass the module again")
     return _registered[key]
 
 
 def encode_argument(value: Any) -> Any:
-    """``value`` in JSON; ``{"$given": type}`` if it cannot be rebuilt from any."""
+    """``value`` in JSON; ``{"$given": type}`` if it cannot be rebuilt from JSON."""
     if value is None or (isinstance(value, bool | int | str) and type(value) in (bool, int, str)):
         return value
     if isinstance(value, np.generic):
@@ -101,12 +101,12 @@ def encode_argument(value: Any) -> Any:
 
 
 def is_given(encoded: Any) -> bool:
-    """Whether an encoded argument has to be passed again."""
+    """True if an encoded argument could not be stored and must be passed again."""
     return isinstance(encoded, Mapping) and "$given" in encoded
 
 
 def decode_argument(encoded: Any) -> Any:
-    """The value ``encode_argument`` was given, modules rebuilt (without their weights).
+    """The inverse of ``encode_argument``; modules are rebuilt without their weights.
 
     Raises:
         CheckpointError: an unknown tag, or a module that cannot be built here.
@@ -143,11 +143,11 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
         rebuildable = not any(is_given(entry) for entry in config["arguments"].values())
         return {"kind": "family", "config": config} if rebuildable else None
     kinds = {base.__module__.split(".", 1)[0] for base in type(module).__mro__}
-    own = package_of(type(module))
-    if own == "transformers" and hasattr(module, "config"):
+    package = package_of(type(module))
+    if package == "transformers" and hasattr(module, "config"):
         settings = _without_code(json_value(module.config.to_dict()))
         return {"kind": "transformers", "class": type(module).__name__, "config": settings}
-    if own == "timm" and "timm" in kinds:
+    if package == "timm" and "timm" in kinds:
         description = getattr(module, "pretrained_cfg", None) or {}
         if "architecture" in description:
             return {
@@ -159,7 +159,7 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
 
 
 def _without_code(settings: Any) -> Any:
-    """A Hugging Face configuration without the entries that can name code to download."""
+    """A Hugging Face configuration without the entries that can refer to downloadable code."""
     if isinstance(settings, dict):
         return {name: _without_code(entry) for name, entry in settings.items() if name not in _NAMES_CODE}
     return [_without_code(entry) for entry in settings] if isinstance(settings, list) else settings

@@ -1,8 +1,8 @@
-"""``save_pretrained`` and ``from_pretrained``: a model as a folder that anyone can open again.
+"""``save_pretrained`` and ``from_pretrained``: a model as a self-contained folder.
 
 The folder has ``config.json`` (class, package, versions and constructor arguments), ``model.safetensors``,
-``manifest.json``, and ``tokenizer/`` if one was given. The arguments are recorded when the constructor is called, by a
-wrapper that ``__init_subclass__`` puts around it, so a model class has to do nothing but inherit ``PretrainedMixin``.
+``manifest.json``, and ``tokenizer/`` on request. The arguments are recorded when the constructor is called, by a
+wrapper that ``__init_subclass__`` puts around it, so a model class only has to inherit ``PretrainedMixin``.
 
 State that methods add after construction (adapters, extra heads) goes through ``config_state`` and
 ``apply_config_state``; further files (image preprocessing) through ``write_assets`` and ``read_assets``.
@@ -50,7 +50,7 @@ M = TypeVar("M", bound="PretrainedMixin")
 
 
 def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
-    """Around a constructor: keeps its arguments, of the outermost constructor only, in JSON."""
+    """Wraps a constructor to record the arguments of the outermost call in JSON."""
     signature = inspect.signature(constructor)
 
     @functools.wraps(constructor)
@@ -59,9 +59,9 @@ def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
             try:
                 bound = signature.bind(self, *args, **kwargs)
             except TypeError:
-                pass  # the constructor's own error is the one to show
+                pass  # the constructor itself raises the error to show
             else:
-                # before nn.Module's constructor has run, its __setattr__ does not work yet
+                # nn.Module's __setattr__ works only after its constructor has run
                 self.__dict__["_recorded_arguments"] = _encode_arguments(signature, bound)
         constructor(self, *args, **kwargs)
 
@@ -97,7 +97,7 @@ class PretrainedMixin(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` holds: class, package, versions, constructor arguments in JSON, and further state."""
+        """Content of ``config.json``: class, package, versions, constructor arguments in JSON, and further state."""
         return self.pretrained_config()
 
     def pretrained_config(self) -> dict[str, Any]:
@@ -115,41 +115,41 @@ class PretrainedMixin(nn.Module):
         return {**config, "state": state} if state else config
 
     def config_state(self) -> dict[str, Any]:
-        """What methods changed in the model's structure since construction, in JSON; a subclass overrides it."""
+        """Changes that methods made to the model's structure after construction, in JSON; a subclass overrides it."""
         return {}
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Repeats on a newly constructed model what ``config_state`` returned; a subclass overrides both."""
+        """Applies the changes of ``config_state`` to a newly constructed model; a subclass overrides both."""
         if state:
             raise CheckpointError(f"{type(self).__name__} has no use for the stored state {sorted(state)}")
 
     def upgrade_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Stored weights under their present names; a subclass overrides it to read those of earlier versions."""
+        """Stored weights under their current names; a subclass overrides it to read those of earlier versions."""
         return state
 
     def write_assets(self, directory: Path) -> None:
         """Writes further files of the model into a checkpoint; a subclass overrides it."""
 
     def read_assets(self, directory: Path) -> None:
-        """Reads what ``write_assets`` wrote; a subclass overrides both."""
+        """Reads the files of ``write_assets``; a subclass overrides both."""
 
     @classmethod
     def from_config(cls: type[M], config: Mapping[str, Any], **overrides: Any) -> M:
         """A model of the stored structure with fresh weights.
 
         Args:
-            config: as the property ``config`` gives it.
-            overrides: constructor arguments to replace; those that could not be stored must be here.
+            config: value of the property ``config``.
+            overrides: constructor arguments to replace; those that could not be stored are required.
 
         Raises:
-            CheckpointError: the configuration is of another class or format, or damaged.
+            CheckpointError: the configuration has another class or format, or is damaged.
             ValueError: an argument that could not be stored is missing.
             TypeError: the constructor has no such argument.
         """
         check_config(cls, config)
         arguments = config["arguments"]
-        given = {name: value["$given"] for name, value in arguments.items() if is_given(value)}
-        missing = [f"{name} (a {kind})" for name, kind in given.items() if name not in overrides]
+        not_stored = {name: value["$given"] for name, value in arguments.items() if is_given(value)}
+        missing = [f"{name} (a {kind})" for name, kind in not_stored.items() if name not in overrides]
         if missing:
             raise ValueError(f"{cls.__name__} cannot be rebuilt alone, pass again as argument: {', '.join(missing)}")
         parameters = inspect.signature(cls).parameters
@@ -157,7 +157,7 @@ class PretrainedMixin(nn.Module):
         if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(parameters)}")
         decoded = {name: decode_argument(value) for name, value in arguments.items() if name not in overrides}
-        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+        with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
             model = cls(**{**decoded, **overrides})
         model.apply_config_state(config.get("state", {}))
         return model
@@ -168,10 +168,10 @@ class PretrainedMixin(nn.Module):
 
         Args:
             directory: a new or empty folder; with ``overwrite`` any folder, in which only the files of a checkpoint
-                are replaced. A new folder appears whole or not at all; replaced files are covered by a manifest that
-                is written last, so a kill midway is noticed when loading.
-            overwrite: whether a folder with content may be written to.
-            tokenizer: something with ``save_pretrained``, stored in ``tokenizer/``.
+                are replaced. A new folder is written atomically; replaced files are covered by a manifest that is
+                written last, so loading detects a kill midway.
+            overwrite: True allows a folder with content.
+            tokenizer: tokenizer with ``save_pretrained``, stored in ``tokenizer/``.
 
         Returns:
             The folder.
@@ -208,14 +208,14 @@ class PretrainedMixin(nn.Module):
         Args:
             source: the folder (of ``save_pretrained``, or one ``step-N`` of a training run), or a hub name.
             revision: branch, tag or commit on the hub.
-            overrides: constructor arguments to replace. A module passed here takes the checkpoint's weights.
+            overrides: constructor arguments to replace. A module among them receives the checkpoint's weights.
 
         Raises:
             FileNotFoundError: ``source`` is neither a folder nor a hub name.
             CheckpointError: the checkpoint is damaged, of another class, or does not fit.
             ValueError: an argument that could not be stored is missing.
             TypeError: the constructor has no such argument.
-            ImportError: a hub name is given and the extra ``hub`` is not installed.
+            ImportError: ``source`` is a hub name and the extra ``hub`` is not installed.
         """
         folder = _folder_of(source, revision)
         manifest = verify_manifest(folder)
@@ -243,14 +243,14 @@ class PretrainedMixin(nn.Module):
         """Uploads the folder of ``save_pretrained`` to the Hugging Face hub.
 
         Args:
-            repo_id: ``organisation/name``; made if it does not exist.
-            tokenizer: stored with the model.
-            private: whether a new repository is private.
+            repo_id: ``organisation/name``, created if it does not exist.
+            tokenizer: tokenizer to store with the model.
+            private: True makes a new repository private.
             revision: branch to commit to.
-            commit_message: of the commit.
+            commit_message: message of the commit.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             ValueError: ``repo_id`` is not of the form ``organisation/name``.
@@ -271,7 +271,7 @@ class PretrainedMixin(nn.Module):
 
 
 def check_config(cls: type, config: Mapping[str, Any], where: Path | None = None) -> None:
-    """Raises ``CheckpointError`` unless ``config`` is one of ``cls`` in a format we read."""
+    """Raises ``CheckpointError`` unless ``config`` belongs to ``cls`` and has a readable format."""
     path = Path(CONFIG_FILE) if where is None else where
     check_format(config.get("format_version"), path)
     stored, expected = (config.get("package"), config.get("class")), (package_of(cls), cls.__name__)
@@ -284,16 +284,16 @@ def check_config(cls: type, config: Mapping[str, Any], where: Path | None = None
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raises ``TypeError`` for a tokenizer that could not be stored with a checkpoint."""
+    """Raises ``TypeError`` for a tokenizer that cannot be stored with a checkpoint."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise TypeError(f"tokenizer must have save_pretrained(directory), got {type(tokenizer).__name__}")
 
 
 def check_vocabulary(tokenizer: Any, num_tokens: int) -> None:
-    """Raises unless a model of ``num_tokens`` tokens can be trained on those of ``tokenizer`` and saved with it.
+    """Rejects a tokenizer that does not fit a model of ``num_tokens`` tokens, or cannot be saved with it.
 
     Raises:
-        TypeError: the tokenizer lacks a part of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
+        TypeError: the tokenizer lacks a member of ``lm_core.tokenizers.Tokenizer``, or cannot be saved.
         ValueError: it has more tokens than the model.
     """
     if not isinstance(tokenizer, Tokenizer):
@@ -317,8 +317,8 @@ def write_model(
     Args:
         directory: the folder.
         model: a model, or its state dict.
-        config: what ``config.json`` holds; by default the model's own if it is a ``PretrainedMixin``.
-        tokenizer: something with ``save_pretrained``.
+        config: content of ``config.json``; by default the model's own if it is a ``PretrainedMixin``.
+        tokenizer: tokenizer with ``save_pretrained``.
     """
     if isinstance(model, PretrainedMixin):
         config = model.pretrained_config() if config is None else config
@@ -331,7 +331,7 @@ def write_model(
 
 
 def _replace_files(source: Path, target: Path) -> None:
-    """Moves a checkpoint's files over those in ``target``, the manifest last; files of the old manifest go."""
+    """Moves a checkpoint's files over those in ``target``, the manifest last; deletes other files of the old one."""
     try:
         outdated = set(read_manifest(target)["files"])
     except CheckpointError:

@@ -1,7 +1,7 @@
-"""A model's weights as one safetensors file: tied weights once, loading strict, errors that name keys.
+"""A model's weights as one safetensors file: tied weights stored once, strict loading, errors that name keys.
 
 Tied weights (an embedding that is also the output layer) have several names and one memory. The file keeps the first
-name; a model in which the other names are the same memory finds them again, any other model is told they are missing.
+name; loading restores the others in a model that ties them too, and reports them as missing in any other model.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ _layouts: dict[type[nn.Module], Convert] = {}
 def register_layouts(kind: type[nn.Module], convert: Convert) -> None:
     """Makes ``load_state_file`` pass every state dict for a ``kind`` through ``convert(model, state)``.
 
-    So a model reads files of earlier formats without importing the code that converts them.
+    A model can thus read files of earlier formats without importing the code that converts them.
     """
     _layouts[kind] = convert
 
@@ -33,7 +33,7 @@ def read_state_file(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is a folder, damaged, or holds something else than named tensors.
+        CheckpointError: it is a folder, damaged, or holds anything other than named tensors.
     """
     file = Path(path)
     if file.is_dir():
@@ -50,16 +50,16 @@ def read_state_file(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_state_file(model: nn.Module, path: str | Path, *, convert: Convert | None = None) -> None:
-    """Loads a state dict file into ``model``, cast to its dtypes; after an error the model is as it was.
+    """Loads a state dict file into ``model``, cast to its dtypes; after an error the model is unchanged.
 
     Args:
-        model: takes the weights.
-        path: a file as ``read_state_file`` reads it.
-        convert: ``convert(model, state)`` returns the state in the model's layout; by default the registered one.
+        model: model to load the weights into.
+        path: a file for ``read_state_file``.
+        convert: ``convert(model, state)`` returns the state in the model's layout; by default the registered function.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is damaged or does not fit, naming the keys.
+        CheckpointError: the file is damaged or does not fit; the message names the keys.
     """
     if Path(path).is_dir():
         raise CheckpointError(f"{path} is a folder; open it with {type(model).__name__}.from_pretrained")
@@ -67,13 +67,13 @@ def load_state_file(model: nn.Module, path: str | Path, *, convert: Convert | No
     convert = convert or next((_layouts[kind] for kind in type(model).__mro__ if kind in _layouts), None)
     if convert is not None:
         state = convert(model, state)
-    own = model.state_dict()
-    state = {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
+    current = model.state_dict()
+    state = {name: value.to(current[name].dtype) if name in current else value for name, value in state.items()}
     load_weights(model, state, where=str(path))
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name the first name of the same memory."""
+    """Maps each name to the first name of the same memory."""
     first: dict[object, str] = {}
     names = {}
     for name, tensor in state.items():
@@ -84,10 +84,10 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Writes a model's state dict, or a state dict collected from shards, without copies of tied weights.
+    """Writes a model's state dict, or one collected from shards, without copies of tied weights.
 
     Raises:
-        TypeError: the state dict holds something else than tensors.
+        TypeError: the state dict holds anything other than tensors.
         OSError: the disk is full or the file cannot be written.
     """
     from safetensors import SafetensorError
@@ -141,50 +141,51 @@ def _listed(title: str, entries: list[str]) -> list[str]:
 def load_weights(
     model: nn.Module, state: dict[str, Tensor], *, dtypes: Literal["equal", "stored"] = "equal", where: str = "state"
 ) -> None:
-    """Copies ``state`` into ``model`` if every key and shape fits; otherwise the model stays as it was.
+    """Copies ``state`` into ``model`` if every key and shape fits; otherwise the model is unchanged.
 
     Args:
-        model: takes the values.
-        state: as ``read_weights`` gives it.
-        dtypes: "equal" refuses a tensor of another dtype; "stored" gives the model the stored dtypes.
-        where: names the source in errors.
+        model: model to load the values into.
+        state: tensors by name, as from ``read_weights``.
+        dtypes: "equal" rejects a tensor of another dtype; "stored" changes the model to the stored dtypes.
+        where: name of the source in errors.
 
     Raises:
-        CheckpointError: naming missing, unexpected and ill-fitting keys.
+        CheckpointError: keys are missing, unexpected or do not fit; the message names them.
     """
     upgrade = getattr(model, "upgrade_state", None)  # of a ``PretrainedMixin``
     if callable(upgrade):
         state = upgrade(state)
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    tied = _tied(own)
+    current = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    # names that tied weights have in the model, of which the file needs only one
+    tied = _tied(current)
     present: dict[str, str] = {}
     differing = []
     for name in state:
-        if name not in own:
+        if name not in current:
             continue
         twin = present.setdefault(tied[name], name)
         if twin != name and not torch.equal(state[twin], state[name]):
             differing.append(f"{name} and {twin}")
-    missing = [name for name in own if tied[name] not in present]
+    missing = [name for name in current if tied[name] not in present]
     shapes, kinds = [], []
-    for name in own.keys() & state.keys():
-        if own[name].shape != state[name].shape:
-            shapes.append(f"{name} (stored {tuple(state[name].shape)}, model {tuple(own[name].shape)})")
-        elif dtypes == "equal" and own[name].dtype != state[name].dtype:
-            kinds.append(f"{name} (stored {state[name].dtype}, model {own[name].dtype})")
+    for name in current.keys() & state.keys():
+        if current[name].shape != state[name].shape:
+            shapes.append(f"{name} (stored {tuple(state[name].shape)}, model {tuple(current[name].shape)})")
+        elif dtypes == "equal" and current[name].dtype != state[name].dtype:
+            kinds.append(f"{name} (stored {state[name].dtype}, model {current[name].dtype})")
     problems = [
         *_listed("missing keys", missing),
-        *_listed("unexpected keys", [name for name in state if name not in own]),
+        *_listed("unexpected keys", [name for name in state if name not in current]),
         *_listed("shapes that differ", sorted(shapes)),
         *_listed("dtypes that differ", sorted(kinds)),
         *_listed("tied in the model but different in the file", differing),
     ]
     if problems:
         raise CheckpointError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems)}")
-    full = {name: state[name] if name in state else state[present[tied[name]]] for name in own}
+    full = {name: state[name] if name in state else state[present[tied[name]]] for name in current}
     if dtypes == "stored":
         _adopt_dtypes(model, full)
-    model.load_state_dict(full, strict=False)  # checked above; extra state, which we do not store, may be left out
+    model.load_state_dict(full, strict=False)  # checked above; extra state, which is not stored, may be missing
 
 
 def _adopt_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -1,1 +1,1 @@
-"""The skeleton of every package's command line."""
+"""Parsers, reports and shared flags of the packages' command lines."""

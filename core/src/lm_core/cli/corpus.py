@@ -1,4 +1,4 @@
-"""Flags of the text that a model learns from, for the ``train`` commands."""
+"""Flags of the training text, for the ``train`` commands."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from lm_core.tokenizers import Tokenizer, load_tokenizer
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TextCorpus:
-    """Text: where it comes from, its tokens, and how much of it is held out.
+    """Text: source, tokenizer and held-out fraction.
 
     Args:
-        corpus: "stdlib" (Python's own library), files, folders or globs of text, JSON, tables or arrow files, a data
-            set on the hub as organisation/name, or bytes:FILE for a file's raw bytes.
-        field: column that holds the text, where there are columns.
-        tokenizer: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
-        validation_fraction: part of the corpus that is held out.
-        cache_dir: folder to keep the tokenised corpus in, memory-mapped; without it, it is held in memory.
+        corpus: training text: "stdlib" (Python's own library), files, folders or globs of text, JSON, tables or arrow
+            files, a data set on the hub as organisation/name, or bytes:FILE for a file's raw bytes.
+        field: column of the text, in formats with columns.
+        tokenizer: tokenizer to use: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
+        validation_fraction: fraction of the corpus held out for validation.
+        cache_dir: folder that caches the tokenised corpus, memory-mapped; null keeps the corpus in memory.
     """
 
     corpus: str = "stdlib"
@@ -28,10 +28,10 @@ class TextCorpus:
     cache_dir: str | None = None
 
     def load(self) -> tuple[Tokenizer, Corpus]:
-        """The tokenizer and the corpus in its tokens.
+        """The tokenizer and the tokenised corpus.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: as ``lm_core.data.corpora.load_corpus``.
+            FileNotFoundError, ValueError, TypeError: as for ``lm_core.data.corpora.load_corpus``.
         """
         encoder = load_tokenizer(self.tokenizer)
         corpus = load_corpus(

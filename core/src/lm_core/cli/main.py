@@ -1,11 +1,11 @@
-"""Running a command: its exit status, what it prints for a wrong input, after Ctrl-C and at the end of a run.
+"""Running a command: exit status, error messages, and reports after Ctrl-C and at the end of a run.
 
 | exit status | meaning |
 |---|---|
 | 0 | done |
-| 1 | the input's error, one line on standard error |
+| 1 | wrong input, explained in one line on standard error |
 | 2 | wrong flags (``lm_core.cli.parser``) |
-| 130 | Ctrl-C; a run has saved a checkpoint, and the same command resumes from it |
+| 130 | Ctrl-C; a run has saved a checkpoint, from which the same command resumes |
 """
 
 import shlex
@@ -28,14 +28,14 @@ INTERRUPTED = 130
 
 
 def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> int:
-    """Runs the command that ``argv`` names; returns its exit status.
+    """Runs the command in ``argv``; returns its exit status.
 
-    An error is printed as one line where its message says all: it was raised by the parser's package, by the core or
-    by the system. Any other is a defect and keeps its traceback.
+    An error raised by the parser's package, the core or the system is printed as one line. Any other error is a defect
+    and keeps its traceback.
 
     Args:
-        parser: as ``lm_core.cli.parser.command_parser`` makes it.
-        argv: words of the command line, without the program's name; by default this process's own.
+        parser: parser of ``lm_core.cli.parser.command_parser``.
+        argv: words of the command line, without the program's name; by default those of this process.
     """
     chosen = parser.parse(sys.argv[1:] if argv is None else list(argv))
     command = parser.commands[chosen.command].command
@@ -44,7 +44,7 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
             status = command.run(dict(vars(chosen[chosen.command])))
-        # no process ends while another still works, such as rank 0 at its curves
+        # no process ends while another still works, such as rank 0 drawing curves
         barrier()
         return status
     except Exception as error:
@@ -61,7 +61,7 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
 
 
 def command_line(program: str) -> str:
-    """The words that start this run again, as a shell takes them."""
+    """The shell command that starts this run again."""
     return shlex.join([program, *sys.argv[1:]])
 
 
@@ -85,15 +85,15 @@ def report_run(
     lines: Sequence[tuple[str, object]] = (),
     results: Sequence[Result] = (),
 ) -> int:
-    """Prints how a run ended and where its files are, and writes ``summary.json`` once it has finished.
+    """Prints the outcome of a run and the paths of its files, and writes ``summary.json`` of a finished run.
 
     Args:
         program: name of the program, for the command that resumes.
-        run: what the trainer returned.
+        run: result of the trainer.
         checkpoint_dir: folder of the run.
-        max_steps: updates that were asked for; None if their number is not known beforehand.
+        max_steps: requested updates; None if their number is not known beforehand.
         lines: label and text of each measurement to print first.
-        results: key numbers of the summary, the most important first; without any, none is written.
+        results: key numbers of the summary, the most important first; without any, no summary is written.
 
     Returns:
         The exit status.
@@ -114,7 +114,7 @@ def report_run(
 
 
 def print_resume_hint(program: str, outcome: str, step: int, max_steps: int | None = None) -> int:
-    """Prints how to resume a run that did not finish; returns the exit status."""
+    """Prints the command that resumes an unfinished run; returns the exit status."""
     if outcome in ("finished", "stopped early"):
         return 0
     asked = "" if max_steps is None else f" of {max_steps}"
@@ -132,5 +132,5 @@ def _is_self_explanatory(error: Exception, package: str | None) -> bool:
     if not isinstance(error, ValueError | TypeError | RuntimeError):
         return False  # such as a NameError: never raised on purpose
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    ours = (lm_core.__file__, None if package is None else sys.modules[package].__file__)
-    return any(file is not None and raised_in.is_relative_to(Path(file).parent) for file in ours)
+    packages = (lm_core.__file__, None if package is None else sys.modules[package].__file__)
+    return any(file is not None and raised_in.is_relative_to(Path(file).parent) for file in packages)

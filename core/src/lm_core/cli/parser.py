@@ -1,8 +1,8 @@
 """Parsers made from typed functions: a table of commands gives flags, help, configuration files and completion.
 
-Defaults < YAML file (``--config``) < flags, as jsonargparse has it. A switch may stand without a value (``--fsdp``
-means ``--fsdp=true``), a list takes one or several words (``--trackers tensorboard wandb``), and the words of a flag
-may be joined by dashes. An unknown flag, key or command is answered with the nearest known one, if one is near.
+Flags override the YAML file (``--config``), which overrides defaults, as in jsonargparse. A switch needs no value
+(``--fsdp`` means ``--fsdp=true``), a list takes one or several words (``--trackers tensorboard wandb``), and the words
+of a flag may be joined by dashes. The error for an unknown flag, key or command suggests the nearest known one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _WRONG_VALUE = re.compile(r"Parser key \"([^\"]*)\":.*(?:Got|Given) value: (.*)"
 _UNKNOWN_COMMAND = re.compile(r"argument COMMAND: invalid choice: '([^']*)'")
 _NEAR = 0.6
 _SHORT_USAGE = 12
-# Help of arguments that many commands have, where a docstring says nothing of its own.
+# Help of arguments that many commands share, for those without an entry in their docstring.
 _COMMON_HELP = {
     "checkpoint": "folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.",
     "checkpoint_dir": "folder of the run.",
@@ -45,9 +45,9 @@ class Group:
     """Flags for one parameter of a command: the arguments of a class.
 
     Args:
-        kind: a class, or a function that makes an object.
+        kind: class, or function that makes an object.
         skip: arguments without a flag.
-        defaults: other defaults than its own.
+        defaults: defaults that replace those of ``kind``.
         as_dict: passes the arguments as a dictionary instead of the object.
     """
 
@@ -57,7 +57,7 @@ class Group:
     as_dict: bool = False
 
     def build(self, arguments: Mapping[str, Any]) -> Any:
-        """The parameter's value from those of ``arguments`` that are its own."""
+        """The parameter's value, built from the entries of ``arguments`` that belong to it."""
         names = [name for name in inspect.signature(self.kind).parameters if name not in self.skip]
         values = {name: arguments[name] for name in names if name in arguments}
         return values if self.as_dict else self.kind(**values)
@@ -65,16 +65,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: a typed function, from whose signature and docstring its flags and their help are made.
+    """A command: a typed function whose signature and docstring define flags and their help.
 
     Args:
-        function: returns the exit status.
+        function: function that returns the exit status.
         groups: parameters of the function whose flags are those of a class. A flag of the function or of an earlier
-            group serves later ones too.
-        description: by default the first line of the function's docstring.
-        presets: other defaults than the function's, given the arguments that were chosen; ``--print_config`` prints
-            them as it does all.
-        defaults: other defaults than the function's, always.
+            group is shared with later groups.
+        description: description in the help, by default the first line of the function's docstring.
+        presets: function from the chosen arguments to defaults that replace the function's; ``--print_config`` includes
+            them.
+        defaults: constant defaults that replace the function's.
     """
 
     function: Callable[..., int]
@@ -91,7 +91,7 @@ class Command:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
-    """Descriptions keep their lines, metavars show the type, and texts are sentences."""
+    """Help with the line breaks of descriptions, types as metavars and texts as sentences."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
         actions = list(actions)
@@ -110,7 +110,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  #
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = str(super()._get_help_string(action)).replace("%(type)s", "").replace("``", "")
-        text = re.sub(r"\((required, )?type: (, )?", lambda found: f"({found[1] or ''}", text).replace(" ()", "")
+        text = re.sub(r"\((required, )?type: (, )?", lambda match: f"({match[1] or ''}", text).replace(" ()", "")
         first = text.split(" ", 1)[0].strip(",;")
         literals = {str(value).lower() for value in typing.get_args(getattr(action, "_typehint", None))}
         if first not in {"null", "true", "false", str(action.default)} | literals:
@@ -138,12 +138,9 @@ class _PrintCompletion(argparse.Action):
 
 
 class CommandParser(ArgumentParser):  # type: ignore[misc]
-    """``jsonargparse.ArgumentParser`` with short errors that name the nearest known argument.
+    """``jsonargparse.ArgumentParser`` with short errors that suggest the nearest known argument.
 
-    Args:
-        args: as for ``argparse.ArgumentParser``.
-        package: import name of the package that the command belongs to.
-        kwargs: as for ``argparse.ArgumentParser``.
+    ``package`` is the import name of the command's package; other arguments are those of ``argparse.ArgumentParser``.
     """
 
     def __init__(self, *args: Any, package: str | None = None, **kwargs: Any) -> None:
@@ -154,11 +151,12 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         self._subcommands_action: Any = None
 
     def add_command(self, name: str, command: "Command | Callable[..., int]") -> "CommandParser":
-        """A parser for ``name``, with ``--config`` and ``--print_config``."""
+        """Adds and returns a parser for the command ``name``, with ``--config`` and ``--print_config``."""
         command = command if isinstance(command, Command) else Command(command)
         description = command.description or (command.function.__doc__ or "").split("\n", 1)[0]
         if self._subcommands_action is None:
             self._subcommands_action = self.add_subcommands(dest="command", required=True, metavar="COMMAND")
+        # flags of the function, then those of its groups
         parser = CommandParser(description=description)
         parser.command = command
         parser.add_argument(
@@ -177,6 +175,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             parser.set_defaults(dict(group.defaults))
             for action in parser._actions:
                 action.required = action.required and action.dest not in group.defaults
+        # metavars and help
         for action in parser._actions:
             hint = getattr(action, "_typehint", action.type)
             if action.option_strings and action.nargs is None and (action.metavar is None or _element(hint)):
@@ -189,7 +188,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         return parser
 
     def parse(self, argv: Sequence[str]) -> Any:
-        """The arguments as a ``jsonargparse.Namespace``; leaves with status 2 and a message if they are wrong."""
+        """The arguments as a ``jsonargparse.Namespace``; exits with status 2 and a message if they are wrong."""
         chosen = self.commands.get(argv[0]) if argv else None
         if chosen is None:
             return self.parse_args(list(argv))
@@ -201,13 +200,13 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         arguments = self.parse_args(words)
         for action in chosen._actions:
             kinds = _alternatives(getattr(action, "_typehint", action.type))
-            # jsonargparse takes null in a configuration file for any type
+            # jsonargparse accepts null for any type in a configuration file
             if arguments[argv[0]].get(action.dest, "") is None and not {None, Any, type(None)} & set(kinds):
                 chosen.error(f"{action.dest} must be {_metavar(kinds[0])}, got None")
         return arguments
 
     def _words(self, argv: Sequence[str]) -> list[str]:
-        """``argv`` as argparse takes it: values joined to their flags, lists as JSON."""
+        """``argv`` in argparse's form: values joined to their flags, lists as JSON."""
         flags = {flag: action for action in self._actions for flag in action.option_strings}
         words: list[str] = []
         positional: list[str] = []
@@ -231,7 +230,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
                 value = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
                 words.append(f"{name}={value}")
             elif _element(getattr(action, "_typehint", None)) is not None:
-                end = next((number for number, part in enumerate(rest) if part.startswith("--")), len(rest))
+                end = next((index for index, part in enumerate(rest) if part.startswith("--")), len(rest))
                 words.append(f"{name}={_as_list(rest[:end], action)}")
                 rest = rest[end:]
             else:
@@ -243,7 +242,7 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         return [*words, *positional]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints ``message``, with the nearest known name for an unknown one, and leaves with status 2."""
+        """Prints ``message``, with the nearest known name for an unknown one, and exits with status 2."""
         print(f"{self.prog}: error: {self._explained(message)}", file=sys.stderr)
         print(f"`{self.prog} --help` lists what there is.", file=sys.stderr)
         raise SystemExit(2)
@@ -271,12 +270,12 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
 def command_parser(
     prog: str, description: str, commands: "Mapping[str, Command | Callable[..., int]]", *, package: str
 ) -> CommandParser:
-    """The parser of a package's whole command line, with ``--version`` and ``--print_completion``.
+    """The parser of a package's command line, with ``--version`` and ``--print_completion``.
 
     Args:
         prog: name of the program.
         description: first line of its help.
-        commands: what to call under which name.
+        commands: commands by name.
         package: import name of the package.
     """
     versions = f"{prog} {importlib.import_module(package).__version__} (lm-core {lm_core.__version__}, "
@@ -299,7 +298,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _element(hint: Any) -> Any:
-    """Type of the elements of a list, None for any other type."""
+    """Element type of a list or sequence type; None for any other type."""
     for kind in _alternatives(hint):
         if typing.get_origin(kind) in (list, tuple, Sequence):
             return typing.get_args(kind)[0]
@@ -307,7 +306,7 @@ def _element(hint: Any) -> Any:
 
 
 def _as_list(words: Sequence[str], action: argparse.Action) -> str:
-    """Words as the JSON list that a list's flag takes; one in brackets, and null, stay as they are."""
+    """Words as a JSON list; a single word that is null or starts with a bracket stays unchanged."""
     if len(words) == 1 and (words[0].startswith("[") or words[0] == "null"):
         return words[0]
     textual = _is_textual(_element(action._typehint))  # type: ignore[attr-defined]
@@ -315,16 +314,16 @@ def _as_list(words: Sequence[str], action: argparse.Action) -> str:
 
 
 def _choices(hint: Any) -> list[str] | None:
-    """The words a flag takes, None where they cannot be listed."""
-    found: list[str] = []
+    """The values a flag accepts; None if they cannot be listed."""
+    choices: list[str] = []
     for kind in _alternatives(hint):
         if kind is bool:
-            found += ["true", "false"]
+            choices += ["true", "false"]
         elif typing.get_origin(kind) is Literal:
-            found += [str(value) for value in typing.get_args(kind)]
+            choices += [str(value) for value in typing.get_args(kind)]
         elif kind is not type(None):
             return None
-    return found or None
+    return choices or None
 
 
 def _is_textual(hint: Any) -> bool:
@@ -332,7 +331,7 @@ def _is_textual(hint: Any) -> bool:
 
 
 def _metavar(hint: Any) -> str:
-    """A type as help shows it: "INT", "{auto,true,false}", "TEXT [TEXT ...]"."""
+    """Metavar of a type: "INT", "{auto,true,false}", "TEXT [TEXT ...]"."""
     if choices := _choices(hint):
         return f"{{{','.join(choices)}}}"
     shown = []

@@ -1,4 +1,4 @@
-"""Continuation of a text by a model from a folder, for the ``generate`` commands."""
+"""Text generation with a model from a folder, for the ``generate`` commands."""
 
 import sys
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ class TextGeneration:
     """Generation: length, sampling and device.
 
     Args:
-        max_new_tokens: tokens at most; the end-of-document token ends earlier.
-        temperature: divisor of the logits; 0 takes the most likely token each time.
-        top_k: keeps the k most likely tokens.
-        top_p: keeps the most likely tokens up to this probability together.
-        min_p: keeps tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: above 1, tokens already there become less likely.
+        max_new_tokens: maximum number of new tokens; the end-of-document token ends a text earlier.
+        temperature: divisor of the logits; 0 always takes the most likely token.
+        top_k: number of most likely tokens to sample from; null for no limit.
+        top_p: probability mass of the most likely tokens to sample from; null for no limit.
+        min_p: minimum probability of a token, as a fraction of the most likely token's; null for no limit.
+        repetition_penalty: penalty of tokens already in the text; above 1 makes them less likely.
         num_samples: number of continuations.
-        seed: seed of the draws.
+        seed: random seed of the draws.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
         progress: shows a progress bar.
 
     Raises:
         ValueError: ``num_samples`` is below 1.
-        TypeError: a value is of another type.
+        TypeError: a value has the wrong type.
     """
 
     max_new_tokens: int = 200
@@ -57,7 +57,7 @@ class TextGeneration:
 
 @dataclass(frozen=True)
 class OpenedPrompt:
-    """A model with its tokenizer, and a prompt in both forms; ``ids (n,)`` are on the model's device."""
+    """A model with its tokenizer, and a prompt as text and as ``ids (n,)`` on the model's device."""
 
     model: Any
     tokenizer: Tokenizer
@@ -68,14 +68,14 @@ class OpenedPrompt:
 def open_prompt(
     model_class: Any, checkpoint: str, prompt: str, *, tokenizer: str | None = None, device: str = "auto"
 ) -> OpenedPrompt:
-    """Opens a checkpoint, in evaluation mode, and reads a prompt for it.
+    """Loads a model from a checkpoint, in evaluation mode, and reads a prompt for it.
 
     Args:
-        model_class: with ``from_pretrained``.
+        model_class: class with ``from_pretrained``.
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: a text; "-" reads it from standard input, "@FILE" from a file.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
-        device: as ``lm_core.training.accelerator.pick_device`` takes it.
+        device: device name for ``lm_core.training.accelerator.pick_device``.
 
     Raises:
         ValueError: there is no model in the folder, the prompt is empty, or the device is not available.
@@ -89,12 +89,12 @@ def open_prompt(
     ids = torch.tensor(encoder.encode(text), dtype=torch.long)
     if len(ids) == 0:
         raise ValueError(f"prompt must hold at least one token, got {text!r}")
-    place = pick_device(device)
-    return OpenedPrompt(model_class.from_pretrained(folder).to(place).eval(), encoder, text, ids.to(place))
+    target = pick_device(device)
+    return OpenedPrompt(model_class.from_pretrained(folder).to(target).eval(), encoder, text, ids.to(target))
 
 
 def print_continuations(model_class: Any, checkpoint: str, prompt: str, settings: TextGeneration) -> None:
-    """Prints a prompt with each of its continuations; see ``open_prompt`` for the arguments and errors."""
+    """Prints a prompt with each of its continuations; arguments and errors are those of ``open_prompt``."""
     opened = open_prompt(model_class, checkpoint, prompt, tokenizer=settings.tokenizer, device=settings.device)
     result = generate(
         opened.model,
@@ -107,7 +107,7 @@ def print_continuations(model_class: Any, checkpoint: str, prompt: str, settings
         generator=torch.Generator(opened.ids.device).manual_seed(settings.seed),
         progress=settings.progress,
     )
-    for number, (tokens, length) in enumerate(zip(result.tokens.cpu(), result.lengths.tolist(), strict=True)):
+    for index, (tokens, length) in enumerate(zip(result.tokens.cpu(), result.lengths.tolist(), strict=True)):
         if settings.num_samples > 1:
-            print(f"--- {number + 1} of {settings.num_samples}")
+            print(f"--- {index + 1} of {settings.num_samples}")
         print(opened.text + opened.tokenizer.decode(tokens[:length]))

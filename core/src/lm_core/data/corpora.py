@@ -1,10 +1,10 @@
-"""Corpora: documents of real text, split into a training and a validation side.
+"""Corpora: documents of real text, split into training and validation.
 
-The embedded default, ``stdlib_corpus``, is the running Python's own standard library in source: real, on every machine,
-no download. ``load_corpus`` takes everything that ``lm_core.data.documents`` reads.
+The default, ``stdlib_corpus``, is the source of the running Python's standard library: real text, on every machine,
+without a download. ``load_corpus`` accepts everything that ``lm_core.data.documents`` reads.
 
-The standard library differs between Python versions, so a corpus carries a fingerprint of its content: compare losses
-only where the fingerprints agree.
+The standard library differs between Python versions, so a corpus has a fingerprint of its content: compare losses only
+if the fingerprints agree.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ __all__ = [
     "tokenise",
 ]
 
-# Tests and vendored code are no library source; encodings/ and pydoc_data/ are generated tables.
+# Tests and vendored code are not library source; encodings/ and pydoc_data/ are generated tables.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}
 _NOT_LIBRARY |= {"pydoc_data", "lib-dynload"}
-_MACHINE_MADE = ("_sysconfigdata", "sitecustomize", "usercustomize")
+_MACHINE_SPECIFIC = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Corpus:
     """Two disjoint sets of documents.
 
     Attributes:
-        train: what a model learns from.
+        train: training documents.
         validation: held-out documents.
         fingerprint: SHA-256 over the content and the split.
     """
@@ -67,14 +67,14 @@ def _check_fraction(validation_fraction: float) -> None:
 def split_documents(
     documents: Documents, validation_fraction: float = 0.05, *, names: Sequence[str] | None = None
 ) -> Corpus:
-    """Splits by document, each by the hash of its name, so that adding documents moves none to the other side.
+    """Splits documents by the hash of their names, so that adding documents moves none to the other side.
 
     A single document (a book, enwik8) is split by position: its last ``validation_fraction`` is for validation.
 
     Args:
         documents: at least one document.
         validation_fraction: share of the documents (of the tokens, for a single document) kept for validation.
-        names: what to hash for each document; its number by default.
+        names: key to hash for each document; its index by default.
 
     Raises:
         ValueError: the fraction is outside (0, 1), or one side would be empty.
@@ -83,10 +83,10 @@ def split_documents(
     if len(documents) == 1:
         train, validation = _split_by_position(documents, validation_fraction)
     else:
-        keys = [str(number) for number in range(len(documents))] if names is None else names
+        keys = [str(index) for index in range(len(documents))] if names is None else names
         fractions = np.array([_fraction_of(key) for key in keys], dtype=np.float64)
         held_out = fractions < validation_fraction
-        if len(documents):  # of a few documents, chance may put all on one side
+        if len(documents):  # with a few documents, chance may put all on one side
             held_out[fractions.argmin()] = True
             held_out[fractions.argmax()] = False
         train = documents.select(np.flatnonzero(~held_out))
@@ -121,19 +121,19 @@ def stdlib_corpus(
     max_documents: int | None = None,
     root: str | Path | None = None,
 ) -> Corpus:
-    """The running Python's standard library in source: one document a file, sorted by path, split by path.
+    """The source of the running Python's standard library: one document a file, sorted and split by path.
 
-    Left out: tests, installed packages, generated tables (``encodings``, ``pydoc_data``) and files that differ from
+    Without tests, installed packages, generated tables (``encodings``, ``pydoc_data``) and files that differ from
     machine to machine. About 11 MB with Python 3.11.
 
     Args:
         tokenizer: anything with ``encode``; bytes by default.
-        validation_fraction: share of the files kept for validation; which ones depends on their paths alone.
-        max_documents: only so many files, chosen by the hash of their paths, for quick trials.
-        root: another folder of Python sources to read the same way.
+        validation_fraction: share of the files kept for validation, chosen by their paths alone.
+        max_documents: maximum number of files, chosen by the hash of their paths, for quick trials.
+        root: another folder of Python sources to read instead.
 
     Raises:
-        FileNotFoundError: the sources are not on this machine (some embedded Pythons ship none).
+        FileNotFoundError: the sources are not on this machine (some embedded Pythons ship without them).
         ValueError: ``validation_fraction`` is outside (0, 1), or ``max_documents`` is below 2.
     """
     _check_fraction(validation_fraction)
@@ -152,14 +152,14 @@ def stdlib_corpus(
 
 
 def _library_files(root: Path) -> list[str]:
-    """POSIX paths below ``root`` of the sources that count as library, sorted."""
-    found = []
+    """Sorted POSIX paths, relative to ``root``, of the sources that count as library."""
+    paths = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY and not name.startswith("config-")]
         for name in files:
-            if name.endswith(".py") and not name.startswith(_MACHINE_MADE):
-                found.append((Path(folder) / name).relative_to(root).as_posix())
-    return sorted(found)
+            if name.endswith(".py") and not name.startswith(_MACHINE_SPECIFIC):
+                paths.append((Path(folder) / name).relative_to(root).as_posix())
+    return sorted(paths)
 
 
 def load_corpus(
@@ -173,12 +173,12 @@ def load_corpus(
     """A corpus from ``"stdlib"``, a file, a folder, a dataset or an iterable, split for training and validation.
 
     Args:
-        source: ``"stdlib"``, or as for ``read_texts``.
+        source: ``"stdlib"``, or a source of ``read_texts``.
         validation_fraction: share kept for validation (of the documents; of the tokens if there is only one).
-        tokenizer, field, cache_dir: as for ``load_documents``.
+        tokenizer, field, cache_dir: arguments of ``load_documents``.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as ``load_documents`` and ``split_documents``.
+        FileNotFoundError, ValueError, TypeError: as for ``load_documents`` and ``split_documents``.
     """
     _check_fraction(validation_fraction)
     if isinstance(source, str) and source == "stdlib":
@@ -191,7 +191,7 @@ def held_out_documents(source: Any, *, tokenizer: Encoder | None = None, field: 
     """Documents for evaluation: the held-out part of "stdlib", and all of any other source.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as ``load_documents``.
+        FileNotFoundError, ValueError, TypeError: as for ``load_documents``.
     """
     if isinstance(source, str) and source == "stdlib":
         return stdlib_corpus(tokenizer=tokenizer).validation

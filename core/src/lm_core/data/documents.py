@@ -1,7 +1,7 @@
 """Documents: texts as one flat array of token ids.
 
-Reads what ``lm_core.data.rows`` reads; tokenises with bytes by default or with anything that has ``encode``; keeps the
-result on disk, memory-mapped, on request. ``Documents`` holds token ids without any separator;
+Reads the sources of ``lm_core.data.rows``; tokenises with bytes by default or with anything that has ``encode``; caches
+the result on disk, memory-mapped, on request. ``Documents`` holds token ids without any separator;
 ``lm_core.data.packing`` adds EOS when it fills rows.
 """
 
@@ -26,7 +26,7 @@ CACHE_FORMAT_VERSION = 1
 
 @runtime_checkable
 class Encoder(Protocol):
-    """The least a tokenizer must offer to read a corpus; ``lm_core.tokenizers.Tokenizer`` says what more is used."""
+    """The part of ``lm_core.tokenizers.Tokenizer`` that reading a corpus needs."""
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of ``text``."""
@@ -65,7 +65,7 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of text the tokens stand for."""
+        """Number of bytes of text of all documents together."""
         return int(self.byte_lengths.sum())
 
     @cached_property
@@ -98,7 +98,7 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
 
     @property
     def size(self) -> str:
-        """For people: megabytes and number of documents."""
+        """Human-readable size: megabytes and number of documents."""
         return f"{self.num_bytes / 1e6:.1f} MB in {len(self):,} documents"
 
     def __repr__(self) -> str:
@@ -106,7 +106,7 @@ class Documents(Sequence[NDArray[np.unsignedinteger]]):
 
 
 def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsignedinteger], int]:
-    """Token ids of one document, and its size in bytes (of token ids: their number, the text being unknown)."""
+    """Token ids of one document and its size in bytes (the number of ids, if the document is given as token ids)."""
     vocab_size = getattr(tokenizer, "vocab_size", None)
     limit = 2**32 if vocab_size is None else int(vocab_size)
     dtype = np.uint16 if limit <= 2**16 else np.uint32
@@ -125,11 +125,7 @@ def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsigned
 
 
 def _encoded(texts: Iterable[Document], tokenizer: Encoder) -> Iterator[tuple[NDArray[np.unsignedinteger], int]]:
-    """``_encode`` of every document that is not empty.
-
-    Raises:
-        ValueError: there is not one token in all of ``texts``.
-    """
+    """``_encode`` of every document that is not empty; raises ``ValueError`` if all of them are."""
     is_empty = True
     for text in texts:
         ids, size = _encode(text, tokenizer)
@@ -148,7 +144,7 @@ def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> 
         tokenizer: anything with ``encode``; bytes by default.
 
     Raises:
-        ValueError: there is not one token in all of ``texts``.
+        ValueError: ``texts`` contain no token.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     pieces, sizes = zip(*_encoded(texts, tokenizer), strict=True)
@@ -161,23 +157,22 @@ def _documents(ids: NDArray[np.unsignedinteger], lengths: NDArray[np.int64], siz
 
 
 def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
-    """The documents of ``source``: each row's ``field``, a text file whole.
+    """The documents of ``source``: ``field`` of each row, or a whole text file.
 
     Args:
-        source: as ``lm_core.data.rows`` lists it; or an iterable of texts, token-id lists, or mappings with
-            ``field``.
-        field: the column that holds the document.
+        source: a source of ``lm_core.data.rows``, or an iterable of texts, token-id lists, or mappings with ``field``.
+        field: column of the document.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError, ImportError: as ``lm_core.data.rows.load_rows``; also for a row
-            without ``field``.
+        FileNotFoundError, ValueError, TypeError, ImportError: as for ``lm_core.data.rows.load_rows``; also
+            ``ValueError`` for a row without ``field``.
     """
     return (_document_of(row, field, where) for where, row in iterate_rows(source, name="corpus"))
 
 
 def _document_of(row: Any, field: str, where: str) -> Document:
     if isinstance(row, dict):
-        # a text file has one column, independent of the names of others
+        # the column of a text file is always called "text"
         column = "text" if list(row) == ["text"] and isinstance(row["text"], bytes) else field
         if column not in row:
             raise ValueError(f"field {field!r} is missing in {where} which has {sorted(row)}")
@@ -192,19 +187,19 @@ def _document_of(row: Any, field: str, where: str) -> Document:
 def load_documents(
     source: Any, *, tokenizer: Encoder | None = None, field: str = "text", cache_dir: str | Path | None = None
 ) -> Documents:
-    """Reads and tokenises ``source``; with ``cache_dir``, once: later calls map the stored array into memory.
+    """Reads and tokenises ``source``, with ``cache_dir`` only once: later calls memory-map the stored array.
 
     The cache is keyed by the files' paths, sizes and modification times (a dataset by its own fingerprint), by the
-    tokenizer and by ``field``. It is written under a lock and put in place whole, so several processes may ask for it.
+    tokenizer and by ``field``. It is written atomically under a lock, so several processes may share it.
 
     Args:
-        source: as for ``read_texts``.
+        source: a source of ``read_texts``.
         tokenizer: anything with ``encode``; bytes by default.
-        field: the column that holds the document.
-        cache_dir: folder of the cache; without it everything is held in memory.
+        field: column of the document.
+        cache_dir: folder of the cache; None keeps everything in memory.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as ``read_texts``; also when there is not one token.
+        FileNotFoundError, ValueError, TypeError: as for ``read_texts``; also ``ValueError`` if there is no token.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     texts = read_texts(source, field=field)
@@ -226,7 +221,7 @@ def load_documents(
 
 def _cache_key(source: Any, tokenizer: Encoder, field: str) -> str:
     identity = getattr(tokenizer, "fingerprint", None)
-    if identity is None:  # a tokenizer of someone else: told apart by what it does
+    if identity is None:  # another library's tokenizer is identified by its output
         probe = "The quick brown fox\n\tdef f(x): return x ** 2  # naïve, 日本語 🙂"
         identity = [type(tokenizer).__qualname__, getattr(tokenizer, "vocab_size", None)]
         identity.append([int(value) for value in tokenizer.encode(probe)])

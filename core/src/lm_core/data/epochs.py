@@ -1,7 +1,7 @@
 """Seeded order of examples: every epoch is a permutation that depends on its key alone.
 
-An order is a pure function of seed and position, so a resumed run needs no more than a number, and any number of
-processes sees what one would.
+An order is a pure function of seed and position, so a run resumes from a single integer, and the order is the same for
+any number of processes.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def seed_of(*key: int | str) -> int:
 
 
 def permutation(count: int, *key: int | str) -> NDArray[np.int64]:
-    """A permutation of ``range(count)``, the same for the same ``key``, such as seed and epoch."""
+    """A permutation of ``range(count)`` that is determined by ``key``, such as seed and epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*key))).numpy()
 
 
@@ -31,7 +31,7 @@ class EpochOrder:
     Args:
         count: number of examples.
         seed: seed of the permutations.
-        key: what else they depend on, such as a name where one seed serves several orders.
+        key: further key of the permutations, such as a name if several orders share a seed.
         shuffle: False keeps every epoch in the order of the examples.
 
     Raises:
@@ -51,15 +51,15 @@ class EpochOrder:
         if not self.shuffle:
             return np.arange(self.count)
         if number not in self._epochs:
-            # a batch reaches into the next epoch at most, so two permutations are enough
+            # a batch reaches at most into the next epoch, so two permutations are enough
             self._epochs = {kept: order for kept, order in self._epochs.items() if abs(kept - number) == 1}
             self._epochs[number] = permutation(self.count, self.seed, number, *self.key)
         return self._epochs[number]
 
     def at(self, position: int) -> tuple[int, int]:
         """Epoch and index of the example at ``position`` of the sequence."""
-        epoch, place = divmod(position, self.count)
-        return epoch, int(self.epoch(epoch)[place])
+        epoch, offset = divmod(position, self.count)
+        return epoch, int(self.epoch(epoch)[offset])
 
     def take(self, first: int, number: int) -> list[int]:
         """Indices at the positions ``[first, first + number)``."""
@@ -72,11 +72,11 @@ class UpdateOrder:
     Args:
         count: number of examples.
         batch_size: examples of an update, over all micro-batches and ranks.
-        micro_batches: forwards an update is cut into.
+        micro_batches: number of forwards in an update.
         last: end of an epoch: "wrap" fills the last update from the next epoch, "short" makes it smaller, "drop"
-            leaves out what does not fill one.
+            leaves out the examples that do not fill one.
         seed: seed of the permutations.
-        key: what else they depend on.
+        key: further key of the permutations.
         rank: number of this process.
         world_size: number of processes.
 
@@ -111,7 +111,7 @@ class UpdateOrder:
 
     @property
     def updates_per_epoch(self) -> int:
-        """Number of updates of an epoch; of "wrap", of those that begin in it on average, rounded up."""
+        """Number of updates in an epoch; for "wrap" the average number that begin in one, rounded up."""
         whole, rest = divmod(self.order.count, self.batch_size)
         return whole if self.last == "drop" or not rest else whole + 1
 
@@ -119,8 +119,8 @@ class UpdateOrder:
         """Examples of update ``update`` (from 0) on all ranks."""
         if self.last == "wrap":
             return self.order.take(update * self.batch_size, self.batch_size)
-        epoch, place = divmod(update, self.updates_per_epoch)
-        start = place * self.batch_size
+        epoch, index = divmod(update, self.updates_per_epoch)
+        start = index * self.batch_size
         return self.order.epoch(epoch)[start : start + self.batch_size].tolist()
 
     def micro_batches(self, update: int) -> list[list[int]]:
@@ -132,7 +132,7 @@ class UpdateOrder:
         ]
 
     def fingerprint(self) -> dict[str, int]:
-        """What the order depends on; see ``check_same_order``."""
+        """Values that determine the order, for ``check_same_order``."""
         return {"examples": self.order.count, "batch_size": self.batch_size, "seed": self.order.seed}
 
 
@@ -142,12 +142,12 @@ def shard(indices: list[int], rank: int, world_size: int) -> list[int]:
 
 
 def check_same_order(saved: Mapping[str, Any], current: Mapping[str, Any], *, cursor: str = "") -> None:
-    """Raises ``ValueError`` unless a saved order is the current one, but for the entry ``cursor``."""
+    """Raises ``ValueError`` if a saved order differs from the current one in any entry but ``cursor``."""
     if set(saved) != set(current):
         raise ValueError(f"state must have the keys {sorted(current)}, got {sorted(saved)}")
     for name, value in current.items():
         if name != cursor and saved[name] != value:
-            what = f"{name} is {value}, but was {saved[name]}"
+            difference = f"{name} is {value}, but was {saved[name]}"
             if name == "data":
-                what = "the documents differ from those"
-            raise ValueError(f"cannot resume the data order: {what} when the state was saved")
+                difference = "the documents differ from those"
+            raise ValueError(f"cannot resume the data order: {difference} when the state was saved")

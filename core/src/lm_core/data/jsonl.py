@@ -1,4 +1,4 @@
-"""JSON lines: one reader for every file of them, with line numbers in its errors.
+"""Reader of JSON lines, with line numbers in its errors.
 
 Lines end at ``\\n`` or ``\\r\\n`` only. ``str.splitlines`` would also cut at U+2028, which JSON allows inside a string.
 """
@@ -19,11 +19,11 @@ COMPRESSED = tuple(_MODULES)
 
 @contextmanager
 def open_bytes(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file to read its bytes, decompressed by its suffix.
+    """Opens a file for reading bytes, decompressed according to its suffix.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a compressed file is damaged or cut short.
+        ValueError: a compressed file is damaged or truncated.
     """
     file = Path(path)
     module = _MODULES.get(file.suffix.lower())
@@ -46,11 +46,11 @@ def read_json_lines(
     Args:
         path: a file, possibly compressed (``.gz``, ``.bz2``, ``.xz``).
         objects: requires every value to be a JSON object.
-        torn_end: leaves out a last line without a line end, which a killed process or one that still writes made.
+        torn_end: ignores a last line without a line end, left by a killed process or one that is still writing.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON or not an object, named by its number.
+        ValueError: a line is not JSON or not an object; the message has its number.
     """
     with open_bytes(path) as stream:
         for number, line in enumerate(stream, start=1):

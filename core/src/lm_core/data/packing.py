@@ -1,13 +1,14 @@
-"""Packing: documents cut into rows of one length, with what a mask between documents needs.
+"""Packing: documents cut into rows of one length, with document ids for a mask between them.
 
 The documents of an epoch form one stream, each ended by EOS; row ``r`` takes the tokens ``[r n, r n + n]`` of it, the
 first ``n`` as inputs and the last ``n`` as labels, so every token that follows another of its document is a label
-exactly once. No document is cut off and none is left out: the last row of a stream is padded.
+exactly once. No document is truncated or left out: the last row of a stream is padded.
 
 Training rows continue over epochs without a break. A step consumes ``batch_size * world_size`` rows; rank ``r`` takes
-``batch_size`` of them from ``r * batch_size`` on: two ranks see together what one process sees with twice the batch.
+``batch_size`` of them starting at ``r * batch_size``: two ranks together read the rows of one process with twice the
+batch.
 
-b batch, n sequence
+Legend: b batch, n sequence.
 """
 
 import math
@@ -35,8 +36,8 @@ class PackedBatch:
     Attributes:
         ids: input tokens.
         labels: the token after each input; -100 where that belongs to another document or is padding.
-        document_ids: which document of its row each input belongs to, from 0; -1 at padding. A query may attend to
-            the keys of its own document only.
+        document_ids: index within the row of each input's document, from 0; -1 at padding. A query may attend only to
+            keys of its own document.
     """
 
     ids: Int[Tensor, "b n"]
@@ -45,7 +46,7 @@ class PackedBatch:
 
     @property
     def num_labels(self) -> int:
-        """How many labels count, for losses weighted by token."""
+        """Number of labels that count, for losses weighted by token."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: "torch.device | str") -> "PackedBatch":
@@ -55,12 +56,12 @@ class PackedBatch:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Packing:
-    """Documents, and how both kinds of batches cut them into rows.
+    """Documents and row layout, common to training and validation batches.
 
     Args:
         documents: documents to read.
-        sequence_length: inputs a row.
-        batch_size: rows a batch, of this rank.
+        sequence_length: inputs in a row.
+        batch_size: rows in a batch of this rank.
         eos_id: token that ends each document; None for none.
         pad_id: token that fills unused positions.
         bos_id: token that begins each document; None for none.
@@ -90,7 +91,7 @@ class Packing:
 
 
 class _Stream:
-    """One pass over the documents, in a given order, cut into rows."""
+    """One pass over the documents in the order ``order``, cut into rows."""
 
     def __init__(self, packing: Packing, order: NDArray[np.int64]) -> None:
         self.documents = packing.documents
@@ -104,10 +105,10 @@ class _Stream:
 
     @property
     def num_rows(self) -> int:
-        return max(1, math.ceil((self.total - 1) / self.length))  # the last token of all has no label
+        return max(1, math.ceil((self.total - 1) / self.length))  # the last token of the stream has no label
 
     def row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """``length + 1`` tokens and the document each belongs to; only padding past the last row."""
+        """``length + 1`` tokens and the document index of each; only padding past the last row."""
         tokens = np.full(self.length + 1, self.pad_id, dtype=np.int64)
         owners = np.full(self.length + 1, PADDING_DOCUMENT, dtype=np.int64)
         first = number * self.length
@@ -124,7 +125,7 @@ class _Stream:
         return tokens, owners
 
     def _part(self, index: int, at: int, stop: int) -> NDArray[np.int64]:
-        """Tokens ``[at, stop)`` of the stream, which lie in the document at ``index`` of the order."""
+        """Tokens ``[at, stop)`` of the stream, all in the document at ``index`` of the order."""
         document = int(self.order[index])
         length = int(self.documents.lengths[document])
         begin = int(self.ends[index]) - length - len(self.before) - len(self.after)
@@ -152,14 +153,13 @@ def _batch(rows: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> PackedBat
 class PackedBatches(Packing, Iterator[PackedBatch]):
     """Endless training batches in a shuffled order that depends on the seed and the epoch alone.
 
-    Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows.
-
-    Arguments and errors are those of ``Packing``, and:
+    Every epoch shuffles the documents, cuts their stream into rows and shuffles the rows. Further arguments and errors
+    are those of ``Packing``.
 
     Args:
-        seed: seed of the shuffling.
+        seed: random seed of the shuffling.
         shuffle: False keeps the documents and rows in order.
-        fingerprint_data: False leaves the data's fingerprint out of the cursor (it reads the data once).
+        fingerprint_data: False leaves the data's fingerprint, which takes a pass over the data, out of the cursor.
     """
 
     seed: int = 0
@@ -177,27 +177,27 @@ class PackedBatches(Packing, Iterator[PackedBatch]):
 
     @property
     def epoch(self) -> float:
-        """How many times the documents have been gone through, by all ranks together."""
+        """Number of passes over the documents so far, by all ranks together."""
         return self.rows_seen / self.rows_per_epoch
 
-    def _shuffled(self, count: int, what: str) -> EpochOrder:
-        return EpochOrder(count, seed=self.seed, key=(what,), shuffle=self.shuffle)
+    def _shuffled(self, count: int, unit: str) -> EpochOrder:
+        return EpochOrder(count, seed=self.seed, key=(unit,), shuffle=self.shuffle)
 
     def _stream(self, epoch: int) -> _Stream:
         if epoch not in self._streams:
-            # a batch reaches at most into the next epoch, so older streams are done with
+            # a batch reaches at most into the next epoch, so older streams are not needed any more
             self._streams = {key: stream for key, stream in self._streams.items() if key >= epoch - 1}
             self._streams[epoch] = _Stream(self, self._order.epoch(epoch))
         return self._streams[epoch]
 
     def __next__(self) -> PackedBatch:
         first = self.rows_seen + self.rank * self.batch_size
-        positions = [self._rows.at(number) for number in range(first, first + self.batch_size)]
+        positions = [self._rows.at(row) for row in range(first, first + self.batch_size)]
         self.rows_seen += self.batch_size * self.world_size
         return _batch([self._stream(epoch).row(row) for epoch, row in positions])
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor, with what must be equal for it to mean the same rows."""
+        """The cursor, with the values that must be equal for it to refer to the same rows."""
         return {
             "rows_seen": self.rows_seen,
             "seed": self.seed,
@@ -208,7 +208,7 @@ class PackedBatches(Packing, Iterator[PackedBatch]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues where ``state`` was taken.
+        """Continues from the cursor in ``state``.
 
         Raises:
             ValueError: the state belongs to other data, another seed or another sequence length.
@@ -220,15 +220,13 @@ class PackedBatches(Packing, Iterator[PackedBatch]):
 @typed
 @dataclass(kw_only=True, eq=False, repr=False)
 class ValidationBatches(Packing):
-    """The documents once, in order, cut into rows; every iteration gives the same batches.
+    """One pass over the documents in order, cut into rows; every iteration yields the same batches.
 
-    All ranks get equally many batches of equal shape; what is missing at the end is filled with rows of padding,
-    whose labels are all -100.
-
-    Arguments and errors are those of ``Packing``, and:
+    All ranks get equally many batches of equal shape; the last ones are filled with rows of padding, whose labels are
+    all -100. Further arguments and errors are those of ``Packing``.
 
     Args:
-        max_tokens: at most about so many tokens, in rows spread evenly over the documents; None for all.
+        max_tokens: approximate maximum of tokens, in rows evenly distributed over the documents; None for all.
     """
 
     max_tokens: int | None = None
@@ -248,19 +246,19 @@ class ValidationBatches(Packing):
         return len(self._rows)
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for numbers in self._rows[:, self.rank].tolist():
-            yield _batch([self._stream.row(number) for number in numbers])
+        for rows in self._rows[:, self.rank].tolist():
+            yield _batch([self._stream.row(row) for row in rows])
 
 
 def bits_per_byte(total_nats: float, num_labels: int, documents: Documents) -> float:
     """A summed cross-entropy as bits per byte of text.
 
-    A label stands for as many bytes as a token of ``documents`` does on average; EOS counts as a token.
+    A label counts as many bytes as a token of ``documents`` has on average; EOS counts as a token.
 
     Args:
         total_nats: sum of the losses of all labels, in nats.
-        num_labels: how many labels were summed.
-        documents: where they come from.
+        num_labels: number of labels in the sum.
+        documents: documents of the labels.
 
     Raises:
         ValueError: ``num_labels`` is below 1.

@@ -1,6 +1,6 @@
-"""Rows of data from files, folders, globs, the hub or Python objects, the same for every package.
+"""Rows of data from files, folders, globs, the hub or Python objects.
 
-| source | what is read |
+| source | rows |
 |---|---|
 | ``.jsonl`` | a row a line |
 | ``.json`` | a list of rows, or a row a line |
@@ -10,10 +10,10 @@
 | ``"bytes:PATH"`` | one row of raw bytes |
 | a folder, a glob, a list of ``Path`` | all their files, sorted |
 | ``"org/name"``, ``"org/name:config"`` | a data set of the hub (extra ``datasets``) |
-| a Hugging Face ``Dataset``, a sequence, an iterable | its entries, as they are |
+| a Hugging Face ``Dataset``, a sequence, an iterable | its entries, unchanged |
 
-Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``). A file of another format is refused with the way to
-convert it; in a folder it is passed over, and a warning counts and names what was.
+Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``). A file of another format is rejected with a way to convert
+it; in a folder it is skipped, and a warning counts and names the skipped files.
 """
 
 import csv
@@ -40,7 +40,7 @@ TextRows = Literal["file", "line"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
-# what people bring along, and what turns it into a format that is read
+# common formats that are not read, and how to convert them
 _CONVERSIONS = {
     ".zst": "zstd -d FILE",
     ".zip": "unzip FILE -d FOLDER",
@@ -59,14 +59,14 @@ def load_rows(source: Any, *, text_rows: TextRows = "file", split: str = "train"
     """All rows of ``source``, in order.
 
     Args:
-        source: as the module lists it.
-        text_rows: whether a text file is one row or a row a line (blank lines left out).
+        source: any source in the module's table.
+        text_rows: "file" makes a text file one row, "line" makes each line a row (without blank lines).
         split: split of a data set that has several.
         name: the argument's name in errors.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
-        ValueError: a format is not read, a line is damaged, or there is no readable file.
+        ValueError: a format is not supported, a line is damaged, or there is no readable file.
         TypeError: ``source`` is none of the listed kinds.
         ImportError: a format needs the extra ``datasets``.
     """
@@ -76,9 +76,9 @@ def load_rows(source: Any, *, text_rows: TextRows = "file", split: str = "train"
 def iterate_rows(
     source: Any, *, text_rows: TextRows = "file", split: str = "train", name: str = "source"
 ) -> Iterator[tuple[str, Any]]:
-    """Where each row stands ("pairs.jsonl, line 3,"), for error messages, and the row; see ``load_rows``.
+    """Yields the location of each row ("pairs.jsonl, line 3,"), for error messages, and the row; see ``load_rows``.
 
-    Whether the source exists is checked at once, its rows are read as they are asked for.
+    The existence of the source is checked at once, its rows are read lazily.
     """
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
@@ -100,12 +100,12 @@ def iterate_rows(
 
 
 def source_files(source: str | os.PathLike[str], name: str = "source") -> list[Path]:
-    """The files that a path, a folder or a glob stands for, sorted.
+    """Sorted files of a path, a folder or a glob.
 
-    Hidden files and those of unknown formats in a folder are passed over; a warning names the latter.
+    Hidden files and those of unknown formats in a folder are skipped; a warning names the latter.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are none.
         ValueError: a folder holds no file of a known format.
     """
     path = Path(os.fspath(source).removeprefix(RAW))
@@ -137,18 +137,18 @@ def _existing(path: Path, name: str) -> Path:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix of a file below its compression."""
+    """The suffix of a file without that of its compression."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
-    # torch data sets need not be iterable
+    # torch data sets may lack __iter__
     if not isinstance(rows, Iterable) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return ((f"row {number} of {name}", rows[number]) for number in range(len(rows)))
+        return ((f"row {index} of {name}", rows[index]) for index in range(len(rows)))
     if not isinstance(rows, Iterable):
         raise TypeError(f"{name} must be a path, a dataset or an iterable of rows, got {type(rows).__name__}")
-    return ((f"row {number} of {name}", row) for number, row in enumerate(rows))
+    return ((f"row {index} of {name}", row) for index, row in enumerate(rows))
 
 
 def _file_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
@@ -162,9 +162,9 @@ def _file_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
     if suffix in DATASET_SUFFIXES:
         return _located(file, "row", enumerate(_dataset_file(file, suffix)))
     if suffix not in (*TEXT_SUFFIXES, ""):
-        how = _CONVERSIONS.get(suffix, "write it as .jsonl with a row a line").replace("FILE", file.name)
+        advice = _CONVERSIONS.get(suffix, "write it as .jsonl with a row a line").replace("FILE", file.name)
         raise ValueError(
-            f"{file}: the format {suffix} is not read. Convert it ({how}), or read its raw bytes with {RAW}{file}; "
+            f"{file}: the format {suffix} is not read. Convert it ({advice}), or read its raw bytes with {RAW}{file}; "
             f"read are {', '.join(SUFFIXES)}"
         )
     return _text_rows(file, text_rows)
@@ -240,7 +240,7 @@ def _hub_dataset(repository: str, split: str, name: str) -> Any:
     path, _, config = repository.partition(":")
     try:
         return _one_split(datasets.load_dataset(path, config or None), split, repository)
-    except OSError as error:  # what datasets raises for unknown names and without a network
+    except OSError as error:  # raised by datasets for unknown names and without a network
         raise FileNotFoundError(f"{missing}; nor does the hub give it: {str(error).strip()}") from error
 
 
@@ -253,7 +253,7 @@ def _one_split(dataset: Any, split: str, name: str) -> Any:
 
 
 def data_fingerprint(source: Any) -> Sequence[Any]:
-    """Distinguishes one version of ``source`` from another without reading it: names, sizes and times of its files.
+    """Identity of a version of ``source`` without reading it: names, sizes and times of its files.
 
     Raises:
         ValueError: ``source`` is neither files nor a Hugging Face dataset.

@@ -37,15 +37,15 @@ def beam_search(
     progress: bool = False,
     **model_kwargs: Any,
 ) -> Generation:
-    """The best continuation that a beam search finds, by ``sum of log-probs / length ** length_penalty``.
+    """The best continuation found by beam search, by ``sum of log-probs / length ** length_penalty``.
 
     A row stops when no beam can still beat the best finished one, so the result does not depend on the batch.
-    With as many beams as there are sequences it is exhaustive search.
+    With as many beams as there are sequences the search is exhaustive.
 
     Args:
-        beams: hypotheses kept a row; 1 is greedy decoding.
-        length_penalty: 0 compares sums, 1 means; larger values favour long answers.
-        filters: as in ``generate``; a filtered token is never taken.
+        beams: hypotheses kept for each row; 1 is greedy decoding.
+        length_penalty: 0 compares sums, 1 compares means; larger values favour long answers.
+        filters: as in ``generate``; a filtered token is never chosen.
         model, prompt, max_new_tokens, mask, prompt_lengths, eos_id, pad_id, min_new_tokens, repetition_penalty,
             use_cache, progress, **model_kwargs: as in ``generate``.
 
@@ -86,16 +86,16 @@ def beam_search(
 class _Beams:
     """Running beams and the best finished hypothesis of each row."""
 
-    def __init__(self, b: int, beams: int, room: int, length_penalty: float, device: torch.device) -> None:
+    def __init__(self, b: int, beams: int, max_length: int, length_penalty: float, device: torch.device) -> None:
         self._beams = beams
-        self._room = room
+        self._max_length = max_length
         self._penalty = length_penalty
         self._step = 0
-        self._tokens = torch.zeros(b, 1, room, dtype=torch.long, device=device)
-        self._log_probs = torch.zeros(b, 1, room, device=device)
+        self._tokens = torch.zeros(b, 1, max_length, dtype=torch.long, device=device)
+        self._log_probs = torch.zeros(b, 1, max_length, device=device)
         self._sums = torch.zeros(b, 1, device=device)
-        self._best_tokens = torch.zeros(b, room, dtype=torch.long, device=device)
-        self._best_log_probs = torch.zeros(b, room, device=device)
+        self._best_tokens = torch.zeros(b, max_length, dtype=torch.long, device=device)
+        self._best_log_probs = torch.zeros(b, max_length, device=device)
         self._best_score = torch.full((b,), -torch.inf, device=device)
         self._best_length = torch.zeros(b, dtype=torch.long, device=device)
         self._best_ended = torch.zeros(b, dtype=torch.bool, device=device)
@@ -106,7 +106,7 @@ class _Beams:
         v = log_probs.shape[-1]
         log_probs = log_probs.view(b, width, v)
         totals = (self._sums.unsqueeze(-1) + log_probs).flatten(1)
-        # One ending each for every beam must leave enough that continue. A single beam ends with its ending (greedy).
+        # Even if every beam ends, enough candidates must continue. A single beam (greedy) stops at its first ending.
         count = 1 if self._beams == 1 else min(self._beams * (1 + len(eos_ids)), totals.shape[1])
         sums, flat = totals.topk(count, dim=-1)
         parent, token = flat.div(v, rounding_mode="floor"), flat.remainder(v)
@@ -115,11 +115,11 @@ class _Beams:
         self._step += 1
         ends = is_any(token, eos_ids)
         finished = ends & (torch.arange(count, device=token.device) < self._beams)
-        if self._step == self._room:
+        if self._step == self._max_length:
             finished = finished | ~ends
         self._finish(sums, parent, token, token_log_prob, finished, ends)
 
-        # Keep the best that continue; where too few exist, endings fill up with a score that never wins.
+        # Keep the best that continue; too few are filled up with endings, whose score never wins.
         alive_sums = sums.masked_fill(ends, -torch.inf)
         kept = min(self._beams, count)
         self._sums, order = alive_sums.topk(kept, dim=-1)
@@ -130,19 +130,19 @@ class _Beams:
         return token.flatten(), (rows + parent).flatten()
 
     def all_decided(self) -> bool:
-        """Whether no running beam can still beat the best finished one: more tokens only lower its sum."""
-        length = self._room if self._penalty > 0 else self._step
+        """True if no running beam can still beat the best finished one: more tokens only lower its sum."""
+        length = self._max_length if self._penalty > 0 else self._step
         return bool((self._best_score >= self._sums[:, 0] / length**self._penalty).all())
 
     def best(self, pad_id: int) -> Generation:
         longest = int(self._best_length.max())
-        padding = ~prompt_mask_from_lengths(self._best_length, self._room)
+        padding = ~prompt_mask_from_lengths(self._best_length, self._max_length)
         tokens = self._best_tokens.masked_fill(padding, pad_id)
         log_probs = self._best_log_probs.masked_fill(padding, 0.0)
         return Generation(tokens[:, :longest], self._best_length, log_probs[:, :longest], self._best_ended)
 
     def _grown(self, history: Tensor, parent: Tensor, new: Tensor) -> Tensor:
-        history = history.gather(1, parent.unsqueeze(-1).expand(-1, -1, self._room))
+        history = history.gather(1, parent.unsqueeze(-1).expand(-1, -1, self._max_length))
         history[:, :, self._step - 1] = new
         return history
 

@@ -1,4 +1,4 @@
-"""What every decoding strategy shares: prompts, checks, and a model's running state.
+"""Common parts of all decoding strategies: prompts, checks, and a model's running state.
 
 Prompts are left-padded before the model sees them, so the newest token is always the last one.
 
@@ -24,13 +24,13 @@ Filter = Callable[[Tensor], Tensor]
 
 
 class Decoder:
-    """A model with all it has read: ids, mask and cache grow and are reordered together.
+    """A model with the tokens it has read: ids, mask and cache grow and are reordered together.
 
-    A context: inside it the model is in evaluation mode and its weights are laid out for decoding. Arguments and errors
-    are those of ``lm_core.generation.generate.generate``.
+    As a context manager it puts the model in evaluation mode with its weights laid out for decoding. Arguments and
+    errors are those of ``lm_core.generation.generate.generate``.
 
     Attributes:
-        ids: ``(b, n)`` tokens read or about to be read.
+        ids: ``(b, n)`` tokens read or to be read next.
         eos_ids: the tokens that end a row.
     """
 
@@ -55,6 +55,7 @@ class Decoder:
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
         if not 0.0 < repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+        # prompts, left-padded
         ids, padding = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
         check_fits(model, ids, self.eos_ids, max_new_tokens)
         b, n = ids.shape
@@ -65,15 +66,17 @@ class Decoder:
         self._row_kwargs = {
             name for name, value in model_kwargs.items() if isinstance(value, Tensor) and value.shape[:1] == (b,)
         }
+        # ids and mask, allocated for all tokens to come
         self._length = n
         self._ids = F.pad(ids, (0, max_new_tokens))
         self._mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
         self._cache: Any = None
         self._copies: Tensor | None = None
+        # cache and weight layout
         self._unread = ids
         self._unread_mask = padding
         if use_cache and hasattr(model, "init_cache"):
-            # Equal prompts, such as those of several samples, are read once.
+            # Equal prompts, such as those of several samples, are read only once.
             first, copies = distinct_rows(ids, padding)
             if first.shape[0] < b and not self._row_kwargs:
                 self._copies = copies
@@ -102,7 +105,7 @@ class Decoder:
 
     def next_logits(self) -> Tensor:
         """Float32 logits ``(b, v)`` after the last token, with the repetition penalty and the minimum length."""
-        # The prompt comes first; the step after it shows which weights single tokens read.
+        # The step after the prompt shows which weights are read for single tokens.
         if self._steps == 1:
             with self._layout.first_step():
                 logits = self._read()
@@ -122,14 +125,14 @@ class Decoder:
         if self._cache is not None:
             inputs["cache"] = self._cache
         logits: Tensor
-        # Asked for once: an adapter looks at its model to know whether it is exact.
-        states_of = getattr(model, "hidden", None)
-        if states_of is not None:
-            hidden = states_of(self._unread, **inputs, **self._kwargs)[:, -1]
+        # Read once: an adapter inspects its model at each access.
+        hidden_of = getattr(model, "hidden", None)
+        if hidden_of is not None:
+            hidden = hidden_of(self._unread, **inputs, **self._kwargs)[:, -1]
             layer = getattr(model, "output_layer", None)
             if layer is None:
                 weight = model.output_weight
-                # A beam search has more rows after the prompt, for which the layout is chosen.
+                # Not for the prompt: a beam search then has fewer rows than the layout is chosen for.
                 logits = self._layout.product(hidden, weight) if self._steps else F.linear(hidden, weight)
             else:
                 logits = layer(hidden)
@@ -144,14 +147,14 @@ class Decoder:
         return logits
 
     def append(self, token: Tensor) -> None:
-        """Makes ``token (b,)`` the newest of each row."""
+        """Appends ``token (b,)`` to the rows."""
         self._ids.select(1, self._length).copy_(token)
         self._length += 1
         self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
         self._unread_mask = self.mask
 
     def reorder(self, index: Tensor) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; every token has been read or is about to be appended."""
+        """Replaces row ``r`` by the former row ``index[r]``; every appended token must have been read."""
         self._ids = self._ids[index]
         if self._mask is not None:
             self._mask = self._mask[index]
@@ -163,16 +166,16 @@ class Decoder:
 
 
 def distinct_rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Indices of the first of each kind of equal rows, and for every row the position of its kind among them."""
+    """Indices of one row of each set of equal rows, and for every row the position of its equal among them."""
     rows = [tuple(row) for row in (ids if mask is None else ids.masked_fill(~mask, -1)).tolist()]
-    first = {row: number for number, row in reversed(list(enumerate(rows)))}
-    kinds = {row: kind for kind, row in enumerate(first)}
-    copies = [kinds[row] for row in rows]
+    first = {row: index for index, row in reversed(list(enumerate(rows)))}
+    positions = {row: position for position, row in enumerate(first)}
+    copies = [positions[row] for row in rows]
     return torch.tensor(list(first.values()), device=ids.device), torch.tensor(copies, device=ids.device)
 
 
 def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor | None = None) -> list[Tensor]:
-    """The prompts without their padding, one 1-D tensor each.
+    """The prompts without padding, each a 1-D tensor.
 
     Raises:
         ValueError: a shape does not fit, or a prompt is empty.
@@ -188,18 +191,18 @@ def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor 
         rows = _unpadded_rows(prompt, mask, prompt_lengths)
     if not rows:
         raise ValueError("prompt must hold at least one row, got none")
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if not isinstance(row, Tensor) or row.dtype.is_floating_point or row.dtype in (torch.bool, torch.complex64):
-            raise TypeError(f"prompt must hold integer token ids, row {number} is {getattr(row, 'dtype', type(row))}")
+            raise TypeError(f"prompt must hold integer token ids, row {index} is {getattr(row, 'dtype', type(row))}")
         if row.ndim != 1:
-            raise ValueError(f"each prompt of a list must be 1-D, row {number} has shape {tuple(row.shape)}")
+            raise ValueError(f"each prompt of a list must be 1-D, row {index} has shape {tuple(row.shape)}")
         if row.shape[0] == 0:
-            raise ValueError(f"prompt must hold at least one token a row, row {number} is empty")
+            raise ValueError(f"prompt must hold at least one token a row, row {index} is empty")
     return rows
 
 
 def left_padded(rows: list[Tensor], device: torch.device | None) -> tuple[Tensor, Tensor | None]:
-    """Rows as ids ``(b, n)`` and their mask, which is None where no row is padded."""
+    """Rows as ids ``(b, n)`` and their mask, which is None if no row is padded."""
     rows = [row.to(device=device or row.device, dtype=torch.long) for row in rows]
     if len({row.shape[0] for row in rows}) == 1:
         return torch.stack(rows), None
@@ -229,7 +232,7 @@ def _unpadded_rows(prompt: Any, mask: Tensor | None, prompt_lengths: Tensor | No
 
 
 def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens: int) -> None:
-    """Raises unless the model knows every id and has room for all tokens, as far as it has sizes."""
+    """Raises ``ValueError`` for an id outside the model's vocabulary or more tokens than its limit, if known."""
     weight = getattr(model, "output_weight", None)
     if weight is not None:
         check_ids(ids, weight.shape[0], "prompt")
@@ -243,7 +246,7 @@ def check_fits(model: Any, ids: Tensor, eos_ids: tuple[int, ...], max_new_tokens
 
 
 def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The end tokens as a tuple, whichever way they were given."""
+    """The end tokens, of which there may be none, one or several, as a tuple."""
     if eos_id is None:
         return ()
     eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
@@ -261,7 +264,7 @@ def is_any(token: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 
 def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """The logits with those of ``ids`` at minus infinity."""
+    """A copy of the logits in which those of ``ids`` are minus infinity."""
     if not ids:
         return logits
     logits = logits.clone()

@@ -2,8 +2,8 @@
 
 Beam search is in ``lm_core.generation.beam_search``.
 
-Rows that have ended leave the batch. Guarantees: cached equals uncached, a batch of prompts of different lengths equals
-each prompt alone, an EOS inside the prompt does not stop generation, and nothing after a generated EOS counts.
+Finished rows leave the batch. Guarantees: cached equals uncached, a batch of prompts of different lengths equals each
+prompt alone, an EOS inside the prompt does not stop generation, and nothing after a generated EOS counts.
 
 Legend: b batch, n sequence, v vocabulary.
 """
@@ -24,7 +24,7 @@ from lm_core.generation.sampling import gumbel_sample, top_p
 
 __all__ = ["CausalLM", "Generation", "beam_search", "generate", "sample"]
 
-# Asking a device whether every row has ended makes it wait, so an accelerator is asked only now and then.
+# A check whether every row has ended synchronises an accelerator, so it is made only every so many steps.
 _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR = 16
 
 
@@ -48,26 +48,26 @@ def generate(
     progress: bool = False,
     **model_kwargs: Any,
 ) -> Generation:
-    """Continues each prompt.
+    """Generates a continuation of each prompt.
 
-    Logits go through the repetition penalty, the minimum length, the temperature and the filters, in this order.
+    Logits pass through the repetition penalty, the minimum length, the temperature and the filters, in this order.
 
     Args:
         model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
         prompt: ids ``(b, n)``, or a list of 1-D tensors of different lengths.
-        max_new_tokens: tokens to generate at most, a row.
+        max_new_tokens: maximum number of new tokens in a row.
         mask: ``(b, n)`` True at real tokens, padding on either side.
         prompt_lengths: ``(b,)`` lengths of right-padded prompts, instead of ``mask``.
-        temperature: divides the logits; 0 takes the most likely token that the filters leave.
+        temperature: divisor of the logits; 0 takes the most likely token that the filters leave.
         filters: functions ``(b, v) -> (b, v)`` such as ``functools.partial(top_p, p=0.9)``.
         eos_id: token or tokens that end a row.
-        pad_id: written after the end of a row.
-        min_new_tokens: EOS is not generated before this many tokens.
+        pad_id: token after the end of a row.
+        min_new_tokens: number of new tokens before which EOS is not generated.
         repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
         generator: source of randomness, on the model's device.
         use_cache: False recomputes the whole sequence for each token.
         progress: shows a progress bar.
-        **model_kwargs: passed to the model with the prompt (in every call where nothing is cached). A tensor whose
+        **model_kwargs: arguments of the model, passed with the prompt (without a cache in every call). A tensor whose
             first size is the number of prompts has an entry for each of them.
 
     Raises:
@@ -88,6 +88,7 @@ def generate(
         use_cache=use_cache,
         model_kwargs=model_kwargs,
     )
+    # the result, filled column by column
     b, device, eos_ids = decoder.ids.shape[0], decoder.ids.device, decoder.eos_ids
     tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
     log_probs = torch.zeros(b, max_new_tokens, device=device)
@@ -102,6 +103,7 @@ def generate(
         for step in tqdm(range(max_new_tokens), desc="generate", unit="token", disable=not progress):
             logits = decoder.next_logits()
             token, log_prob = _draw(logits, temperature, filters, generator)
+            # write the new column, padded where a row has ended
             if eos_ids:
                 tokens[active, step] = token.where(alive, pad_id)
                 log_probs[active, step] = log_prob.where(alive, 0.0)
@@ -118,7 +120,7 @@ def generate(
                 remaining = int(alive.sum())
                 if remaining == 0:
                     break
-                # Dropping rows copies the cache, so only when it halves the work.
+                # Dropping rows copies the cache, so they are dropped only when that halves the work.
                 if 2 * remaining <= alive.shape[0]:
                     keep = alive.nonzero().squeeze(-1)
                     active = keep if isinstance(active, slice) else active[keep]
@@ -147,17 +149,17 @@ def sample(
     Args:
         prompts: ids ``(b, n)`` or a list of 1-D tensors.
         seq_len: length of the longest row, prompt included.
-        filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
-        filter_kwargs: by default ``thres=0.9`` where a filter is given.
-        pad_id: written after the end of a row.
-        output_keep_prompt: whether rows begin with their prompt.
+        filter_fn: filter, called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+        filter_kwargs: keyword arguments of the filter, ``thres=0.9`` by default.
+        pad_id: token after the end of a row.
+        output_keep_prompt: True returns rows that begin with their prompt.
         model, temperature, eos_id, **kwargs: as in ``generate``.
 
     Returns:
         Right-padded ids.
 
     Raises:
-        ValueError: a prompt leaves no room below ``seq_len``, or as in ``generate``.
+        ValueError: a prompt has ``seq_len`` tokens or more, or as in ``generate``.
     """
     rows = prompt_rows(prompts)
     longest = max(row.shape[0] for row in rows)
@@ -167,7 +169,7 @@ def sample(
     if filter_fn is not None:
         settings = {"thres": 0.9} if filter_kwargs is None else filter_kwargs
         filters = (lambda logits: filter_fn(logits, **settings),)
-    # The shortest prompt may fill its row further than the longest; cut each row at `seq_len` afterwards.
+    # The shortest prompt may be continued further than the longest; each row is cut at `seq_len` afterwards.
     shortest = min(row.shape[0] for row in rows)
     result = generate(
         model,
@@ -178,6 +180,7 @@ def sample(
         eos_id=eos_id,
         **kwargs,
     )
+    # cut each row to the total length, then pad
     answers = [
         tokens[: min(int(length), seq_len - row.shape[0])]
         for tokens, length, row in zip(result.tokens, result.lengths, rows, strict=True)

@@ -1,4 +1,4 @@
-"""Choosing the next token: filters over logits, the repetition penalty, and Gumbel-max sampling.
+"""Next-token selection: filters over logits, the repetition penalty, and Gumbel-max sampling.
 
 A filter takes logits ``(..., v)`` and returns new logits in which the removed entries are ``-inf``; it never writes to
 its input and always keeps the most likely entry. Filters compose in any order; divide by the temperature BEFORE a
@@ -13,7 +13,7 @@ filter that looks at probabilities (top-p, min-p), since the temperature changes
 Probabilities and noise are computed in float32 (float64 for float64 logits): in bfloat16 a uniform draw has 8 bits, so
 a token of probability 0.001 would be drawn far too rarely or far too often.
 
-Numbers are annotated ``float | int``, so that the run-time checker of the tests takes 0 and 1 too.
+Numbers are annotated ``float | int``, so that the run-time checker of the tests accepts 0 and 1 too.
 
 Legend: b batch, n sequence, v vocabulary.
 """
@@ -59,7 +59,7 @@ def _check_logits(logits: Tensor, dim: int = -1) -> None:
 
 
 def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9, *, k: int | None = None) -> Float[Tensor, "*b v"]:
-    """Keeps the ``k`` largest logits of each row, and all that ties with the smallest of them.
+    """Keeps the ``k`` largest logits of each row, and all that tie with the smallest of them.
 
     Args:
         logits: shape (..., v).
@@ -92,7 +92,7 @@ def top_p(
     Args:
         logits: shape (..., v), already divided by the temperature.
         thres: mass to keep; 0 keeps the most likely token only, 1 keeps every token of nonzero probability.
-        p: the same under its usual name; wins over ``thres``.
+        p: the same under its usual name; takes precedence over ``thres``.
 
     Raises:
         ValueError: the mass is outside [0, 1], or NaN in the logits.
@@ -125,16 +125,16 @@ def min_p(logits: Float[Tensor, "*b v"], min_p: float | int = 0.1) -> Float[Tens
     return logits.masked_fill(probabilities < floor, -math.inf)
 
 
-# by the argument that a number becomes
+# by the keyword argument of the value
 _FILTERS: dict[str, Callable[..., Tensor]] = {"k": top_k, "p": top_p, "min_p": min_p}
 
 
 def filters_of(
     *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> list[Callable[[Tensor], Tensor]]:
-    """The filters that these numbers ask for, in this order; None asks for nothing."""
+    """The filters with these arguments, in this order, without those that are None."""
     chosen = zip(_FILTERS.items(), (top_k, top_p, min_p), strict=True)
-    return [partial(filter_, **{argument: number}) for (argument, filter_), number in chosen if number is not None]
+    return [partial(filter_, **{argument: value}) for (argument, filter_), value in chosen if value is not None]
 
 
 def apply_repetition_penalty(
@@ -165,7 +165,7 @@ def apply_repetition_penalty(
     batch, vocabulary = logits.shape
     if ids.device.type == "cpu":
         check_ids(ids if mask is None else ids.masked_fill(~mask, 0), vocabulary, "ids")
-    # one column more than the vocabulary takes what the mask leaves out
+    # masked ids go to an extra column past the vocabulary, which is then dropped
     columns = ids.long() if mask is None else ids.long().masked_fill(~mask, vocabulary)
     seen = logits.new_zeros((batch, vocabulary + 1), dtype=torch.bool).scatter_(1, columns, True)[:, :vocabulary]
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -175,8 +175,8 @@ def gumbel_noise(t: Float[Tensor, "*shape"], generator: torch.Generator | None =
     """Standard Gumbel noise ``-log(-log(u))`` of the shape of ``t``, finite everywhere.
 
     Args:
-        t: gives the shape and the device.
-        generator: draws come from it, on its device, so that one CPU seed gives the same noise everywhere.
+        t: tensor whose shape and device the noise takes.
+        generator: source of the draws, made on its device, so that a CPU seed gives the same noise everywhere.
 
     Returns:
         float32 noise, or float64 when ``t`` is float64.
@@ -199,15 +199,15 @@ def gumbel_sample(
 
     Args:
         logits: floating point, any shape; -inf entries are never drawn.
-        temperature: 0 takes the most likely entry (the first of equals) and draws nothing from the generator.
-        dim: the vocabulary's dimension; it is absent from the result.
+        temperature: divisor of the logits; 0 takes the most likely entry (the first of equals) without a draw.
+        dim: the vocabulary's dimension, absent from the result.
         generator: source of randomness; equal states give equal draws.
 
     Returns:
         int64 indices, the shape of ``logits`` without ``dim``.
 
     Raises:
-        ValueError: negative, infinite or NaN temperature; NaN, or nothing but -inf, in a row.
+        ValueError: negative, infinite or NaN temperature; a row with NaN, or with only -inf.
     """
     _check_number(temperature, "temperature", low=0)
     _check_logits(logits, dim)

@@ -1,18 +1,18 @@
-"""Weights laid out for decoding: by columns for one row, in oneDNN's blocks for a few.
+"""Weight layouts for decoding on a CPU: column-major for one row, oneDNN's blocked layout for a few.
 
 A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. A product
-of one row with a weight ``(out, in)`` stored row by row is ``out`` dot products of length ``in``; stored column by
-column it adds ``in`` columns of length ``out``. The longer the inner loop, the closer it comes to the speed of memory,
-so a weight with at least as many outputs as inputs gains: 49152 x 576 is read at 11.6 GB/s as stored and at 23.6 by
-columns, 576 x 1536 at 16.8 and 12.7 (``tests/benchmarks/bench_decoding_layout.py`` checks the choice). Two to 64 rows
-gain nothing from columns: there the general product reads a weight at a third of the speed of oneDNN's, which takes a
-copy in blocks (49152 x 576 with 8 rows: 2.8 GB/s as stored, 2.2 by columns, 6.9 in blocks).
+of one row with a row-major weight ``(out, in)`` is ``out`` dot products of length ``in``; with a column-major one it
+adds ``in`` columns of length ``out``. The longer the inner loop, the closer it comes to memory bandwidth, so a weight
+with at least as many outputs as inputs gains: 49152 x 576 is read at 11.6 GB/s as stored and at 23.6 by columns, 576 x
+1536 at 16.8 and 12.7 (``tests/benchmarks/bench_decoding_layout.py`` checks the choice). Two to 64 rows gain nothing
+from columns: there the general product reads a weight at a third of the speed of oneDNN's, which needs a copy in blocks
+(49152 x 576 with 8 rows: 2.8 GB/s as stored, 2.2 by columns, 6.9 in blocks).
 
-The weights are those of the ``nn.Linear`` modules that a step calls with few rows, which the first step shows: an image
-encoder, an unused expert or a module that is quantised, compiled or sharded stays as it is. For the time of one
-generation such a module's instance has a ``forward`` that reads a copy; it is called as ever, hooks and all. Calls that
-the copy does not serve (gradients, autocast, another dtype, many rows, a weight replaced meanwhile) take the module's
-own ``forward``. The parameter is neither written nor moved.
+The weights are those of the ``nn.Linear`` modules that a step calls with few rows, as observed in the first step: an
+image encoder, an unused expert or a module that is quantised, compiled or sharded is left alone. During one generation
+the instance of such a module has a ``forward`` that reads a copy; hooks still run. Calls that the copy cannot serve
+(gradients, autocast, another dtype, many rows, a weight replaced meanwhile) use the module's original ``forward``. The
+parameter is neither written nor moved.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,34 +24,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows that a copy by columns and one in blocks serve.
+# Maximum rows of a product with a copy by columns, and with one in blocks.
 _ROWS_BY_COLUMNS, _ROWS_IN_BLOCKS = 1, 64
-# Rows that blocks are laid out for: those for a single row are slow for several, but not the other way round.
+# Rows that blocks are optimised for: blocks for a single row are slow with several, but not the other way round.
 _TYPICAL_ROWS = 16
 # A copy costs about as much as it saves on a dozen tokens.
 _STEPS_WORTH_A_COPY = 16
-# Smaller weights stay in the processor's cache.
+# Smaller weights fit the processor's cache.
 _SMALLEST_BYTES = 2**18
-# All copies of one generation take at most so much memory.
+# Maximum memory of all copies of one generation.
 _COPIED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight and its copy in another layout.
-
-    Attributes:
-        weight: as it is.
-        laid_out: the copy.
-        in_blocks: whether it is in oneDNN's blocks, else by columns.
-    """
+    """A weight and its copy in another layout."""
 
     weight: Tensor
     laid_out: Tensor
-    in_blocks: bool
+    in_blocks: bool  # oneDNN's blocks, else by columns
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """``F.linear(x, weight, bias)``; None where the copy does not serve."""
+        """``F.linear(x, weight, bias)``; None if the copy cannot be used."""
         rows = _ROWS_IN_BLOCKS if self.in_blocks else _ROWS_BY_COLUMNS
         if x.numel() > rows * x.shape[-1] or x.dtype != torch.float32:
             return None
@@ -59,24 +53,24 @@ class _Copy:
             return None
         if not self.in_blocks:
             return F.linear(x, self.laid_out, bias)
-        # The operator that torch.compile itself uses for weights that stay constant.
+        # The operator that torch.compile itself uses for constant weights.
         result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.laid_out, bias, "none", [], "")
         return result
 
 
 class WeightLayout:
-    """The laid-out weights of one generation; a context that frees them on leaving.
+    """Context manager with the copied weights of one generation, freed on exit.
 
     Args:
-        model: its ``nn.Linear`` modules are laid out.
-        steps: tokens to come at most; a few are not worth a copy.
+        model: model whose ``nn.Linear`` modules are copied.
+        steps: maximum number of tokens to come; a few are not worth a copy.
     """
 
     def __init__(self, model: Any, *, steps: int) -> None:
         self._linears: list[nn.Linear] = []
         if steps >= _STEPS_WORTH_A_COPY and isinstance(model, nn.Module):
             modules = list(model.modules())
-            # A compiled graph would be compiled again for weights of another layout.
+            # A compiled graph would be recompiled for weights of another layout.
             if not any(module._compiled_call_impl or hasattr(module, "_orig_mod") for module in modules):
                 self._linears = [module for module in modules if type(module) is nn.Linear]
         self._steps = steps
@@ -88,7 +82,7 @@ class WeightLayout:
 
     def __exit__(self, *error: object) -> None:
         for linear, forward in self._forwards:
-            # Another one, if somebody has put it there in the meantime, is theirs.
+            # A forward that somebody else has set in the meantime stays.
             if vars(linear).get("forward") is forward:
                 del vars(linear)["forward"]
         self._forwards.clear()
@@ -96,7 +90,7 @@ class WeightLayout:
 
     @contextmanager
     def first_step(self) -> Iterator[None]:
-        """Watches one decoding step and then lays out the weights that it has read for few rows."""
+        """Observes one decoding step, then copies the weights that it has multiplied with few rows."""
         read: dict[nn.Linear, int] = {}
 
         def note(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -116,13 +110,13 @@ class WeightLayout:
                 self._forwards.append((linear, forward))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x (rows, in) @ weight.T`` for a weight that is not a module's."""
+        """``x (rows, in) @ weight.T`` for a weight that belongs to no module."""
         copy = self._copy(weight, x.shape[0])
         result = None if copy is None else copy.product(x)
         return F.linear(x, weight) if result is None else result
 
     def _copy(self, weight: Tensor, rows: int) -> _Copy | None:
-        """A copy of ``weight`` that is read faster in products of ``rows`` rows; None if there is none."""
+        """A copy of ``weight`` that is faster in products of ``rows`` rows; None if no layout is faster."""
         copy = self._copies.get(id(weight))
         if copy is not None:
             return copy
@@ -144,14 +138,14 @@ class WeightLayout:
 
 
 def by_columns(weight: Tensor) -> Tensor:
-    """A copy of a weight ``(out, in)`` stored column by column, without gradient."""
+    """A column-major copy of a weight ``(out, in)``, without gradient."""
     return weight.detach().t().contiguous().t()
 
 
 def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:
-    """``linear.forward`` that reads ``copy`` where it serves and is of the module's weight."""
+    """``linear.forward`` that uses ``copy`` where it can and the module still has the copied weight."""
 
-    def forward(input: Tensor) -> Tensor:  # the name that callers of nn.Linear may use
+    def forward(input: Tensor) -> Tensor:  # the argument's name in nn.Linear
         result = copy.product(input, linear.bias) if linear.weight is copy.weight else None
         return nn.Linear.forward(linear, input) if result is None else result
 
@@ -159,13 +153,13 @@ def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:
 
 
 def _has_blocks() -> bool:
-    """Whether this PyTorch has oneDNN's products with weights in blocks."""
+    """True if this PyTorch has oneDNN's products with blocked weights."""
     available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _is_copyable(weight: Tensor) -> bool:
-    """Whether ``weight`` is a plain matrix, as stored by PyTorch and too large for the processor's cache."""
+    """True for a plain contiguous float32 matrix on the CPU that is too large for the processor's cache."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.dtype == torch.float32
     if not plain or torch.is_autocast_enabled("cpu"):
         return False

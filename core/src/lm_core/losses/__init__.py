@@ -1,1 +1,1 @@
-"""Losses and log-probabilities that never hold the full logits."""
+"""Losses and log-probabilities that never materialise the full logits."""

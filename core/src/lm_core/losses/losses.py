@@ -1,13 +1,12 @@
-"""Cross-entropy and log-probabilities of an output layer, without ever holding its ``(b * n, v)`` logits.
+"""Cross-entropy and log-probabilities of an output layer that never materialise its ``(b * n, v)`` logits.
 
 - :func:`linear_cross_entropy` equals ``F.cross_entropy(hidden @ weight.T, labels)`` in value and gradients.
-- :func:`hidden_log_probs` and :func:`hidden_log_probs_and_entropy` score given tokens from hidden states,
+- :func:`hidden_log_probs` and :func:`hidden_log_probs_and_entropy` score tokens from hidden states,
   :func:`token_log_probs` from a model. Logits at position i score token i + 1, so n tokens have n - 1 scores.
 
 All are computed in tiles of tokens by :mod:`lm_core.losses.output_layer`: extra memory is one tile of logits and the
 gradients, for sequences of any length. Results are float32, or float64 for float64 input. Under autocast the
-matrix products run in its dtype. Tokens that do not count cost nothing on a CPU: they are left out before the first
-product.
+matrix products run in its dtype. Ignored tokens cost nothing on a CPU: they are dropped before the first product.
 
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
@@ -23,13 +22,13 @@ from lm_core.checks import check_ids
 from lm_core.losses.output_layer import summed_cross_entropy, token_scores
 from lm_core.nn.norms import statistics_dtype
 
-# In tiles half as large the products are a few per cent slower; twice as large they gain nothing.
+# With tiles half as large the products are a few per cent slower; tiles twice as large gain nothing.
 CPU_TILE_BYTES = 64 * 2**20
 ACCELERATOR_TILE_BYTES = 256 * 2**20
 
 
 def _tile_size(weight: Tensor, chunk_size: int | None) -> int:
-    """Tokens a tile: as many as fit the budget, or a quarter of the room that the weight's gradient takes anyway."""
+    """Tokens in a tile: as many as fit the budget, or a quarter of the memory of the weight's gradient."""
     if chunk_size is None:
         vocabulary, features = weight.shape
         budget = CPU_TILE_BYTES if weight.device.type == "cpu" else ACCELERATOR_TILE_BYTES
@@ -78,23 +77,23 @@ def _check_mask(mask: Tensor | None, ids: Tensor) -> None:
 
 
 def _next_tokens(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The tokens that positions 0 to n - 2 predict, and where both the position and its target are real."""
+    """Targets of positions 0 to n - 2, and a mask of those where both position and target are real tokens."""
     labels = ids[:, 1:]
     counted = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask[:, :-1] & mask[:, 1:]
     return _valid_labels(labels, counted, vocabulary, "ids"), counted
 
 
 def _valid_labels(labels: Tensor, counted: Tensor, vocabulary: int, name: str) -> Tensor:
-    """int64 labels with 0 where nothing is counted; the others are checked on a CPU."""
+    """int64 labels with 0 at ignored positions; on a CPU the others are checked."""
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(labels[counted], vocabulary, name)
     return labels.long().masked_fill(~counted, 0)
 
 
 def _drop_uncounted(hidden: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat hidden states, labels and marks of the tokens to work on: on a CPU, only of those that count."""
+    """Flat hidden states, labels and mask of the tokens to score: on a CPU, only those that count."""
     hidden, labels, counted = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), counted.reshape(-1)
-    # elsewhere the shape of the result would make the host wait for the device
+    # elsewhere the data-dependent shape would make the host wait for the device
     if hidden.device.type != "cpu" or torch.compiler.is_compiling() or bool(counted.all()):
         return hidden, labels, counted
     return hidden[counted], labels[counted], counted[counted]
@@ -110,7 +109,7 @@ def _score(
     *,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies in the shape of ``labels``, 0 where nothing is counted."""
+    """Log-probabilities and entropies in the shape of ``labels``, 0 at ignored positions."""
     dtype = _product_dtype(hidden, weight)
     rows, targets, kept = _drop_uncounted(hidden, labels, counted)
     tile_size = _tile_size(weight, chunk_size)
@@ -120,12 +119,12 @@ def _score(
         rows, weight, targets, temperature, tile_size, dtype, with_entropy, keep_logits
     )
 
-    def spread(scores: Tensor) -> Tensor:
+    def scattered(scores: Tensor) -> Tensor:
         if kept.shape[0] == counted.numel():
             return torch.where(counted, scores.reshape(counted.shape), 0)
         return scores.new_zeros(counted.shape).masked_scatter(counted, scores)
 
-    return spread(log_probs), spread(entropies) if with_entropy else entropies
+    return scattered(log_probs), scattered(entropies) if with_entropy else entropies
 
 
 def linear_cross_entropy(
@@ -138,27 +137,27 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     normalizer: float | int | Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of the logits ``hidden @ weight.T``, which are never held.
+    """Cross-entropy of the logits ``hidden @ weight.T``, which are never materialised.
 
-    Positions are not shifted: ``labels[i]`` is what ``hidden[i]`` should predict. When no label counts the result is 0
-    with zero gradients.
+    Positions are not shifted: ``labels[i]`` is the target of ``hidden[i]``. When no label counts the result is 0 with
+    zero gradients.
 
     Args:
-        hidden: shape (..., d).
+        hidden: final hidden states, shape (..., d).
         weight: the output layer's weight, shape (v, d); it may be the embedding's too.
-        labels: integers in [0, v), or ``ignore_index`` where nothing is to be predicted, shape (...).
-        ignore_index: the label of positions that do not count.
+        labels: targets in [0, v), or ``ignore_index`` where there is none, shape (...).
+        ignore_index: label of positions that do not count.
         reduction: "mean" over the positions that count, "sum", or "none". The first two take three matrix products for
             forward and backward together, "none" takes four.
         chunk_size: tokens scored at a time; None chooses by memory.
-        normalizer: what "mean" divides the sum by in place of the number of positions that count, for instance their
+        normalizer: divisor of the sum under "mean", in place of the number of positions that count, for instance their
             number over all ranks and accumulation steps; no gradient flows into it. 0 only where no label counts.
 
     Returns:
         A scalar, or the shape of ``labels`` for "none" (0 where ignored); in nats.
 
     Raises:
-        TypeError: a dtype that is not floating point, or integer for ``labels``; two dtypes outside autocast.
+        TypeError: ``hidden`` or ``weight`` not floating point, ``labels`` not integers; two dtypes outside autocast.
         ValueError: shapes that do not match, a label outside [0, v), an unknown reduction, a chunk size below 1, a
             normalizer that is negative or not finite.
     """
@@ -175,6 +174,7 @@ def linear_cross_entropy(
     if reduction == "none":
         log_probs, _ = _score(hidden, weight, labels, counted, 1.0, chunk_size, with_entropy=False)
         return -log_probs
+    # one operator computes the sum and, already in the forward, its gradients
     divisor = _divisor(counted, normalizer)
     rows, targets, kept = _drop_uncounted(hidden, labels, counted)
     need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
@@ -183,7 +183,7 @@ def linear_cross_entropy(
 
 
 def _divisor(counted: Tensor, normalizer: float | int | Tensor | None) -> Tensor:
-    """What a mean divides by, never 0."""
+    """Divisor of a mean, never 0."""
     divisor = counted.sum() if normalizer is None else torch.as_tensor(normalizer).detach()
     if divisor.ndim > 0:
         raise ValueError(f"normalizer must be one number, got shape {tuple(divisor.shape)}")
@@ -203,16 +203,16 @@ def hidden_log_probs(
     temperature: float | int = 1.0,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "b n-1"]:
-    """Log-probability of each token but the first, given the hidden states of the position before it.
+    """Log-probability of each token but the first, given the hidden state of the position before it.
 
-    Forward and backward hold a tile of logits at a time; the backward makes them again, unless one tile holds all.
+    Forward and backward hold one tile of logits at a time; the backward recomputes them, unless one tile holds all.
 
     Args:
         hidden: final hidden states, shape (b, n, d); the last position is not used.
         weight: the output layer's weight, shape (v, d).
         ids: the tokens, shape (b, n).
         mask: True at real tokens, shape (b, n); a score whose position or target is padding is 0, without gradient.
-        temperature: divides the logits; above 0.
+        temperature: divisor of the logits, above 0.
         chunk_size: tokens scored at a time; None chooses by memory.
 
     Returns:
@@ -234,12 +234,12 @@ def hidden_log_probs_and_entropy(
     temperature: float | int = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[Float[Tensor, "b n-1"], Float[Tensor, "b n-1"]]:
-    """As :func:`hidden_log_probs`, with the entropy of each predicted distribution; both can be differentiated.
+    """:func:`hidden_log_probs` and the entropy of each predicted distribution; both are differentiable.
 
     Arguments and errors are those of :func:`hidden_log_probs`. A second tile-sized buffer is used.
 
     Returns:
-        Log-probabilities and entropies, both (b, n - 1), in nats, at the given temperature.
+        Log-probabilities and entropies, both (b, n - 1), in nats, at ``temperature``.
     """
     return _shifted_scores(hidden, weight, ids, mask, temperature, chunk_size, with_entropy=True)
 
@@ -271,18 +271,18 @@ def token_log_probs(
     temperature: float | int = 1.0,
     **model_kwargs: Any,
 ) -> Float[Tensor, "b n-1"]:
-    """Log-probability that a causal language model gives each token but the first.
+    """Log-probability of each token but the first under a causal language model.
 
-    A model with ``hidden`` and ``output_weight`` is scored through :func:`hidden_log_probs` and makes no full logits;
-    any other is called as ``model(ids)``, and holds them.
+    A model with ``hidden`` and ``output_weight`` is scored through :func:`hidden_log_probs`, without full logits; any
+    other is called as ``model(ids)``, which returns them.
 
     Args:
-        model: the model; it is used in the mode (train or eval) it is in.
+        model: model in its current mode (train or eval).
         ids: the tokens, shape (b, n).
-        mask: True at real tokens, shape (b, n), passed to the model too; a score whose position or target is padding is
-            0, without gradient.
-        temperature: divides the logits; above 0.
-        **model_kwargs: passed to the model.
+        mask: True at real tokens, shape (b, n), also passed to the model; a score whose position or target is padding
+            is 0, without gradient.
+        temperature: divisor of the logits, above 0.
+        **model_kwargs: further arguments of the model.
 
     Returns:
         Shape (b, n - 1), in nats; minus their sum is the summed cross-entropy of the shifted logits.
@@ -295,11 +295,13 @@ def token_log_probs(
     _check_mask(mask, ids)
     if mask is not None:
         model_kwargs["mask"] = mask
+    # from hidden states, if the model has them
     weight = getattr(model, "output_weight", None)
     if isinstance(weight, Tensor) and callable(getattr(model, "hidden", None)):
-        _next_tokens(ids, mask, weight.shape[0])  # refuses wrong ids before the model works on them
+        _next_tokens(ids, mask, weight.shape[0])  # rejects wrong ids before the model's forward
         hidden = model.hidden(ids, **model_kwargs)
         return hidden_log_probs(hidden, weight, ids, mask=mask, temperature=temperature)
+    # from full logits
     logits = model(ids, **model_kwargs)
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return logits (b, n, v), got {type(logits).__name__}; see as_causal_lm")

@@ -1,22 +1,22 @@
-"""The output layer of a language model in tiles of a few hundred tokens: the only code that sees logits.
+"""The output layer of a language model in tiles of a few hundred tokens.
 
-One reused buffer takes a tile's logits, is turned into their gradient in place, and is multiplied into the gradients
-of the hidden states and of the weight before the next tile overwrites it. Three operators are built on that, and
+One reused buffer holds a tile's logits, which are overwritten by their gradient and multiplied into the gradients of
+the hidden states and of the weight before the next tile. Three operators are built on that, and
 :mod:`lm_core.losses.losses` on them:
 
-- ``summed_cross_entropy`` has a scalar result, so its gradients are made in the forward and only scaled in the
+- ``summed_cross_entropy`` has a scalar result, so its gradients are computed in the forward and only scaled in the
   backward: three matrix products, as many as the plain loss takes.
-- ``token_scores`` has a result for every token and must know the gradient of each, so its backward
-  (``token_scores_backward``) makes the logits again: four products; three if all fit one tile and are kept.
+- ``token_scores`` has a result for every token and needs the gradient of each, so its backward
+  (``token_scores_backward``) recomputes the logits: four products; three if all fit one tile and are kept.
 
 With ``z`` the logits over the temperature, ``p = softmax(z)``, ``H`` the entropy of p and ``y`` the label:
 
     d log p_y / d z_k = [k = y] - p_k         (1)
     d H / d z_k       = -p_k (log p_k + H)    (2)
 
-Matrix products run in the dtype the caller names, softmax statistics and the weight's gradient in float32 (float64 for
-float64). They are custom operators, not ``autograd.Function``, so that ``torch.compile`` takes a call whole instead of
-unrolling its loop. There are no second derivatives.
+Matrix products run in the caller's ``dtype``, softmax statistics and the weight's gradient in float32 (float64 for
+float64). They are custom operators, not ``autograd.Function``, so that ``torch.compile`` keeps a call as one node
+instead of unrolling its loop. There are no second derivatives.
 
 Legend: m tokens, t tokens of a tile, d feature, v vocabulary.
 """
@@ -31,16 +31,16 @@ from torch.library import custom_op
 from lm_core.nn.norms import statistics_dtype
 
 
-def _logits_room(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (tokens, vocabulary) in the layout that is fastest to work on."""
+def _new_logits(hidden: Tensor, tokens: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised (tokens, vocabulary) in the fastest layout."""
     if hidden.device.type == "cpu":
-        # neighbours in memory are tokens: rows of a vocabulary, 128 KB apart, would meet in the same cache lines
+        # column-major: rows of a vocabulary, 128 KB apart, would map to the same cache lines
         return hidden.new_empty((vocabulary, tokens), dtype=dtype).t()
     return hidden.new_empty((tokens, vocabulary), dtype=dtype)
 
 
 class _Tiles:
-    """Hands out the logits of a few tokens at a time and takes their gradient back."""
+    """Logits of one tile of tokens at a time, and the gradients accumulated from those of the tiles."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class _Tiles:
         tokens = hidden.shape[0]
         count = max(-(-tokens // tile_size), 1)
         self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
-        self.buffer = _logits_room(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
-        # room for the gradients; one that is not needed stays empty
+        self.buffer = _new_logits(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
+        # gradients; one that is not needed stays empty
         self.need_hidden = need_hidden
         self.need_weight = need_weight
         self.hidden_gradient = self.hidden.new_empty(hidden.shape if need_hidden else (0,))
@@ -71,7 +71,7 @@ class _Tiles:
             yield slice(start, start + self.tile_size)
 
     def vector(self) -> Tensor:
-        """Room for one number a token, in the dtype of the statistics."""
+        """Uninitialised vector with one entry a token, in the dtype of the statistics."""
         return self.hidden.new_empty(self.hidden.shape[0], dtype=self.statistics)
 
     def logits(self, tile: slice) -> Tensor:
@@ -85,7 +85,7 @@ class _Tiles:
         return logits if self.temperature == 1 else logits.div_(self.temperature)
 
     def backward(self, gradient: Tensor, tile: slice) -> None:
-        """Carries the gradient (t, v) in a tile's logits on to the hidden states and the weight; may overwrite it."""
+        """Propagates the gradient (t, v) of a tile's logits to hidden states and weight; may overwrite it."""
         if self.temperature != 1:
             gradient.div_(self.temperature)
         gradient = gradient.to(self.hidden.dtype)
@@ -98,7 +98,7 @@ class _Tiles:
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns logits (t, v) in place into exp(logits - best); returns best and the sum of each row, both (t, 1)."""
+    """Replaces logits (t, v) in place by exp(logits - best); returns best and the sum of each row, both (t, 1)."""
     best = logits.amax(dim=-1, keepdim=True)
     return best, logits.sub_(best).exp_().sum(dim=-1, keepdim=True)
 
@@ -114,10 +114,10 @@ def summed_cross_entropy(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of the tokens that are counted, and its gradients in ``hidden`` (m, d) and ``weight`` (v, d).
+    """Sum of the losses of counted tokens, and its gradients in ``hidden`` (m, d) and ``weight`` (v, d).
 
     The sum, not the mean: in float16 a gradient divided by the number of tokens would underflow before a loss scaler
-    gets to multiply it.
+    multiplies it.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, 1.0, tile_size, dtype, need_hidden, need_weight)
@@ -152,7 +152,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    # in float32, since a loss scale need not fit float16; not in place, since a retained graph may come here again
+    # in float32, since a loss scale need not fit float16; not in place, since a retained graph may run this again
     hidden, weight = (
         (gradient * upstream).to(dtype) if needed and upstream is not None else None
         for needed, gradient, dtype in zip(ctx.needs_input_grad[:2], ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -174,9 +174,9 @@ def token_scores(
     with_entropy: bool,
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probability of each label, entropy (empty unless asked for), log of the softmax's denominator: all (m,).
+    """Log-probability of each label, entropy (empty unless requested), log of the softmax's denominator: all (m,).
 
-    ``keep_logits``, where one tile holds all tokens, returns their logits (m, v) too, for the backward; else empty.
+    ``keep_logits``, if one tile holds all tokens, also returns their logits (m, v) for the backward; otherwise empty.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, temperature, tile_size, dtype)
@@ -202,7 +202,7 @@ def token_scores(
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, dtype, with_entropy, keep_logits = settings
     scores = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(dtype))
-    kept = _logits_room(hidden, hidden.shape[0], weight.shape[0], scores.dtype) if keep_logits else scores.new_empty(0)
+    kept = _new_logits(hidden, hidden.shape[0], weight.shape[0], scores.dtype) if keep_logits else scores.new_empty(0)
     return scores, torch.empty_like(scores) if with_entropy else scores.new_empty(0), torch.empty_like(scores), kept
 
 
@@ -222,10 +222,7 @@ def token_scores_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``hidden`` and ``weight`` from those in the scores.
-
-    ``kept`` are the logits if they were kept, ``entropy_gradient`` what reached the entropies; each may be empty.
-    """
+    """Gradients in ``hidden`` and ``weight`` from those in the scores; ``kept`` and entropy tensors may be empty."""
     with torch.autocast(hidden.device.type, enabled=False):
         tiles = _Tiles(hidden, weight, temperature, tile_size, dtype, need_hidden, need_weight)
         for tile in tiles:
@@ -261,7 +258,7 @@ def _save_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _backward_of_scores(
     ctx: Any, log_prob_gradient: Tensor | None, entropy_gradient: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # asked once, as gradient checkpointing demands
+    saved = ctx.saved_tensors  # read once, as gradient checkpointing requires
     hidden, _, _, _, denominators, _ = saved
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     hidden_gradient, weight_gradient = token_scores_backward(

@@ -1,4 +1,4 @@
-"""Attention over ``torch.nn.functional.scaled_dot_product_attention``, with the masks that go wrong by hand.
+"""Attention over ``scaled_dot_product_attention``, with the masks that are easy to get wrong.
 
 Multi-query and grouped-query keys are never repeated in memory: one query folds its heads into the sequence (decoding),
 otherwise the heads are broadcast by the backend (CUDA) or by a stride-0 view (CPU).
@@ -33,13 +33,15 @@ def attend(
         q: queries.
         k: keys; the number of query heads is a multiple of that of the key heads.
         v: values.
-        mask: True where a query may look. ``(b, j)`` masks keys, ``(b, i, j)`` pairs, ``(b, h or 1, i, j)`` all.
-        causal: queries are the last ``i`` of the ``j`` positions and see no later key.
+        mask: True where a query may attend. ``(b, j)`` masks keys, ``(b, i, j)`` pairs, ``(b, h or 1, i, j)`` all.
+        causal: queries are the last ``i`` of the ``j`` positions and attend to no later key.
         dropout: probability with which an attention weight is dropped.
         scale: factor of the scores, ``d ** -0.5`` by default.
 
     Raises:
-        ValueError: head counts do not divide, causal with more queries than keys, or a mask of another shape.
+        ValueError: head counts do not divide, there are more queries than keys under ``causal``, or the mask has
+            another shape.
+        TypeError: the mask is not boolean.
     """
     h, g, i, j = q.shape[1], k.shape[1], q.shape[-2], k.shape[-2]
     if h % g:
@@ -57,6 +59,7 @@ def attend(
         causal = False
     if mask is None:
         return _sdpa(q, k, v, None, causal, dropout, scale)
+    # A row without any visible key attends to all of them, which avoids NaN, and is zeroed afterwards.
     visible = mask.any(dim=-1, keepdim=True)
     out = _sdpa(q, k, v, mask | ~visible, False, dropout, scale)
     return out.masked_fill(~visible, 0.0)
@@ -100,10 +103,10 @@ def _four_dimensional(mask: Tensor, b: int, h: int, i: int, j: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """``attend`` with its settings held: causality, dropout (in training mode only) and scale.
+    """``attend`` as a module that holds causality, dropout (in training mode only) and scale.
 
     Args:
-        causal: whether queries see only keys up to their own position.
+        causal: True lets queries attend only to keys up to their own position.
         dropout: probability with which an attention weight is dropped in training mode.
         scale: factor of the scores, ``d ** -0.5`` by default.
     """
@@ -125,9 +128,9 @@ class Attention(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,
         xpos: tuple[XPosBlock, ...] | None = None,
     ) -> Float[Tensor, "b h i e"]:
-        """See ``attend``; with ``xpos`` (``RotaryEmbedding.xpos_blocks``) block by block, scaling queries and keys.
+        """``attend``; with ``xpos`` (``RotaryEmbedding.xpos_blocks``) block by block, scaling queries and keys.
 
-        ``xpos`` is for causal attention: a block does not look at keys after it.
+        ``xpos`` is for causal attention: a block does not attend to keys after it.
         """
         dropout = self.dropout if self.training else 0.0
         if xpos is None:

@@ -1,4 +1,4 @@
-"""Gated feed-forward activation (SwiGLU, arXiv 2002.05202), alone and at the end of a fused projection."""
+"""Gated feed-forward activation (SwiGLU, arXiv 2002.05202), alone or as the last part of a fused projection."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Numbers a tile of the gradient on a CPU: what three operations in turn read and write then stays in its cache.
+# Elements in a tile of the gradient on a CPU: small enough that three successive operations stay in its cache.
 _TILE = 2**17
 
 
 class _SplitSwiGLU(torch.autograd.Function):
-    """Keeps only its input and writes every gradient into one tensor: less memory and fewer copies than autograd's."""
+    """Saves only its input and writes every gradient into one tensor: less memory and fewer copies than autograd."""
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -44,19 +44,19 @@ class _SplitSwiGLU(torch.autograd.Function):
 
 
 def split_swiglu(projected: Float[Tensor, "... n"], sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """Parts of a fused projection: the first as they are, and ``swiglu`` of all that is left.
+    """Splits a fused projection: the first parts unchanged, then ``swiglu`` of the remaining features.
 
     There are no second derivatives.
 
     Args:
-        projected: features of the parts one after another.
-        sizes: features of each of the first parts; an even number must be left.
+        projected: features of all parts, concatenated.
+        sizes: features of each of the first parts; an even number must remain.
 
     Returns:
-        One tensor for each size, and the gated one.
+        One tensor for each size, then the gated features.
 
     Raises:
-        ValueError: what is left is odd, or nothing.
+        ValueError: the number of remaining features is odd or negative.
     """
     half, odd = divmod(projected.shape[-1] - sum(sizes), 2)
     if odd or half < 0:

@@ -13,16 +13,11 @@ C = TypeVar("C", bound="KVCache")
 
 
 class KVCache:
-    """Keys and values of every layer, ``(layers, b, h, capacity, d)`` each, or of both side by side.
+    """Keys and values of every layer, ``(layers, b, h, capacity, d)`` each, or both in one tensor.
 
-    Memory is taken at the first write, when shapes, dtype and device are known, with room for ``max_length`` positions;
+    Memory is allocated at the first write, when shapes, dtype and device are known, for ``max_length`` positions;
     beyond that it doubles. A forward writes each layer with ``update``, or ``append``, and calls ``advance`` once at
-    its end, so a forward that fails half way leaves the cache as it was.
-
-    Args:
-        layers: number of layers.
-        batch_size: rows.
-        max_length: positions to make room for.
+    its end, so a forward that fails half way leaves the cache unchanged.
     """
 
     @typed
@@ -33,15 +28,15 @@ class KVCache:
         self.layers = layers
         self.batch_size = batch_size
         self.length = 0
-        # Set by a model that was given a mask: later calls must then bring one too.
+        # Set by a model that was called with a mask: later calls then need one too.
         self.masked = False
         self._capacity = max_length
         self._buffers: tuple[Tensor, ...] = ()
-        self._of_layers: tuple[tuple[Tensor, ...], ...] = ()  # views, made once and not for every token
+        self._layer_views: tuple[tuple[Tensor, ...], ...] = ()  # made once, not for every token
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
+        """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +45,8 @@ class KVCache:
         Returns:
             All keys and values of this layer, ``(b, h, length + n, d)``, as views of the cache.
         """
-        held_keys, held_values = self._write(layer, (keys, values))
-        return held_keys, held_values
+        all_keys, all_values = self._write(layer, (keys, values))
+        return all_keys, all_values
 
     def append(self, layer: int, both: Tensor) -> Tensor:
         """``update`` for keys and values in one tensor, ``(b, h, n, d)`` in any order."""
@@ -63,23 +58,23 @@ class KVCache:
             raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {b}")
         stop = self.length + n
         if not self._buffers or stop > self._capacity:
-            self._make_room(stop, new)
-        held = self._of_layers[layer]
-        for part, written in zip(held, new, strict=True):
-            part.narrow(2, self.length, n).copy_(written)
-        return [part.narrow(2, 0, stop) for part in held]
+            self._grow(stop, new)
+        buffers = self._layer_views[layer]
+        for buffer, written in zip(buffers, new, strict=True):
+            buffer.narrow(2, self.length, n).copy_(written)
+        return [buffer.narrow(2, 0, stop) for buffer in buffers]
 
     def advance(self, count: int) -> None:
-        """Makes the ``count`` positions that every layer has just written part of the cache."""
+        """Adds the ``count`` positions that every layer has just written to the length."""
         self.length += count
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
-        self._hold(self._selected(buffer, index) for buffer in self._buffers)
+        """Replaces row ``r`` by the former row ``index[r]``; the batch size may change."""
+        self._set_buffers(self._selected(buffer, index) for buffer in self._buffers)
         self.batch_size = index.shape[0]
 
     def truncate(self, length: int) -> None:
-        """Forgets all positions from ``length`` on.
+        """Drops all positions from ``length`` to the end.
 
         Raises:
             ValueError: ``length`` is negative or beyond the current length.
@@ -90,27 +85,27 @@ class KVCache:
         self.masked = self.masked and length > 0
 
     def clone(self: C) -> C:
-        """An independent copy, with what a subclass has added."""
+        """An independent copy; attributes of a subclass are copied shallowly."""
         twin = copy.copy(self)
-        twin._hold(buffer.clone() for buffer in self._buffers)
+        twin._set_buffers(buffer.clone() for buffer in self._buffers)
         return twin
 
-    def _hold(self, buffers: Iterable[Tensor]) -> None:
+    def _set_buffers(self, buffers: Iterable[Tensor]) -> None:
         self._buffers = tuple(buffers)
         # not by `unbind`, whose parts must not be written to where gradients are taken
         layers = range(self.layers if self._buffers else 0)
-        self._of_layers = tuple(tuple(buffer.select(0, layer) for buffer in self._buffers) for layer in layers)
+        self._layer_views = tuple(tuple(buffer.select(0, layer) for buffer in self._buffers) for layer in layers)
 
-    def _make_room(self, stop: int, new: tuple[Tensor, ...]) -> None:
+    def _grow(self, stop: int, new: tuple[Tensor, ...]) -> None:
         if stop > self._capacity:
             self._capacity = max(stop, 2 * self._capacity)
         if self._buffers:
-            self._hold(self._grown(buffer) for buffer in self._buffers)
+            self._set_buffers(self._copied(buffer) for buffer in self._buffers)
         else:
             shapes = ((self.layers, self.batch_size, like.shape[1], self._capacity, like.shape[-1]) for like in new)
-            self._hold(like.new_empty(shape) for like, shape in zip(new, shapes, strict=True))
+            self._set_buffers(like.new_empty(shape) for like, shape in zip(new, shapes, strict=True))
 
-    def _grown(self, old: Tensor) -> Tensor:
+    def _copied(self, old: Tensor) -> Tensor:
         new = old.new_empty(*old.shape[:3], self._capacity, old.shape[-1])
         new[..., : self.length, :] = old[..., : self.length, :]
         return new

@@ -1,6 +1,6 @@
 """Masks over sequences of different lengths: means under a mask, prompt masks, positions, padding.
 
-Everywhere a mask is boolean and True at what counts.
+A mask is boolean and True at the entries that count.
 
 Legend: b batch, n sequence.
 """
@@ -23,15 +23,15 @@ def masked_mean(
 ) -> Tensor:
     """Mean of the entries where ``mask`` is True.
 
-    Where nothing counts the mean is 0 with zero gradient. Entries left out contribute nothing to value or gradient,
-    also when they are infinite or NaN. The sum is taken in float32 for half-precision input, which it would overflow.
+    The mean of no entries is 0 with zero gradient. Masked entries contribute nothing to value or gradient, even if
+    they are infinite or NaN. Half-precision input is summed in float32, since the sum could overflow.
 
     Args:
         t: floating point; never written to.
-        mask: boolean, True at what counts. With fewer dimensions than ``t`` it is aligned on the left ((b, n) goes
-            with (b, n, d)); sizes of 1 broadcast. None counts everything.
+        mask: boolean, True at entries that count. With fewer dimensions than ``t`` it is aligned on the left ((b, n)
+            for (b, n, d)); sizes of 1 broadcast. None counts everything.
         dim: dimension(s) to average over; None for all.
-        keepdim: whether averaged dimensions stay, with size 1.
+        keepdim: True keeps averaged dimensions with size 1.
 
     Returns:
         The mean in the dtype of ``t``.
@@ -93,9 +93,9 @@ def maybe_and_mask(*masks: Tensor | None) -> Tensor | None:
 
 
 def positions_from_mask(mask: Bool[Tensor, "*b n"]) -> Int[Tensor, "*b n"]:
-    """Position of each real token among the real tokens of its row, from 0; padding gets the last position before it.
+    """Position of each real token among the real tokens of its row, from 0.
 
-    Padding before the first real token gets 0, so every result is a valid index.
+    Padding has the position of the last real token before it, or 0, so every result is a valid index.
 
     Raises:
         TypeError: ``mask`` is not boolean.
@@ -147,5 +147,5 @@ def left_pad(sequences: Sequence[Tensor], pad_id: int = 0) -> tuple[Int[Tensor, 
 
 
 def right_pad(sequences: Sequence[Tensor], pad_id: int = 0) -> tuple[Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
-    """Stacks token sequences of different lengths, padding after their last token; otherwise as :func:`left_pad`."""
+    """Stacks token sequences of different lengths, padding after their last token; otherwise like :func:`left_pad`."""
     return _pad(sequences, pad_id, left=False)

@@ -13,7 +13,7 @@ from lm_core.checks import check_positive, typed
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else: the dtype of statistics, angles and probabilities."""
+    """Dtype of statistics, angles and probabilities: float64 for float64 and float32 for any other ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -38,7 +38,7 @@ class LayerNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        """Normalises ``x``; the kernel keeps half-precision statistics in float32."""
+        """Normalises ``x``; the kernel takes half-precision statistics in float32."""
         return torch.layer_norm(x, self.gamma.shape, self.gamma, None, self.eps)
 
 

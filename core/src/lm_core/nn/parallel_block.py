@@ -1,8 +1,8 @@
 """The parallel block: attention and feed-forward read one input and are summed (PaLM, arXiv 2204.02311, section 2).
 
-One bias-free projection makes queries, keys, values and the feed-forward's two halves (SwiGLU, arXiv 2002.05202); one
-more takes attention and feed-forward outputs back. Keys and values may have fewer heads than queries (arXiv
-1911.02150, 2305.13245). Every submodule is called, so hooks, wrappers and quantised replacements take effect.
+One bias-free projection makes queries, keys, values and the feed-forward's two halves (SwiGLU, arXiv 2002.05202);
+another maps attention and feed-forward outputs back to the residual stream. Keys and values may have fewer heads than
+queries (arXiv 1911.02150, 2305.13245). Every submodule is called, so hooks, wrappers and quantised replacements work.
 
 Legend: b batch, n sequence, h query heads, g key/value heads, d head feature.
 """
@@ -31,9 +31,9 @@ class Positions:
     """Rotary angles, xPos scales and attention mask, shared by all blocks of one forward.
 
     Attributes:
-        rotation: cosine and signed sine from ``RotaryEmbedding``; None leaves queries and keys as they are.
+        rotation: cosine and signed sine from ``RotaryEmbedding``; None leaves queries and keys unrotated.
         xpos: scales from ``RotaryEmbedding.xpos_blocks``.
-        mask: True at keys that may be seen, in a form that ``lm_core.nn.attention.attend`` takes.
+        mask: True at keys that may be attended to, in a form that ``lm_core.nn.attention.attend`` takes.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
@@ -52,8 +52,8 @@ class Positions:
         """Positions of ``x``, which follow ``past`` cached ones.
 
         Args:
-            rotary: angles, and scales if it has xPos.
-            x: residual stream, for its length, device and dtype.
+            rotary: source of the angles, and of the scales under xPos.
+            x: residual stream, which sets length, device and dtype.
             past: cached positions.
             mask: True at real tokens of cached and new positions; padding does not count as a position.
         """
@@ -80,10 +80,10 @@ class Adapters(Protocol):
     """Trainable branches next to the two projections of one block."""
 
     def after_projection(self, x: Tensor, projected: Tensor) -> Tensor:
-        """``projected``, the output of ``proj_in`` for ``x``, with the branches' contribution."""
+        """``projected``, the output of ``proj_in`` for ``x``, plus the branches' contribution."""
 
     def after_output(self, attended: Tensor, inner: Tensor, out: Tensor) -> Tensor:
-        """``out``, the block's output, with the branches' contribution."""
+        """``out``, the block's output, plus the branches' contribution."""
 
 
 class ParallelBlock(nn.Module):
@@ -94,13 +94,13 @@ class ParallelBlock(nn.Module):
         dim_head: features of a head.
         heads: query heads.
         kv_heads: key/value heads, a divisor of ``heads``; 1 is multi-query attention.
-        ff_mult: feed-forward inner features over ``dim``.
-        causal: whether a position sees only itself and earlier ones.
-        attn_dropout: on attention weights.
-        ff_dropout: on the feed-forward's inner features.
-        out_dropout: on the sum of both outputs, before the residual.
-        qk_norm: L2-normalises queries and keys, with learned gains and the fixed scale ``qk_scale``.
-        qk_scale: that scale.
+        ff_mult: ratio of the feed-forward's inner features to ``dim``.
+        causal: True lets a position attend only to itself and earlier ones.
+        attn_dropout: dropout probability of attention weights.
+        ff_dropout: dropout probability of the feed-forward's inner features.
+        out_dropout: dropout probability of the sum of both outputs, before the residual.
+        qk_norm: L2-normalises queries and keys, with learned gains.
+        qk_scale: fixed factor of the attention scores under ``qk_norm``.
     """
 
     @typed
@@ -127,7 +127,7 @@ class ParallelBlock(nn.Module):
         self.out_dropout = out_dropout
         self.attn_dim = heads * dim_head
         self.ff_dim = dim * ff_mult
-        # Queries and keys are neighbours: one rotation serves both.
+        # Queries and keys are adjacent, so that one rotation covers both.
         self.in_dims = ((heads + kv_heads) * dim_head, kv_heads * dim_head, 2 * self.ff_dim)
         self.norm = LayerNorm(dim)
         self.proj_in = nn.Linear(dim, sum(self.in_dims), bias=False)
@@ -149,10 +149,10 @@ class ParallelBlock(nn.Module):
 
         Args:
             x: residual stream.
-            positions: of ``x``; ``Positions()`` for attention without positions.
+            positions: positions of ``x``; ``Positions()`` for attention without positions.
             cache: keys and values of earlier positions, to which those of ``x`` are added.
-            layer: number of this layer in the cache.
-            adapters: trainable branches; the block's own weights are then constants that take no gradient.
+            layer: index of this layer in the cache.
+            adapters: trainable branches; the block's own weights then receive no gradient.
         """
         b, n, _ = x.shape
         call = called if adapters is None else called_as_constant
@@ -162,6 +162,7 @@ class ParallelBlock(nn.Module):
             projected = adapters.after_projection(normed, projected)
         qk, v, inner = split_swiglu(projected, self.in_dims[:2])
 
+        # attention, with queries and keys normalised and rotated in one tensor
         qk = qk.view(b, n, -1, self.dim_head).transpose(1, 2)
         v = v.view(b, n, -1, self.dim_head).transpose(1, 2)
         if self.q_scale is not None and self.k_scale is not None:
@@ -176,6 +177,7 @@ class ParallelBlock(nn.Module):
             k, v = cache.update(layer, k, v)
         attended = self.attention(q, k, v, mask=positions.mask, xpos=positions.xpos)
 
+        # both outputs in one product
         attended = attended.transpose(1, 2).reshape(b, n, self.attn_dim)
         if self.training and self.ff_dropout > 0.0:
             inner = F.dropout(inner, self.ff_dropout)
@@ -188,7 +190,7 @@ class ParallelBlock(nn.Module):
 
 
 def joint_output(dim: int, *fan_in: int) -> nn.Linear:
-    """One matrix for several outputs that are summed, each part initialised as a layer of its own."""
+    """One matrix for several outputs that are summed, each part initialised like a separate layer."""
     layer = nn.Linear(sum(fan_in), dim, bias=False)
     for part, size in zip(layer.weight.data.split(fan_in, dim=1), fan_in, strict=True):
         part.mul_((layer.in_features / size) ** 0.5)  # uniform in +-1/sqrt(size)
@@ -201,7 +203,7 @@ def called(module: nn.Module, x: Tensor) -> Any:
 
 
 def called_as_constant(module: nn.Module, x: Tensor) -> Any:
-    """``module(x)``, through which gradients reach ``x`` but no parameter of ``module``."""
+    """``module(x)`` with gradients for ``x`` but for no parameter of ``module``."""
     if not torch.is_grad_enabled():
         return module(x)
     return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, (x,))

@@ -3,13 +3,13 @@
 Layout: half rotation, ``rotate_half(cat(x1, x2)) = cat(-x2, x1)``, base 10000. The sine carries the minus sign.
 
 Angles and scales are computed in float32 (float64 for float64 inputs) in a model of any dtype, because bfloat16
-cannot distinguish neighbouring positions beyond 256.
+cannot distinguish adjacent positions beyond 256.
 
 xPos multiplies queries by ``zeta ** (p / 512)`` and keys by ``zeta ** (-p / 512)``; only differences of positions
 matter. No single origin is safe: at position 32,768 the factors overflow. So keys stay UNSCALED (also in a cache) and
-``xpos_blocks`` gives both factors a block of queries at a time, with the block's first position as origin: keys before
-the block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12. Scaling
-by a power changes no relative error, so float32 and bfloat16 take longer blocks and need fewer masks.
+``xpos_blocks`` returns both factors for one block of queries at a time, with the block's first position as origin: keys
+before the block then only shrink, and inside a block of 1,024 the factor is at most ``(0.4 / 1.4) ** -2``, about 12.
+Scaling does not change the relative error, so float32 and bfloat16 take longer blocks and need fewer masks.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lm_core.checks import check_positive, typed
 from lm_core.nn.norms import statistics_dtype
 
-# Powers of zeta in a block: its largest factor is 12 in float16 (which ends at 65,504) and 22,000 in wider exponents.
+# Powers of zeta in a block: its largest factor is 12 in float16 (maximum 65,504) and 22,000 in dtypes of wider range.
 XPOS_POWERS_HALF, XPOS_POWERS = 2, 8
 
 
@@ -40,9 +40,9 @@ def apply_rotary(
 
     Args:
         x: queries or keys.
-        cos: from ``RotaryEmbedding``.
-        sin: from ``RotaryEmbedding``, which has folded in the minus sign of ``rotate_half``: swapping the halves is all
-            that is left to do, a third of the work.
+        cos: cosines from ``RotaryEmbedding``.
+        sin: sines from ``RotaryEmbedding``, which include the minus sign of ``rotate_half``: the halves are only
+            swapped, a third of the work.
 
     Returns:
         The rotated features, computed in the dtype of ``cos`` and returned in that of ``x``.
@@ -54,7 +54,7 @@ def apply_rotary(
 
 @dataclass(frozen=True)
 class XPosBlock:
-    """One block of queries ``start:stop``, which looks at keys ``:key_stop`` (all of them if not causal)."""
+    """One block of queries ``start:stop``, which attends to keys ``:key_stop`` (all of them if not causal)."""
 
     start: int
     stop: int
@@ -69,7 +69,7 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: feature size of a head; even.
         theta: base of the geometric progression of wavelengths.
-        use_xpos: whether ``xpos_blocks`` gives the decaying scales of xPos.
+        use_xpos: True for a model that applies the decaying scales of ``xpos_blocks``.
         scale_base: positions over which xPos scales by one power of zeta.
     """
 
@@ -86,7 +86,7 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
         self.use_xpos = use_xpos
         self.scale_base = scale_base
-        # A plain attribute, not a buffer: `.bfloat16()` must not reach it. The key holds all that changes a table.
+        # A plain attribute, not a buffer: `.bfloat16()` must not convert it. The key holds all that a table depends on.
         self._tables: dict[tuple[torch.device, torch.dtype, float], tuple[Tensor, Tensor]] = {}
         self._log_zetas: dict[tuple[torch.device, torch.dtype, float], Tensor] = {}
 
@@ -103,8 +103,8 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             positions: any integers, or the two ends of a range, which is read from a table.
-            dtype: of queries and keys.
-            device: where the angles of a range are wanted.
+            dtype: dtype of queries and keys.
+            device: device of the angles of a range.
         """
         if isinstance(positions, Tensor):
             return self._angles(positions, dtype)
@@ -141,15 +141,15 @@ class RotaryEmbedding(nn.Module):
         dtype: torch.dtype = torch.float32,
         block: int | None = None,
     ) -> tuple[XPosBlock, ...]:
-        """Splits queries in blocks and gives each its scales (arXiv 2212.10554, equation 13, up to the origin).
+        """Splits queries into blocks with their scales (arXiv 2212.10554, equation 13, up to the origin).
 
         The queries are the last ``i`` of the ``j`` keys, as in causal attention with a cache.
 
         Args:
-            query_positions: positions of the queries, ``(i,)`` or one row a batch element ``(b, i)``.
+            query_positions: positions of the queries, ``(i,)`` or one row for each batch element ``(b, i)``.
             key_positions: positions of cached and new keys.
-            dtype: of queries and keys; scales are float64 if it is and float32 otherwise.
-            block: queries a block; by default 2 x ``scale_base`` (1,024) for float16 and 8 x (4,096) for other dtypes.
+            dtype: dtype of queries and keys; scales are float64 if it is and float32 otherwise.
+            block: queries in a block; by default 2 x ``scale_base`` (1,024) for float16 and 8 x (4,096) otherwise.
         """
         if block is None:
             powers = XPOS_POWERS_HALF if dtype == torch.float16 else XPOS_POWERS
@@ -157,12 +157,12 @@ class RotaryEmbedding(nn.Module):
         i, j = query_positions.shape[-1], key_positions.shape[-1]
         log_zeta = self._log_zeta(query_positions.device, dtype)
         blocks = []
-        # One block needs no range, which would make torch.compile take the length for a constant.
+        # One block needs no range, with which torch.compile would specialise on the length.
         for start in range(0, i, block) if i > block else (0,):
             stop = start + block if start + block < i else i
             key_stop = j - i + stop
             origin = query_positions[..., start : start + 1]
-            # The only query of a block sits at the origin: its scale is one.
+            # A single query is at the origin: its scale is one.
             query_scale = None
             if stop - start > 1:
                 query_scale = _scale(query_positions[..., start:stop] - origin, log_zeta)

@@ -1,6 +1,6 @@
 """Device, precision, processes and Ctrl-C of a training run.
 
-Processes are started by torchrun. ``start_accelerator`` refuses by name what would silently do something else:
+Processes are started by torchrun. ``start_accelerator`` rejects launchers that would silently do something else:
 ``accelerate launch --cpu --num_processes 2`` runs one process, ``accelerate``'s FSDP plugin becomes DDP on a CPU, and a
 launcher's gradient accumulation divides losses again.
 """
@@ -36,11 +36,11 @@ _REFUSED = {
 def pick_device(name: str = "auto") -> torch.device:
     """The device named ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
-    ``auto`` takes CUDA, then MPS, then the CPU. Under a launcher, ``auto`` and ``cuda`` are this process's own GPU
+    ``auto`` takes CUDA, then MPS, then the CPU. Under a launcher, ``auto`` and ``cuda`` select the GPU of this process
     (``LOCAL_RANK``).
 
     Raises:
-        ValueError: the name is another one, or this machine has no such device.
+        ValueError: the name is unknown, or this machine has no such device.
     """
     kind, _, number = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdecimal())):
@@ -60,25 +60,25 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @typed
 def pick_precision(precision: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype to compute in: ``auto`` is bfloat16 on a GPU that has it in hardware, float32 elsewhere.
+    """The compute dtype: ``auto`` is bfloat16 on a GPU with hardware support, float32 elsewhere.
 
     Raises:
-        ValueError: fp16 on a CPU, where a matrix product in it is many times slower than in float32 and gradients
-            underflow without a scaler; or bf16 on a GPU without it.
+        ValueError: fp16 on a CPU, where matrix products are many times slower than in float32 and gradients underflow
+            without a scaler; or bf16 on a GPU without hardware support.
     """
-    place = torch.device(device)
-    has_bfloat16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    target = torch.device(device)
+    has_bfloat16 = target.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    if precision == "fp16" and place.type == "cpu":
+    if precision == "fp16" and target.type == "cpu":
         raise ValueError("precision fp16 is not for the CPU, got device 'cpu'; use bf16 or fp32")
-    if precision == "bf16" and place.type == "cuda" and not has_bfloat16:
-        raise ValueError(f"precision bf16 needs a GPU that has it, got {torch.cuda.get_device_name(place)}; use fp16")
+    if precision == "bf16" and target.type == "cuda" and not has_bfloat16:
+        raise ValueError(f"precision bf16 needs a GPU that has it, got {torch.cuda.get_device_name(target)}; use fp16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def autocast(precision: Precision, device: torch.device | str) -> contextlib.AbstractContextManager[Any]:
-    """``torch.autocast`` in the dtype of ``pick_precision``; nothing in float32."""
+    """``torch.autocast`` in the dtype of ``pick_precision``; a null context in float32."""
     dtype = pick_precision(precision, device)
     if dtype == torch.float32:
         return contextlib.nullcontext()
@@ -86,10 +86,10 @@ def autocast(precision: Precision, device: torch.device | str) -> contextlib.Abs
 
 
 def check_compilable(device: torch.device) -> None:
-    """Raises where a model compiled by ``torch.compile`` would be trained wrongly.
+    """Rejects a device on which ``torch.compile`` would compute wrong gradients.
 
     Raises:
-        ValueError: the device is the CPU and torch older than 2.7, which compiles a wrong gradient of embeddings.
+        ValueError: the device is the CPU and torch is older than 2.7, which compiles a wrong gradient of embeddings.
     """
     if device.type == "cpu" and TorchVersion(torch.__version__) < "2.7":
         raise ValueError(
@@ -102,14 +102,14 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     """An ``accelerate.Accelerator`` that leaves precision and gradient accumulation to the trainer.
 
     Args:
-        device: decides the backend between processes: gloo on the CPU, NCCL on CUDA.
+        device: training device, which selects the communication backend: gloo on the CPU, NCCL on CUDA.
         tracker_names: trackers to start later with ``init_trackers``.
-        folder: where trackers that write files write them.
+        folder: folder for the files of trackers.
 
     Raises:
-        ValueError: the launcher asks for DeepSpeed, Megatron-LM or a plugin of accelerate's, or a tracker is unknown
+        ValueError: the launcher requests DeepSpeed, Megatron-LM or accelerate's FSDP plugin, or a tracker is unknown
             or not installed.
-        RuntimeError: the launcher started several processes, but they did not find each other.
+        RuntimeError: the launcher started several processes, but they did not connect.
     """
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
@@ -142,8 +142,8 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
 class InterruptHandler:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the current update; a second Ctrl-C stops at once.
 
-    A launcher passes on the signal that its processes have received from the terminal or the scheduler already, so
-    repeats within ``grace`` seconds, and any further SIGTERM, are one request.
+    A launcher forwards the signal that its processes have already received from the terminal or the scheduler, so
+    repeats within ``grace`` seconds, and any further SIGTERM, count as the same request.
 
     ::
 
@@ -158,8 +158,8 @@ class InterruptHandler:
 
     Args:
         signals: signals to handle.
-        message: printed to standard error at the first.
-        grace: seconds after the first signal in which further ones are ignored.
+        message: text printed to standard error at the first signal.
+        grace: seconds after the first signal during which further ones are ignored.
     """
 
     signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
@@ -178,20 +178,20 @@ class InterruptHandler:
             return
         self.requested = True
         self._requested_at = time.monotonic()
-        # os.write: the signal may have come in the middle of a print
+        # os.write: the signal may have interrupted a print
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self.message}\n".encode())
 
     def should_stop(self) -> bool:
-        """Whether any process was asked to stop; every process has to ask at the same time."""
+        """True if any process received a stop signal; all processes must call it together."""
         return any_rank(self.requested)
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            for number in self.signals:
-                self._previous[number] = signal.signal(number, self._handle)
+            for handled in self.signals:
+                self._previous[handled] = signal.signal(handled, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
+        for handled, previous in self._previous.items():
+            signal.signal(handled, previous)
         self._previous = {}

@@ -1,6 +1,6 @@
-"""Settings of a training run. A package's settings extend them with fields and defaults of its own.
+"""Settings of a training run, extended by each package with further fields and other defaults.
 
-The names are the flags of the ``train`` commands and the keys of their YAML files.
+The field names are the flags of the ``train`` commands and the keys of their YAML files.
 """
 
 import math
@@ -13,20 +13,20 @@ from lm_core.checks import check_above_zero, check_positive, check_probability, 
 @typed
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Settings of every training run, for any objective.
+    """Run settings common to all objectives.
 
     Args:
-        max_seconds: seconds of training after which the run stops early, with a checkpoint to resume from.
+        max_seconds: time limit in seconds, after which the run saves a checkpoint to resume from and stops.
         max_grad_norm: bound of the gradients' global norm; null only measures it.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        seed: seed of weights, data order and dropout.
+        seed: random seed of weights, data order and dropout.
         device: auto takes CUDA, then MPS, then the CPU.
-        checkpoint_every: updates between checkpoints; there is always one at the end.
+        checkpoint_every: updates between checkpoints; the last update always has one.
         keep_checkpoints: newest checkpoints that are kept; null for all.
 
     Raises:
-        ValueError: a value is out of range; it is named.
-        TypeError: a value is of another type.
+        ValueError: a value is out of range; the message names it.
+        TypeError: a value has the wrong type.
     """
 
     max_seconds: float | None = None
@@ -60,17 +60,17 @@ class CommonSettings(RunSettings):
     """Optimizer and schedule: AdamW with warmup and a cosine.
 
     Args:
-        max_steps: optimizer updates of the whole run; the learning rate's schedule is laid over them.
+        max_steps: total optimizer updates of the run, which the learning rate schedule covers.
         learning_rate: peak learning rate.
-        warmup: fraction of the updates over which the learning rate rises from zero.
+        warmup: fraction of the updates over which the learning rate rises from zero to its peak.
         final_learning_rate: learning rate at the end of the cosine, as a fraction of the peak.
-        weight_decay: weight decay of matrices; norms and embeddings do not decay.
-        beta1: decay of AdamW's mean of gradients.
-        beta2: decay of AdamW's mean of squared gradients.
+        weight_decay: weight decay of matrices; norms and embeddings have none.
+        beta1: decay rate of AdamW's running mean of gradients.
+        beta2: decay rate of AdamW's running mean of squared gradients.
         validate_every: updates between validations; there is always one before and one after training.
 
     Raises:
-        ValueError, TypeError: as ``RunSettings``.
+        ValueError, TypeError: as for ``RunSettings``.
     """
 
     max_steps: int = 1000

@@ -1,7 +1,7 @@
-"""Weights, gradients and optimizer state sharded over processes (FSDP, arXiv 2304.11277), with whole checkpoints.
+"""Fully sharded data parallelism (FSDP, arXiv 2304.11277) with unsharded checkpoints.
 
-Uses ``torch.distributed``'s ``fully_shard``: each block is gathered for its own forward and backward. What is saved and
-loaded are FULL state dicts, so that a checkpoint opens on one process with ``from_pretrained``.
+Uses ``torch.distributed``'s ``fully_shard``: each block is gathered for its own forward and backward. Checkpoints hold
+FULL state dicts, so that one process can open them with ``from_pretrained``.
 """
 
 import warnings
@@ -27,10 +27,10 @@ def _fully_shard() -> Callable[..., Any]:
 
 
 def check_shardable(device: torch.device) -> None:
-    """Raises unless a model on ``device`` can be sharded over the processes there are.
+    """Rejects a run whose model cannot be sharded.
 
     Raises:
-        ValueError: there is one process; or the device is the CPU and torch older than 2.7, which shards on GPUs only.
+        ValueError: there is one process; or ``device`` is the CPU and torch older than 2.7, which shards on GPUs only.
     """
     if world_size() == 1:
         raise ValueError("fsdp=True needs several processes, got one; start them with torchrun --nproc_per_node N")
@@ -42,11 +42,11 @@ def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
     """Shards a module over all processes, in place.
 
     Args:
-        module: what is called in training; its parameters become DTensors.
-        blocks: parts of it that are gathered one at a time.
+        module: module called in training; its parameters become DTensors.
+        blocks: submodules that are gathered one at a time.
     """
     for parameter in module.parameters():
-        # blocks store their weights transposed, and only contiguous weights can be sharded
+        # blocks may store their weights transposed, and only contiguous weights can be sharded
         parameter.data = parameter.data.contiguous()
     fully_shard = _fully_shard()
     for block in blocks:
@@ -56,25 +56,25 @@ def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences a warning about in-place changes of a block's output; nothing changes ours in place."""
+    """Silences FSDP's warning about in-place changes of a block's output, which the models here never make."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         yield
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state dict, on the CPU of rank 0; other ranks get nothing. Every rank calls it."""
+    """The full state dict, on the CPU of rank 0 and empty on other ranks. Every rank calls it."""
     state: dict[str, Any] = _states().get_model_state_dict(model, options=_options())
     return state
 
 
 def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole optimizer state by parameter name, on the CPU of rank 0. Every rank calls it."""
+    """The full optimizer state by parameter name, on the CPU of rank 0. Every rank calls it."""
     return dict(_states().get_optimizer_state_dict(model, optimizer, options=_options()))
 
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Gives each rank its part of a whole optimizer state, which every rank has read."""
+    """Loads each rank's shard of a full optimizer state, which every rank has read."""
     _states().set_optimizer_state_dict(model, optimizer, dict(state), options=_options())
 
 

@@ -1,7 +1,7 @@
 """Metrics of a run: rows in ``metrics.jsonl``, a progress bar, trackers, and the curves drawn from the rows.
 
 A row is written and flushed at once, so a killed process loses none. A run that resumes at step N first drops the rows
-after N, which its killed predecessor may have written past its last checkpoint: no row is lost and none comes twice.
+after N, which may have been written past the last checkpoint: no row is lost and none appears twice.
 """
 
 import json
@@ -19,17 +19,17 @@ from lm_core.data.jsonl import read_json_lines
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out.
+    """The rows of a ``metrics.jsonl``, without a last line truncated by a kill.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line other than the last is no JSON object.
+        ValueError: a line other than the last is not a JSON object.
     """
     return [row for _, row in read_json_lines(path, torn_end=True)]
 
 
 def read_series(path: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of everything in a ``metrics.jsonl`` that is a number; errors as of ``read_metrics``."""
+    """Steps and values of each numeric metric in a ``metrics.jsonl``; errors as for ``read_metrics``."""
     series: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_metrics(path):
         for name, value in row.items():
@@ -44,22 +44,22 @@ def _number(name: str, value: Any) -> Any:
     if isinstance(value, Tensor) or hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN; a gap says the same
+        return None  # JSON has no NaN; null leaves a gap in the curve
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"metric {name!r} must be a number or a string, got {type(value).__name__}")
 
 
 class MetricsLog:
-    """Writes rows of metrics.
+    """Log of metrics to a file, trackers and a progress bar.
 
     Args:
-        path: of ``metrics.jsonl``; None writes no file, so that only trackers and the bar get the rows.
-        resume_step: rows of later steps are dropped; -1 drops all.
+        path: path of ``metrics.jsonl``; None writes no file, so that only trackers and the bar get the rows.
+        resume_step: last step whose rows are kept; -1 drops all.
         is_main: False makes everything a no-op, for processes other than the main one.
-        trackers: each with ``log(values, step=step)``, such as an ``accelerate.Accelerator`` or its trackers.
-        progress: a bar that shows the newest values, as ``progress_bar`` makes it.
-        shown: names of the values the bar shows.
+        trackers: objects with ``log(values, step=step)``, such as an ``accelerate.Accelerator`` or its trackers.
+        progress: bar of ``progress_bar`` that shows the newest values.
+        shown: names of the values on the bar.
 
     Raises:
         TypeError: a tracker has no ``log``.
@@ -104,7 +104,7 @@ class MetricsLog:
             more: further values.
 
         Raises:
-            TypeError: a value is of another type, or is named "step".
+            TypeError: a value has another type, or is named "step".
         """
         if not self.is_main or not self._is_open:
             return
@@ -122,7 +122,7 @@ class MetricsLog:
                 self.progress.set_postfix(visible, refresh=False)
 
     def sync(self) -> None:
-        """Forces the rows to the disk; before a checkpoint, so that a power failure keeps both or neither."""
+        """Flushes the rows to disk; called before a checkpoint, so that it never survives without its rows."""
         if self._stream is not None and self.path is not None:
             fsync_path(self.path)
 
@@ -141,7 +141,7 @@ class MetricsLog:
 
 
 def progress_bar(total: int | None, *, initial: int = 0, description: str = "", is_main: bool = True) -> Any:
-    """A tqdm bar over updates, silent in other processes than the main one."""
+    """A tqdm bar over updates, disabled in processes other than the main one."""
     return tqdm(total=total, initial=initial, desc=description, disable=not is_main, dynamic_ncols=True, unit="step")
 
 
@@ -149,15 +149,15 @@ def progress_bar(total: int | None, *, initial: int = 0, description: str = "", 
 def plot_curves(
     metrics_path: str | Path, output: str | Path | None = None, *, names: Sequence[str] | None = None
 ) -> Path:
-    """Draws the numbers of a ``metrics.jsonl`` over the steps, one panel for each group of names.
+    """Plots the numeric metrics of a ``metrics.jsonl`` over the steps, one panel for each group of names.
 
-    ``train_loss`` and ``validation_loss`` share a panel: the first word "train", "val", "valid", "validation" or
-    "eval" is left out when names are compared.
+    ``train_loss`` and ``validation_loss`` share a panel: words such as "train", "val" or "eval" are ignored when names
+    are compared.
 
     Args:
-        metrics_path: the rows.
-        output: a ``.png``; by default ``curves.png`` next to the rows.
-        names: which values; by default all that are numbers in at least two rows.
+        metrics_path: path of ``metrics.jsonl``.
+        output: path of the ``.png``; by default ``curves.png`` next to the rows.
+        names: metrics to plot; by default all that are numbers in at least two rows.
 
     Returns:
         The path of the picture.
@@ -172,6 +172,7 @@ def plot_curves(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('curves need the extra "plot": pip install "lm-core[plot]"') from error
+    # choose what to plot
     series = read_series(metrics_path)
     unknown = sorted(set(names or ()) - set(series))
     if unknown:
@@ -179,15 +180,16 @@ def plot_curves(
     chosen = list(names) if names is not None else [name for name in series if len(series[name][0]) > 1]
     if not chosen:
         raise ValueError(f"{metrics_path} has no numbers in two rows or more, there is no curve to draw")
+    # one panel for each group of names
     panels: dict[str, list[str]] = {}
     for name in chosen:
         panels.setdefault(_panel_of(name), []).append(name)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)  # no global backend is touched, none needs a display
-    for number, (title, members) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(rows, columns, number)
+    FigureCanvasAgg(figure)  # leaves the global backend alone and needs no display
+    for position, (title, members) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, position)
         for name in members:
             steps, values = series[name]
             axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else "")

@@ -1,7 +1,7 @@
-"""One optimizer update: which parameters decay, how the learning rate moves, clipping, and what to do with NaN.
+"""One optimizer update: weight decay groups, learning rate schedule, gradient clipping and the guard against NaN.
 
-The schedule is a pure function of the number of updates done and is stepped once per update by the trainer. It is an
-object of our own because ``accelerate`` steps a prepared scheduler once per process.
+The schedule is a pure function of the number of updates done and is stepped once per update by the trainer. It is not
+a torch scheduler because ``accelerate`` steps a prepared scheduler once per process.
 """
 
 import math
@@ -26,10 +26,10 @@ def _kind_of(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return "norm"
     if name.endswith("bias"):
         return "bias"
-    # a gain or scale outside a norm layer acts as one, also a number a head of shape (heads, 1, 1): decay would pull it
-    # to zero. A column is a matrix: a low-rank factor of rank 1.
-    number_each = parameter.ndim > 2 and parameter.shape[1:].numel() == 1
-    return "norm" if parameter.ndim < 2 or number_each else "weight"
+    # a gain or scale outside a norm layer counts as one, also one per head of shape (heads, 1, 1): decay would pull it
+    # to zero. A column (n, 1) counts as a matrix: a low-rank factor of rank 1.
+    scale_per_head = parameter.ndim > 2 and parameter.shape[1:].numel() == 1
+    return "norm" if parameter.ndim < 2 or scale_per_head else "weight"
 
 
 def optimizer_groups(
@@ -42,13 +42,13 @@ def optimizer_groups(
     """Parameter groups for an optimizer: matrices decay, norms, biases and embeddings do not.
 
     The order is that of ``model.named_parameters()``, the same in every process. A parameter with several names (a
-    tied embedding) comes once; it is an embedding if any of its owners is one. Frozen parameters are left out.
+    tied embedding) appears once; it is an embedding if any of its owners is one. Frozen parameters are left out.
 
     Args:
-        model: whose parameters.
-        weight_decay: of the first group; the second has 0.
-        no_decay: which kinds do not decay, out of "bias", "norm" (and any other gain or scale), "embedding".
-        parameters: only these of the model's parameters.
+        model: model with the parameters.
+        weight_decay: weight decay of the first group; the second has 0.
+        no_decay: kinds without decay, out of "bias", "norm" (and any other gain or scale), "embedding".
+        parameters: subset of the model's parameters; None for all.
 
     Raises:
         ValueError: ``weight_decay`` is negative, a kind is unknown, or nothing is trainable.
@@ -86,8 +86,8 @@ def learning_rate_scale(
 ) -> float:
     """Factor on the learning rate of update ``step`` (the first is 0).
 
-    It rises linearly to 1 over ``warmup_steps`` (the first update has 1 / warmup_steps, never 0), then falls along a
-    half cosine or a line to ``final_scale`` at ``total_steps`` and stays there; "constant" stays at 1.
+    Rises linearly to 1 over ``warmup_steps`` (the first update has 1 / warmup_steps, never 0), then falls along a half
+    cosine or a line to ``final_scale`` at ``total_steps`` and stays there; "constant" stays at 1.
 
     Raises:
         ValueError: a negative size, ``final_scale`` outside [0, 1], or no ``total_steps`` past the warmup for a
@@ -112,14 +112,14 @@ class LearningRateSchedule:
     """Sets the learning rates of an optimizer; call ``step()`` after each update.
 
     Args:
-        optimizer: anything with ``param_groups``; their learning rates now are the peaks.
-        kind, warmup_steps, total_steps, final_scale: as for ``learning_rate_scale``; ``kind`` is "constant" with a
-            ``scheduler``, which replaces it.
-        scheduler: a torch class such as ``CosineAnnealingLR``, whose rates are scaled by the warmup.
-        scheduler_kwargs: its arguments besides the optimizer.
+        optimizer: anything with ``param_groups``, whose current learning rates are the peaks.
+        kind, warmup_steps, total_steps, final_scale: arguments of ``learning_rate_scale``; ``kind`` must be "constant"
+            with a ``scheduler``, which replaces it.
+        scheduler: torch class such as ``CosineAnnealingLR``, whose rates are scaled by the warmup.
+        scheduler_kwargs: its arguments other than the optimizer.
 
     Raises:
-        ValueError: as ``learning_rate_scale``; or both a ``scheduler`` and a ``kind`` that falls are given.
+        ValueError: as for ``learning_rate_scale``; or both a ``scheduler`` and a ``kind`` that falls are set.
     """
 
     @typed
@@ -167,14 +167,14 @@ class LearningRateSchedule:
     def step(self) -> None:
         """Counts an update and sets the learning rates of the next one."""
         if self.scheduler is not None:
-            self._set(self.peaks)  # some schedulers compute the next rate from the one they find
+            self._set(self.peaks)  # some schedulers compute the next rate from the current one
             self.scheduler.step()
             self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.steps_done += 1
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates done, and the state of a torch scheduler; all else follows from the settings."""
+        """The number of updates done, and the state of a torch scheduler; the rest follows from the settings."""
         if self.scheduler is None:
             return {"steps_done": self.steps_done}
         kept = {
@@ -185,10 +185,10 @@ class LearningRateSchedule:
         return {"steps_done": self.steps_done, "peaks": list(self.peaks), "scheduler": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resumes at the update ``state`` was taken at; call it after the optimizer's own ``load_state_dict``.
+        """Resumes at the update of ``state``; call it after the optimizer's ``load_state_dict``.
 
         Raises:
-            ValueError: the state is not of such a schedule.
+            ValueError: the state comes from another kind of schedule.
         """
         expected = set(self.state_dict())
         if set(state) != expected:
@@ -204,11 +204,11 @@ def clip_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Te
     """Scales gradients so that their norm over all parameters is at most ``max_norm``.
 
     Args:
-        parameters: with gradients; those without are left out.
-        max_norm: None only measures.
+        parameters: parameters or tensors with gradients; those without are ignored.
+        max_norm: maximum norm; None only measures.
 
     Returns:
-        The norm before, a scalar on the gradients' device.
+        The norm before clipping, a scalar on the gradients' device.
 
     Raises:
         ValueError: ``max_norm`` is not positive.
@@ -222,14 +222,14 @@ def clip_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Te
 
 @dataclass
 class NonFiniteGuard:
-    """Decides whether an update may be made: not if the loss or the gradient norm is infinite or NaN.
+    """Guard that skips an update whose loss or gradient norm is infinite or NaN.
 
-    Every process has to ask at the same time: one process's NaN makes all of them skip.
+    All processes must call it together: one process's NaN makes all of them skip.
 
     Attributes:
-        max_consecutive: so many skipped updates in a row end the run.
+        max_consecutive: number of skipped updates in a row that ends the run.
         skipped: updates skipped so far.
-        consecutive: of these, the ones since the last good update.
+        consecutive: updates skipped since the last good one.
     """
 
     max_consecutive: int = 10
@@ -240,10 +240,10 @@ class NonFiniteGuard:
         check_positive(self.max_consecutive, "max_consecutive")
 
     def allows(self, step: int, loss: "Tensor | float", grad_norm: "Tensor | float | None" = None) -> bool:
-        """Whether update ``step`` may be made.
+        """True if update ``step`` may be made; otherwise counts it as skipped.
 
         Raises:
-            RuntimeError: ``max_consecutive`` updates in a row had to be skipped.
+            RuntimeError: ``max_consecutive`` updates in a row were skipped.
         """
         values = [loss] if grad_norm is None else [loss, grad_norm]
         tensors = [torch.as_tensor(value).detach().float().mean() for value in values]
@@ -262,12 +262,13 @@ class NonFiniteGuard:
         return False
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
+        """The counts of skipped updates."""
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continues with the counts of ``state``."""
-        self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])
+        """Restores the counts of ``state``."""
+        self.skipped = int(state["skipped"])
+        self.consecutive = int(state["consecutive"])
 
 
 def finish_update(
@@ -280,22 +281,22 @@ def finish_update(
     guard: NonFiniteGuard,
     max_grad_norm: float | None,
 ) -> dict[str, float]:
-    """What every update ends with: clips the gradients, steps unless something is not finite, clears the gradients.
+    """Clips the gradients, steps the optimizer unless something is not finite, and clears the gradients.
 
     Args:
-        number: of this update, from 1.
-        loss: of all processes.
-        parameters: whose gradients are clipped together.
-        optimizer: of the run; a skipped update moves no weights.
-        schedule: of the run; a skipped update leaves the learning rate where it is.
-        guard: of the run; decides what is skipped, and counts it.
-        max_grad_norm: None only measures.
+        number: number of this update, from 1.
+        loss: loss over all processes.
+        parameters: parameters whose gradients are clipped together.
+        optimizer: optimizer, which a skipped update does not step.
+        schedule: learning rate schedule, which a skipped update does not step.
+        guard: guard that decides and counts skipped updates.
+        max_grad_norm: maximum gradient norm; None only measures.
 
     Returns:
-        For the metrics: ``learning_rate`` of this update, ``grad_norm`` before clipping, updates ``skipped`` so far.
+        Metrics: ``learning_rate`` of this update, ``grad_norm`` before clipping, updates ``skipped`` so far.
 
     Raises:
-        RuntimeError: too many updates in a row had to be skipped.
+        RuntimeError: too many updates in a row were skipped.
     """
     learning_rate = schedule.learning_rate
     norm = clip_global_norm(parameters, max_grad_norm)

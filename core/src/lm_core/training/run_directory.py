@@ -1,8 +1,8 @@
-"""The folder of a training run: one run at a time in it, and a record of how it was started.
+"""The folder of a training run: a lock against a second run, and a record of every start.
 
-``checkpoints/`` has the checkpoints, ``metrics.jsonl`` the rows, ``curves.png`` the picture, ``run.json`` command line,
-seed, versions and device of the first start and of every resume, ``summary.json`` what a finished run came to. A lock
-of the operating system keeps a second run out; it is gone with its process, however that ended.
+``checkpoints/`` has the checkpoints, ``metrics.jsonl`` the metrics, ``curves.png`` their plot, ``run.json`` command
+line, seed, versions and device of the first start and of every resume, ``summary.json`` the results of a finished run.
+The lock is the operating system's, so it ends with its process even after a crash.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from lm_core.checks import typed
 
 @dataclass(frozen=True)
 class Result:
-    """One number that a run came to.
+    """One result of a run.
 
     Attributes:
-        name: what, and on what: "held-out bits/byte".
-        after: the number.
-        before: the same before training, or of the baseline; None where that has no meaning.
-        better: which way it should go.
+        name: metric and data: "held-out bits/byte".
+        after: value after training.
+        before: value before training, or of the baseline; None where that has no meaning.
+        better: direction of improvement.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Result:
 
 
 def write_summary(folder: str | Path, results: Sequence[Result], *, steps: int, seconds: float | None = None) -> Path:
-    """Writes ``summary.json`` of a finished run, whole or not at all; the first result is the run's key number.
+    """Writes ``summary.json`` of a finished run atomically; the first result is the run's headline number.
 
     Args:
-        folder: of the run.
-        results: at least one, the most important first.
+        folder: folder of the run.
+        results: results, the most important first.
         steps: updates of the run.
-        seconds: that this process worked; None where the run was found finished.
+        seconds: training time of this process; None if the run was already finished.
 
     Raises:
-        ValueError: there is no result.
+        ValueError: there are no results.
     """
     if not results:
         raise ValueError("results must hold at least one number, got none")
@@ -62,24 +62,24 @@ def write_summary(folder: str | Path, results: Sequence[Result], *, steps: int, 
 
 
 class RunDirectory:
-    """The folder of one run; use it in a ``with`` block, which holds the lock.
+    """The folder of one run; its ``with`` block holds the lock.
 
-    Every process makes one; only rank 0 locks and writes. Entering it deletes what a killed run left half-written.
+    Every process makes one; only rank 0 locks and writes. Entering it deletes the partial files of a killed run.
 
     Args:
-        path: made if needed.
-        resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
-        seed: recorded.
-        device: recorded.
-        settings: recorded; anything JSON can hold.
-        packages: distributions whose versions are recorded, besides python, torch, numpy and lm-core.
+        path: the folder, created if needed.
+        resume: "auto" resumes if the folder has a checkpoint, True requires one, False requires a folder without a run.
+        seed: seed to record.
+        device: device to record.
+        settings: settings to record, converted to JSON.
+        packages: distributions whose versions are recorded, in addition to python, torch, numpy and lm-core.
 
     Attributes:
         checkpoints: folder for ``save_checkpoint`` and ``load_checkpoint``.
         metrics_path: file for ``MetricsLog``.
         curves_path: file for ``plot_curves``.
         run_file: the record ``run.json``.
-        resumes: whether the folder had a checkpoint when it was entered.
+        resumes: True if the folder had a checkpoint on entry.
 
     Raises (on entering):
         RuntimeError: another run is using the folder.
@@ -162,7 +162,7 @@ class RunDirectory:
         }
         record = {**launch, "resumed": []}
         if exists:
-            with contextlib.suppress(CheckpointError):  # an unreadable record is no reason to refuse a run
+            with contextlib.suppress(CheckpointError):  # an unreadable record must not prevent a run
                 record = read_json(self.run_file)
                 record["resumed"] = [*record.get("resumed", []), launch]
         write_file(self.run_file, to_json(record))

@@ -2,7 +2,7 @@
 
 A session owns the run's folder and its lock, resuming and its checks, seeds, progress bar, metrics, trackers, curves,
 validation and checkpoints on schedule, the time limit, the guard against losses that are not finite, Ctrl-C and
-SIGTERM, the wrapping for several processes, and the release of all that at the end::
+SIGTERM, the wrapping for several processes, and the release of all of these at the end::
 
     class Trainer:
         def __init__(self, model, data, checkpoint_dir, settings):
@@ -27,9 +27,9 @@ SIGTERM, the wrapping for several processes, and the release of all that at the 
                     session.log(session.optimizer_step(), epoch=self.batches.epoch)
             return session.result(TrainingResult)
 
-A checkpoint holds all that the next update depends on: a run that was killed at any instant and resumed ends with the
-weights, bit for bit, of one that was not (with equal settings, device, torch and number of processes). At step N come
-the row of metrics, then a validation, then the checkpoint; a resumed run drops rows after its checkpoint, so
+A checkpoint holds all state that the next update depends on: a run that was killed at any instant and resumed ends with
+the same weights, bit for bit, as an uninterrupted one (with equal settings, device, torch and number of processes).
+Step N writes its row of metrics, then validates, then saves; a resumed run drops rows after its checkpoint, so
 ``metrics.jsonl`` has every update once.
 """
 
@@ -81,16 +81,16 @@ R = TypeVar("R", bound="TrainingResult")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """How a run ended.
+    """Outcome of a run.
 
     Attributes:
         outcome: "finished", "stopped early" (no improvement), "interrupted" (Ctrl-C or SIGTERM) or "out of time"
             (``max_seconds``).
-        first_step: updates that were done when this call began.
+        first_step: updates done before this call.
         step: updates done.
-        seconds: duration of this call; None where nothing was left to do.
-        checkpoints: folder of the checkpoints, the newest one of ``step``; None for a run without a folder.
-        curves: picture of the metrics; None without a folder or matplotlib, or with nothing to draw.
+        seconds: duration of this call; None if the run was already finished.
+        checkpoints: folder of the checkpoints, the newest of which is of ``step``; None for a run without a folder.
+        curves: plot of the metrics; None without a folder or matplotlib, or with nothing to draw.
     """
 
     outcome: Outcome
@@ -103,11 +103,11 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class SavedValue:
-    """A part of a checkpoint given by two functions, where no object has these two methods.
+    """Two functions as an object with ``state_dict`` and ``load_state_dict``, for the state of a session.
 
     Args:
-        state_dict: returns the value; nested containers of tensors, numbers and strings.
-        load_state_dict: takes the value of a checkpoint.
+        state_dict: returns the value: nested containers of tensors, numbers and strings.
+        load_state_dict: receives the value from a checkpoint.
     """
 
     state_dict: Callable[[], Any]
@@ -115,27 +115,27 @@ class SavedValue:
 
 
 class TrainingSession:
-    """A training run; see the module. Construct it first (it starts the processes), then ``register``, then ``run``.
+    """A training run: construct it first (it connects the processes), then ``register``, then ``run``.
 
     Args:
-        trainer: class name of the trainer; a checkpoint of another one is refused.
+        trainer: class name of the trainer; checkpoints of another trainer are rejected.
         config: settings of the run.
         checkpoint_dir: folder of the run; None writes nothing.
-        resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
+        resume: "auto" resumes if the folder has a checkpoint, True requires one, False requires a folder without a run.
         trackers: names of trackers that ``accelerate`` knows ("tensorboard", "wandb"), and objects with
             ``log(values, step=...)``.
         packages: distributions whose versions are recorded; the first names the run for the trackers.
         accelerator: an ``accelerate.Accelerator`` to use instead of a new one.
 
     Attributes:
-        device: the device that is trained on.
+        device: training device.
         step: optimizer updates done.
-        max_steps: optimizer updates of the whole run, of ``config`` where it has them; None if unknown.
+        max_steps: optimizer updates of the whole run, by default those of ``config``; None if unknown.
         outcome: "finished" until something stops the run.
-        module: the objective as the loop calls it: compiled, wrapped in DDP or sharded. None outside of ``run``.
+        module: objective as the loop calls it: compiled, wrapped in DDP or sharded. None outside of ``run``.
         optimizer: the optimizer; None before the first ``run``.
-        schedule: its learning-rate schedule.
-        guard: skips updates that are not finite.
+        schedule: its learning rate schedule.
+        guard: guard that skips updates that are not finite.
         first_validation: metrics of the validation before training.
         last_validation: metrics of the newest validation.
         folder: the open run directory; None without ``checkpoint_dir``.
@@ -169,7 +169,7 @@ class TrainingSession:
             if not callable(getattr(tracker, "log", None)):
                 raise TypeError(f"trackers must have log(values, step=...), got {type(tracker).__name__}")
         self.device = pick_device(config.device) if accelerator is None else accelerator.device
-        pick_precision(config.precision, self.device)  # refuses what the device cannot do
+        pick_precision(config.precision, self.device)  # raises for a precision that the device lacks
         if accelerator is None:
             accelerator = start_accelerator(
                 self.device, tracker_names=self._tracker_names, folder=self.checkpoint_dir or "."
@@ -177,6 +177,7 @@ class TrainingSession:
         self.accelerator = accelerator
         if is_distributed():
             end_process_group_at_exit()  # not earlier: later sessions of this process use the group too
+        # counters and results
         self.step = 0
         self.max_steps: int | None = getattr(config, "max_steps", None)
         self.outcome: Outcome = "finished"
@@ -191,7 +192,7 @@ class TrainingSession:
         self._stored_optimizer: tuple[Any, Any] | None = None
         self._loss: Tensor | None = None
 
-    # ------------------------------------------------------------------------------------------- what is trained
+    # ------------------------------------------------------------------------------------ model and optimizer
 
     def register(
         self,
@@ -217,29 +218,29 @@ class TrainingSession:
         curves: Sequence[str] | None = None,
         shown: Sequence[str] = ("loss", "tokens_per_second"),
     ) -> None:
-        """Registers what is trained, saved, checked and shown.
+        """Registers the parts of a run: what is trained, saved, checked and shown.
 
         Args:
-            model: what checkpoints hold, on the device.
-            objective: what the loop calls (``module``); in training mode within ``run``. By default the model.
-            optimizer: makes optimizer and schedule, once the module is sharded; None if the trainer has its own, or
-                calls ``use_optimizer``.
+            model: model on the device, which checkpoints hold.
+            objective: module the loop calls (``module``), in training mode within ``run``; by default the model.
+            optimizer: function that makes optimizer and schedule, once the module is sharded; None if the trainer has
+                its own, or calls ``use_optimizer``.
             gradients: "average" over processes, by DDP or FSDP; "sum" adds them up in ``optimizer_step``, for
                 objectives that DDP cannot wrap.
-            blocks: returns the parts that FSDP gathers one at a time; None does not shard.
+            blocks: function that returns the submodules FSDP gathers one at a time; None does not shard.
             compile: compiles the objective.
-            state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. All
-                ``check_state(state)`` that they have run before the first ``load_state_dict``.
-            rank_state: the same, of each process's own.
-            architecture: arguments of the model that have to be equal to resume.
-            identity: other values that have to be equal to resume, besides the seed.
-            upgrade: returns the state of a checkpoint that a version before sessions wrote, under the keys of ``save``.
-            save_weights: returns what checkpoints hold instead of ``model``.
-            load_weights: loads the weights of a checkpoint; nothing is sharded or wrapped yet.
+            state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. Their
+                ``check_state(state)``, if any, all run before the first ``load_state_dict``.
+            rank_state: state objects that differ between processes.
+            architecture: arguments of the model that must be equal to resume.
+            identity: other values that must be equal to resume, in addition to the seed.
+            upgrade: function that converts the state of a checkpoint older than sessions to the keys of ``save``.
+            save_weights: function that returns the weights of checkpoints instead of ``model``.
+            load_weights: function that loads the weights of a checkpoint; nothing is sharded or wrapped yet.
             model_config: ``config.json`` of checkpoints, by default the model's own.
-            tokenizer: travels with the checkpoints, if it can be saved.
-            validate: returns metrics of held-out data, to be logged under these names; every process calls it.
-            max_steps: updates of the run, by default as ``config`` has it.
+            tokenizer: tokenizer to store with the checkpoints, if it can be saved.
+            validate: function that returns metrics of held-out data, logged by name; every process calls it.
+            max_steps: updates of the run, by default those of ``config``.
             record: further values for ``run.json``.
             curves: names of the metrics that are drawn; by default all.
             shown: names of the metrics that the progress bar shows.
@@ -273,7 +274,7 @@ class TrainingSession:
         self._shown = tuple(shown)
 
     def use_optimizer(self, optimizer: torch.optim.Optimizer | None, schedule: Any = None) -> None:
-        """Sets the optimizer; the first one after resuming takes the state that the checkpoint has of it."""
+        """Sets the optimizer; the first one after resuming takes its state from the checkpoint."""
         self.optimizer = optimizer
         self.schedule = schedule
         stored, self._stored_optimizer = self._stored_optimizer, None
@@ -290,21 +291,22 @@ class TrainingSession:
         if schedule is not None:
             schedule.load_state_dict(stored[1])
 
-    # -------------------------------------------------------------------------------------------------- the loop
+    # -------------------------------------------------------------------------------------------------- loop
 
     @contextlib.contextmanager
     def run(self) -> Iterator["TrainingSession"]:
-        """Opens the run, new or resumed; seeds python's, numpy's and torch's generators or restores them.
+        """Opens the run, new or resumed; seeds or restores the generators of python, numpy and torch.
 
-        A second ``run`` of the same session continues with the weights and counters it has.
+        A second ``run`` of the same session continues with its weights and counters.
 
         Raises:
             RuntimeError: another run is using the folder.
             CheckpointError: the checkpoint is damaged, or of another trainer, model, data, seed or number of processes;
                 nothing was changed.
-            FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
+            FileNotFoundError, FileExistsError: the folder does not meet ``resume``.
         """
         with contextlib.ExitStack() as stack:
+            # folder and lock, then weights and state
             if self.checkpoint_dir is not None:
                 self.folder = stack.enter_context(
                     RunDirectory(
@@ -323,6 +325,7 @@ class TrainingSession:
             self._curves_path: Path | None = None
             self._first_step = self.step
             self._started = time.monotonic()
+            # wrap for several processes, then train
             stack.callback(self._release)
             self.module = self._compiled
             if self._gradients == "average" and self._blocks is None and world_size() > 1:
@@ -339,14 +342,14 @@ class TrainingSession:
                 self._curves_path = draw_curves(self.folder, self._curves)
 
     def steps(self, until: int | None = None, *, ends: bool = True) -> Iterator[int]:
-        """Yields the number of updates done before each update, until there are enough or something stops the run.
+        """Yields the number of updates done before each update, until the goal is reached or the run is stopped.
 
-        After each update come validation and checkpoint, where they are due.
+        Each update is followed by validation and checkpoint when they are due.
 
         Args:
             until: number of updates to reach; by default ``max_steps``.
-            ends: whether there is a validation before the first update of the run and after the last of these, and a
-                checkpoint after it; False leaves them to the caller.
+            ends: True validates before the first update of the run, and validates and saves after the last of these;
+                False leaves that to the caller.
         """
         goal = self.max_steps if until is None else until
         if goal is None:
@@ -366,8 +369,8 @@ class TrainingSession:
 
     def micro_batches(self, batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches of one update; processes exchange gradients in the backward of the last one only."""
-        for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
+        for index, batch in enumerate(batches, start=1):
+            last = index == len(batches)
             if self._blocks is not None:
                 self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
             wrapped = self.module is not self._compiled and hasattr(self.module, "no_sync")
@@ -375,9 +378,9 @@ class TrainingSession:
                 yield batch
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a loss, and the loss to that of the update.
+        """Accumulates the gradients of a loss, and the loss itself for the metrics of the update.
 
-        DDP and FSDP average gradients over processes: each passes its summed loss over
+        DDP and FSDP average gradients over processes: each passes its summed loss divided by
         ``lm_core.distributed.loss_normalizer``. With ``gradients="sum"``, each passes its share of the loss.
         """
         loss.backward()
@@ -391,10 +394,10 @@ class TrainingSession:
         """Clips the gradients, steps the optimizer unless something is not finite, and counts the update.
 
         Returns:
-            The ``loss`` of all processes, ``learning_rate``, ``grad_norm`` before clipping, ``skipped`` updates so far.
+            ``loss`` over all processes, ``learning_rate``, ``grad_norm`` before clipping, ``skipped`` updates so far.
 
         Raises:
-            RuntimeError: too many updates in a row had to be skipped.
+            RuntimeError: too many updates in a row were skipped.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if self._gradients == "sum":
@@ -414,14 +417,14 @@ class TrainingSession:
         return {"loss": float(loss), **values}
 
     def end_update(self, *, last: bool = False) -> None:
-        """What follows an update: the bar, a request to stop, validation and checkpoint where due; ``steps`` calls it.
+        """Updates the bar, handles stop requests, validates and saves when due; ``steps`` calls it.
 
         Args:
-            last: whether the caller ends its loop here, and validates and saves itself.
+            last: True if the caller ends its loop here, and validates and saves itself.
         """
         self.progress.update()
         interrupted = self.interrupt.should_stop()
-        # one clock decides, or some processes would continue alone
+        # rank 0's clock decides for all, or some processes would continue alone
         limit = self.config.max_seconds
         late = limit is not None and broadcast_object(time.monotonic() - self._started > limit)
         if last:
@@ -434,7 +437,7 @@ class TrainingSession:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether this process was asked to stop, for work between updates that can be left at any point."""
+        """True if this process received a stop signal, for work between updates that may end at any point."""
         return self.interrupt.requested
 
     def log(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
@@ -472,10 +475,10 @@ class TrainingSession:
 
         Args:
             directory: folder of checkpoints, by default that of the run; without one, nothing is written.
-            keep: checkpoints that stay there, by default as ``config`` has it.
+            keep: number of checkpoints to keep there, by default that of ``config``.
 
         Returns:
-            Its folder.
+            The folder of the new checkpoint.
         """
         if directory is None:
             if self.folder is None:
@@ -484,6 +487,7 @@ class TrainingSession:
             self.metrics.sync()
         if not self._prepared:
             self._prepare(None)
+        # weights and config.json
         weights: Any = self.model
         if self._save_weights is not None:
             weights = self._save_weights()
@@ -507,14 +511,14 @@ class TrainingSession:
                 "validation": [self.first_validation, self.last_validation],
                 "state": {name: part.state_dict() for name, part in self._state.items()},
             },
-            # what each process has of its own goes with its random states
+            # state of a single process is stored next to its random states
             rng={**capture_rng(), "state": {name: part.state_dict() for name, part in self._rank_state.items()}},
             tokenizer=self._tokenizer,
             keep=keep or self.config.keep_checkpoints,
         )
 
     def load(self, directory: str | Path) -> None:
-        """Takes the newest checkpoint in a folder, before the first ``run``.
+        """Loads the newest checkpoint in a folder, before the first ``run``.
 
         Raises:
             FileNotFoundError: there is none.
@@ -535,7 +539,7 @@ class TrainingSession:
         return self.optimizer.state_dict()
 
     def _prepare(self, checkpoint: Checkpoint | None) -> None:
-        """Loads weights and states, shards, makes the optimizer; a checkpoint is refused before anything is changed."""
+        """Loads weights and states, shards, makes the optimizer; a checkpoint is rejected before anything changes."""
         if checkpoint is not None:
             if self._upgrade is not None and "identity" not in checkpoint.trainer_state:
                 checkpoint = replace(checkpoint, trainer_state=dict(self._upgrade(checkpoint)))
@@ -543,7 +547,7 @@ class TrainingSession:
             self._restore(checkpoint)
         if self._blocks is not None:
             sharding.shard(self.objective, iter(self._blocks()))
-        # only training runs often enough to be worth compiling for: validation calls the objective
+        # only training runs often enough to be worth compiling: validation calls the objective uncompiled
         self._compiled: Any = torch.compile(self.objective) if self._compile else self.objective
         if self._make_optimizer is not None:
             self.use_optimizer(*self._make_optimizer())
@@ -563,7 +567,7 @@ class TrainingSession:
             raise CheckpointError(f"{where} was written by an earlier version; only its weights can be used")
         if isinstance(self.model, PretrainedMixin) and checkpoint.config:
             check_config(type(self.model), checkpoint.config, where / "config.json")
-        for what, current, stored in (
+        for difference, current, stored in (
             ("is of another architecture", self._architecture, state["architecture"]),
             ("is of another run", self._full_identity(), state["identity"]),
         ):
@@ -573,7 +577,7 @@ class TrainingSession:
                 if stored.get(name) != value
             ]
             if changed:
-                raise CheckpointError(f"{where} {what}: {', '.join(changed)}; train into another folder")
+                raise CheckpointError(f"{where} {difference}: {', '.join(changed)}; train into another folder")
         for parts, states in self._parts(checkpoint):
             if set(parts) != set(states):
                 raise CheckpointError(f"{where} has the states {sorted(states)}, but this run {sorted(parts)}")
@@ -591,7 +595,8 @@ class TrainingSession:
         else:
             load_weights(self.model, checkpoint.model_state or {}, where=str(checkpoint.path))
         self.guard.load_state_dict(state["guard"])
-        self.first_validation, self.last_validation = state["validation"]
+        self.first_validation = state["validation"][0]
+        self.last_validation = state["validation"][1]
         if state["optimizer"] is not None:
             self._stored_optimizer = state["optimizer"], state["schedule"]
         self.step = checkpoint.step
@@ -600,16 +605,16 @@ class TrainingSession:
         """Objects with a state, and their states in ``checkpoint``."""
         return [(self._state, checkpoint.trainer_state["state"]), (self._rank_state, checkpoint.rng.get("state", {}))]
 
-    # --------------------------------------------------------------------------------------- beginning and end
+    # ----------------------------------------------------------------------------------------- start and end
 
     def _release(self) -> None:
-        """Lets go of what holds the process group, which may end at any time from now on."""
+        """Releases the wrapper's process group, which may end at any time after the run."""
         if self.module is not None and self.module is not self._compiled:
             release(self.module)
         self.module = None
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> None:
-        """The log with its bar and trackers; the objective is in training mode until ``stack`` closes."""
+        """Opens log, bar and trackers; puts the objective in training mode until ``stack`` closes."""
         for module in self.objective.modules():
             stack.callback(setattr, module, "training", module.training)
         self.objective.train()
@@ -646,9 +651,9 @@ def adamw(
     """AdamW (arXiv 1711.05101) and its schedule: warmup, then a cosine.
 
     Args:
-        model: its trainable parameters are optimized.
+        model: model whose trainable parameters are optimized.
         settings: learning rate, decay and schedule.
-        parameters: only these of the model's parameters.
+        parameters: subset of the model's parameters; None for all.
     """
     optimizer = torch.optim.AdamW(
         optimizer_groups(model, weight_decay=settings.weight_decay, parameters=parameters),
@@ -665,9 +670,9 @@ def adamw(
 
 
 def draw_curves(run: RunDirectory, names: Sequence[str] | None = None) -> Path | None:
-    """``curves.png`` of those ``names`` (by default all) that are numbers in two rows or more, drawn by rank 0.
+    """Plots those ``names`` (by default all) that are numbers in two rows or more to ``curves.png``, on rank 0.
 
-    None, for every process, where there is nothing to draw or matplotlib is not installed.
+    Returns None, on every process, if there is nothing to draw or matplotlib is not installed.
     """
 
     def draw() -> Path | None:

@@ -17,7 +17,7 @@ settings.load_profile("core")
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what needs a GPU where there is none; with REQUIRE_CUDA=1 it runs, and fails."""
+    """Skips GPU tests on a machine without a GPU; with REQUIRE_CUDA=1 they run, and fail."""
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if marked and os.environ.get("REQUIRE_CUDA") != "1" and not torch.cuda.is_available():
         for item in marked:
@@ -49,7 +49,7 @@ def naive_attention():
 
 @pytest.fixture(scope="session")
 def rotate():
-    """Rotary embedding as the paper writes it: pairs of features are complex numbers, turned by position x theta_c."""
+    """Rotary embedding by the paper's formula: pairs of features as complex numbers, rotated by position x theta_c."""
 
     def rotated(x, positions, base=10000.0):
         half = x.shape[-1] // 2
@@ -103,7 +103,7 @@ X_TRANSFORMERS = {
 
 
 def enlarged(model):
-    """Weights large enough for a wrong mask or position to show far above rounding."""
+    """Sets weights large enough that a wrong mask or position changes results far more than rounding."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -164,7 +164,7 @@ def build(request):
 
 
 class SuccessorModel(nn.Module):
-    """Predicts x + 1 after x, whatever came before; without a cache."""
+    """Predicts x + 1 after x, independent of earlier tokens; without a cache."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -176,7 +176,7 @@ class SuccessorModel(nn.Module):
 
 
 class SumCache:
-    """What ``HistoryModel`` remembers of a row: a sum and how many tokens are in it."""
+    """Cache of ``HistoryModel``: for each row a sum and the number of tokens in it."""
 
     def __init__(self, batch_size, features):
         self.total = torch.zeros(batch_size, 1, features, dtype=torch.float64)
@@ -188,7 +188,7 @@ class SumCache:
 
 
 class HistoryModel(nn.Module):
-    """Logits that depend on every real token before, and on where it stands among them; float64.
+    """Logits that depend on every earlier real token and on its position among them; float64.
 
     ``logits_i = W tanh(sum over real j <= i of E[x_j] * cos(position_j * w))``. ``calls`` records what came in.
     """
@@ -225,14 +225,14 @@ class HistoryModel(nn.Module):
 
 
 class CachedHistoryModel(HistoryModel):
-    """The same, decoding incrementally."""
+    """``HistoryModel`` that decodes incrementally."""
 
     def init_cache(self, batch_size, max_length):
         return SumCache(batch_size, self.weight.shape[1])
 
 
 class HiddenHistoryModel(CachedHistoryModel):
-    """The same, offering features instead of logits, which it refuses to make."""
+    """``CachedHistoryModel`` with hidden states; a call for logits fails."""
 
     @property
     def output_weight(self):
@@ -268,7 +268,7 @@ def next_logits():
 
 @pytest.fixture(scope="session")
 def next_log_probs(next_logits):
-    """Log-probabilities of that token."""
+    """Log-probabilities of the token after one row of ids."""
 
     def log_probs(model, ids, temperature=1.0):
         logits = next_logits(model, ids) / temperature

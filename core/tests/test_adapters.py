@@ -63,7 +63,7 @@ def left_mask(n, *lengths):
 
 @torch.no_grad()
 def rows_alone(model, ids, mask, **arguments):
-    """Logits of each row's real tokens by the library itself, put where those tokens are."""
+    """Logits of each row's real tokens by the library itself, at the columns of those tokens."""
     result = None
     for row, (row_ids, row_mask) in enumerate(zip(ids, mask, strict=True)):
         output = model(row_ids[row_mask].unsqueeze(0), **arguments)
@@ -89,7 +89,7 @@ def decoded_in_steps(model, ids, mask, steps, hidden=False):
 
 @torch.no_grad()
 def assert_exact_without_cache(model, mask, **arguments):
-    """The adapter of ``model`` has no cache, and its logits are those of each row alone."""
+    """Asserts that the adapter of ``model`` has no cache, and that its logits are those of each row alone."""
     adapter, ids = as_causal_lm(model), random_ids(*mask.shape)
     assert not hasattr(adapter, "init_cache")
     batched = {name: value.repeat(len(ids), 1, 1) for name, value in arguments.items()}
@@ -98,7 +98,7 @@ def assert_exact_without_cache(model, mask, **arguments):
 
 
 def assert_exact_in_any_steps(data, model):
-    """A left-padded batch, of drawn size and decoded in drawn steps, has the logits of each row alone."""
+    """Asserts that a left-padded batch, of drawn size and decoded in drawn steps, has the logits of each row alone."""
     steps = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     n, b = sum(steps), data.draw(st.integers(1, 3))
     # A prompt holds at least one token of each row.

@@ -1,4 +1,4 @@
-"""Bad input is refused: the error names the argument, what it was and what was expected, and nothing changes.
+"""Bad input is rejected: the error names the argument, its value and the expectation, and nothing changes.
 
 Runs without the run-time shape checker, which would raise its own error first.
 """

@@ -105,7 +105,7 @@ def test_one_beam_is_greedy_decoding(seed, ends, length_penalty, models):
 
 @given(seed=st.integers(0, 100_000), length_penalty=st.sampled_from([0.0, 1.0, 1.5]))
 def test_more_beams_never_lose_to_the_classic_search_by_hand(seed, length_penalty, models, next_log_probs):
-    """Two beams, step by step in Python: two continue of the best four; endings count among the best two."""
+    """Two beams in plain Python: the best two of four candidates continue; endings count among the best two."""
     model, room, eos_id, beams = models.cached(4, seed, sharpness=1.0), 5, 3, 2
     running, finished = [([], [])], []
     for _ in range(room):

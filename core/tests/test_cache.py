@@ -9,7 +9,7 @@ LAYERS, HEADS, FEATURES = 2, 3, 4
 
 
 class ListCache:
-    """The reference: every row's entries in Python lists, copied whole at every step."""
+    """Reference: the entries of every row in Python lists, copied at every step."""
 
     def __init__(self, rows):
         self.rows = [[] for _ in range(rows)]
@@ -32,7 +32,7 @@ def keys_and_values(new, layer=0):
 
 
 def write(cache, new):
-    """One forward: every layer writes, then the cache advances. Returns what the layers got back."""
+    """One forward: every layer writes, then the cache advances. Returns the results of the writes."""
     got = [torch.stack(cache.update(layer, *keys_and_values(new, layer))) for layer in range(LAYERS)]
     cache.advance(new.shape[1])
     return torch.stack(got).permute(2, 4, 1, 0, 3, 5)  # (rows, length, keys or values, layers, heads, features)

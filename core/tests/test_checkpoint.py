@@ -1,4 +1,4 @@
-"""Checkpoints: what is stored comes back bit for bit, and what cannot be used is named before anything changes."""
+"""Checkpoints: stored values are restored bit for bit, and unusable ones are named before anything changes."""
 
 import json
 import pickle
@@ -41,7 +41,7 @@ def _flip_byte(path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling it writes a file."""
+    """Object whose unpickling writes a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -1,4 +1,4 @@
-"""Corpora: every reader gives the documents that were written, splits are disjoint and fixed, caches are whole."""
+"""Corpora: every reader returns the documents that were written, splits are disjoint and fixed, caches are whole."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ TEXTS = ["first document", "zwei: naïve 日本", "third\nwith lines\n"]
 
 
 class Words:
-    """A stranger's tokenizer: words numbered by length, more than sixteen bits wide."""
+    """Another library's tokenizer: words numbered by length, ids wider than sixteen bits."""
 
     vocab_size = 100_000
 

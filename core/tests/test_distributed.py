@@ -1,4 +1,4 @@
-"""Gathering over gloo processes against one process. This file is also the program that those processes run."""
+"""Gathering over gloo processes compared with one process. This file is also the program of those processes."""
 
 import os
 import subprocess
@@ -176,7 +176,7 @@ def test_no_thread_of_gloo_outlives_the_process_group(tmp_path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder of what every rank of 2 and of 4 processes found."""
+    """The folder with the results of every rank of 2 and of 4 processes."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, __file__, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -187,7 +187,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(params=[pytest.param(world, marks=pytest.mark.distributed) for world in BATCHES])
 def ranks(request, results):
-    """What every rank of a run found."""
+    """The results of every rank of a run."""
     world = request.param
     return [torch.load(results / f"rank-{own}-of-{world}.pt", weights_only=True) for own in range(world)]
 

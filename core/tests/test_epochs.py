@@ -1,4 +1,4 @@
-"""The order of examples: every epoch a permutation, every rank its share, any position without the ones before."""
+"""The order of examples: every epoch a permutation, every rank a share, any position computed directly."""
 
 from collections import Counter
 from itertools import chain

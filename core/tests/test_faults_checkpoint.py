@@ -1,4 +1,4 @@
-"""Kills, full disks and failing ranks: whatever happens while a checkpoint is written, a whole one is there.
+"""Kills, full disks and failing ranks: a fault while a checkpoint is written always leaves an intact one.
 
 ``LM_FAULT_KILLS`` sets the number of random kills (5 by default). One interpreter forks the runs that are killed, so
 that torch is imported once.

@@ -28,7 +28,7 @@ def drawn_prompts(generator, rows, longest=6):
 
 
 def check_row(result, row, tokens, log_probs, eos_id, pad_id):
-    """One row of a ``Generation`` is ``tokens``, and nothing after them counts."""
+    """Asserts that one row of a ``Generation`` is ``tokens``, followed by padding only."""
     length = int(result.lengths[row])
     assert result.tokens[row, :length].tolist() == tokens
     assert result.tokens[row, length:].eq(pad_id).all()
@@ -81,7 +81,7 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
 
 @pytest.fixture
 def linear_model(monkeypatch):
-    """A model of two layers, whose weights are large enough to be laid out."""
+    """A model of two layers, whose weights are large enough to be copied."""
     monkeypatch.setattr("lm_core.generation.weight_layout._SMALLEST_BYTES", 1)
 
     class Model(nn.Module):
@@ -113,7 +113,7 @@ def linear_model(monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    """How each product inside reads its weight: by rows, by columns or in blocks."""
+    """Records the layout of each weight in a product: by rows, by columns or in blocks."""
 
     def __init__(self):
         super().__init__()
@@ -164,7 +164,7 @@ def test_a_beam_search_lays_out_for_its_beams(linear_model):
 
 
 def test_a_module_takes_its_own_way_where_a_copy_does_not_serve(linear_model):
-    """Gradients, and a weight that somebody has put there meanwhile."""
+    """Calls with gradients, and with a weight that was replaced in the meantime."""
     model, steps = linear_model, []
     other = nn.Parameter(torch.randn(16, 4))
     x = torch.randn(1, 4)

@@ -1,4 +1,4 @@
-"""Generation through the adapters against a loop without a cache, and against transformers' own generation."""
+"""Generation through the adapters compared with a loop without a cache and with transformers' own generation."""
 
 from functools import partial
 

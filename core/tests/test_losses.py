@@ -37,7 +37,7 @@ def plain(hidden, weight, labels, **options):
 
 
 def value_and_gradients(loss, *inputs):
-    """The loss, and the gradients of a sum of it weighted unevenly, so that every token's share is seen."""
+    """The loss, and the gradients of an unevenly weighted sum of it, to which every token contributes visibly."""
     uneven = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
     return loss, *torch.autograd.grad((loss * uneven).sum(), inputs, retain_graph=True)
 

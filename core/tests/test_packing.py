@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing doubled, the same rows for every number of ranks, resumable at any step."""
+"""Packing: no token lost or doubled, the same rows for every number of ranks, resumable at any step."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def _documents(count=7, seed=0):
 
 
 def _naive_rows(documents, length, bos_id):
-    """The definition, token by token: inputs, labels and document of each row."""
+    """Reference, token by token: inputs, labels and document of each row."""
     stream = []
     for number, document in enumerate(documents):
         begin = [] if bos_id is None else [bos_id]

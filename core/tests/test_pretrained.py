@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: constructor arguments of every kind come back, foreign folders are named."""
+"""save_pretrained and from_pretrained: all kinds of constructor arguments round-trip, foreign folders are named."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from lm_core.tokenizers import ByteTokenizer, load_tokenizer
 
 
 class Net(PretrainedMixin):
-    """Arguments of every kind that is written as JSON."""
+    """Model with arguments of every kind that is written as JSON."""
 
     @typed
     def __init__(
@@ -41,7 +41,7 @@ class Net(PretrainedMixin):
 
 
 class Wide(Net):
-    """Calls its parent's constructor, whose arguments are not its own."""
+    """Model whose arguments differ from those of its parent's constructor."""
 
     def __init__(self, *, half: int) -> None:
         super().__init__(dim=2 * half)
@@ -49,7 +49,7 @@ class Wide(Net):
 
 
 class Around(PretrainedMixin):
-    """Has a module as constructor argument."""
+    """Model with a module as constructor argument."""
 
     def __init__(self, *, encoder: nn.Module, dim: int = 2) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Around(PretrainedMixin):
 
 
 class Growing(PretrainedMixin):
-    """Methods add parts after construction."""
+    """Model whose methods add parts after construction."""
 
     def __init__(self, dim: int = 2) -> None:
         super().__init__()

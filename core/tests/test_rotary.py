@@ -12,12 +12,12 @@ CPU = torch.device("cpu")
 
 
 def turned(rotary, x, positions):
-    """Keys or queries ``(..., n, d)`` at ``positions (n,)``, rotated by our code."""
+    """Keys or queries ``(..., n, d)`` at ``positions (n,)``, rotated by the implementation."""
     return apply_rotary(x, *rotary(positions, x.dtype))
 
 
 def causal_xpos(rotary, q, k, v, positions, *, block=1024, mask=None, i=None):
-    """Causal xPos attention by our code; queries are the last ``i`` positions."""
+    """Causal xPos attention by the implementation; queries are the last ``i`` positions."""
     i = q.shape[-2] if i is None else i
     blocks = rotary.xpos_blocks(positions[..., -i:], positions, dtype=q.dtype, block=block)
     return Attention(causal=True)(q, k, v, mask=mask, xpos=blocks)

@@ -1,4 +1,4 @@
-"""The data door: every format gives the rows that were written, and what is not read is named."""
+"""Rows: every format returns the rows that were written, and skipped files are named."""
 
 import csv
 import gzip

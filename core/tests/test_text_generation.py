@@ -11,7 +11,7 @@ from lm_core.tokenizers import ByteTokenizer
 
 
 class Successor(PretrainedMixin, nn.Module):
-    """Says the next letter of the alphabet, and after z the end."""
+    """Predicts the next letter of the alphabet, and EOS after z."""
 
     def __init__(self, *, num_tokens: int = 259) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes round-trip, specials stay apart from text, and what is stored comes back."""
+"""Tokenizers: bytes round-trip, special tokens stay apart from text, and stored tokenizers are restored."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""Training parts: groups, schedule, guard, metrics, run folder, devices and Ctrl-C do what their sentences say."""
+"""Training parts: parameter groups, schedule, guard, metrics, run folder, devices and Ctrl-C."""
 
 import importlib.metadata
 import itertools

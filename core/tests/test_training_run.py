@@ -1,4 +1,4 @@
-"""A run in ``TrainingSession``: resumed bit for bit, stopped with a checkpoint, refused before anything changes."""
+"""A run in ``TrainingSession``: resumed bit for bit, stopped with a checkpoint, rejected before anything changes."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ class Trainer:
 
 
 class At:
-    """A tracker that does something when an update's metrics arrive."""
+    """A tracker that calls a function when an update's metrics arrive."""
 
     def __init__(self, step, action):
         self.step = step

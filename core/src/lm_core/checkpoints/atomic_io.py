@@ -90,7 +90,7 @@ def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yields a temporary path; a file written there becomes or replaces ``target`` when the block ends without error."""
+    """Yields a temporary path; a file written there replaces ``target`` when the block ends without an error."""
     temporary = temporary_sibling(target)
     try:
         yield temporary

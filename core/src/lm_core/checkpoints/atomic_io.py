@@ -43,10 +43,7 @@ def temporary_sibling(path: Path) -> Path:
 def new_directory(target: Path) -> Iterator[Path]:
     """Yields an empty temporary folder that becomes ``target`` when the block ends without an error.
 
-    An error leaves neither ``target`` nor the temporary folder.
-
-    Args:
-        target: the final name; it must not exist, except as an empty folder.
+    An error leaves neither ``target``, which must not exist except as an empty folder, nor the temporary folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(target)

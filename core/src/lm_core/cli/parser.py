@@ -272,11 +272,7 @@ def command_parser(
 ) -> CommandParser:
     """The parser of a package's command line, with ``--version`` and ``--print_completion``.
 
-    Args:
-        prog: name of the program.
-        description: first line of its help.
-        commands: commands by name.
-        package: import name of the package.
+    ``description`` is the first line of the help of ``prog``, ``package`` the import name of the package.
     """
     versions = f"{prog} {importlib.import_module(package).__version__} (lm-core {lm_core.__version__}, "
     parser = CommandParser(prog=prog, package=package, description=description)

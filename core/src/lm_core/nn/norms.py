@@ -23,12 +23,7 @@ def l2norm(t: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension with a gain ``gamma`` and no bias.
-
-    Args:
-        dim: size of the last dimension.
-        eps: added to the variance.
-    """
+    """Layer normalisation over the last dimension with a gain and no bias; ``eps`` is added to the variance."""
 
     @typed
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
@@ -43,12 +38,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last dimension with a gain ``gamma``.
-
-    Args:
-        dim: size of the last dimension.
-        eps: added to the mean square.
-    """
+    """Root-mean-square normalisation over the last dimension with a gain; ``eps`` is added to the mean square."""
 
     @typed
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:

@@ -419,8 +419,7 @@ class TrainingSession:
     def end_update(self, *, last: bool = False) -> None:
         """Updates the bar, handles stop requests, validates and saves when due; ``steps`` calls it.
 
-        Args:
-            last: True if the caller ends its loop here, and validates and saves itself.
+        With ``last``, the caller ends its loop here, and validates and saves itself.
         """
         self.progress.update()
         interrupted = self.interrupt.should_stop()

@@ -114,7 +114,7 @@ def test_cached_logits_equal_uncached_logits(model_of, compose, ids, kind, share
     pieces += [model(seq[:, i : i + 1], mask=mask[:, : i + 1], cache=cache) for i in range(5, 8)]
     stepped = torch.cat(pieces, dim=1)
     assert torch.allclose(stepped[mask[:, :8]], whole[:, :8][mask[:, :8]], atol=atol, rtol=rtol)
-    # beams and rows that ended only move rows in order, and within a prompt
+    # the tokens of a beam search hide small errors, and beams of one row share its prompt
     order = torch.tensor([1, 0, 1])
     cache.reorder(order)
     moved = model(seq[order, 8:], mask=mask[order], cache=cache)

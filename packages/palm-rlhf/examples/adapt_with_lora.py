@@ -1,6 +1,6 @@
-"""Adapt a frozen PaLM by two LoRA scopes that share it, then write one of them into the weights.
+"""Adapt a frozen PaLM with two LoRA scopes, then merge one of them into the weights.
 
-Each scope learns to prefer one letter. The base takes no gradient, so both can be trained, used and dropped apart.
+Each scope learns to prefer one letter. The base takes no gradient, so scopes are trained, used and removed separately.
 """
 
 import torch
@@ -26,7 +26,7 @@ def adapt(scope: str, letter: str) -> None:
 
 
 def continuation(scope: str | None) -> str:
-    """Greedy answer to a fixed prompt."""
+    """Greedy continuation of a fixed prompt."""
     prompt = torch.tensor(list(b"abc"))
     answer = palm.generate(max_new_tokens=8, prompt=prompt, temperature=0.0, finetune_scope=scope)
     return bytes(answer.tolist()).decode()

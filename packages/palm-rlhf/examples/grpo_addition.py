@@ -1,8 +1,8 @@
-"""GRPO with a reward that can be checked: two-digit addition, exact match on sums that were never seen.
+"""GRPO with a verifiable reward: two-digit addition, scored by exact match on held-out sums.
 
-A small PaLM first learns from a few written-out sums, until it is right now and then. Then GRPO draws answers to sums
-of the same kind, rewards those that are right, and never shows the model one. Run as it is for a minute's taste;
-``tests/benchmarks/study_palm_rlhf_addition.py`` runs it in full over three seeds.
+A small PaLM is first trained on a few worked sums, until it is sometimes right. GRPO then draws answers to other sums
+and rewards the correct ones, without showing any. The defaults take about a minute;
+``tests/benchmarks/study_palm_rlhf_addition.py`` runs the full study over three seeds.
 """
 
 import argparse
@@ -32,14 +32,14 @@ class Outcome:
 
 
 def sums(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """All sums of two numbers of two digits, as prompt and answer: those to learn from, and those held out."""
+    """All sums of two two-digit numbers as rows of prompt and answer: training rows and held-out rows."""
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed).shuffle(rows)
     return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
 def supervise(palm: PaLM, rows: Sequence[dict[str, str]], *, updates: int, batch_size: int = 64) -> None:
-    """Learns to continue prompts by their answers."""
+    """Supervised training on prompts followed by their answers."""
     optimizer = torch.optim.AdamW(palm.parameters(), lr=2e-3, weight_decay=0.01)
     texts = [torch.tensor([*TOKENIZER.encode(row["prompt"] + row["answer"]), TOKENIZER.eos_id]) for row in rows]
     for update in range(updates):
@@ -53,20 +53,22 @@ def supervise(palm: PaLM, rows: Sequence[dict[str, str]], *, updates: int, batch
 
 
 def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float]:
-    """The reward: 1 for the right answer and nothing else. The rows' column ``answer`` arrives with the texts."""
+    """Reward of 1 for the right answer, else 0; ``answer`` is a column of the prompts' rows."""
     return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def exact_match(palm: PaLM, rows: Sequence[dict[str, str]]) -> float:
-    """The part of the rows whose greedy answer is right."""
+    """Fraction of rows whose greedy answer is right."""
     prompts = [torch.tensor(TOKENIZER.encode(row["prompt"])) for row in rows]
-    found = generate(palm, prompts, max_new_tokens=4, temperature=0.0, eos_id=TOKENIZER.eos_id)
-    answers = [TOKENIZER.decode(ids[:n].tolist()) for ids, n in zip(found.tokens, found.lengths.tolist(), strict=True)]
+    result = generate(palm, prompts, max_new_tokens=4, temperature=0.0, eos_id=TOKENIZER.eos_id)
+    answers = [
+        TOKENIZER.decode(ids[:n].tolist()) for ids, n in zip(result.tokens, result.lengths.tolist(), strict=True)
+    ]
     return sum(exact([], answers, [row["answer"] for row in rows])) / len(rows)
 
 
 def run(*, seed: int, supervised_rows: int, supervised_updates: int, phases: int, group_size: int = 16) -> Outcome:
-    """The supervised start and GRPO; held-out sums appear in neither."""
+    """Supervised start, then GRPO; held-out sums appear in neither."""
     torch.manual_seed(seed)
     learned, held_out = sums(seed)
     palm = PaLM(num_tokens=TOKENIZER.vocab_size, **SIZES)

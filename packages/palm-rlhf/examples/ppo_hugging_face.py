@@ -1,7 +1,7 @@
 """PPO for a Hugging Face model with peft: actor and critic are adapters on one frozen base, the reference is the base.
 
-The model is tiny and random, so nothing is downloaded; a local folder works the same
-(``AutoModelForCausalLM.from_pretrained("folder")``). The reward is a function of texts in the form that TRL uses.
+The model is tiny and random, so nothing is downloaded; ``AutoModelForCausalLM.from_pretrained("folder")`` works the
+same. The reward is a function of texts in the form that TRL uses.
 """
 
 import peft
@@ -24,12 +24,12 @@ config = transformers.LlamaConfig(
 )
 base = transformers.LlamaForCausalLM(config)
 frozen = base.lm_head.weight.detach().clone()
-# an adapter of your own is trained further; a plain model gets one on all its linear layers
+# the model's own adapter becomes the actor; a model without one gets an adapter on all its linear layers
 model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules="all-linear"), adapter_name="actor")
 
 
 def letters(prompts: list[str], completions: list[str], language: list[str]) -> list[float]:
-    """How much of each response is lower-case letters; ``language`` is a column of the prompts' rows."""
+    """Fraction of lower-case letters in each response; ``language`` is a column of the prompts' rows."""
     assert set(language) == {"en", "la"}
     return [sum("a" <= c <= "z" for c in text) / max(len(text), 1) for text in completions]
 

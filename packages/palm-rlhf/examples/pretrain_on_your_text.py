@@ -1,8 +1,7 @@
-"""Pretrain on texts of your own, from Python: documents in, a resumable run out, and a continuation.
+"""Pretrain on your own texts from Python: documents in, a resumable run and a continuation out.
 
-Here the texts are sums, so that a model of 39,000 parameters learns something in seconds. In place of them,
-``load_corpus("texts.jsonl")`` takes a file or a folder; in place of bytes, ``load_tokenizer`` any tokenizer of Hugging
-Face.
+The texts here are sums, which a model of 39,000 parameters learns in seconds. For your data use
+``load_corpus("texts.jsonl")`` (a file or a folder), and ``load_tokenizer`` for a tokenizer of Hugging Face.
 """
 
 import torch
@@ -32,6 +31,6 @@ prompt = torch.tensor(tokenizer.encode("7 + 5 = "))
 answer = palm.generate(max_new_tokens=6, prompt=prompt, temperature=0.0, eos_id=tokenizer.eos_id)
 print("7 + 5 =", tokenizer.decode(answer).strip())
 
-# What is in the checkpoint folder opens anywhere, with its tokenizer.
+# a checkpoint folder is a complete model with its tokenizer
 again = PaLM.from_pretrained(result.checkpoints / f"step-{result.step}")
 print(f"opened again: {sum(parameter.numel() for parameter in again.parameters()):,} parameters")

@@ -1,6 +1,6 @@
-"""A reward model trained on pairs of texts, then PPO against it: two models and a reference on ONE base.
+"""A reward model trained on pairs of texts, then PPO against it: reward model, policy and reference share ONE base.
 
-The taste to be learned is simple: answers in digits are better than answers in letters.
+The preference is simple: responses in digits are better than responses in letters.
 """
 
 import random
@@ -20,7 +20,7 @@ def word(letters: str) -> str:
     return "".join(chance.choices(letters, k=6))
 
 
-# a base that writes words of letters and digits alike
+# pretrain a base that writes words of letters and digits
 optimizer = torch.optim.AdamW(palm.parameters(), lr=3e-3)
 for _ in range(80):
     lines = [f"{word('abcdef')}: {word('0123456789ghijklmnop')}" for _ in range(32)]
@@ -34,10 +34,10 @@ pairs = [
     for _ in range(300)
 ]
 reward_model = RewardModel(palm, dropout=0.0)
-judged = RewardModelTrainer(
+accuracy = RewardModelTrainer(
     reward_model=reward_model, pairs=pairs, tokenizer=tokenizer, max_steps=60, learning_rate=5e-3, device="cpu"
 ).train()
-print(f"accuracy on held-out pairs: {judged.first_accuracy:.2f} before, {judged.last_accuracy:.2f} after")
+print(f"accuracy on held-out pairs: {accuracy.first_accuracy:.2f} before, {accuracy.last_accuracy:.2f} after")
 
 trainer = RLHFTrainer(
     palm=palm,

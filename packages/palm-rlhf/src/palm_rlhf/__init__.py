@@ -65,7 +65,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Trainers are imported when they are asked for: a model is usable without them, and sooner.
+# Trainers are imported on first use, so that importing a model stays fast.
 _LATER = {
     "palm_rlhf.data.preferences": ("Preference", "load_preferences"),
     "palm_rlhf.data.prompts": ("load_prompts",),
@@ -83,7 +83,7 @@ _LATER = {
 }
 
 
-# conversion is imported when a file is loaded
+# the conversion is imported when a file is loaded
 register_layouts(PaLM, lambda *arguments: import_module("palm_rlhf.interop.weight_files").palm_layout(*arguments))
 
 

@@ -14,11 +14,11 @@ from palm_rlhf.model.palm import PaLM
 from palm_rlhf.pretrain.config import TrainingSettings
 from palm_rlhf.rl.objectives import OBJECTIVES
 
-# The quickstart's model: what two CPU cores can teach something in a minute and a half. Normalised queries and keys
-# bear a higher learning rate (4e-3: 2.54 bits/byte after 480 updates; without them 3e-3 gave 2.62, and 6e-3 less).
+# The quickstart's model, sized for a minute and a half on two CPU cores. Normalised queries and keys allow a higher
+# learning rate: 4e-3 reached 2.54 bits/byte after 480 updates, 3e-3 without them 2.62.
 QUICKSTART_MODEL = {"dim": 192, "depth": 4, "dim_head": 32, "heads": 6, "qk_rmsnorm": True}
 QUICKSTART_TRAINING = {"max_steps": 440, "learning_rate": 4e-3}
-# Arguments of PaLM that the commands settle themselves.
+# Arguments of PaLM that the commands set themselves.
 SETTLED = ("num_tokens", "causal", "lora_r", "finetune_scopes", "flash_attn", "cross_entropy_ignore_index")
 
 TRAIN = """Pretrains a PaLM on text; without arguments, on Python's own library (a minute and a half on two CPU cores).
@@ -30,7 +30,6 @@ TRAIN = """Pretrains a PaLM on text; without arguments, on Python's own library 
 
 Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
 as it does after a kill."""
-
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(

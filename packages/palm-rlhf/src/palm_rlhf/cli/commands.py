@@ -1,4 +1,4 @@
-"""The commands on trained models: ``generate``, ``eval``, ``sample`` and ``convert``."""
+"""Commands on trained models: ``generate``, ``eval``, ``sample`` and ``convert``."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
+        prompt: text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: length and sampling of the continuation.
     """
     print_continuations(PaLM, checkpoint, prompt, settings)
@@ -39,16 +39,16 @@ def evaluate_checkpoint(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
-    """Prints how well a checkpoint predicts text, in bits per byte.
+    """Prints the loss of a checkpoint on text, in bits per byte.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         corpus: "stdlib" for the held-out part of Python's library, or any other source of text, scored whole.
         field: column that holds the text, where there are columns.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
-        sequence_length: tokens a row; each is predicted from those before it in its row.
-        batch_size: rows at a time.
-        max_tokens: tokens scored, about, in rows taken evenly from the documents; null for all.
+        sequence_length: tokens per row; each is predicted from the earlier ones of its row.
+        batch_size: rows per forward pass.
+        max_tokens: approximate number of tokens to score, taken evenly from the documents; null for all.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         device: auto takes CUDA, then MPS, then the CPU.
     """
@@ -77,15 +77,15 @@ def convert(
     tokenizer: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Turns a weight file of PaLM-rlhf-pytorch into a folder that ``PaLM.from_pretrained`` opens.
+    """Converts a weight file of PaLM-rlhf-pytorch to a folder that ``PaLM.from_pretrained`` opens.
 
     Args:
         old: file with the state dict of a PaLM, RewardModel or ActorCritic.
         directory: folder to write.
         norm_gain: form in which norms are stored: plain up to release 0.2.3, offset later; auto decides by the values.
-        prefix: name before token_emb.weight of the PaLM to take, where the file has several, such as "actor_palm".
+        prefix: key prefix of the PaLM to convert, where the file has several, such as "actor_palm".
         tokenizer: tokenizer to store with the model: "bytes", a folder, or organisation/name on the hub.
-        overwrite: allows writing to a folder with content.
+        overwrite: allows writing to a folder that has content.
     """
     from palm_rlhf.interop.weight_files import convert_checkpoint
 
@@ -118,7 +118,7 @@ def sample(
         scope: LoRA scope of the policy; null for the network as it is.
         reward: folder of a reward model or of its run, or module:function.
         num_samples: number of responses.
-        max_new_tokens: tokens of a response at most.
+        max_new_tokens: maximum length of a response, in tokens.
         temperature: divisor of the logits; above 0.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         seed: seed of the draws.
@@ -132,18 +132,19 @@ def sample(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
-    place = pick_device(device)
-    palm = PaLM.from_pretrained(folder).to(place)
-    (asked,) = load_prompts([prompt], tokenizer=encoder)
-    role: dict[str, Any] = {} if scope is None else {"finetune_scope": scope}
+    target = pick_device(device)
+    palm = PaLM.from_pretrained(folder).to(target)
+    # draw all responses in one batch
+    (parsed,) = load_prompts([prompt], tokenizer=encoder)
+    arguments: dict[str, Any] = {} if scope is None else {"finetune_scope": scope}
     result = generate_tokens(
         palm,
-        [asked.ids.to(place)] * num_samples,
+        [parsed.ids.to(target)] * num_samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         eos_id=encoder.eos_id,
-        generator=torch.Generator(place).manual_seed(seed),
-        **role,
+        generator=torch.Generator(target).manual_seed(seed),
+        **arguments,
     )
     responses = [row[:length].cpu() for row, length in zip(result.tokens, result.lengths.tolist(), strict=True)]
     texts = [encoder.decode(row.tolist()) for row in responses]
@@ -151,8 +152,9 @@ def sample(
         for text in texts:
             print(prompt + text)
         return 0
+    # rank them by their rewards
     scorer, _ = find_reward(reward)
-    rollout = rollout_of([asked] * num_samples, responses, finished=result.finished.tolist(), texts=texts)
+    rollout = rollout_of([parsed] * num_samples, responses, finished=result.finished.tolist(), texts=texts)
     scores = check_scores(as_reward(scorer)(rollout), num_samples).tolist()
     for score, text in sorted(zip(scores, texts, strict=True), reverse=True):
         print(f"--- reward {score:.3f}\n{prompt + text}")

@@ -1,4 +1,4 @@
-"""The command ``reward``: a reward model on preferences or labels."""
+"""The command ``reward``: trains a reward model on preferences or labels."""
 
 from typing import Any, Literal
 
@@ -34,19 +34,20 @@ def reward(
 
     Args:
         model: arguments of ``RewardModel``.
-        settings: optimizer, batches and what is written when.
+        settings: optimizer, batches, logging and checkpoints.
         checkpoint: folder of a PaLM or of the run that trained it.
         pairs: "stdlib", or rows (a file, a folder, a glob) with prompt, chosen, rejected (and margin), or with prompt,
             response, label.
         validation_pairs: held-out rows of the same form; by default a tenth of the pairs.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
-        stdlib_pairs: pairs that are cut out of the library.
+        stdlib_pairs: number of pairs cut from Python's library.
         checkpoint_dir: folder of the run.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that accelerate knows, such as tensorboard.
     """
     folder = checkpoint_folder(checkpoint)
     encoder = load_tokenizer(tokenizer or folder)
+    # pairs from Python's library, or the user's rows
     examples: Any = pairs
     held_out: Any = validation_pairs
     if pairs == "stdlib":
@@ -64,6 +65,7 @@ def reward(
         trackers=trackers or (),
         settings=settings,
     )
+    # train, then report the accuracy on held-out pairs
     report("model", f"reward model on {folder}")
     report("pairs", f"{len(trainer.examples)} to learn from, {len(trainer.held_out)} held out")
     result = trainer.train()
@@ -80,8 +82,6 @@ def reward(
 
 MODEL = Group(RewardModel, skip=("palm", "reward_lora_scope"), defaults={"dropout": 0.05}, as_dict=True)
 SETTINGS = Group(
-    RewardSettings,
-    skip=("precision",),
-    defaults={"max_steps": 80, "learning_rate": 3e-3, "validate_every": 80},
+    RewardSettings, skip=("precision",), defaults={"max_steps": 80, "learning_rate": 3e-3, "validate_every": 80}
 )
 COMMAND = Command(reward, {"model": MODEL, "settings": SETTINGS})

@@ -1,4 +1,4 @@
-"""The commands of reinforcement learning, one for each objective: training, then reference and actor side by side."""
+"""Commands of reinforcement learning, one per objective: training, then a comparison of actor and reference."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +16,12 @@ from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
 
-SHOWN = 2
-# Arguments of ActorCritic that the command settles itself.
+SHOWN = 2  # pairs of responses printed at the end
+# Arguments of ActorCritic that the commands set themselves.
 SETTLED = ("palm", "critic_palm", "with_critic", "precision", "actor_lora_scope", "critic_lora_scope")
-# The quickstart's: a LoRA scope of a small model bears high learning rates.
+# Defaults of the quickstart: a LoRA scope on a small model allows high learning rates.
 CONFIG = {"actor_lr": 1e-3, "critic_lr": 3e-3, "checkpoint_every": 40}
-OF_OBJECTIVE = {"ppo": {"kl_div_loss_weight": 0.2, "value_clip": None}}
+OBJECTIVE_OPTIONS = {"ppo": {"kl_div_loss_weight": 0.2, "value_clip": None}}
 EPOCHS = {"ppo": 2}
 EPISODES = {"ppo": 1088}
 
@@ -29,12 +29,12 @@ EPISODES = {"ppo": 1088}
 @typed
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """Responses: how many are drawn, and how.
+    """Responses: number, length and sampling.
 
     Args:
-        num_episodes: responses over the whole run.
-        update_timesteps: responses drawn before learning from them; whole groups.
-        max_new_tokens: tokens of a response at most.
+        num_episodes: responses of the whole run.
+        update_timesteps: responses per phase, drawn before its updates; a multiple of the group size.
+        max_new_tokens: maximum length of a response, in tokens.
         temperature: divisor of the logits.
         top_k: keeps the k most likely tokens.
         top_p: keeps the most likely tokens up to this probability together.
@@ -76,15 +76,15 @@ def train_policy(
     """Trains a policy against a reward.
 
     Args:
-        objective: what the policy is trained on.
+        objective: objective to optimize.
         config: optimizer, batches, precision and checkpoints.
         policy: arguments of ``ActorCritic``.
-        responses: how many responses are drawn, and how.
+        responses: number, length and sampling of responses.
         reward: folder of a reward model or of its run, or module:function.
         checkpoint: folder of the policy; by default the base the reward model was trained on, which both then share.
         prompts: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
-        validation_prompts: the same, for the comparison before and after; by default other documents of the library, or
-            for a file the first of ``prompts``.
+        validation_prompts: rows for the final comparison of actor and reference; by default from other documents of the
+            library, or for a file the first of ``prompts``.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         checkpoint_dir: folder of the run.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -92,14 +92,15 @@ def train_policy(
     from palm_rlhf.rl.evaluation import evaluate_policy
     from palm_rlhf.rl.trainer import RLHFTrainer
 
+    # a reward model and the policy trained from its base share that base
     scores, base = find_reward(reward)
-    folder, encoder, asked, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
+    folder, encoder, train_prompts, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
     trainer = RLHFTrainer(
         scores.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
         scores,
         objective=objective,
         config=config,
-        prompts=asked,
+        prompts=train_prompts,
         tokenizer=encoder,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
@@ -110,20 +111,21 @@ def train_policy(
     lines = [*_progress(result.metrics), ("updates", f"{result.updates} in {result.phases} phases")]
     results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
+        # compare actor and reference on held-out prompts
         chosen = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
-        compared = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
+        comparison = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
         lines += [
             (
                 "held out",
-                f"reward {compared.reward_before:.3f} of the reference, {compared.reward_after:.3f} of the actor",
+                f"reward {comparison.reward_before:.3f} of the reference, {comparison.reward_after:.3f} of the actor",
             ),
-            ("kl", f"{compared.kl:.2f} nats a response from the reference"),
+            ("kl", f"{comparison.kl:.2f} nats a response from the reference"),
         ]
         results = [
-            Result("reward of held-out prompts", compared.reward_after, compared.reward_before, "higher"),
-            Result("KL from the reference, nats a response", compared.kl, 0.0, "lower"),
+            Result("reward of held-out prompts", comparison.reward_after, comparison.reward_before, "higher"),
+            Result("KL from the reference, nats a response", comparison.kl, 0.0, "lower"),
         ]
-        for before, after in list(zip(compared.before, compared.after, strict=True))[:SHOWN]:
+        for before, after in list(zip(comparison.before, comparison.after, strict=True))[:SHOWN]:
             print(f"--- prompt\n{before['prompt']}")
             for name, sample in (("before", before), ("after", after)):
                 print(f"--- {name}, reward {sample['reward']:.2f}\n{sample['response']}")
@@ -133,7 +135,7 @@ def train_policy(
 
 
 def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
-    """Lines on the first and the last phase of a run."""
+    """Report lines on the first and the last phase of a run."""
     if not phases:
         return []
     first, last = phases[0], phases[-1]
@@ -149,13 +151,13 @@ def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
 
 
 def command_of(name: str) -> Command:
-    """The command that trains by the objective of this name."""
+    """The command that trains a policy by one objective of ``OBJECTIVES``."""
     kind = OBJECTIVES[name]
     episodes = {"num_episodes": EPISODES[name]} if name in EPISODES else {}
     return Command(
         train_policy,
         {
-            "objective": Group(kind, defaults=OF_OBJECTIVE.get(name, {})),
+            "objective": Group(kind, defaults=OBJECTIVE_OPTIONS.get(name, {})),
             "config": Group(RLConfig, defaults={**CONFIG, "epochs": EPOCHS.get(name)}),
             "policy": Group(ActorCritic, skip=SETTLED, as_dict=True),
             "responses": Group(Responses, defaults=episodes),

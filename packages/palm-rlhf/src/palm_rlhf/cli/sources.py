@@ -1,6 +1,6 @@
 """Sources of models, prompts and rewards for the commands of reinforcement learning.
 
-Without arguments each command takes what the one before it made: ``train``, ``reward``, ``ppo``.
+Without arguments each command uses the output of the previous one: ``train``, then ``reward``, then ``ppo``.
 """
 
 import os
@@ -20,11 +20,11 @@ VALIDATION_PROMPTS = 128
 
 
 def find_reward(reward: str) -> tuple[Any, Path | None]:
-    """A reward, and the folder of its model if it is one of ours."""
+    """A reward, and the folder of its ``RewardModel``; None for a ``module:function``."""
     from palm_rlhf.reward.model import RewardModel
 
     if ":" in reward and not Path(reward).exists():
-        # an installed command does not look for modules where it is run; `python -m` does
+        # an installed command does not import modules from the current folder; `python -m` does
         if not {"", os.getcwd()} & set(sys.path):
             sys.path.insert(0, os.getcwd())
         return reward, None
@@ -40,9 +40,10 @@ def find_sources(
     """The policy's folder, its tokenizer, prompts to learn from and prompts to compare on."""
     folder = base if checkpoint is None and base is not None else checkpoint_folder(checkpoint or BASE)
     encoder = load_tokenizer(tokenizer or folder)
-    asked = _prompts(prompts, encoder, "train", count=512, seed=2)
+    train_prompts = _prompts(prompts, encoder, "train", count=512, seed=2)
     held_out = validation_prompts or ("stdlib" if prompts == "stdlib" else prompts)
-    return folder, encoder, asked, _prompts(held_out, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
+    validation = _prompts(held_out, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
+    return folder, encoder, train_prompts, validation
 
 
 def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""The command ``train``: pretraining on text."""
+"""The command ``train``: pretrains a PaLM on text."""
 
 from typing import Any, Literal
 
@@ -26,17 +26,18 @@ def train(
     """Pretrains a PaLM on text.
 
     Args:
-        text: text to learn from.
+        text: training text.
         model: arguments of ``PaLM``.
-        settings: optimizer, schedule and what is written when.
+        settings: optimizer, schedule, logging and checkpoints.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl and curves.png.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_prompt: prompt that the trained model continues at the end.
-        sample_tokens: length of that continuation; 0 for none.
+        sample_tokens: length of the continuation printed at the end, in tokens; 0 for none.
     """
     from palm_rlhf.pretrain.trainer import PretrainTrainer
 
+    # text, model and trainer
     encoder, data = text.load()
     seed_everything(settings.seed)
     palm = PaLM(num_tokens=encoder.vocab_size, **model)
@@ -49,6 +50,7 @@ def train(
         resume=resume,
         trackers=trackers or (),
     )
+    # train, with a report before and after
     millions = sum(parameter.numel() for parameter in palm.parameters()) / 1e6
     report("model", f"PaLM, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
     report("corpus", f"{text.corpus}: {data.train.size} to learn from, {data.validation.size} held out")
@@ -66,6 +68,7 @@ def train(
         ],
         results=[Result("held-out bits/byte", last, before=first)],
     )
+    # a sample of the trained model
     if result.outcome == "finished" and sample_prompt and sample_tokens and rank() == 0:
         print(f"\nContinuation of {sample_prompt!r}:\n")
         generation = TextGeneration(max_new_tokens=sample_tokens, device=settings.device)

@@ -1,9 +1,9 @@
-"""Pairs and prompts from plain documents, for reward models that need no human: real text against corrupted text.
+"""Preference pairs and prompts from plain documents, without human labels: real against corrupted continuations.
 
-A prompt and its continuation are cut out of a document. The rejected response is the same continuation spoilt in one
-of the two ways in which samplers fail: some runs of its tokens are shuffled (noise: the same tokens, so that no count
-of letters gives it away), or it gets stuck and repeats a few of its tokens to the end. Without the second kind, a
-policy that is trained on the reward finds out soon that a row of blanks cannot be shuffled.
+A prompt and its continuation are cut from a document. The rejected response is the same continuation, corrupted in one
+of the two ways in which samplers fail: some runs of its tokens are shuffled (noise with the same tokens, so that token
+counts do not identify it), or it repeats a few of its tokens to the end. Without the second kind, a policy trained on
+the reward soon exploits that shuffling does not change a run of blanks.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from lm_core.checks import check_positive, typed
 from palm_rlhf.data.preferences import Preference
 
-_TRIES = 20  # a few pieces in a hundred are a row of blanks, which no corruption changes
+_TRIES = 20  # a few cuts in a hundred are runs of blanks, which no corruption changes
 
 
 @typed
@@ -29,19 +29,19 @@ def corrupted_pairs(
     loops: float = 1 / 3,
     seed: int = 0,
 ) -> list[Preference]:
-    """Pairs of a real continuation and the same one spoilt.
+    """Pairs of a real continuation and a corrupted copy of it.
 
     Args:
         documents: token ids of documents.
-        count: pairs.
-        prompt_tokens: of each prompt.
-        response_tokens: of each response.
-        run: tokens that are shuffled among themselves; one run to all of them are. A loop repeats at most so many.
-        loops: part of the pairs whose rejected response gets stuck.
-        seed: of the cuts and corruptions.
+        count: number of pairs.
+        prompt_tokens: tokens per prompt.
+        response_tokens: tokens per response.
+        run: tokens per shuffled run (one or more runs of a response are shuffled), and longest repeated period.
+        loops: fraction of the pairs whose rejected response repeats itself.
+        seed: seed of the cuts and corruptions.
 
     Raises:
-        ValueError: a number is out of range, or no document is long enough, or all its text is one repeated token.
+        ValueError: a number is out of range, or no document is long enough, or the text is one repeated token.
     """
     check_positive(run, "run")
     check_positive(response_tokens, "response_tokens")
@@ -53,8 +53,8 @@ def corrupted_pairs(
         wanted = count - len(pairs)
         for piece in _cuts(documents, wanted, prompt_tokens + response_tokens, generator) if wanted else ():
             prompt, chosen = piece[:prompt_tokens], piece[prompt_tokens:]
-            spoil = _stuck if float(torch.rand((), generator=generator)) < loops else _shuffled
-            rejected = spoil(chosen, run, generator)
+            corrupt = _repeated if float(torch.rand((), generator=generator)) < loops else _shuffled
+            rejected = corrupt(chosen, run, generator)
             if not torch.equal(rejected, chosen):
                 pairs.append(Preference(prompt, chosen, rejected))
     if len(pairs) < count:
@@ -63,16 +63,16 @@ def corrupted_pairs(
 
 
 def _shuffled(response: Tensor, run: int, generator: torch.Generator) -> Tensor:
-    """Some runs in another order within."""
+    """The response with the tokens of some runs in another order."""
     parts = list(response.split(run))
-    number = int(torch.randint(1, len(parts) + 1, (), generator=generator))
-    for place in torch.randperm(len(parts), generator=generator)[:number].tolist():
-        parts[place] = parts[place][torch.randperm(parts[place].shape[0], generator=generator)]
+    changed = int(torch.randint(1, len(parts) + 1, (), generator=generator))
+    for index in torch.randperm(len(parts), generator=generator)[:changed].tolist():
+        parts[index] = parts[index][torch.randperm(parts[index].shape[0], generator=generator)]
     return torch.cat(parts)
 
 
-def _stuck(response: Tensor, run: int, generator: torch.Generator) -> Tensor:
-    """From some token on, the last few tokens again and again."""
+def _repeated(response: Tensor, run: int, generator: torch.Generator) -> Tensor:
+    """The response up to a random token, then its last few tokens repeated to the end."""
     length = response.shape[0]
     period = int(torch.randint(1, min(run, length) + 1, (), generator=generator))
     start = int(torch.randint(period, max(period, length // 2) + 1, (), generator=generator))
@@ -82,7 +82,7 @@ def _stuck(response: Tensor, run: int, generator: torch.Generator) -> Tensor:
 
 @typed
 def document_prompts(documents: Sequence[Any], *, count: int, prompt_tokens: int = 32, seed: int = 0) -> list[Tensor]:
-    """Prompts cut out of documents, of half to the whole of ``prompt_tokens``.
+    """Prompts cut from documents, of half of ``prompt_tokens`` to all of them.
 
     Raises:
         ValueError: a number is below 1, or no document is long enough.
@@ -96,7 +96,7 @@ def document_prompts(documents: Sequence[Any], *, count: int, prompt_tokens: int
 def _cuts(documents: Sequence[Any], count: int, length: int, generator: torch.Generator) -> list[Tensor]:
     check_positive(count, "count")
     check_positive(length, "length")
-    long_enough = [number for number in range(len(documents)) if len(documents[number]) >= length]
+    long_enough = [index for index in range(len(documents)) if len(documents[index]) >= length]
     if not long_enough:
         raise ValueError(f"documents must have one of at least {length} tokens, got {len(documents)} shorter ones")
     pieces = []

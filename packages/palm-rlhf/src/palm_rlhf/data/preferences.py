@@ -1,4 +1,4 @@
-"""What reward models learn from: pairs of responses to a prompt, or responses with a label.
+"""Preference data of reward models: pairs of responses to a prompt, or responses with a label.
 
 A JSONL line has ``prompt``, ``chosen``, ``rejected`` and optionally ``margin``; or ``prompt``, ``response``, ``label``.
 """
@@ -16,7 +16,7 @@ from lm_core.data.rows import load_rows
 
 @dataclass(frozen=True)
 class Preference:
-    """One pair: the ids of a prompt, of the better and of the worse response, and by how much it is better."""
+    """One pair: ids of the prompt, of the better and of the worse response, and the margin between these two."""
 
     prompt: Int[Tensor, " p"]
     chosen: Int[Tensor, " c"]
@@ -26,7 +26,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A response with its reward, or with its bin."""
+    """A response with its reward or its bin."""
 
     prompt: Int[Tensor, " p"]
     response: Int[Tensor, " r"]
@@ -36,13 +36,13 @@ class Labelled:
 def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference | Labelled]:
     """Examples from rows (mappings of text or ids), or from any source of ``lm_core.data.rows``.
 
-    Texts get the tokenizer's EOS after the response, which is what a finished response looks like to a policy.
+    The tokenizer's EOS is appended to text responses, as in a finished response of a policy.
 
     Raises:
         ValueError: there are none, a column is missing, or a text is empty.
         FileNotFoundError: there is no such file.
     """
-    examples = [_example(row, number, tokenizer) for number, row in enumerate(load_rows(source, name="pairs"))]
+    examples = [_example(row, index, tokenizer) for index, row in enumerate(load_rows(source, name="pairs"))]
     if not examples:
         raise ValueError("pairs must hold at least one example, got none")
     if len({type(example) for example in examples}) > 1:
@@ -50,22 +50,22 @@ def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference |
     return examples
 
 
-def _example(row: Any, number: int, tokenizer: Any) -> Preference | Labelled:
+def _example(row: Any, index: int, tokenizer: Any) -> Preference | Labelled:
     if isinstance(row, Preference | Labelled):
         return row
     if not isinstance(row, Mapping):
-        raise TypeError(f"pairs[{number}] must be a row with prompt, chosen and rejected, got {type(row).__name__}")
+        raise TypeError(f"pairs[{index}] must be a row with prompt, chosen and rejected, got {type(row).__name__}")
 
     def ids(name: str, *, ends: bool) -> Tensor:
         value = row[name]
         if isinstance(value, str):
             if tokenizer is None:
-                raise ValueError(f"pairs[{number}] is text, which needs a tokenizer, got tokenizer=None")
+                raise ValueError(f"pairs[{index}] is text, which needs a tokenizer, got tokenizer=None")
             eos = getattr(tokenizer, "eos_id", None)
             value = [*tokenizer.encode(value), *([eos] if ends and eos is not None else [])]
         tensor = torch.as_tensor(value)
         if tensor.ndim != 1 or tensor.numel() == 0 or tensor.is_floating_point():
-            raise ValueError(f"pairs[{number}] must have token ids or text in {name!r}, got {row[name]!r}"[:200])
+            raise ValueError(f"pairs[{index}] must have token ids or text in {name!r}, got {row[name]!r}"[:200])
         return tensor.long()
 
     for names in (("prompt", "chosen", "rejected"), ("prompt", "response", "label")):
@@ -79,5 +79,5 @@ def _example(row: Any, number: int, tokenizer: Any) -> Preference | Labelled:
                 margin=float(row.get("margin", 0.0)),
             )
     raise ValueError(
-        f"pairs[{number}] must have prompt, chosen and rejected, or prompt, response and label, got {sorted(row)}"
+        f"pairs[{index}] must have prompt, chosen and rejected, or prompt, response and label, got {sorted(row)}"
     )

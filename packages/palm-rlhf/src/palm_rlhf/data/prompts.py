@@ -1,7 +1,7 @@
-"""Prompts: what the policy is asked to answer, from ids, text, chats, JSONL files or Hugging Face datasets.
+"""Prompts of a policy, from ids, text, chats, JSONL files or Hugging Face datasets.
 
-The order of prompts is a function of the seed and of how many were taken, so that a resumed run needs no more than
-that number: each pass over the prompts is a permutation of its own.
+Each pass over the prompts is a new permutation. Their order is a function of the seed and of the number taken so far,
+so a resumed run needs only that number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        ids: its tokens, 1-D, at least one.
-        text: as text; None where neither text nor a tokenizer is known.
-        columns: the other columns of its row in a dataset, for rewards that check answers.
+        ids: token ids, 1-D, at least one.
+        text: the prompt as text; None without a text or a tokenizer.
+        columns: other columns of its dataset row, for rewards that check answers.
     """
 
     ids: Int[Tensor, " n"]
@@ -43,8 +43,8 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
         source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
             and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
             ids; a ``Path`` (or the name of a ``.jsonl`` or ``.json`` file) of any source of ``lm_core.data.rows``
-            with such rows, a text file having a prompt a line; a Hugging Face dataset of rows.
-        tokenizer: for texts and chats; see ``as_tokenizer``.
+            with such rows, where a text file has one prompt per line; a Hugging Face dataset of rows.
+        tokenizer: tokenizer of texts and chats; see ``as_tokenizer``.
 
     Raises:
         ValueError: there is no prompt, one is empty, or text or chat comes without a tokenizer for it.
@@ -64,7 +64,7 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
         source = [source]
     if not isinstance(source, Sequence) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(f"prompts must be ids, texts, chats, rows or a dataset, got {type(source).__name__}")
-    prompts = [_prompt(source[number], number, tokenizer) for number in range(len(source))]
+    prompts = [_prompt(source[index], index, tokenizer) for index in range(len(source))]
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     return prompts
@@ -73,7 +73,7 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
 def as_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer with ``encode`` and ``decode``; one of Hugging Face is wrapped, so that its EOS is known.
 
-    A function from texts to ids, which is what PaLM-rlhf-pytorch took, is left as it is.
+    A function from texts to ids, the form of PaLM-rlhf-pytorch, is returned unchanged.
 
     Raises:
         TypeError: it is none of these.
@@ -89,42 +89,42 @@ def as_tokenizer(tokenizer: Any) -> Any:
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
-    """Raises ``ValueError`` unless there are prompts and all their ids are known to the model."""
+    """Raises ``ValueError`` unless there are prompts and all their ids are below ``vocab_size``."""
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     if vocab_size is not None:
         check_ids(torch.cat([prompt.ids for prompt in prompts]), vocab_size, "prompts")
 
 
-def _prompt(entry: Any, number: int, tokenizer: Any) -> Prompt:
+def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
     columns: dict[str, Any] = {}
     text: str | None
     if isinstance(entry, Prompt):
         return entry
     if isinstance(entry, Mapping):
-        found = next((name for name in PROMPT_COLUMNS if name in entry), None)
-        if found is None:
-            raise ValueError(f"prompts[{number}] must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
-        columns = {str(name): value for name, value in entry.items() if name != found}
-        entry = entry[found]
+        column = next((name for name in PROMPT_COLUMNS if name in entry), None)
+        if column is None:
+            raise ValueError(f"prompts[{index}] must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
+        columns = {str(name): value for name, value in entry.items() if name != column}
+        entry = entry[column]
     if isinstance(entry, str):
         if tokenizer is None:
-            raise ValueError(f"prompts[{number}] is text, which needs a tokenizer, got tokenizer=None")
+            raise ValueError(f"prompts[{index}] is text, which needs a tokenizer, got tokenizer=None")
         ids, text = torch.tensor(tokenizer.encode(entry), dtype=torch.long), entry
     elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
         template = getattr(tokenizer, "apply_chat_template", None)
         if template is None:
-            raise ValueError(f"prompts[{number}] is a chat, which needs a tokenizer with apply_chat_template")
+            raise ValueError(f"prompts[{index}] is a chat, which needs a tokenizer with apply_chat_template")
         ids = torch.tensor(template(entry, add_generation_prompt=True), dtype=torch.long)
         text = _decoded(ids, tokenizer)
     else:
         if isinstance(entry, Sequence) and all(type(value) is int for value in entry):
             entry = torch.tensor(list(entry), dtype=torch.long)
         if not isinstance(entry, Tensor) or entry.ndim != 1 or entry.is_floating_point() or entry.dtype == torch.bool:
-            raise TypeError(f"prompts[{number}] must be token ids, a text or a chat, got {entry!r}"[:200])
+            raise TypeError(f"prompts[{index}] must be token ids, a text or a chat, got {entry!r}"[:200])
         ids, text = entry.long().cpu(), _decoded(entry, tokenizer)
     if ids.numel() == 0:
-        raise ValueError(f"prompts[{number}] must hold at least one token, it is empty")
+        raise ValueError(f"prompts[{index}] must hold at least one token, it is empty")
     return Prompt(ids, text, columns)
 
 

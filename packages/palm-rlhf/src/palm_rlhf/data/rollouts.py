@@ -1,4 +1,4 @@
-"""Rollouts: prompts with their responses, as rewards score them and policies learn from them.
+"""Rollouts: prompts with their responses, scored by rewards and learned from by policies.
 
 Legend: b batch, n sequence, m = n - 1 (aligned with the token that is predicted), k bytes of a packed kept set.
 """
@@ -25,10 +25,10 @@ class Rollout:
         ids: ``(b, n)`` prompt and response, right-padded.
         prompt_lengths: ``(b,)`` tokens of each prompt.
         lengths: ``(b,)`` tokens of prompt and response, EOS included.
-        finished: ``(b,)`` whether the response ended by EOS or a stop string.
+        finished: ``(b,)`` True where the response ended by EOS or a stop string.
         temperature: sampling temperature.
         kept: ``(b, n - 1, k)`` packed kept sets of a filtered draw.
-        texts: responses as text, where there is a tokenizer.
+        texts: responses as text; None without a tokenizer.
         prompt_texts: prompts as text.
         columns: columns of the prompts' dataset rows.
     """
@@ -53,7 +53,7 @@ class Rollout:
 
     @property
     def response_mask(self) -> Bool[Tensor, "b m"]:
-        """True where the NEXT token is one of the response, its EOS included."""
+        """True where the NEXT token belongs to the response, EOS included."""
         position = torch.arange(1, self.ids.shape[1], device=self.ids.device)
         return (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
 
@@ -63,7 +63,7 @@ class Rollout:
         return self.lengths - self.prompt_lengths
 
     def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
-        """The first responses with their prompts and scores, for a log; token ids where there is no tokenizer."""
+        """The first ``number`` responses with prompts and scores, for a log; token ids without a tokenizer."""
         chosen = []
         for row in range(min(max(number, 0), len(self))):
             ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
@@ -81,7 +81,7 @@ class Rollout:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self: R, device: torch.device | str) -> R:
-        """The same on another device."""
+        """The rollout on another device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         return replace(self, **moved)
 
@@ -95,13 +95,13 @@ def rollout_of(
     temperature: float = 1.0,
     texts: list[str] | None = None,
 ) -> Rollout:
-    """A rollout of responses from elsewhere, such as another engine.
+    """A rollout of responses that another program generated, such as an inference engine.
 
     Args:
         prompts: see ``load_prompts``.
         responses: 1-D ids, EOS included, one for each prompt, at least one token each.
-        finished: whether each ended by itself; by default all did.
-        pad_id: fills rows after their end.
+        finished: True for responses that ended by EOS or a stop string; all by default.
+        pad_id: id that fills rows after their end.
         temperature: sampling temperature.
         texts: responses as text.
 
@@ -129,6 +129,6 @@ def rollout_of(
 def joined(
     prompts: Sequence[Tensor], responses: Sequence[Tensor], pad_id: int = 0
 ) -> tuple[Int[Tensor, "b n"], Int[Tensor, " b"], Int[Tensor, " b"]]:
-    """Right-padded ids of prompts with responses, lengths of the prompts, and lengths of both together."""
+    """Right-padded ids of prompts with responses, lengths of the prompts, and total lengths."""
     ids, mask = right_pad([torch.cat(both) for both in zip(prompts, responses, strict=True)], pad_id)
     return ids, torch.tensor([prompt.shape[0] for prompt in prompts]), mask.sum(dim=1)

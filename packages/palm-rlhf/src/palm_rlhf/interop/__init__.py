@@ -1,6 +1,6 @@
-"""Weights from and to other libraries.
+"""Conversion of weights from and to other libraries.
 
-``original`` and ``original_rlhf`` read what PaLM-rlhf-pytorch wrote, ``cohere`` and ``peft_adapters`` read and write
+``original`` and ``original_rlhf`` read weights of PaLM-rlhf-pytorch, ``cohere`` and ``peft_adapters`` read and write
 Hugging Face's formats, and ``weight_files`` loads and converts single files.
 """
 

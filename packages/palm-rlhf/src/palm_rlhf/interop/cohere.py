@@ -1,11 +1,11 @@
 """Hugging Face's ``CohereForCausalLM`` as a twin of ``PaLM``: the same function, so the same weights serve both.
 
 Cohere's block is PaLM's: one bias-free norm, attention and SwiGLU side by side, tied output. What differs is layout:
-rotary pairs are neighbours there and halves here, and its three projections are one matrix here. Whatever reads Cohere
-folders (transformers, vLLM, converters to GGUF) so reads an exported PaLM. xPos, normalised queries and keys, and
-bidirectional attention have no counterpart; a Cohere logit scale goes into the final norm's gain.
+rotary pairs are neighbours there and halves here, and its three projections are one matrix here. So everything that
+reads Cohere folders (transformers, vLLM, converters to GGUF) reads an exported PaLM. xPos, normalised queries and keys,
+and bidirectional attention have no counterpart; a Cohere logit scale is folded into the final norm's gain.
 
-Feed-forward dropout, which only acts in training, has no place in Cohere's configuration and is left out.
+Feed-forward dropout, which acts only in training, does not exist in Cohere's configuration and is dropped.
 """
 
 from collections.abc import Mapping
@@ -39,19 +39,15 @@ _OUTPUT = "lm_head.weight"
 
 @typed
 def to_cohere(
-    palm: PaLM,
-    *,
-    finetune_scope: str | None = None,
-    tokenizer: Any = None,
-    max_position_embeddings: int = 8192,
+    palm: PaLM, *, finetune_scope: str | None = None, tokenizer: Any = None, max_position_embeddings: int = 8192
 ) -> Any:
     """A ``CohereForCausalLM`` with copies of the weights; its logits are those of ``palm``.
 
     Args:
-        palm: causal, with ``use_xpos=False`` and without ``qk_rmsnorm``.
+        palm: causal model with ``use_xpos=False`` and without ``qk_rmsnorm``.
         finetune_scope: LoRA scope to add to the copied weights; ``palm`` stays as it is.
-        tokenizer: its BOS, EOS and padding ids go into the configuration.
-        max_position_embeddings: longest sequence that programs reading the model should allow.
+        tokenizer: tokenizer whose BOS, EOS and padding ids go into the configuration.
+        max_position_embeddings: longest sequence for programs that read the configuration.
 
     Raises:
         ValueError: ``palm`` has no counterpart, naming the argument, or there is no such scope.
@@ -64,6 +60,7 @@ def to_cohere(
         from transformers import CohereConfig, CohereForCausalLM
     except ImportError as error:
         raise ImportError('to_cohere needs transformers: pip install "palm-rlhf[hf]"') from error
+    # the configuration: sizes, and switches of what PaLM does not have
     block = next(palm.blocks())
     config = CohereConfig(
         vocab_size=palm.num_tokens,
@@ -84,25 +81,20 @@ def to_cohere(
     )
     with torch.random.fork_rng(devices=[]):
         model = CohereForCausalLM(config)
-    # Assigning keeps our dtype, and leaves the rotary buffers, which casting the model would round, in float32.
+    # assigning keeps PaLM's dtype and leaves the rotary buffers, which casting the model would round, in float32
     model.load_state_dict({**state, _OUTPUT: state[_EMBEDDING]}, assign=True)
     model.tie_weights()
     return model.to(palm.device).train(palm.training)
 
 
 @typed
-def export_cohere(
-    palm: PaLM,
-    directory: str | Path,
-    tokenizer: Any = None,
-    **arguments: Any,
-) -> Path:
+def export_cohere(palm: PaLM, directory: str | Path, tokenizer: Any = None, **arguments: Any) -> Path:
     """Writes the folder of ``to_cohere``, which ``AutoModelForCausalLM.from_pretrained`` opens.
 
     Args:
         palm: see ``to_cohere``.
-        directory: a new or empty folder, which appears whole or not at all.
-        tokenizer: something with ``save_pretrained``, stored with the weights, as transformers expects it.
+        directory: a new or empty folder; written atomically.
+        tokenizer: object with ``save_pretrained``, stored with the weights as transformers expects.
         **arguments: further arguments of ``to_cohere``, whose errors are raised here too.
 
     Raises:
@@ -126,7 +118,7 @@ def from_cohere(source: Any, **constructor_overrides: Any) -> PaLM:
 
     Args:
         source: a ``CohereForCausalLM``, or a folder with its ``config.json`` and safetensors files.
-        **constructor_overrides: what does not change the function, such as ``ff_dropout``.
+        **constructor_overrides: arguments that do not change the function, such as ``ff_dropout``.
 
     Raises:
         FileNotFoundError: ``source`` is no folder.
@@ -146,7 +138,7 @@ def from_cohere(source: Any, **constructor_overrides: Any) -> PaLM:
 
 
 def free_directory(directory: str | Path) -> Path:
-    """The path, if it may be written to.
+    """The path, if it is new or an empty folder.
 
     Raises:
         FileExistsError: it is a file, or a folder with content.
@@ -180,7 +172,7 @@ def _cohere_state(palm: PaLM, scope: str | None) -> dict[str, Tensor]:
             if adapters is not None and target in adapters[layer]:
                 weight = weight + adapters[layer][target].delta()
             for name, value in split_rows(target, weight, palm.dim_head).items():
-                # Not `contiguous`: what is contiguous already would share our memory.
+                # not `contiguous`, which returns a contiguous tensor itself: memory would be shared
                 state[f"{prefix}{name}.weight"] = value.clone(memory_format=torch.contiguous_format)
     return state
 
@@ -194,13 +186,13 @@ def split_rows(target: str, rows: Tensor, dim_head: int) -> dict[str, Tensor]:
 
 
 def joined_rows(target: str, modules: Mapping[str, Tensor], dim_head: int) -> Tensor:
-    """What ``split_rows`` split."""
+    """Inverse of ``split_rows``: rows of a LoRA target from those of Cohere's modules."""
     rows = torch.cat([modules[name] for name in COHERE_MODULES[target]], dim=0)
     return rearrange(rows, "(h i two) c -> (h two i) c", two=2, i=dim_head // 2) if target in ("q", "k") else rows
 
 
 def _special_ids(tokenizer: Any, num_tokens: int) -> dict[str, int | None]:
-    """Cohere's own defaults would name ids of a vocabulary that is not ours."""
+    """Ids of the tokenizer, or None, in place of Cohere's defaults, which belong to another vocabulary."""
     ids: dict[str, int | None] = {}
     for name in ("bos", "eos", "pad"):
         value = getattr(tokenizer, f"{name}_id", None)
@@ -225,13 +217,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _palm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments; settings that ``PaLM`` has no counterpart for are refused by name."""
+    """Constructor arguments; raises for settings without a counterpart in ``PaLM``, naming them."""
     if config.get("model_type") != "cohere":
         raise CheckpointError(f"source must be of model_type 'cohere', got {config.get('model_type')!r}")
     needed = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     missing = [name for name in (*needed, "logit_scale") if config.get(name) is None]
     if missing:
-        raise CheckpointError(f"the configuration does not tell {', '.join(missing)}")
+        raise CheckpointError(f"the configuration has no {', '.join(missing)}")
     rope = config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", (config.get("rope_scaling") or {}).get("rope_type", "default"))
     expected = {
@@ -271,7 +263,7 @@ def _palm_state(state: dict[str, Tensor], arguments: dict[str, Any], logit_scale
     check_keys({name: t for name, t in state.items() if name != _OUTPUT}, expected, "source")
     if _OUTPUT in state and not torch.equal(state[_OUTPUT], state[_EMBEDDING]):
         raise CheckpointError(f"{_OUTPUT} differs from {_EMBEDDING}, but PaLM's output layer is tied to it")
-    # Logits are linear in the final gain, so it can carry their scale.
+    # logits are linear in the final gain, so their scale can be folded into it
     result = {"token_emb.weight": state[_EMBEDDING], "norm.gamma": state["model.norm.weight"] * logit_scale}
     dim_head = arguments["dim_head"]
     for layer in range(arguments["depth"]):

@@ -1,11 +1,11 @@
 """State dicts of PaLM-rlhf-pytorch, read into ``PaLM`` so that logits agree to float32 rounding.
 
-Two conventions share one key: releases up to 0.2.3 store a norm's gain, later ones the gain minus one. Nothing in the
-file tells them apart but the values, which start at one and at zero and move little in training.
+Two conventions share one key: releases up to 0.2.3 store a norm's gain, later ones the gain minus one. Only the values
+distinguish them, which start at one and at zero and move little in training.
 
-Two quirks are kept. With ``qk_rmsnorm`` the original never used its ``qk_scale`` (releases from 0.1.0 on): the scores'
-scale was ``dim_head ** -0.5``, which goes into our ``q_scale``. Releases up to 0.2.0 skipped the final norm before the
-output layer; no ``PaLM`` does that, so their language models are refused where the untouched gain gives them away.
+With ``qk_rmsnorm`` the original never used its ``qk_scale`` (releases from 0.1.0 on): the scores' scale was
+``dim_head ** -0.5``, which conversion folds into ``q_scale``. Releases up to 0.2.0 skipped the final norm before the
+output layer. ``PaLM`` cannot express that: their language models, whose final gain is still exactly one, are refused.
 """
 
 import re
@@ -23,13 +23,13 @@ from palm_rlhf.model.palm import PaLM
 
 NormGain = Literal["auto", "plain", "offset"]
 
-# The place of each LoRA target in the original's list of four.
+# LoRA targets in the order of the original's list.
 _LORA_ORDER = ("q", "k", "v", "o")
 _ANCHOR = "token_emb.weight"
-# Where reward models and critics keep the PaLM whose features they read, which always passed the final norm.
+# Prefixes of reward models and critics, whose features always passed the final norm.
 _FEATURES_ONLY = ("palm.", "critic_palm.", "critic.")
 _SHOWN = 8
-# Half way between the two starting values, less a margin in which a guess could be wrong.
+# Less than half the distance of the two starting values: a mean gain near the middle is refused as ambiguous.
 _GAIN_TOLERANCE = 0.35
 
 
@@ -38,10 +38,10 @@ class OriginalPaLM:
     """One PaLM found in an original's state dict.
 
     Attributes:
-        arguments: constructor arguments that the shapes tell.
+        arguments: constructor arguments, inferred from the shapes.
         scopes: rank of each LoRA scope.
-        state: its weights under our keys.
-        rest: what lies outside the PaLM, under the original's keys: reward and value heads, prompt embeddings.
+        state: weights under the keys of ``PaLM``.
+        rest: tensors outside the PaLM under the original's keys: reward and value heads, prompt embeddings.
     """
 
     arguments: dict[str, Any]
@@ -50,11 +50,11 @@ class OriginalPaLM:
     rest: dict[str, Tensor]
 
     def base(self) -> dict[str, Tensor]:
-        """Its weights without the scopes'."""
+        """The weights without those of the scopes."""
         return {name: value for name, value in self.state.items() if not name.startswith("finetune_modules.")}
 
     def build(self, overrides: dict[str, Any], other: "OriginalPaLM | None" = None) -> PaLM:
-        """The network with its scopes, and with those of another on an equal base."""
+        """The network with its scopes, and with the scopes of ``other``, whose base is equal."""
         palm = build_palm(self.arguments, overrides)
         with torch.random.fork_rng(devices=[]):
             for scope, rank in {**self.scopes, **(other.scopes if other else {})}.items():
@@ -74,14 +74,14 @@ def from_palm_rlhf_pytorch(
     """A ``PaLM`` with the weights and LoRA scopes of an original's state dict.
 
     Args:
-        state_dict: of the original's ``PaLM``, ``RewardModel`` or ``ActorCritic``.
-        norm_gain: "plain" for releases up to 0.2.3, "offset" for later ones, "auto" to tell by the mean gain.
-        prefix: which PaLM, where there are several: what precedes ``token_emb.weight``, as ``"actor_palm"``.
-        **constructor_overrides: what a state dict does not tell: ``causal=False`` for an encoder,
+        state_dict: state dict of the original's ``PaLM``, ``RewardModel`` or ``ActorCritic``.
+        norm_gain: "plain" for releases up to 0.2.3, "offset" for later ones, "auto" to decide by the mean gain.
+        prefix: key prefix of the PaLM to convert, where there are several, such as ``"actor_palm"``.
+        **constructor_overrides: arguments that a state dict does not contain: ``causal=False`` for an encoder,
             ``rotary_xpos_scale_base``, dropouts, ``cross_entropy_ignore_index`` (0 in the original, -100 here).
 
     Raises:
-        CheckpointError: the state dict is not of an original, or of one that no ``PaLM`` equals.
+        CheckpointError: the state dict is not of the original, or ``PaLM`` cannot express its model.
         ValueError: ``norm_gain`` or ``prefix`` must be given, or an override contradicts the shapes.
     """
     qk_scale = constructor_overrides.get("qk_scale", 8.0)
@@ -95,17 +95,14 @@ def from_palm_rlhf_pytorch(
 
 @typed
 def palm_state_from_original(
-    state_dict: Mapping[str, Any],
-    *,
-    prefix: str | None = None,
-    norm_gain: NormGain = "auto",
-    qk_scale: float = 8.0,
+    state_dict: Mapping[str, Any], *, prefix: str | None = None, norm_gain: NormGain = "auto", qk_scale: float = 8.0
 ) -> OriginalPaLM:
-    """The weights of one PaLM in an original's state dict, LoRA scopes included, under our keys.
+    """The weights of one PaLM in an original's state dict, LoRA scopes included, under the keys of ``PaLM``.
 
-    Arguments and errors are those of ``from_palm_rlhf_pytorch``; ``qk_scale`` is that of the ``PaLM`` that is to take
+    Arguments and errors are those of ``from_palm_rlhf_pytorch``; ``qk_scale`` is the scale of the ``PaLM`` that loads
     the weights.
     """
+    # select one PaLM, infer its sizes and check that PaLM can express it
     tensors = cleaned(state_dict)
     prefix = _chosen_prefix(tensors, prefix)
     part = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
@@ -118,6 +115,7 @@ def palm_state_from_original(
     if not offset and prefix not in _FEATURES_ONLY:
         _check_final_norm_was_used(part)
 
+    # rename block by block: the two output matrices become one, LoRA factors are transposed
     state = {_ANCHOR: part[_ANCHOR], "norm.gamma": part["norm.gamma"] + offset}
     for layer in range(arguments["depth"]):
         old, new = f"layers.{layer}.fn.", f"layers.{layer}."
@@ -129,15 +127,15 @@ def palm_state_from_original(
             state[f"{new}q_scale"] = part[f"{old}q_scale"] * (arguments["dim_head"] ** -0.5 / qk_scale)
             state[f"{new}k_scale"] = part[f"{old}k_scale"]
         for scope in scopes:
-            for place, target in enumerate(_LORA_ORDER):
+            for index, target in enumerate(_LORA_ORDER):
                 for factor in ("A", "B"):
-                    value = part[f"finetune_modules.{scope}.{layer}.{place}.{factor}"]
+                    value = part[f"finetune_modules.{scope}.{layer}.{index}.{factor}"]
                     state[f"finetune_modules.{scope}.{layer}.{target}.{factor}"] = value.t().contiguous()
     return OriginalPaLM(arguments, scopes, state, rest)
 
 
 def is_original(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict has the original's layout."""
+    """True for a state dict in the original's layout."""
     return any(str(name).endswith("fn.fused_attn_ff_proj.weight") for name in state_dict)
 
 
@@ -145,17 +143,17 @@ def cleaned(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict, without what ``DistributedDataParallel`` and ``torch.compile`` add to names.
 
     Raises:
-        CheckpointError: it holds something else than named tensors.
+        CheckpointError: it holds anything but named tensors.
     """
     wrong = [f"{name} ({type(value).__name__})" for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if wrong or not state_dict:
-        found = ", ".join(wrong[:_SHOWN]) if wrong else "nothing"
-        raise CheckpointError(f"a state dict holds tensors by name, got {found}")
+        content = ", ".join(wrong[:_SHOWN]) if wrong else "nothing"
+        raise CheckpointError(f"a state dict holds tensors by name, got {content}")
     return {_clean_name(str(name)): value.detach() for name, value in state_dict.items()}
 
 
 def build_palm(arguments: dict[str, Any], overrides: dict[str, Any]) -> PaLM:
-    """A ``PaLM`` about to be loaded; leaves the random state alone.
+    """A new ``PaLM`` whose weights are loaded next; keeps the random state.
 
     Raises:
         ValueError: an override contradicts an argument.
@@ -196,15 +194,15 @@ def _clean_name(name: str) -> str:
 def _chosen_prefix(tensors: dict[str, Tensor], prefix: str | None) -> str:
     if not is_original(tensors):
         raise CheckpointError(f"no PaLM of the original package found; the keys begin {', '.join(list(tensors)[:4])}")
-    found = [name[: -len(_ANCHOR)] for name in tensors if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
-    shown = [entry.rstrip(".") for entry in found]
+    prefixes = [name[: -len(_ANCHOR)] for name in tensors if name == _ANCHOR or name.endswith(f".{_ANCHOR}")]
+    shown = [entry.rstrip(".") for entry in prefixes]
     if prefix is None:
-        if len(found) != 1:
-            raise ValueError(f"prefix must name one of the {len(found)} PaLMs in the state dict: {shown}")
-        return found[0]
+        if len(prefixes) != 1:
+            raise ValueError(f"prefix must name one of the {len(prefixes)} PaLMs in the state dict: {shown}")
+        return prefixes[0]
     if prefix.rstrip(".") not in shown:
         raise ValueError(f"prefix must be one of {shown}, got {prefix!r}")
-    return found[shown.index(prefix.rstrip("."))]
+    return prefixes[shown.index(prefix.rstrip("."))]
 
 
 def _sizes(part: dict[str, Tensor]) -> dict[str, Any]:
@@ -263,14 +261,14 @@ def _expected_shapes(
         optional |= {f"{block}rotary_emb.{name}": (dim_head // 2,) for name in ("inv_freq", "scale")}
         for scope, rank in scopes.items():
             sizes = ((dim, attn_dim), (dim, dim_head), (dim, dim_head), (attn_dim, dim))
-            for place, (size_in, size_out) in enumerate(sizes):
-                lora = f"finetune_modules.{scope}.{layer}.{place}."
+            for index, (size_in, size_out) in enumerate(sizes):
+                lora = f"finetune_modules.{scope}.{layer}.{index}."
                 shapes |= {f"{lora}A": (size_in, rank), f"{lora}B": (rank, size_out)}
     return shapes | {name: shape for name, shape in optional.items() if name in part}
 
 
 def _check_equivalent(part: dict[str, Tensor]) -> None:
-    """Refuses values that our model has no place for."""
+    """Raises ``CheckpointError`` for values that ``PaLM`` cannot hold."""
     if "to_logits.weight" in part and not torch.equal(part["to_logits.weight"], part[_ANCHOR]):
         raise CheckpointError("to_logits.weight differs from token_emb.weight, but PaLM's output layer is tied to it")
     biased = [name for name, value in part.items() if name.endswith("norm.beta") and value.any()]

@@ -1,11 +1,11 @@
-"""Reward models and actor-critics of PaLM-rlhf-pytorch, read into ours.
+"""Conversion of PaLM-rlhf-pytorch's reward models and actor-critics.
 
-What they compute stays: a reward of the original is pooled over prompt AND response (``pooling="sequence"``), and a
-bin's prediction is a distribution, which the original sampled from and we take the mean of. The original's critic was
-a copy of the policy; where the copy's base still equals the policy's, which is always so with LoRA, one base serves
-both here. What cannot be kept is the original's pooled value, which read the response it should predict.
+Rewards and token-level values stay equal. A reward of the original is pooled over prompt AND response
+(``pooling="sequence"``); from a distribution over bins it drew a reward, where the expectation is taken here. The
+original's critic was a copy of the policy; where both bases are still equal, as always with LoRA, they share one base
+here. The original's pooled value is not converted: it read the response that it should predict.
 
-The original had no reference policy: with LoRA ours is the base, without LoRA the actor as it was converted.
+The original had no reference policy: with LoRA the reference is the base, without LoRA a copy of the converted actor.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checks import typed
-from palm_rlhf.interop.original import (
-    NormGain,
-    OriginalPaLM,
-    check_keys,
-    cleaned,
-    palm_state_from_original,
-)
+from palm_rlhf.interop.original import NormGain, OriginalPaLM, check_keys, cleaned, palm_state_from_original
 from palm_rlhf.reward.model import RewardModel
 from palm_rlhf.rl.policy import ActorCritic
 
@@ -31,7 +25,7 @@ _CRITICS = ("critic_palm", "critic")  # up to 0.2.3, and later
 
 
 def is_original_reward_model(state_dict: Mapping[str, Any]) -> bool:
-    """Whether a state dict has the layout of the original's ``RewardModel``."""
+    """True for a state dict in the layout of the original's ``RewardModel``."""
     names = {str(name).rpartition(".")[2] for name in state_dict if "finetune_modules" not in str(name)}
     return {"prompt_embed", "response_embed"} <= names
 
@@ -45,7 +39,7 @@ def reward_model_from_palm_rlhf_pytorch(
     Other arguments and errors are those of ``from_palm_rlhf_pytorch``; several LoRA scopes are refused too.
 
     Args:
-        state_dict: of the original's ``RewardModel``.
+        state_dict: state dict of the original's ``RewardModel``.
         dropout: see ``RewardModel``.
     """
     original = palm_state_from_original(state_dict, norm_gain=norm_gain, qk_scale=palm_overrides.get("qk_scale", 8.0))
@@ -65,9 +59,9 @@ def reward_model_from_palm_rlhf_pytorch(
             reward_lora_scope=scope or "reward",
             pooling="sequence",
         )
-    own = {name: rest[name][0, 0] for name in ("prompt_embed", "response_embed")}
-    own |= {name.replace(head, "head"): rest[name] for name in rest if name.startswith(head)}
-    model.load_state_dict(own, strict=False)
+    state = {name: rest[name][0, 0] for name in ("prompt_embed", "response_embed")}
+    state |= {name.replace(head, "head"): rest[name] for name in rest if name.startswith(head)}
+    model.load_state_dict(state, strict=False)
     return model
 
 
@@ -85,9 +79,9 @@ def actor_critic_from_palm_rlhf_pytorch(
     that is an implicit process reward model, are refused too.
 
     Args:
-        state_dict: of the original's ``ActorCritic``.
-        value_range: of a critic with bins, from the first bin's lower to the last bin's upper edge; by default that of
-            the original's own default, whose bin CENTRES were 0, 1 and so on.
+        state_dict: state dict of the original's ``ActorCritic``.
+        value_range: lower edge of the first and upper edge of the last bin of a binned critic; the default fits the
+            original's default bins, whose CENTRES were 0, 1 and so on.
     """
     tensors = cleaned(state_dict)
     critics = [name for name in _CRITICS if f"{name}.token_emb.weight" in tensors]
@@ -96,6 +90,7 @@ def actor_critic_from_palm_rlhf_pytorch(
             f"state_dict must hold the PaLMs {_ACTOR} and {' or '.join(_CRITICS)} of an original's ActorCritic, got "
             f"keys that begin {', '.join(list(tensors)[:4])}"
         )
+    # the two networks and the value head
     scale = palm_overrides.get("qk_scale", 8.0)
     actor, critic = (
         palm_state_from_original(tensors, prefix=prefix, norm_gain=norm_gain, qk_scale=scale)
@@ -109,6 +104,7 @@ def actor_critic_from_palm_rlhf_pytorch(
     actor_scope, critic_scope = _only_scope(actor, "an actor"), _only_scope(critic, "a critic")
     if head == "value_head" and value_range is None:
         value_range = (-0.5, outputs - 0.5)
+    # one network for both where their bases are equal
     shares = actor_scope is not None and critic_scope not in (None, actor_scope) and _equal(actor.base(), critic.base())
     policy = actor.build(palm_overrides, critic if shares else None)
     with torch.random.fork_rng(devices=[]):
@@ -134,5 +130,5 @@ def _only_scope(original: OriginalPaLM, what: str) -> str | None:
     return next(iter(original.scopes), None)
 
 
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,7 +1,7 @@
 """LoRA scopes in peft's layout: adapters of the Cohere twin (``palm_rlhf.interop.cohere``).
 
-A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Rows of query and key adapters change places
-as the weights' rows do, and an adapter of both feed-forward halves becomes one of ``up_proj`` and one of ``gate_proj``
+A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``. Rows of query and key adapters are permuted
+like the weights' rows, and an adapter of both feed-forward halves becomes one of ``up_proj`` and one of ``gate_proj``
 with equal first factors. An adapter of any ``PaLM`` can be stored like this; with xPos or normalised queries and keys
 there is no twin to load it into.
 """
@@ -25,7 +25,7 @@ from palm_rlhf.model.palm import PaLM
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-# Variants of LoRA whose forward, or whose base model, is another than `W + scale * B A`.
+# Settings of peft whose forward or base model differs from plain LoRA, `W + scale * B A`.
 _OTHER_METHODS = (
     "use_dora",
     "fan_in_fan_out",
@@ -53,10 +53,10 @@ def export_lora(palm: PaLM, scope: str, directory: str | Path, *, base_model: st
     """Writes a scope as a peft adapter, which ``PeftModel.from_pretrained`` puts on the Cohere twin.
 
     Args:
-        palm: the model.
-        scope: its scope.
+        palm: model with the scope.
+        scope: name of the scope to write.
         directory: a new or empty folder.
-        base_model: where the twin is, for peft to find it.
+        base_model: folder or name of the twin, stored for peft.
 
     Raises:
         ValueError: there is no such scope.
@@ -75,7 +75,7 @@ def import_lora(palm: PaLM, scope: str, directory: str | Path) -> None:
     """Adds a scope to ``palm`` from a peft adapter of its Cohere twin; after an error ``palm`` is as it was.
 
     Args:
-        palm: the model.
+        palm: model that gets the scope.
         scope: name of the new scope.
         directory: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -90,7 +90,7 @@ def import_lora(palm: PaLM, scope: str, directory: str | Path) -> None:
     config = read_json(folder / CONFIG_FILE)
     state = read_weights(folder / WEIGHTS_FILE)
     settings = _settings(config, state)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
         modules = palm.add_scope(scope, settings)
     try:
         check_keys(state, shapes_of(_adapter_state(modules, palm.dim_head)), str(folder))
@@ -136,7 +136,7 @@ def _config(settings: LoRASettings, base_model: str | None) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoRASettings:
-    """Settings of the scope to be; the targets are read off the keys, for peft names them by patterns too."""
+    """Settings of the new scope; targets come from the keys, since peft may name them by patterns."""
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{CONFIG_FILE} must be of peft_type 'LORA', got {config.get('peft_type')!r}")
     wrong = [f"{name} = {config[name]!r}" for name in _OTHER_METHODS if config.get(name)]
@@ -146,9 +146,9 @@ def _settings(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> LoRASet
         wrong.append(f"init_lora_weights = {config['init_lora_weights']!r}")
     if wrong:
         raise ValueError(f"a scope is plain LoRA and cannot express an adapter with {', '.join(wrong)}")
-    found = {name.split(".layers.", 1)[-1].split(".", 1)[-1].rsplit(".lora_", 1)[0] for name in state}
-    targets = [target for target, modules in COHERE_MODULES.items() if found & set(modules)]
-    half = [module for target in targets for module in COHERE_MODULES[target] if module not in found]
+    adapted = {name.split(".layers.", 1)[-1].split(".", 1)[-1].rsplit(".lora_", 1)[0] for name in state}
+    targets = [target for target, modules in COHERE_MODULES.items() if adapted & set(modules)]
+    half = [module for target in targets for module in COHERE_MODULES[target] if module not in adapted]
     if half:
         raise ValueError(f"our feed-forward halves are one matrix: the adapter must target {', '.join(half)} too")
     if not targets:

@@ -1,6 +1,6 @@
-"""Single weight files, ours or the original's: loaded into a model, or converted to a checkpoint folder.
+"""Single weight files of this package or of the original: loaded into a model, or converted to a checkpoint folder.
 
-Files are read with ``weights_only=True``, so a file from a stranger is refused before anything in it runs.
+Files are read with ``weights_only=True``: a file with more than tensors is refused before any code in it runs.
 """
 
 from functools import partial
@@ -30,8 +30,8 @@ def load_weights_file(palm: PaLM, path: str | Path, *, norm_gain: NormGain = "au
     """Loads a state dict file into ``palm``, cast to its dtype; after an error ``palm`` is as it was.
 
     Args:
-        palm: a model of the file's sizes and LoRA scopes.
-        path: ``.safetensors``, or a file of ``torch.save``; of this package or of the original.
+        palm: model with the file's sizes and LoRA scopes.
+        path: file in ``.safetensors`` or ``torch.save`` format, of this package or of the original.
         norm_gain: see ``from_palm_rlhf_pytorch``.
 
     Raises:
@@ -76,7 +76,7 @@ def convert_checkpoint(
     tokenizer: Any = None,
     **constructor_overrides: Any,
 ) -> Path:
-    """Turns a file of the original package into a folder that ``PaLM.from_pretrained`` opens.
+    """Converts a file of the original package to a folder that ``PaLM.from_pretrained`` opens.
 
     A reward model becomes a folder for ``RewardModel.from_pretrained``, unless ``prefix`` asks for its PaLM.
 

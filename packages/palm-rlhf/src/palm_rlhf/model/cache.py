@@ -1,6 +1,6 @@
-"""The key/value cache of ``PaLM``, which also knows under which settings it was filled.
+"""Key/value cache of ``PaLM``, with the LoRA scope and the extra embedding it was filled with.
 
-Generation names the LoRA scope and the extra embedding with the prompt only; the cache carries them on.
+Generation passes both with the prompt only; later steps take them from the cache.
 """
 
 from jaxtyping import Float, Int
@@ -11,20 +11,20 @@ from palm_rlhf.model.inputs import is_same_everywhere
 
 
 class PaLMCache(KVCache):
-    """Keys and values, the scope they were made with, and the extra embedding if it was one for all positions."""
+    """Keys and values, their LoRA scope, and the extra embedding if it is the same at all positions."""
 
     finetune_scope: str | None = None
     extra_embed: Tensor | None = None
 
     def remember(self, scope: str | None, extra_embed: Float[Tensor, "..."] | None) -> None:
-        """Keeps the settings of the forward that filled the cache."""
+        """Stores the settings of the forward that filled the cache."""
         self.finetune_scope = scope
         self.extra_embed = extra_embed if is_same_everywhere(extra_embed) else None
 
     def recalled(
         self, scope: str | None, disable_lora: bool, extra_embed: Float[Tensor, "..."] | None
     ) -> tuple[str | None, Float[Tensor, "..."] | None]:
-        """Scope and extra embedding of a later forward, which need not repeat them.
+        """Scope and extra embedding of a later forward, which may omit them.
 
         Raises:
             ValueError: the forward asks for another scope than the cache was filled with.

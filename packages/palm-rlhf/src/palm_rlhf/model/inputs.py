@@ -1,4 +1,4 @@
-"""What ``PaLM`` accepts: checks made before any work is done."""
+"""Checks of the arguments of ``PaLM``, made before any computation."""
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def check_inputs(
 
 
 def check_extra_embed(extra_embed: Tensor | None, shape: tuple[int, int, int]) -> None:
-    """Raises unless ``extra_embed`` is of floating point and broadcasts to ``shape``, which is ``(b, n, d)``."""
+    """Raises unless ``extra_embed`` is floating point and broadcasts to ``shape``, which is ``(b, n, d)``."""
     if extra_embed is None:
         return
     if not extra_embed.is_floating_point():
@@ -53,7 +53,7 @@ def check_extra_embed(extra_embed: Tensor | None, shape: tuple[int, int, int]) -
 
 
 def is_same_everywhere(extra_embed: Tensor | None) -> bool:
-    """Whether an extra embedding is the same at every position, so that it holds for later tokens too."""
+    """True if an extra embedding is the same at every position, and so applies to later tokens too."""
     return extra_embed is not None and (extra_embed.ndim < 2 or extra_embed.shape[-2] == 1)
 
 
@@ -62,7 +62,7 @@ def for_all_positions(extra_embed: Tensor, b: int, dim: int) -> Tensor:
 
     Raises:
         ValueError: it differs between positions, or another size does not fit.
-        TypeError: it is not of floating point.
+        TypeError: it is not floating point.
     """
     check_extra_embed(extra_embed, (b, 1, dim))
     return extra_embed.reshape((1,) * (3 - extra_embed.ndim) + tuple(extra_embed.shape))

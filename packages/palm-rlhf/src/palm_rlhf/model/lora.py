@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685) of a frozen block, kept outside it so that several scopes share a base.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685) of a frozen block, stored outside it: several scopes share one base.
 
 Layout and initialisation are those of peft: ``A (r, in)`` Kaiming-uniform, ``B (out, r)`` zeros, scale ``alpha / r``
 (``alpha / sqrt(r)`` rank-stabilised, arXiv 2312.03732). The product ``B A`` is never formed in a forward: at
@@ -31,7 +31,7 @@ class LoRA(nn.Module):
         dim_out: output features.
         r: rank.
         alpha: numerator of the scale; ``r`` by default, so that the scale is one.
-        dropout: on the input, in training mode.
+        dropout: dropout on the input, in training mode.
         rank_stabilized: divides by ``sqrt(r)`` instead of ``r``.
     """
 
@@ -61,11 +61,11 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """Both factors in turn."""
+        """Applies ``A``, then ``B``; the product ``B A`` is never formed."""
         return F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scale
 
     def delta(self) -> Float[Tensor, "o i"]:
-        """What merging adds to the weight ``(out, in)``."""
+        """Weight ``(out, in)`` that merging adds."""
         return self.scale * (self.B @ self.A)
 
 
@@ -90,13 +90,13 @@ class BlockLoRA(nn.ModuleDict):
         return out + self[target](x) if target in self else out
 
     def by_target(self) -> dict[str, LoRA]:
-        """The adapters with their own type."""
+        """The adapters as a dictionary with their type."""
         return dict(self.items())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What a scope was made with; stored in checkpoints and exports."""
+    """Settings of a scope; stored in checkpoints and exports."""
 
     r: int
     alpha: float
@@ -124,7 +124,7 @@ class LoRAScope(nn.ModuleList):
 
 @dataclass(frozen=True)
 class MergedScope:
-    """A scope whose weights are inside the base: what ``unmerge_finetune_params`` needs to take it out again."""
+    """A scope that was merged into the base; ``unmerge_finetune_params`` takes it to undo the merge."""
 
     scope: str
     modules: LoRAScope

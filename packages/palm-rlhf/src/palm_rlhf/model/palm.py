@@ -33,13 +33,7 @@ from lm_core.nn.norms import LayerNorm
 from lm_core.nn.parallel_block import ParallelBlock, Positions, called, called_as_constant
 from lm_core.nn.rotary import RotaryEmbedding
 from palm_rlhf.model.cache import PaLMCache
-from palm_rlhf.model.inputs import (
-    as_matrix,
-    check_extra_embed,
-    check_inputs,
-    for_all_positions,
-    is_same_everywhere,
-)
+from palm_rlhf.model.inputs import as_matrix, check_extra_embed, check_inputs, for_all_positions, is_same_everywhere
 from palm_rlhf.model.lora import (
     ATTENTION_TARGETS,
     LoRAScope,
@@ -52,27 +46,27 @@ from palm_rlhf.model.lora import (
 
 
 class PaLM(PretrainedMixin):
-    """A PaLM language model, or with ``causal=False`` an encoder.
+    """PaLM: a causal language model, or a bidirectional encoder with causal=False.
 
     Args:
         dim: features of the residual stream.
         num_tokens: vocabulary size.
-        depth: blocks.
-        causal: whether a position sees only itself and earlier ones.
+        depth: number of blocks.
+        causal: restricts attention to a position itself and earlier ones.
         dim_head: features of a head; even.
         heads: query heads.
         kv_heads: key/value heads; 1 is multi-query attention (arXiv 1911.02150). Divides ``heads``.
-        ff_mult: feed-forward inner features over ``dim``.
-        attn_dropout: on attention weights.
-        ff_dropout: on the feed-forward's inner features.
+        ff_mult: inner features of the feed-forward, as a multiple of ``dim``.
+        attn_dropout: dropout on attention weights.
+        ff_dropout: dropout on the feed-forward's inner features.
         qk_rmsnorm: L2-normalises queries and keys before the product, with learned gains and the scale ``qk_scale``.
-        qk_scale: that scale.
+        qk_scale: scale of the scores with ``qk_rmsnorm``.
         lora_r: default rank of fine-tuning scopes.
         rotary_xpos_scale_base: positions over which xPos decays by one power.
         use_xpos: xPos decay of attention with distance (causal models only).
         flash_attn: accepted for compatibility; the fastest kernel that fits is always chosen.
         finetune_scopes: names of LoRA scopes to add.
-        cross_entropy_ignore_index: label that does not count in the loss.
+        cross_entropy_ignore_index: label that is excluded from the loss.
         gradient_checkpointing: recomputes blocks in the backward to save memory.
 
     Raises:
@@ -104,6 +98,7 @@ class PaLM(PretrainedMixin):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        # check arguments before any weight is allocated
         if not 0 < qk_scale < math.inf:
             raise ValueError(f"qk_scale must be positive, got {qk_scale}")
         check_probability(attn_dropout, "attn_dropout")
@@ -150,7 +145,7 @@ class PaLM(PretrainedMixin):
             self.add_finetune_params(scope)
 
     def init_weights(self) -> None:
-        """Draws all base weights again.
+        """Draws all base weights.
 
         | weight | distribution |
         |---|---|
@@ -170,7 +165,7 @@ class PaLM(PretrainedMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.token_emb.weight.device
 
     @property
@@ -196,11 +191,11 @@ class PaLM(PretrainedMixin):
         Args:
             x: token ids. Without ``causal``, negative ids are masked.
             mask: True at real tokens, of cached and new positions.
-            cache: what ``init_cache`` made; ``x`` then holds the new tokens only. It remembers the scope it was filled
-                with, which later calls need not repeat.
+            cache: cache of ``init_cache``; ``x`` then holds the new tokens only. It stores the scope it was filled
+                with, which later calls may omit.
             finetune_scope: LoRA scope to use; the base then takes no gradient.
             disable_lora: ignores ``finetune_scope``.
-            extra_embed: added to the token embeddings, broadcast.
+            extra_embed: embedding added to the token embeddings, broadcast.
             document_ids: positions attend only to positions with the same number (packed documents).
 
         Raises:
@@ -209,6 +204,7 @@ class PaLM(PretrainedMixin):
         """
         check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
         check_extra_embed(extra_embed, (*x.shape, self.dim))
+        # LoRA scope and extra embedding: given, or those of the cache
         past = 0 if cache is None else cache.length
         scope = None if disable_lora else finetune_scope
         if cache is not None and past > 0:
@@ -219,6 +215,7 @@ class PaLM(PretrainedMixin):
             mask = maybe_and_mask(mask, x >= 0)
             x = x.clamp(min=0)
 
+        # embeddings, positions and masks
         call = called if lora is None else called_as_constant
         h = self._embed(x, call)
         if extra_embed is not None:
@@ -228,6 +225,7 @@ class PaLM(PretrainedMixin):
             same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
             visible = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
             positions = replace(positions, mask=visible)
+        # blocks; those of a scope get their adapters
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks()):
             adapters = None if lora is None else lora[layer]
@@ -257,23 +255,23 @@ class PaLM(PretrainedMixin):
         document_ids: Int[Tensor, "b n"] | None = None,
         loss_normalizer: float | Tensor | None = None,
     ) -> Any:
-        """Logits ``(b, n, v)``, or what the flags ask for.
+        """Logits ``(b, n, v)``, or the outputs that the flags select.
 
         Args:
             x: token ids.
-            return_loss: mean cross-entropy (nats a token) of each token given those before it.
+            return_loss: mean cross-entropy of each token given those before it, in nats per token.
             disable_lora: see ``hidden``.
             finetune_scope: see ``hidden``.
             extra_embed: see ``hidden``.
-            return_only_embedding: the features of ``hidden`` instead of logits.
-            return_logits_with_embedding: ``(logits, features)``.
-            mask: see ``hidden``; padding does not count in the loss.
+            return_only_embedding: returns the features of ``hidden`` instead of logits.
+            return_logits_with_embedding: returns ``(logits, features)``.
+            mask: see ``hidden``; padding is excluded from the loss.
             cache: see ``hidden``.
-            document_ids: see ``hidden``; the loss does not ask for the first token of a document.
-            loss_normalizer: divides the summed loss, instead of the number of tokens (for means over several batches).
+            document_ids: see ``hidden``; the first token of a document is excluded from the loss.
+            loss_normalizer: divisor of the summed loss in place of the number of tokens (means over several batches).
 
         Raises:
-            ValueError: see ``hidden``; also ``return_loss`` with ``causal=False``, with a cache, or of one token.
+            ValueError: see ``hidden``; also ``return_loss`` with ``causal=False``, a cache or one token.
         """
         settings: dict[str, Any] = {
             "disable_lora": disable_lora,
@@ -323,20 +321,20 @@ class PaLM(PretrainedMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> Int[Tensor, "..."]:
-        """Token ids sampled after ``prompt``, right-padded.
+        """Samples token ids after ``prompt``, right-padded.
 
         Args:
             seq_len: total length, the (longest) prompt included.
-            prompt: ids ``(..., n)`` with any leading dimensions, or a list of 1-D tensors. Without one, a random token
-                starts the sequence and is part of the result.
-            temperature: divides the logits, before the filter; 0 takes the most likely token.
-            filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
-            filter_thres: see there.
-            pad_value: written after the end of a row (alias ``pad_id``).
-            eos_token: ends a row (alias ``eos_id``).
-            return_seq_without_prompt: False puts each row's prompt before its answer.
+            prompt: ids ``(..., n)`` with any leading dimensions, or a list of 1-D tensors; None starts with a random
+                token, which is part of the result.
+            temperature: divisor of the logits, before the filter; 0 takes the most likely token.
+            filter_logits_fn: filter, called as ``filter_logits_fn(logits, thres=filter_thres)``; None for none.
+            filter_thres: threshold passed to ``filter_logits_fn``.
+            pad_value: id that fills rows after their end (alias ``pad_id``).
+            eos_token: id that ends a row (alias ``eos_id``).
+            return_seq_without_prompt: False returns each row's prompt and response.
             use_tqdm: shows a progress bar.
-            max_new_tokens: tokens to generate at most, instead of ``seq_len``.
+            max_new_tokens: maximum number of new tokens, in place of ``seq_len``.
             mask: True at real tokens of a padded ``prompt``.
             prompt_lengths: lengths of a right-padded ``prompt``.
             eos_id: see ``eos_token``.
@@ -350,19 +348,21 @@ class PaLM(PretrainedMixin):
             ``(..., new)`` ids, with the leading dimensions of ``prompt``.
 
         Raises:
-            ValueError: no or both lengths, no room below ``seq_len``, ids out of range, and as ``lm_core`` says.
+            ValueError: no or both lengths, a prompt as long as ``seq_len``, ids out of range; see also ``lm_core``.
         """
         if prompt is None:
             prompt = torch.randint(self.num_tokens, (1, 1), device=self.device, generator=generator)
             return_seq_without_prompt = False
         if not self.causal:
             raise ValueError("generation needs a causal model, got causal=False")
+        # prompts as rows of their own lengths
         leading: tuple[int, ...] | None = None
         if isinstance(prompt, Tensor) and prompt.ndim > 0:
             leading = tuple(prompt.shape[:-1])
             prompt, mask = as_matrix(prompt), None if mask is None else as_matrix(mask)
             prompt_lengths = None if prompt_lengths is None else prompt_lengths.reshape(-1)
         rows = prompt_rows(prompt, mask, prompt_lengths)
+        # the number of new tokens
         longest = max(row.shape[0] for row in rows)
         if (seq_len is None) == (max_new_tokens is None):
             raise ValueError(f"give seq_len or max_new_tokens, got {seq_len} and {max_new_tokens}")
@@ -387,11 +387,12 @@ class PaLM(PretrainedMixin):
             progress=use_tqdm,
             **kwargs,
         )
+        # optional prompts, and the leading dimensions of the prompt
         tokens = result.tokens
         if not return_seq_without_prompt:
             whole = [
-                torch.cat((row.to(tokens), answer[:length]))
-                for row, answer, length in zip(rows, tokens, result.lengths.tolist(), strict=True)
+                torch.cat((row.to(tokens), response[:length]))
+                for row, response, length in zip(rows, tokens, result.lengths.tolist(), strict=True)
             ]
             tokens, _ = right_pad(whole, pad_id)
         return tokens if leading is None else tokens.reshape(*leading, -1)
@@ -409,15 +410,15 @@ class PaLM(PretrainedMixin):
         lora_rank_stabilized: bool = False,
         lora_targets: Sequence[str] = ATTENTION_TARGETS,
     ) -> None:
-        """Adds a LoRA scope, which at first changes nothing.
+        """Adds a LoRA scope, whose initial output is zero.
 
         Args:
-            scope: its name.
+            scope: name of the scope.
             lora_r: rank, by default the model's ``lora_r``.
             lora_alpha: numerator of the scale; the rank by default.
-            lora_dropout: on the adapters' inputs, in training mode.
-            lora_rank_stabilized: scale ``alpha / sqrt(r)`` instead of ``alpha / r``.
-            lora_targets: out of ``q k v o ff_in ff_out``.
+            lora_dropout: dropout on the adapters' inputs, in training mode.
+            lora_rank_stabilized: scales by ``alpha / sqrt(r)`` instead of ``alpha / r``.
+            lora_targets: adapted matrices, out of ``q k v o ff_in ff_out``.
 
         Raises:
             ValueError: the scope exists, or a setting is out of range.
@@ -432,7 +433,7 @@ class PaLM(PretrainedMixin):
         self.add_scope(scope, settings)
 
     def remove_finetune_params(self, scope: str) -> LoRAScope:
-        """Takes a scope away and returns its modules.
+        """Removes a scope and returns its modules.
 
         Raises:
             ValueError: there is no such scope.
@@ -445,7 +446,7 @@ class PaLM(PretrainedMixin):
         """Adds a scope's weights to the base and removes the scope.
 
         Returns:
-            What ``unmerge_finetune_params`` takes to undo it, up to rounding.
+            The argument of ``unmerge_finetune_params``, which undoes the merge up to rounding.
 
         Raises:
             ValueError: there is no such scope.
@@ -455,7 +456,7 @@ class PaLM(PretrainedMixin):
         return MergedScope(scope, modules)
 
     def unmerge_finetune_params(self, merged: MergedScope) -> None:
-        """Takes a merged scope out of the base and makes it a scope again.
+        """Subtracts a merged scope from the base and adds it as a scope.
 
         Raises:
             ValueError: a scope of this name has been added since.
@@ -466,7 +467,7 @@ class PaLM(PretrainedMixin):
         self.finetune_modules[merged.scope] = merged.modules.train(self.training)
 
     def palm_parameters(self) -> list[nn.Parameter]:
-        """The base's parameters, without any scope's, in a fixed order."""
+        """Parameters of the base without those of scopes, in a fixed order."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("finetune_modules.")]
 
     def finetune_parameters(self, scope: str = "default") -> Iterator[nn.Parameter]:
@@ -495,12 +496,12 @@ class PaLM(PretrainedMixin):
         return {"finetune_scopes": entries}
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Makes the scopes those of ``config_state``, with weights still to be loaded."""
+        """Replaces the scopes by those of ``config_state``; their weights are loaded afterwards."""
         if "finetune_scopes" not in state:
             return
         for scope in list(self.finetune_modules):
             self.remove_finetune_params(scope)
-        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
             for entry in state["finetune_scopes"]:
                 settings = dict(entry)
                 self.add_scope(settings.pop("scope"), lora_settings(**settings))
@@ -509,7 +510,7 @@ class PaLM(PretrainedMixin):
         """``add_finetune_params`` with checked settings; returns the new scope's modules.
 
         Raises:
-            ValueError: the scope exists, or its name cannot be one.
+            ValueError: the scope exists, or its name is not valid.
         """
         if scope in self.finetune_modules:
             raise ValueError(f"finetune scope {scope!r} exists already; there are {list(self.finetune_modules)}")
@@ -527,7 +528,7 @@ class PaLM(PretrainedMixin):
             for target, adapter in adapters.by_target().items():
                 weights[target] += sign * adapter.delta()
 
-    # ------------------------------------------------------------------ others
+    # -------------------------------------------------------- dropout and files
 
     def set_dropout(self, dropout: float) -> "PaLM":
         """Sets attention and feed-forward dropout everywhere; returns self.
@@ -568,10 +569,12 @@ class PaLM(PretrainedMixin):
         check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
         if not x.is_cuda:
             check_ids(x, self.num_tokens, "x")
+        # the last position predicts nothing, so its extra embedding is not used
         extra_embed = settings["extra_embed"]
         if extra_embed is not None and not is_same_everywhere(extra_embed):
             check_extra_embed(extra_embed, (*x.shape, self.dim))
             settings = {**settings, "extra_embed": extra_embed[..., :-1, :]}
+        # exclude padding, and pairs of tokens from different documents
         labels = x[:, 1:].long()
         counts = None if mask is None else mask[:, 1:] & mask[:, :-1]
         if document_ids is not None:

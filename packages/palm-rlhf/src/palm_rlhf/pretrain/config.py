@@ -1,7 +1,4 @@
-"""What can be chosen about a pretraining run, with its defaults: those of the quickstart.
-
-The same names are the flags of ``palm-rlhf train`` and the keys of its YAML file.
-"""
+"""Options of a pretraining run; the same names are the flags of ``palm-rlhf train`` and the keys of its YAML file."""
 
 from dataclasses import dataclass
 
@@ -12,15 +9,15 @@ from lm_core.training.config import CommonSettings
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(CommonSettings):
-    """Training: data, optimizer, schedule, precision, what is written when.
+    """Training: data, optimizer, schedule, precision, logging and checkpoints.
 
     Args:
-        sequence_length: tokens a row.
-        batch_size: rows a micro-batch, on each process.
-        gradient_accumulation: micro-batches an update.
+        sequence_length: tokens per row.
+        batch_size: rows per micro-batch, on each process.
+        gradient_accumulation: micro-batches per update.
         compile: compiles the model with its loss (torch.compile).
         fsdp: shards weights and optimizer state over the processes.
-        validation_tokens: how much held-out text is scored; null for all.
+        validation_tokens: tokens of held-out text that are scored; null for all.
     """
 
     sequence_length: int = 256

@@ -1,8 +1,7 @@
-"""How well a language model predicts held-out text, in bits per byte.
+"""Evaluation of a language model on held-out text, in bits per byte.
 
-Bits per byte compare across tokenizers where nats per token do not: the summed cross-entropy in nats, over ln 2, over
-the bytes of text that the predicted tokens stand for. The first token of a document has nothing before it and is not
-predicted.
+Bits per byte are comparable across tokenizers, unlike nats per token: the summed cross-entropy in nats, divided by ln 2
+and by the bytes of text that the predicted tokens decode to. The first token of a document is not predicted.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from palm_rlhf.pretrain.loss import NextTokenLoss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over held-out documents gave.
+    """Result of a pass over held-out documents.
 
     Attributes:
-        bits_per_byte: summed loss in bits, over bytes of text.
-        loss: mean over the predicted tokens, in nats.
-        tokens: how many were predicted.
+        bits_per_byte: summed loss in bits, divided by the bytes of text.
+        loss: mean loss of the predicted tokens, in nats.
+        tokens: number of predicted tokens.
     """
 
     bits_per_byte: float
@@ -38,21 +37,21 @@ class Evaluation:
 
 @torch.no_grad()
 def score(objective: NextTokenLoss, batches: ValidationBatches, *, progress: bool = False) -> Evaluation:
-    """Scores every batch, in evaluation mode; every process calls it with its share and gets the result of all.
+    """Scores every batch, in evaluation mode; every process passes its share and gets the result of all.
 
     Raises:
         ValueError: a token id is not below the model's ``num_tokens``.
     """
     device = next(objective.parameters()).device
     vocabulary = int(objective.model.num_tokens)  # type: ignore[arg-type]
-    one = torch.ones((), device=device)
+    unit = torch.ones((), device=device)
     nats, labels = [], 0
     with eval_mode(objective):
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
             check_ids(batch.ids, vocabulary, "documents")
             labels += batch.num_labels
             rows = batch.to(device)
-            nats.append(objective(rows.ids, rows.labels, rows.document_ids, one))
+            nats.append(objective(rows.ids, rows.labels, rows.document_ids, unit))
     # summed on the CPU in double precision: many small sums are added, and an accelerator may have no float64
     total = sum_over_processes(float(torch.stack(nats).double().cpu().sum()), device)
     count = round(sum_over_processes(labels, device))
@@ -73,12 +72,12 @@ def evaluate(
     """Bits per byte of a model on documents.
 
     Args:
-        model: a language model with ``hidden(ids, document_ids=...)``, ``output_weight`` and ``num_tokens``.
-        documents: the text, in the ids of ``tokenizer``.
-        tokenizer: says which id ends a document.
-        sequence_length: tokens a row; each token is predicted from those before it in its row.
-        batch_size: rows at a time.
-        max_tokens: about so many tokens, spread evenly over the documents; None for all.
+        model: language model with ``hidden(ids, document_ids=...)``, ``output_weight`` and ``num_tokens``.
+        documents: documents in the ids of ``tokenizer``.
+        tokenizer: tokenizer with the ids that end and pad documents.
+        sequence_length: tokens per row; each is predicted from the earlier ones of its row.
+        batch_size: rows per forward pass.
+        max_tokens: approximate number of tokens, taken evenly from the documents; None for all.
         precision: "auto", "fp32" or "bf16".
         progress: shows a progress bar.
 

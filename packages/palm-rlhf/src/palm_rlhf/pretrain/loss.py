@@ -1,10 +1,10 @@
-"""The training objective as a module: cross-entropy of packed rows, over a count of tokens that the caller knows.
+"""The training objective as a module: cross-entropy of packed rows, divided by a count of tokens.
 
-A mean over each micro-batch would weigh tokens by how full their micro-batch is. So the sum is divided by the number of
-labels of the WHOLE update (all micro-batches, all processes), whatever the rows of one process hold.
+A mean over each micro-batch would weigh its tokens by the number of its labels. So the sum is divided by the number of
+labels of the WHOLE update (all micro-batches, all processes).
 
-Being a module, it is what DDP wraps, what FSDP shards and what ``torch.compile`` compiles: weights and loss together,
-so that the output layer is used while its weight is gathered.
+It is a module so that DDP wraps, FSDP shards and ``torch.compile`` compiles weights and loss together: the output layer
+is used while its weight is gathered.
 
 Legend: b batch, n sequence.
 """
@@ -20,11 +20,11 @@ from lm_core.training.accelerator import Precision, autocast
 
 
 class NextTokenLoss(nn.Module):
-    """Summed cross-entropy of a packed batch, divided by a given number.
+    """Summed cross-entropy of a packed batch, divided by ``normalizer``.
 
     Args:
         model: a language model with ``hidden(ids, document_ids=...)`` and ``output_weight``, such as ``PaLM``.
-        precision: of matrix products; see ``lm_core.training.accelerator.pick_precision``.
+        precision: precision of matrix products; see ``lm_core.training.accelerator.pick_precision``.
     """
 
     def __init__(self, model: nn.Module, *, precision: Precision = "fp32") -> None:
@@ -39,7 +39,7 @@ class NextTokenLoss(nn.Module):
         document_ids: Int[Tensor, "b n"],
         normalizer: Float[Tensor, ""],
     ) -> Float[Tensor, ""]:
-        """The loss in nats; ``labels`` are -100 where nothing is to be predicted."""
+        """The loss in nats; positions with the label -100 are excluded."""
         model: Any = self.model
         with autocast(self.precision, ids.device):
             hidden = model.hidden(ids, document_ids=document_ids)

@@ -1,7 +1,7 @@
 """Pretraining of a language model on packed documents.
 
 Each update takes ``gradient_accumulation`` micro-batches on every process and divides their summed loss by the number
-of labels they hold TOGETHER, so that an update is the same however its rows are spread over micro-batches and
+of labels in ALL of them, so that an update does not depend on the distribution of its rows over micro-batches and
 processes.
 """
 
@@ -28,7 +28,7 @@ from palm_rlhf.pretrain.loss import NextTokenLoss
 
 CURVES = ("train_bits_per_byte", "validation_bits_per_byte", "learning_rate", "grad_norm")
 
-# Arguments of PaLM that change what its weights mean; dropout, for one, may differ when a run is resumed.
+# Arguments of PaLM that the meaning of its weights depends on; others, such as dropout, may change on resume.
 ARCHITECTURE = (
     *("dim", "num_tokens", "depth", "dim_head", "heads", "kv_heads", "ff_mult", "causal"),
     *("qk_rmsnorm", "qk_scale", "use_xpos", "rotary_xpos_scale_base"),
@@ -37,11 +37,11 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult(SessionResult):
-    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
+    """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        first_bits_per_byte: of held-out text, before training.
-        last_bits_per_byte: of held-out text, at the last validation.
+        first_bits_per_byte: loss on held-out text before training.
+        last_bits_per_byte: loss on held-out text at the last validation.
     """
 
     first_bits_per_byte: float
@@ -53,11 +53,11 @@ class PretrainTrainer:
     """Trains a PaLM on a corpus, resumably.
 
     Args:
-        model: trained in place; moved to the device.
+        model: model to train, in place; moved to the device.
         corpus: documents in the ids of ``tokenizer``; see ``lm_core.data.corpora``.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
-        tokenizer: has the ids that end and pad documents, and travels with the checkpoints; bytes by default.
-        settings: everything else.
+        tokenizer: tokenizer with the ids that end and pad documents, stored in checkpoints; bytes by default.
+        settings: optimizer, schedule, precision, logging and checkpoints.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows ("tensorboard", "wandb"), and objects with
             ``log(values, step=...)``.
@@ -81,6 +81,7 @@ class PretrainTrainer:
         resume: bool | Literal["auto"] = "auto",
         trackers: Sequence[Any] = (),
     ) -> None:
+        # check that model and tokenizer fit each other
         self.settings = settings = TrainingSettings() if settings is None else settings
         self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         check_vocabulary(self.tokenizer, model.num_tokens)
@@ -98,6 +99,7 @@ class PretrainTrainer:
             packages=("palm-rlhf",),
         )
         self.device = self.session.device
+        # packed rows of both sides of the corpus
         packing: dict[str, Any] = {
             "sequence_length": settings.sequence_length,
             "batch_size": settings.batch_size,
@@ -112,6 +114,7 @@ class PretrainTrainer:
         )
         self.model = model.to(self.device)
         self.objective = NextTokenLoss(model, precision=settings.precision)
+        # what the session trains, checkpoints and records
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
@@ -129,18 +132,18 @@ class PretrainTrainer:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer, from the beginning of ``train`` on."""
+        """The optimizer; available once ``train`` has begun."""
         return self.session.optimizer
 
     def train(self) -> TrainingResult:
         """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
 
-        Seeds python's, numpy's and torch's generators, or puts them where the checkpoint had them.
+        Seeds the generators of Python, NumPy and torch, or restores them from the checkpoint.
 
         Raises:
             RuntimeError: another run is using the folder, or the loss was not finite too often in a row.
-            CheckpointError: the checkpoint is of another model, seed or number of processes, or damaged.
-            ValueError: the checkpoint is of other data or another sequence length.
+            CheckpointError: the checkpoint is damaged, or of another model, seed or number of processes.
+            ValueError: the checkpoint belongs to other data or another sequence length.
             FileNotFoundError, FileExistsError: the folder does not suit ``resume``.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """

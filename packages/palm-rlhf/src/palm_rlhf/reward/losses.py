@@ -1,4 +1,4 @@
-"""Loss of pairs of responses. Legend: b batch."""
+"""Pairwise loss of reward models. Legend: b batch."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,8 +14,8 @@ def bradley_terry_loss(
     """``-log sigmoid(chosen - rejected - margin)``, the mean over pairs (arXiv 2203.02155, equation 1).
 
     Args:
-        chosen: rewards of the better responses.
-        rejected: rewards of the worse ones.
-        margin: by how much the better should win, of each pair or of all (arXiv 2307.09288, equation 2).
+        chosen: rewards of the preferred responses.
+        rejected: rewards of the rejected responses.
+        margin: margin of the preferred over the rejected response, per pair or for all (arXiv 2307.09288, equation 2).
     """
     return -F.logsigmoid(chosen - rejected - margin).mean()

@@ -1,7 +1,7 @@
 """Reward model: a PaLM with a head that scores responses (arXiv 2203.02155, section 3.5).
 
-The features of the response's tokens are averaged (those of all tokens where the prompt is not marked) and mapped to a
-number, or to a distribution over bins whose expectation is the reward. Learned embeddings tell prompt from response.
+The features of the response's tokens (of all tokens where no prompt is marked) are averaged and mapped to a scalar, or
+to a distribution over bins whose expectation is the reward. Learned embeddings distinguish prompt and response.
 
 Legend: b batch, n sequence, d feature, k bins.
 """
@@ -23,16 +23,16 @@ from palm_rlhf.model.palm import PaLM
 
 
 class RewardModel(PretrainedMixin):
-    """Rewards of sequences.
+    """Reward model: a PaLM with a head that scores responses.
 
     Args:
-        palm: shared, not copied.
-        dropout: of the LoRA scope's inputs; without LoRA, everywhere in the network while it trains.
-        num_binned_output: bins, the reward of bin i being i; 0 for a scalar.
-        use_lora: trains a scope on the frozen base instead of the base.
-        lora_r: rank of the scope.
-        reward_lora_scope: its name; one that exists is used.
-        pooling: "response" averages the features of the response, where the prompt is marked; "sequence" those of
+        palm: base network; shared, not copied.
+        dropout: dropout on the LoRA scope's inputs; without LoRA, on the features before the head.
+        num_binned_output: number of bins, where bin i is the reward i; 0 for a scalar output.
+        use_lora: trains a LoRA scope on the frozen base instead of the base itself.
+        lora_r: rank of the LoRA scope.
+        reward_lora_scope: name of the scope; an existing one is used.
+        pooling: "response" averages the features of the response (where the prompt is marked), "sequence" those of
             prompt and response.
 
     Raises:
@@ -58,7 +58,8 @@ class RewardModel(PretrainedMixin):
         self.palm = palm
         self.num_binned_output = num_binned_output
         self.scope = reward_lora_scope if use_lora else None
-        self.dropout, self.pooling = dropout, pooling
+        self.dropout = dropout
+        self.pooling = pooling
         if self.scope is not None and self.scope not in palm.finetune_modules:
             palm.add_finetune_params(self.scope, lora_r, lora_dropout=dropout)
         weight = palm.output_weight
@@ -69,15 +70,15 @@ class RewardModel(PretrainedMixin):
             nn.init.zeros_(self.head.bias)
 
     def config_state(self) -> dict[str, Any]:
-        """The network's scopes, for checkpoints; others may have been added since construction."""
+        """The network's scopes, for checkpoints; they may differ from those at construction."""
         return self.palm.config_state()
 
     def apply_config_state(self, state: dict[str, Any]) -> None:
-        """Gives the network the scopes of ``config_state``."""
+        """Restores the scopes of ``config_state``."""
         self.palm.apply_config_state(state)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The scope (or the base), the head, and the prompt and response embeddings."""
+        """Parameters of the scope (or the base), the head, and the prompt and response embeddings."""
         if self.scope is None:
             yield from self.palm.palm_parameters()
         else:
@@ -87,15 +88,15 @@ class RewardModel(PretrainedMixin):
         yield from self.head.parameters()
 
     def finetune_parameters(self) -> Iterator[nn.Parameter]:
-        """The same under the original's name."""
+        """``trainable_parameters`` under the original's name."""
         return self.trainable_parameters()
 
     @torch.no_grad()
     def standardize(self, *, mean: float, deviation: float) -> None:
-        """Makes rewards ``(reward - mean) / deviation`` from now on, by changing the head.
+        """Changes the head so that rewards become ``(reward - mean) / deviation``.
 
-        Pairs say nothing of where rewards lie, and little of how far apart: a fixed scale is what makes weights of the
-        KL, value losses and clipping comparable between reward models (arXiv 1909.08593, section 2.2).
+        Pairs determine neither the offset of rewards nor their scale. A fixed scale makes weights of the KL, value
+        losses and clipping comparable between reward models (arXiv 1909.08593, section 2.2).
 
         Raises:
             ValueError: outputs are bins, or a number is out of range.
@@ -115,7 +116,7 @@ class RewardModel(PretrainedMixin):
         prompt_lengths: Int[Tensor, " b"] | None = None,
         lengths: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b k"]:
-        """Outputs of the head for each sequence; arguments as of ``forward``."""
+        """Outputs of the head for each sequence; arguments as in ``forward``."""
         if prompt_mask is not None and prompt_lengths is not None:
             raise ValueError("give prompt_mask or prompt_lengths, not both")
         if lengths is not None:
@@ -154,24 +155,25 @@ class RewardModel(PretrainedMixin):
         lengths: Int[Tensor, " b"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """Rewards ``(b,)``, or with ``labels`` the loss.
+        """Rewards ``(b,)``, or the loss if ``labels`` are given.
 
         Args:
             x: sequences of prompt and response.
             mask: True at real tokens; reaches the attention.
             prompt_mask: True at the prompt's tokens.
-            prompt_lengths: the same where prompts come first.
-            labels: wanted rewards; bins (integers) where outputs are binned.
+            prompt_lengths: ``(b,)`` tokens of prompts at the start of rows, in place of ``prompt_mask``.
+            labels: target rewards; integer bins where outputs are binned.
             sample: draws a bin instead of taking the expected one.
-            sample_temperature: of that draw.
-            lengths: ``(b,)`` real tokens of right-padded rows, instead of ``mask``.
-            generator: of that draw.
+            sample_temperature: temperature of the drawn bin.
+            lengths: ``(b,)`` real tokens of right-padded rows, in place of ``mask``.
+            generator: source of randomness of the drawn bin.
 
         Raises:
             ValueError: shapes do not fit, or a bin is out of range.
             TypeError: a mask is not boolean, or labels of bins are not integers.
         """
         logits = self.logits(x, mask, prompt_mask, prompt_lengths, lengths)
+        # a loss: regression, or classification over bins
         if labels is not None:
             if labels.shape != x.shape[:1]:
                 raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
@@ -182,6 +184,7 @@ class RewardModel(PretrainedMixin):
             if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < self.num_binned_output)).all()):
                 raise ValueError(f"labels must be in [0, {self.num_binned_output}), got {labels.tolist()}")
             return F.cross_entropy(logits, labels.long())
+        # or rewards: the scalar, a drawn bin, or the expected bin
         if not self.num_binned_output:
             return logits[:, 0]
         if sample:

@@ -1,6 +1,6 @@
-"""Rewards: everything that scores responses, called in one way.
+"""Rewards: one interface for everything that scores responses.
 
-| given | called with |
+| reward | called with |
 |---|---|
 | ``RewardModel`` | the tokens |
 | Hugging Face sequence classifier, with its own tokenizer | prompt and response as text |
@@ -9,7 +9,7 @@
 | list of these, or of ``(weight, reward)`` | each in turn; the weighted sum |
 | ``"module:function"`` | as the function that it names |
 
-A None from a text callable leaves that term out for that response.
+Where a text callable returns None, its term is left out for that response.
 """
 
 import importlib
@@ -55,7 +55,7 @@ class ClassifierReward:
     Args:
         model: a ``...ForSequenceClassification`` with ``num_labels=1``.
         tokenizer: called as ``tokenizer(texts, padding=True, return_tensors="pt")``.
-        batch_size: responses at a time.
+        batch_size: responses per forward pass.
     """
 
     model: Any
@@ -86,7 +86,7 @@ class ClassifierReward:
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A function of texts if it has a parameter ``completions``, else of padded ids; see the module."""
+    """A function of texts if it has a parameter ``completions``, else of padded ids; see the module's table."""
 
     function: Callable[..., Any]
 
@@ -150,8 +150,8 @@ def check_scores(scores: Any, count: int) -> Float[Tensor, " b"]:
     """One finite number for each response, in float32.
 
     Raises:
-        TypeError: not a tensor of numbers.
-        ValueError: another shape, or a score is NaN or infinite (all terms of a response were None).
+        TypeError: it is not a tensor of numbers.
+        ValueError: it has another shape, or a score is NaN or infinite (all terms of a response were None).
     """
     scores = _as_scores(scores, count, "reward")
     wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
@@ -196,7 +196,6 @@ def _imported(name: str) -> Any:
     if not colon or not module or not function:
         raise ValueError(f'reward must be "module:function" or a folder with a reward model, got {name!r}')
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    return found

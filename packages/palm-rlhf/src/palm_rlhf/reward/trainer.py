@@ -1,6 +1,6 @@
 """Training of a reward model on pairs or labels, with its accuracy on held-out examples; resumable exactly.
 
-Processes share each minibatch and sum their gradients, so two of them make the update that one would make.
+Processes share each minibatch and sum their gradients, so an update is the same on any number of processes.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ class RewardSettings(CommonSettings):
     """Training: optimizer, schedule, batches and the scale of rewards.
 
     Args:
-        batch_size: examples an update, of all processes together.
-        normalize: after the last update, moves and scales the rewards learned from pairs so that those of held-out
-            chosen responses have mean 0, and those of all held-out responses deviation 1. Labels keep their scale.
-        precision: products are in float32.
+        batch_size: examples per update, over all processes.
+        normalize: standardizes rewards learned from pairs after the last update: mean 0 over held-out chosen responses,
+            standard deviation 1 over all held-out responses. Rewards learned from labels keep their scale.
+        precision: precision of matrix products; float32 only.
     """
 
     max_steps: int = 200
@@ -55,12 +55,12 @@ class RewardSettings(CommonSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardResult(TrainingResult):
-    """How training ended; see also ``lm_core.training.session.TrainingResult``.
+    """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        first_accuracy: on held-out examples before training; NaN without any.
-        last_accuracy: after it. Of pairs: how often the chosen response has the higher reward (a tie counts half); of
-            bins: how often the likeliest is right; of numbers: the fraction of the variance explained.
+        first_accuracy: accuracy on held-out examples before training; NaN without any.
+        last_accuracy: accuracy after training. For pairs: fraction with the higher reward on the chosen response (a tie
+            counts half); for bins: fraction where the likeliest is right; for numbers: explained variance.
     """
 
     first_accuracy: float
@@ -71,18 +71,18 @@ class RewardModelTrainer:
     """Trains a reward model.
 
     Args:
-        reward_model: trained in place: its scope, head and embeddings.
-        pairs: see ``load_preferences``.
-        validation_pairs: held out; by default a tenth of ``pairs`` is, drawn once and for all.
-        tokenizer: for texts; travels with checkpoints.
+        reward_model: model to train, in place: its scope, head and embeddings.
+        pairs: pairs or labelled responses; see ``load_preferences``.
+        validation_pairs: held-out examples; by default a tenth of ``pairs``, drawn with a fixed seed.
+        tokenizer: tokenizer of texts; stored in checkpoints.
         checkpoint_dir: folder of the run; None writes nothing.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
-        settings: optimizer, batches and what is written when.
-        **options: fields of ``settings`` to change.
+        settings: optimizer, batches, logging and checkpoints.
+        **options: fields of ``settings`` to override.
 
     Raises:
-        ValueError: a number is out of range, ids or labels do not suit the model, or nothing is left to learn from.
+        ValueError: a number is out of range, ids or labels do not fit the model, or no training example is left.
         TypeError: an option is unknown or of another type.
     """
 
@@ -100,6 +100,7 @@ class RewardModelTrainer:
         settings: RewardSettings | None = None,
         **options: Any,
     ) -> None:
+        # training and held-out examples
         self.settings = settings = replace(settings or RewardSettings(), **options)
         tokenizer = as_tokenizer(tokenizer)
         examples = load_preferences(pairs, tokenizer=tokenizer)
@@ -114,6 +115,7 @@ class RewardModelTrainer:
             _check(example, reward_model)
         self.examples = examples
         self.held_out = held_out
+        # device, order of examples, and what the session trains and checkpoints
         self.session = TrainingSession(
             type(self).__name__,
             config=settings,
@@ -148,7 +150,7 @@ class RewardModelTrainer:
 
         Raises:
             RuntimeError: another run is using the folder, or losses were not finite too often in a row.
-            CheckpointError: the checkpoint is of another model, other data or settings, or damaged.
+            CheckpointError: the checkpoint is damaged, or of another model, other data or other settings.
         """
         with self.session.run() as session:
             for step in session.steps():
@@ -168,7 +170,7 @@ class RewardModelTrainer:
         return _accuracy(type(examples[0]), *self._predictions(examples)) if examples else float("nan")
 
     def _validate(self) -> dict[str, float]:
-        """Accuracy on held-out examples; after the last update, rewards then get their scale."""
+        """Accuracy on held-out examples; standardizes rewards after the last update."""
         scaled = self.normalize and self.session.step == self.settings.max_steps
         if not self.held_out and not scaled:
             return {}
@@ -188,7 +190,7 @@ class RewardModelTrainer:
 
     @torch.no_grad()
     def _predictions(self, examples: Sequence[Preference | Labelled]) -> tuple[Tensor, Tensor]:
-        """``_scored`` of any number of examples, in evaluation mode, on the host."""
+        """``_scored`` of any number of examples, in evaluation mode, on the CPU."""
         with eval_mode(self.model):
             parts = [
                 [tensor.cpu() for tensor in self._scored(examples[k : k + 64])] for k in range(0, len(examples), 64)
@@ -197,11 +199,11 @@ class RewardModelTrainer:
         return first, second
 
     def _scored(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Rewards of chosen and rejected; or predictions (logits with bins) and labels."""
+        """Rewards of chosen and rejected responses; or predictions (logits of bins) and labels."""
         are_pairs = isinstance(examples[0], Preference)
         prompts = [example.prompt for example in examples]
         if are_pairs:
-            # one forward for both: half the calls, and one use of each parameter a backward
+            # one forward for both: half the calls, and one use of each parameter per backward
             prompts, responses = prompts * 2, [e.chosen for e in examples] + [e.rejected for e in examples]
         else:
             responses = [example.response for example in examples]
@@ -224,7 +226,7 @@ def _fingerprint(examples: Sequence[Any]) -> str:
 
 
 def _accuracy(kind: type, first: Tensor, second: Tensor) -> float:
-    """Of rewards of chosen and rejected, of logits of bins and bins, or of numbers and labels."""
+    """Accuracy of the outputs of ``_scored``; see ``RewardResult``."""
     if issubclass(kind, Preference):
         return float(((first > second).float() + 0.5 * (first == second).float()).mean())
     if first.ndim == 2:

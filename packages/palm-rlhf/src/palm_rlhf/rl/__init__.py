@@ -1,1 +1,1 @@
-"""Reinforcement learning: PPO, GRPO and what they share."""
+"""Reinforcement learning: objectives, rollouts, losses and the trainers of policies."""

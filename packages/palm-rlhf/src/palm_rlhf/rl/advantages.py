@@ -1,6 +1,6 @@
-"""Advantages: how much better a token, or a whole response, was than expected.
+"""Advantages: returns of tokens, or rewards of responses, relative to a baseline.
 
-All are pure functions. A response is a run of True in its row of ``mask``; what lies outside never counts.
+All are pure functions. A response is a run of True in its row of ``mask``; values outside are ignored.
 
 Legend: b batch, t tokens.
 """
@@ -25,11 +25,11 @@ def generalized_advantages(
     """GAE (arXiv 1506.02438, equations 11 to 16) over each response, whose last token ends its episode.
 
     Args:
-        rewards: received for each token.
-        values: expected before each token.
+        rewards: reward of each token.
+        values: expected return before each token.
         mask: True at response tokens.
-        gamma: discount of a reward per token of delay.
-        lambda_: between 0 (one-step temporal differences) and 1 (returns minus values).
+        gamma: discount per token.
+        lambda_: 0 for one-step temporal differences, up to 1 for returns minus values.
 
     Returns:
         Advantages and returns (advantages plus values), 0 outside ``mask``, without gradient.
@@ -52,23 +52,23 @@ def generalized_advantages(
 def discounted_returns(
     rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], *, gamma: float = 1.0
 ) -> Float[Tensor, "b t"]:
-    """The discounted sum of the rewards of each token and those after it; 0 outside ``mask``."""
+    """Discounted sum of the rewards from each token on; 0 outside ``mask``."""
     return generalized_advantages(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lambda_=1.0)[0]
 
 
 def whiten(
     t: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], *, shift_mean: bool = True, epsilon: float = 1e-8
 ) -> Float[Tensor, "b t"]:
-    """Values divided by their standard deviation over all of ``mask`` (Bessel's correction), about 0 or their mean.
+    """Values divided by their standard deviation over ``mask`` (Bessel's correction), centred at 0 or their mean.
 
     Args:
-        t: the values.
-        mask: True at those that count.
-        shift_mean: False leaves the mean where it is.
+        t: values of tokens.
+        mask: True at response tokens.
+        shift_mean: False keeps the mean.
         epsilon: added to the variance; equal values give 0, or their mean.
 
     Returns:
-        0 outside ``mask``.
+        Whitened values; 0 outside ``mask``.
 
     Raises:
         ValueError: shapes differ.
@@ -87,8 +87,8 @@ def leave_one_out_advantages(scores: Float[Tensor, " b"], *, group_size: int) ->
     """RLOO (arXiv 2402.14740, section 4.2): each score minus the mean score of the OTHER responses to the prompt.
 
     Args:
-        scores: of the responses, those to one prompt next to each other.
-        group_size: responses to a prompt, at least 2.
+        scores: rewards of responses, grouped by prompt.
+        group_size: responses per prompt, at least 2.
 
     Raises:
         ValueError: ``group_size`` does not divide the number of scores.
@@ -109,8 +109,8 @@ def group_advantages(
     """GRPO (arXiv 2402.03300, section 4.1.2): each response's score minus the mean of its group.
 
     Args:
-        scores: of the responses, those to one prompt next to each other.
-        group_size: responses to a prompt, at least 2.
+        scores: rewards of responses, grouped by prompt.
+        group_size: responses per prompt, at least 2.
         scale: divides by the group's standard deviation (the paper), by that of all scores, or not at all (Dr. GRPO,
             arXiv 2503.20783: the division favours prompts that are nearly always or nearly never solved).
         epsilon: added to the deviation, so that a group of equal scores gives 0.

@@ -1,7 +1,7 @@
-"""The flat call form of PaLM-rlhf-pytorch's trainers: one keyword for each option, sorted into their owners.
+"""The flat call form of PaLM-rlhf-pytorch's trainers: one keyword per option, assigned to its owner.
 
 ``RLHFTrainer(palm=palm, actor_lr=1e-4, eps_clip=0.1, critic_lora=False)`` is the call form of the original. Every
-option is a field of the objective, of ``RLConfig``, or an argument of ``ActorCritic``, and is described there.
+option is a field of the objective or of ``RLConfig``, or an argument of ``ActorCritic``, and is documented there.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
 
-# Names of the original for options that have another name here.
+# The original's names of options that are named differently here.
 _ALIASES = {"pad_value": "pad_id", "max_norm": "max_grad_norm"}
 _POLICY_ALIASES = {"critic": "critic_palm", "critic_pooled_values": "pooled_values"}
 _POLICY_OPTIONS = set(inspect.signature(ActorCritic).parameters) - {"palm", "with_critic", "precision"}
@@ -29,15 +29,16 @@ def sort_arguments(
     config: RLConfig,
     options: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any], Any, Any, Objective, RLConfig]:
-    """Arguments of both call forms; an option changes a field of the objective or configuration it is given with.
+    """Arguments of both call forms; options override fields of the objective and of the configuration.
 
     Returns:
-        The policy, arguments of the ``ActorCritic`` to make of it, reward, prompts, objective and config.
+        Policy, arguments of ``ActorCritic`` to construct from it, reward, prompts, objective and config.
 
     Raises:
-        ValueError: an argument is given under two names, or one that must be given is not.
+        ValueError: an argument is given under two names, or a required one is missing.
         TypeError: an option is unknown.
     """
+    # arguments that have aliases
     options = dict(options)
     policy = only_one(palm=options.pop("palm", None), policy=policy, actor_critic=options.pop("actor_critic", None))
     reward = only_one(allow_none=True, reward_model=options.pop("reward_model", None), reward=reward)
@@ -47,6 +48,7 @@ def sort_arguments(
         prompts_path=options.pop("prompts_path", None),
         prompt_token_ids=options.pop("prompt_token_ids", None),
     )
+    # the objective: a name, a class or an instance
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
@@ -60,6 +62,7 @@ def sort_arguments(
     for alias, name in _POLICY_ALIASES.items():
         if alias in options:
             options[name] = options.pop(alias)
+    # each option goes to its owner
     owners = ({field.name for field in fields(objective)}, {field.name for field in fields(RLConfig)}, _POLICY_OPTIONS)
     for name in options:
         if not any(name in owner for owner in owners):
@@ -78,7 +81,7 @@ def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:
     """The one argument that is not None.
 
     Raises:
-        ValueError: several are, or none where one must be.
+        ValueError: several are given, or none without ``allow_none``.
     """
     present = [name for name, value in arguments.items() if value is not None]
     if len(present) > 1:

@@ -10,7 +10,7 @@ from lm_core.training.config import RunSettings
 @typed
 @dataclass(frozen=True, kw_only=True)
 class RLConfig(RunSettings):
-    """Optimizer and batches, on top of ``lm_core.training.config.RunSettings``.
+    """Training: optimizer, batches, precision and checkpoints.
 
     Args:
         actor_lr: actor learning rate.
@@ -18,11 +18,11 @@ class RLConfig(RunSettings):
         actor_wd: weight decay of the actor's matrices.
         critic_wd: weight decay of the critic's matrices.
         betas: betas of AdamW.
-        minibatch_size: responses an update, of all processes together.
-        micro_batch_size: responses a backward, on each process; by default its whole share.
-        epochs: passes over each batch of responses; by default the objective's (4 for PPO, 1 for the others).
-        pad_id: fills rows after their end.
-        samples_logged: responses a phase that are written to samples.jsonl.
+        minibatch_size: responses per update, over all processes.
+        micro_batch_size: responses per backward pass, on each process; by default the process's share of a minibatch.
+        epochs: passes over the responses of a phase; by default the objective's (4 for PPO, 1 for the others).
+        pad_id: id that fills rows after their end.
+        samples_logged: responses per phase that are written to samples.jsonl.
     """
 
     actor_lr: float = 1e-4

@@ -24,8 +24,8 @@ class PolicyEvaluation:
     Attributes:
         reward_before: mean reward of the reference's responses.
         reward_after: mean reward of the actor's responses.
-        kl: KL of actor and reference in nats a response, on the actor's responses.
-        before: some of the reference's responses; see ``Rollout.samples``.
+        kl: KL of actor and reference on the actor's responses, in nats per response.
+        before: sample responses of the reference; see ``Rollout.samples``.
         after: the actor's responses to the same prompts.
     """
 
@@ -37,14 +37,9 @@ class PolicyEvaluation:
 
 
 def evaluate_policy(
-    trainer: RLHFTrainer,
-    prompts: Sequence[Prompt],
-    sampling: SamplingSettings,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
+    trainer: RLHFTrainer, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seed: int = 0, batch_size: int = 64
 ) -> PolicyEvaluation:
-    """Draws one response of the reference and one of the actor to each prompt, and scores them."""
+    """Draws and scores one response of the reference and one of the actor to each prompt."""
     check_positive(batch_size, "batch_size")
     policy = trainer.actor_critic
     experiences: dict[Role, list[Experience]] = {role: [] for role in ROLES}

@@ -1,7 +1,7 @@
-"""Experience: the rollouts of all processes with scores, log-probs, values and advantages, ready to learn from.
+"""Experience: the rollouts of all processes with scores, log-probs, values and advantages.
 
-Every process holds the whole of it and works on its share of each minibatch, so an update is the same for any number
-of processes. Responses are small compared with activations, so this costs little.
+Every process stores all of it and computes its share of each minibatch, so an update is the same for any number of
+processes. Responses are small compared with activations, so this costs little.
 
 Legend: b batch (of all processes), n sequence, m = n - 1, k bytes of a packed kept set.
 """
@@ -27,16 +27,16 @@ Scored = Literal["log_probs", "values", "reference"]
 
 @dataclass(frozen=True, kw_only=True)
 class Experience(Rollout):
-    """A rollout and everything an update needs of it. Per-token fields are 0 outside responses.
+    """A rollout with the inputs of its updates. Per-token fields are 0 outside responses.
 
     Attributes:
         scores: reward of each response.
-        log_probs: log-probs of the policy that drew the tokens, under the distribution that was sampled; None where
-            every response is learned from once, by that same policy.
-        unfiltered: the same under the distribution before filters.
+        log_probs: log-probs under the policy that drew the tokens, with its temperature and filters; None where the
+            only update is made by that same policy.
+        unfiltered: log-probs under the distribution before filters.
         reference: unfiltered log-probs of the reference; None without a KL weight.
         values: expected return before each token; None without a critic.
-        token_rewards: reward of each token: KL penalty, and the score at the last one.
+        token_rewards: reward of each token: KL penalty, plus the score at the last token.
         advantages: advantage of each token.
         returns: targets of the values; None without a critic.
     """
@@ -52,21 +52,21 @@ class Experience(Rollout):
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, scores: Tensor) -> "Experience":
-        """A rollout with its scores, not yet scored by the policy."""
+        """Experience of a rollout and its rewards, without log-probs and values."""
         texts: dict[str, Any] = {"texts": None, "prompt_texts": None, "columns": []}
         return cls(**{**vars(rollout), **texts}, scores=scores.to(rollout.ids.device))
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Experience":
-        """The experience that ``state_dict`` stored."""
+        """Experience from its ``state_dict``."""
         state = dict(state)
-        if "mask" in state:  # stored in place of the lengths before rollouts and experience were one
+        if "mask" in state:  # earlier checkpoints stored masks in place of lengths
             state["lengths"] = state.pop("mask").sum(dim=1)
             state["prompt_lengths"] = state.pop("response_mask").int().argmax(dim=1) + 1
         return cls(**state)
 
     def rows(self, rows: Int[Tensor, " r"]) -> "Experience":
-        """Some rows, without columns that are padding in all of them."""
+        """A selection of rows, without columns that are padding in all of them."""
         chosen: dict[str, Any] = {name: value[rows] for name, value in self.tensors().items()}
         width = max(int(chosen["lengths"].max()), 2)
         for name, value in chosen.items():
@@ -80,7 +80,7 @@ class Experience(Rollout):
 
 
 def concatenated(parts: Sequence[Experience], *, pad_id: int) -> Experience:
-    """Experiences of different widths as one, in their order."""
+    """Experiences of different widths concatenated in their order."""
     width = max(part.ids.shape[1] for part in parts)
     padded: dict[str, list[Tensor]] = {}
     for part in parts:
@@ -107,9 +107,8 @@ def score_experience(
 ) -> Experience:
     """The experience of all processes with log-probs, values and reference log-probs of its rows.
 
-    Each process scores its own ``batches`` of rows. Where these are the batches that are learned from first, the ratio
-    is EXACTLY 1 before an update: products of another height or width round differently, which float32 shows in the
-    sixth digit.
+    Each process scores its own ``batches`` of rows. If these are the micro-batches of the first pass, the ratio is
+    EXACTLY 1 before an update: products of other shapes round differently, visible in float32 in the sixth digit.
     """
     device = experience.ids.device
     parts = [(rows, _scores(policy, experience.rows(rows), wanted)) for rows in (batch.to(device) for batch in batches)]
@@ -119,19 +118,19 @@ def score_experience(
 
 
 def score_rollout(policy: ActorCritic, rollout: Rollout, scores: Tensor, *, batch_size: int) -> Experience:
-    """A rollout of this process alone, scored by actor, critic and reference."""
+    """Experience of a rollout of this process, with log-probs, values and reference log-probs."""
     experience = Experience.from_rollout(rollout.to(policy.device), scores)
     wanted: set[Scored] = {"log_probs", "reference"} if policy.value_head is None else set(get_args(Scored))
     parts = []
     for rows in torch.arange(len(rollout), device=policy.device).split(batch_size):
-        # columns of padding stay: a product of another width would round differently
+        # keeps columns of padding: products of another width would round differently
         part: dict[str, Any] = {name: t[rows] for name, t in experience.tensors().items()}
         parts.append((rows, _scores(policy, replace(experience, **part), wanted)))
     return _with_scores(experience, parts)
 
 
 def _with_scores(experience: Experience, parts: Iterable[tuple[Tensor, dict[str, Tensor]]]) -> Experience:
-    """The experience with scores that were computed for some rows at a time."""
+    """The experience with outputs that were computed in batches of rows."""
     device = experience.ids.device
     whole: dict[str, Any] = {}
     for rows, scores in parts:
@@ -144,26 +143,26 @@ def _with_scores(experience: Experience, parts: Iterable[tuple[Tensor, dict[str,
 
 @torch.no_grad()
 def _scores(policy: ActorCritic, part: Experience, wanted: Collection[Scored]) -> dict[str, Tensor]:
-    """Log-probs and values by training forwards, so that the ratio is 1 before the first update."""
+    """Log-probs and values by the forward of training, so that the ratio is 1 before the first update."""
     inputs = (part.ids, part.mask, part.response_mask)
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with eval_mode(policy):
         if "log_probs" in wanted:
             actor = policy.score(*inputs, temperature=part.temperature, kept=part.kept)
-            found |= {"log_probs": actor.log_probs, "unfiltered": actor.unfiltered}
+            outputs |= {"log_probs": actor.log_probs, "unfiltered": actor.unfiltered}
         if "values" in wanted:
-            found["values"] = policy.values(policy.value_logits(*inputs)).where(part.response_mask, 0)
+            outputs["values"] = policy.values(policy.value_logits(*inputs)).where(part.response_mask, 0)
         if "reference" in wanted:
-            found["reference"] = policy.score(*inputs, role="reference", temperature=part.temperature).unfiltered
-    return found
+            outputs["reference"] = policy.score(*inputs, role="reference", temperature=part.temperature).unfiltered
+    return outputs
 
 
 def token_rewards(
     experience: Experience, kl: Float[Tensor, "b m"] | None, *, kl_weight: float, missing_eos_penalty: float
 ) -> Float[Tensor, "b m"]:
-    """Rewards of each token: minus the weighted KL (None where it is no part of them), and the score at the last one.
+    """Reward of each token: minus the weighted KL (None for no KL), plus the score at the last token of a response.
 
-    ``missing_eos_penalty`` is taken off the score of a response that did not end by itself.
+    ``missing_eos_penalty`` is subtracted from the score of a response without EOS or stop string.
     """
     mask = experience.response_mask
     scores = experience.scores - missing_eos_penalty * (~experience.finished).to(experience.scores)
@@ -173,7 +172,7 @@ def token_rewards(
 
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
-    """Means over the global batch: reward, KL, lengths and how much of the returns the critic explains."""
+    """Means over the global batch: reward, KL, lengths and the critic's explained variance."""
     mask = experience.response_mask
     metrics = {
         "reward": experience.scores.mean(),

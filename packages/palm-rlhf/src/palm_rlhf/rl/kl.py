@@ -1,8 +1,8 @@
-"""KL from the reference policy: estimates from sampled tokens, and the coefficient that weighs them.
+"""KL from the reference policy: estimates from sampled tokens, and their coefficient.
 
 The estimators k1, k2 and k3 are Schulman's ("Approximating KL divergence", 2020): with x drawn from the policy and
 r = reference(x) / policy(x), k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. k1 and k3 are unbiased; k3 is
-never negative and varies less. As a LOSS, k1 has a gradient of expectation 0 and anchors nothing: take k2 or k3 there.
+never negative and varies less. As a LOSS, k1 has a gradient of expectation 0 and anchors nothing: use k2 or k3.
 """
 
 import math
@@ -25,9 +25,9 @@ def kl_estimate(
     """Per-token estimate of KL(policy || reference), in nats.
 
     Args:
-        log_probs: of tokens the policy drew, under the policy.
-        reference_log_probs: of the same tokens under the reference.
-        estimator: see the module.
+        log_probs: log-probs of sampled tokens under the policy that drew them.
+        reference_log_probs: log-probs of the same tokens under the reference.
+        estimator: estimator of the KL; see the module.
     """
     log_ratio = log_probs - reference_log_probs
     if estimator == "k1":
@@ -38,12 +38,12 @@ def kl_estimate(
 
 
 class KLCoefficient:
-    """Weight of the KL: fixed, or steered towards a target (arXiv 1909.08593, section 2.2).
+    """Weight of the KL: fixed, or adapted to reach a target (arXiv 1909.08593, section 2.2).
 
     Args:
-        value: the weight, at first.
-        target: nats a response to steer towards; None keeps the weight as it is.
-        horizon: responses after which a KL of twice the target has raised the weight by about a fifth.
+        value: initial weight.
+        target: target KL in nats per response; None keeps the weight fixed.
+        horizon: responses over which a KL of twice the target raises the weight by about a fifth.
 
     Raises:
         ValueError: a number is out of range.
@@ -56,10 +56,12 @@ class KLCoefficient:
         if target is not None and not 0 < target < math.inf:
             raise ValueError(f"kl_target must be a finite number above 0, got {target}")
         check_positive(horizon, "kl_horizon")
-        self.value, self.target, self.horizon = float(value), target, horizon
+        self.value = float(value)
+        self.target = target
+        self.horizon = horizon
 
     def update(self, kl: float, responses: int) -> None:
-        """Takes the mean KL (nats a response) of so many new responses."""
+        """Adapts the weight to the mean KL (nats per response) of new responses."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * responses / self.horizon

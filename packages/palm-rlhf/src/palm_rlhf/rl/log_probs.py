@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies of responses, of the distribution they were drawn from.
+"""Log-probabilities and entropies of responses under the distribution they were drawn from.
 
-Sampling divides logits by the temperature and then may filter them. A filtered token was drawn from the KEPT set of
-its step, so its log-probability is renormalised over that set, as stored at the draw: a nucleus recomputed after an
-update would leave out some of the tokens that were drawn. The KL from the reference is between the unfiltered
+Sampling divides logits by the temperature and may then filter them. A filtered token was drawn from the KEPT set of
+its step, so its log-probability is renormalised over that set, which is stored with the rollout: a nucleus that is
+recomputed after an update would exclude some of the drawn tokens. The KL from the reference is between the unfiltered
 distributions, which is why both are computed.
 
 Legend: b batch, m positions, r response tokens, d feature, v vocabulary, k bytes of a packed kept set.
@@ -27,12 +27,12 @@ class PolicyOutput:
     """Policy outputs for each token but the first, ``(b, n - 1)``; 0 outside responses.
 
     Attributes:
-        log_probs: log-probabilities under the distribution that was sampled.
+        log_probs: log-probabilities under the sampled distribution.
         unfiltered: log-probabilities under the distribution before filters.
         entropy: entropies of the unfiltered distributions, in nats; None unless asked for.
         values: expected return before each token; None without a critic.
         value_logits: ``(b, n - 1, k)`` outputs of a binned critic, else None.
-        bins: bins of ``value_logits``.
+        bins: bins of ``value_logits``, else None.
     """
 
     log_probs: Float[Tensor, "b m"]
@@ -68,11 +68,11 @@ def logit_scores(
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``hidden_scores`` of a model that offers nothing but logits."""
+    """``hidden_scores`` for a model without hidden states, from its logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    every = logits.log_softmax(dim=-1)
-    unfiltered = every.gather(-1, labels[:, None])[:, 0]
-    entropy = -(every.exp() * every).sum(dim=-1) if with_entropy else None
+    log_probs = logits.log_softmax(dim=-1)
+    unfiltered = log_probs.gather(-1, labels[:, None])[:, 0]
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1) if with_entropy else None
     return unfiltered if kept is None else _masked_log_probs(logits, labels, kept), unfiltered, entropy
 
 
@@ -82,7 +82,7 @@ def pack_kept(kept: Bool[Tensor, "*shape v"]) -> UInt8[Tensor, "*shape k"]:
 
 
 def unpack_kept(packed: UInt8[Tensor, "*shape k"], vocab_size: int) -> Bool[Tensor, "*shape v"]:
-    """The kept set that ``pack_kept`` packed."""
+    """Inverse of ``pack_kept``."""
     shifts = torch.arange(7, -1, -1, device=packed.device, dtype=torch.uint8)
     bits = (packed[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :vocab_size].bool()

@@ -1,7 +1,7 @@
-"""Losses of policies and critics per token, and the weights that make one number of them.
+"""Losses of policies and critics per token, and the weights of their sum.
 
-Losses are per token and not yet masked: multiplied by ``token_weights`` and summed they are the loss of the GLOBAL
-minibatch, so that parts on several processes add up to it exactly.
+Losses are per token and not masked: multiplied by ``token_weights`` and summed they are the loss of the GLOBAL
+minibatch, to which the shares of several processes add up exactly.
 
 Legend: b batch, t tokens.
 """
@@ -18,7 +18,7 @@ Aggregation = Literal["token", "sequence", "constant"]
 
 
 class Surrogate(NamedTuple):
-    """Loss of each token, the probability ratio new / old, and where clipping cuts the gradient off."""
+    """Per token: loss, probability ratio new / old, and True where clipping removes the gradient."""
 
     loss: Float[Tensor, "*shape"]
     ratio: Float[Tensor, "*shape"]
@@ -37,12 +37,11 @@ def clipped_surrogate(
     """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)`` (arXiv 1707.06347, equation 7).
 
     Args:
-        log_probs: log-probs under the policy that is trained.
-        old_log_probs: log-probs under the policy that drew the tokens; None where that is the same policy, so that the
-            ratio is 1.
+        log_probs: log-probs under the current policy.
+        old_log_probs: log-probs under the policy that drew the tokens; None where that is the current one (ratio 1).
         advantages: advantages of the tokens.
-        eps_clip: distance the ratio may fall below 1 before its gradient is cut.
-        eps_clip_high: distance it may rise; ``eps_clip`` by default.
+        eps_clip: bound of the ratio below 1, at ``1 - eps_clip``.
+        eps_clip_high: bound of the ratio above 1, at ``1 + eps_clip_high``; ``eps_clip`` by default.
     """
     high = eps_clip if eps_clip_high is None else eps_clip_high
     ratio = (log_probs - (log_probs if old_log_probs is None else old_log_probs).detach()).exp()
@@ -59,13 +58,13 @@ def clipped_value_loss(
     *,
     value_clip: float | None = 0.4,
 ) -> tuple[Float[Tensor, "*shape"], Bool[Tensor, "*shape"]]:
-    """``max((V - R)^2, (V_old + clip(V - V_old, +-value_clip) - R)^2) / 2`` per token, and where clipping won.
+    """``max((V - R)^2, (V_old + clip(V - V_old, +-value_clip) - R)^2) / 2`` per token, and where clipping is active.
 
     Args:
-        values: values of the critic that is trained.
+        values: values of the current critic.
         old_values: values when the tokens were drawn.
-        returns: targets.
-        value_clip: None for the plain squared error.
+        returns: targets of the values.
+        value_clip: bound of the change from the old values; None for the plain squared error.
     """
     plain = (values - returns).square()
     if value_clip is None:
@@ -82,10 +81,10 @@ def token_weights(
     """Weights of a batch's tokens, 0 outside ``mask``.
 
     Args:
-        mask: True at response tokens of the whole (global) minibatch.
+        mask: True at response tokens of the global minibatch.
         aggregation: "token" weighs all tokens alike; "sequence" all responses alike and the tokens within each (arXiv
             2402.03300, equation 3); "constant" divides by ``b * max_new_tokens`` (Dr. GRPO, arXiv 2503.20783).
-        max_new_tokens: for "constant".
+        max_new_tokens: maximum length of a response, for "constant".
 
     Raises:
         ValueError: "constant" without ``max_new_tokens``.

@@ -1,8 +1,8 @@
-"""Actor, critic and reference policy as adapters on one shared base, and what they compute for responses.
+"""Actor, critic and reference policy as adapters on one shared base; their log-probs and values of responses.
 
 With LoRA all three are ONE network: actor and critic are adapters on a frozen base (scopes of a PaLM, peft adapters of
 a Hugging Face model), and the reference is the base with adapters off. Without LoRA the network itself is trained and
-the reference is a frozen copy made at the start; a critic with LoRA then lives on that frozen copy.
+the reference is a frozen copy of the initial weights; a critic with LoRA then adapts that frozen copy.
 
 The critic is token-level: its value at a position is a linear map of its network's state for the tokens up to and
 including that position, so it never reads the token whose return it predicts. Pooled values are the mean over the
@@ -39,27 +39,27 @@ class ActorCritic(nn.Module):
 
     Args:
         palm: a ``PaLM``; a Hugging Face causal language model or a ``PeftModel`` of one, whose active adapter is then
-            the actor; or anything that ``lm_core.adapters.as_causal_lm`` takes (without LoRA).
-        critic_palm: another network for the critic; by default the policy's own.
-        pooled_values: one value for a response, from its prompt.
-        actor_lora: trains an adapter instead of the network.
-        critic_lora: the same for the critic; without it, the critic is a copy that is trained whole.
-        actor_lora_r: rank; the PaLM's ``lora_r``, or 8, by default.
-        critic_lora_r: rank of the critic's adapter.
-        actor_lora_scope: name of the adapter. An existing one is trained further.
+            the actor; or any model that ``lm_core.adapters.as_causal_lm`` accepts (without LoRA).
+        critic_palm: separate network of the critic; by default the policy's.
+        pooled_values: predicts one value per response, from its prompt, instead of one per token.
+        actor_lora: trains an adapter instead of the whole network.
+        critic_lora: trains an adapter for the critic instead of a copy of the network.
+        actor_lora_r: rank of the actor's adapter; the PaLM's ``lora_r`` by default, 8 for other models.
+        critic_lora_r: rank of the critic's adapter; default as for ``actor_lora_r``.
+        actor_lora_scope: name of the actor's adapter; an existing one is trained further.
         critic_lora_scope: name of the critic's adapter.
-        actor_dropout: dropout on the adapter's input, or without LoRA everywhere in the network (PaLM).
-        critic_dropout: dropout of the critic.
-        value_range: makes the critic a classifier over bins of this range (HL-Gauss) instead of a regressor.
-        value_bins: number of bins.
-        with_critic: False is a policy alone.
+        actor_dropout: dropout on the inputs of the actor's adapter; without LoRA, everywhere in a PaLM.
+        critic_dropout: dropout of the critic, likewise.
+        value_range: lower and upper bound of a critic that classifies over bins (HL-Gauss); null for regression.
+        value_bins: number of bins of ``value_range``.
+        with_critic: False for a policy without a critic.
         precision: precision of matrix products, in sampling, scoring and training; see ``lm_core.pick_precision``.
             Weights, log-probabilities, values and losses stay in float32.
 
     Raises:
-        ValueError: LoRA for a network that is neither PaLM nor Hugging Face's, one scope for both, a rank that differs
-            from that of the existing scope, a policy that is not causal, a critic without hidden states, or a
-            precision the device does not have.
+        ValueError: LoRA for a network that is neither a PaLM nor Hugging Face's, one scope for both roles, another rank
+            than that of the existing scope, a policy that is not causal, a critic without hidden states, or a
+            precision that the device does not support.
     """
 
     @typed
@@ -91,21 +91,22 @@ class ActorCritic(nn.Module):
                 check_positive(r, name)
         if actor_lora and critic_lora and actor_lora_scope == critic_lora_scope:
             raise ValueError(f"actor and critic need scopes of different names, got {actor_lora_scope!r} for both")
+        # networks; the reference and a critic without LoRA are copies made before adapters are added
         self.bins = None if value_range is None else ValueBins(low=value_range[0], high=value_range[1], bins=value_bins)
         actor = _language_model(palm, "palm")
         other = None if critic_palm is None else _language_model(critic_palm, "critic")
         _check_networks(actor, other or actor, actor_lora=actor_lora, critic_lora=critic_lora, with_critic=with_critic)
         self.precision = precision
         self.pooled_values = pooled_values
-        # copied before an adapter is added
         self.reference = None if actor_lora else copy.deepcopy(actor).requires_grad_(False).eval()
         self.critic = None
         if with_critic:
             shared = actor if self.reference is None else self.reference
             self.critic = other or (shared if critic_lora else copy.deepcopy(actor))
         self.actor = actor
-        pick_precision(precision, self.device)  # refuses what the device cannot do
+        pick_precision(precision, self.device)  # raises if the device does not support it
         self.scopes: dict[Role, str | None] = {"actor": None, "critic": None, "reference": None}
+        # adapters, or dropout of the network itself
         parts: tuple[tuple[Role, Any, bool, str, int | None, float], ...] = (
             ("actor", actor, actor_lora, actor_lora_scope, actor_lora_r, actor_dropout),
             ("critic", self.critic, critic_lora, critic_lora_scope, critic_lora_r, critic_dropout),
@@ -118,13 +119,13 @@ class ActorCritic(nn.Module):
             elif network is not None and dropout:
                 raise ValueError(f"{role}_dropout without LoRA is set in the model's own configuration")
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        #: whether learning needs the training mode; else old and new log-probs come from evaluation mode
+        #: updates need the training mode; otherwise old and new log-probs come from evaluation mode
         self.learns_in_training_mode = actor_dropout > 0 or critic_dropout > 0 or recomputes
         self.value_head: nn.Linear | None = None
         if with_critic:
             weight = self.critic.output_weight  # type: ignore[union-attr]
             self.value_head = nn.Linear(weight.shape[1], 1 if self.bins is None else value_bins).to(weight)
-            nn.init.zeros_(self.value_head.weight)  # all values are 0 at first
+            nn.init.zeros_(self.value_head.weight)  # initial values are 0
             nn.init.zeros_(self.value_head.bias)
 
     @property
@@ -139,12 +140,12 @@ class ActorCritic(nn.Module):
 
     @property
     def vocab_size(self) -> int | None:
-        """Bound of token ids; None if the network does not state it."""
+        """Size of the vocabulary; None if the network does not define it."""
         return _vocab_size(self.actor)
 
     @property
     def max_length(self) -> int | None:
-        """Tokens a sequence may have; None if the network has no limit."""
+        """Maximum length of a sequence; None if the network has no limit."""
         return getattr(self.actor, "max_length", None)
 
     @contextlib.contextmanager
@@ -154,7 +155,7 @@ class ActorCritic(nn.Module):
         scope = self.scopes[role]
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.precision, self.device))
-            if isinstance(network, PaLM):  # causal, so that padding on the right changes nothing
+            if isinstance(network, PaLM):  # causal: padding on the right changes nothing
                 yield network, {"disable_lora": True} if scope is None else {"finetune_scope": scope}
                 return
             if _has_adapters(network):
@@ -172,7 +173,7 @@ class ActorCritic(nn.Module):
         return [*_trained(self.critic, self.scopes["critic"]), *self.value_head.parameters()]
 
     def generate(self, prompts: Any, *, role: Role = "actor", **settings: Any) -> Generation:
-        """Responses of the actor (or the reference); arguments as of ``lm_core.generate``."""
+        """Responses of the actor or the reference; arguments as in ``lm_core.generate``."""
         with self.as_role(role) as (network, arguments):
             return generate(network, prompts, **settings, **arguments)
 
@@ -215,7 +216,7 @@ class ActorCritic(nn.Module):
             hidden = network.hidden(ids, **arguments)[:, :-1].to(self.value_head.weight)
         if self.pooled_values:
             positions = torch.arange(hidden.shape[1], device=ids.device)
-            # the state before the first response token is the last that belongs to the prompt
+            # the position before the first response token is the prompt's last
             prompt = positions <= response_mask.int().argmax(dim=1, keepdim=True)
             hidden = masked_mean(hidden, prompt, dim=1, keepdim=True).expand_as(hidden)
         return self.value_head(hidden)
@@ -238,9 +239,9 @@ class ActorCritic(nn.Module):
         Args:
             ids: prompts and responses, right-padded.
             mask: True at real tokens.
-            response_mask: True where the next token is one of the response.
-            temperature: temperature the responses were drawn at.
-            kept: packed kept sets they were drawn from; see ``palm_rlhf.rl.log_probs.pack_kept``.
+            response_mask: True where the next token belongs to the response.
+            temperature: sampling temperature of the responses.
+            kept: packed kept sets of a filtered draw; see ``palm_rlhf.rl.log_probs.pack_kept``.
         """
         output = self.score(ids, mask, response_mask, temperature=temperature, kept=kept, with_entropy=True)
         if self.value_head is None:
@@ -269,9 +270,9 @@ def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: b
             raise ValueError(f"{name} needs a PaLM or a Hugging Face model, got {type(network.model).__name__}")
     if not with_critic:
         return
-    tokens, known = _vocab_size(actor), _vocab_size(critic)
-    if tokens is not None and known is not None and known < tokens:
-        raise ValueError(f"critic must know all {tokens} tokens of the policy, got {known}")
+    actor_size, critic_size = _vocab_size(actor), _vocab_size(critic)
+    if actor_size is not None and critic_size is not None and critic_size < actor_size:
+        raise ValueError(f"critic must know all {actor_size} tokens of the policy, got {critic_size}")
     if not isinstance(getattr(critic, "output_weight", None), Tensor) or not hasattr(critic, "hidden"):
         raise ValueError("critic needs a network that gives its hidden states (hidden and output_weight)")
 
@@ -291,7 +292,7 @@ def _has_adapters(network: Any) -> bool:
 
 
 def _trained(network: Any, scope: str | None) -> list[nn.Parameter]:
-    """Parameters of an adapter, or without one of the whole network."""
+    """Parameters of the adapter ``scope``, or of the whole network without one."""
     if isinstance(network, PaLM):
         return network.palm_parameters() if scope is None else list(network.finetune_parameters(scope))
     if scope is None:
@@ -300,7 +301,7 @@ def _trained(network: Any, scope: str | None) -> list[nn.Parameter]:
 
 
 def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, adopt: bool) -> str:
-    """Adds an adapter unless it exists; returns its name, which for a user's ``PeftModel`` is its active adapter's."""
+    """Adds an adapter unless it exists; returns its name (with ``adopt``, the active adapter of a ``PeftModel``)."""
     if isinstance(network, PaLM):
         if scope not in network.finetune_modules:
             network.add_finetune_params(scope, r, lora_dropout=dropout)
@@ -329,7 +330,7 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, ado
 
 @contextlib.contextmanager
 def _active_adapter(model: Any, scope: str | None) -> Iterator[None]:
-    """A peft adapter switched on, or all of them off; restored afterwards."""
+    """Activates one peft adapter, or disables all; restores the previous state on exit."""
     before = model.active_adapter
     if scope == before:
         yield
@@ -348,6 +349,6 @@ def _active_adapter(model: Any, scope: str | None) -> Iterator[None]:
 
 
 def _require_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Undoes what peft does on a switch, which freezes every adapter but the active one."""
+    """Makes parameters trainable again: peft freezes every adapter but the active one on a switch."""
     for parameter in parameters:
         parameter.requires_grad_(True)

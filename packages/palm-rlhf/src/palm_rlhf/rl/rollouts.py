@@ -1,7 +1,6 @@
-"""Sampling of rollouts: responses drawn from the policy, with what is needed to learn from them.
+"""Sampling of rollouts: responses drawn from the policy, stored without distributions over the vocabulary.
 
-Tokens and masks are stored, never a distribution over the vocabulary. Where sampling was filtered, the kept set of each
-step is stored as packed bits, an eighth of a byte a token of the vocabulary.
+Where sampling was filtered, the kept set of each step is stored as packed bits, one bit per token of the vocabulary.
 
 Legend: b batch, r rows still generating, v vocabulary, k bytes of a packed kept set.
 """
@@ -27,18 +26,18 @@ from palm_rlhf.rl.policy import ActorCritic, Role
 @typed
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampling of responses.
+    """Settings of sampling.
 
     Attributes:
-        max_new_tokens: tokens of a response at most.
-        max_seq_len: tokens of prompt and response together at most; None for no such limit.
-        temperature: divides the logits; above 0, for a policy is trained as it is sampled.
-        filters: functions such as ``functools.partial(top_p, p=0.9)``.
-        eos_id: ends a response.
-        min_new_tokens: tokens before which no EOS is drawn.
-        stop_strings: a response ends with the token that completes one of these.
-        pad_id: fills rows after their end.
-        use_cache: False recomputes whole sequences for each token.
+        max_new_tokens: maximum length of a response, in tokens.
+        max_seq_len: maximum length of prompt and response together; None for no such limit.
+        temperature: divisor of the logits; above 0, since a policy is trained on the sampled distribution.
+        filters: filters of the logits, such as ``functools.partial(top_p, p=0.9)``.
+        eos_id: id that ends a response.
+        min_new_tokens: minimum number of tokens before an EOS.
+        stop_strings: texts that end a response with the token that completes them.
+        pad_id: id that fills rows after their end.
+        use_cache: False recomputes the whole sequence for each token.
 
     Raises:
         ValueError: a number is out of range, or a stop string is empty.
@@ -69,19 +68,19 @@ class SamplingSettings:
 
 
 def new_token_limit(policy: ActorCritic, prompts: Sequence[Prompt], settings: SamplingSettings) -> int:
-    """Tokens that a response to the shortest of some prompts may have.
+    """Maximum length of a response to the shortest of some prompts.
 
     Raises:
-        ValueError: the longest leaves no room for a response.
+        ValueError: the longest prompt leaves no token for a response.
     """
     lengths = [prompt.ids.shape[0] for prompt in prompts]
     limits = [settings.max_new_tokens]
-    for name, limit, taken in (
+    for name, limit, used in (
         ("max_seq_len", settings.max_seq_len, min(lengths)),
         ("the model's limit", policy.max_length, max(lengths)),  # prompts are padded to one length
     ):
         if limit is not None:
-            limits.append(limit - taken)
+            limits.append(limit - used)
             if max(lengths) >= limit:
                 raise ValueError(f"prompts must be shorter than {name} {limit}, the longest has {max(lengths)} tokens")
     return min(limits)
@@ -96,13 +95,14 @@ def draw_rollout(
     generator: torch.Generator | None = None,
     role: Role = "actor",
 ) -> Rollout:
-    """One response to each prompt, of the actor or the reference.
+    """One response of the actor or the reference to each prompt.
 
     Raises:
-        ValueError: a prompt leaves no room for a response, or stop strings come without a tokenizer.
+        ValueError: a prompt leaves no token for a response, or stop strings come without a tokenizer.
     """
     if settings.stop_strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
+    # generate in one batch, recording kept sets if tokens are filtered
     limit = new_token_limit(policy, prompts, settings)
     recorder = _KeptSets() if settings.filters or settings.min_new_tokens else None
     with torch.no_grad(), eval_mode(policy):
@@ -117,6 +117,7 @@ def draw_rollout(
             generator=generator,
             use_cache=settings.use_cache,
         )
+    # cut responses at the length limit and at stop strings
     finished = result.finished.tolist()
     responses, texts = [], []
     for row, (prompt, length) in enumerate(zip(prompts, result.lengths.tolist(), strict=True)):
@@ -140,7 +141,7 @@ def draw_rollout(
 
 
 class _KeptSets:
-    """Last filter of a generation: records the tokens that the others kept at each step, and changes nothing."""
+    """Last filter of a generation: records the tokens that the others kept at each step; returns logits unchanged."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
@@ -150,13 +151,13 @@ class _KeptSets:
         return logits
 
     def aligned(self, rollout: Rollout, generated: Int[Tensor, " b"]) -> Tensor:
-        """``(b, n - 1, k)``: each set at the place of its token in ``response_mask``.
+        """``(b, n - 1, k)``: each set at the position of its token in ``response_mask``.
 
-        Generation drops rows that have ended, so the rows left at a step are those that generated more tokens.
+        Generation drops rows that have ended, so the rows of a step are those that generated more tokens.
         """
         n, (_, k) = rollout.ids.shape[1], self.steps[0].shape
         active = torch.arange(len(rollout), device=generated.device)
-        # what a stop string cut off is recorded past the end
+        # sets of tokens that a stop string cut off are recorded after the end
         whole = self.steps[0].new_full((len(rollout), n - 1 + len(self.steps), k), 255)
         for step, packed in enumerate(self.steps):
             if packed.shape[0] != active.shape[0]:

@@ -1,8 +1,8 @@
-"""Where a run stands: counters, the experience that is learned from and its measurements, and their checkpoints.
+"""State of a run: counters, the current experience and its measurements, and their checkpoints.
 
-A checkpoint may fall between any two updates, in the middle of an epoch too. The actor's network is saved as a model of
-its own (``PaLM.from_pretrained`` opens it, its scopes hold the actor); value head, and a critic or a reference with
-weights of their own, go into the trainer's state.
+A checkpoint may be written between any two updates, also in the middle of an epoch. The actor's network is saved as a
+model (``PaLM.from_pretrained`` opens it, with the actor as a LoRA scope); the value head, and a critic or a reference
+with separate weights, are saved in the trainer's state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ class Phase:
         number: phases completed before this one.
         updates: optimizer updates of the whole run.
         epoch: completed passes over the current experience.
-        cursor: rows of the current pass that were used.
-        experience: what is learned from; None before responses are drawn.
+        cursor: rows of the current pass that have been used.
+        experience: current experience; None before responses are drawn.
         metrics: metrics of the experience.
-        sums: measurements of the updates made on it; see ``PolicyUpdate``.
+        sums: measurements of its updates; see ``PolicyUpdate``.
     """
 
     def __init__(self, *, seed: int, epochs: int, minibatch_size: int, device: torch.device) -> None:
@@ -47,12 +47,15 @@ class Phase:
 
     def begin(self, experience: Experience, metrics: dict[str, float]) -> None:
         """Starts the passes over a new experience."""
-        self.experience, self.metrics, self.sums = experience, metrics, {}
-        self.epoch = self.cursor = 0
+        self.experience = experience
+        self.metrics = metrics
+        self.sums = {}
+        self.epoch = 0
+        self.cursor = 0
 
     @property
     def is_done(self) -> bool:
-        """Whether every pass over the current experience has been made."""
+        """True once every pass over the current experience is complete."""
         return self.epoch >= self.epochs
 
     def updates_of(self, count: int) -> int:
@@ -60,11 +63,11 @@ class Phase:
         return self.epochs * -(-count // self.minibatch_size)
 
     def remaining(self, phases: int, count: int) -> int:
-        """Updates until there are ``phases``, of ``count`` responses each but for the current one."""
+        """Updates until the end of ``phases`` phases, of ``count`` responses each except the current one."""
         if self.experience is None:
             return max(0, phases - self.number) * self.updates_of(count)
-        made = self.updates_of(self._count) // self.epochs * self.epoch + self.cursor // self.minibatch_size
-        return self.updates_of(self._count) - made + max(0, phases - self.number - 1) * self.updates_of(count)
+        done = self.updates_of(self._count) // self.epochs * self.epoch + self.cursor // self.minibatch_size
+        return self.updates_of(self._count) - done + max(0, phases - self.number - 1) * self.updates_of(count)
 
     def rows(self) -> Tensor:
         """Rows of the next minibatch: a function of seed, phase, epoch and cursor."""
@@ -75,7 +78,7 @@ class Phase:
         return self._order(count, 0).split(self.minibatch_size)
 
     def learns_once(self, count: int) -> bool:
-        """Whether a phase of ``count`` responses is a single update, made by the policy that drew them."""
+        """True if a phase of ``count`` responses is a single update, made by the policy that drew them."""
         return self.updates_of(count) == 1
 
     def _order(self, count: int, epoch: int) -> Tensor:
@@ -87,7 +90,8 @@ class Phase:
         self.updates += 1
         self.cursor += self.minibatch_size
         if self.cursor >= self._count:
-            self.epoch, self.cursor = self.epoch + 1, 0
+            self.epoch += 1
+            self.cursor = 0
 
     def end(self) -> None:
         """Drops the experience."""
@@ -111,12 +115,13 @@ class Phase:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from ``state``."""
         self.number, self.updates, self.epoch, self.cursor = state["counters"]
-        self.metrics, self.sums = dict(state["metrics"]), dict(state["sums"])
+        self.metrics = dict(state["metrics"])
+        self.sums = dict(state["sums"])
         self.experience = Experience.from_state(state["experience"]).to(self.device) if state["experience"] else None
 
 
 def combined(*parts: Mapping[str, float]) -> Sums:
-    """Sums of several parts, and maxima where the name says so; parts may lack names."""
+    """Sums over several parts, or maxima (see ``is_maximum``); a name may be missing in some parts."""
     whole: Sums = {}
     for part in parts:
         for name, value in part.items():
@@ -128,21 +133,21 @@ def combined(*parts: Mapping[str, float]) -> Sums:
 
 
 def is_maximum(name: str) -> bool:
-    """Whether a measured name is a maximum and not a sum."""
+    """True for the name of a measurement that is a maximum, not a sum."""
     return name.endswith("_max")
 
 
 class ExtraWeights:
-    """Weights of a policy that are not in the actor's network, as a part of checkpoints."""
+    """Weights of a policy outside the actor's network, for checkpoints."""
 
     def __init__(self, policy: ActorCritic) -> None:
         self.policy = policy
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights on the CPU."""
-        own = {id(tensor) for tensor in self.policy.actor.state_dict(keep_vars=True).values()}
+        saved = {id(tensor) for tensor in self.policy.actor.state_dict(keep_vars=True).values()}
         state = self.policy.state_dict(keep_vars=True)
-        return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in own}
+        return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in saved}
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raises ``CheckpointError`` if the weights are of another critic."""

@@ -1,8 +1,8 @@
 """Reinforcement learning from human feedback: PPO, GRPO and other objectives on the rewards of responses.
 
-One phase draws a batch of responses and makes ``epochs`` passes over it in minibatches. A checkpoint may fall between
-any two updates: it holds the current experience. Prompts, draws and shuffles are functions of the seed and of
-counters, so a run that was killed and resumed ends bit for bit like an uninterrupted one.
+One phase draws a batch of responses and makes ``epochs`` passes over it in minibatches. A checkpoint may be written
+between any two updates, since it contains the current experience. Prompts, draws and shuffles are functions of the seed
+and of counters, so a run that is killed and resumed ends bit for bit like an uninterrupted one.
 """
 
 import json
@@ -47,11 +47,11 @@ CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explai
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyResult(TrainingResult):
-    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
+    """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        phases: completed phases, each of one batch of rollouts.
-        metrics: metrics of each phase of this call.
+        phases: number of completed phases, each of one batch of rollouts.
+        metrics: metrics of each phase of this call of ``train``.
     """
 
     phases: int
@@ -64,7 +64,7 @@ class PolicyResult(TrainingResult):
 
 
 class RLHFTrainer:
-    """Trains a policy on the rewards of its responses, by PPO unless another objective is given.
+    """Trainer of a policy on the rewards of its responses, by PPO or another objective.
 
     >>> RLHFTrainer(palm, reward, objective=PPO(eps_clip=0.2), config=RLConfig(actor_lr=1e-4), prompts=prompts)
 
@@ -73,21 +73,20 @@ class RLHFTrainer:
 
     Args:
         policy: a PaLM, a Hugging Face causal model, or an ``ActorCritic`` (alias ``palm``, ``actor_critic``).
-        reward: scores responses (alias ``reward_model``); see ``palm_rlhf.reward.rewards``. None where rewards are
-            given to ``step``.
+        reward: reward of responses (alias ``reward_model``); see ``palm_rlhf.reward.rewards``. None where rewards
+            are passed to ``step``.
         objective: an objective such as ``PPO()``, ``GRPO()``, ``RLOO()``, ``REINFORCE()``, or its name.
         config: optimizer, batches, precision and checkpoints.
         prompts: texts, chats, rows, a dataset, or token ids (alias ``prompts_path``, ``prompt_token_ids``); see
-            ``palm_rlhf.data.prompts.load_prompts``. None where ``step`` is called with rollouts made elsewhere.
-        tokenizer: with ``encode`` and ``decode``, or Hugging Face's; needed for texts.
+            ``palm_rlhf.data.prompts.load_prompts``. None where rollouts are passed to ``step``.
+        tokenizer: tokenizer with ``encode`` and ``decode``, or Hugging Face's; needed for texts.
         checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
         resume: "auto" resumes if there is a checkpoint, True demands one, False demands a fresh folder.
         trackers: objects with ``log(values, step=...)``.
-        **options: fields of ``objective`` and ``config`` to change, and arguments of ``ActorCritic``.
+        **options: fields of ``objective`` and ``config`` to override, and arguments of ``ActorCritic``.
 
     Raises:
-        ValueError: a number is out of range; there are no, or two, sources of prompts, policy or reward; or a value
-            and its alias are both given.
+        ValueError: a number is out of range; an argument and its alias are both given; or there is no policy.
         TypeError: an argument is unknown or of another type.
     """
 
@@ -111,6 +110,7 @@ class RLHFTrainer:
         policy, policy_options, reward, prompts, objective, config = sort_arguments(
             policy, reward, prompts, objective or self.default_objective, config or RLConfig(), options
         )
+        # objective, prompts and reward
         self.objective = objective
         self.config = config
         self.epochs = config.epochs or objective.epochs
@@ -124,6 +124,7 @@ class RLHFTrainer:
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
         self.reward = None if reward is None else as_reward(reward)
+        # policy, moved to the device of the session
         self.kl = objective.kl_coefficient()
         self.session = TrainingSession(
             type(self).__name__,
@@ -145,6 +146,7 @@ class RLHFTrainer:
             check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
+        # order of prompts, updates, and what the session checkpoints
         self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
         self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard)
         self.actor_parameters = self.update.actor_parameters
@@ -160,12 +162,8 @@ class RLHFTrainer:
             optimizer=lambda: (self.update.optimizer, None),
             gradients="sum",
             state={"phase": self.phase, "kl": self.kl, "extra": ExtraWeights(policy)},
-            # learning rates, for one, may change; these give the stored experience and the draws another meaning
-            identity={
-                "objective": name,
-                "group_size": objective.group_size,
-                "minibatch_size": config.minibatch_size,
-            },
+            # the stored experience depends on these; other settings, such as learning rates, may change on resume
+            identity={"objective": name, "group_size": objective.group_size, "minibatch_size": config.minibatch_size},
             tokenizer=self.tokenizer,
             record={**asdict(objective), "objective": name},
             curves=CURVES,
@@ -221,7 +219,7 @@ class RLHFTrainer:
         Args:
             prompts: see ``load_prompts``; by default those of the trainer.
             sampling: see ``sampling``.
-            seed: seed of the draws; by default the trainer's.
+            seed: seed of the draws; the trainer's by default.
         """
         chosen = self.prompts if prompts is None else load_prompts(prompts, tokenizer=self.tokenizer)
         check_prompts(chosen, self.actor_critic.vocab_size)
@@ -233,7 +231,7 @@ class RLHFTrainer:
         """Rewards ``(b,)`` of a rollout.
 
         Raises:
-            ValueError: there is no reward, or it gave another shape, NaN or infinity.
+            ValueError: there is no reward, or it returned another shape, NaN or infinity.
         """
         if self.reward is None:
             raise ValueError("reward must be given to the trainer, or rewards to step, got reward=None")
@@ -253,14 +251,14 @@ class RLHFTrainer:
         """The best of ``num_samples`` responses by reward: 1-D ids without the prompt.
 
         Args:
-            max_seq_len: tokens of prompt and response together.
+            max_seq_len: maximum length of prompt and response together.
             prompt: ids, text or chat.
-            num_samples: responses to choose from.
+            num_samples: number of responses to choose from.
             generator: source of randomness.
             **sampling: further arguments of ``sampling``, such as ``temperature`` and ``eos_id``.
 
         Raises:
-            ValueError: a number is out of range, or there is no reward to choose by.
+            ValueError: a number is out of range, or there is no reward to rank by.
         """
         check_positive(num_samples, "num_samples")
         prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
@@ -271,12 +269,12 @@ class RLHFTrainer:
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])]
 
     def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
-        """The experience of one phase, of all processes, and some samples of this process."""
+        """The experience of one phase over all processes, and samples of this process for the log."""
         group_size = self.objective.group_size
         first = self.phase.number * (count // group_size)
-        taken = self.order.take(first, count // group_size)
-        prompts = [self.prompts[index] for index in taken for _ in range(group_size)]
-        # each chunk has a generator of its own, so draws do not depend on how chunks are shared among processes
+        indices = self.order.take(first, count // group_size)
+        prompts = [self.prompts[index] for index in indices for _ in range(group_size)]
+        # each chunk has its own generator, so draws do not depend on the number of processes
         batch_size = min(batch_size, -(-count // world_size()))
         local = shard(list(range(-(-count // batch_size))), rank(), world_size())
         if not local:
@@ -295,11 +293,11 @@ class RLHFTrainer:
     # -------------------------------------------------------------------------------------------------------- learning
 
     def step(self, rollout: Rollout, rewards: Any = None) -> dict[str, float]:
-        """Learns from a rollout of this process: ``epochs`` passes in minibatches.
+        """Trains on a rollout of this process: ``epochs`` passes in minibatches.
 
         Args:
-            rollout: from ``rollout``, or ``rollout_of`` for responses made elsewhere.
-            rewards: ``(b,)`` numbers; by default the trainer's reward.
+            rollout: result of ``rollout``, or of ``rollout_of`` for responses of another program.
+            rewards: rewards ``(b,)`` of the responses; by default those of the trainer's reward.
 
         Returns:
             The metrics of this phase.
@@ -318,7 +316,7 @@ class RLHFTrainer:
         return self._end()
 
     def _begin(self, experience: Experience) -> None:
-        """Computes what the objective needs of new responses, in the very batches of the first pass."""
+        """Starts a phase: log-probs, values and advantages of new responses, as far as the objective needs them."""
         objective = self.objective
         penalized = bool(self.kl.value) and objective.kl_in == "reward"
         wanted: set[Scored] = set()
@@ -328,6 +326,7 @@ class RLHFTrainer:
             wanted.add("values")
         if self.kl.value:
             wanted.add("reference")
+        # in the micro-batches of the first pass, so that the ratio is exactly 1 before the first update
         if wanted:
             minibatches = self.phase.first_minibatches(len(experience))
             batches = [part for rows in minibatches for part in self.update.micro_batches(rows)]
@@ -356,7 +355,7 @@ class RLHFTrainer:
         self.session.step = phase.updates
 
     def _end(self) -> dict[str, float]:
-        """Closes the phase; its metrics."""
+        """Ends the phase and returns its metrics."""
         phase = self.phase
         assert phase.experience is not None
         metrics = {**phase.metrics, **update_metrics(phase.sums), "skipped": float(self.update.guard.skipped)}
@@ -383,28 +382,29 @@ class RLHFTrainer:
         eos_id: int | None = None,
         **sampling: Any,
     ) -> PolicyResult:
-        """Trains; an episode is one response, of any length.
+        """Trains the policy; an episode is one response of any length.
 
         Args:
-            num_episodes: responses, over the whole run.
-            max_timesteps: multiplies ``num_episodes``.
-            update_timesteps: responses drawn before learning from them.
-            max_batch_size: responses drawn at a time.
-            max_seq_len: tokens of prompt and response together at most.
-            eos_token: see ``eos_id``.
-            temperature: divides the logits.
-            eos_id: ends a response; by default the tokenizer's.
+            num_episodes: responses of the whole run.
+            max_timesteps: factor on ``num_episodes``.
+            update_timesteps: responses per phase, drawn before its updates.
+            max_batch_size: responses per batch of the draw.
+            max_seq_len: maximum length of prompt and response together.
+            eos_token: alias of ``eos_id``.
+            temperature: divisor of the logits.
+            eos_id: id that ends a response; the tokenizer's by default.
             **sampling: further fields of ``SamplingSettings``: ``max_new_tokens``, ``filters``, ``min_new_tokens``,
                 ``stop_strings``.
 
         Raises:
-            ValueError: a number is out of range, or a prompt leaves no room.
+            ValueError: a number is out of range, or a prompt leaves no token for a response.
             RuntimeError: another run is using the folder, or losses were not finite in too many updates in a row.
         """
         check_positive(num_episodes, "num_episodes")
         check_positive(max_timesteps, "max_timesteps")
         check_positive(update_timesteps, "update_timesteps")
         check_positive(max_batch_size, "max_batch_size")
+        # check everything before the first draw
         count = min(update_timesteps, num_episodes * max_timesteps)
         phases = num_episodes * max_timesteps // count
         sampling |= {"eos_id": either(None, eos_id=eos_id, eos_token=eos_token), "temperature": temperature}
@@ -419,6 +419,7 @@ class RLHFTrainer:
         if count % self.objective.group_size:
             size = self.objective.group_size
             raise ValueError(f"update_timesteps must be a multiple of group_size {size}, got {count}")
+        # draw a phase when the previous one has ended; one update per step of the session
         rows: list[dict[str, float]] = []
         phase = self.phase
         self.session.max_steps = phases * phase.updates_of(count)
@@ -448,7 +449,7 @@ class RLHFTrainer:
 
 
 class GRPOTrainer(RLHFTrainer):
-    """``RLHFTrainer`` with the objective ``GRPO``, without a critic.
+    """``RLHFTrainer`` with the objective ``GRPO`` and no critic.
 
     Arguments are those of ``RLHFTrainer``; the fields of ``GRPO`` may be given as keywords (``group_size=8``).
     """

@@ -1,8 +1,8 @@
 """One optimizer update of a policy on a minibatch: loss, gradients over micro-batches and processes, metrics.
 
-Processes share the minibatch, weigh their tokens by the GLOBAL minibatch and add up their gradients once, after the
-last backward: two processes make the same update as one. (``DistributedDataParallel`` is not used: a base that carries
-the scopes of several models has parameters that a given loss does not touch.)
+Processes share the minibatch, weigh their tokens by the GLOBAL minibatch and sum their gradients once, after the last
+backward: two processes make the same update as one. (``DistributedDataParallel`` is not used: a base with the scopes of
+several models has parameters without a gradient.)
 """
 
 import contextlib
@@ -27,13 +27,7 @@ class PolicyUpdate:
     """Optimizer updates of a policy."""
 
     def __init__(
-        self,
-        policy: ActorCritic,
-        objective: Objective,
-        config: RLConfig,
-        *,
-        kl: KLCoefficient,
-        guard: NonFiniteGuard,
+        self, policy: ActorCritic, objective: Objective, config: RLConfig, *, kl: KLCoefficient, guard: NonFiniteGuard
     ) -> None:
         self.policy = policy
         self.objective = objective
@@ -45,10 +39,10 @@ class PolicyUpdate:
         self.guard = guard
 
     def __call__(self, experience: Experience, rows: Tensor, *, number: int) -> Sums:
-        """Learns from some rows of the experience of all processes.
+        """Makes one update on some rows of the global experience.
 
         Returns:
-            Measured sums over the tokens of all processes; see ``update_metrics``.
+            Sums over the tokens of all processes; see ``update_metrics``.
 
         Raises:
             RuntimeError: losses were not finite in too many updates in a row.
@@ -89,10 +83,11 @@ class PolicyUpdate:
         return share.split(self.config.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
 
     def loss(self, batch: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of some rows in the loss of their minibatch, and sums for the metrics."""
+        """Loss of some rows as their share of the minibatch's, and sums for the metrics."""
         objective, mask = self.objective, batch.response_mask
         output = self.policy(batch.ids, batch.mask, mask, temperature=batch.temperature, kept=batch.kept)
         assert output.entropy is not None
+        # loss of the policy, entropy bonus and KL
         weights = weights[:, : mask.shape[1]].to(output.log_probs)
         terms = objective.token_loss(output, batch)
         policy_loss = (terms.policy * weights).sum()
@@ -102,6 +97,7 @@ class PolicyUpdate:
         if objective.kl_in == "loss" and batch.reference is not None:
             kl = kl_estimate(output.unfiltered, batch.reference, objective.kl_estimator)
             loss = loss + self.kl.value * (kl * weights).sum()
+        # sums for the metrics, and the loss of the critic
         measured = {
             "policy_loss": policy_loss,
             "tokens": mask.sum(),
@@ -162,7 +158,7 @@ def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _learning_mode(policy: ActorCritic) -> Iterator[None]:
-    """Training mode where dropout or recomputation needs it; else old and new log-probs come from the same mode."""
+    """Training mode if dropout or recomputation needs it, else evaluation mode; restored on exit."""
     modes = {module: module.training for module in policy.modules()}
     policy.train(policy.learns_in_training_mode)
     try:

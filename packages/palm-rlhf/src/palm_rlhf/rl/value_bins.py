@@ -1,7 +1,7 @@
-"""Values as a histogram: HL-Gauss (arXiv 2403.03950, section 3.1), a classification loss for regression.
+"""Values as histograms: HL-Gauss (arXiv 2403.03950, section 3.1), a classification loss for regression.
 
 The range is divided into bins; a target becomes a normal distribution around it, integrated over each bin, and the
-prediction is the expected bin centre. Targets outside the range are moved to its nearest end.
+prediction is the expected bin centre. Targets outside the range are clamped to it.
 """
 
 import math
@@ -17,13 +17,13 @@ class ValueBins(nn.Module):
     """Bins of equal width over ``[low, high]``.
 
     Args:
-        low: least value.
-        high: greatest value.
-        bins: how many, at least 2.
+        low: lower end of the range.
+        high: upper end of the range.
+        bins: number of bins, at least 2.
         sigma: standard deviation of a target's distribution, in bin widths.
 
     Raises:
-        ValueError: an empty range, fewer than 2 bins, or a deviation that is not positive.
+        ValueError: the range is empty, there are fewer than 2 bins, or ``sigma`` is not positive.
     """
 
     edges: Tensor
@@ -37,7 +37,10 @@ class ValueBins(nn.Module):
             raise ValueError(f"bins must be at least 2, got {bins}")
         if not 0 < sigma < math.inf:
             raise ValueError(f"sigma must be a finite number above 0, got {sigma}")
-        self.low, self.high, self.bins, self.sigma = float(low), float(high), bins, float(sigma)
+        self.low = float(low)
+        self.high = float(high)
+        self.bins = bins
+        self.sigma = float(sigma)
         self.register_buffer("edges", torch.linspace(low, high, bins + 1), persistent=False)
 
     def expected(self, logits: Float[Tensor, "*shape k"]) -> Float[Tensor, "*shape"]:
@@ -46,7 +49,7 @@ class ValueBins(nn.Module):
         return (logits.softmax(dim=-1) * centres.to(logits.dtype)).sum(dim=-1)
 
     def targets(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape k"]:
-        """The distribution over bins that stands for each value; sums to 1."""
+        """Target distribution over bins of each value; sums to 1."""
         width = (self.high - self.low) / self.bins
         edges = self.edges.to(values.dtype)
         scaled = (edges - values.clamp(self.low, self.high)[..., None]) / (math.sqrt(2) * self.sigma * width)
@@ -55,5 +58,5 @@ class ValueBins(nn.Module):
         return mass / (cumulative[..., -1:] - cumulative[..., :1])
 
     def loss(self, logits: Float[Tensor, "*shape k"], values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Cross-entropy between the targets of ``values`` and the prediction, per entry."""
+        """Cross-entropy of the prediction with the targets of ``values``, per entry."""
         return -(self.targets(values) * logits.log_softmax(dim=-1)).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Objectives by name. A new one is a module of this folder, one line here and one row in the README."""
+"""Objectives by name. A new objective is a module in this folder, one line here and one row in the README."""
 
 from palm_rlhf.rl.objectives.base import Objective, TokenLoss
 from palm_rlhf.rl.objectives.grpo import GRPO

@@ -22,10 +22,10 @@ class TokenLoss:
     Attributes:
         policy: loss of the policy.
         ratio: probability ratio of new and old policy; None for an objective without one.
-        clipped: where clipping cuts the gradient off.
-        value: loss of the values; None without a critic.
+        clipped: True where clipping removes the gradient.
+        value: loss of the critic; None without one.
         value_weight: weight of ``value`` next to ``policy``.
-        value_clipped: where clipping of the value loss won.
+        value_clipped: True where the clipped value loss is larger.
     """
 
     policy: Float[Tensor, "b m"]
@@ -39,23 +39,23 @@ class TokenLoss:
 @typed
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """What a policy is trained on: advantages of a batch of experience, and a loss for each token.
+    """Objective of a policy: advantages of a batch of experience, and a loss for each token.
 
     Args:
-        group_size: responses to each prompt.
-        kl_div_loss_weight: weight of the KL from the reference; at 0 the reference is never computed.
+        group_size: responses per prompt.
+        kl_div_loss_weight: weight of the KL from the reference; 0 skips the computation of the reference.
         kl_in: "reward" subtracts the KL from token rewards, "loss" adds it to the loss.
         kl_estimator: estimator of the KL; see ``palm_rlhf.rl.kl``.
-        kl_target: KL in nats a response that an adaptive weight steers towards; null keeps the weight.
-        kl_horizon: responses over which the adaptive weight changes.
+        kl_target: target of an adaptive weight, in nats per response; null keeps the weight fixed.
+        kl_horizon: responses over which an adaptive weight changes by a fifth at most.
         beta_s: weight of the entropy bonus.
-        aggregation: "token" averages over tokens, "sequence" over responses of means over tokens, "constant" divides
-            by ``constant_length`` times the number of responses.
-        constant_length: divisor of "constant", the longest response possible.
-        missing_eos_penalty: taken off the reward of a response that did not end by itself.
+        aggregation: "token" averages over tokens, "sequence" first within and then over responses, "constant" divides
+            the sum by ``constant_length`` times the number of responses.
+        constant_length: divisor of the aggregation "constant", such as the maximum length of a response.
+        missing_eos_penalty: penalty on the reward of a response without EOS or stop string.
 
     Raises:
-        ValueError: a value is out of range; it is named.
+        ValueError: a value is out of range.
         TypeError: a value is of another type.
     """
 
@@ -70,13 +70,13 @@ class Objective(ABC):
     constant_length: int | None = None
     missing_eos_penalty: float = 0.0
 
-    #: whether a critic is trained
+    #: a critic is trained
     needs_values: ClassVar[bool] = False
-    #: whether the loss compares the policy with the one that drew the tokens
+    #: the loss compares the policy with the one that drew the tokens
     uses_ratio: ClassVar[bool] = True
-    #: whether responses of one prompt are compared with each other
+    #: responses to one prompt are compared with each other
     compares_responses: ClassVar[bool] = False
-    #: passes over each batch of responses, unless the configuration says otherwise
+    #: default number of passes over the responses of a phase
     epochs: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class Objective(ABC):
         """Losses of each token.
 
         Args:
-            scores: outputs of the policy that is trained.
+            scores: outputs of the current policy.
             batch: rows of an experience with advantages.
         """
 
@@ -122,8 +122,8 @@ class ClippedObjective(Objective):
     """An objective with PPO's clipped ratio (arXiv 1707.06347, equation 7).
 
     Args:
-        eps_clip: distance from 1 at which the gradient of the ratio is cut.
-        eps_clip_high: the same upwards, if that differs (arXiv 2503.14476, "clip-higher").
+        eps_clip: distance from 1 at which the probability ratio is clipped.
+        eps_clip_high: distance above 1, if different (arXiv 2503.14476, "clip-higher"); null for ``eps_clip``.
     """
 
     eps_clip: float = 0.2

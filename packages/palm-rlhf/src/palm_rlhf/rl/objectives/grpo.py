@@ -17,14 +17,14 @@ from palm_rlhf.rl.objectives.base import ClippedObjective
 @typed
 @dataclass(frozen=True, kw_only=True)
 class GRPO(ClippedObjective):
-    """Clipped surrogate with group-relative advantages; the KL is part of the loss by the k3 estimator (equation 4).
+    """GRPO: clipped surrogate with group-relative advantages, and the k3 estimate of the KL in the loss (equation 4).
 
-    Length normalisation is ``aggregation``: the paper's "sequence", Dr. GRPO's "constant" (arXiv 2503.20783, together
-    with ``scale_rewards="none"``), or a plain mean over tokens, "token".
+    Length normalisation is set by ``aggregation``: "sequence" (the paper), "constant" (Dr. GRPO, arXiv 2503.20783,
+    together with ``scale_rewards="none"``) or "token", a plain mean over tokens.
 
     Args:
-        scale_rewards: "group" divides by the standard deviation within a group (the paper), "batch" by that of all
-            scores, "none" not at all.
+        scale_rewards: divisor of advantages: "group", the standard deviation within a group (the paper); "batch", that
+            of all scores; "none", 1.
     """
 
     group_size: int = 8

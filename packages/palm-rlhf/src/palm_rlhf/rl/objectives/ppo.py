@@ -19,15 +19,15 @@ from palm_rlhf.rl.objectives.base import ClippedObjective, TokenLoss
 @typed
 @dataclass(frozen=True, kw_only=True)
 class PPO(ClippedObjective):
-    """Clipped surrogate with advantages from a critic (GAE) and a clipped value loss.
+    """PPO: clipped surrogate with advantages from a critic (GAE), and a clipped value loss.
 
     Args:
-        value_clip: distance a value may move from the old one; null for the plain squared error.
+        value_clip: bound of the change of a value from the old one; null for the plain squared error.
         value_loss_weight: weight of the value loss.
-        gamma: discount a token.
-        gae_lambda: lambda of GAE.
+        gamma: discount per token.
+        gae_lambda: lambda of GAE: 0 for least variance, 1 for no bias.
         whiten_rewards: divides token rewards by their standard deviation.
-        whiten_advantages: gives advantages mean 0 and deviation 1 over the valid tokens of the global batch.
+        whiten_advantages: standardizes advantages over the response tokens of the global batch.
     """
 
     value_clip: float | None = 0.4

@@ -16,11 +16,11 @@ from palm_rlhf.rl.objectives.base import Objective, TokenLoss
 @typed
 @dataclass(frozen=True, kw_only=True)
 class REINFORCE(Objective):
-    """The plain policy gradient; one pass over each batch, since nothing corrects for a policy that has moved.
+    """REINFORCE: the plain policy gradient, one pass over each batch, since no ratio corrects for a changed policy.
 
     Args:
-        gamma: discount a token.
-        whiten_advantages: gives advantages mean 0 and deviation 1 over the valid tokens of the global batch.
+        gamma: discount per token.
+        whiten_advantages: standardizes advantages over the response tokens of the global batch.
     """
 
     gamma: float = 1.0

@@ -15,10 +15,10 @@ from palm_rlhf.rl.objectives.base import ClippedObjective
 @typed
 @dataclass(frozen=True, kw_only=True)
 class RLOO(ClippedObjective):
-    """Clipped surrogate with leave-one-out advantages (section 4.2); the KL is part of the reward.
+    """RLOO: clipped surrogate with leave-one-out advantages (section 4.2); the KL is part of the reward.
 
     Args:
-        whiten_advantages: gives advantages mean 0 and deviation 1 over the valid tokens of the global batch.
+        whiten_advantages: standardizes advantages over the response tokens of the global batch.
     """
 
     group_size: int = 4

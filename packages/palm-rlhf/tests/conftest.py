@@ -62,7 +62,7 @@ def naive_attention(q, k, v, *, positions, visible, scale, zeta, scale_base):
 def naive_logits():
     """Logits of one row ``(n,)`` in float64.
 
-    ``positions`` count the real tokens; ``visible (n, n)`` says which keys a query may see, by default those before it.
+    ``positions`` count the real tokens; ``visible (n, n)`` marks the keys a query may see: by default earlier ones.
     """
 
     def logits(palm, ids, *, settings, positions=None, visible=None, extra=0.0):

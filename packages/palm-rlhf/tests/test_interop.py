@@ -72,7 +72,7 @@ def test_names_left_by_ddp_and_compile_are_understood(golden):
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-# ------------------------------------------------------------------ what a state dict does not say
+# ----------------------------------------------------------- what a state dict does not contain
 
 
 def test_sizes_are_read_off_the_shapes(golden):

@@ -1,4 +1,4 @@
-"""Surrogates, value losses, token weights, divergences and binned values against independent float64 references."""
+"""Surrogates, value losses, token weights, KL estimates and binned values against independent float64 references."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_token_weights_are_the_three_means():
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_divergence_estimates_follow_their_formulas(kind):
+def test_kl_estimates_follow_their_formulas(kind):
     p, q = draw(4, 2, 50)
     ratio = (q - p).exp()
     wanted = {"k1": -ratio.log(), "k2": ratio.log() ** 2 / 2, "k3": ratio - 1 - ratio.log()}[kind]
@@ -95,7 +95,7 @@ def test_two_estimates_are_exact_in_expectation_over_the_policy(kind):
     torch.testing.assert_close((p.exp() * kl_estimate(p, q, kind)).sum(), exact, rtol=1e-12, atol=1e-12)
 
 
-def test_the_last_estimate_is_never_negative_and_the_divergence_is_from_the_reference():
+def test_the_last_estimate_is_never_negative_and_the_kl_is_from_the_reference():
     p, q = draw(6, 2, 1000)
     assert kl_estimate(p, q, "k3").min() >= 0
     assert not torch.allclose(kl_estimate(p, q, "k3"), kl_estimate(q, p, "k3"))

@@ -137,11 +137,11 @@ def test_a_real_zero_counts_in_the_loss_unless_it_is_the_ignored_label(make_palm
     torch.testing.assert_close(ignoring(ids, return_loss=True), losses[2])
 
 
-def test_features_come_alone_or_beside_the_logits(make_palm):
+def test_features_are_returned_alone_or_with_the_logits(make_palm):
     palm, ids = make_palm(), torch.randint(13, (2, 5))
-    features, (logits, beside) = palm(ids, return_only_embedding=True), palm(ids, return_logits_with_embedding=True)
+    features, (logits, alongside) = palm(ids, return_only_embedding=True), palm(ids, return_logits_with_embedding=True)
     assert features.shape == (2, 5, 16)
-    assert torch.equal(features, beside)
+    assert torch.equal(features, alongside)
     assert torch.equal(features, palm.hidden(ids))
     assert torch.equal(logits, palm(ids))
     torch.testing.assert_close(logits, features @ palm.output_weight.T)

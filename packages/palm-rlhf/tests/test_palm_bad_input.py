@@ -1,4 +1,4 @@
-"""Bad input to PaLM is refused at the door: the error names the argument and its value, and nothing moves.
+"""Bad input to PaLM is refused before any work: the error names argument and value, and no state changes.
 
 Runs without the run-time shape checker, which would raise its own error first.
 """

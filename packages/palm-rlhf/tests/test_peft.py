@@ -14,7 +14,7 @@ from palm_rlhf import LoRA, PaLM
 from palm_rlhf.interop.cohere import to_cohere
 from palm_rlhf.interop.peft_adapters import export_lora, import_lora
 
-# What peft says when it saves an adapter of a model without a folder, and uses of transformers that will go.
+# Warnings of peft when it saves an adapter of a model without a folder, and of deprecated uses of transformers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),

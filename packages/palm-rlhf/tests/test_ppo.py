@@ -67,7 +67,7 @@ def test_the_reported_ratio_is_one_before_the_first_update_of_each_phase(
         (RLHFTrainer, {"kl_in": "loss"}),  # where GRPO has it
     ],
 )
-def test_the_first_ratio_is_exactly_one_in_float32_whatever_the_batches_of_the_draw(make_palm, trainer, kind, changes):
+def test_the_first_ratio_is_exactly_one_in_float32_for_any_batches_of_the_draw(make_palm, trainer, kind, changes):
     """Old log-probabilities are computed in the minibatches of the first pass: other shapes would round otherwise."""
     prompts = [torch.randint(13, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 40, 11, 70, 5, 23)]
     palm = make_palm(dim=96, depth=3)
@@ -231,7 +231,7 @@ def test_metrics_follow_their_definitions(make_palm, trainer, moved):
 
 
 @pytest.mark.parametrize(("kl_in", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")])
-def test_divergence_is_from_the_reference_and_pulls_back_to_it(make_palm, trainer, kl_in, estimator):
+def test_kl_is_from_the_reference_and_pulls_back_to_it(make_palm, trainer, kl_in, estimator):
     """The original measured the policy against its own last step, which anchors nothing."""
     divergences = []
     for weight in (1e-9, 5.0):  # at 0 the KL is not measured
@@ -269,7 +269,7 @@ def test_trains_with_and_without_lora_and_the_reference_stays(make_palm, trainer
     assert moved == (options.get("actor_lora") is False)
 
 
-def test_a_second_trainer_on_one_palm_goes_on_with_its_scopes(make_palm, trainer):
+def test_a_second_trainer_on_one_palm_continues_with_its_scopes(make_palm, trainer):
     palm = make_palm()
     trainer(palm, actor_lr=1e-2).train(num_episodes=8, update_timesteps=8, max_new_tokens=4)
     learned = [parameter.clone() for parameter in palm.finetune_parameters("actor")]

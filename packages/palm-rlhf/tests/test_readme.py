@@ -1,4 +1,4 @@
-"""What the pages promise is guarded: every test they name exists."""
+"""Every test that the pages name exists."""
 
 import re
 from pathlib import Path

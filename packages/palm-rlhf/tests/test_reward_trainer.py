@@ -1,4 +1,4 @@
-"""Reward models learn pairs, numbers and bins, and go on exactly where they were killed."""
+"""Reward models learn pairs, numbers and bins, and resume exactly after a kill."""
 
 import json
 
@@ -31,7 +31,7 @@ def trainer(palm, data, bins=0, **changes):
     return RewardModelTrainer(reward_model=reward, pairs=data, **{**settings, **changes})
 
 
-def test_held_out_pairs_are_judged_rightly_after_training(make_palm):
+def test_held_out_pairs_are_ranked_correctly_after_training(make_palm):
     result = trainer(make_palm(), pairs()).train()
     assert result.last_accuracy >= 0.95
 

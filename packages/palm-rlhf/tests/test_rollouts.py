@@ -1,4 +1,4 @@
-"""Rollouts: the ratio is 1 before the first update however tokens were drawn, and nothing after the end counts."""
+"""Rollouts: the ratio is 1 before the first update for every way of sampling, and nothing after the end counts."""
 
 from functools import partial
 
@@ -189,7 +189,7 @@ def test_one_base_serves_actor_critic_reference_and_reward_and_takes_no_gradient
     assert all(parameter.grad is not None for parameter in scopes)
 
 
-def test_values_of_a_row_are_its_own_whatever_else_is_in_the_batch(make_palm, moved, prompts):
+def test_values_of_a_row_do_not_depend_on_the_rest_of_the_batch(make_palm, moved, prompts):
     """The original shifted values along the batch: each row was trained on its neighbour's."""
     policy = moved(ActorCritic(make_palm().double()).double())
     rollout = draw_rollout(policy, prompts, SamplingSettings(max_new_tokens=5))

@@ -1,4 +1,4 @@
-"""Pretraining through its public entry point: one update however it is spread, resumed bit for bit, refused early."""
+"""Pretraining through its public entry point: updates independent of batching, exact resume, early errors."""
 
 import json
 import math

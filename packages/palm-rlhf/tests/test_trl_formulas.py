@@ -1,6 +1,6 @@
 """Equality with the formulas of trl 1.12.0's experimental PPO trainer where they are right, and where they are not.
 
-Written out from reading it, in float64. Two of its mistakes: the score is put one position behind the last token of a
+Written out from reading it, in float64. Two of its mistakes: the score is put one position after the last token of a
 response that is shorter than the batch's longest, so the critic is trained, and bootstrapped from, past the end; and
 its advantages are whitened over one process's batch.
 """
@@ -15,8 +15,8 @@ def theirs(scores, kl, values, last, *, kl_coef, gamma, lam):
     """Advantages before whitening and returns; ``last`` is the index of each response's last token."""
     size = kl.shape[1]
     index = torch.arange(size).expand_as(kl)
-    behind = index > (last + 1)[:, None]
-    values = values.masked_fill(behind, 0)
+    past_end = index > (last + 1)[:, None]
+    values = values.masked_fill(past_end, 0)
     rewards = (-kl_coef * kl).masked_fill(index > last[:, None], 0)
     place = torch.where(last + 1 < size, last + 1, last)
     rewards[torch.arange(len(scores)), place] += scores
@@ -68,11 +68,11 @@ def test_advantages_returns_and_losses_are_equal_where_no_response_is_padded():
     torch.testing.assert_close((loss * weights).sum(), critic)
 
 
-def test_a_padded_response_scores_its_last_token_and_never_reads_the_value_behind_it():
+def test_a_padded_response_scores_its_last_token_and_never_reads_the_value_after_it():
     scores, kl, values = draw()
     last = torch.tensor([5, 2, 3, 0])
     changed = values.clone()
-    changed[1, 3] += 1.0  # behind the end of the second response
+    changed[1, 3] += 1.0  # after the end of the second response
     before, after = (ours(scores, kl, v, last, **SETTINGS)[0] for v in (values, changed))
     assert torch.equal(before, after)
     before, after = (theirs(scores, kl, v, last, **SETTINGS)[0][1, :3] for v in (values, changed))

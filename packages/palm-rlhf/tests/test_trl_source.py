@@ -1,4 +1,4 @@
-"""The true statements of trl 1.12.0's PPO trainer, run beside ours; skipped where that release is not installed.
+"""Statements of trl 1.12.0's PPO trainer, executed and compared with ours; skipped if that release is not installed.
 
 They stand inside ``PPOTrainer.train`` between its forwards and its optimizer, so no import can call them: they are
 found by the names they assign and run as they are, on tensors of ours. Nothing of trl is imported, whose own
@@ -143,18 +143,18 @@ def test_clipped_losses_are_those_of_trls_own_statements(theirs):
     torch.testing.assert_close(policy + SETTINGS["vf_coef"] * critic, wanted["loss"], rtol=1e-12, atol=1e-12)
 
 
-def test_trl_puts_the_score_of_a_shorter_response_behind_its_end_and_reads_a_value_there(theirs):
+def test_trl_puts_the_score_of_a_shorter_response_after_its_end_and_reads_a_value_there(theirs):
     given = draw([5, 2, 3, 0])
     seen = [execute(theirs, theirs.advantages, **given)]
     assert [int(place) for place in seen[0]["actual_end"]] == [5, 3, 4, 1]
     given["values"] = given["values"].clone()
-    given["values"][1, 3] += 1.0  # behind the end of the second response
+    given["values"][1, 3] += 1.0  # after the end of the second response
     seen.append(execute(theirs, theirs.advantages, **given))
     assert not torch.allclose(seen[0]["returns"][1, :3], seen[1]["returns"][1, :3])
     assert not seen[0]["padding_mask_p1"][1, 3]  # the critic is trained there
 
 
-def test_trl_averages_micro_batches_whatever_their_numbers_of_tokens(theirs):
+def test_trl_averages_micro_batches_regardless_of_their_numbers_of_tokens(theirs):
     given = draw([5, 2, 3, 0])
     wanted = execute(theirs, theirs.advantages, **given)
     new, values = moved(given)

@@ -59,41 +59,23 @@ def x_transformers_lm(dim=32, depth=4, **options):
 
 
 def hugging_face(kind, layers=4):
-    import transformers
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     wide = {**sizes, "intermediate_size": 48, "max_position_embeddings": 64}
     ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0
-        )
-        return transformers.GPT2LMHeadModel(config)
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**wide, num_key_value_heads=1, **ends))
-    if kind == "neox":
-        return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**wide, **ends))
-    if kind == "bloom":
-        config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=layers, n_head=2, **ends)
-        return transformers.BloomForCausalLM(config)
-    if kind == "bert":
-        config = transformers.BertConfig(**wide, hidden_dropout_prob=0.1)
-        return transformers.BertModel(config, add_pooling_layer=False)
-    if kind == "vit":
-        config = transformers.ViTConfig(
-            hidden_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            intermediate_size=48,
-            image_size=8,
-            patch_size=4,
-        )
-        return transformers.ViTModel(config, add_pooling_layer=False)
-    raise ValueError(kind)
-
-
-def plain_parts(model):
-    return list(model.layers)
+    name, options = {
+        "gpt2": ("gpt2", {**sizes, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}),
+        "llama": ("llama", {**wide, **ends, "num_key_value_heads": 1}),
+        "neox": ("gpt_neox", {**wide, **ends}),
+        "bloom": ("bloom", {**sizes, **ends}),
+        "bert": ("bert", {**wide, "hidden_dropout_prob": 0.1}),
+        "vit": ("vit", {**wide, "image_size": 8, "patch_size": 4}),
+    }[kind]
+    config = AutoConfig.for_model(name, **options)
+    if kind in ("bert", "vit"):
+        return AutoModel.from_config(config, add_pooling_layer=False)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def build_model(kind, seed=0, **sizes):

@@ -23,6 +23,12 @@ def shallow():
     return nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40))
 
 
+def composed(anchor, augment, *, anchor_hidden_position="output", attn_kwargs=None, **params):
+    """A composition whose further arguments are those of ``AugmentParams``."""
+    read = AugmentParams(augment, **params)
+    return CALM(anchor, read, anchor_hidden_position=anchor_hidden_position, attn_kwargs=attn_kwargs)
+
+
 @pytest.fixture(scope="module")
 def parts(model_of):
     return model_of("plain"), model_of("llama", seed=1), model_of("bert", seed=2)
@@ -38,54 +44,42 @@ CONSTRUCTION = {
     "no model": (lambda p: CALM("gpt2", AugmentParams(p[1])), "anchor_llm"),
     "encoder as anchor": (lambda p: CALM(p[2], AugmentParams(p[1])), "BertModel"),
     "augment is no params": (lambda p: CALM(p[1], p[2]), "augment_llms"),
-    "unknown blocks": (
-        lambda p: CALM(shallow(), AugmentParams(p[1])),
-        "blocks of a Sequential are not known",
-    ),
+    "unknown blocks": (lambda p: CALM(shallow(), AugmentParams(p[1])), "blocks of a Sequential are not known"),
     "unknown augment blocks": (lambda p: CALM(p[1], AugmentParams(shallow())), "augment 0 .*transformer_blocks"),
     "two sources of blocks": (
-        lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks="layers", extract_blocks_fn=lambda m: [])),
+        lambda p: composed(p[1], p[0], transformer_blocks="layers", extract_blocks_fn=lambda m: []),
         "not both",
     ),
-    "foreign block": (lambda p: CALM(p[1], AugmentParams(p[1], transformer_blocks=[nn.Linear(1, 1)])), "no part of"),
-    "unknown name": (lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks="blocks")), "named 'blocks'"),
-    "unknown name in a list": (lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks=["layers.9"])), "layers.9"),
-    "no blocks": (lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks=[])), "at least one"),
-    "repeated block": (
-        lambda p: CALM(p[1], AugmentParams(p[0], transformer_blocks=["layers.0", "layers.0"])),
-        "must come once",
-    ),
-    "function gives no modules": (lambda p: CALM(p[1], AugmentParams(p[0], extract_blocks_fn=lambda m: [3])), "module"),
-    "block that does not run": (
-        lambda p: CALM(p[1], AugmentParams(p[2], transformer_blocks=[p[2].encoder.layer])),
-        "do not run",
-    ),
-    "augment layer 0": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[(0, 1)])), r"\[1, 4\], got 0"),
-    "augment layer too high": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[(5, 1)])), r"\[1, 4\], got 5"),
-    "anchor layer too high": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[(1, 9)])), "anchor layers.*got 9"),
-    "no connections": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[])), "at least one"),
-    "connection of three": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[(1, 2, 3)])), "pairs"),
-    "repeated connection": (lambda p: CALM(p[1], AugmentParams(p[1], connections=[(1, 2), (1, 2)])), "once"),
-    "connect every 0": (lambda p: CALM(p[1], AugmentParams(p[1], connect_every_num_layers=0)), "connect_every"),
+    "foreign block": (lambda p: composed(p[1], p[1], transformer_blocks=[nn.Linear(1, 1)]), "no part of"),
+    "unknown name": (lambda p: composed(p[1], p[0], transformer_blocks="blocks"), "named 'blocks'"),
+    "unknown name in a list": (lambda p: composed(p[1], p[0], transformer_blocks=["layers.9"]), "layers.9"),
+    "no blocks": (lambda p: composed(p[1], p[0], transformer_blocks=[]), "at least one"),
+    "repeated block": (lambda p: composed(p[1], p[0], transformer_blocks=["layers.0", "layers.0"]), "must come once"),
+    "function gives no modules": (lambda p: composed(p[1], p[0], extract_blocks_fn=lambda m: [3]), "module"),
+    "block that does not run": (lambda p: composed(p[1], p[2], transformer_blocks=[p[2].encoder.layer]), "do not run"),
+    "augment layer 0": (lambda p: composed(p[1], p[1], connections=[(0, 1)]), r"\[1, 4\], got 0"),
+    "augment layer too high": (lambda p: composed(p[1], p[1], connections=[(5, 1)]), r"\[1, 4\], got 5"),
+    "anchor layer too high": (lambda p: composed(p[1], p[1], connections=[(1, 9)]), "anchor layers.*got 9"),
+    "no connections": (lambda p: composed(p[1], p[1], connections=[]), "at least one"),
+    "connection of three": (lambda p: composed(p[1], p[1], connections=[(1, 2, 3)]), "pairs"),
+    "repeated connection": (lambda p: composed(p[1], p[1], connections=[(1, 2), (1, 2)]), "once"),
+    "connect every 0": (lambda p: composed(p[1], p[1], connect_every_num_layers=0), "connect_every"),
     "position unknown": (lambda p: AugmentParams(p[1], hidden_position="middle"), "hidden_position"),
-    "positions too few": (lambda p: CALM(p[1], AugmentParams(p[1], hidden_position=["input"])), "each of 4, got 1"),
+    "positions too few": (lambda p: composed(p[1], p[1], hidden_position=["input"]), "each of 4, got 1"),
     "anchor positions too few": (
-        lambda p: CALM(p[1], AugmentParams(p[1]), anchor_hidden_position=["input"]),
+        lambda p: composed(p[1], p[1], anchor_hidden_position=["input"]),
         "anchor_hidden_position",
     ),
-    "unknown attention option": (lambda p: CALM(p[1], AugmentParams(p[1]), attn_kwargs={"headz": 2}), "attn_kwargs"),
-    "heads 0": (lambda p: CALM(p[1], AugmentParams(p[1]), attn_kwargs={"heads": 0}), "heads"),
-    "heads not divisible": (
-        lambda p: CALM(p[1], AugmentParams(p[1]), attn_kwargs={"heads": 3, "kv_heads": 2}),
-        "attn_kwargs",
-    ),
-    "encoder shares": (lambda p: CALM(p[1], AugmentParams(p[2], shared_sequence=True)), "BertModel"),
-    "image shares": (lambda p: CALM(p[1], AugmentParams(p[0], shared_sequence=True, input_shape=(3,))), "shared_seq"),
+    "unknown attention option": (lambda p: composed(p[1], p[1], attn_kwargs={"headz": 2}), "attn_kwargs"),
+    "heads 0": (lambda p: composed(p[1], p[1], attn_kwargs={"heads": 0}), "heads"),
+    "heads not divisible": (lambda p: composed(p[1], p[1], attn_kwargs={"heads": 3, "kv_heads": 2}), "attn_kwargs"),
+    "encoder shares": (lambda p: composed(p[1], p[2], shared_sequence=True), "BertModel"),
+    "image shares": (lambda p: composed(p[1], p[0], shared_sequence=True, input_shape=(3,)), "shared_seq"),
     "other device": (
-        lambda p: CALM(p[1], AugmentParams(nn.Linear(2, 2, device="meta"), transformer_blocks=[])),
+        lambda p: composed(p[1], nn.Linear(2, 2, device="meta"), transformer_blocks=[]),
         "one device, got cpu, meta",
     ),
-    "returns no hiddens": (lambda p: CALM(p[1], AugmentParams(p[0], model_return_hiddens=True)), "list of tensors"),
+    "returns no hiddens": (lambda p: composed(p[1], p[0], model_return_hiddens=True), "list of tensors"),
     "block width 0": (lambda p: CrossAttentionBlock(dim=0, dim_context=3), "dim must be at least 1"),
     "nothing to extract": (lambda p: ExtractHiddensWrapper(p[0], []), "at least one"),
     "plan of nothing": (lambda p: plan(0, 3), "augment_depth"),
@@ -124,6 +118,10 @@ CALLS = {
 
 SETTINGS = {
     "no steps": ({"num_train_steps": 0}, "num_train_steps"),
+    "steps not given": ({"num_train_steps": None}, r"max_steps \(or num_train_steps\) must be given"),
+    "steps given twice": ({"max_steps": 6}, "max_steps and num_train_steps are one argument"),
+    "warmup given twice": ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps are one argument"),
+    "warmup too long": ({"warmup": 1.5}, r"warmup must be a part of the updates in \[0, 1\)"),
     "rate 0": ({"learning_rate": 0.0}, "learning_rate"),
     "decay negative": ({"weight_decay": -1.0}, "weight_decay"),
     "warmup negative": ({"warmup_steps": -1}, "warmup_steps"),

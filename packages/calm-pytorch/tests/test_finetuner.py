@@ -235,17 +235,3 @@ def test_the_originals_names_and_the_common_ones_are_the_same_arguments(tune, tm
     for name, value in learned(original).items():
         torch.testing.assert_close(value, learned(common)[name], rtol=0.0, atol=0.0)
     assert (tmp_path / "common" / "run.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_steps": 6}, "max_steps and num_train_steps are one argument"),
-        ({"num_train_steps": None}, r"max_steps \(or num_train_steps\) must be given"),
-        ({"warmup": 0.1}, "warmup and warmup_steps are one argument"),
-        ({"warmup_steps": None, "warmup": 1.5}, r"warmup must be a part of the updates in \[0, 1\)"),
-    ],
-)
-def test_a_setting_given_twice_or_out_of_range_is_refused(tune, changes, message):
-    with pytest.raises(ValueError, match=message):
-        tune("run", **changes)

@@ -17,15 +17,6 @@ ADAPTER_FILE = "adapter.safetensors"
 METADATA_KEY = "calm_pytorch"
 
 
-def check_wiring(wiring: dict[str, Any], stored: dict[str, Any], where: str) -> None:
-    """Raises ``CheckpointError`` naming the entries in which a stored wiring differs from a composition's."""
-    differing = [
-        f"{name} is {wiring[name]}, but was {stored.get(name)}" for name in wiring if wiring[name] != stored.get(name)
-    ]
-    if differing:
-        raise CheckpointError(f"{where} is an adapter of another wiring: {'; '.join(differing)}")
-
-
 def save_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str | Path, *, overwrite: bool) -> Path:
     """Writes the cross-attentions into a folder, atomically.
 
@@ -83,5 +74,9 @@ def load_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str 
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(stored, dict):
         raise CheckpointError(f"{file} has no wiring of a composition in its metadata")
-    check_wiring(wiring, stored, str(folder))
+    differing = [
+        f"{name} is {value}, but was {stored.get(name)}" for name, value in wiring.items() if value != stored.get(name)
+    ]
+    if differing:
+        raise CheckpointError(f"{folder} is an adapter of another wiring: {'; '.join(differing)}")
     load_weights(cross_attns, read_weights(file), where=str(folder))

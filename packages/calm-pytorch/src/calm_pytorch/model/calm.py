@@ -51,6 +51,7 @@ class CALM(nn.Module):
         pad_id: marks padding in sequences and prompts; no model sees it.
 
     Attributes:
+        augments: the reading side of each augment.
         cross_attns: the learned part, for each augment one ``CrossAttentionBlock`` for each connection.
         connections: for each augment its 1-indexed ``(augment_layer, anchor_layer)`` pairs.
         gradient_checkpointing: whether the anchor's blocks compute their activations again in the backward pass.
@@ -86,8 +87,8 @@ class CALM(nn.Module):
             anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
         )
         dims, depth = self._reader.dims, len(self._reader.dims)
-        self._augments = tuple(Augment(one, number, depth) for number, one in enumerate(params))
-        self.connections = [augment.connections for augment in self._augments]
+        self.augments = tuple(Augment(entry, index, depth) for index, entry in enumerate(params))
+        self.connections = [augment.connections for augment in self.augments]
         options: dict[str, Any] = {"flash": True}
         heads = attention_heads(anchor_llm)
         if heads is not None:
@@ -102,7 +103,7 @@ class CALM(nn.Module):
                 )
                 for augment_layer, anchor_layer in augment.connections
             )
-            for augment in self._augments
+            for augment in self.augments
         ).to(devices[0])
         freeze_all_layers_(self.anchor_llm)
         freeze_all_layers_(self.augment_llms)
@@ -120,11 +121,6 @@ class CALM(nn.Module):
         return self._reader.blocks.modules
 
     @property
-    def augments(self) -> tuple[Augment, ...]:
-        """The reading side of each augment."""
-        return self._augments
-
-    @property
     def can_decode(self) -> bool:
         """Whether generation uses caches; otherwise every token runs over the whole sequence."""
         return self.as_causal_lm().decodes
@@ -137,7 +133,7 @@ class CALM(nn.Module):
         """This composition for ``lm_core.generate`` and its like; it shares all weights."""
         return ComposedLM(
             self._reader,
-            self._augments,
+            self.augments,
             self.cross_attns,
             pad_id=self.pad_id,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -147,11 +143,11 @@ class CALM(nn.Module):
     def wiring(self) -> dict[str, Any]:
         """What the learned weights depend on, in JSON: connections, positions, widths, attention options."""
         anchor_layers = [[anchor_layer for _, anchor_layer in pairs] for pairs in self.connections]
-        read = [(a, [augment_layer for augment_layer, _ in a.connections]) for a in self._augments]
+        read = [(a, [augment_layer for augment_layer, _ in a.connections]) for a in self.augments]
         positions, dims = self._reader.blocks.positions, self._reader.dims
         return {
             "connections": [[list(pair) for pair in pairs] for pairs in self.connections],
-            "shared_sequence": [augment.shared_sequence for augment in self._augments],
+            "shared_sequence": [augment.shared_sequence for augment in self.augments],
             "anchor_hidden_position": [[positions[layer - 1] for layer in layers] for layers in anchor_layers],
             "augment_hidden_position": [[a.position_of(layer) for layer in layers] for a, layers in read],
             "anchor_dims": [[dims[layer - 1] for layer in layers] for layers in anchor_layers],
@@ -165,7 +161,7 @@ class CALM(nn.Module):
         anchor = sum(parameter.numel() for parameter in self.anchor_llm.parameters())
         depth = len(self.anchor_blocks)
         lines = [f"anchor: {type(self.anchor_llm).__name__}, {depth} layers, {anchor:,} parameters"]
-        for augment in self._augments:
+        for augment in self.augments:
             count = sum(parameter.numel() for parameter in augment.model.parameters())
             reads = "the anchor's sequence" if augment.shared_sequence else "a prompt"
             lines.append(f"{augment.name}: {augment.depth} layers, {count:,} parameters, reads {reads}")

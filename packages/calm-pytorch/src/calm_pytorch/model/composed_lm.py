@@ -9,6 +9,7 @@ Legend: b batch, n new tokens, m augment positions, v vocabulary, d feature.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -165,29 +166,31 @@ class ComposedLM(nn.Module):
         return weight
 
     def forward(
-        self, ids: Tensor, *, mask: Tensor | None = None, cache: CALMCache | None = None, **inputs: Tensor | None
+        self,
+        ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cache: CALMCache | None = None,
+        hidden: bool = False,
+        **inputs: Tensor | None,
     ) -> Tensor:
-        """Logits ``(b, n, v)``.
+        """Logits ``(b, n, v)``, or states ``(b, n, d)`` before the output layer.
 
         Args:
             ids: tokens; with a cache, the new ones.
             mask: ``(b, cached + n)``, True at real tokens, or None.
             cache: of ``init_cache``.
+            hidden: gives states instead of logits.
             **inputs: prompts and their masks.
         """
-        return self.read(ids, mask=mask, states=self._states(cache, inputs), cache=cache)
+        return self.read(ids, mask=mask, states=self._states(cache, inputs), cache=cache, hidden=hidden)
 
     @property
     def hidden(self) -> Callable[..., Tensor]:
-        """States ``(b, n, d)`` before the output layer; arguments as of ``forward``."""
+        """``forward`` with ``hidden=True``, if the anchor gives hidden states."""
         if not hasattr(self.anchor, "hidden"):
             raise AttributeError("the anchor does not give hidden states")
-        return self._hidden
-
-    def _hidden(
-        self, ids: Tensor, *, mask: Tensor | None = None, cache: CALMCache | None = None, **inputs: Tensor | None
-    ) -> Tensor:
-        return self.read(ids, mask=mask, states=self._states(cache, inputs), cache=cache, hidden=True)
+        return partial(self.forward, hidden=True)
 
     def _states(self, cache: CALMCache | None, inputs: dict[str, Tensor | None]) -> AugmentStates | None:
         if cache is not None and cache.length > 0:

@@ -27,6 +27,18 @@ class _EnoughRead(BaseException):
     """Leaves a model's forward once its last wanted block has run; no ``except Exception`` of a model catches it."""
 
 
+def _place_of_hidden(value: Any) -> Any:
+    """Field, key or index of the first tensor in a block's output or arguments; None without one."""
+    places: Any = ()
+    if dataclasses.is_dataclass(value):
+        places = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        places = value.items()
+    elif isinstance(value, (tuple, list)):
+        places = enumerate(value)
+    return next((place for place, entry in places if isinstance(entry, Tensor)), None)
+
+
 def hidden_of(value: Any, where: str) -> Tensor:
     """The first tensor in a block's output or arguments.
 
@@ -35,35 +47,25 @@ def hidden_of(value: Any, where: str) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    entries: Sequence[Any] = ()
-    if isinstance(value, Mapping):
-        entries = list(value.values())
-    elif isinstance(value, (tuple, list)):
-        entries = value
-    elif dataclasses.is_dataclass(value):
-        entries = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    for entry in entries:
-        if isinstance(entry, Tensor):
-            return entry
-    raise TypeError(f"{where} must give a tensor, or begin with one, got {type(value).__name__}")
+    place = _place_of_hidden(value)
+    if place is None:
+        raise TypeError(f"{where} must give a tensor, or begin with one, got {type(value).__name__}")
+    hidden: Tensor = getattr(value, place) if dataclasses.is_dataclass(value) else value[place]
+    return hidden
 
 
 def with_hidden(value: Any, hidden: Tensor) -> Any:
     """``value`` with its first tensor replaced, in an object of the same type; ``value`` itself is not changed."""
     if isinstance(value, Tensor):
         return hidden
+    place = _place_of_hidden(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = next(f.name for f in dataclasses.fields(value) if isinstance(getattr(value, f.name), Tensor))
-        return dataclasses.replace(value, **{name: hidden})
+        return dataclasses.replace(value, **{place: hidden})
     if isinstance(value, Mapping):
-        name = next(key for key, entry in value.items() if isinstance(entry, Tensor))
-        changed: Any = {**value, name: hidden}
+        changed: Any = {**value, place: hidden}
         return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
-    place = next(i for i, entry in enumerate(value) if isinstance(entry, Tensor))
-    entries = [hidden if i == place else entry for i, entry in enumerate(value)]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*entries)
-    return type(value)(entries)
+    entries = [*value[:place], hidden, *value[place + 1 :]]
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def one_each(positions: Any, count: int, name: str) -> tuple[HiddenPosition, ...]:

@@ -170,8 +170,17 @@ class Learner:
     arguments: Callable[[Tensor], dict[str, Any]]
 
 
-def composition_learner(calm: CALM, settings: QuickstartSettings) -> Learner:
-    """The cross-attentions of a composition."""
+def make_learner(anchor: Any, augment: Any, settings: QuickstartSettings) -> Learner:
+    """The cross-attentions of a composition, or LoRA on the anchor with about as many parameters."""
+    calm = compose_small(anchor, augment, settings)
+    parameters = list(calm.trainable_parameters())
+    if settings.learner == "low-rank":
+        rank = rank_for(anchor, sum(parameter.numel() for parameter in parameters), OUTPUT_LAYER)
+
+        def anchor_loss(rows: Tensor) -> Tensor:
+            return F.cross_entropy(logits_of(anchor(rows[:, :-1]))[:, -1], rows[:, -1])
+
+        return Learner(anchor, add_low_rank_(anchor, rank=rank, leave=OUTPUT_LAYER), anchor_loss, lambda rows: {})
 
     def prompt(rows: Tensor) -> dict[str, Any]:
         return {"prompt": rows[:, :-1]} if settings.reads == "prompt" else {}
@@ -181,26 +190,7 @@ def composition_learner(calm: CALM, settings: QuickstartSettings) -> Learner:
         counted[:, -1] = True
         return calm(rows, mask=counted, **prompt(rows))
 
-    return Learner(calm, list(calm.trainable_parameters()), loss, lambda rows: {"return_loss": False, **prompt(rows)})
-
-
-def low_rank_learner(anchor: nn.Module, parameters: int) -> Learner:
-    """LoRA on the anchor's linear layers but for its output layer, with about as many parameters."""
-    added = add_low_rank_(anchor, rank=rank_for(anchor, parameters, OUTPUT_LAYER), leave=OUTPUT_LAYER)
-
-    def loss(rows: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(anchor(rows[:, :-1]))[:, -1], rows[:, -1])
-
-    return Learner(anchor, added, loss, lambda rows: {})
-
-
-def make_learner(anchor: Any, augment: Any, settings: QuickstartSettings) -> Learner:
-    """What ``settings.learner`` names."""
-    calm = compose_small(anchor, augment, settings)
-    learner = composition_learner(calm, settings)
-    if settings.learner != "low-rank":
-        return learner
-    return low_rank_learner(anchor, sum(parameter.numel() for parameter in learner.parameters))
+    return Learner(calm, parameters, loss, lambda rows: {"return_loss": False, **prompt(rows)})
 
 
 def train_learner(
@@ -248,21 +238,25 @@ def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> Quicksta
         MetricsLog(target / "metrics.jsonl", progress=bar) as log,
     ):
         train_learner(learner, task, settings, generator, log)
-        found = [
+        right, right_trained, right_numbers = (
             accuracy(learner.model, rows, **learner.arguments(rows))
             for rows in (over_held_out, over_known, over_numbers)
-        ]
-        validation = {"accuracy": found[0], "accuracy_trained_keys": found[1], "accuracy_numbers": found[2]}
-        log.log(settings.max_steps, {f"validation_{name}": value for name, value in validation.items()})
+        )
+        log.log(
+            settings.max_steps,
+            validation_accuracy=right,
+            validation_accuracy_trained_keys=right_trained,
+            validation_accuracy_numbers=right_numbers,
+        )
     if isinstance(learner.model, CALM):
         learner.model.save_adapter(target / "adapter", overwrite=True)
         _draw(learner, over_held_out[:1, :-1], target / "attention.png")
     result = QuickstartResult(
-        held_out=found[0],
-        trained_keys=found[1],
+        held_out=right,
+        trained_keys=right_trained,
         anchor_alone=alone,
         numbers_before=numbers_before,
-        numbers_after=found[2],
+        numbers_after=right_numbers,
         learned=sum(parameter.numel() for parameter in learner.parameters),
         seconds=time.monotonic() - started,
     )

@@ -22,7 +22,9 @@ class Batches:
     def __init__(
         self, names: Sequence[str], collate_fn: Callable[[list[Any]], Any] | None, device: torch.device
     ) -> None:
-        self.names, self.collate_fn, self.device = tuple(names), collate_fn, device
+        self.names = tuple(names)
+        self.collate_fn = collate_fn
+        self.device = device
 
     def of(self, dataset: Any, indices: Sequence[int], cache: StateCache | None = None) -> dict[str, Any]:
         """The examples of these indices, as arguments.
@@ -35,6 +37,7 @@ class Batches:
         Raises:
             ValueError: an example holds another number of things than there are names.
         """
+        from accelerate.utils import send_to_device
         from torch.utils.data import default_collate
 
         batch = (self.collate_fn or default_collate)([dataset[index] for index in indices])
@@ -42,7 +45,7 @@ class Batches:
             if len(batch) != len(self.names):
                 raise ValueError(f"data_kwarg_names must name what an example holds, got {self.names} for {len(batch)}")
             batch = dict(zip(self.names, batch, strict=True))
-        batch = {name: _moved(value, self.device) for name, value in batch.items()}
+        batch = send_to_device(batch, self.device)
         if cache is not None:
             prompt, mask = batch.pop("prompt", None), batch.pop("prompt_mask", None)
             batch["augment_states"] = cache.states(indices, prompt, mask)
@@ -82,11 +85,3 @@ class TextExamples:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         piece = torch.tensor(self.pieces[index])
         return {"prompt": piece[: self.length], "seq": piece[self.length :]} if self.prompts else {"seq": piece}
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return [_moved(entry, device) for entry in value]
-    return value

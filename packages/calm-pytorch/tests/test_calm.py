@@ -429,15 +429,18 @@ def test_states_read_once_give_the_logits_of_reading_again(model_of, compose, id
     assert not any(hidden.requires_grad for hidden in states.hiddens[0])
 
 
-@pytest.mark.parametrize("kind", ["x-transformers", "llama", "plain"])
-@pytest.mark.parametrize("own", [True, False], ids=["ours", "theirs"])
-def test_gradients_with_activation_checkpointing_are_the_same(model_of, compose, ids, kind, own):
-    if not own and kind != "llama":
-        pytest.skip("checkpointing of its own is Hugging Face's")
-    anchor = model_of(kind)
-    for module in anchor.modules():
+def without_dropout(model):
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("x-transformers", True), ("llama", True), ("plain", True), ("llama", False)]
+)
+def test_gradients_with_activation_checkpointing_are_the_same(model_of, compose, ids, kind, own):
+    anchor = without_dropout(model_of(kind))
     calm = compose(anchor, model_of("gpt2", seed=1), trained=True, shared=True).train()
     gradients = []
     for enabled in (False, True):
@@ -455,10 +458,7 @@ def test_gradients_with_activation_checkpointing_are_the_same(model_of, compose,
 
 def test_gradients_are_the_same_where_a_library_checkpoints_the_whole_call_of_a_block(model_of, compose, ids):
     """As Hugging Face does up to release 5.17: what a hook adds would be missing when the block runs again."""
-    anchor, runs = model_of("plain"), []
-    for module in anchor.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    anchor, runs = without_dropout(model_of("plain")), []
     calm = compose(anchor, model_of("gpt2", seed=1), trained=True, shared=True).train()
     kind = type(anchor.layers[0])
 

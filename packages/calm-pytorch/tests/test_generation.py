@@ -31,42 +31,6 @@ def test_cached_generation_of_uneven_prompts_equals_uncached_and_each_prompt_alo
         assert torch.equal(cached[row, : 14 - length], alone[0, : 14 - length])
 
 
-HOOKED = [
-    *("nothing", "end of a layer", "feedforward", "query projection"),
-    *("token embedding", "positions", "connection's output"),
-]
-
-
-@pytest.mark.parametrize("hooked", HOOKED)
-def test_hooks_of_others_hear_every_token_and_change_what_they_change(model_of, compose, ids, hooked):
-    anchor = model_of("x-transformers")
-    calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
-    layers = anchor.attn_layers.layers
-    parts = {
-        "end of a layer": layers[1][-1],
-        "feedforward": layers[1][1].ff[0][0],
-        "query projection": layers[0][1].to_q,
-        "token embedding": anchor.token_emb.emb,
-        "positions": anchor.pos_emb,
-        "connection's output": calm.cross_attns[0][0].attn.to_out,
-    }
-    heard = []
-
-    def louder(module, args, output):
-        heard.append(output.shape[-2])
-        return output * 4
-
-    if hooked in parts:
-        parts[hooked].register_forward_hook(louder)
-    cached = calm.generate(ids(1, 5), 17, **GREEDY)
-    calls, heard[:] = len(heard), []
-    assert torch.equal(cached, calm.generate(ids(1, 5), 17, use_cache=False, **GREEDY))
-    assert calls == (0 if hooked == "nothing" else 12)
-    if hooked != "nothing":
-        parts[hooked]._forward_hooks.clear()
-        assert not torch.equal(cached, calm.generate(ids(1, 5), 17, **GREEDY))
-
-
 class Louder(torch.nn.Module):
     """In the place of a linear layer, with its weight, as an adapter is."""
 
@@ -78,16 +42,24 @@ class Louder(torch.nn.Module):
         return 5 * self.inner(x)
 
 
-@pytest.mark.parametrize("replaced", ["query projection", "feedforward"])
-def test_a_layer_that_was_replaced_after_composing_is_the_one_that_runs(model_of, compose, ids, replaced):
-    anchor = model_of("x-transformers")
-    calm = compose(anchor, model_of("x-transformers", seed=1), trained=True)
+LINEAR = [
+    *("anchor_llm.attn_layers.layers.0.1.to_q", "anchor_llm.attn_layers.layers.1.1.ff.0.0"),
+    "cross_attns.0.0.attn.to_out",
+]
+OTHERS = [f"anchor_llm.{name}" for name in ("attn_layers.layers.1.2", "token_emb.emb", "pos_emb")]
+
+
+@pytest.mark.parametrize(
+    ("part", "how"), [*((part, "hooked") for part in LINEAR + OTHERS), *((part, "replaced") for part in LINEAR)]
+)
+def test_a_hook_on_a_part_or_a_layer_in_its_place_changes_loss_and_generation(model_of, compose, ids, part, how):
+    calm = compose(model_of("x-transformers"), model_of("x-transformers", seed=1), trained=True)
     before, loss = calm.generate(ids(1, 5), 17, **GREEDY), calm(ids(2, 9), prompt=ids(2, 5))
-    attention, feedforward = anchor.attn_layers.layers[0][1], anchor.attn_layers.layers[1][1].ff[0]
-    if replaced == "feedforward":
-        feedforward[0] = Louder(feedforward[0])
+    layer = calm.get_submodule(part)
+    if how == "hooked":
+        layer.register_forward_hook(lambda module, args, output: 4 * output)
     else:
-        attention.to_q = Louder(attention.to_q)
+        calm.set_submodule(part, Louder(layer))
     after = calm.generate(ids(1, 5), 17, **GREEDY)
     assert not torch.equal(after, before)
     assert torch.equal(after, calm.generate(ids(1, 5), 17, use_cache=False, **GREEDY))

@@ -63,8 +63,10 @@ class Augment(nn.Module):
         name: of the model in errors.
         depth: layers that can be read.
         dims: features of each of them.
+        positions: whether each is read before its block ("input") or after it ("output").
         connections: 1-indexed pairs.
         layers: the augment layers that are read, rising.
+        max_length: positions of a shared sequence that the model knows; None without a bound.
         decodes: whether its states of a growing sequence can be read from a cache; True where it reads a prompt.
     """
 
@@ -97,6 +99,7 @@ class Augment(nn.Module):
         with undisturbed(self.model):
             self.dims = hidden_widths(self._read(self._probe()), self.name)
         self.depth = len(self.dims)
+        self.positions = ("output",) * self.depth if self._blocks is None else self._blocks.positions
         self.connections: tuple[Connection, ...]
         if params.connections is None:
             self.connections = plan_connections(self.depth, anchor_depth, params.connect_every_num_layers)
@@ -107,32 +110,20 @@ class Augment(nn.Module):
         # in a tuple, so that the adapter does not register the model a second time
         self._language_model: tuple[Any, ...] = ()
         self.decodes = True
+        self.max_length: int | None = None
         if self.shared_sequence:
             self._language_model = (as_causal_lm(self.model),)
+            self.max_length = getattr(self._language_model[0], "max_length", None)
             with undisturbed(self.model):
                 self._refuse_what_looks_ahead()
                 self.decodes = self._can_cache()
-
-    @property
-    def max_length(self) -> int | None:
-        """Positions of a shared sequence the model knows; None without a bound."""
-        return getattr(self._language_model[0], "max_length", None) if self._language_model else None
-
-    def position_of(self, layer: int) -> str:
-        """Whether a layer is read before or behind its block; "output" for a model that returns its states."""
-        return "output" if self._blocks is None else self._blocks.positions[layer - 1]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return device_of(self.model)
 
     # ---------------------------------------------------------------------------------------------- reading a prompt
 
     def _probe(self) -> Tensor:
         if self.input_shape is not None:
-            return torch.zeros(1, *self.input_shape, device=self.device, dtype=_float_type(self.model))
-        return torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            return torch.zeros(1, *self.input_shape, device=device_of(self.model), dtype=_float_type(self.model))
+        return torch.zeros(1, 2, dtype=torch.long, device=device_of(self.model))
 
     def _call(self, prompt: Tensor, **kwargs: Any) -> Any:
         return self.model(prompt, **self._settings, **kwargs)
@@ -210,18 +201,18 @@ class Augment(nn.Module):
             raise TypeError(f"{self.name} reads floating point of shape {self.input_shape}, got {prompt.dtype}")
         elif prompt.ndim != 2 or prompt.shape[1] == 0:
             raise ValueError(f"{self.name}: prompt must have shape (b, m) with m at least 1, got {tuple(prompt.shape)}")
-        if mask is None:
-            real = prompt
-        elif mask.dtype != torch.bool:
+        if mask is not None and mask.dtype != torch.bool:
             raise TypeError(f"{self.name}: prompt_mask must be boolean, got {mask.dtype}")
-        elif not prompt.is_floating_point() and mask.shape != prompt.shape:
+        if prompt.is_floating_point():
+            return
+        if mask is not None and mask.shape != prompt.shape:
             raise ValueError(
                 f"{self.name}: prompt_mask must have the prompt's shape {tuple(prompt.shape)}, got {tuple(mask.shape)}"
             )
-        else:
-            real = prompt if prompt.is_floating_point() else prompt.masked_fill(~mask, 0)
-        if not prompt.is_floating_point() and self._vocab_size is not None and prompt.device.type == "cpu":
-            check_ids(real, self._vocab_size, f"{self.name}: prompt")
+        if self._vocab_size is not None and prompt.device.type == "cpu":
+            check_ids(
+                prompt if mask is None else prompt.masked_fill(~mask, 0), self._vocab_size, f"{self.name}: prompt"
+            )
 
     # ------------------------------------------------------------------------------------ reading the anchor's sequence
 
@@ -252,7 +243,7 @@ class Augment(nn.Module):
         return tuple(hiddens)
 
     def _refuse_what_looks_ahead(self) -> None:
-        ids = torch.zeros(2, 3, dtype=torch.long, device=self.device)
+        ids = torch.zeros(2, 3, dtype=torch.long, device=device_of(self.model))
         if self._vocab_size is None or self._vocab_size > 1:
             ids[1, -1] = 1
         for hidden in self.read_on(ids, None, None):
@@ -264,7 +255,7 @@ class Augment(nn.Module):
     def _can_cache(self) -> bool:
         if not hasattr(self._language_model[0], "init_cache"):
             return False
-        ids = torch.zeros(1, 3, dtype=torch.long, device=self.device)
+        ids = torch.zeros(1, 3, dtype=torch.long, device=device_of(self.model))
         cache = self.init_cache(1, 3)
         try:
             steps = [self.read_on(ids[:, :2], None, cache), self.read_on(ids[:, 2:], None, cache)]

@@ -149,7 +149,7 @@ class CALM(nn.Module):
             "connections": [[list(pair) for pair in pairs] for pairs in self.connections],
             "shared_sequence": [augment.shared_sequence for augment in self.augments],
             "anchor_hidden_position": [[positions[layer - 1] for layer in layers] for layers in anchor_layers],
-            "augment_hidden_position": [[a.position_of(layer) for layer in layers] for a, layers in read],
+            "augment_hidden_position": [[a.positions[layer - 1] for layer in layers] for a, layers in read],
             "anchor_dims": [[dims[layer - 1] for layer in layers] for layers in anchor_layers],
             "augment_dims": [[a.dims[layer - 1] for layer in layers] for a, layers in read],
             "attn_kwargs": json.loads(json.dumps(self.attn_kwargs, default=str, sort_keys=True)),

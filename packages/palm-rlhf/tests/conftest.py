@@ -111,7 +111,7 @@ SMALL = {"dim": 16, "num_tokens": 13, "depth": 2, "dim_head": 8, "heads": 4, "kv
 
 @pytest.fixture(scope="session")
 def make_palm():
-    """A small PaLM whose weights, gains and logits are all far from trivial, in evaluation mode."""
+    """A small PaLM with non-trivial weights, gains and logits, in evaluation mode."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
@@ -128,7 +128,7 @@ def make_palm():
 
 @pytest.fixture(scope="session")
 def trained():
-    """``trained(module)``: the module in evaluation mode with every weight moved, so that each of them counts."""
+    """``trained(module)``: the module in evaluation mode, with every weight away from its initial value."""
 
     def move(module):
         generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The command: defaults < YAML < flags, errors that name the nearest known argument, and each command at work."""
+"""The command: defaults < YAML < flags, errors that name the nearest known argument, and a run of each command."""
 
 import io
 import json

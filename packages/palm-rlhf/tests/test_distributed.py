@@ -175,7 +175,7 @@ def test_two_processes_stopped_and_resumed_end_as_the_uninterrupted_bit_for_bit(
 
 
 def test_two_processes_make_the_updates_of_one(outcomes):
-    """Of policies and of reward models."""
+    """Covers policies and reward models."""
     one, two = (outcomes[processes][1]["policies"] for processes in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Hugging Face policies: actor, critic and reference are peft adapters on one base, and all holds as for PaLM."""
+"""Hugging Face policies: actor and critic are peft adapters on one base, with the guarantees of PaLM policies."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ def with_scope(trained):
 
 
 def peft_linear(lora, dropout=0.0, rank_stabilized=False):
-    """peft's layer around a zero weight, with the factors of ours."""
+    """peft's layer around a zero weight, with the factors of our layer."""
     from peft import LoraConfig, inject_adapter_in_model
 
     base = nn.Sequential(nn.Linear(lora.A.shape[1], lora.B.shape[0], bias=False))

@@ -1,4 +1,4 @@
-"""bf16: products in bfloat16 everywhere alike, so that old and new probabilities are of one distribution."""
+"""bf16: the same products in bfloat16 everywhere, so that old and new probabilities are of one distribution."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
 @pytest.fixture
 def example():
-    """Two sums, the first of them answered rightly."""
+    """Two sums, the first with the right answer."""
     sums = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}]
     rollout = rollout_of(load_prompts(sums, tokenizer=ByteTokenizer()), [torch.tensor([52]), torch.tensor([51, 50])])
     return replace(rollout, texts=["4", "32"])

@@ -69,7 +69,7 @@ def trainer_of(corpus, tmp_path):
 
 
 class StopAt:
-    """A tracker that presses Ctrl-C when an update's metrics arrive."""
+    """A tracker that presses Ctrl-C when it gets the metrics of an update."""
 
     def __init__(self, step):
         self.step = step

@@ -1,8 +1,8 @@
 """Statements of trl 1.12.0's PPO trainer, executed and compared with ours; skipped if that release is not installed.
 
-They stand inside ``PPOTrainer.train`` between its forwards and its optimizer, so no import can call them: they are
-found by the names they assign and run as they are, on tensors of ours. Nothing of trl is imported, whose own
-requirements need not be there. ``test_trl_formulas.py`` has the same formulas written out, for where trl is missing.
+They are part of ``PPOTrainer.train``, between its forwards and its optimizer, so they cannot be imported: they are
+located by the names they assign and executed unchanged on our tensors. trl itself is not imported, so its
+requirements need not be installed. ``test_trl_formulas.py`` has the same formulas written out.
 """
 
 import ast

@@ -49,6 +49,7 @@ def corrupted_pairs(
         raise ValueError(f"loops must be in [0, 1], got {loops}")
     generator = torch.Generator().manual_seed(seed)
     pairs: list[Preference] = []
+    # cuts that the corruption did not change are drawn again
     for _ in range(_TRIES):
         wanted = count - len(pairs)
         for piece in _cuts(documents, wanted, prompt_tokens + response_tokens, generator) if wanted else ():

@@ -24,7 +24,7 @@ from palm_rlhf.interop.original import build_palm, check_keys, shapes_of
 from palm_rlhf.model.lora import target_weights
 from palm_rlhf.model.palm import PaLM
 
-# Cohere's module of each LoRA target; "ff_in" is two modules, (up, gate), in the order of our fused rows.
+# Cohere's module of each LoRA target; "ff_in" is two modules, (up, gate), in the order of PaLM's fused rows.
 COHERE_MODULES = {
     "q": ("self_attn.q_proj",),
     "k": ("self_attn.k_proj",),
@@ -167,8 +167,8 @@ def _cohere_state(palm: PaLM, scope: str | None) -> dict[str, Tensor]:
     for layer, block in enumerate(palm.blocks()):
         prefix = f"model.layers.{layer}."
         state[f"{prefix}input_layernorm.weight"] = block.norm.gamma.clone()
-        for target, ours in target_weights(block).items():
-            weight = ours
+        for target, base in target_weights(block).items():
+            weight = base
             if adapters is not None and target in adapters[layer]:
                 weight = weight + adapters[layer][target].delta()
             for name, value in split_rows(target, weight, palm.dim_head).items():
@@ -236,7 +236,7 @@ def _palm_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": (rope_type, "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
     }
-    wrong = [f"{name} = {value!r} (PaLM: {ours!r})" for name, (value, ours) in expected.items() if value != ours]
+    wrong = [f"{name} = {value!r} (PaLM: {fixed!r})" for name, (value, fixed) in expected.items() if value != fixed]
     if wrong:
         raise ValueError(f"PaLM cannot express this Cohere model: {', '.join(wrong)}")
     dim, heads, ff_dim = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]

@@ -121,6 +121,7 @@ class PaLM(PretrainedMixin):
         self.cross_entropy_ignore_index = cross_entropy_ignore_index
         self.gradient_checkpointing = gradient_checkpointing
 
+        # modules; the output layer is the embedding
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.rotary = RotaryEmbedding(dim_head, use_xpos=use_xpos and causal, scale_base=float(rotary_xpos_scale_base))
         self.layers = nn.ModuleList(
@@ -283,6 +284,7 @@ class PaLM(PretrainedMixin):
         features = self.hidden(x, mask=mask, cache=cache, document_ids=document_ids, **settings)
         if return_only_embedding:
             return features
+        # the tied output layer belongs to the base, which takes no gradient while a scope is used
         frozen = finetune_scope is not None and not disable_lora
         logits = F.linear(features, self.output_weight.detach() if frozen else self.output_weight)
         return (logits, features) if return_logits_with_embedding else logits

@@ -31,7 +31,7 @@ Reward = Callable[[Rollout], Tensor]
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A ``RewardModel`` on tokens of its own vocabulary, in batches."""
+    """A ``RewardModel`` with the vocabulary of the policy, applied in batches."""
 
     model: RewardModel
     batch_size: int = 64

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from itertools import islice, pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -175,18 +176,10 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(tmp_pa
     assert sorted(set(steps)) == list(range(7))
 
 
-class FailsOnce:
-    failed = False
-
-    def log(self, values, *, step):
-        if step == 4 and not self.failed:
-            self.failed = True
-            raise OSError("no connection")
-
-
 def test_an_error_leaves_no_memory_files_and_the_next_call_continues_with_the_memories(tmp_path):
     whole, _ = trained(tmp_path / "whole")
-    trainer = new_trainer(tmp_path / "run", tmp_path / "memories", [FailsOnce()])
+    fails_once = Mock(side_effect=[*[None] * 5, OSError("no connection"), *[None] * 9])
+    trainer = new_trainer(tmp_path / "run", tmp_path / "memories", [Mock(log=fails_once)])
     with pytest.raises(OSError, match="no connection"):
         trainer.train()
     assert list((tmp_path / "memories").iterdir()) == []

@@ -7,8 +7,6 @@ import json
 from functools import partial
 from typing import Any, Literal
 
-import torch
-
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.cli.text_generation import TextGeneration, open_prompt, print_continuations
 from lm_core.data.corpora import held_out_documents
@@ -118,18 +116,11 @@ def inspect_checkpoint(
     if prompt is None:
         return 0
     opened = open_prompt(MemorizingTransformer, checkpoint, prompt, tokenizer=tokenizer, device=device)
-    model, encoder, ids = opened.model, opened.tokenizer, opened.ids
-    generator = torch.Generator(model.device).manual_seed(seed)
+    encoder = opened.tokenizer
     generated = retrieved_while_generating(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        layer=layer,
-        temperature=0.7,
-        eos_id=encoder.eos_id,
-        generator=generator,
+        opened.model, opened.ids, max_new_tokens=max_new_tokens, eos_id=encoder.eos_id, layer=layer, seed=seed
     )
-    print(f"wrote {write_page(page, ids.cpu(), generated, encoder)}")
+    print(f"wrote {write_page(page, opened.ids, generated, encoder)}")
     return 0
 
 

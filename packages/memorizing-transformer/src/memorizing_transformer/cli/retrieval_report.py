@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,6 +20,7 @@ from lm_core.tokenizers import Tokenizer
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.evaluation import Evaluation
 
+SHOWN = 4  # retrieved tokens on the page, for each new token
 _STYLE = """body { font: 14px/1.5 sans-serif; max-width: 70em; margin: 2em auto; color: #222; background: #fff }
 code { font: 13px/1.4 monospace; white-space: pre-wrap } .token { background: #ffd27f } .found { background: #a6d8ff }
 table { border-collapse: collapse; width: 100% } td, th { border-bottom: 1px solid #ddd; padding: .3em .6em;
@@ -51,16 +51,23 @@ class GeneratedToken:
 
 @torch.no_grad()
 def retrieved_while_generating(
-    model: MemorizingTransformer, prompt: Int[Tensor, " n"], *, max_new_tokens: int, layer: int = 0, **settings: Any
+    model: MemorizingTransformer,
+    prompt: Int[Tensor, " n"],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    layer: int = 0,
+    seed: int = 0,
 ) -> list[GeneratedToken]:
-    """Continues a prompt; returns for each new token what the memory gave.
+    """Continues a prompt at temperature 0.7; returns the tokens retrieved for each new one.
 
     Args:
-        model: the model; its memory begins empty and takes up the prompt, segment by segment.
+        model: the model; its memory begins empty and takes the prompt segment by segment.
         prompt: token ids.
-        max_new_tokens: how many.
-        layer: which of the memorizing layers, counted from 0.
-        **settings: of ``lm_core.generate``, other than ``filters``.
+        max_new_tokens: maximum number of new tokens.
+        eos_id: ends the text.
+        layer: index among the memorizing layers, counted from 0.
+        seed: seed of the draws.
 
     Raises:
         ValueError: the model has no such memorizing layer.
@@ -77,7 +84,15 @@ def retrieved_while_generating(
             records.clear()
             return logits
 
-        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=(note,), **settings)
+        result = generate(
+            model,
+            prompt.unsqueeze(0),
+            max_new_tokens=max_new_tokens,
+            temperature=0.7,
+            filters=(note,),
+            eos_id=eos_id,
+            generator=torch.Generator(model.device).manual_seed(seed),
+        )
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
     for token, nearest_first in zip(tokens, steps, strict=False):
@@ -88,36 +103,29 @@ def retrieved_while_generating(
 
 
 def write_page(
-    path: str | Path,
-    prompt: Int[Tensor, " n"],
-    generated: list[GeneratedToken],
-    tokenizer: Tokenizer,
-    *,
-    shown: int = 4,
+    path: str | Path, prompt: Int[Tensor, " n"], generated: list[GeneratedToken], tokenizer: Tokenizer
 ) -> Path:
-    """Writes the page.
+    """Writes an HTML page of the new tokens, each with the four tokens that most heads retrieved for it.
 
     Args:
-        path: of the ``.html``.
-        prompt: token ids that were read before; positions count in them and in what was generated.
-        generated: of ``retrieved_while_generating``.
-        tokenizer: for the text.
-        shown: remembered tokens a new one.
+        path: path of the page.
+        prompt: token ids of the prompt; positions count from its first token.
+        generated: result of ``retrieved_while_generating``.
+        tokenizer: decodes the ids.
     """
-    ids = [*prompt.tolist(), *(one.token for one in generated)]
+    ids = [*prompt.tolist(), *(new.token for new in generated)]
     rows = []
-    for number, one in enumerate(generated):
-        at = len(prompt) + number
-        found = "<br>".join(
+    for at, new in enumerate(generated, start=len(prompt)):
+        retrieved = "<br>".join(
             f"<code>{_around(ids, position, tokenizer, 'found', after=24)}</code> <small>token {position:,}, "
             f"{count} head{'s' if count > 1 else ''}</small>"
-            for position, count in one.positions[:shown]
+            for position, count in new.positions[:SHOWN]
         )
         rows.append(
             f"<tr><td><code>{_around(ids, at, tokenizer, 'token', after=0)}</code></td>"
-            f"<td>{found or '<small>the memory was empty</small>'}</td></tr>"
+            f"<td>{retrieved or '<small>the memory was empty</small>'}</td></tr>"
         )
-    text = html.escape(tokenizer.decode([one.token for one in generated]))
+    text = html.escape(tokenizer.decode([new.token for new in generated]))
     page = (
         f"<!doctype html><meta charset=utf-8><title>Retrieved memories</title><style>{_STYLE}</style>"
         f"<h1>What the memory gave</h1><p>{len(prompt):,} tokens were read, {len(generated)} generated:</p>"

@@ -97,10 +97,7 @@ def _show_retrieval(
     lengths = [abs(int(length) - 6000) for length in documents.lengths]
     document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
     prompt = document[: -min(200, len(document) // 2)].to(model.device)
-    generator = torch.Generator(model.device).manual_seed(0)
-    generated = retrieved_while_generating(
-        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=encoder.eos_id, generator=generator
-    )
-    page = write_page(folder / "retrieved.html", prompt.cpu(), generated, encoder)
+    generated = retrieved_while_generating(model, prompt, max_new_tokens=new_tokens, eos_id=encoder.eos_id)
+    page = write_page(folder / "retrieved.html", prompt, generated, encoder)
     report("retrieved", f"{page} shows what the memory returned while this was generated:\n")
     print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([token.token for token in generated]))

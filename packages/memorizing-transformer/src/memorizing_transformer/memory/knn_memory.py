@@ -98,14 +98,8 @@ class KNNMemory:
         nprobe: int = 40,
         ef_search: int = 512,
     ) -> None:
-        for name, value in (
-            ("dim", dim),
-            ("max_memories", max_memories),
-            ("num_indices", num_indices),
-            ("heads", heads),
-            ("nprobe", nprobe),
-            ("ef_search", ef_search),
-        ):
+        sizes = {"dim": dim, "max_memories": max_memories, "num_indices": num_indices, "heads": heads}
+        for name, value in {**sizes, "nprobe": nprobe, "ef_search": ef_search}.items():
             check_positive(value, name)
         place = torch.device(device)
         if memmap_filename is not None and place.type != "cpu":

@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_core.checks import check_positive, check_probability, typed
+from lm_core.checks import check_positive, typed
 
 # T5's defaults.
 NUM_BUCKETS = 32
@@ -42,7 +42,6 @@ class RelativePositionBias(nn.Module):
     @typed
     def __init__(self, *, heads: int, scale: float, look_back: bool = False) -> None:
         super().__init__()
-        check_positive(heads, "heads")
         self.scale = scale
         self.bias = nn.Embedding(NUM_BUCKETS, heads)
         nn.init.normal_(self.bias.weight, std=0.1)
@@ -98,7 +97,6 @@ class LocalAttention(nn.Module):
         self, *, dim: int, heads: int = 8, dim_head: int = 64, dropout: float = 0.0, multi_head_keys: bool = False
     ) -> None:
         super().__init__()
-        check_probability(dropout, "dropout")
         self.dropout = dropout
         self.projections = Projections(
             dim=dim, heads=heads, dim_head=dim_head, multi_head_keys=multi_head_keys, output_bias=True

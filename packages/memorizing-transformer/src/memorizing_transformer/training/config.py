@@ -1,6 +1,6 @@
-"""What can be chosen about a training run, with its defaults: those of the quickstart.
+"""Settings of a training run; the defaults are those of the quickstart.
 
-The same names are the flags of ``memorizing-transformer train`` and the keys of its YAML file.
+The names are also the flags of ``memorizing-transformer train`` and the keys of its YAML file.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from lm_core.training.config import CommonSettings
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(CommonSettings):
-    """Training: data, optimizer, schedule, precision, what is written when.
+    """Training: data, optimizer, schedule, precision, validation and checkpoints.
 
     Args:
-        segment_length: tokens a segment.
-        batch_size: rows on each process, each of which reads documents in order.
-        gradient_accumulation: successive segments an update.
+        segment_length: tokens in a segment.
+        batch_size: batch rows on each process, each of which reads documents in order.
+        gradient_accumulation: successive segments in an update.
         use_memory: whether memorizing layers have their memory; false trains the same weights without.
-        validation_documents: how many held-out documents are scored; null for all.
+        validation_documents: number of held-out documents scored; null for all.
 
     Raises:
         ValueError: a value is out of range; it is named.

@@ -1,9 +1,9 @@
-"""Documents in order: each batch row reads one document after another, a segment at a time.
+"""Document streams: each batch row reads one document after another, a segment at a time.
 
 Row ``g`` of all rows (over all processes) has a queue of its own: in each epoch the documents are shuffled, and it
-takes every R-th of them from place g on, R being the number of rows. A row's queue depends on nothing but its number
+takes every R-th of them starting with number g, where R is the number of rows. A row's queue depends only on its number
 and the seed, so two processes with half of the rows each read what one process with all rows reads. Every document is
-followed by EOS, which is what tells the model to forget. Labels are the next tokens; EOS has none.
+followed by EOS, at which the model clears its memory. Labels are the next tokens; EOS has none.
 
 Legend: b batch rows of this process, n tokens of a segment.
 """
@@ -26,13 +26,13 @@ from lm_core.data.packing import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment of every row.
+    """One segment of every batch row.
 
     Attributes:
         ids: input tokens.
         labels: the token after each; -100 at EOS and at padding.
         mask: False at padding (validation only); None where there is none.
-        positions: how many tokens of its document come before each input.
+        positions: number of tokens of its document before each input.
     """
 
     ids: Int[Tensor, "b n"]
@@ -42,20 +42,20 @@ class Segment:
 
     @property
     def num_labels(self) -> int:
-        """How many labels count."""
+        """Number of labels that count in the loss."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-class DocumentStreams:
-    """An endless iterator over training segments, which can be stopped and continued anywhere.
+class DocumentStreams(Iterator[Segment]):
+    """Endless iterator over training segments, resumable at any segment.
 
     Args:
         documents: token ids without separators.
-        segment_length: n.
-        batch_size: rows of this process.
-        eos_id: follows every document.
-        seed: of the order.
-        rank: of this process.
+        segment_length: tokens in a segment.
+        batch_size: batch rows of this process.
+        eos_id: token after every document.
+        seed: seed of the order of the documents.
+        rank: rank of this process.
         world_size: number of processes.
 
     Raises:
@@ -87,17 +87,14 @@ class DocumentStreams:
         self.eos_id = eos_id
         self._order = EpochOrder(len(documents), seed=seed, key=("documents",))
         self._numbers = range(rank * batch_size, (rank + 1) * batch_size)
-        # of each row: epoch, place in its queue, token in the document
+        # per row: epoch, place in its queue, token in the document
         self._cursors = [[0, 0, 0] for _ in self._numbers]
 
     @property
     def epoch(self) -> float:
-        """How often the corpus has been read, about."""
+        """Approximate number of passes over the corpus so far."""
         queue = len(self.documents) / self.rows
         return float(np.mean([epoch + place / queue for epoch, place, _ in self._cursors]))
-
-    def __iter__(self) -> "DocumentStreams":
-        return self
 
     def __next__(self) -> Segment:
         rows = np.stack([self._row(index) for index in range(self.batch_size)], axis=1)
@@ -121,7 +118,7 @@ class DocumentStreams:
         return np.concatenate(parts, axis=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where each row of this process is."""
+        """Position of each row of this process, and what the order depends on."""
         return {
             "data": self.documents.fingerprint,
             "segment_length": self.segment_length,
@@ -132,11 +129,11 @@ class DocumentStreams:
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ``ValueError`` unless ``state`` is of the same documents, rows, segment length, EOS and seed."""
+        """Raises ``ValueError`` unless ``state`` has the same documents, rows, segment length, EOS and seed."""
         check_same_order(state, self.state_dict(), cursor="cursors")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where ``state`` was taken.
+        """Continues from ``state``.
 
         Raises:
             ValueError: see ``check_state``.
@@ -146,15 +143,14 @@ class DocumentStreams:
 
 
 class DocumentSegments:
-    """Segments of held-out documents, each read once from its beginning.
+    """Segments of held-out documents, each document read once.
 
-    Documents are dealt to rows longest first, each to the row with the fewest tokens so far. A row that has ended is
-    padded.
+    Documents are assigned longest first, each to the row with the fewest tokens so far. Rows that end early are padded.
 
     Args:
         documents, segment_length, batch_size, eos_id: as for ``DocumentStreams``.
-        max_documents: only so many, evenly out of the order of the corpus; None for all.
-        rank: of this process: it takes every world_size-th document.
+        max_documents: number of documents, evenly spaced in the corpus; None for all.
+        rank: rank of this process, which takes every world_size-th document.
         world_size: number of processes.
     """
 
@@ -208,7 +204,7 @@ class DocumentSegments:
 
 
 def _read(documents: Documents, number: int, eos_id: int, start: int = 0, most: int | None = None) -> NDArray[np.int64]:
-    """Ids of a document and its EOS from ``start`` on, the labels of these, and how many tokens come before each."""
+    """Ids of a document and its EOS from ``start`` on, their labels, and the number of tokens before each."""
     text = documents[number]
     stop = len(text) + 1 if most is None else min(len(text) + 1, start + most)
     ids = np.append(text[start : stop + 1].astype(np.int64), (eos_id, IGNORE_INDEX))

@@ -1,12 +1,12 @@
-"""How well a model predicts held-out documents, read in order: bits per byte, over all and by position.
+"""Bits per byte on held-out documents, over all tokens and by position.
 
-The position of a token is how many tokens of its document come before it. What a memory is worth shows where there is
-something to remember: the same weights read the same segments with memory and without.
+The position of a token is the number of tokens of its document before it. The gain of a memory is measured on the
+same segments with the same weights, with memory and without.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +18,24 @@ from lm_core.data.documents import Documents
 from lm_core.data.packing import IGNORE_INDEX
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.training.accelerator import Precision, autocast
+from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.documents import DocumentSegments
 
-# First position of each range of positions.
+# First position of each bucket of positions.
 RANGES = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a pass over held-out documents gave.
+    """Scores of a pass over held-out documents.
 
     Attributes:
-        bits_per_byte: summed loss in bits, over bytes of text.
+        bits_per_byte: summed loss in bits, divided by bytes of text.
         loss: mean over the predicted tokens, in nats.
-        tokens: how many were predicted.
-        by_position: first position of each range that has tokens, its tokens, and their mean loss in nats.
+        tokens: number of predicted tokens.
+        by_position: first position of each range that has tokens, number of its tokens, and their mean loss in nats.
     """
 
     bits_per_byte: float
@@ -58,24 +59,24 @@ def evaluate(
     progress: bool = False,
     ranges: Sequence[int] = RANGES,
 ) -> Evaluation:
-    """Bits per byte of a model, in evaluation mode, on documents that are each read with memories that begin empty.
+    """Scores a model, in evaluation mode, on held-out documents; memories are empty at the start of each.
 
-    With several processes every one calls it, reads its share of the documents and gets the result of all.
+    With several processes all call it: each reads its share of the documents, and all get the same result.
 
     Args:
-        model: the model; EOS must be what ends documents for it.
+        model: the model; it must clear its memories at ``eos_id``.
         documents: the text, in the model's token ids.
-        eos_id: follows every document.
-        segment_length: tokens a segment.
-        batch_size: documents at a time.
-        max_documents: only so many; None for all.
+        eos_id: token after every document.
+        segment_length: tokens in a segment.
+        batch_size: documents read in parallel.
+        max_documents: number of documents; None for all.
         use_memory: False reads without kNN memories (the XL window stays).
         precision: "auto", "fp32" or "bf16".
-        progress: shows a progress bar.
-        ranges: first position of each range of positions to tell apart, ascending from 0.
+        progress: whether a progress bar is shown.
+        ranges: first position of each bucket of ``by_position``, ascending from 0.
 
     Raises:
-        ValueError: the model does not clear its memories at the documents' EOS, or the ranges are in disorder.
+        ValueError: the model does not clear its memories at ``eos_id``, or the ranges are not ascending from 0.
     """
     if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
         raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
@@ -96,11 +97,10 @@ def evaluate(
     sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
     edges = torch.tensor(ranges[1:], dtype=torch.long)
     window: XLMemories | None = None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(eval_mode(model))
-        memories = None
-        if use_memory:
-            memories = stack.enter_context(model.knn_memories_context(batch_size=batch_size))
+    memory: AbstractContextManager[KNNMemoryList | None] = nullcontext()
+    if use_memory:
+        memory = model.knn_memories_context(batch_size=batch_size)
+    with eval_mode(model), memory as memories:
         for segment in tqdm(segments, desc="evaluate", unit="segment", disable=not progress, leave=False):
             ids, labels = segment.ids.to(device), segment.labels.to(device)
             mask = None if segment.mask is None else segment.mask.to(device)
@@ -111,15 +111,13 @@ def evaluate(
             bucket = torch.bucketize(segment.positions[counted], edges, right=True)
             sums[:, 0].index_add_(0, bucket, torch.ones(bucket.shape[0], dtype=torch.float64))
             sums[:, 1].index_add_(0, bucket, losses.double().cpu()[counted])
+    # totals over all processes
     bytes_ = torch.tensor([segments.num_bytes, segments.num_tokens], dtype=torch.float64)
     totals = torch.cat((sums.flatten(), bytes_))
     totals = all_reduce_sum(totals.to(device) if device.type == "cuda" else totals).cpu()
     sums, (num_bytes, num_tokens) = totals[:-2].view(-1, 2), totals[-2:].tolist()
     count, nats = float(sums[:, 0].sum()), float(sums[:, 1].sum())
-    by_position = [
-        (first, int(number), total / number)
-        for first, (number, total) in zip(ranges, sums.tolist(), strict=True)
-        if number
-    ]
+    pairs = zip(ranges, sums.tolist(), strict=True)
+    by_position = [(first, int(tokens), total / tokens) for first, (tokens, total) in pairs if tokens]
     bits = nats / math.log(2) / (count * num_bytes / num_tokens)
     return Evaluation(bits, nats / count, int(count), by_position)

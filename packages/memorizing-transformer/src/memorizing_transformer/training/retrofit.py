@@ -1,8 +1,7 @@
-"""Giving a trained model a memory (arXiv 2203.08913, section 4.4: a pretrained model learns to use one quickly).
+"""Retrofits a memory to a trained model (arXiv 2203.08913, section 4.4: a pretrained model learns to use one quickly).
 
-A model that was trained with memorizing layers but without memories (``knn_memories=None``) is simply trained on with
-memories, its sigmoid gates opened before (``open_gates``). One without memorizing layers gets new ones, behind a gate
-that begins closed (``retrofit``).
+A model that was trained with memorizing layers but without memories (``knn_memories=None``) continues training with
+memories after ``open_gates``. One without memorizing layers gets new ones, whose gate starts closed (``retrofit``).
 """
 
 import math
@@ -22,11 +21,11 @@ def retrofit(
 ) -> MemorizingTransformer:
     """A copy of ``model`` with an attention to the memory after the plain attention of some layers.
 
-    Its gate begins at tanh(0) = 0: before any training the copy computes what ``model`` does.
+    The new attention's output gate starts at tanh(0) = 0: before training the copy computes the same as ``model``.
 
     Args:
-        model: without memorizing layers.
-        memorizing_layers: layers to give one, counted from 1; the middle one by default.
+        model: a model without memorizing layers.
+        memorizing_layers: layers that get a memory, counted from 1; the middle one by default.
         **settings: constructor arguments to replace, such as ``max_knn_memories``.
 
     Raises:
@@ -50,14 +49,13 @@ def retrofit(
 def open_gates(model: MemorizingTransformer, part: float = 0.5) -> bool:
     """Opens, in place, the sigmoid gates of a model that was trained without its memory.
 
-    A gate begins nearly closed, since a model that has learned nothing yet finds nothing worth reading. One that was
-    trained without memories has learned to match contexts in its window, and its gates have not moved: at a half it
-    learns to use a memory in fewer steps (``tests/benchmarks/study_memorizing_transformer_gain.py``). Gates that have
-    been trained are left as they are.
+    A gate starts nearly closed, because an untrained model retrieves nothing useful. A model trained without memories
+    has learned to match contexts in its window, but its gates have not moved: with gates at 0.5 it learns to use a
+    memory in fewer steps (``tests/benchmarks/study_memorizing_transformer_gain.py``). Trained gates stay as they are.
 
     Args:
-        model: with memorizing layers.
-        part: how much of a head's output is what was retrieved, between 0 and 1.
+        model: a model with memorizing layers.
+        part: weight of the memory in each head's output, between 0 and 1.
 
     Returns:
         Whether a gate was opened.

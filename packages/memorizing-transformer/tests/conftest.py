@@ -43,7 +43,7 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def read_in_segments():
-    """Logits of a teacher-forced pass, segment by segment, with the memories and XL memories behind it."""
+    """Logits of a teacher-forced pass, segment by segment, and the XL memories after it."""
 
     def read(model, ids, memories, length=8, xl=None):
         logits = []

@@ -64,7 +64,7 @@ def test_a_cleared_row_finds_only_what_came_after(index):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """faiss as it is with a GPU: its indexes know no selectors and take pointers. Gives the indexes made on it."""
+    """faiss as on a GPU: its indexes have no selectors and take pointers. Yields the list of indexes moved to it."""
     from memorizing_transformer.memory import faiss as ours
 
     made = []
@@ -94,11 +94,8 @@ def pretended_gpu(monkeypatch):
             self.index.search_c(n, queries, k, scores, numbers)
 
     ours.gpu_resources.cache_clear()
-    for name, value in {
-        "StandardGpuResources": Resources,
-        "GpuParameterSpace": ParameterSpace,
-        "index_cpu_to_gpu": OnGPU,
-    }.items():
+    fakes = {"StandardGpuResources": Resources, "GpuParameterSpace": ParameterSpace, "index_cpu_to_gpu": OnGPU}
+    for name, value in fakes.items():
         monkeypatch.setattr(faiss, name, value, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(ours, "has_gpu", lambda device: True)

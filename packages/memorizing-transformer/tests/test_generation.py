@@ -91,7 +91,7 @@ def test_beams_carry_their_own_memories(tiny_model):
     assert beam_search(model, prompt, beams=3, max_new_tokens=14).tokens.shape == (2, 14)
 
 
-def test_rows_that_end_leave_the_batch_and_the_others_go_on(tiny_model):
+def test_rows_that_end_leave_the_batch_and_the_others_continue(tiny_model):
     model = tiny_model(xl_max_memories=5)
     prompts = [torch.randint(0, 20, (length,)) for length in (3, 12, 19, 7)]
     together = generate(model, prompts, max_new_tokens=24, temperature=0.0, eos_id=int(model.num_tokens - 1))
@@ -102,7 +102,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on(tiny_model):
         assert torch.equal(together.tokens[number, :length], alone.tokens[0, :length])
 
 
-def test_a_pad_id_is_padding_behind_a_cache_as_well(tiny_model, read_in_segments):
+def test_a_pad_id_is_padding_with_a_cache_as_well(tiny_model, read_in_segments):
     model, ids = tiny_model(pad_id=0, xl_max_memories=5), torch.randint(1, 20, (1, 30))
     expected, _ = read_in_segments(model, ids, model.create_knn_memories(batch_size=1))
     padded = torch.cat((ids[:, :7], torch.zeros(1, 3, dtype=torch.long), ids[:, 7:]), dim=1)

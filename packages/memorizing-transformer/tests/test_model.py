@@ -21,7 +21,6 @@ def test_two_segments_with_an_xl_window_are_one_pass_under_a_band(tiny_model, re
 
 
 def test_segments_longer_than_the_window_see_a_band(tiny_model, read_in_segments):
-    """Windows of 5 behind segments of 8: what leaves the window is not seen."""
     model = tiny_model(xl_max_memories=5, memorizing_layers=(), depth=1)
     ids = torch.randint(0, 20, (1, 16))
     logits, _ = read_in_segments(model, ids, None)
@@ -79,7 +78,7 @@ def test_a_segment_does_not_find_itself(tiny_model):
 
 @pytest.mark.parametrize("boundary", ["sos", "eos"])
 @pytest.mark.parametrize("window", [0, 5])
-def test_tokens_behind_a_boundary_see_nothing_of_before_it(tiny_model, read_in_segments, boundary, window):
+def test_tokens_after_a_boundary_see_nothing_of_before_it(tiny_model, read_in_segments, boundary, window):
     model = tiny_model(**{f"clear_memories_on_{boundary}_token_id": 19}, xl_max_memories=window)
     torch.manual_seed(1)
     old, new = torch.randint(0, 19, (1, 13)), torch.randint(0, 19, (1, 14))

@@ -1,9 +1,9 @@
-"""Weights of the package memorizing-transformers-pytorch in this model.
+"""Conversion of weights of the package memorizing-transformers-pytorch.
 
 The architecture is the same: biased norms, a GELU feed-forward, one T5 bias for plain and one for memorizing layers
-times the square root of ``dim_head``, an untied output layer with a bias. A first segment, when there is no memory yet,
-gives the same logits. Later ones differ where the original went wrong: its bias was misplaced behind XL memories, and
-its memory lost results once it overflowed.
+times the square root of ``dim_head``, an untied output layer with a bias. The logits of a first segment, without
+memory, are equal. Later ones differ because of two errors of the original: its bias is misplaced after XL memories, and
+its memory loses results once it overflows.
 """
 
 import re
@@ -52,12 +52,12 @@ def from_memorizing_transformers_pytorch(
     """A model with the weights of the original's ``state_dict``.
 
     Args:
-        state_dict: of the original's ``MemorizingTransformer``; all sizes but ``dim_head`` are read from it.
-        dim_head: features of a head, as the original was made with (checked against the keys' projection).
+        state_dict: state dict of the original's ``MemorizingTransformer``; all sizes but ``dim_head`` are read from it.
+        dim_head: features of a head of the original model, checked against the keys' projection.
         **settings: further constructor arguments, such as ``xl_max_memories``.
 
     Raises:
-        ValueError: keys are missing, unknown, or of another shape than ``dim_head`` says.
+        ValueError: keys are missing or unknown, or ``dim_head`` does not fit their shapes.
     """
     unknown = [name for name in state_dict if _renamed(name) is None]
     missing = [name for name in _SIMPLE if name not in state_dict]
@@ -67,6 +67,7 @@ def from_memorizing_transformers_pytorch(
             f"missing keys {missing}"
         )
     num_tokens, dim = state_dict["token_emb.weight"].shape
+    # sizes of the model
     numbers = sorted({int(match[1]) for name in state_dict if (match := _LAYER.fullmatch(name))})
     keys = state_dict["layers.0.0.fn.to_kv.weight"].shape[0]
     if keys != 2 * dim_head:
@@ -84,6 +85,7 @@ def from_memorizing_transformers_pytorch(
     }
     if memorizing:
         arguments["knn_attn_heads"] = state_dict[f"layers.{memorizing[0] - 1}.0.fn.scale"].shape[0]
+    # the initialisation must not advance the caller's random state
     renamed = {str(_renamed(name)): tensor for name, tensor in state_dict.items()}
     with torch.random.fork_rng(devices=[]):
         model = MemorizingTransformer(**{**arguments, **settings})
@@ -105,11 +107,11 @@ def _renamed(name: str) -> str | None:
 def convert_checkpoint(
     old: str | Path, directory: str | Path, *, dim_head: int = 64, overwrite: bool = False, tokenizer: Any = None
 ) -> Path:
-    """Turns a file with the original's state dict into a folder for ``MemorizingTransformer.from_pretrained``.
+    """Converts a file with the original's state dict to a folder for ``MemorizingTransformer.from_pretrained``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of another architecture.
+        ValueError: the file is damaged, or of another architecture.
         FileExistsError: ``directory`` has content and ``overwrite`` is False.
     """
     state = load_tensors(old)

@@ -11,7 +11,7 @@ from memorizing_transformer.cli.train import train
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
 
-# The quickstart's model: what two CPU cores can teach something in about two minutes.
+# The quickstart's model, which learns something in about two minutes on two CPU cores.
 QUICKSTART_MODEL = {
     "dim": 128,
     "depth": 3,
@@ -23,20 +23,20 @@ QUICKSTART_MODEL = {
     "xl_max_memories": 64,
     "segment_length": 64,
 }
-# Arguments of the model that the commands settle themselves.
+# Arguments of the model that the commands set themselves.
 SETTLED = ("num_tokens", "clear_memories_on_eos_token_id", "knn_memory_multiprocessing", "cross_entropy_ignore_index")
 
 TRAIN = """Trains a Memorizing Transformer on documents in order.
 
-Without arguments, on Python's own library (about two minutes on two CPU cores).
+Without arguments, it trains on Python's standard library (about two minutes on two CPU cores).
 
   memorizing-transformer train                                          the quickstart, into runs/memorizing-quickstart
   memorizing-transformer train --corpus texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
   memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m memorizing_transformer train
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
-as it does after a kill."""
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from the
+newest one."""
 
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {
@@ -57,7 +57,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
 
 
 def build_parser() -> CommandParser:
-    """The parser of the whole command."""
+    """The parser of ``memorizing-transformer`` and its subcommands."""
     description = "Language models with a kNN memory."
     return command_parser("memorizing-transformer", description, COMMANDS, package="memorizing_transformer")
 

@@ -1,4 +1,4 @@
-"""The commands themselves: typed functions, from whose signatures and docstrings flags and their help are made.
+"""The commands other than ``train``: typed functions, whose signatures and docstrings define flags and their help.
 
 Each returns the exit status.
 """
@@ -18,12 +18,12 @@ from memorizing_transformer.training.evaluation import evaluate
 
 
 def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
-    """Continues a prompt, which goes into the memory as far as it is long, and prints it.
+    """Continues a prompt of any length, which is read into the memory, and prints prompt and continuation.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
-        settings: of the generation.
+        settings: sampling settings.
     """
     print_continuations(MemorizingTransformer, checkpoint, prompt, settings)
     return 0
@@ -42,17 +42,17 @@ def evaluate_checkpoint(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
-    """Prints how well a checkpoint predicts documents, with memory and without, by position.
+    """Prints bits per byte on documents with memory and without, and the memory's gain by position.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        corpus: "stdlib" for the held-out part of Python's library, or a file or folder, read whole.
-        field: of a .jsonl line, the text.
-        tokenizer: instead of the one in the checkpoint.
-        segment_length: tokens a segment; the model's by default.
-        batch_size: documents at a time.
-        max_documents: only so many; null for all.
-        max_knn_memories: another size of the memory.
+        corpus: "stdlib" for the held-out part of Python's standard library, or a file or folder, read completely.
+        field: name of the text in a .jsonl line.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
+        segment_length: tokens in a segment; the model's by default.
+        batch_size: documents read in parallel.
+        max_documents: number of documents; null for all.
+        max_knn_memories: capacity of the memory, instead of the model's.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         device: auto takes CUDA, then MPS, then the CPU.
     """
@@ -94,25 +94,25 @@ def inspect_checkpoint(
     tokenizer: str | None = None,
     device: str = "auto",
 ) -> int:
-    """Prints what a checkpoint is; with a prompt, writes a page of what the memory gave while continuing it.
+    """Prints the model of a checkpoint; with a prompt, continues it and writes a page of the retrieved tokens.
 
     Args:
         checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
         prompt: a text longer than a segment; "-" reads it from standard input, "@FILE" from a file.
-        page: the page to write.
-        max_new_tokens: how far to continue.
-        layer: which of the memorizing layers, counted from 0.
-        seed: of the draws.
-        tokenizer: instead of the one in the checkpoint.
+        page: path of the page.
+        max_new_tokens: maximum number of new tokens.
+        layer: index among the memorizing layers, counted from 0.
+        seed: seed of the draws.
+        tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
     """
     folder = checkpoint_folder(checkpoint)
     model = MemorizingTransformer.from_pretrained(folder)
     print(f"{folder}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     print(json.dumps(model.config["arguments"], indent=2))
-    for number, attention in zip(model.memorizing_layers, model.memory_attentions(), strict=True):
+    for layer_number, attention in zip(model.memorizing_layers, model.memory_attentions(), strict=True):
         scales = ", ".join(f"{scale:.1f}" for scale in attention.log_scale.exp().flatten().tolist())
-        print(f"layer {number}: temperature of each head {scales}")
+        print(f"layer {layer_number}: temperature of each head {scales}")
     if prompt is None:
         return 0
     opened = open_prompt(MemorizingTransformer, checkpoint, prompt, tokenizer=tokenizer, device=device)
@@ -127,14 +127,14 @@ def inspect_checkpoint(
 def convert(
     old: str, directory: str, *, dim_head: int = 64, tokenizer: str | None = None, overwrite: bool = False
 ) -> int:
-    """Turns a weight file of memorizing-transformers-pytorch into a folder that ``from_pretrained`` opens.
+    """Converts a weight file of memorizing-transformers-pytorch to a folder for ``from_pretrained``.
 
     Args:
         old: file with the state dict.
-        directory: where to write.
-        dim_head: features of a head, as the original was made with.
-        tokenizer: to store with the model: "bytes", a folder, or organisation/name on the hub.
-        overwrite: whether a folder with content may be written to.
+        directory: folder to write.
+        dim_head: features of a head of the original model.
+        tokenizer: tokenizer to store with the model: "bytes", a folder, or organisation/name on the hub.
+        overwrite: whether the folder may have content, which is replaced.
     """
     from memorizing_transformer.interop import convert_checkpoint
 

@@ -1,7 +1,7 @@
-"""What the memory is worth: bits by position in the document, and a page of what each new token retrieved.
+"""Reports on the memory: its gain by position in the document, and a page of the tokens retrieved in generation.
 
-For every generated token the page shows the remembered tokens that its query retrieved most often over heads, each with
-the text around it.
+For every generated token the page shows the tokens that most heads retrieved for its query, each with the text around
+it.
 """
 
 import html
@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -28,7 +29,7 @@ text-align: left; vertical-align: top }"""
 
 
 def gain_by_position(on: Evaluation, off: Evaluation) -> list[str]:
-    """Lines of a table of the bits a token with memory and without, by position in the document."""
+    """Lines of a table of bits per token with memory and without, by position in the document."""
     lines = ["position in document: bits a token without memory - with memory = gain"]
     for (first, count, with_memory), (_, _, without) in zip(on.by_position, off.by_position, strict=True):
         a, b = without / math.log(2), with_memory / math.log(2)
@@ -38,11 +39,11 @@ def gain_by_position(on: Evaluation, off: Evaluation) -> list[str]:
 
 @dataclass(frozen=True)
 class GeneratedToken:
-    """A new token and what the memory gave to the query that chose it.
+    """A new token and the tokens that were retrieved for it.
 
     Attributes:
-        token: its id.
-        positions: remembered tokens, by how many heads retrieved them (most first, then nearest), with that number.
+        token: token id.
+        positions: retrieved tokens, each with the number of heads that retrieved it, most heads first, then nearest.
     """
 
     token: int
@@ -79,24 +80,18 @@ def retrieved_while_generating(
     with layers[layer].recorded() as records:
 
         def note(logits: Tensor) -> Tensor:
-            # the newest record is of the query that gives these logits; none while the memory is empty
+            # the last record belongs to the query of these logits; there is none while the memory is empty
             steps.append(records[-1].positions[0, :, -1].T.flatten().tolist() if records else [])
             records.clear()
             return logits
 
-        result = generate(
-            model,
-            prompt.unsqueeze(0),
-            max_new_tokens=max_new_tokens,
-            temperature=0.7,
-            filters=(note,),
-            eos_id=eos_id,
-            generator=torch.Generator(model.device).manual_seed(seed),
-        )
+        generator = torch.Generator(model.device).manual_seed(seed)
+        sampling: dict[str, Any] = {"temperature": 0.7, "eos_id": eos_id, "generator": generator}
+        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=(note,), **sampling)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
     for token, nearest_first in zip(tokens, steps, strict=False):
-        # a counter keeps the order of first sight, which a stable sort then leaves among equals
+        # a counter keeps the order of insertion, nearest first, and a stable sort keeps it among equal counts
         counts = Counter(position for position in nearest_first if position >= 0)
         out.append(GeneratedToken(token, sorted(counts.items(), key=lambda pair: -pair[1])))
     return out

@@ -1,4 +1,4 @@
-"""The command ``train``: a typed function, from whose signature and docstring flags and their help are made."""
+"""The command ``train``: a typed function, whose signature and docstring define flags and their help."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -32,15 +32,15 @@ def train(
     """Trains a Memorizing Transformer on documents in order.
 
     Args:
-        text: what to learn from.
+        text: training corpus.
         model: arguments of ``MemorizingTransformer``.
-        settings: of the training.
+        settings: training settings.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
-        start_from: folder of a run or a model whose weights to begin with, for retrofitting a memory; its own sizes
-            are kept, and max_knn_memories is taken from here. Sigmoid gates that were never trained begin at a half.
+        start_from: folder of a run or a model with the initial weights, for retrofitting a memory; it also sets the
+            model's sizes, except max_knn_memories. Sigmoid gates that were never trained start at a half.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that accelerate knows, such as tensorboard.
-        sample_tokens: tokens with which the trained model continues a held-out document at the end; 0 for none.
+        sample_tokens: new tokens after a held-out document, generated at the end as a sample; 0 for none.
     """
     from memorizing_transformer.training.trainer import MemoryTrainer
 
@@ -64,6 +64,7 @@ def train(
         resume=resume,
         trackers=trackers or (),
     )
+    # summary of the run
     millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
     report("model", f"{millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
     report("memory", f"{memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
@@ -71,6 +72,7 @@ def train(
     report("", f"fingerprint {data.fingerprint[:16]}")
     report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
+    # results
     lines = [("held out", f"{result.first_bits_per_byte:.3f} bits/byte before training")]
     results = []
     if result.last is not None:
@@ -93,7 +95,7 @@ def train(
 def _show_retrieval(
     model: MemorizingTransformer, documents: Documents, encoder: Any, new_tokens: int, folder: Path
 ) -> None:
-    """Continues a held-out document of some 6,000 tokens, and writes a page of what the memory returned."""
+    """Continues a held-out document of some 6,000 tokens, and writes a page of the retrieved tokens."""
     lengths = [abs(int(length) - 6000) for length in documents.lengths]
     document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
     prompt = document[: -min(200, len(document) // 2)].to(model.device)

@@ -1,7 +1,7 @@
-"""A folder that one process at a time keeps its memories in: locked with a timeout, never waiting for ever.
+"""A locked folder for the memories of one process; waiting for the lock has a timeout.
 
-``parent/NAME`` is kept and opened again later; without a name a scratch folder of its own is made, which goes when it
-is closed, so any number of runs can use one parent. Scratch folders that killed processes left are removed.
+``parent/NAME`` is kept and can be opened again. Without a name, a new scratch folder is created and removed on
+``close``, so any number of runs can share one parent. Scratch folders of killed processes are removed.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from filelock import FileLock, Timeout
 _SCRATCH = "scratch-"
 _LOCK_FILE = ".lock"
 _OWNER_FILE = "owner"
-# Folders this process holds: a second lock of the same process would wait for itself.
+# Folders locked by this process: a second lock in the same process would wait for itself.
 _held: set[Path] = set()
 
 
 class MemoryDirectory:
-    """The folder, held from construction until ``close``.
+    """The folder, locked from construction until ``close``.
 
     Args:
-        parent: made if needed.
-        name: of a folder that is kept; None for a scratch folder.
-        timeout: seconds to wait for another process that holds the folder.
+        parent: parent folder, created if needed.
+        name: name of a folder that is kept; None for a scratch folder.
+        timeout: seconds to wait for another process that has locked the folder.
 
     Raises:
-        TimeoutError: another process still holds it after ``timeout`` seconds.
-        RuntimeError: this process itself holds it.
-        ValueError: the name is no plain folder name.
+        TimeoutError: another process still has the lock after ``timeout`` seconds.
+        RuntimeError: this process itself has the lock.
+        ValueError: ``name`` is not a plain folder name.
     """
 
     def __init__(self, parent: str | Path, name: str | None = None, *, timeout: float = 10.0) -> None:
@@ -80,6 +80,6 @@ class MemoryDirectory:
 def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_SCRATCH}*"):
         if folder.resolve() in _held or not (folder / _OWNER_FILE).exists():
-            continue  # ours, or one that is being made at this moment
+            continue  # locked by this process, or just being created by another
         with contextlib.suppress(Timeout, OSError), FileLock(folder / _LOCK_FILE).acquire(timeout=0):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Ring buffers in memory-mapped files that a kill at any instant leaves readable.
+"""Ring buffers in memory-mapped files that stay readable after a kill at any instant.
 
 A folder holds ``memory.json`` (shape and format), ``data.bin`` and for int8 ``scales.bin`` (sparse: blocks that were
-never written take no room), and ``header.bin`` with two copies of every row's counts. The counts are written AFTER the
-data they speak of, alternately to the one and the other copy, each with a generation number and a checksum; a reader
-takes the newest whole one. Before slots of a full ring are overwritten, a header first gives up the tokens in them. So
-whatever a killed process was doing, the header names only tokens that are whole: those of a prefix of what was added.
+never written take no space), and ``header.bin`` with two copies of every row's counts. The counts are written AFTER
+the data they count, alternately to the first and the second copy, each with a generation number and a checksum; a
+reader takes the newest intact one. Before slots of a full ring are overwritten, a header first drops the tokens in
+them. So at any instant the header counts only complete tokens: a prefix of what was added.
 
 A kill of the process loses nothing that was committed, since the system keeps the pages. To survive a power failure
 too, call ``sync`` (one flush of the whole folder).
@@ -29,14 +29,14 @@ _NUMPY = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 
 class DiskStorage(RingStorage):
-    """``RingStorage`` in the files of a folder; made if it is not there, opened with what it holds if it is.
+    """``RingStorage`` in the files of a folder, which is created if missing and otherwise opened with its tokens.
 
     Args:
-        directory: folder of this memory alone. One process at a time may use it; ``MemoryDirectory`` sees to that.
+        directory: folder for this memory only, used by one process at a time; ``MemoryDirectory`` ensures that.
         rows, capacity, dim, storage: as for ``RingStorage``.
 
     Raises:
-        ValueError: the folder holds a memory of another shape or format, or a damaged one.
+        ValueError: the folder has a memory of another shape or format, or a damaged one.
     """
 
     def __init__(self, directory: str | Path, *, rows: int, capacity: int, dim: int, storage: str) -> None:
@@ -48,14 +48,14 @@ class DiskStorage(RingStorage):
         self._read_header()
 
     def close(self) -> None:
-        """Lets go of the files; the memory must not be used afterwards."""
+        """Closes the files; the memory must not be used afterwards."""
         if self._header >= 0:
             os.close(self._header)
             self._header = -1
         self.data, self.scales = torch.empty(0), None
 
     def sync(self) -> None:
-        """Flushes everything to the disk, so that a power failure keeps it."""
+        """Flushes everything to the disk, so that it survives a power failure."""
         fsync_tree(self.directory)
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
@@ -125,4 +125,4 @@ class DiskStorage(RingStorage):
         self._generation = newest
 
     def _make_room(self, written: int) -> None:
-        """There is room from the beginning: the files are sparse."""
+        """Nothing to grow: the sparse files have their full size from the start."""

@@ -1,13 +1,13 @@
-"""Exact nearest neighbours by inner product, in chunks, without ever holding the whole score matrix.
+"""Exact nearest neighbours by inner product, in chunks, without materialising the whole score matrix.
 
-Selecting ``k`` of ``c`` scores costs more than the product that makes them. So the scores of a chunk are cut into
-groups and the best of each group is taken (one vectorised pass); scores are looked at one by one only in groups whose
-best exceeds a bound. Of the first chunk that is just below the ``k``-th greatest of the maxima of some hundred wide
-groups: ``k`` scores at least exceed it, and of random ones few more. Afterwards it is the worst of the ``k`` found so
-far, and what exceeds it becomes rare. Groups are strided, so that the maximum runs over an outer dimension.
+Selecting ``k`` of ``c`` scores costs more than the product that computes them. So the scores of a chunk are split into
+groups and reduced to group maxima (one vectorised pass); single scores are compared only in groups whose maximum
+exceeds a bound. In the first chunk the bound is just below the ``k``-th greatest of the maxima of some hundred wide
+groups: at least ``k`` scores exceed it, and few more if they are random. After that it is the lowest of the best ``k``
+so far, which few scores exceed. Groups are strided, so that the maximum runs over an outer dimension.
 
-``screened_top_k`` finds the same through products in bfloat16, where a processor has them: it keeps more than ``k``
-keys of each query by those scores, scores the kept ones again exactly, and proves by a bound on the rounding that no
+``screened_top_k`` computes the same through products in bfloat16, where the processor has them: it keeps more than
+``k`` keys of each query by those scores, rescores them exactly, and proves by a bound on the rounding error that no
 other key can be among the ``k`` best. Queries for which the proof fails are searched exactly.
 
 Legend: q queries, c keys of a chunk, d feature, k neighbours, w keys kept of a query, m most new ones of a query.
@@ -24,18 +24,18 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-# A tile of scores stays in a CPU's cache; an accelerator wants few large products.
+# A tile of scores fits into a CPU's cache; an accelerator is faster with few large products.
 CPU_CHUNK, CPU_TILE = 4096, 256
 SCREENED_CHUNK = 8192  # scores in bfloat16 are half as large
 ACCELERATOR_CHUNK, ACCELERATOR_TILE = 65536, 4096
-GROUP = 8  # scores of a group
-WIDE_GROUPS = 4  # times k: groups of the first chunk whose maxima give the bound
-KEEP = 2  # times k: keys kept of a query by their scores in bfloat16
-FEWEST_SCREENED = 128  # queries, below which rounding the keys takes longer than it saves
+GROUP = 8  # scores in a group
+WIDE_GROUPS = 4  # times k: groups of the first chunk whose maxima determine the bound
+KEEP = 2  # times k: keys kept for a query by their scores in bfloat16
+FEWEST_SCREENED = 128  # queries; with fewer, rounding the keys takes longer than it saves
 
 
 def worth_screening(queries: Float[Tensor, "q d"], keys: int) -> bool:
-    """Whether ``screened_top_k`` is the faster one: many queries, and a CPU that multiplies in bfloat16."""
+    """True where ``screened_top_k`` is faster: many queries, and a CPU with bfloat16 products."""
     if queries.device.type != "cpu" or len(queries) < FEWEST_SCREENED or keys <= CPU_CHUNK:
         return False
     has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -48,12 +48,12 @@ def exact_top_k(
     """The ``k`` keys with the greatest inner product with each query, greatest first.
 
     Args:
-        queries: in the dtype that is computed in, on a CPU float32 or float64.
-        chunks: ``(number of the first key, keys (c, d))``, at least one; numbers need not be contiguous between them.
-        k: at least 1.
+        queries: queries in the dtype of the computation, on a CPU float32 or float64.
+        chunks: ``(index of the first key, keys (c, d))``, at least one; indices may have gaps between chunks.
+        k: number of neighbours, at least 1.
 
     Returns:
-        Scores and numbers of the keys; where there are fewer than ``k`` keys, scores of -inf and numbers of 0 follow.
+        Scores and indices of the keys, padded with -inf and 0 where there are fewer than ``k`` keys.
     """
     kept = _running_top(queries, chunks, k)
     return _sorted_and_padded(kept.scores, kept.numbers, k)
@@ -65,16 +65,17 @@ def screened_top_k(
     k: int,
     products: Callable[[Float[Tensor, "q d"], Int[Tensor, "q w"]], Float[Tensor, "q w"]],
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-    """What ``exact_top_k`` finds, screened through products in bfloat16.
+    """Computes ``exact_top_k``, screened through products in bfloat16.
 
     Args:
         queries: as for ``exact_top_k``.
-        chunks: makes the chunks, in the dtype of the queries.
-        k: at least 1.
-        products: of each query with keys of given numbers, in its dtype.
+        chunks: returns the chunks, in the dtype of the queries.
+        k: number of neighbours, at least 1.
+        products: returns the products of each query with the keys at some indices, in the queries' dtype.
     """
     coarse = queries.bfloat16()
-    longest = farthest = queries.new_zeros(())  # norm of a key, and of what rounding it took
+    # greatest norm of a key, and of its rounding error
+    longest = farthest = queries.new_zeros(())
 
     def rounded() -> Iterator[tuple[int, Tensor]]:
         nonlocal longest, farthest
@@ -89,8 +90,8 @@ def screened_top_k(
     filler = kept.scores == _lowest(kept.scores)
     scores, numbers = _sorted_and_padded(again.masked_fill_(filler, -math.inf), kept.numbers, k)
     errors = _greatest_errors(queries, coarse, longest, farthest)
-    # The rounded score of a key that was not kept is at most `least`, if that is not negative (negative ones are in no
-    # order, but below). So it was at most halfway to the next number before it was rounded.
+    # The rounded score of a key that was not kept is at most `least`, if that is not negative (negative codes are not
+    # in order, but lower). So before rounding it was at most halfway to the next number.
     low, high = (code.view(torch.bfloat16).to(scores.dtype) for code in (kept.least, kept.least + 1))
     is_proven = (kept.least >= 0) & ((low + high) / 2 + errors < scores[:, k - 1])
     unproven = (~is_proven).nonzero().squeeze(1)
@@ -102,7 +103,7 @@ def screened_top_k(
 def own_products(
     queries: Float[Tensor, "q d"], keys: Float[Tensor, "c d"], numbers: Int[Tensor, "q w"]
 ) -> Float[Tensor, "q w"]:
-    """Of each query, on a CPU, the products with keys of its own: none but these, and without a copy of the keys."""
+    """Products of each query with the keys at its own indices, on a CPU, without copying the keys."""
     q, w = numbers.shape
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
@@ -119,10 +120,11 @@ def _norms(rows: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
 def _greatest_errors(
     queries: Float[Tensor, "q d"], coarse: Float[Tensor, "q d"], longest: Tensor, farthest: Tensor
 ) -> Float[Tensor, " q"]:
-    """By how much scores of a query can differ from sums over ``coarse`` queries and keys, before those are rounded.
+    """Bound on the difference between a query's scores and the products of ``coarse`` queries and keys, unrounded.
 
-    That is what was rounded off, times the other side (Cauchy-Schwarz), what sums of ``d`` numbers in float32 lose,
-    here and there, and numbers so small that the processor takes them for 0. Norms are rounded too: hence 1.001.
+    It adds the rounding error of each factor times the norm of the other (Cauchy-Schwarz), the error of sums of ``d``
+    numbers in float32, on both sides, and numbers that the processor flushes to 0. The factor 1.001 covers the
+    rounding of the norms themselves.
     """
     d, single, norms = queries.shape[1], torch.finfo(torch.float32), _norms(queries)
     rounded_off = _norms(queries - coarse) * longest + _norms(coarse.to(queries.dtype)) * farthest
@@ -136,10 +138,10 @@ def _sorted_and_padded(scores: Tensor, numbers: Tensor, k: int) -> tuple[Tensor,
 
 
 def _greatest(scores: Real[Tensor, "q c"], k: int, *, in_order: bool = False) -> Int[Tensor, "q k"]:
-    """Where the ``k`` greatest scores of each query are, NaN first; on a CPU by numpy, in a third of the time."""
+    """Indices of the ``k`` greatest scores of each query, NaN first; on a CPU by numpy, in a third of the time."""
     if scores.device.type != "cpu":
         return scores.topk(k, dim=1, sorted=in_order).indices
-    wide = scores.int() if scores.dtype == torch.int16 else scores  # which numpy has no fast code for
+    wide = scores.int() if scores.dtype == torch.int16 else scores  # numpy has no fast code for int16
     if in_order:
         return torch.from_numpy(np.argsort(wide.numpy(), axis=1)[:, wide.shape[1] - k :]).flip(1)
     at = wide.shape[1] - k
@@ -147,12 +149,12 @@ def _greatest(scores: Real[Tensor, "q c"], k: int, *, in_order: bool = False) ->
 
 
 class _Kept(NamedTuple):
-    """Of each query the keys that may be among the k best of those seen.
+    """The keys of each query that may be among the k best so far.
 
     Attributes:
-        scores: ``(q, w)``; where a query has fewer keys, the lowest number there is.
-        numbers: of the keys, ``(q, w)``.
-        least: ``(q,)``, no other key has a greater score; the lowest number where there is no other key.
+        scores: ``(q, w)``, padded with the lowest number of the dtype where a query has fewer keys.
+        numbers: indices of the keys, ``(q, w)``.
+        least: ``(q,)`` upper bound on the scores of all other keys; the lowest number where there are none.
     """
 
     scores: Tensor
@@ -161,10 +163,10 @@ class _Kept(NamedTuple):
 
 
 def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, *, as_codes: bool = False) -> _Kept:
-    """The ``k`` best at least of the products of queries and keys, or all if they are fewer, in no order.
+    """At least the ``k`` best products of queries and keys, or all if there are fewer, unsorted.
 
-    With ``as_codes`` scores in bfloat16 are compared as integers: in the order of the scores where they are not
-    negative, and negative elsewhere. The maximum of integers takes a quarter of the time of that of bfloat16.
+    With ``as_codes`` scores in bfloat16 are compared as integers: these have the order of the scores where they are
+    not negative, and are negative elsewhere. A maximum of integers takes a quarter of the time of one of bfloat16.
     """
     tiles = queries.split(CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE)
     kept: list[_Kept | None] = [None] * len(tiles)
@@ -185,26 +187,27 @@ _scratch = threading.local()
 
 
 def _scratch_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Memory for a product, with any content. On a CPU the same for all of a thread.
+    """Uninitialised memory for a product; on a CPU, one buffer for each thread.
 
-    Fresh memory costs a CPU as much as what is put into it: of 16 ms for 8,192 keys, its pages took 2.
+    Fresh memory is slow on a CPU: of 16 ms for 8,192 keys, mapping its pages took 2.
     """
     if like.device.type != "cpu":
         return like.new_empty(rows, columns)
     size = rows * columns * like.itemsize
-    held: Tensor | None = getattr(_scratch, "memory", None)
-    if held is None or held.numel() < size:
-        held = _scratch.memory = torch.empty(size, dtype=torch.uint8)
-    return held[:size].view(like.dtype).view(rows, columns)
+    buffer: Tensor | None = getattr(_scratch, "memory", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _scratch.memory = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size].view(like.dtype).view(rows, columns)
 
 
 def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k: int) -> _Kept:
-    """What is kept of an ``earlier`` one and a further chunk, whose first key has the number ``first``."""
+    """``earlier`` updated with the scores of a further chunk, whose first key has the index ``first``."""
     q, c = scores.shape
     groups = c // GROUP
     so_far = None if earlier is None or earlier.scores.shape[1] < k else earlier
     if groups == 0 or (groups < k and so_far is None):
         return _best_of(earlier, scores, torch.arange(first, first + c, device=scores.device).expand(q, c), k)
+    # a bound that at least k scores reach
     whole = groups * GROUP
     # element g + j * groups belongs to group g
     cube = scores[:, :whole].unflatten(1, (GROUP, groups))
@@ -214,9 +217,9 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
     else:
         joined = max(1, groups // (WIDE_GROUPS * k))
         wide = maxima[:, : groups - groups % joined].unflatten(1, (joined, -1)).amax(dim=1)
-        # what reaches the bound is what exceeds the next lower number
+        # a score reaches the bound if it exceeds the next lower number
         bound = _next_lower(wide.gather(1, _greatest(wide, k)).amin(dim=1, keepdim=True))
-    # written so that NaN passes, and is found: a broken model is not to look like one that remembers nothing
+    # candidates: scores above the bound. Written so that NaN passes: a broken model must not look like an empty memory
     row, group = (~(maxima <= bound)).nonzero(as_tuple=True)
     inside = cube[row, :, group]
     at, member = (~(inside <= bound[row])).nonzero(as_tuple=True)
@@ -225,7 +228,7 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
     m, rest = int(counts.max()), c - whole
     if so_far is not None and m == 0 and rest == 0:
         return so_far
-    # rows have different numbers of better scores: each row's stand on the left of m places
+    # rows have different numbers of candidates: they are packed to the left of m columns
     place = row * m + torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
     candidates = scores.new_full((q, m), _lowest(scores))
     numbers = torch.zeros(q, m, dtype=torch.long, device=row.device)
@@ -234,12 +237,12 @@ def _improved(earlier: _Kept | None, scores: Real[Tensor, "q c"], first: int, k:
         tail = torch.arange(first + whole, first + c, device=row.device).expand(q, rest)
         candidates, numbers = torch.cat((candidates, scores[:, whole:]), dim=1), torch.cat((numbers, tail), dim=1)
     if earlier is None and k <= candidates.shape[1] <= 2 * k:
-        return _Kept(candidates, numbers, bound.squeeze(1))  # choosing among so few costs more than keeping them
+        return _Kept(candidates, numbers, bound.squeeze(1))  # selecting among so few costs more than keeping them
     return _best_of(earlier, candidates, numbers, k)
 
 
 def _best_of(earlier: _Kept | None, scores: Tensor, numbers: Tensor, k: int) -> _Kept:
-    """The k best of an ``earlier`` one and further scores, or all; nothing in it shares memory with ``scores``."""
+    """The k best of ``earlier`` and further scores, or all if fewer; the result shares no memory with ``scores``."""
     if earlier is not None:
         scores, numbers = torch.cat((earlier.scores, scores), dim=1), torch.cat((earlier.numbers, numbers), dim=1)
     if scores.shape[1] <= k:

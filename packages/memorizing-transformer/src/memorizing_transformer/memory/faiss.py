@@ -1,15 +1,14 @@
 """Search through faiss indexes (extra ``faiss``, or ``gpu``): Flat, IVF, HNSW or any other factory string.
 
-An index holds keys in the order they came; a key's number plus ``base`` is a token's position. On the CPU, tokens that
-have left the ring stay in the index until a quarter of it is stale and it is rebuilt from the ring; meanwhile a
-selector keeps them out of every result. An index that must be trained takes over once a row has enough keys, and is
-trained again whenever the row has doubled or a quarter of what it was trained on has gone; before that the search is
-exact.
+Keys are in the index in the order they were added; a key's number plus ``base`` is a token's position. On the CPU,
+tokens that have left the ring stay in the index until a quarter of it is stale and it is rebuilt; until then a selector
+excludes them from results. An index that needs training is used once a row has enough keys (before that the search is
+exact), and retrained whenever the row has doubled or a quarter of its training keys have left the ring.
 
-A memory on a CUDA device is searched there if faiss was built for it; an HNSW index, which faiss has only for the CPU,
-stays there. faiss's GPU indexes have no selectors, so there an index never keeps stale keys. Pointers go straight from
-torch to faiss on torch's stream; nothing passes through the host. The module ``faiss.contrib.torch_utils`` would do the
-same, but replaces the methods of every faiss class in the process, and its ``search`` takes no parameters.
+A memory on a CUDA device is searched there if faiss was built with GPU support; HNSW indexes run on the CPU, the only
+place faiss has them. faiss's GPU indexes have no selectors, so there an index never keeps stale keys. Pointers are
+passed from torch to faiss on torch's stream, without a copy to the host. ``faiss.contrib.torch_utils`` would do the
+same, but patches every faiss class in the process, and its ``search`` takes no parameters.
 
 | factory string | recall@32 on random unit vectors, d = 64, at least |
 |---|---|
@@ -32,13 +31,13 @@ from memorizing_transformer.memory.ring_storage import RingStorage
 
 POINTS_PER_CLUSTER = 39  # below this many faiss's k-means warns
 STALE_PART = 0.25
-# What one GPU's indexes may use together while they work; faiss's own default takes 1.5 GB at once.
+# Workspace shared by all indexes on a GPU; faiss allocates 1.5 GB by default.
 GPU_WORKSPACE_BYTES = 256 * 2**20
 MOST_NEIGHBOURS_ON_GPU = 2048
 
 
 def faiss_module() -> Any:
-    """The module ``faiss``.
+    """The module ``faiss``, imported on first use.
 
     Raises:
         ImportError: neither extra is installed; the message names both.
@@ -54,31 +53,29 @@ def faiss_module() -> Any:
 
 
 def has_gpu(device: torch.device) -> bool:
-    """Whether faiss can search on ``device``: a CUDA device, and a faiss that was built for GPUs."""
+    """True if faiss can search on ``device``: a CUDA device, and faiss built with GPU support."""
     faiss = faiss_module()
     return device.type == "cuda" and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
 @cache
 def gpu_resources() -> Any:
-    """The workspace that all indexes on GPUs share."""
+    """The workspace shared by all GPU indexes."""
     resources = faiss_module().StandardGpuResources()
     resources.setTempMemory(GPU_WORKSPACE_BYTES)
     return resources
 
 
 class FaissIndex:
-    """An index that takes and returns tensors.
+    """A faiss index that takes and returns tensors; arguments as for ``KNNMemory`` (``factory`` is its ``index``).
 
     Attributes:
-        can_skip: whether ``search`` can leave out the oldest keys.
+        can_skip: whether ``search`` can exclude the oldest keys.
         must_be_trained: whether ``train`` must come before ``add``.
-        clusters: of an IVF index, else 0.
-
-    The arguments are those of ``KNNMemory``; ``factory`` is its ``index``, ``device`` is where the keys are.
+        clusters: number of clusters of an IVF index, else 0.
 
     Raises:
-        ValueError: faiss has no such index, or none for GPUs where the keys are on one.
+        ValueError: faiss has no such index, or not for GPUs where ``device`` is one.
     """
 
     def __init__(self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device) -> None:
@@ -110,17 +107,17 @@ class FaissIndex:
         return int(self.index.ntotal)
 
     def train(self, keys: Float[Tensor, "n d"]) -> None:
-        """Learns clusters from ``keys``, if the index has any."""
+        """Trains the clusters on ``keys``, if the index has any."""
         keys = self._ready(keys)
         self.index.train_c(len(keys), _floats(keys))
 
     def add(self, keys: Float[Tensor, "n d"]) -> None:
-        """Numbers ``keys`` from its length on."""
+        """Appends ``keys``; their numbers start at the current length."""
         keys = self._ready(keys)
         self.index.add_c(len(keys), _floats(keys))
 
     def reset(self) -> None:
-        """Removes the keys; what was learned stays."""
+        """Removes the keys; trained clusters stay."""
         self.index.reset()
 
     def search(
@@ -129,7 +126,7 @@ class FaissIndex:
         """Scores and numbers of the nearest keys other than the first ``skipped``.
 
         Raises:
-            ValueError: ``k`` is more than faiss gives on a GPU.
+            ValueError: ``k`` is more than faiss supports on a GPU.
         """
         faiss = faiss_module()
         if not self.can_skip and k > MOST_NEIGHBOURS_ON_GPU:
@@ -156,7 +153,7 @@ class FaissIndex:
         return faiss.SearchParameters(**settings) if settings else None
 
     def _ready(self, rows: Tensor) -> Tensor:
-        """Float32 and contiguous; what faiss does next follows what torch has begun on its stream."""
+        """``rows`` in float32 and contiguous; on a GPU, faiss is set to torch's current stream."""
         rows = rows.detach().to(self.device, torch.float32).contiguous()
         if self.device.type == "cuda":
             stream = faiss_module().cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
@@ -169,11 +166,7 @@ def _floats(tensor: Tensor) -> Any:
 
 
 class FaissRow:
-    """The index of one row of a memory.
-
-    Args:
-        new_index: makes an empty index.
-    """
+    """The index of one row of a memory; ``new_index`` returns an empty index."""
 
     def __init__(self, new_index: Callable[[], FaissIndex]) -> None:
         self._new_index = new_index
@@ -181,19 +174,19 @@ class FaissRow:
         self._needed = POINTS_PER_CLUSTER * self.index.clusters if self.index.must_be_trained else 0
 
     def is_ready(self, size: int) -> bool:
-        """Whether a row of ``size`` tokens is searched through the index."""
+        """True if a row of ``size`` tokens is searched through the index."""
         return size > 0 and size >= self._needed
 
     def reset(self) -> None:
-        """Removes everything, also what was learned."""
+        """Removes the keys and the trained clusters."""
         self.index = self._new_index()
         self.base = 0
-        # of the keys it was last trained on: how many, and the position of the first
+        # number of keys of the last training, and position of the first
         self._trained_on = 0
         self._trained_from = 0
 
     def update(self, store: RingStorage, row: int) -> None:
-        """Adds what was added to ``row`` of ``store``, and drops what was overwritten there."""
+        """Adds the new tokens of ``row`` of ``store``, and drops those overwritten there."""
         first, written = store.first[row], store.written[row]
         size, stale, stop = written - first, first - self.base, self.base + len(self.index)
         if not self.is_ready(size):
@@ -209,7 +202,7 @@ class FaissRow:
         return self._needed > 0 and size >= 2 * self._trained_on
 
     def _rebuild(self, keys: Float[Tensor, "n d"], first: int) -> None:
-        """Holds exactly ``keys``, those of the positions from ``first`` on."""
+        """Replaces the content by ``keys``, those of the positions from ``first`` on."""
         gone = first - self._trained_from
         if self._is_outgrown(len(keys)) or (self._needed and not 0 <= gone <= STALE_PART * self._trained_on):
             self.index = self._new_index()

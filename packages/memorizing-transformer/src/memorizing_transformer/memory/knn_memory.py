@@ -1,10 +1,10 @@
 """The memory of one layer: keys and values of past tokens, searched for the nearest keys of each query.
 
-Not differentiable: what is stored and what is found carries no gradient (arXiv 2203.08913, section 3.1). Each batch row
-has a memory of its own, which forgets first in, first out. The model adds a segment only after it has searched, so
-nothing of a segment is found by itself.
+Not differentiable: stored and retrieved keys and values carry no gradient (arXiv 2203.08913, section 3.1). Each batch
+row has its own memory, evicted first in, first out. The model adds a segment only after its search, so no segment
+retrieves itself.
 
-With several key heads every head has its own keys: a tensor then has a dimension of heads after the batch.
+With several key heads each has its own keys, and tensors have a dimension of heads after the batch.
 
 Legend: b batch rows in scope, n tokens, h key heads, d feature, k neighbours.
 """
@@ -44,13 +44,13 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         kv: keys and values, zero where ``mask`` is False.
-        mask: whether there was a k-th neighbour.
+        mask: True where there is a k-th neighbour.
         scores: inner products, greatest first; -inf where ``mask`` is False.
-        positions: which token each is, counted from 0 since its row was cleared; -1 where ``mask`` is False.
+        positions: number of each token, counted from 0 since its row was cleared; -1 where ``mask`` is False.
     """
 
     kv: Float[Tensor, "b ... k 2 d"]
@@ -64,17 +64,17 @@ class KNNMemory:
 
     Args:
         dim: features of a key, and of a value.
-        max_memories: tokens a row holds; the oldest are forgotten beyond.
+        max_memories: capacity of a row in tokens; when full, the oldest are evicted.
         num_indices: batch rows.
-        memmap_filename: a folder to keep the memory in, memory-mapped; without it, it is in the memory of ``device``.
+        memmap_filename: folder of memory-mapped files for the memory; None keeps it on ``device``.
         multiprocessing: accepted for compatibility, without effect.
         backend: "exact" search, or an index of "faiss".
         heads: key heads; 1 means that all query heads share the keys.
-        storage: number format of what is stored, "float32", "bfloat16" or "int8".
-        device: where it is stored and searched.
+        storage: stored number format, "float32", "bfloat16" or "int8".
+        device: device for storage and search.
         index: factory string of faiss.
-        nprobe: clusters an IVF index looks into.
-        ef_search: breadth of an HNSW index's search.
+        nprobe: clusters searched in an IVF index.
+        ef_search: breadth of the search in an HNSW index.
 
     Raises:
         ValueError: a size below 1, an unknown name, or a folder with another memory.
@@ -112,7 +112,7 @@ class KNNMemory:
         self.heads = heads
         self._new_index = partial(FaissIndex, dim=dim, factory=index, nprobe=nprobe, ef_search=ef_search, device=place)
         rows = num_indices * heads
-        # one a row, or none for the exact search; made first: a wrong factory string must not leave files
+        # one for each row, or none for the exact search; made first: a wrong factory string must not leave files
         self.indexes = [FaissRow(self._new_index) for _ in range(rows if backend == "faiss" else 0)]
         shape: dict[str, Any] = {"rows": rows, "capacity": max_memories, "dim": dim, "storage": storage}
         self.store: RingStorage = (
@@ -122,7 +122,7 @@ class KNNMemory:
         self._update_indexes(range(rows))
 
     def _stored(self, rows: Iterable[int]) -> list[int]:
-        """Rows of the storage that hold the heads of batch rows."""
+        """Storage rows of the heads of batch rows."""
         return [row * self.heads + head for row in rows for head in range(self.heads)]
 
     def _update_indexes(self, stored: Iterable[int]) -> None:
@@ -130,12 +130,12 @@ class KNNMemory:
             self.indexes[row].update(self.store, row)
 
     def __len__(self) -> int:
-        """Tokens held in all rows together."""
+        """Number of tokens in all rows together."""
         return sum(self.sizes)
 
     @property
     def sizes(self) -> list[int]:
-        """Tokens held in each batch row (of all rows, in scope or not)."""
+        """Number of tokens in each batch row, in scope or not."""
         return [self.store.size(row * self.heads) for row in range(self.num_indices)]
 
     @property
@@ -144,7 +144,7 @@ class KNNMemory:
         return self.store.nbytes
 
     def set_scoped_indices(self, indices: Sequence[int]) -> None:
-        """Makes ``indices`` the batch rows that ``add`` and ``search`` mean, in this order.
+        """Sets the batch rows that ``add`` and ``search`` work on, in this order.
 
         Raises:
             ValueError: a row comes twice or does not exist.
@@ -155,7 +155,7 @@ class KNNMemory:
 
     @contextmanager
     def at_batch_indices(self, indices: Sequence[int]) -> Iterator["KNNMemory"]:
-        """``set_scoped_indices`` for a block; the rows before come back at its end, also after an error."""
+        """``set_scoped_indices`` for a block; the previous rows are restored at its end, also after an error."""
         before = self.scoped_indices
         self.set_scoped_indices(indices)
         try:
@@ -174,10 +174,10 @@ class KNNMemory:
 
         Args:
             memories: keys and values ``(b, n, 2, d)``, with several key heads ``(b, h, n, 2, d)``.
-            mask: True at the tokens to add; None adds all.
+            mask: True at tokens to add; None adds all.
 
         Raises:
-            ValueError: a shape does not fit, or a number is not finite (seen on the CPU); nothing is added then.
+            ValueError: a shape does not fit, or a number is not finite (checked on the CPU); nothing is added then.
             TypeError: ``memories`` are not floating point, or the mask is not boolean.
         """
         self._check_added(memories, mask)
@@ -194,7 +194,7 @@ class KNNMemory:
 
     @property
     def _lead(self) -> tuple[int, ...]:
-        """First sizes of a tensor: rows in scope, and key heads where there are several."""
+        """Leading sizes of a tensor: rows in scope, and key heads if several."""
         b = len(self.scoped_indices)
         return (b, self.heads) if self.heads > 1 else (b,)
 
@@ -214,7 +214,7 @@ class KNNMemory:
             raise ValueError("memories must be finite, got inf or NaN")
 
     def clear(self, batch_indices: int | Sequence[int] | None = None) -> None:
-        """Empties batch rows (all by default); whether they are in scope does not matter.
+        """Empties batch rows (all by default), in scope or not.
 
         Raises:
             ValueError: a row comes twice or does not exist.
@@ -237,11 +237,11 @@ class KNNMemory:
         increment_hits: bool | None = None,
         increment_age: bool | None = None,
     ) -> tuple[Float[Tensor, "b ... k 2 d"], Bool[Tensor, "b ... k"]]:
-        """Keys and values of the nearest tokens, nearest first, and whether there was a k-th one.
+        """Keys and values of the nearest tokens, nearest first, and a mask that is False where there is no k-th one.
 
         Args:
             queries: ``(b, ..., d)``, with several key heads ``(b, h, ..., d)``.
-            topk: how many.
+            topk: number of neighbours.
             nprobe, increment_hits, increment_age: accepted for compatibility, without effect.
 
         Raises:
@@ -250,12 +250,12 @@ class KNNMemory:
         for name, value in (("nprobe", nprobe), ("increment_hits", increment_hits), ("increment_age", increment_age)):
             if value is not None:
                 warn_without_effect(name)
-        found = self.retrieve(queries, topk)
-        return found.kv, found.mask
+        retrieved = self.retrieve(queries, topk)
+        return retrieved.kv, retrieved.mask
 
     @torch.no_grad()
     def retrieve(self, queries: Float[Tensor, "b ... d"], topk: int) -> Retrieved:
-        """As ``search``, with scores and positions."""
+        """``search`` that also returns scores and positions."""
         check_positive(topk, "topk")
         lead, stored, place = self._lead, self._stored(self.scoped_indices), self.store.device
         if queries.ndim < len(lead) + 1 or (*queries.shape[: len(lead)], queries.shape[-1]) != (*lead, self.dim):
@@ -263,7 +263,7 @@ class KNNMemory:
             raise ValueError(f"queries must have shape ({expected}), got {tuple(queries.shape)}")
         flat = queries.detach().to(place).reshape(len(stored), -1, self.dim)
         shape = (*flat.shape[:2], topk)
-        # rows are searched one by one, and each writes what it found here
+        # rows are searched one by one and write their results here
         kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
         scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
         positions = torch.full(shape, -1, dtype=torch.long, device=place)
@@ -282,7 +282,7 @@ class KNNMemory:
         return Retrieved(kv=kv, mask=positions >= 0, scores=scores, positions=positions)
 
     def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, positions and slots of the nearest tokens of a row that holds some."""
+        """Scores, positions and slots of the nearest tokens of a row that is not empty."""
         store, size = self.store, self.store.size(row)
         if self.indexes and self.indexes[row].is_ready(size):
             scores, positions = self.indexes[row].search(queries, k, store.first[row])
@@ -303,7 +303,7 @@ class KNNMemory:
         return scores, positions, slots
 
     def selected(self, rows: Sequence[int]) -> "KNNMemory":
-        """A copy, not on disk, whose batch row ``r`` is row ``rows[r]`` in scope; a row may come several times."""
+        """A copy, not on disk, whose batch row ``r`` is row ``rows[r]`` in scope; rows may repeat."""
         twin = KNNMemory.__new__(KNNMemory)
         twin.__dict__ |= self.__dict__
         stored = self._stored(self.scoped_indices[row] for row in rows)
@@ -319,7 +319,7 @@ class KNNMemory:
         return {"format_version": STATE_VERSION, "heads": self.heads, **self.store.state()}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ``ValueError`` unless ``state`` is of a memory of the same shape and number format."""
+        """Raises ``ValueError`` unless ``state`` has the shape and number format of this memory."""
         expected = {"format_version": STATE_VERSION, "heads": self.heads}
         expected |= {name: getattr(self.store, name) for name in ("storage", "dim", "capacity")}
         for name, value in expected.items():
@@ -330,10 +330,10 @@ class KNNMemory:
             raise ValueError(f"the memory was saved with {rows} rows, not {self.store.rows}")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Holds what the memory of ``state_dict`` held.
+        """Replaces the content by that of ``state``.
 
         Raises:
-            ValueError: it was of another shape or number format; nothing is changed then.
+            ValueError: the shape or number format differs; nothing is changed then.
         """
         self.check_state(state)
         self.store.load_state(state)
@@ -343,7 +343,7 @@ class KNNMemory:
 
     @typed
     def save(self, path: str | Path) -> None:
-        """Writes the memory into one file, which appears whole or not at all."""
+        """Writes the memory to one file, atomically."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with new_file(target) as temporary:
@@ -351,11 +351,11 @@ class KNNMemory:
 
     @typed
     def load(self, path: str | Path) -> None:
-        """Reads what ``save`` wrote.
+        """Reads a file of ``save``.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is damaged, or of another shape or number format.
+            ValueError: the file is damaged, or of another shape or number format.
         """
         state = load_tensors(path)
         if not isinstance(state, dict):
@@ -363,7 +363,7 @@ class KNNMemory:
         self.load_state_dict(state)
 
     def close(self) -> None:
-        """Closes its files."""
+        """Closes the files, if there are any."""
         if isinstance(self.store, DiskStorage):
             self.store.close()
 

@@ -1,4 +1,4 @@
-"""The memories of all memorizing layers together."""
+"""The memories of all memorizing layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from memorizing_transformer.memory.knn_memory import KNNMemory
 
 
 class KNNMemoryList(list[KNNMemory]):
-    """A list of ``KNNMemory``, one for each memorizing layer, with what is done to all of them at once."""
+    """A list of ``KNNMemory``, one for each memorizing layer, with operations on all of them."""
 
     _directory: MemoryDirectory | None = None
 
@@ -26,13 +26,13 @@ class KNNMemoryList(list[KNNMemory]):
         name: str | None = None,
         timeout: float = 10.0,
     ) -> Callable[..., "KNNMemoryList"]:
-        """A function from the arguments of ``KNNMemory`` to the list.
+        """A factory that takes the arguments of ``KNNMemory`` and returns the list.
 
         Args:
-            batch_size: rows.
-            num_memory_layers: memories.
-            memories_directory: keeps them in files there; None keeps them in memory.
-            name: of the folder in ``memories_directory`` that is kept and opened again; None for a scratch folder.
+            batch_size: batch rows.
+            num_memory_layers: number of memories.
+            memories_directory: folder for memory-mapped files; None keeps the memories on their device.
+            name: name of a kept folder in ``memories_directory``; None for a scratch folder.
             timeout: seconds to wait for another process that uses the folder.
         """
 
@@ -54,16 +54,16 @@ class KNNMemoryList(list[KNNMemory]):
 
     @property
     def batch_size(self) -> int:
-        """Rows in scope; 0 where there is no memory."""
+        """Number of rows in scope; 0 without memories."""
         return len(self[0].scoped_indices) if self else 0
 
     @property
     def sizes(self) -> list[list[int]]:
-        """Tokens held, by layer and row."""
+        """Number of tokens, by layer and row."""
         return [memory.sizes for memory in self]
 
     def cleanup(self) -> None:
-        """Lets go of files; a scratch folder is removed, a named one is kept."""
+        """Closes files; a scratch folder is removed, a named one is kept."""
         for memory in self:
             memory.close()
         directory, self._directory = self._directory, None
@@ -94,7 +94,7 @@ class KNNMemoryList(list[KNNMemory]):
             self[number].clear(batch_indices)
 
     def selected(self, rows: Sequence[int]) -> "KNNMemoryList":
-        """A copy whose batch row ``r`` is our row in scope ``rows[r]``."""
+        """A copy whose batch row ``r`` is row ``rows[r]`` in scope."""
         return KNNMemoryList(memory.selected(rows) for memory in self)
 
     def state_dict(self) -> list[dict[str, Any]]:
@@ -102,17 +102,17 @@ class KNNMemoryList(list[KNNMemory]):
         return [memory.state_dict() for memory in self]
 
     def check_state(self, state: Sequence[dict[str, Any]]) -> None:
-        """Raises ``ValueError`` unless ``state`` is of as many memories of the same shapes and number formats."""
+        """Raises ``ValueError`` unless ``state`` has as many memories, of the same shapes and number formats."""
         if len(state) != len(self):
             raise ValueError(f"state must have {len(self)} memories, got {len(state)}")
         for memory, saved in zip(self, state, strict=True):
             memory.check_state(saved)
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Holds what the memories of ``state_dict`` held.
+        """Replaces the content by that of ``state``.
 
         Raises:
-            ValueError: another number, shape or number format; nothing is changed then.
+            ValueError: see ``check_state``; nothing is changed then.
         """
         self.check_state(state)
         for memory, saved in zip(self, state, strict=True):
@@ -120,17 +120,12 @@ class KNNMemoryList(list[KNNMemory]):
 
     @typed
     def save(self, directory: str | Path) -> None:
-        """Writes ``layer-1.pt`` and so on into a folder, each whole or not at all."""
+        """Writes ``layer-1.pt`` and so on to a folder, each atomically."""
         for number, memory in enumerate(self, start=1):
             memory.save(Path(directory) / f"layer-{number}.pt")
 
     @typed
     def load(self, directory: str | Path) -> None:
-        """Reads what ``save`` wrote.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged or of another shape.
-        """
+        """Reads the files of ``save``; errors as for ``KNNMemory.load``."""
         for number, memory in enumerate(self, start=1):
             memory.load(Path(directory) / f"layer-{number}.pt")

@@ -1,16 +1,16 @@
-"""Keys and values of past tokens: one ring buffer a row, first in, first out, in one of three number formats.
+"""Keys and values of past tokens: one ring buffer per row, first in, first out, in one of three number formats.
 
-A row that has taken ``written`` tokens since it was last cleared holds its last ``capacity`` ones; token ``t`` (counted
-from 0) lies in slot ``t % capacity``. Memory is taken as rows fill, doubling up to the capacity.
+A row keeps the last ``capacity`` of the ``written`` tokens since it was last cleared; token ``t`` (counted from 0) is
+in slot ``t % capacity``. Buffers grow on demand, doubling up to the capacity.
 
-| format | bytes a token (key and value) at d = 64 |
+| format | bytes per token (key and value) at d = 64 |
 |---|---|
 | float32 | 512 |
 | bfloat16 | 256 |
-| int8 | 132: one byte a number and a float16 scale for each key and each value |
+| int8 | 132: one byte per number and a float16 scale for each key and each value |
 
-Narrow formats are widened chunk by chunk when searched: bfloat16 products are many times slower than float32 ones on
-most CPUs.
+Narrow formats are converted to wider ones chunk by chunk in a search: bfloat16 products are many times slower than
+float32 ones on most CPUs.
 
 Legend: r rows, n tokens, c capacity, d feature.
 """
@@ -30,7 +30,7 @@ _SMALLEST_GROWTH = 256
 
 
 def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
-    """One byte a number: round(x / scale) with scale = max |x| / 127 of each vector, rounded to float16."""
+    """Int8 numbers and scales: round(x / scale) with scale = max |x| / 127 of each vector, rounded to float16."""
     # float16 would lose scales below 6e-8 and above 65504
     scales = (kv.abs().amax(dim=-1).float() / 127).clamp(6e-8, 65504.0).to(torch.float16)
     numbers = (kv.float() / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
@@ -46,13 +46,13 @@ class RingStorage:
         self.dim = dim
         self.storage = storage
         self.device = device
-        # Tokens a row has taken since it was cleared, and the first of them that is still held.
+        # per row: number of tokens added since it was cleared, and the first of them that is still stored
         self.written = [0] * rows
         self.first = [0] * rows
         self.data, self.scales = self._allocate(0)
 
     def size(self, row: int) -> int:
-        """Tokens held in a row."""
+        """Number of tokens in a row."""
         return self.written[row] - self.first[row]
 
     @property
@@ -69,12 +69,12 @@ class RingStorage:
         return [(start, stop)] if start < stop else [(0, stop), (start, self.capacity)]
 
     def positions(self, row: int, slots: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Which token, counted since the row was cleared, lies in each slot."""
+        """Number of the token in each slot, counted from 0 since the row was cleared."""
         last = self.written[row] - 1
         return last - (last - slots) % self.capacity
 
     def append(self, rows: Sequence[int], kv: Sequence[Tensor]) -> None:
-        """Adds tokens ``(n, 2, d)``, with an n for each row, after those of ``rows``; the oldest go when full."""
+        """Appends tokens ``(n, 2, d)`` to each of ``rows``, with an n for each; when full, the oldest are evicted."""
         after: dict[int, tuple[int, int]] = {}
         for row, new in zip(rows, kv, strict=True):
             written = self.written[row] + new.shape[0]
@@ -94,7 +94,7 @@ class RingStorage:
         self._commit()
 
     def _write(self, row: int, new: Tensor, *, stop: int) -> None:
-        """Writes the tokens of the positions up to ``stop``, no more than there are slots."""
+        """Writes the last tokens before position ``stop``, no more than there are slots."""
         scales: Tensor | None = None
         new = new.detach().to(self.device)
         if self.storage == "int8":
@@ -108,10 +108,10 @@ class RingStorage:
             start, done = 0, done + count
 
     def _before_writing(self, after: dict[int, tuple[int, int]]) -> None:
-        """Called before slots are overwritten; storage on disk first records what is about to go."""
+        """Called before slots are overwritten; storage on disk first drops their tokens from its header."""
 
     def _commit(self) -> None:
-        """Called when all rows are as their counts say; storage on disk records it."""
+        """Called once the data match the counts; storage on disk writes them to its header."""
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
         shape = (self.rows, capacity, 2, self.dim)
@@ -136,21 +136,21 @@ class RingStorage:
                 yield low, self._keys(row, slice(low, min(low + size, stop)), dtype)
 
     def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
-        """Of each query with the keys in slots of its own, on a CPU, in the queries' dtype."""
+        """Products of each query with the keys in its own slots, on a CPU, in the queries' dtype."""
         if self.data.dtype == queries.dtype:
             return own_products(queries, self.data[row].view(-1, self.dim), 2 * slots)  # a key and a value in turn
         few = max(1, CPU_CHUNK // slots.shape[1])  # queries at a time, so that few keys are widened
         parts = []
-        for some, own in zip(queries.split(few), slots.split(few), strict=True):
-            keys = self._keys(row, own.flatten(), queries.dtype)
-            parts.append(own_products(some, keys, torch.arange(own.numel()).view(own.shape)))
+        for some, theirs in zip(queries.split(few), slots.split(few), strict=True):
+            keys = self._keys(row, theirs.flatten(), queries.dtype)
+            parts.append(own_products(some, keys, torch.arange(theirs.numel()).view(theirs.shape)))
         return torch.cat(parts)
 
     def _keys(self, row: int, slots: slice | Tensor, dtype: torch.dtype) -> Float[Tensor, "n d"]:
         """Keys of a row in some slots, widened to ``dtype``."""
 
-        def chosen(held: Tensor) -> Tensor:
-            part = held[row, :, 0]
+        def chosen(buffer: Tensor) -> Tensor:
+            part = buffer[row, :, 0]
             return part[slots] if isinstance(slots, slice) else part.index_select(0, slots)
 
         keys = chosen(self.data).to(dtype)
@@ -193,27 +193,21 @@ class RingStorage:
         return twin
 
     def state(self) -> dict[str, Any]:
-        """The tokens held, oldest first, as tensors and numbers (on the CPU)."""
+        """The stored tokens, oldest first, as tensors (on the CPU) and numbers."""
         kv, scales = [], []
         for row in range(self.rows):
             slots = self.slots(row)
             kv.append(self.data[row].index_select(0, slots).cpu())
             if self.scales is not None:
                 scales.append(self.scales[row].index_select(0, slots).cpu())
-        return {
-            "storage": self.storage,
-            "dim": self.dim,
-            "capacity": self.capacity,
-            "first": list(self.first),
-            "kv": kv,
-            "scales": scales,
-        }
+        shape = {"storage": self.storage, "dim": self.dim, "capacity": self.capacity}
+        return {**shape, "first": list(self.first), "kv": kv, "scales": scales}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Holds what a storage of the same shape and format held at its ``state``."""
+        """Replaces the content by the ``state`` of a storage of the same shape and format."""
         kv, scales, firsts = state["kv"], state["scales"], state["first"]
         self.clear(range(self.rows))
-        written = [first + held.shape[0] for first, held in zip(firsts, kv, strict=True)]
+        written = [first + tokens.shape[0] for first, tokens in zip(firsts, kv, strict=True)]
         self._make_room(max(written))
         for row in range(self.rows):
             slots = torch.arange(firsts[row], written[row], device=self.device) % self.capacity

@@ -1,12 +1,12 @@
-"""Local causal attention over the segment and what came before it, and T5's relative position bias for it.
+"""Local causal attention over the segment and the keys before it, with T5's relative position bias.
 
-Keys and values are shared by all heads (arXiv 1911.02150) or each head has its own. Positions come in through an
-additive bias, in which what a query may not see is -inf.
+Keys and values are shared by all heads (arXiv 1911.02150) or separate for each head. Positions enter through an
+additive bias, which is -inf where a query may not look.
 
 The bias (arXiv 1910.10683, section 2.1; causal buckets) is a function of DISTANCES between positions: with past keys in
-front, the first query of a segment is not at distance 0 of the first key. Nothing else tells a layer about order, and
-biases that all begin near 0 leave its heads alike for hundreds of updates. So with ``look_back`` head h begins by
-looking h tokens back: 200 updates took a byte model to 2.8 bits/byte, and from biases near 0 to 3.7.
+front, the first query of a segment is not at distance 0 of the first key. It is a layer's only information on order,
+and with all biases near 0 its heads stay alike for hundreds of updates. So with ``look_back`` head h starts by looking
+h tokens back: after 200 updates a byte model was at 2.8 bits/byte, and at 3.7 with all biases near 0.
 
 Legend: b batch, h heads, g key heads (1 or h), i queries, m past keys, j all keys, d feature of a head.
 """
@@ -28,15 +28,15 @@ MAX_DISTANCE = 128
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and each bucket of distances, added to attention scores.
+    """A learned bias for each head and bucket of distances, added to attention scores.
 
-    Half of the buckets are single distances from 0, the others grow logarithmically up to ``MAX_DISTANCE``; greater
+    Half of the buckets are the single distances from 0, the others grow logarithmically up to ``MAX_DISTANCE``; greater
     distances share the last one.
 
     Args:
         heads: attention heads.
         scale: factor on the learned biases.
-        look_back: whether head h begins by preferring the token h before its own (modulo half of the buckets).
+        look_back: whether head h initially prefers the token h positions back (modulo half of the buckets).
     """
 
     @typed
@@ -51,7 +51,7 @@ class RelativePositionBias(nn.Module):
                     self.bias.weight[head % (NUM_BUCKETS // 2), head] += 1.0
 
     def bucket(self, distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """The bucket of each distance; keys ahead of the query share that of distance 0."""
+        """The bucket of each distance; negative distances share the bucket of 0."""
         distance = distance.clamp(min=0)
         exact = NUM_BUCKETS // 2
         growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
@@ -64,7 +64,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Projections(nn.Module):
-    """Projections of the residual stream to queries, keys and values, and back; ``heads`` are query heads."""
+    """Projections from the residual stream to queries, keys and values, and back; ``heads`` are query heads."""
 
     @typed
     def __init__(self, *, dim: int, heads: int, dim_head: int, multi_head_keys: bool, output_bias: bool) -> None:
@@ -85,7 +85,7 @@ class Projections(nn.Module):
         return q, k, v
 
     def back(self, out: Float[Tensor, "b h i d"]) -> Float[Tensor, "b i dim"]:
-        """Merges the heads and projects."""
+        """Merges the heads and projects to the residual stream."""
         return self.to_out(rearrange(out, "b h i d -> b i (h d)"))
 
 
@@ -124,5 +124,5 @@ def joined(
 
 
 def stacked(k: Float[Tensor, "b g i d"], v: Float[Tensor, "b g i d"]) -> Float[Tensor, "b g i 2 d"]:
-    """Keys and values in one tensor, without gradient, as the XL window and the memory hold them."""
+    """Keys and values in one tensor, without gradient, as in the XL window and the memory."""
     return torch.stack((k, v), dim=-2).detach()

@@ -1,8 +1,8 @@
-"""What generation keeps: the segment that is being filled, the XL window before it, and a memory of its own.
+"""Generation cache: the segment being filled, the XL window before it, and a separate memory.
 
-Rows fill segments of ``segment_length`` tokens each at its own pace: padding is left out, so a batch of prompts of
-different lengths gives what each gives alone. When a row's segment is full, what leaves its XL window goes into its
-memory, exactly as after a training segment of the same length.
+Rows fill segments of ``segment_length`` tokens independently and without padding, so prompts of different lengths in a
+batch give the same results as each alone. When a row's segment is full, the tokens that leave its XL window are added
+to its memory, exactly as after a training segment of the same length.
 
 Legend: b batch, g key heads, s segment_length, m XL window, n new tokens, d feature of a head.
 """
@@ -18,14 +18,14 @@ from memorizing_transformer.model.segment import Documents, Past, Place, remembe
 
 
 class MemoryCache:
-    """Made by ``MemorizingTransformer.init_cache``; opaque to ``lm_core.generate``.
+    """The cache of ``MemorizingTransformer.init_cache``; opaque to ``lm_core.generate``.
 
     Args:
-        places: of all attentions.
+        places: places of all attentions.
         batch_size, segment_length: as for ``init_cache``.
-        window: tokens of the XL window.
+        window: tokens in the XL window.
         dim_head: features of a head.
-        make_memories: makes memories of ``batch_size`` rows, at the first token unless some are provided before.
+        make_memories: returns memories of ``batch_size`` rows; called at the first token if none were passed.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class MemoryCache:
         self.xl_lengths = [0] * batch_size
         self.memories = KNNMemoryList()
         self.adds = True
-        self.segments: list[Tensor] = []  # (b, g, s, 2, d) of each attention
-        self.windows: list[Tensor] = []  # (b, g, m, 2, d) of each attention that has one
-        self.documents: Documents | None = None  # of the segments
+        self.segments: list[Tensor] = []  # (b, g, s, 2, d) for each attention
+        self.windows: list[Tensor] = []  # (b, g, m, 2, d) for each attention that has one
+        self.documents: Documents | None = None  # documents of the segments' tokens
 
     def check_next(self, x: Tensor, mask: Tensor | None, memories: KNNMemoryList | None) -> None:
-        """Raises ``ValueError`` unless new tokens ``(b, n)`` with these settings can follow."""
+        """Raises ``ValueError`` unless new tokens ``(b, n)`` with these arguments can follow."""
         if self.batch_size != x.shape[0]:
             raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {x.shape[0]}")
         if mask is None and self.masked:
@@ -69,17 +69,17 @@ class MemoryCache:
         self.memories = self._make_memories() if memories is None else memories.selected(range(self.batch_size))
         for place in self.places:
             shape = (self.batch_size, place.key_heads, self.segment_length, 2, self.dim_head)
-            # zeros: padding is multiplied by weights of zero, and NaN times zero is NaN
+            # zeros, not empty: padding is multiplied by weights of zero, and NaN times zero is NaN
             self.segments.append(like.new_zeros(shape))
             if place.xl is not None:
                 self.windows.append(like.new_zeros(*shape[:2], self.window, 2, self.dim_head))
 
     def pieces(self, x: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Cuts new tokens where a row's segment is full; padding, where ``mask`` is False, is left out.
+        """Splits new tokens where a row's segment is full; padding, where ``mask`` is False, is dropped.
 
-        Yields pieces that stay within one segment of each row: their columns ``(b, n)`` in ``x``, and where these are
-        padding on the right (None where all rows stand at the same place of their segments). Each must be appended
-        before the next is asked for.
+        Yields pieces within one segment of each row: their columns ``(b, n)`` in ``x``, and a mask that is False at
+        padding on the right (None if all rows are at the same place of their segments). Each piece must be appended
+        before the next one is requested.
         """
         if mask is None:
             remaining = [x.shape[1]] * self.batch_size
@@ -100,7 +100,7 @@ class MemoryCache:
             yield columns, inside
 
     def past(self) -> Past:
-        """What comes before the next piece."""
+        """Keys and values before the next piece."""
         device, used = self.segments[0].device, max(self.fill)
         fill = self.fill[:1] if len(set(self.fill)) == 1 else self.fill
         return Past(
@@ -120,7 +120,7 @@ class MemoryCache:
     def append(
         self, kept: Sequence[Float[Tensor, "b _ n 2 d"]], mask: Tensor | None, documents: Documents | None
     ) -> None:
-        """Adds what the attentions keep of a piece; rows whose segment is then full move it into their memory."""
+        """Adds the keys and values of a piece; full segments move to their rows' windows and memories."""
         n = kept[0].shape[2]
         counts = [n] * self.batch_size if mask is None else mask.sum(dim=1).tolist()
         ends = [fill + count for fill, count in zip(self.fill, counts, strict=True)]
@@ -144,7 +144,7 @@ class MemoryCache:
             self._commit(full)
 
     def _commit(self, rows: list[int]) -> None:
-        """Empties the full segments of ``rows`` into their XL windows and memories."""
+        """Moves the full segments of ``rows`` to their XL windows and memories."""
         index = torch.tensor(rows, device=self.segments[0].device)
         mask = self._window_mask(index.device)
         past = Past([window[index] for window in self.windows], None if mask is None else mask[index])
@@ -169,10 +169,10 @@ class MemoryCache:
             self.documents = Documents(self.documents.ids, self.documents.open.index_fill(0, index, 0))
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
-        """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
+        """Replaces row ``r`` by row ``index[r]``; the batch size may change."""
         rows = index.tolist()
         if rows == list(range(self.batch_size)):
-            return  # copying a memory is the most expensive part
+            return  # copying memories is expensive
         self.batch_size = len(rows)
         self.fill = [self.fill[row] for row in rows]
         self.xl_lengths = [self.xl_lengths[row] for row in rows]

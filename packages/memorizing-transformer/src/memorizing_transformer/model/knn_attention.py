@@ -1,13 +1,13 @@
-"""Attention that also looks into a memory of past tokens (Memorizing Transformers, arXiv 2203.08913, section 3).
+"""Attention with a memory of past tokens (Memorizing Transformers, arXiv 2203.08913, section 3).
 
 Queries and keys are L2-normalised, with a learned temperature for each head (arXiv 2010.04245). Retrieved keys join the
 local ones in one of two ways:
 
 - ``gate="softmax"``: one softmax over retrieved and local scores together;
-- ``gate="sigmoid"``: ``g * memory + (1 - g) * local`` with ``g = sigmoid(b_h)`` (section 3.2), one ``b`` a head.
+- ``gate="sigmoid"``: ``g * memory + (1 - g) * local`` with ``g = sigmoid(b_h)`` (section 3.2), one ``b`` per head.
 
-A query that has no memory attends locally alone, under either gate. Retrieved keys carry no position. Keys are kept as
-projected and normalised when they are used, so that those of another layer can be used as well.
+A query without a memory attends only locally, with either gate. Retrieved keys carry no position. Keys are cached as
+projected and normalised on use, so that a layer can also use the keys of another layer.
 
 Legend: b batch, h heads, g key heads, i queries, m past keys, j local keys, k retrieved keys, d feature of a head.
 """
@@ -30,8 +30,8 @@ from memorizing_transformer.model.attention import Projections, joined, stacked
 
 Gate = Literal["softmax", "sigmoid"]
 
-# Of the sigmoid gate, which the paper does not give: what is retrieved is an eighth of the output at first. At a half,
-# a model that cannot match contexts yet learned more slowly with a memory than without.
+# Initial value of the sigmoid gate (not in the paper): the memory is an eighth of the output. Starting at a half, a
+# model that cannot match contexts yet learned more slowly with a memory than without.
 GATE_START = -2.0
 
 
@@ -42,12 +42,12 @@ class MemorizingAttention(nn.Module):
         dim: features of the residual stream.
         heads: query heads.
         dim_head: features of a head.
-        dropout: on attention weights, in training mode.
-        num_retrieved_memories: memories that each query of each head retrieves.
-        attn_scale_init: temperature at the beginning.
-        gate_output: multiplies the output by tanh of a learned number that begins at 0, so that the layer can be put
-            into a trained model without changing it at first.
-        gate: how memory and local attention are joined; "sigmoid" begins with an eighth for the memory.
+        dropout: dropout on attention weights, in training mode.
+        num_retrieved_memories: memories retrieved for each query of each head.
+        attn_scale_init: initial temperature.
+        gate_output: whether the output is multiplied by tanh of a learned number that starts at 0, so that the layer
+            can be added to a trained model without changing it at first.
+        gate: combination of memory and local attention; "sigmoid" starts with an eighth for the memory.
         multi_head_keys: whether each head has its own keys and values.
 
     Raises:
@@ -85,7 +85,7 @@ class MemorizingAttention(nn.Module):
 
     @contextmanager
     def recorded(self) -> Iterator[list[Retrieved]]:
-        """Inside, every search's result is appended to the list."""
+        """Records the result of every search in the block in the yielded list."""
         before, self._records = self._records, []
         try:
             yield self._records
@@ -105,10 +105,10 @@ class MemorizingAttention(nn.Module):
 
         Args:
             x: normalised features.
-            bias: added to local scores; -inf where a query may not look.
-            past: keys and values ``(b, g, m, 2, d)`` before ``x``, in the order of time.
-            memory: searched for every query; None for local attention alone.
-            may_recall: False at queries that may not use the memory; None for all.
+            bias: bias on local scores; -inf where a query may not look.
+            past: keys and values ``(b, g, m, 2, d)`` before ``x``, oldest first.
+            memory: memory to search; None for local attention only.
+            may_recall: False at queries that may not use the memory; None where all may.
 
         Returns:
             The output, and the new keys and values.
@@ -121,12 +121,12 @@ class MemorizingAttention(nn.Module):
         local = q @ keys.transpose(-1, -2) * scale + bias
         if memory is None or len(memory) == 0:
             out = self.dropout(local.softmax(dim=-1).to(q.dtype)) @ values
-            if self.gate is not None:  # every parameter takes part, which processes that train together rely on
+            if self.gate is not None:  # DDP expects a gradient for every parameter
                 out = out + 0.0 * self.gate.to(q.dtype).sum()
         else:
-            found = self._search(memory, q)
-            mask = found.mask if may_recall is None else found.mask & may_recall[:, None, :, None]
-            memory_k, memory_v = found.kv.unbind(dim=-2)
+            retrieved = self._search(memory, q)
+            mask = retrieved.mask if may_recall is None else retrieved.mask & may_recall[:, None, :, None]
+            memory_k, memory_v = retrieved.kv.unbind(dim=-2)
             distant = _with_own(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
             distant = distant.masked_fill(~mask, torch.finfo(distant.dtype).min)
             far, near = self.dropout(self._weights(distant, local, mask).to(values.dtype)).split(
@@ -137,7 +137,7 @@ class MemorizingAttention(nn.Module):
         return out if self.output_gate is None else out * self.output_gate.tanh(), stacked(k, v)
 
     def _search(self, memory: KNNMemory, q: Tensor) -> Retrieved:
-        # on a CPU, products of narrow queries with a few keys of their own cost more in copies than the dtype saves
+        # on a CPU, half-precision products with a few keys per query cost more in copies than the dtype saves
         is_slow = q.device.type == "cpu" and q.dtype.itemsize < 4
         retrieved = memory.retrieve(q.float() if is_slow else q, self.num_retrieved_memories)
         if self._records is not None:
@@ -153,10 +153,10 @@ class MemorizingAttention(nn.Module):
 
 
 class KNNAttention(MemorizingAttention):
-    """``MemorizingAttention`` in the original's call form, for the layer alone.
+    """``MemorizingAttention`` with the original's call form, for use outside of the model.
 
     Args:
-        xl_max_memories: how many of the newest keys a call returns instead of storing them.
+        xl_max_memories: number of newest keys that a call returns instead of adding them to the memory.
         **settings: arguments of ``MemorizingAttention``.
 
     Raises:
@@ -176,14 +176,14 @@ class KNNAttention(MemorizingAttention):
         add_knn_memory: bool = True,
         rel_pos_bias: Float[Tensor, "#b h i2 j2"] | None = None,
     ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b ... m2 2 d"] | None]:
-        """Attends, then gives ``knn_memory`` the keys that leave the XL window.
+        """Attends, then adds the keys that leave the XL window to ``knn_memory``.
 
         Args:
             x: normalised features.
-            knn_memory: searched, and then added to.
+            knn_memory: memory to search, and then to extend.
             xl_memory: keys and values before the segment.
-            add_knn_memory: whether to add to ``knn_memory``.
-            rel_pos_bias: added to local scores; its last columns and rows are used.
+            add_knn_memory: whether ``knn_memory`` is extended.
+            rel_pos_bias: bias on local scores; its last columns and rows are used.
 
         Returns:
             The output, and the newest ``xl_max_memories`` keys and values (None if that is 0).
@@ -203,14 +203,14 @@ class KNNAttention(MemorizingAttention):
 
 
 def whole_number(value: int | float, name: str) -> int:
-    """``value`` as an integer; ``ValueError`` naming the argument unless it is one of at least 0."""
+    """``value`` as an integer; raises ``ValueError`` naming the argument unless it is a whole number of at least 0."""
     if value != int(value) or value < 0:
         raise ValueError(f"{name} must be a whole number of at least 0, got {value}")
     return int(value)
 
 
 def _with_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:
-    """``einsum`` of queries, or weights, with what was retrieved for each, in the latter's dtype on a CPU."""
+    """``einsum`` of queries or weights with the keys or values retrieved for each, on a CPU in the latter's dtype."""
     if x.device.type != "cpu":
         return einsum(x, retrieved, pattern)
     with torch.autocast("cpu", enabled=False):
@@ -218,11 +218,11 @@ def _with_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:
 
 
 def as_memories(kv: Float[Tensor, "b g n 2 d"]) -> Float[Tensor, "b ... n 2 d"]:
-    """Keys normalised and without the dimension of a single key head, as ``KNNMemory.add`` takes them."""
+    """Input of ``KNNMemory.add``: keys normalised, and no dimension for a single key head."""
     keys, values = kv.unbind(dim=-2)
     return packed(torch.stack((F.normalize(keys, dim=-1), values), dim=-2))
 
 
 def packed(kv: Float[Tensor, "b g n 2 d"]) -> Float[Tensor, "b ... n 2 d"]:
-    """Without the dimension of key heads where there is one."""
+    """``kv`` without the dimension of key heads if there is one head."""
     return kv.squeeze(1) if kv.shape[1] == 1 else kv

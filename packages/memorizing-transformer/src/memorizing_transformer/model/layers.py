@@ -1,4 +1,4 @@
-"""The layers of the model: pre-norm attention, in some a second one to the memory, and a feed-forward.
+"""The layers of the model: pre-norm attention, in some layers a second one to the memory, and a feed-forward.
 
 The T5 bias of local attention is learned once for the plain and once for the memorizing layers.
 
@@ -19,7 +19,7 @@ from memorizing_transformer.model.segment import Past, Place, View
 
 
 class Attention(nn.Module):
-    """A norm and an attention of either kind, with their residual."""
+    """Pre-norm attention of either kind with its residual connection."""
 
     def __init__(self, dim: int, inner: LocalAttention | MemorizingAttention, place: Place) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         past: Past,
         memories: KNNMemoryList | None,
     ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
-        """The residual stream after it, and the new keys and values."""
+        """Returns the residual stream after the attention, and the new keys and values."""
         # without an XL window there are no keys for the first columns
         bias = bias if self.place.reads_xl is not None else bias[..., past.width :]
         recall: dict[str, Any] = {}
@@ -47,7 +47,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the model: an attention, or two (the layer's own and a gated one to the memory), a feed-forward."""
+    """One layer: an attention, or two (a plain one and a gated one to the memory), and a feed-forward."""
 
     def __init__(self, *, dim: int, attentions: Sequence[Attention], ff_mult: int, ff_dropout: float) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class Block(nn.Module):
     def forward(
         self, h: Float[Tensor, "b i dim"], *, biases: tuple[Tensor, Tensor], **reading: Any
     ) -> tuple[Float[Tensor, "b i dim"], list[Tensor]]:
-        """The residual stream after it, and the new keys and values of its attentions.
+        """Returns the residual stream after the layer, and the new keys and values of its attentions.
 
-        ``biases`` are those of plain and of memorizing attentions; ``reading`` is as for ``Layers.forward``.
+        ``biases`` are for plain and for memorizing attentions; ``reading`` is as for ``Layers.forward``.
         """
         kept = []
         for attention in self.attentions:
@@ -74,9 +74,9 @@ class Block(nn.Module):
 class Layers(nn.Module):
     """The layers between the embedding and the last norm.
 
-    Layers with a memory and with an XL window are counted from 1, in ascending order; a layer reads the memory that is
-    ``shift_knn`` and the window that is ``shift_xl`` farther up, or the last. ``plain`` and ``memorizing`` are the
-    arguments of ``LocalAttention`` and ``MemorizingAttention`` other than ``dim``.
+    Layers with a memory or an XL window are counted from 1, in ascending order; a layer reads the memory ``shift_knn``
+    and the window ``shift_xl`` places farther up, or the last one. ``plain`` and ``memorizing`` are the arguments of
+    ``LocalAttention`` and ``MemorizingAttention`` other than ``dim``.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class Layers(nn.Module):
         super().__init__()
         scale = plain["dim_head"] ** 0.5
         self.position_bias = RelativePositionBias(heads=plain["heads"], scale=scale, look_back=True)
-        # here a head that looked back from the start would drown what the memory finds
+        # no look_back: it would outweigh the retrieved keys
         self.knn_position_bias = RelativePositionBias(heads=memorizing["heads"], scale=scale)
-        # unused without memorizing layers, and processes that train together expect a gradient of all that needs one
+        # unused without memorizing layers, and DDP expects a gradient for every parameter that requires one
         self.knn_position_bias.requires_grad_(bool(memorizing_layers))
         self.blocks = nn.ModuleList()
         number = 0
@@ -112,25 +112,23 @@ class Layers(nn.Module):
                 inner.append(MemorizingAttention(dim=dim, **memorizing))
             attentions = []
             for attention in inner:
-                # a layer with two has its XL window in the first, its memory in the second
+                # with two attentions, the first has the XL window and the second the memory
                 own_xl = xl if attention is inner[0] else None
-                own_memory = memory if attention is inner[-1] else None
+                own_knn = memory if attention is inner[-1] else None
                 place = Place(
                     number=number,
                     key_heads=attention.projections.key_heads,
                     xl=own_xl,
-                    memory=own_memory,
+                    memory=own_knn,
                     reads_xl=None if own_xl is None else min(own_xl + shift_xl, len(xl_memory_layers) - 1),
-                    reads_memory=None
-                    if own_memory is None
-                    else min(own_memory + shift_knn, len(memorizing_layers) - 1),
+                    reads_memory=None if own_knn is None else min(own_knn + shift_knn, len(memorizing_layers) - 1),
                 )
                 attentions.append(Attention(dim, attention, place))
                 number += 1
             self.blocks.append(Block(dim=dim, attentions=attentions, ff_mult=ff_mult, ff_dropout=ff_dropout))
 
     def places(self) -> list[Place]:
-        """Those of all attentions, in the order they are applied."""
+        """Places of all attentions, in the order of application."""
         return [attention.place for block in self.blocks for attention in block.attentions]  # type: ignore[union-attr]
 
     def forward(
@@ -140,9 +138,9 @@ class Layers(nn.Module):
 
         Args:
             h: embedded tokens.
-            view: what the tokens may see.
-            past: keys and values before them.
-            memories: to search; None for local attention alone.
+            view: which keys each token may see.
+            past: keys and values before the tokens.
+            memories: memories to search; None for local attention only.
 
         Returns:
             The residual stream, and the new keys and values ``(b, g, i, 2, d)`` of each attention.

@@ -1,12 +1,12 @@
-"""What tokens may see of the past, and what of them is remembered afterwards.
+"""Visibility of past tokens, and the update of XL windows and memories after a segment.
 
-The XL window (arXiv 1901.02860) holds keys and values of the newest tokens, passed from segment to segment. The memory
-is searched as it was BEFORE a segment; afterwards what leaves the window is added, so no segment retrieves itself.
+The XL window (arXiv 1901.02860) has keys and values of the newest tokens, passed from segment to segment. The memory is
+searched as it was BEFORE a segment; tokens that leave the window are added afterwards, so no segment retrieves itself.
 
-Documents: a start-of-document token begins one, an end-of-document token ends one. Tokens of document 0 continue what
-came before the segment; later ones see neither the past nor another document of the segment. Afterwards only tokens of
-the document that is still open are remembered, oldest first: the newest ``width`` of them stay in the XL window, the
-others go to the memory. Padding is seen by no token and remembered nowhere.
+Documents: a start-of-document token begins one, an end-of-document token ends one. Tokens of document 0 continue the
+text before the segment; later ones see neither the past nor another document of the segment. Only tokens of the last,
+open document are stored: the newest stay in the XL window, the others go to the memory. Padding is neither seen nor
+stored.
 
 Legend: b batch, n new tokens, m tokens of the window, f tokens of the segment before the new ones, j columns (window,
 segment so far, new), g key heads, d feature of a head.
@@ -29,7 +29,7 @@ class XLMemories(list[Tensor]):
     """Keys and values ``(b, m, 2, d)`` (with several key heads ``(b, h, m, 2, d)``) of each XL layer, not normalised.
 
     Attributes:
-        mask: ``(b, m)`` False at columns on the left that hold nothing; None where all hold something.
+        mask: ``(b, m)``, False at empty columns on the left; None if no column is empty.
     """
 
     mask: Tensor | None = None
@@ -40,12 +40,12 @@ class Place:
     """The place of an attention in the model.
 
     Attributes:
-        number: its index among all attentions.
-        key_heads: heads of its keys and values.
-        xl: its index among those that have an XL window, or None.
-        memory: its index among those that have a memory, or None.
-        reads_xl: index of the XL window that it reads (another one's where windows are shifted), or None.
-        reads_memory: index of the memory that it searches, or None.
+        number: index among all attentions.
+        key_heads: number of key heads.
+        xl: index among the attentions with an XL window, or None.
+        memory: index among the attentions with a memory, or None.
+        reads_xl: index of the XL window it reads (that of another attention if windows are shifted), or None.
+        reads_memory: index of the memory it searches, or None.
     """
 
     number: int
@@ -58,14 +58,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Past:
-    """What comes before the new tokens.
+    """Keys and values before the new tokens.
 
     Attributes:
-        windows: XL window of each attention that has one; empty before a first segment.
-        window_mask: False at columns of the windows that hold nothing; None where all hold something.
-        segments: of each attention, the part of the segment that was read before; empty at the segment's start.
-        fill: how many columns of ``segments`` each row has, for one row where all have the same.
-        documents: which document those columns belong to; None without boundaries.
+        windows: XL window of each attention that has one; empty before the first segment.
+        window_mask: False at empty columns of the windows; None if no column is empty.
+        segments: for each attention, the part of the segment that was read before; empty at the start of a segment.
+        fill: number of filled columns of ``segments`` for each row, or one number for all rows.
+        documents: document of each of those columns; None without boundaries.
     """
 
     windows: Sequence[Float[Tensor, "b _ m 2 d"]] = ()
@@ -76,25 +76,25 @@ class Past:
 
     @property
     def width(self) -> int:
-        """Columns of the windows."""
+        """Number of columns of the windows."""
         return self.windows[0].shape[2] if self.windows else 0
 
     @property
     def columns(self) -> int:
-        """Columns of the segment so far."""
+        """Number of columns of the segment so far."""
         return self.segments[0].shape[2] if self.segments else 0
 
     def of(self, place: Place) -> list[Tensor]:
-        """What an attention sees."""
+        """Keys and values for one attention."""
         window = [self.windows[place.reads_xl]] if place.reads_xl is not None and self.windows else []
         return window + ([self.segments[place.number]] if self.segments else [])
 
 
 def past_of_windows(xl_memories: Sequence[Tensor] | None, *, layers: int, b: int, dim_head: int) -> Past:
-    """XL memories, as they were passed to the model, before a segment of ``b`` rows.
+    """The ``Past`` of a segment of ``b`` rows, from the XL memories passed to the model.
 
     Raises:
-        ValueError: they are not one for each of ``layers``, or a shape does not fit.
+        ValueError: there is not one for each of ``layers``, or a shape does not fit.
     """
     if xl_memories is None:
         return Past()
@@ -113,18 +113,18 @@ def past_of_windows(xl_memories: Sequence[Tensor] | None, *, layers: int, b: int
 
 @dataclass(frozen=True)
 class Documents:
-    """Which document tokens belong to.
+    """The document of each token.
 
     Attributes:
-        ids: 0 continues what came before; counted up at each boundary.
-        open: the document that continues after the last token.
+        ids: document numbers; 0 continues the text before the segment, and each boundary adds 1.
+        open: document that continues after the last token.
     """
 
     ids: Int[Tensor, "b n"]
     open: Int[Tensor, " b"]
 
     def of(self, rows: Int[Tensor, " r"]) -> "Documents":
-        """Those of some rows."""
+        """The documents of some rows."""
         return Documents(self.ids[rows], self.open[rows])
 
 
@@ -136,14 +136,14 @@ def find_documents(
     mask: Bool[Tensor, "b n"] | None = None,
     before: Int[Tensor, " b"] | None = None,
 ) -> Documents | None:
-    """The documents of a segment; None without tokens that bound them.
+    """The documents of a segment; None without ``sos_id`` and ``eos_id``.
 
     Args:
         x: token ids.
-        sos_id: begins a document.
-        eos_id: ends one.
-        mask: False at padding, which bounds nothing.
-        before: document that was open before ``x``, where ``x`` continues a segment.
+        sos_id: token that begins a document.
+        eos_id: token that ends a document.
+        mask: False at padding, which is never a boundary.
+        before: open document before ``x``, if ``x`` continues a segment.
     """
     if sos_id is None and eos_id is None:
         return None
@@ -158,13 +158,12 @@ def find_documents(
 
 @dataclass(frozen=True)
 class View:
-    """What each new token may see.
+    """Visibility of keys for each new token.
 
     Attributes:
         distances: position of the query minus that of the key; negative ahead of the query.
         visible: True where a query may look.
-        continues_document: False at queries whose document began within the segment, which may use no memory; None
-            where all may.
+        continues_document: False at queries of documents that began in the segment (no memory); None if all may.
     """
 
     distances: Int[Tensor, "#b n j"]
@@ -175,19 +174,19 @@ class View:
 def view_of(
     x: Int[Tensor, "b n"], past: Past, *, mask: Bool[Tensor, "b n"] | None, documents: Documents | None
 ) -> View:
-    """What new tokens may see: nothing ahead, no padding (where ``mask`` is False), their own document."""
+    """The view of new tokens: nothing ahead, no padding (where ``mask`` is False), only their own document."""
     (b, n), m, f, device = x.shape, past.width, past.columns, x.device
-    # padding takes no position
+    # distances; padding takes no position
     positions = torch.arange(n, device=device).unsqueeze(0) if mask is None else positions_from_mask(mask)
     if past.fill is not None:
         positions = positions + past.fill
     before = torch.cat((torch.arange(-m, 0, device=device), torch.arange(f, device=device))).expand(len(positions), -1)
     distances = positions.unsqueeze(2) - torch.cat((before, positions), dim=1).unsqueeze(1)
     if mask is not None:
-        # two pads, or a pad and the token before it, have one position: the order of columns decides
+        # two pads, or a pad and the token before it, share a position: the order of columns decides
         distances = distances.masked_fill(torch.ones_like(distances[0], dtype=torch.bool).triu(m + f + 1), -1)
     visible = distances >= 0
-    # columns of rows that have read less of their segment than others hold nothing
+    # rows that have read less of their segment than others have empty columns
     filled = before[:, m:] < past.fill if past.fill is not None and len(past.fill) > 1 else None
     if any(part is not None for part in (past.window_mask, filled, mask, documents)):
         parts = zip((past.window_mask, filled, mask), (m, f, n), strict=True)
@@ -196,7 +195,7 @@ def view_of(
         so_far = x.new_zeros(b, f) if past.documents is None else past.documents
         keys = torch.cat((F.pad(so_far, (m, 0)), documents.ids), dim=1)
         visible = visible & (documents.ids.unsqueeze(2) == keys.unsqueeze(1))
-    # padding sees everything rather than nothing: its output is not used, but must not be NaN
+    # padding sees everything, not nothing: its output is unused, but must not be NaN
     visible = visible | ~visible.any(dim=-1, keepdim=True)
     return View(distances, visible, None if documents is None else documents.ids == 0)
 
@@ -215,19 +214,19 @@ def remember(
     window: int,
     memories: KNNMemoryList | None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Moves a segment that has been read into the XL windows, and what leaves them into the memories.
+    """Moves a segment into the XL windows, and the tokens that leave these into the memories.
 
     Args:
-        places: of all attentions.
-        kept: keys and values of the segment, of each attention.
-        past: the windows before it.
+        places: places of all attentions.
+        kept: keys and values of the segment for each attention.
+        past: windows before the segment.
         mask: False at padding.
-        documents: of the segment.
-        window: columns of the windows at most.
-        memories: added to, and emptied in rows where a document ended; None leaves them as they are.
+        documents: documents of the segment.
+        window: maximum number of columns of a window.
+        memories: memories to extend, and to clear in rows where a document ended; None for no change.
 
     Returns:
-        The new windows, and which of their columns hold something (None: all).
+        The new windows, and their mask, False at empty columns (None: no column is empty).
     """
     if memories and documents is not None:
         ended = (documents.open > 0).nonzero().flatten().tolist()
@@ -253,7 +252,7 @@ def remember(
 
 
 def _remembered(past: Past, mask: Tensor | None, documents: Documents | None, like: Tensor) -> Tensor | None:
-    """Which columns of window and segment are remembered: no padding, and of the open document; None for all."""
+    """True at columns of window and segment to store: no padding, and only the open document; None for all."""
     if past.window_mask is None and mask is None and documents is None:
         return None
     b, n = like.shape[0], like.shape[2]
@@ -267,17 +266,17 @@ def _remembered(past: Past, mask: Tensor | None, documents: Documents | None, li
 def _split(
     kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """Columns that leave the XL window and those that stay in it, each with the mask of those that count (None: all).
+    """Columns that leave the XL window and columns that stay in it, each with a mask (None: all count).
 
-    The newest ``window`` columns that each row keeps (None: all) stay, moved to the right.
+    The newest ``window`` columns where ``keep`` is True (None: all) stay, moved to the right.
     """
     j = kv.shape[2]
     width = min(window, j)
     if keep is None:
         return (kv[:, :, : j - width], None), (kv[:, :, j - width :], None)
-    # rank 1 is the newest remembered column
+    # rank 1 is the newest stored column
     rank = keep.flip(1).cumsum(1).flip(1)
-    # a stable sort puts what stays on the right, in the order of time
+    # a stable sort moves the columns that stay to the right, oldest first
     order = (keep & (rank <= width)).long().sort(dim=1, stable=True).indices[:, j - width :]
     index = order[:, None, :, None, None].expand(-1, kv.shape[1], -1, 2, kv.shape[-1])
     mask = torch.arange(width - 1, -1, -1, device=keep.device) < keep.sum(dim=1, keepdim=True)
@@ -286,7 +285,7 @@ def _split(
 
 
 def _finite(kv: Tensor, mask: Tensor | None) -> Tensor | None:
-    """What may be added: a loss that overflowed is the trainer's to skip, and must not stay in the memory."""
+    """``mask`` without columns of inf or NaN: after an update that is skipped, these must not stay in the memory."""
     if kv.is_cuda or torch.compiler.is_compiling():
         return mask
     finite = torch.isfinite(kv).all(dim=-1).all(dim=-1).all(dim=1)

@@ -3,9 +3,9 @@
 Pre-norm blocks of causal attention and a GELU feed-forward; some attentions also search a memory. T5 relative bias on
 local attention. The output layer is not tied and has a bias, which ``hidden`` carries as a last feature of ones.
 
-Shifting (ERNIE-Doc, arXiv 2012.15688, equation 3: a layer reads what the SAME layer gave out, not what it took in):
-with a shift of s, the i-th layer that has a window (a memory) reads that of the (i + s)-th, or of the last; each adds
-to its own.
+Shifting (ERNIE-Doc, arXiv 2012.15688, equation 3: a layer reads the output of the SAME layer, not its input): with a
+shift of s, the i-th layer with a window (a memory) reads that of the (i + s)-th such layer, or of the last; each
+adds to its own.
 
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
@@ -51,35 +51,34 @@ class MemorizingTransformer(PretrainedMixin):
     Args:
         num_tokens: vocabulary size.
         dim: features of the residual stream.
-        depth: layers.
+        depth: number of layers.
         dim_head: features of a head.
         heads: query heads.
         knn_attn_heads: query heads of memorizing layers; ``heads`` by default.
-        attn_dropout: on attention weights.
-        ff_mult: feed-forward inner features over ``dim``.
-        ff_dropout: on them.
+        attn_dropout: dropout on attention weights.
+        ff_mult: inner features of the feed-forward, as a multiple of ``dim``.
+        ff_dropout: dropout in the feed-forward.
         memorizing_layers: layers with a memory, counted from 1; the middle one by default.
-        max_knn_memories: tokens a row's memory holds.
-        num_retrieved_memories: memories that each query of each head retrieves.
-        clear_memories_on_sos_token_id: this token begins a document.
-        clear_memories_on_eos_token_id: this token ends one.
-        knn_memories_directory: keeps memories in memory-mapped files there; None keeps them on the model's device.
-        shift_knn_memories_down: see the module.
-        pad_id: a token that is padding, neither seen nor predicted; None for none.
-        xl_max_memories: tokens of the XL window; 0 for none.
+        max_knn_memories: capacity of a row's memory in tokens.
+        num_retrieved_memories: memories retrieved for each query of each head.
+        clear_memories_on_sos_token_id: token that begins a document.
+        clear_memories_on_eos_token_id: token that ends a document.
+        knn_memories_directory: folder for memory-mapped memories; None keeps them on the model's device.
+        shift_knn_memories_down: shift of the memories, see the module.
+        pad_id: padding token, neither seen nor predicted; None for none.
+        xl_max_memories: tokens in the XL window; 0 for none.
         xl_memory_layers: layers with an XL window, counted from 1; all by default.
-        shift_xl_memories_down: see the module.
+        shift_xl_memories_down: shift of the XL windows, see the module.
         knn_memory_multiprocessing: accepted for compatibility, without effect.
         gate: "softmax" over local and retrieved keys together, or the paper's "sigmoid".
-        gate_output: memorizing layers keep their plain attention, and one to the memory follows it, through a tanh
-            gate that begins at 0: for retrofitting (see ``retrofit``).
-        multi_head_keys: keys and values of their own for each head, not one for all.
+        gate_output: whether memorizing layers have a plain attention too, followed by the one to the memory with a
+            tanh gate that starts at 0: for retrofitting (see ``retrofit``).
+        multi_head_keys: whether each head has its own keys and values.
         knn_backend: "exact" search, or "faiss".
         knn_storage: number format of the memory.
         knn_index: factory string of faiss.
-        segment_length: tokens between two times that the memory grows in generation; for training, however many are
-            passed.
-        cross_entropy_ignore_index: label that does not count in the loss.
+        segment_length: tokens in a segment in generation; in training, every call is one segment.
+        cross_entropy_ignore_index: label that is ignored in the loss.
 
     Raises:
         ValueError: a size below 1, a layer that does not exist, or an option out of range; it is named.
@@ -205,22 +204,21 @@ class MemorizingTransformer(PretrainedMixin):
         return torch.cat((layer.weight, layer.bias.unsqueeze(1)), dim=1)
 
     def output_layer(self, hidden: Float[Tensor, "*b d1"]) -> Float[Tensor, "*b v"]:
-        """Logits of what ``hidden`` returns."""
+        """Logits of the features of ``hidden``."""
         return self.to_logits(hidden[..., :-1])
 
     def memory_attentions(self) -> list[MemorizingAttention]:
-        """Those that search a memory."""
+        """The attentions that search a memory, in order."""
         return [module for module in self.layers.modules() if isinstance(module, MemorizingAttention)]
 
     def create_knn_memories(
         self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
     ) -> KNNMemoryList:
-        """Empty memories, one for each memorizing layer; with ``name``, what the folder of that name holds.
+        """Memories, one for each memorizing layer: empty, or with ``name`` those of an existing folder.
 
         Args:
-            batch_size: rows.
-            name: of the folder in ``knn_memories_directory`` that is kept and opened again by its name. Without it, a
-                scratch folder that ``cleanup`` removes.
+            batch_size: batch rows.
+            name: name of a kept folder in ``knn_memories_directory``; None for a scratch folder, until ``cleanup``.
             timeout: seconds to wait for another process that uses the folder.
             **settings: arguments of ``KNNMemory`` other than the model's.
 
@@ -244,7 +242,7 @@ class MemorizingTransformer(PretrainedMixin):
 
     @contextmanager
     def knn_memories_context(self, **settings: Any) -> Iterator[KNNMemoryList]:
-        """``create_knn_memories`` for a block; files are closed at its end, also after an error."""
+        """``create_knn_memories`` for a block; their files are closed at its end, also after an error."""
         memories = self.create_knn_memories(**settings)
         try:
             yield memories
@@ -263,36 +261,31 @@ class MemorizingTransformer(PretrainedMixin):
         *,
         loss_normalizer: float | Tensor | None = None,
     ) -> Any:
-        """Logits ``(b, n, v)``, or with labels the mean loss in nats; with XL memories also the new ones.
+        """Logits ``(b, n, v)``, or with labels the mean loss in nats; with an XL window also the new XL memories.
 
         Args:
             x: token ids of one segment.
-            knn_memories: from ``create_knn_memories``; searched, and then added to. None attends locally alone.
-            xl_memories: what the call before returned.
-            labels: what each position should predict, ALIGNED with ``x``: nothing is shifted.
-            add_knn_memory: False leaves the memories as they are.
-            mask: True at real tokens, of cached and new positions.
-            cache: from ``init_cache``; ``x`` then holds the new tokens only.
-            loss_normalizer: divides the summed loss, instead of the number of labels.
+            knn_memories: memories to search, and then to extend; None for local attention only.
+            xl_memories: XL memories returned by the previous call.
+            labels: target of each position, ALIGNED with ``x``: nothing is shifted.
+            add_knn_memory: whether the memories are extended.
+            mask: True at real tokens, for cached and new positions.
+            cache: cache of ``init_cache``; ``x`` then has the new tokens only.
+            loss_normalizer: divisor of the summed loss, instead of the number of labels.
 
         Returns:
             ``logits`` or ``loss``; in a model with an XL window and without a cache ``(logits or loss, XLMemories)``.
 
         Raises:
             ValueError: ids out of range, shapes that do not fit, or memories of another batch or model.
-            TypeError: ids or labels are no integers, or the mask is not boolean.
+            TypeError: ids or labels are not integers, or the mask is not boolean.
         """
         if labels is not None:
             if labels.shape != x.shape:
                 raise ValueError(f"labels must have the shape of x {tuple(x.shape)}, got {tuple(labels.shape)}")
             self._check_ids(labels.masked_fill(labels == self.cross_entropy_ignore_index, 0), "labels")
         features, new = self.read(
-            x,
-            mask=mask,
-            cache=cache,
-            knn_memories=knn_memories,
-            xl_memories=xl_memories,
-            add_knn_memory=add_knn_memory,
+            x, mask=mask, cache=cache, knn_memories=knn_memories, xl_memories=xl_memories, add_knn_memory=add_knn_memory
         )
         if labels is None:
             result = self.to_logits(features)
@@ -312,13 +305,13 @@ class MemorizingTransformer(PretrainedMixin):
         reduction: Literal["mean", "none"] = "mean",
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of the output layer, in nats, without holding all logits where that layer is plain.
+        """Cross-entropy in nats; all logits are materialised only if the output layer is wrapped or has hooks.
 
         Args:
-            features: of ``read``.
-            labels: what each position should predict.
+            features: features of ``read``.
+            labels: target of each position.
             reduction: "mean" over the labels, or "none".
-            normalizer: divides the sum of "mean", instead of the number of labels.
+            normalizer: divisor of the sum for "mean", instead of the number of labels.
         """
         ignored, labels = self.cross_entropy_ignore_index, labels.long()
         if self.pad_id is not None:
@@ -347,7 +340,7 @@ class MemorizingTransformer(PretrainedMixin):
     ) -> tuple[Float[Tensor, "b n d"], XLMemories | None]:
         """Features before the output layer, and the XL memories after the segment; arguments as for ``forward``.
 
-        With a cache, ``knn_memories`` may be given with the first tokens: they are copied, not changed.
+        With a cache, ``knn_memories`` may be passed with the first tokens; they are copied, not changed.
         """
         x, new_mask = self._checked(x, mask, past=0 if cache is None else cache.length, memories=knn_memories)
         if cache is not None:
@@ -403,17 +396,17 @@ class MemorizingTransformer(PretrainedMixin):
         return self.norm(h), kept
 
     def init_cache(self, batch_size: int, max_length: int, *, segment_length: int | None = None) -> MemoryCache:
-        """An empty cache for ``batch_size`` rows; it needs no room for ``max_length``, which it may exceed.
+        """An empty cache for ``batch_size`` rows of any length.
 
         Args:
-            batch_size: rows.
-            max_length: accepted because ``lm_core.generate`` passes it.
-            segment_length: tokens between two times that the memory grows; the model's by default.
+            batch_size: batch rows.
+            max_length: without effect; ``lm_core.generate`` passes it.
+            segment_length: tokens in a segment, after which the memory grows; the model's by default.
         """
         length = self.segment_length if segment_length is None else segment_length
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("segment_length", length)):
             check_positive(value, name)
-        # never in files, wherever the model's other memories are
+        # on the device even with knn_memories_directory: a cache is temporary
         create = KNNMemoryList.create_memories(batch_size=batch_size, num_memory_layers=len(self.memorizing_layers))
         return MemoryCache(
             places=self.layers.places(),
@@ -441,14 +434,14 @@ class MemorizingTransformer(PretrainedMixin):
         """Continues prompts (ids ``(b, n)`` or a list of 1-D tensors) and returns the new ids, padded on the right.
 
         Args:
-            prompt: what to continue.
-            max_new_tokens: at most, a row.
-            temperature: 0 takes the most likely token.
+            prompt: text to continue.
+            max_new_tokens: maximum number of new tokens per row.
+            temperature: sampling temperature; 0 takes the most likely token.
             filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
             filter_thres: argument of ``filter_logits_fn``.
-            eos_id: ends a row.
-            pad_id: written after the end of a row.
-            knn_memories: what was read before; copied, not changed. Without it the memory begins empty.
+            eos_id: token that ends a row.
+            pad_id: padding after the end of a row.
+            knn_memories: memories of earlier text, copied and not changed; None starts with empty ones.
             **kwargs: further arguments of ``lm_core.generate``.
         """
         filters = () if filter_logits_fn is None else (partial(filter_logits_fn, thres=filter_thres),)
@@ -468,7 +461,7 @@ class MemorizingTransformer(PretrainedMixin):
     def _checked(
         self, x: Tensor, mask: Tensor | None, *, past: int, memories: KNNMemoryList | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The ids as int64, and which of them are real (None: all)."""
+        """Checks the arguments; returns the ids as int64, and a mask of real tokens (None: all)."""
         if x.ndim != 2 or 0 in x.shape:
             raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
         (b, n), fresh = x.shape, None
@@ -498,19 +491,19 @@ class MemorizingTransformer(PretrainedMixin):
                 )
 
     def _check_ids(self, ids: Tensor, name: str) -> None:
-        """Checks the dtype, and off a GPU, which reading values would wait for, the range."""
+        """Checks the dtype, and the range except on a GPU, where reading values would wait for the device."""
         check_ids(ids[:0] if ids.is_cuda else ids, self.num_tokens, name)
 
 
 def _with_ones(features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d1"]:
-    """Features with a last one, which the output layer's bias is multiplied by."""
+    """Features with a last feature of 1, the factor of the output layer's bias."""
     return F.pad(features, (0, 1), value=1.0)
 
 
 def _layer_numbers(
     layers: int | Sequence[int] | None, depth: int, name: str, *, default: int | Sequence[int]
 ) -> tuple[int, ...]:
-    """Layers counted from 1, in ascending order; refused if one does not exist or comes twice."""
+    """Layer numbers in ascending order; raises ``ValueError`` if one does not exist or repeats."""
     layers = default if layers is None else layers
     chosen = (layers,) if isinstance(layers, int) else tuple(layers)
     wrong = [layer for layer in chosen if not 1 <= layer <= depth]

@@ -1,12 +1,12 @@
 """Training on documents in order.
 
-Each batch row reads one document after another, a segment an update (or several with gradient accumulation); the XL
-window and the memories continue from segment to segment and are emptied where a document ends. An update divides the
+Each batch row reads one document after another, one segment per update (or several with gradient accumulation); the XL
+window and the memories continue from segment to segment and are cleared where a document ends. An update divides the
 summed loss by the labels of ALL processes together, so it does not depend on how rows are sharded over them.
 
-A checkpoint holds all that the next update depends on, of each process: memories, XL window, place in the documents,
-random states. A run that was killed and resumed ends with the weights, bit for bit, of one that was not (with equal
-settings, device, torch and number of processes).
+A checkpoint has the state of each process: memories, XL window, position in the documents, random states. A run that
+was killed and resumed ends with the same weights, bit for bit, as an uninterrupted one (with equal settings, device,
+torch and number of processes).
 """
 
 import contextlib
@@ -45,20 +45,20 @@ CURVES = (
     "grad_norm",
     "memories",
 )
-# Memory is worth most where a document is long: the gain of tokens with so many before them has a curve of its own.
+# A memory gains most in long documents: memory_gain_far covers tokens with at least so many before them.
 FAR = 2048
-# Arguments of the model that may differ when a run is resumed.
+# Arguments of the model that may differ in a resumed run.
 _FREE = ("attn_dropout", "ff_dropout", "segment_length", "knn_memories_directory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult(SessionResult):
-    """How a run ended; see also ``lm_core.training.session.TrainingResult``.
+    """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        first_bits_per_byte: of held-out documents, before training.
-        last: of held-out documents, at the last validation of this call; None if there was none.
-        without_memory: of the same weights without kNN memories.
+        first_bits_per_byte: bits per byte of held-out documents before training.
+        last: scores of the last validation of this call; None if there was none.
+        without_memory: scores of the same weights without kNN memories.
     """
 
     first_bits_per_byte: float
@@ -68,7 +68,7 @@ class TrainingResult(SessionResult):
 
 
 class SegmentLoss(nn.Module):
-    """The model with its loss and what it remembers between segments."""
+    """The model with its loss, memories and XL window."""
 
     def __init__(self, model: MemorizingTransformer, *, precision: Precision) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class SegmentLoss(nn.Module):
         self.window: XLMemories | None = None
 
     def forward(self, ids: Tensor, labels: Tensor, normalizer: Tensor) -> Tensor:
-        """Summed loss of a segment over ``normalizer``; memories and window then continue after it."""
+        """Summed loss of a segment over ``normalizer``; updates memories and window."""
         with autocast(self.precision, ids.device):
             result = self.model(ids, self.memories, self.window, labels, loss_normalizer=normalizer)
         loss, self.window = result if isinstance(result, tuple) else (result, None)
@@ -87,7 +87,7 @@ class SegmentLoss(nn.Module):
 
 
 class _Remembered:
-    """Memories and window of a process's rows, for its checkpoints."""
+    """Checkpoint state of the memories and the window of a process's rows."""
 
     def __init__(self, objective: SegmentLoss) -> None:
         self.objective = objective
@@ -116,11 +116,11 @@ class MemoryTrainer:
     """Trains a MemorizingTransformer on documents in order, resumably.
 
     Args:
-        model: trained in place; moved to the device.
+        model: model to train in place; it is moved to the device.
         corpus: documents in the ids of ``tokenizer``; see ``lm_core.data.corpora``.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
-        tokenizer: has the id that ends documents, and travels with the checkpoints; bytes by default.
-        settings: everything else.
+        tokenizer: tokenizer with the id that ends documents, saved with the checkpoints; bytes by default.
+        settings: training settings.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
 
@@ -188,11 +188,11 @@ class MemoryTrainer:
         )
 
     def train(self) -> TrainingResult:
-        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``; a checkpoint is written in any case.
+        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``, and always writes a checkpoint.
 
         Raises:
             RuntimeError, CheckpointError, FileNotFoundError, FileExistsError: see ``TrainingSession.run``.
-            ValueError: the checkpoint is of other data or another segment length.
+            ValueError: the checkpoint has other data or another segment length.
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         settings, objective = self.settings, self.objective
@@ -261,7 +261,7 @@ class MemoryTrainer:
 
 
 def _mean_from(evaluation: Evaluation, position: int) -> float:
-    """Mean loss in bits of the tokens with at least ``position`` before them; NaN if there are none."""
+    """Mean loss in bits of tokens with at least ``position`` before them; NaN if there are none."""
     far = [(number, loss) for first, number, loss in evaluation.by_position if first >= position]
     total = sum(number for number, _ in far)
     return sum(number * loss for number, loss in far) / total / math.log(2) if total else float("nan")

@@ -35,8 +35,7 @@ Without arguments, it trains on Python's standard library (about two minutes on 
   memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m memorizing_transformer train
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from the
-newest one."""
+Flags win over the YAML file, which wins over the defaults. After Ctrl-C or a kill, the same command resumes."""
 
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {

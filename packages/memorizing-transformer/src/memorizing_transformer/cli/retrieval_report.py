@@ -1,7 +1,6 @@
 """Reports on the memory: its gain by position in the document, and a page of the tokens retrieved in generation.
 
-For every generated token the page shows the tokens that most heads retrieved for its query, each with the text around
-it.
+For every generated token the page shows the tokens that most heads retrieved for its query, with the text around them.
 """
 
 import html

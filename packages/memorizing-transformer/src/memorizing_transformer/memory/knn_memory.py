@@ -2,9 +2,7 @@
 
 Not differentiable: stored and retrieved keys and values carry no gradient (arXiv 2203.08913, section 3.1). Each batch
 row has its own memory, evicted first in, first out. The model adds a segment only after its search, so no segment
-retrieves itself.
-
-With several key heads each has its own keys, and tensors have a dimension of heads after the batch.
+retrieves itself. With several key heads each has its own keys, and tensors have a dimension of heads after the batch.
 
 Legend: b batch rows in scope, n tokens, h key heads, d feature, k neighbours.
 """

@@ -5,8 +5,7 @@ searched as it was BEFORE a segment; tokens that leave the window are added afte
 
 Documents: a start-of-document token begins one, an end-of-document token ends one. Tokens of document 0 continue the
 text before the segment; later ones see neither the past nor another document of the segment. Only tokens of the last,
-open document are stored: the newest stay in the XL window, the others go to the memory. Padding is neither seen nor
-stored.
+open document are stored: the newest stay in the XL window, others go to the memory. Padding is never seen or stored.
 
 Legend: b batch, n new tokens, m tokens of the window, f tokens of the segment before the new ones, j columns (window,
 segment so far, new), g key heads, d feature of a head.

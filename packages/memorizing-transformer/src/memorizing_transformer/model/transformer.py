@@ -4,8 +4,7 @@ Pre-norm blocks of causal attention and a GELU feed-forward; some attentions als
 local attention. The output layer is not tied and has a bias, which ``hidden`` carries as a last feature of ones.
 
 Shifting (ERNIE-Doc, arXiv 2012.15688, equation 3: a layer reads the output of the SAME layer, not its input): with a
-shift of s, the i-th layer with a window (a memory) reads that of the (i + s)-th such layer, or of the last; each
-adds to its own.
+shift of s, the i-th layer with a window (a memory) reads that of the (i + s)-th, or of the last, and adds to its own.
 
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
@@ -120,6 +119,7 @@ class MemorizingTransformer(PretrainedMixin):
         cross_entropy_ignore_index: int = -100,
     ) -> None:
         super().__init__()
+        # checks
         knn_heads = heads if knn_attn_heads is None else knn_attn_heads
         sizes = {"num_tokens": num_tokens, "dim": dim, "depth": depth, "dim_head": dim_head, "heads": heads}
         sizes |= {"knn_attn_heads": knn_heads, "ff_mult": ff_mult, "max_knn_memories": max_knn_memories}
@@ -141,6 +141,8 @@ class MemorizingTransformer(PretrainedMixin):
         self.xl_memory_layers = _layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
         if not self.xl_max_memories:
             self.xl_memory_layers = ()
+
+        # attributes that the memories, the caches and the commands read
         self.num_tokens = num_tokens
         self.depth = depth
         self.dim_head = dim_head
@@ -161,6 +163,7 @@ class MemorizingTransformer(PretrainedMixin):
             "heads": knn_heads if multi_head_keys else 1,
         }
 
+        # modules; norms and linear layers have PyTorch's initialisation
         self.token_emb = nn.Embedding(num_tokens, dim)
         nn.init.normal_(self.token_emb.weight, std=0.02)
         shared = {"dim_head": dim_head, "dropout": attn_dropout, "multi_head_keys": multi_head_keys}

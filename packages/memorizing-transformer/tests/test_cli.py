@@ -29,7 +29,7 @@ def test_training_leaves_curves_a_page_and_a_checkpoint(run):
     first, second = json.loads((run / "run" / "summary.json").read_text(encoding="utf-8"))["results"]
     assert first["after"] < first["before"]
     assert second["name"] == "held-out bits/byte, without -> with memory"
-    assert "What the memory gave" in (run / "run" / "retrieved.html").read_text(encoding="utf-8")
+    assert "<h1>Retrieved memories" in (run / "run" / "retrieved.html").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_generates_evaluates_and_is_inspected(run, capsys, tmp_path):

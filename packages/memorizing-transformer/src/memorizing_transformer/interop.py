@@ -68,16 +68,16 @@ def from_memorizing_transformers_pytorch(
         )
     num_tokens, dim = state_dict["token_emb.weight"].shape
     # sizes of the model
-    numbers = sorted({int(match[1]) for name in state_dict if (match := _LAYER.fullmatch(name))})
+    layers = sorted({int(match[1]) for name in state_dict if (match := _LAYER.fullmatch(name))})
     keys = state_dict["layers.0.0.fn.to_kv.weight"].shape[0]
     if keys != 2 * dim_head:
         raise ValueError(f"dim_head must be {keys // 2}, as the keys' projection has it, got {dim_head}")
-    memorizing = [number + 1 for number in numbers if f"layers.{number}.0.fn.scale" in state_dict]
+    memorizing = [layer + 1 for layer in layers if f"layers.{layer}.0.fn.scale" in state_dict]
     heads = state_dict["rel_pos_bias.relative_attention_bias.weight"].shape[1]
     arguments: dict[str, Any] = {
         "num_tokens": num_tokens,
         "dim": dim,
-        "depth": len(numbers),
+        "depth": len(layers),
         "dim_head": dim_head,
         "heads": heads,
         "ff_mult": state_dict["layers.0.1.fn.net.0.weight"].shape[0] // dim,

@@ -122,7 +122,7 @@ def write_page(
     text = html.escape(tokenizer.decode([new.token for new in generated]))
     page = (
         f"<!doctype html><meta charset=utf-8><title>Retrieved memories</title><style>{_STYLE}</style>"
-        f"<h1>What the memory gave</h1><p>{len(prompt):,} tokens were read, {len(generated)} generated:</p>"
+        f"<h1>Retrieved memories</h1><p>{len(generated)} tokens generated after {len(prompt):,} of a prompt:</p>"
         f"<p><code>{text}</code></p><table><tr><th>new token</th><th>retrieved by the query that chose it</th></tr>"
         f"{''.join(rows)}</table>\n"
     )

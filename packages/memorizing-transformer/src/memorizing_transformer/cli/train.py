@@ -54,7 +54,7 @@ def train(
             checkpoint_folder(start_from), max_knn_memories=model["max_knn_memories"]
         )
         if settings.use_memory and open_gates(memorizing):
-            report("gates", "of a model that was trained without its memory: opened to a half")
+            report("gates", "opened to a half: the model was trained without its memory")
     trainer = MemoryTrainer(
         model=memorizing,
         corpus=data,

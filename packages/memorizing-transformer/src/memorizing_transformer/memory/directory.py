@@ -56,8 +56,8 @@ class MemoryDirectory:
             with contextlib.suppress(OSError):
                 owner = (self.path / _OWNER_FILE).read_text(encoding="utf-8").strip() or owner
             raise TimeoutError(
-                f"another process ({owner}) has used the memories in {self.path} for the {timeout:g} seconds "
-                "waited; wait for it to end or choose another name"
+                f"another process ({owner}) still uses the memories in {self.path} after {timeout:g} seconds; "
+                "wait for it to end or choose another name"
             ) from error
         _held.add(self.path)
         (self.path / _OWNER_FILE).write_text(f"process {os.getpid()}\n", encoding="utf-8")

@@ -121,7 +121,7 @@ class DiskStorage(RingStorage):
             if generation > newest:
                 newest, self.first, self.written = generation, list(counts[::2]), list(counts[1::2])
         if newest < 0:
-            raise ValueError(f"{self.directory / HEADER_FILE} is damaged: neither copy of the counts is whole")
+            raise ValueError(f"{self.directory / HEADER_FILE} is damaged: neither copy of the counts is intact")
         self._generation = newest
 
     def _make_room(self, written: int) -> None:

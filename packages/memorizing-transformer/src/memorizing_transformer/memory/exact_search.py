@@ -171,9 +171,9 @@ def _running_top(queries: Tensor, chunks: Iterable[tuple[int, Tensor]], k: int, 
     tiles = queries.split(CPU_TILE if queries.device.type == "cpu" else ACCELERATOR_TILE)
     kept: list[_Kept | None] = [None] * len(tiles)
     for first, keys in chunks:
-        for number, part in enumerate(tiles):
+        for index, part in enumerate(tiles):
             scores = torch.mm(part, keys.t(), out=_scratch_buffer(len(part), len(keys), queries))
-            kept[number] = _improved(kept[number], scores.view(torch.int16) if as_codes else scores, first, k)
+            kept[index] = _improved(kept[index], scores.view(torch.int16) if as_codes else scores, first, k)
     done = [tile for tile in kept if tile is not None]
     w = max(tile.numbers.shape[1] for tile in done)
     return _Kept(

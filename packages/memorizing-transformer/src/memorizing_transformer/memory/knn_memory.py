@@ -181,8 +181,8 @@ class KNNMemory:
         self._check_added(memories, mask)
         by_head = memories.detach() if self.heads > 1 else memories.detach().unsqueeze(1)
         rows, new = [], []
-        for number, row in enumerate(self.scoped_indices):
-            kept = by_head[number] if mask is None else by_head[number][:, mask[number].to(memories.device)]
+        for index, row in enumerate(self.scoped_indices):
+            kept = by_head[index] if mask is None else by_head[index][:, mask[index].to(memories.device)]
             if kept.shape[1]:
                 rows += self._stored([row])
                 new += list(kept)
@@ -265,14 +265,14 @@ class KNNMemory:
         kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
         scores = torch.full(shape, -math.inf, dtype=torch.promote_types(queries.dtype, torch.float32), device=place)
         positions = torch.full(shape, -1, dtype=torch.long, device=place)
-        for number, row in enumerate(stored if flat.shape[1] else ()):
+        for index, row in enumerate(stored if flat.shape[1] else ()):
             if size := self.store.size(row):
-                scores[number], positions[number], slots = self._search_row(row, flat[number].to(scores.dtype), topk)
-                self.store.read(row, slots, out=kv[number])
+                scores[index], positions[index], slots = self._search_row(row, flat[index].to(scores.dtype), topk)
+                self.store.read(row, slots, out=kv[index])
                 if size < topk or self.indexes:
-                    kv[number].masked_fill_(rearrange(positions[number] < 0, "q k -> q k 1 1"), 0.0)
+                    kv[index].masked_fill_(rearrange(positions[index] < 0, "q k -> q k 1 1"), 0.0)
             else:
-                kv[number].zero_()
+                kv[index].zero_()
         kv, scores, positions = (
             part.to(queries.device).reshape(*queries.shape[:-1], topk, *part.shape[3:])
             for part in (kv, scores, positions)

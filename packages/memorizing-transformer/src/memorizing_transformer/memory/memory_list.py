@@ -87,11 +87,11 @@ class KNNMemoryList(list[KNNMemory]):
             ValueError: a row or a memory does not exist; nothing is emptied then.
         """
         chosen = range(len(self)) if memory_indices is None else memory_indices
-        wrong = [number for number in chosen if not 0 <= number < len(self)]
+        wrong = [index for index in chosen if not 0 <= index < len(self)]
         if wrong:
             raise ValueError(f"memory_indices must be in [0, {len(self)}), got {wrong}")
-        for number in chosen:
-            self[number].clear(batch_indices)
+        for index in chosen:
+            self[index].clear(batch_indices)
 
     def selected(self, rows: Sequence[int]) -> "KNNMemoryList":
         """A copy whose batch row ``r`` is row ``rows[r]`` in scope."""

@@ -61,7 +61,7 @@ class MemoryCache:
         if mask is None and self.masked:
             raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
         if memories is not None and self.length:
-            raise ValueError("knn_memories go with the first tokens of a cache")
+            raise ValueError("knn_memories must be passed with the first tokens of a cache")
 
     def begin(self, like: Tensor, memories: KNNMemoryList | None, adds: bool) -> None:
         """Allocates the buffers, in the dtype and on the device of ``like``; ``memories`` are copied."""

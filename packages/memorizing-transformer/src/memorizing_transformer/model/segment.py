@@ -101,11 +101,11 @@ def past_of_windows(xl_memories: Sequence[Tensor] | None, *, layers: int, b: int
         raise ValueError(f"xl_memories must have one entry for each of {layers} XL layers, got {len(xl_memories)}")
     windows = [kv if kv.ndim == 5 else kv.unsqueeze(1) for kv in xl_memories]
     width = windows[0].shape[2] if windows else 0
-    for number, kv in enumerate(windows):
+    for index, kv in enumerate(windows):
         if kv.ndim != 5 or kv.shape != (b, kv.shape[1], width, 2, dim_head):
             raise ValueError(
-                f"xl_memories[{number}] must have shape (b, m, 2, d) with b = {b}, one m for all and "
-                f"d = {dim_head}, got {tuple(xl_memories[number].shape)}"
+                f"xl_memories[{index}] must have shape (b, m, 2, d) with b = {b}, one m for all and "
+                f"d = {dim_head}, got {tuple(xl_memories[index].shape)}"
             )
     return Past(windows, xl_memories.mask if isinstance(xl_memories, XLMemories) else None)
 

@@ -484,12 +484,12 @@ class MemorizingTransformer(PretrainedMixin):
         sizes = self.dim_head, int(self.memory_settings["heads"])
         if len(memories) != len(self.memorizing_layers):
             raise ValueError(f"knn_memories must have {len(self.memorizing_layers)} memories, got {len(memories)}")
-        for number, memory in enumerate(memories):
+        for index, memory in enumerate(memories):
             if len(memory.scoped_indices) != b:
                 raise ValueError(f"knn_memories have {len(memory.scoped_indices)} rows in scope, x has a batch of {b}")
             if (memory.dim, memory.heads) != sizes:
                 raise ValueError(
-                    f"knn_memories[{number}] must have dim {sizes[0]} and {sizes[1]} key heads, "
+                    f"knn_memories[{index}] must have dim {sizes[0]} and {sizes[1]} key heads, "
                     f"got {memory.dim} and {memory.heads}"
                 )
 

@@ -33,7 +33,7 @@ def retrofit(
     """
     if model.memorizing_layers:
         raise ValueError(
-            f"model must have no memorizing layers, got {list(model.memorizing_layers)}; train it on with memories"
+            f"model must have no memorizing layers, got {list(model.memorizing_layers)}; train it with memories"
         )
     chosen = max(1, model.depth // 2) if memorizing_layers is None else memorizing_layers
     twin = MemorizingTransformer.from_config(

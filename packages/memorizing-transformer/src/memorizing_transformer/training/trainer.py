@@ -262,6 +262,6 @@ class MemoryTrainer:
 
 def _mean_from(evaluation: Evaluation, position: int) -> float:
     """Mean loss in bits of tokens with at least ``position`` before them; NaN if there are none."""
-    far = [(number, loss) for first, number, loss in evaluation.by_position if first >= position]
-    total = sum(number for number, _ in far)
-    return sum(number * loss for number, loss in far) / total / math.log(2) if total else float("nan")
+    far = [(count, loss) for first, count, loss in evaluation.by_position if first >= position]
+    total = sum(count for count, _ in far)
+    return sum(count * loss for count, loss in far) / total / math.log(2) if total else float("nan")

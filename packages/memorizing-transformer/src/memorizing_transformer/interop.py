@@ -85,8 +85,8 @@ def from_memorizing_transformers_pytorch(
     }
     if memorizing:
         arguments["knn_attn_heads"] = state_dict[f"layers.{memorizing[0] - 1}.0.fn.scale"].shape[0]
-    # the initialisation must not advance the caller's random state
     renamed = {str(_renamed(name)): tensor for name, tensor in state_dict.items()}
+    # the initialisation must not advance the caller's random state
     with torch.random.fork_rng(devices=[]):
         model = MemorizingTransformer(**{**arguments, **settings})
     try:

@@ -35,7 +35,7 @@ FEWEST_SCREENED = 128  # queries; with fewer, rounding the keys takes longer tha
 
 
 def worth_screening(queries: Float[Tensor, "q d"], keys: int) -> bool:
-    """True where ``screened_top_k`` is faster: many queries, and a CPU with bfloat16 products."""
+    """True if ``screened_top_k`` is faster: many queries, and a CPU with bfloat16 products."""
     if queries.device.type != "cpu" or len(queries) < FEWEST_SCREENED or keys <= CPU_CHUNK:
         return False
     has_instructions = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -368,5 +368,5 @@ class KNNMemory:
 
 @cache
 def warn_without_effect(name: str) -> None:
-    """Warns, once a process, that an argument of the original does nothing."""
+    """Warns, once per process, that an argument of the original has no effect."""
     warnings.warn(f"{name} is accepted for compatibility and has no effect", UserWarning, stacklevel=4)

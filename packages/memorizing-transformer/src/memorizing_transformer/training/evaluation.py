@@ -93,8 +93,8 @@ def evaluate(
         rank=rank(),
         world_size=world_size(),
     )
-    # number of tokens and summed loss of each bucket of positions
     device = model.device
+    # number of tokens and summed loss of each bucket of positions
     sums = torch.zeros(len(ranges), 2, dtype=torch.float64)
     edges = torch.tensor(ranges[1:], dtype=torch.long)
     window: XLMemories | None = None

@@ -188,7 +188,7 @@ class MemoryTrainer:
         )
 
     def train(self) -> TrainingResult:
-        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``, and always writes a checkpoint.
+        """Trains up to ``max_steps``, or until Ctrl-C or ``max_seconds``, and writes a checkpoint at the end.
 
         Raises:
             RuntimeError, CheckpointError, FileNotFoundError, FileExistsError: see ``TrainingSession.run``.

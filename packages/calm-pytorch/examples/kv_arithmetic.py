@@ -1,4 +1,4 @@
-"""The paper's key-value arithmetic beside its baselines: the anchor alone, a random augment, LoRA of equal parameters.
+"""The paper's key-value arithmetic and its baselines: the anchor alone, a random augment, LoRA of equal parameters.
 
 python kv_arithmetic.py [--seed 0] [--max_steps 600] [--augment_steps 600] [--anchor_steps 500]
 """

@@ -107,15 +107,15 @@ def compose():
 
     def composed(anchor, *augments, trained=False, shared=False, **options):
         params = [
-            one
-            if isinstance(one, AugmentParams)
+            augment
+            if isinstance(augment, AugmentParams)
             else AugmentParams(
-                one,
-                transformer_blocks="layers" if isinstance(one, PlainLM) else None,
+                augment,
+                transformer_blocks="layers" if isinstance(augment, PlainLM) else None,
                 shared_sequence=shared,
                 connect_every_num_layers=2,
             )
-            for one in augments
+            for augment in augments
         ]
         if isinstance(anchor, PlainLM):
             options.setdefault("anchor_transformer_blocks", "layers")

@@ -406,7 +406,7 @@ def test_no_gradient_is_computed_below_the_first_connected_layer(model_of, compo
     for layer in calm.anchor_llm.layers:
         layer.register_forward_hook(lambda module, args, output: needs.append(output[0].requires_grad))
     loss = calm.train()(ids(2, 5), prompt=ids(2, 4))
-    assert needs == [False, False, False]  # the third is connected behind this hook
+    assert needs == [False, False, False]  # the third is connected after this hook
     assert loss.requires_grad
 
 

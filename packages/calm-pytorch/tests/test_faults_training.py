@@ -1,4 +1,4 @@
-"""A run killed at random moments goes on to the weights it would have had.
+"""A run killed at random moments resumes and ends with the weights of an uninterrupted one.
 
 ``LM_FAULT_KILLS`` sets the number of kills (3 by default).
 """

@@ -164,7 +164,7 @@ def test_editing_a_token_never_changes_logits_before_it(model_of, compose, ids, 
 
 @pytest.mark.parametrize("kind", ["x-transformers", "llama", "bert", "plain"])
 def test_padding_of_prompts_changes_nothing(model_of, compose, ids, kind):
-    """Also for models that are told nothing about padding, and wherever the padding is."""
+    """Also for models that take no mask, with padding on either side."""
     calm = compose(model_of("gpt2"), model_of(kind, seed=1), trained=True)
     seq, prompt = ids(3, 6), ids(3, 5, seed=2)
     lengths = [5, 3, 4]

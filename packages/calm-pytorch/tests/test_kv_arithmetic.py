@@ -1,4 +1,4 @@
-"""The key-value task is what it says; strengths in the picture are attention weights."""
+"""Expressions of the key-value task are right; strengths in the picture are attention weights."""
 
 import dataclasses
 

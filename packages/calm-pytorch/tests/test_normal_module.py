@@ -56,7 +56,7 @@ def test_a_hook_on_every_submodule_fires_as_often_as_the_architecture_says(
         return {f"0.{number}{name}": count for number in range(2) for name, count in calls.items()}
 
     _, _, read = counts(lambda: calm(ids(1, 4), prompt=prompt, return_loss=False))
-    # an augment is left behind the last layer that is read
+    # an augment is left after the last layer that is read
     above = {name for name, count in read.items() if count != alone[name]}
     assert not any(read[name] for name in above)
     assert not any(f".{layer}." in name for name in above for layer in range(4)) or kind == "x-transformers"

@@ -1,8 +1,8 @@
 """Weights of the original implementation (CALM-Pytorch up to 0.2.2) in this one.
 
 The original saved the cross-attentions alone, as ``0.1.attn.to_q.weight`` (augment 0, connection 1). The same names,
-behind ``cross_attns.``, are used here. It connected layers in another way and took eight heads of 64 by default:
-compose with ``connections=original_connections(...)`` and ``attn_kwargs=ORIGINAL_ATTENTION``.
+after ``cross_attns.``, are used here. It connected other layers and took eight heads of 64 by default: compose with
+``connections=original_connections(...)`` and ``attn_kwargs=ORIGINAL_ATTENTION``.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def load_original(calm: CALM, weights: str | Path | Mapping[str, Tensor]) -> Non
 
     Args:
         calm: composed with the original's wiring.
-        weights: the state dict, or a file with it (or with a trainer's package); nothing in a file is executed.
+        weights: the state dict, or a file with it (or with a trainer's checkpoint); nothing in a file is executed.
 
     Raises:
         FileNotFoundError: there is no such file.

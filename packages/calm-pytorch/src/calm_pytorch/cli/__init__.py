@@ -22,7 +22,7 @@ QUICKSTART = QuickstartSettings()
 
 
 def _presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Without an anchor, the values of the quickstart."""
+    """Defaults of the quickstart, which runs where no anchor is named."""
     names = ("max_steps", "batch_size", "learning_rate") if chosen["anchor"] is None else ()
     return {name: getattr(QUICKSTART, name) for name in names}
 

@@ -23,9 +23,9 @@ def generate(
         anchor: folder of the anchor with its tokenizer.
         prompt: text to continue.
         composition: the composition, as it was trained.
-        adapter: folder of what was learned.
+        adapter: folder of the learned part.
         max_new_tokens: largest number of new tokens.
-        temperature: 0 takes the most likely token each time.
+        temperature: divisor of the logits; 0 takes the most likely token.
         top_p: keeps the most likely tokens up to this probability together.
         seed: seed of the draws.
 
@@ -56,7 +56,7 @@ def describe(anchor: str, *, composition: Models, adapter: str | None = None) ->
     Args:
         anchor: folder of the anchor with its tokenizer.
         composition: the composition.
-        adapter: folder of what was learned, checked against the wiring.
+        adapter: folder of the learned part, checked against the wiring.
 
     Returns:
         The exit status.

@@ -1,4 +1,4 @@
-"""Flags of the models that are composed, and what they open."""
+"""Command-line flags of a composition, and how it is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Models:
     Args:
         anchor: folder of a Hugging Face causal language model with its tokenizer.
         augments: folders of the models it reads.
-        mode: "shared" lets augments read the anchor's own text (same tokenizer), "prompt" the piece of text before it.
+        mode: "shared": augments read the anchor's own text (same tokenizer); "prompt": the piece of text before it.
         connect_every: layers between connections.
         device: auto takes CUDA, then MPS, then the CPU.
     """
@@ -38,7 +38,7 @@ class Models:
         """
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-        for name, folder in (("anchor", self.anchor or ""), *(("augments", one) for one in self.augments or ())):
+        for name, folder in (("anchor", self.anchor or ""), *(("augments", path) for path in self.augments or ())):
             if not Path(folder).is_dir():
                 raise FileNotFoundError(f"{name} must be a folder with a Hugging Face model, got {folder}")
         if not self.augments:

@@ -1,4 +1,4 @@
-"""The command ``train``: the connections of named models, or the quickstart."""
+"""The command ``train``: a composition of two or more model folders, or the quickstart."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +62,7 @@ def train(
         return _quickstart(settings, checkpoint_dir, resume)
     if data is None:
         raise ValueError("data must name the texts to train on, got none")
+    # models and data
     calm, tokenizer = composition.load()
     say(calm.describe())
     prompts = composition.mode == "prompt"
@@ -90,8 +91,9 @@ def train(
     adapter = Path(checkpoint_dir) / "adapter"
     if trainer.is_main:
         calm.save_adapter(adapter, overwrite=True)
+    # the report
     name, key = ("training loss", "loss") if held_out is None else ("held-out loss", "validation_loss")
-    # a resumed run appends to the file of the first one, so its first row is of before any update
+    # a resumed run appends to the same file, so the first row dates from before any update
     rows = [row[key] for row in read_metrics(Path(checkpoint_dir) / "metrics.jsonl") if key in row]
     return report_run(
         "calm-pytorch",

@@ -1,4 +1,4 @@
-"""Positions of two tokenizers over one text: who may look at whom without seeing text that is still to come.
+"""Alignment of two tokenizers over one text: an anchor token reads no text that is still to come.
 
 Legend: b batch, n anchor tokens, m augment tokens.
 """
@@ -26,8 +26,8 @@ def align_by_offsets(
     Args:
         anchor: for each row and token the ``(start, end)`` characters, as ``offset_mapping`` of a Hugging Face
             tokenizer gives them; lists of different lengths are padded.
-        augment: the same for the augment's tokens. Empty spans (special tokens, padding) are looked at by nobody and
-            look at nothing.
+        augment: the same for the augment's tokens. Empty spans (special tokens, padding) are not read and read
+            nothing.
 
     Raises:
         ValueError: another number of rows, spans that are no pairs, or a span that ends before it starts.

@@ -1,4 +1,4 @@
-"""The frozen model that reads: the blocks at which its stream is changed, their widths, and whether it decodes cached.
+"""The frozen anchor: the blocks at which its residual stream is changed, their widths, and cached decoding.
 
 Legend: b batch, n sequence, d feature.
 """
@@ -17,14 +17,14 @@ from lm_core.adapters.huggingface import undisturbed
 
 
 class Anchor:
-    """The reading side of a composition; looking at the model leaves it as it was.
+    """The frozen model that reads the augments; inspecting it leaves it unchanged.
 
     Args:
         model: a causal language model of any kind ``as_causal_lm`` knows.
         blocks: as for ``find_blocks``.
         extract: as for ``find_blocks``.
-        positions: whether the stream is changed behind a block or before it; one for all, or one each.
-        device: of the model.
+        positions: "output" changes the stream after a block, "input" before it; one for all, or one each.
+        device: device of the model.
 
     Attributes:
         model: the model.

@@ -1,8 +1,8 @@
-"""A frozen model whose hidden states are read: which blocks it has, how wide they are, and how padding is kept out.
+"""The frozen models whose hidden states are read: their blocks, widths and handling of padding.
 
-A prompt reaches the model with its padding last and no padding id in it. A model that is told about padding (by
-``mask_kwarg``, known for Hugging Face and x-transformers encoders) or that never looks ahead gets the batch as it is;
-for any other model rows of one length go together, without padding. So a prompt's states are those of the prompt alone.
+A prompt reaches the model with its padding last and no padding id in it. A model that takes a mask (``mask_kwarg``,
+known for Hugging Face and x-transformers encoders) or is causal gets the batch as it is; any other model gets the rows
+of each length as a batch without padding. So a prompt's states are those of the prompt alone.
 
 Legend: b batch, m prompt positions, n new positions, c augment features.
 """
@@ -28,17 +28,17 @@ from lm_core.checks import check_ids, check_positive, typed
 @typed
 @dataclass
 class AugmentParams:
-    """A model to compose with, and how.
+    """A model to compose with, and its connections.
 
     Args:
         model: frozen when composed. Its first argument is the prompt.
-        hidden_position: whether states are read behind a block or before it; one for all, or one each.
+        hidden_position: "output" reads states after a block, "input" before it; one for all, or one each.
         transformer_blocks: the blocks, modules or names, in any order; or the name of a container of them.
         extract_blocks_fn: a function from the model to its blocks.
         model_return_hiddens: the model returns a list of hidden states ``(b, m, c)`` itself; no blocks are needed.
-        input_shape: of one prompt without the batch, for a model that reads floating point (images, audio).
+        input_shape: shape of one prompt without the batch, for a model that reads floating point (images, audio).
         connections: 1-indexed ``(augment_layer, anchor_layer)`` pairs; None plans them (``plan_connections``).
-        connect_every_num_layers: how far apart planned connections are, in layers of the deeper model.
+        connect_every_num_layers: distance between planned connections, in layers of the deeper model.
         mask_kwarg: the argument by which the model takes a mask, True at real tokens.
         shared_sequence: the augment reads the anchor's own growing sequence, causally, instead of a prompt.
     """
@@ -56,15 +56,15 @@ class AugmentParams:
 
 
 class Augment(nn.Module):
-    """The reading side of one augment.
+    """A frozen model that is read, with the layers that are read.
 
     Attributes:
         model: the frozen model.
-        name: of the model in errors.
+        name: name of the model in errors.
         depth: layers that can be read.
         dims: features of each of them.
         positions: whether each is read before its block ("input") or after it ("output").
-        connections: 1-indexed pairs.
+        connections: 1-indexed ``(augment_layer, anchor_layer)`` pairs.
         layers: the augment layers that are read, rising.
         max_length: positions of a shared sequence that the model knows; None without a bound.
         decodes: whether its states of a growing sequence can be read from a cache; True where it reads a prompt.
@@ -83,7 +83,7 @@ class Augment(nn.Module):
         self._is_causal = bool(getattr(getattr(self.model, "attn_layers", None), "causal", False))
         self._vocab_size = vocabulary_of(self.model)
         self._settings = {"use_cache": False} if "use_cache" in _parameters_of(self.model) else {}
-        # None for a model that returns its hidden states itself
+        # the layers; None for a model that returns its hidden states itself
         self._blocks: Blocks | None = None
         if not params.model_return_hiddens:
             self._blocks = Blocks.found(
@@ -100,6 +100,7 @@ class Augment(nn.Module):
             self.dims = hidden_widths(self._read(self._probe()), self.name)
         self.depth = len(self.dims)
         self.positions = ("output",) * self.depth if self._blocks is None else self._blocks.positions
+        # the connections, and the layers they read
         self.connections: tuple[Connection, ...]
         if params.connections is None:
             self.connections = plan_connections(self.depth, anchor_depth, params.connect_every_num_layers)
@@ -227,7 +228,7 @@ class Augment(nn.Module):
         Args:
             ids: new tokens.
             mask: ``(b, cached + n)``, or None.
-            cache: of ``init_cache``, or None.
+            cache: what ``init_cache`` returned, or None.
         """
         model = self._language_model[0]
         forward = model.hidden if hasattr(model, "hidden") else model
@@ -260,7 +261,7 @@ class Augment(nn.Module):
         try:
             steps = [self.read_on(ids[:, :2], None, cache), self.read_on(ids[:, 2:], None, cache)]
         except RuntimeError:
-            return False  # some models decode without calling their blocks
+            return False  # some models do not call their blocks with a cache
         return all(part.shape[1] == count for step, count in zip(steps, (2, 1), strict=True) for part in step)
 
 
@@ -272,7 +273,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """Bound of the ids a known model takes."""
+    """Vocabulary size of a known model; None for others."""
     inner: Any = model
     if hasattr(inner, "get_input_embeddings"):
         try:

@@ -1,8 +1,8 @@
-"""Finding the transformer blocks of a model, and freezing models.
+"""Transformer blocks of a model, and freezing of models.
 
-A block is a module whose output (or input) is the residual stream between two layers. They are given as a list of
-modules, by name, by a function of the model, or found: in x-transformers by what is known of its stacks, elsewhere as
-the longest list of layers.
+A block is a module whose output (or input) is the residual stream between two layers. They are passed as modules
+or names, returned by a function of the model, or searched for: in x-transformers by the layout of its stacks, elsewhere
+as the longest list of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def set_module_requires_grad_(module: nn.Module, requires_grad: bool) -> None:
 
 
 def freeze_all_layers_(module: nn.Module) -> None:
-    """Takes every parameter of ``module`` out of training."""
+    """Sets ``requires_grad`` of every parameter of ``module`` to False."""
     set_module_requires_grad_(module, False)
 
 
@@ -32,7 +32,7 @@ def x_transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
     """The ends of the layers of an x-transformers ``TransformerWrapper``, ``ViTransformerWrapper`` or their stack.
 
     A layer may have more parts than attention and feedforward (cross-attention, a second feedforward): it ends where
-    the stack's repeating block does, or, in a stack of another order, behind its last feedforward.
+    the stack's repeating block does, or, in a stack of another order, after its last feedforward.
 
     Raises:
         TypeError: the model has no stack of attention layers.
@@ -63,23 +63,23 @@ def hugging_face_blocks(model: nn.Module) -> list[nn.Module]:
     """
     unwrap: Any = getattr(model, "get_base_model", None)
     base: nn.Module = model if unwrap is None else unwrap()
-    found: list[nn.ModuleList] = []
+    candidates: list[nn.ModuleList] = []
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(part) for part in module}) == 1:
-            found.append(module)
-    if not found:
+            candidates.append(module)
+    if not candidates:
         raise ValueError(f"no list of layers was found in {type(base).__name__}: give transformer_blocks")
-    longest = max(len(layers) for layers in found)
-    return list(next(layers for layers in found if len(layers) == longest))
+    longest = max(len(layers) for layers in candidates)
+    return list(next(layers for layers in candidates if len(layers) == longest))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a model in the order they run in, and whether each is read behind it or before it.
+    """Blocks of a model in the order they run in, each read after it or before it.
 
     Attributes:
         modules: the blocks.
-        positions: of each.
+        positions: "output" (after) or "input" (before) for each block.
         where: names the model in errors.
     """
 
@@ -102,7 +102,7 @@ class Blocks:
         """The blocks ``find_blocks`` gives, sorted with their positions.
 
         Args:
-            model: whose blocks.
+            model: model that has the blocks.
             blocks: as for ``find_blocks``.
             extract: as for ``find_blocks``.
             positions: one for all, or one each.
@@ -141,16 +141,16 @@ def hidden_widths(hiddens: Sequence[Tensor], where: str) -> tuple[int, ...]:
 
 
 def recomputed_parts(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """What to compute again in a backward pass to spare the activations of ``blocks``.
+    """Modules to compute again in the backward pass, so that the activations of ``blocks`` need not be kept.
 
     A block is a whole layer in most libraries, and is computed again as such. In x-transformers it is only the sum at
-    a layer's end: there it is the attentions and feedforwards behind the first of ``blocks``, or all of them.
+    a layer's end: there it is the attentions and feedforwards after the first of ``blocks``, or all of them.
     """
     stack: Any = getattr(getattr(model, "net", None) or model, "attn_layers", None)
     entries: list[Any] = list(getattr(stack, "layers", ()))
     if not entries:
         return list(blocks)
-    begin = next((number + 1 for number, entry in enumerate(entries) if entry[-1] is blocks[0]), 0)
+    begin = next((index + 1 for index, entry in enumerate(entries) if entry[-1] is blocks[0]), 0)
     return [entry[1] for entry in entries[begin:]]
 
 
@@ -161,12 +161,12 @@ def find_blocks(
     extract: BlocksFunction | None,
     where: str,
 ) -> list[nn.Module]:
-    """The blocks of ``model`` as they were asked for, in the order given.
+    """The requested blocks of ``model``, in the order of the request.
 
     Args:
-        model: whose blocks.
+        model: model that has the blocks.
         blocks: modules or their names, or the name of a container of them; None to search.
-        extract: a function that gives them.
+        extract: function from the model to its blocks.
         where: names the model in errors.
 
     Raises:
@@ -184,12 +184,12 @@ def find_blocks(
         chosen = list(extract(model))
     else:
         chosen = _known_blocks(model, where)
-    own = {id(module) for module in named.values()}
-    for number, block in enumerate(chosen):
+    known = {id(module) for module in named.values()}
+    for number, block in enumerate(chosen, start=1):
         if not isinstance(block, nn.Module):
-            raise TypeError(f"{where}: block {number + 1} must be a module, got {type(block).__name__}")
-        if id(block) not in own:
-            raise ValueError(f"{where}: block {number + 1} ({type(block).__name__}) is no part of the model")
+            raise TypeError(f"{where}: block {number} must be a module, got {type(block).__name__}")
+        if id(block) not in known:
+            raise ValueError(f"{where}: block {number} ({type(block).__name__}) is no part of the model")
     if len({id(block) for block in chosen}) < len(chosen):
         raise ValueError(f"{where}: each block must come once, got {len(chosen)} with repetitions")
     if not chosen:

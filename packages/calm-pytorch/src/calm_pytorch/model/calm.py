@@ -42,16 +42,16 @@ class CALM(nn.Module):
     Args:
         anchor_llm: a Hugging Face causal language model, an x-transformers decoder, or any causal module from ids to
             logits. Its parameters are frozen.
-        augment_llms: the models it reads, and how.
-        attn_kwargs: of ``CrossAttentionBlock``; what is not given keeps its default (projection, RMSNorm, flash, and
+        augment_llms: the models it reads.
+        attn_kwargs: options of ``CrossAttentionBlock``; the others keep their defaults (projection, RMSNorm, flash, and
             the anchor's heads).
         anchor_extract_blocks_fn: a function from the anchor to its blocks.
         anchor_transformer_blocks: the anchor's blocks, modules or names, in any order; or the name of a container.
-        anchor_hidden_position: whether the stream is changed behind a block or before it; one for all, or one each.
+        anchor_hidden_position: "output" changes the stream after a block, "input" before it; one for all, or one each.
         pad_id: marks padding in sequences and prompts; no model sees it.
 
     Attributes:
-        augments: the reading side of each augment.
+        augments: the frozen models that are read.
         cross_attns: the learned part, for each augment one ``CrossAttentionBlock`` for each connection.
         connections: for each augment its 1-indexed ``(augment_layer, anchor_layer)`` pairs.
         gradient_checkpointing: whether the anchor's blocks compute their activations again in the backward pass.
@@ -77,7 +77,7 @@ class CALM(nn.Module):
         params = [augment_llms] if isinstance(augment_llms, AugmentParams) else list(augment_llms)
         if not params:
             raise ValueError("augment_llms must hold at least one AugmentParams, got none")
-        devices = [device_of(anchor_llm), *(device_of(one.model) for one in params)]
+        devices = [device_of(anchor_llm), *(device_of(entry.model) for entry in params)]
         if len(set(devices)) > 1:
             raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
         self.pad_id = pad_id
@@ -86,16 +86,18 @@ class CALM(nn.Module):
         self._reader = Anchor(
             anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
         )
-        dims, depth = self._reader.dims, len(self._reader.dims)
+        dims = self._reader.dims
+        depth = len(dims)
         self.augments = tuple(Augment(entry, index, depth) for index, entry in enumerate(params))
         self.connections = [augment.connections for augment in self.augments]
+        # the anchor's heads are the default of the cross-attentions
         options: dict[str, Any] = {"flash": True}
         heads = attention_heads(anchor_llm)
         if heads is not None:
             options |= {"heads": heads[0], "dim_head": heads[1]}
         self.attn_kwargs = options | (attn_kwargs or {})
         self.anchor_llm = anchor_llm
-        self.augment_llms = nn.ModuleList(one.model for one in params)
+        self.augment_llms = nn.ModuleList(entry.model for entry in params)
         self.cross_attns = nn.ModuleList(
             nn.ModuleList(
                 CrossAttentionBlock(
@@ -117,20 +119,20 @@ class CALM(nn.Module):
 
     @property
     def anchor_blocks(self) -> tuple[nn.Module, ...]:
-        """Where the anchor's stream can be changed, in the order they run in."""
+        """Blocks at which the anchor's stream can be changed, in the order they run in."""
         return self._reader.blocks.modules
 
     @property
     def can_decode(self) -> bool:
-        """Whether generation uses caches; otherwise every token runs over the whole sequence."""
+        """True if generation uses caches; otherwise every token runs over the whole sequence."""
         return self.as_causal_lm().decodes
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What is learned: the parameters of the cross-attentions."""
+        """The parameters of the cross-attentions, the only ones that are learned."""
         return self.cross_attns.parameters()
 
     def as_causal_lm(self) -> ComposedLM:
-        """This composition for ``lm_core.generate`` and its like; it shares all weights."""
+        """This composition for ``lm_core.generate`` and other users of causal LMs; it shares all weights."""
         return ComposedLM(
             self._reader,
             self.augments,
@@ -141,7 +143,7 @@ class CALM(nn.Module):
 
     @property
     def wiring(self) -> dict[str, Any]:
-        """What the learned weights depend on, in JSON: connections, positions, widths, attention options."""
+        """Connections, positions, widths and attention options, as JSON values; the learned weights depend on them."""
         anchor_layers = [[anchor_layer for _, anchor_layer in pairs] for pairs in self.connections]
         read = [(a, [augment_layer for augment_layer, _ in a.connections]) for a in self.augments]
         positions, dims = self._reader.blocks.positions, self._reader.dims
@@ -192,7 +194,7 @@ class CALM(nn.Module):
         prompt: Tensor | Sequence[Tensor | None] | None,
         prompt_mask: Tensor | Sequence[Tensor | None] | None = None,
     ) -> AugmentStates:
-        """Hidden states of prompts, to be given to ``forward`` any number of times.
+        """Hidden states of prompts, for any number of calls of ``forward``.
 
         Args:
             prompt: as for ``forward``.
@@ -226,18 +228,19 @@ class CALM(nn.Module):
             prompt: what the augments read, one for all that read prompts, or one for each augment (None for those
                 that share the sequence): ids ``(b, m)``, or floating point ``(b, *input_shape)``.
             prompt_mask: True at real positions of a prompt; by default where ids are not ``pad_id``.
-            mask: ``(b, n)``, True at tokens that count in the loss; the others are read all the same.
+            mask: ``(b, n)``, True at tokens that count in the loss; the others are still read.
             return_loss: False returns logits ``(b, n, v)``.
             anchor_llm_in_train_mode: False keeps the anchor in evaluation mode while the composition trains.
             alignment: ``(b, n, m)``, True where an anchor position may look (``align_by_offsets``); one for all
                 augments, or one each.
-            augment_states: of ``augment_states``, instead of ``prompt``.
-            reduction: of the loss, "mean" or "sum".
+            augment_states: result of ``augment_states``, instead of ``prompt``.
+            reduction: "mean" or "sum" of the loss over counted tokens.
 
         Raises:
             ValueError: a shape, a number of prompts, or an id does not fit; it is named.
             TypeError: ids are not integers, or a mask is not boolean.
         """
+        # check the arguments
         b, n = seq.shape
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -251,20 +254,23 @@ class CALM(nn.Module):
             check_ids(seq if real is None else seq.masked_fill(~real, 0), vocab_size, "seq")
         if augment_states is not None and (prompt is not None or prompt_mask is not None):
             raise ValueError("give prompt or augment_states, not both")
+        # the augments read their prompts
         states = self.augment_states(prompt, prompt_mask) if augment_states is None else augment_states
         for augment, hiddens in zip(self.augments, states.hiddens, strict=True):
             if hiddens and hiddens[0].shape[0] != b:
                 raise ValueError(f"{augment.name}: prompt must have {b} rows, as seq has, got {hiddens[0].shape[0]}")
         pairs = self._alignment(alignment, states, b, n)
+        # the anchor reads the augments; its last token has no label
         inputs, labels = seq, None
         if return_loss:
             inputs, labels = seq[:, :-1], labels_of(seq, mask, self.pad_id)
             real = None if real is None else real[:, :-1]
-            pairs = [None if one is None else one[:, :-1] for one in pairs]
+            pairs = [None if pair is None else pair[:, :-1] for pair in pairs]
         with contextlib.ExitStack() as stack:
             if not anchor_llm_in_train_mode:
                 stack.enter_context(eval_mode(self.anchor_llm))
             stack.enter_context(unchanged_buffers(self.anchor_llm))
+            # with hidden states the loss needs no logits in memory
             through_hidden = labels is not None and hasattr(self.anchor, "hidden")
             composed = self.as_causal_lm()
             out = composed.read(inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
@@ -314,7 +320,7 @@ class CALM(nn.Module):
         """Continues prompts.
 
         Args:
-            prompt: as for ``forward``; rows of different lengths are padded with ``pad_id`` or told by ``prompt_mask``.
+            prompt: as for ``forward``; rows of different lengths are padded with ``pad_id`` or have a ``prompt_mask``.
             seq_len: length of the longest row, prompt included.
             prompt_mask: True at real positions.
             filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
@@ -323,7 +329,7 @@ class CALM(nn.Module):
                 token ids.
             temperature: 0 takes the most likely token.
             eos_id: token or tokens that end a row.
-            pad_id: written behind the end of a row; by default this model's.
+            pad_id: fills rows after their end; by default this model's.
             output_keep_prompt: whether rows begin with their prompt.
             use_cache: False runs over the whole sequence for each token.
             generator: source of randomness.

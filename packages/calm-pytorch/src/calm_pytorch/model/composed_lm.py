@@ -39,7 +39,7 @@ class AugmentStates:
 
 
 class Reading(NamedTuple):
-    """What the anchor sees of one augment in one forward: a context for each connection, and who may look where."""
+    """One augment as the anchor reads it in one forward: keys and values for each connection, and their mask."""
 
     contexts: tuple[Context, ...]
     mask: Tensor | None
@@ -50,17 +50,17 @@ class CALMCache:
     """The anchor's cache, and for each augment the keys and values the anchor reads.
 
     Args:
-        anchor: the reading side.
+        anchor: the frozen model that reads.
         augments: the read models.
         batch_size: rows.
-        max_length: positions of the anchor to make room for.
+        max_length: largest number of positions of the anchor.
 
     Attributes:
         length: positions of the anchor held.
         batch_size: rows held.
-        static: for each augment that reads a prompt, what the anchor sees of it; None before the first tokens.
+        static: for each augment that reads a prompt, its keys and values; empty before the first tokens.
         growing: for each augment that shares the sequence, keys and values of its connections.
-        augments: for each of these, its own cache.
+        augments: for each augment that shares the sequence, its own cache.
     """
 
     def __init__(self, anchor: Any, augments: Sequence[Augment], batch_size: int, max_length: int) -> None:
@@ -77,7 +77,7 @@ class CALMCache:
                 self.augments[index] = augment.init_cache(batch_size, max_length)
 
     def advance(self, count: int) -> None:
-        """Makes the new positions part of the cache."""
+        """Counts the new positions as cached."""
         for keys_values in self.growing.values():
             keys_values.advance(count)
         self.length += count
@@ -86,21 +86,21 @@ class CALMCache:
         """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
         for cache in (self.anchor, *self.augments.values(), *self.growing.values()):
             cache.reorder(index)
-        for number, reading in self.static.items():
+        for augment, reading in self.static.items():
             contexts = tuple((k.index_select(0, index), v.index_select(0, index)) for k, v in reading.contexts)
             mask = None if reading.mask is None else reading.mask.index_select(0, index)
-            self.static[number] = Reading(contexts, mask, reading.causal)
+            self.static[augment] = Reading(contexts, mask, reading.causal)
         self.batch_size = index.shape[0]
 
 
 class ComposedLM(nn.Module):
-    """What ``lm_core.generate`` and other consumers of causal language models take; ``CALM.as_causal_lm`` makes it.
+    """A composition for ``lm_core.generate`` and other consumers of causal language models; see ``CALM.as_causal_lm``.
 
     Further arguments of a call: ``prompt_0``, ``prompt_mask_0``, ``prompt_1``, ... for the augments that read a prompt,
     counted from 0 among all augments. With a cache they are needed with the first tokens only.
 
     Args:
-        anchor: the reading side.
+        anchor: the frozen model that reads.
         augments: the read models.
         cross_attns: for each augment one ``CrossAttentionBlock`` for each connection.
         pad_id: marks padding in prompts.
@@ -128,11 +128,11 @@ class ComposedLM(nn.Module):
         layers = sorted({layer for augment in augments for _, layer in augment.connections})
         self._read_from = anchor.blocks.modules[layers[0] - 1 :]
         self._blocks = anchor.blocks.layers(layers)
-        # for each of these blocks its cross-attentions, with the numbers of their augment and connection
+        # for each of these blocks its cross-attentions, with the indices of their augment and connection
         self._reads = tuple(
             tuple(
-                (cross_attns[number][place], number, place)  # type: ignore[index]
-                for number, augment in enumerate(augments)
+                (cross_attns[index][place], index, place)  # type: ignore[index]
+                for index, augment in enumerate(augments)
                 for place, (_, anchor_layer) in enumerate(augment.connections)
                 if anchor_layer == layer
             )
@@ -179,8 +179,8 @@ class ComposedLM(nn.Module):
         Args:
             ids: tokens; with a cache, the new ones.
             mask: ``(b, cached + n)``, True at real tokens, or None.
-            cache: of ``init_cache``.
-            hidden: gives states instead of logits.
+            cache: what ``init_cache`` returned.
+            hidden: returns states instead of logits.
             **inputs: prompts and their masks.
         """
         return self.read(ids, mask=mask, states=self._states(cache, inputs), cache=cache, hidden=hidden)
@@ -195,14 +195,14 @@ class ComposedLM(nn.Module):
     def _states(self, cache: CALMCache | None, inputs: dict[str, Tensor | None]) -> AugmentStates | None:
         if cache is not None and cache.length > 0:
             return None
-        numbers = range(len(self.augments))
-        known = {f"{name}_{number}" for name in ("prompt", "prompt_mask") for number in numbers}
+        indices = range(len(self.augments))
+        known = {f"{name}_{index}" for name in ("prompt", "prompt_mask") for index in indices}
         unknown = sorted(set(inputs) - known)
         if unknown:
             raise TypeError(f"a composed model takes {sorted(known)}, got {unknown}")
         return self.read_prompts(
-            [inputs.get(f"prompt_{number}") for number in numbers],
-            [inputs.get(f"prompt_mask_{number}") for number in numbers],
+            [inputs.get(f"prompt_{index}") for index in indices],
+            [inputs.get(f"prompt_mask_{index}") for index in indices],
         )
 
     # --------------------------------------------------------------------------------------------------- composition
@@ -243,10 +243,10 @@ class ComposedLM(nn.Module):
         Args:
             ids: tokens; with a cache, the new ones.
             mask: ``(b, cached + n)``, True at real tokens, or None.
-            states: of static prompts; only needed until a cache holds them.
+            states: hidden states of static prompts; needed until a cache holds their keys and values.
             alignment: for each augment ``(b, n, m)``, True where an anchor position may look, or None.
-            cache: of ``init_cache``.
-            hidden: gives states before the output layer.
+            cache: what ``init_cache`` returned.
+            hidden: returns states before the output layer.
         """
         moved = None
         alignment = [None] * len(self.augments) if alignment is None else alignment
@@ -276,11 +276,11 @@ class ComposedLM(nn.Module):
         alignment: Tensor | None,
         cache: CALMCache | None,
     ) -> Reading:
-        """What the anchor sees of augment ``index``; a cache keeps it, or grows by it."""
+        """Augment ``index`` as the anchor reads it; a cache keeps its keys and values, or appends the new ones."""
         augment = self.augments[index]
         if augment.shared_sequence:
-            own = None if cache is None else cache.augments[index]
-            contexts = self._contexts(index, augment.read_on(ids, mask, own))
+            augment_cache = None if cache is None else cache.augments[index]
+            contexts = self._contexts(index, augment.read_on(ids, mask, augment_cache))
             if cache is not None:
                 grown = cache.growing[index]
                 contexts = tuple(grown.update(layer, *context) for layer, context in enumerate(contexts))
@@ -307,11 +307,11 @@ class ComposedLM(nn.Module):
 
     @contextlib.contextmanager
     def _reading_anchor(self, readings: Sequence[Reading]) -> Iterator[None]:
-        """Inside, each connected block of the anchor adds what it reads of the augments."""
+        """Inside, each connected block of the anchor adds its cross-attention to the augments."""
 
         def change(block: int, hidden: Tensor) -> Tensor:
-            for attention, number, place in self._reads[block]:
-                context, mask, causal = readings[number].contexts[place], readings[number].mask, readings[number].causal
+            for attention, index, place in self._reads[block]:
+                context, mask, causal = readings[index].contexts[place], readings[index].mask, readings[index].causal
                 hidden = attention(hidden, context=context, mask=mask, causal=causal)
             return hidden
 

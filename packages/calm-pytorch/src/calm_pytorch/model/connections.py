@@ -1,7 +1,7 @@
-"""Which augment layer is read by which anchor layer (arXiv 2401.02412, section 3.1).
+"""Connections between layers of an augment and layers of the anchor (arXiv 2401.02412, section 3.1).
 
 The paper connects every few layers of both models. Here the connections are spread evenly over both depths and the
-last layers are always among them, because the last hidden states are what an augment has to say.
+last layers are always among them, because the last hidden states are the result of the whole augment.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def plan_connections(augment_depth: int, anchor_depth: int, every: int = 4) -> t
 def checked_connections(
     connections: Sequence[Sequence[int]], augment_depth: int, anchor_depth: int, where: str
 ) -> tuple[Connection, ...]:
-    """Connections a user gave, as tuples.
+    """A user's connections as tuples.
 
     Raises:
         ValueError: there are none, one comes twice, or a layer is out of range.

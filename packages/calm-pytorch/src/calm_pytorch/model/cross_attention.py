@@ -5,7 +5,7 @@ queries, a gate for each head's values (arXiv 2306.12929), and an output that st
 begins as the anchor alone.
 
 Keys and values are computed apart from the queries, so that decoding keeps those of earlier positions. Parameters have
-the names of an x-transformers ``Attention``, and its options beyond ``CONTEXT_OPTIONS`` run that module itself.
+the names of an x-transformers ``Attention``, and with options beyond ``CONTEXT_OPTIONS`` that module itself runs.
 
 Legend: b batch, n anchor positions, m augment positions, d anchor and c augment features, h heads, e head features.
 """
@@ -35,7 +35,7 @@ class ContextAttention(nn.Module):
 
     Args:
         library: an x-transformers ``Attention`` with ``CONTEXT_OPTIONS``, whose layers this module takes.
-        dropout: of the attention weights, in training mode.
+        dropout: dropout probability of the attention weights.
     """
 
     def __init__(self, library: Any, dropout: float) -> None:
@@ -67,7 +67,7 @@ class ContextAttention(nn.Module):
         return projected
 
     def weights(self, x: Tensor, context: Context, mask: Tensor | None, causal: bool) -> Tensor:
-        """Attention weights ``(b, h, n, m)`` of each head, times its gate: how strongly each position is read."""
+        """Attention weights ``(b, h, n, m)`` of each head, times its gate: how much each position contributes."""
         b, m = x.shape[0], context[0].shape[2]
         # attention to one-hot values is its weights
         positions = torch.eye(m, dtype=x.dtype, device=x.device).expand(b, self.kv_heads, m, m)
@@ -86,7 +86,7 @@ class CrossAttentionBlock(nn.Module):
         dim_context: features of the augment.
         linear_project_context: projects the context to the anchor's width first, as the paper does.
         pre_rmsnorm: normalises the queries' side.
-        attention_options: of x-transformers' ``Attention``; by default a zero-initialised output and gated heads.
+        attention_options: options of x-transformers' ``Attention``; the output starts at zero and heads are gated.
 
     Raises:
         ValueError: a width is below 1, or x-transformers refuses an option.
@@ -145,12 +145,12 @@ class CrossAttentionBlock(nn.Module):
         mask: Bool[Tensor, "..."] | None = None,
         causal: bool = False,
     ) -> Float[Tensor, "b n d"]:
-        """Anchor states with what they read of an augment.
+        """Anchor states plus their cross-attention to an augment.
 
         Args:
             x: hidden states of the anchor.
             hidden: hidden states of the augment.
-            context: ``context`` of these, instead of them.
+            context: result of ``context``, instead of ``hidden``.
             mask: True where a query may look, ``(b, m)`` or ``(b, n, m)``; a query that may look nowhere reads zeros.
             causal: queries are the last ``n`` of the ``m`` positions and see no later one.
 
@@ -170,7 +170,7 @@ class CrossAttentionBlock(nn.Module):
     def weights(
         self, x: Float[Tensor, "b n d"], context: Context, *, mask: Tensor | None = None, causal: bool = False
     ) -> Float[Tensor, "b h n m"]:
-        """Attention weights of each head, times its gate: how strongly each position is read.
+        """Attention weights of each head, times its gate: how much each position contributes.
 
         Raises:
             ValueError: the block has options beyond ``CONTEXT_OPTIONS``.
@@ -180,7 +180,7 @@ class CrossAttentionBlock(nn.Module):
         return self.attn.weights(self.pre_rmsnorm(x.to(self._dtype(x))), context, mask, causal)
 
     def _dtype(self, x: Tensor) -> torch.dtype:
-        """The parameters' dtype, whatever of them is quantised or wrapped."""
+        """The parameters' dtype, also where some are quantised or wrapped."""
         gain = getattr(self.pre_rmsnorm, "g", None)
         return gain.dtype if gain is not None else next((parameter.dtype for parameter in self.parameters()), x.dtype)
 

@@ -163,7 +163,7 @@ def read_hiddens(
     Args:
         run: calls the model.
         blocks: in the order they run in.
-        positions: of each block.
+        positions: "input" or "output" for each block.
         where: names the model in errors.
         stop_early: leaves the model once the last block has been read.
 
@@ -250,32 +250,32 @@ def checkpointing(blocks: Sequence[nn.Module], how: Callable[..., Any] = _CHECKP
     and the second run, long after the hooks are gone, computes the same.
 
     Args:
-        blocks: to be computed again.
+        blocks: blocks that are computed again.
         how: ``how(function, *args)`` calls the function and arranges for its second run.
     """
     replaced: list[tuple[nn.Module, Any]] = []
     try:
         for block in blocks:
-            own = block.__dict__.get("forward")
+            instance_forward = block.__dict__.get("forward")
             original = block.forward
 
             def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
                 return how(partial(original, **kwargs), *args)
 
-            replaced.append((block, own))
+            replaced.append((block, instance_forward))
             block.__dict__["forward"] = forward
         yield
     finally:
-        for block, own in reversed(replaced):
-            if own is None:
+        for block, instance_forward in reversed(replaced):
+            if instance_forward is None:
                 del block.__dict__["forward"]
             else:
-                block.__dict__["forward"] = own
+                block.__dict__["forward"] = instance_forward
 
 
 @contextlib.contextmanager
 def hooks_outside_checkpoints(model: nn.Module) -> Iterator[None]:
-    """Inside, a Hugging Face model with activation checkpointing of its own computes again as ``checkpointing`` does.
+    """Inside, a Hugging Face model's own activation checkpointing recomputes what ``checkpointing`` does.
 
     In releases up to 5.17 at least it hands a block's whole call to the checkpoint, hooks included, and these are gone
     when the backward pass runs it again. Later ones (5.23) hand over the forward alone and are left as they are.

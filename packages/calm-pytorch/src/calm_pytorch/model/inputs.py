@@ -1,4 +1,4 @@
-"""What comes with a call: one entry for each augment, padding, and labels.
+"""Arguments of a call: entries for each augment, padding, and labels.
 
 Legend: b batch, n sequence, m prompt positions.
 """
@@ -18,7 +18,7 @@ def each_augment(given: Any, augments: Sequence[Any], name: str, *, shared_too: 
     Args:
         given: one tensor, or one for each augment, or None.
         augments: the augments.
-        name: of the argument in errors.
+        name: name of the argument in errors.
         shared_too: gives a single tensor to augments that share the anchor's sequence as well.
 
     Raises:
@@ -39,7 +39,7 @@ def each_augment(given: Any, augments: Sequence[Any], name: str, *, shared_too: 
 def real_tokens(ids: Tensor, mask: Tensor | None, pad_id: int) -> Tensor | None:
     """``(b, m)`` True where a token is real: where ``mask`` is True, or, without one, where ids are not ``pad_id``.
 
-    None where there is nothing to leave out; on an accelerator, which would have to be asked, only for float input.
+    None where nothing is padding; on an accelerator only for float input, because looking would wait for the device.
     """
     if mask is not None:
         return mask

@@ -1,4 +1,4 @@
-"""How strongly each anchor layer reads each augment position, as a picture.
+"""Picture of the strength with which each anchor layer reads each augment position.
 
 Legend: n anchor positions, m augment positions.
 """
@@ -16,7 +16,7 @@ from lm_core.causal_lm import eval_mode
 
 @torch.no_grad()
 def read_strengths(calm: Any, seq: Tensor, prompt: Any = None) -> list[tuple[str, Tensor]]:
-    """For each connection its name and ``(n, m)``: attention weights times gates, averaged over heads and rows.
+    """Name and strengths ``(n, m)`` of each connection: attention weights times gates, averaged over heads and rows.
 
     Args:
         calm: the composition, with plain attention options.
@@ -25,9 +25,9 @@ def read_strengths(calm: Any, seq: Tensor, prompt: Any = None) -> list[tuple[str
     """
     named: dict[str, Tensor] = {}
     with eval_mode(calm), contextlib.ExitStack() as hooks:
-        for number, (augment, attentions) in enumerate(zip(calm.augments, calm.cross_attns, strict=True)):
+        for index, (augment, attentions) in enumerate(zip(calm.augments, calm.cross_attns, strict=True)):
             for (augment_layer, anchor_layer), attention in zip(augment.connections, attentions, strict=True):
-                name = f"augment {number}, layer {augment_layer} → anchor layer {anchor_layer}"
+                name = f"augment {index}, layer {augment_layer} → anchor layer {anchor_layer}"
 
                 def keep(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
                     named[name] = module.weights(*args, **kwargs).mean(dim=(0, 1))

@@ -30,13 +30,13 @@ FIRST_KEY = MODULUS + 3
 @typed
 @dataclass(frozen=True, kw_only=True)
 class KeyValueTask:
-    """Keys, the numbers they stand for, and which of them composition is trained on.
+    """Keys, the numbers they stand for, and the split into trained and held-out keys.
 
     Args:
-        keys: how many.
-        held_out: how many of them composition never sees.
-        operands: of an expression.
-        seed: of the assignment.
+        keys: number of keys.
+        held_out: number of keys that composition never sees.
+        operands: operands of an expression.
+        seed: seed of the assignment of numbers to keys.
     """
 
     keys: int = 400
@@ -80,8 +80,8 @@ class KeyValueTask:
         Args:
             count: rows.
             generator: source of randomness.
-            keys: which keys operands are drawn from; None for numbers only.
-            share: the part of operands that are keys, the others being numbers.
+            keys: keys that operands are drawn from; None for numbers only.
+            share: fraction of the operands that are keys; the others are numbers.
         """
         signs = torch.randint(2, (count, self.operands - 1), generator=generator)
         values = torch.randint(MODULUS, (count, self.operands), generator=generator)
@@ -98,14 +98,14 @@ class KeyValueTask:
 
 
 def token_name(token: int) -> str:
-    """A token as a person would write it."""
+    """A token as text: "7", "+" or "key 12"."""
     if token < MODULUS:
         return str(token)
     signs = {PLUS: "+", MINUS: "-", EQUALS: "="}
     return signs.get(token, f"key {token - FIRST_KEY}")
 
 
-LENGTH = 32  # tokens the small models know at most
+LENGTH = 32  # context length of the small models
 
 
 def small_decoder(
@@ -141,13 +141,13 @@ def train_alone(
 ) -> None:
     """Trains a model from scratch, on the last token of its rows or on every second one.
 
-    The weight decay draws the states of keys with one value together, so that what reads them learns values, not keys.
+    The weight decay pulls the states of keys with one value together, so that a composition learns values, not keys.
 
     Args:
         model: an x-transformers or Hugging Face decoder.
         draw: returns the rows ``(b, n)`` of an update.
         steps: updates.
-        learning_rate: at its peak.
+        learning_rate: peak learning rate.
         description: label of the progress bar.
         every_other: scores the second, fourth, ... token instead of the last.
     """
@@ -176,7 +176,7 @@ def logits_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: Any, rows: Tensor, **kwargs: Any) -> float:
-    """How often the last token is the most likely one among numbers, given what comes before it."""
+    """Share of rows whose last token is the most likely number after the tokens before it."""
     with eval_mode(model):
         logits = logits_of(model(rows[:, :-1], **kwargs))[:, -1, :MODULUS]
     return float((logits.argmax(dim=-1) == rows[:, -1]).float().mean())

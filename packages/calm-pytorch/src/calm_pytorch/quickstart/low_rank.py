@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on the linear layers of a model: what composition is compared with at equal parameters.
+"""LoRA (arXiv 2106.09685) on the linear layers of a model, the baseline of composition at equal parameters.
 
 ``W <- W + B A``, with ``A`` random and ``B`` zero, so that training begins at the model as it is. It is a baseline and
 no more: the sum is computed in every forward, and nothing is written to files.
@@ -32,8 +32,8 @@ def add_low_rank_(model: nn.Module, *, rank: int, leave: tuple[str, ...] = ()) -
     """Freezes a model and adds a trainable product to each of its linear layers, in place.
 
     Args:
-        model: whose linear layers.
-        rank: of the products; no greater than a layer's own rank could be.
+        model: model whose linear layers are adapted.
+        rank: rank of the products, at most the smaller width of a layer.
         leave: ends of the names of layers that stay as they are, such as the output layer.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The quickstart: two tiny models trained on the spot, composed, and asked what neither of them knows.
+"""The quickstart: two tiny models, trained on the spot and composed for a task that neither can do alone.
 
 Three baselines run the same way: the anchor alone, a composition with an augment that was never trained, and LoRA on
 the anchor with as many parameters as the composition learns.
@@ -33,31 +33,31 @@ from lm_core.rng import seed_everything
 from lm_core.training.metrics import MetricsLog, progress_bar
 from lm_core.training.optimization import LearningRateSchedule, clip_global_norm
 
-ASKED = 2000  # expressions an accuracy is measured over
-CHECKED = 500  # expressions of the accuracies that are logged on the way
+ASKED = 2000  # expressions of a final accuracy
+CHECKED = 500  # expressions of the accuracies that are logged during training
 OUTPUT_LAYER = ("to_logits", "lm_head")
 
 
 @typed
 @dataclass(frozen=True, kw_only=True)
 class QuickstartSettings:
-    """The key-value arithmetic task: how long each part trains.
+    """Settings of the key-value arithmetic task.
 
     Args:
         augment_steps: updates of the augment on keys and values.
         anchor_steps: updates of the anchor on numbers.
-        max_steps: updates of what is learned on top.
+        max_steps: updates of the composition (or of the baseline).
         batch_size: expressions an update.
-        learning_rate: of what is learned on top, at its peak.
-        keys_share: the part of the rows of an update that are over keys; the others are over numbers.
+        learning_rate: peak learning rate of the composition (or of the baseline).
+        keys_share: fraction of the rows of an update that are over keys; the others are over numbers.
         dim: features of both models.
         reads: "sequence" lets the augment read the anchor's own expression as it grows, "prompt" reads it whole first.
         connect: "embedding" reads the augment's last layer from the embedding on, "layers" layer by layer.
-        connections: how many, 1 to 4.
-        learner: what is trained on the expressions: "composition", "random-augment" (a composition whose augment knows
-            nothing), or "low-rank" (LoRA on the anchor, of as many parameters).
-        models: of which library both are; "mixed" is an anchor of x-transformers and an augment of Hugging Face.
-        seed: of weights, keys and expressions.
+        connections: number of connections, 1 to 4.
+        learner: model that is trained on the expressions: "composition", "random-augment" (a composition whose augment
+            is untrained), or "low-rank" (LoRA on the anchor with as many parameters).
+        models: library of both models; "mixed" is an anchor of x-transformers and an augment of Hugging Face.
+        seed: seed of weights, keys and expressions.
     """
 
     augment_steps: int = 600
@@ -91,13 +91,13 @@ class QuickstartResult:
     """Accuracies, each over 2,000 expressions.
 
     Attributes:
-        held_out: over keys that training on expressions never showed.
-        trained_keys: over the keys it did show.
-        anchor_alone: of the anchor as it was, over held-out keys.
-        numbers_before: of the anchor as it was, over numbers.
-        numbers_after: of what was learned, over numbers.
-        learned: parameters that were trained on expressions.
-        seconds: of the whole run.
+        held_out: accuracy over keys that no expression in training had.
+        trained_keys: accuracy over the other keys.
+        anchor_alone: accuracy of the unchanged anchor over held-out keys.
+        numbers_before: accuracy of the unchanged anchor over numbers.
+        numbers_after: accuracy of the trained model over numbers.
+        learned: number of parameters that were trained on expressions.
+        seconds: duration of the whole run.
     """
 
     held_out: float
@@ -147,7 +147,7 @@ def compose_small(anchor: Any, augment: Any, settings: QuickstartSettings) -> CA
 
 
 def embedding_and_layers(anchor: Any) -> list[nn.Module]:
-    """What ends with the embedded tokens, and each layer."""
+    """The module that returns the embedded tokens, and each layer."""
     if hasattr(anchor, "get_input_embeddings"):
         return [anchor.get_input_embeddings(), *hugging_face_blocks(anchor)]
     return [anchor.emb_dropout, *x_transformer_blocks(anchor)]
@@ -155,13 +155,13 @@ def embedding_and_layers(anchor: Any) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Learner:
-    """What is trained on expressions.
+    """A model that is trained on expressions.
 
     Attributes:
-        model: whose mode is switched.
-        parameters: that are trained.
-        loss: of rows, at their last token.
-        arguments: of the model beside the ids, for logits.
+        model: model that is called.
+        parameters: parameters that are trained.
+        loss: returns the loss of rows at their last token.
+        arguments: further arguments of the model, for logits.
     """
 
     model: nn.Module
@@ -223,15 +223,17 @@ def train_learner(
 
 
 def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> QuickstartResult:
-    """Trains both models and a learner; writes metrics, a checkpoint, of a composition the adapter and a picture."""
+    """Trains both models and a learner; writes metrics and a checkpoint, and a composition's adapter and picture."""
     started, task = time.monotonic(), KeyValueTask(seed=settings.seed)
     target = Path(folder)
     known, held_out = task.split
+    # both models alone, and what the anchor can do without the augment
     anchor, augment = small_models(task, settings)
     generator = torch.Generator().manual_seed(settings.seed + 1)
     over_held_out, over_known = (task.expressions(ASKED, generator, keys) for keys in (held_out, known))
     over_numbers = task.expressions(ASKED, generator)
     alone, numbers_before = accuracy(anchor, over_held_out), accuracy(anchor, over_numbers)
+    # training on expressions over some of the keys, accuracy over the others
     learner = make_learner(anchor, augment, settings)
     with (
         progress_bar(settings.max_steps, description=settings.learner) as bar,

@@ -14,9 +14,9 @@ class Batches:
     """Makes batches of examples.
 
     Args:
-        names: of what an example holds, where it is a tuple.
+        names: names of the entries of an example that is a tuple.
         collate_fn: makes a batch of examples; torch's default stacks tensors.
-        device: where the tensors go.
+        device: device that the tensors are moved to.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Batches:
 
         Args:
             dataset: with ``dataset[i]``.
-            indices: of the examples.
+            indices: indices of the examples.
             cache: whose states take the place of prompts.
 
         Raises:

@@ -18,7 +18,7 @@ from calm_pytorch.model.composed_lm import AugmentStates
 
 
 class StateCache:
-    """States of each example that was seen.
+    """Augment states of each example that was seen.
 
     Args:
         calm: the composition, all of whose augments read prompts.
@@ -41,7 +41,7 @@ class StateCache:
         """States of a batch of examples; those that are not held yet are computed.
 
         Args:
-            indices: of the examples.
+            indices: indices of the examples.
             prompt: as for ``CALM.forward``; only looked at if an example is new.
             prompt_mask: as for ``CALM.forward``.
         """
@@ -51,8 +51,8 @@ class StateCache:
             return states
         device = next(self.calm.trainable_parameters()).device
         hiddens, masks = [], []
-        for number in range(len(self.calm.augments)):
-            rows = [self.rows[index][number] for index in indices]
+        for augment in range(len(self.calm.augments)):
+            rows = [self.rows[index][augment] for index in indices]
             lengths = torch.tensor([len(row[0]) for row in rows])
             longest = int(lengths.max())
             layers = zip(*rows, strict=True)

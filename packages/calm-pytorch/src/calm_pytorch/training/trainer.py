@@ -60,14 +60,14 @@ class FineTuner:
         max_steps: optimizer updates of the whole run.
         num_train_steps: the original's name of ``max_steps``.
         dataset: with ``len`` and ``dataset[i]``: dicts of arguments of ``CALM.forward``, or tuples of them.
-        data_kwarg_names: names of what a tuple holds.
+        data_kwarg_names: names of the entries of a tuple.
         accelerate_kwargs: "log_with": names of trackers.
         checkpoint_every: updates between checkpoints; there is always one at the end.
         checkpoint_dir: folder of the run (``lm_core.training.run_directory.RunDirectory``); by default "./checkpoints".
         checkpoint_path: the original's name of ``checkpoint_dir``.
         scheduler: a torch scheduler class; None keeps the peak after the warmup.
-        scheduler_kwargs: of the scheduler.
-        warmup: part of the updates over which the learning rate rises.
+        scheduler_kwargs: arguments of the scheduler.
+        warmup: fraction of the updates over which the learning rate rises.
         warmup_steps: the same as a number of updates, as the original has it; 1000 if neither is given.
         max_grad_norm: bound of the gradients' global norm; None only measures it.
         gradient_accumulation: micro-batches of an update; by default 1.
@@ -128,6 +128,7 @@ class FineTuner:
         keep_checkpoints: int | None = 2,
         trackers: Sequence[Any] = (),
     ) -> None:
+        # one value for each argument that has two names
         steps = either(None, max_steps=max_steps, num_train_steps=num_train_steps)
         if steps is None:
             raise ValueError("max_steps (or num_train_steps) must be given, got None")
@@ -137,12 +138,14 @@ class FineTuner:
             check_positive(value, name)
         if warmup is not None and warmup_steps is not None:
             raise ValueError(f"warmup and warmup_steps are one argument, got {warmup} and {warmup_steps}")
+        # check what neither the settings nor the session check
         for name, data in (("dataset", dataset), ("valid_dataset", valid_dataset)):
             if data is not None or name == "dataset":
                 _check_dataset(data, name)
         unknown = sorted(set(accelerate_kwargs or {}) - {"log_with"})
         if unknown:
             raise ValueError(f"accelerate_kwargs may hold log_with, got {unknown}: the trainer sets all others")
+        # the session: folder, seeds, trackers
         device = next(calm.trainable_parameters()).device
         settings = CommonSettings(
             max_steps=steps,
@@ -191,6 +194,7 @@ class FineTuner:
             rank=rank(),
             world_size=world_size(),
         )
+        # what is optimized: the learned part only
         self.objective = SummedLoss(calm, precision)
         self.optimizer = torch.optim.AdamW(
             optimizer_groups(calm, weight_decay=weight_decay, parameters=list(calm.trainable_parameters())),
@@ -224,7 +228,7 @@ class FineTuner:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the first process."""
+        """True in the first process."""
         return rank() == 0
 
     def print(self, message: Any) -> None:
@@ -270,13 +274,13 @@ class FineTuner:
     @torch.no_grad()
     def validate(self, forward_kwargs: Mapping[str, Any] | None = None) -> float:
         """Mean loss a token over ``valid_dataset``; every process calls it and gets the result of all."""
-        one = torch.ones((), device=self.device)
+        unit = torch.ones((), device=self.device)
         totals = torch.zeros(2, device=self.device)
         with eval_mode(self.calm):
             count = len(self.valid_dataset)
             for start in range(rank() * self.batch_size, count, self.batch_size * world_size()):
                 batch = self.batches.of(self.valid_dataset, range(start, min(start + self.batch_size, count)))
-                totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, one)
+                totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, unit)
                 totals[1] += self.objective.count(batch)
         total, labels = all_reduce_sum(totals).tolist()
         return total / max(labels, 1.0)

@@ -36,7 +36,9 @@ class Louder(torch.nn.Module):
 
     def __init__(self, inner):
         super().__init__()
-        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
+        self.inner = inner
+        self.weight = inner.weight
+        self.bias = inner.bias
 
     def forward(self, x):
         return 5 * self.inner(x)

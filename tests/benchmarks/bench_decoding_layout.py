@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from measure import arguments, in_turns, median, report
 
-from lm_core.generation.weight_layout import WeightLayout, by_columns
+from lm_core.generation.weight_layout import WeightLayout
 
 parsed = arguments(
     __doc__ or "",
@@ -26,7 +26,7 @@ SHAPES = [(2688, 256), (256, 1536), (8192, 256), (1536, 576), (576, 1536), (4915
 def row(shape: tuple[int, int], rows: int, threads: int) -> dict[str, Any]:
     count = max(1, parsed.megabytes * 2**20 // (4 * shape[0] * shape[1]))
     weights = [torch.randn(shape) for _ in range(count)]
-    columns = [by_columns(weight) for weight in weights]
+    columns = [weight.t().contiguous().t() for weight in weights]
     blocks = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for weight in weights]
     x = torch.randn(rows, shape[1])
     layout = WeightLayout(None, steps=1000)

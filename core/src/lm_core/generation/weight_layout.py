@@ -1,12 +1,10 @@
-"""Weight layouts for decoding on a CPU: column-major for one row, oneDNN's blocked layout for a few.
+"""Weights in oneDNN's blocked layout for decoding on a CPU.
 
-A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. A product
-of one row with a row-major weight ``(out, in)`` is ``out`` dot products of length ``in``; with a column-major one it
-adds ``in`` columns of length ``out``. The longer the inner loop, the closer it comes to memory bandwidth, so a weight
-with at least as many outputs as inputs gains: 49152 x 576 is read at 11.6 GB/s as stored and at 23.6 by columns, 576 x
-1536 at 16.8 and 12.7 (``tests/benchmarks/bench_decoding_layout.py`` checks the choice). Two to 64 rows gain nothing
-from columns: there the general product reads a weight at a third of the speed of oneDNN's, which needs a copy in blocks
-(49152 x 576 with 8 rows: 2.8 GB/s as stored, 2.2 by columns, 6.9 in blocks).
+A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. With one
+row, blocks are read at 1.2 to 2.2 times the speed of a row-major weight where the processor has AVX-512 (4736 x 512:
+33.5 against 15.1 GB/s, 512 x 2048: 28.4 against 17.7), and about as fast as a column-major one with AVX2. With 2 to 64
+rows the general product reads a weight at a third of the speed of oneDNN's (49152 x 576 with 8 rows: 2.8 against 6.9
+GB/s). ``tests/benchmarks/bench_decoding_layout.py`` compares the layouts.
 
 The weights are those of the ``nn.Linear`` modules that a step calls with few rows, as observed in the first step: an
 image encoder, an unused expert or a module that is quantised, compiled or sharded is left alone. During one generation
@@ -16,7 +14,7 @@ parameter is neither written nor moved.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Maximum rows of a product with a copy by columns, and with one in blocks.
-_ROWS_BY_COLUMNS, _ROWS_IN_BLOCKS = 1, 64
+# Maximum rows of a product with a copy in blocks.
+_MOST_ROWS = 64
 # Rows that blocks are optimised for: blocks for a single row are slow with several, but not the other way round.
 _TYPICAL_ROWS = 16
 # A copy costs about as much as it saves on a dozen tokens.
@@ -38,27 +36,23 @@ _COPIED_BYTES = 2**30
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight and its copy in another layout."""
+    """A weight and its copy in blocks."""
 
     weight: Tensor
-    laid_out: Tensor
-    in_blocks: bool  # oneDNN's blocks, else by columns
+    blocks: Tensor
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """``F.linear(x, weight, bias)``; None if the copy cannot be used."""
-        rows = _ROWS_IN_BLOCKS if self.in_blocks else _ROWS_BY_COLUMNS
-        if x.numel() > rows * x.shape[-1] or x.dtype != torch.float32:
+        if x.numel() > _MOST_ROWS * x.shape[-1] or x.dtype != torch.float32:
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
-        if not self.in_blocks:
-            return F.linear(x, self.laid_out, bias)
         # The operator that torch.compile itself uses for constant weights.
-        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.laid_out, bias, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.blocks, bias, "none", [], "")
         return result
 
 
-class WeightLayout:
+class WeightLayout(AbstractContextManager["WeightLayout"]):
     """Context manager with the copied weights of one generation, freed on exit.
 
     Args:
@@ -68,17 +62,14 @@ class WeightLayout:
 
     def __init__(self, model: Any, *, steps: int) -> None:
         self._linears: list[nn.Linear] = []
-        if steps >= _STEPS_WORTH_A_COPY and isinstance(model, nn.Module):
+        self._enabled = steps >= _STEPS_WORTH_A_COPY and _has_blocks()
+        if self._enabled and isinstance(model, nn.Module):
             modules = list(model.modules())
             # A compiled graph would be recompiled for weights of another layout.
             if not any(module._compiled_call_impl or hasattr(module, "_orig_mod") for module in modules):
                 self._linears = [module for module in modules if type(module) is nn.Linear]
-        self._steps = steps
         self._copies: dict[int, _Copy] = {}  # by the weight's identity
         self._forwards: list[tuple[nn.Linear, Callable[[Tensor], Tensor]]] = []
-
-    def __enter__(self) -> "WeightLayout":
-        return self
 
     def __exit__(self, *error: object) -> None:
         for linear, forward in self._forwards:
@@ -116,30 +107,15 @@ class WeightLayout:
         return F.linear(x, weight) if result is None else result
 
     def _copy(self, weight: Tensor, rows: int) -> _Copy | None:
-        """A copy of ``weight`` that is faster in products of ``rows`` rows; None if no layout is faster."""
+        """A copy of ``weight`` that is faster in products of ``rows`` rows; None if it would not be."""
         copy = self._copies.get(id(weight))
-        if copy is not None:
+        if copy is not None or not self._enabled or rows > _MOST_ROWS or not _is_copyable(weight):
             return copy
-        if rows > _ROWS_IN_BLOCKS or self._steps < _STEPS_WORTH_A_COPY or not _is_copyable(weight):
-            return None
         if sum(copy.weight.nbytes for copy in self._copies.values()) + weight.nbytes > _COPIED_BYTES:
             return None
-        if rows <= _ROWS_BY_COLUMNS:
-            if weight.shape[0] < weight.shape[1]:
-                return None
-            copy = _Copy(weight, by_columns(weight), in_blocks=False)
-        elif _has_blocks():
-            blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
-            copy = _Copy(weight, blocks, in_blocks=True)
-        else:
-            return None
+        copy = _Copy(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS))
         self._copies[id(weight)] = copy
         return copy
-
-
-def by_columns(weight: Tensor) -> Tensor:
-    """A column-major copy of a weight ``(out, in)``, without gradient."""
-    return weight.detach().t().contiguous().t()
 
 
 def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:

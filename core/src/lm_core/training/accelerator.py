@@ -145,25 +145,12 @@ class InterruptHandler:
     A launcher forwards the signal that its processes have already received from the terminal or the scheduler, so
     repeats within ``grace`` seconds, and any further SIGTERM, count as the same request.
 
-    ::
-
-        with InterruptHandler() as interrupt:
-            while step < total:
-                ...one update...
-                if interrupt.should_stop():
-                    save_checkpoint(...)
-                    break
-
     Outside the main thread, where Python delivers no signals, it does nothing.
 
     Args:
-        signals: signals to handle.
-        message: text printed to standard error at the first signal.
         grace: seconds after the first signal during which further ones are ignored.
     """
 
-    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
-    message: str = "Stopping after this update and saving a checkpoint; press Ctrl-C again to stop at once."
     grace: float = 1.0
 
     def __post_init__(self) -> None:
@@ -179,7 +166,8 @@ class InterruptHandler:
         self.requested = True
         self._requested_at = time.monotonic()
         # os.write: the signal may have interrupted a print
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self.message}\n".encode())
+        message = b"\nStopping after this update and saving a checkpoint; press Ctrl-C again to stop at once.\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message)
 
     def should_stop(self) -> bool:
         """True if any process received a stop signal; all processes must call it together."""
@@ -187,7 +175,7 @@ class InterruptHandler:
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            for handled in self.signals:
+            for handled in (signal.SIGINT, signal.SIGTERM):
                 self._previous[handled] = signal.signal(handled, self._handle)
         return self
 

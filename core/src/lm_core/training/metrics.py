@@ -7,6 +7,7 @@ after N, which may have been written past the last checkpoint: no row is lost an
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,7 +51,7 @@ def _number(name: str, value: Any) -> Any:
     raise TypeError(f"metric {name!r} must be a number or a string, got {type(value).__name__}")
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Log of metrics to a file, trackers and a progress bar.
 
     Args:
@@ -132,9 +133,6 @@ class MetricsLog:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -26,7 +26,6 @@ from calm_pytorch.quickstart.kv_arithmetic import (
     token_name,
     train_alone,
 )
-from calm_pytorch.quickstart.low_rank import add_low_rank_, rank_for
 from lm_core.checkpoints.checkpoint import save_checkpoint
 from lm_core.checks import check_above_zero, check_positive, typed
 from lm_core.rng import seed_everything
@@ -142,15 +141,13 @@ def compose_small(anchor: Any, augment: Any, settings: QuickstartSettings) -> CA
     if settings.connect == "layers":
         pairs = [(layer, layer) for layer in range(5 - count, 5)]
         return CALM(anchor, AugmentParams(augment, connections=pairs, shared_sequence=shared))
-    params = AugmentParams(augment, connections=[(4, i) for i in range(1, count + 1)], shared_sequence=shared)
-    return CALM(anchor, params, anchor_transformer_blocks=embedding_and_layers(anchor))
-
-
-def embedding_and_layers(anchor: Any) -> list[nn.Module]:
-    """The module that returns the embedded tokens, and each layer."""
+    # the module that returns the embedded tokens, and each layer
     if hasattr(anchor, "get_input_embeddings"):
-        return [anchor.get_input_embeddings(), *hugging_face_blocks(anchor)]
-    return [anchor.emb_dropout, *x_transformer_blocks(anchor)]
+        blocks = [anchor.get_input_embeddings(), *hugging_face_blocks(anchor)]
+    else:
+        blocks = [anchor.emb_dropout, *x_transformer_blocks(anchor)]
+    params = AugmentParams(augment, connections=[(4, i) for i in range(1, count + 1)], shared_sequence=shared)
+    return CALM(anchor, params, anchor_transformer_blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -175,12 +172,12 @@ def make_learner(anchor: Any, augment: Any, settings: QuickstartSettings) -> Lea
     calm = compose_small(anchor, augment, settings)
     parameters = list(calm.trainable_parameters())
     if settings.learner == "low-rank":
-        rank = rank_for(anchor, sum(parameter.numel() for parameter in parameters), OUTPUT_LAYER)
 
         def anchor_loss(rows: Tensor) -> Tensor:
             return F.cross_entropy(logits_of(anchor(rows[:, :-1]))[:, -1], rows[:, -1])
 
-        return Learner(anchor, add_low_rank_(anchor, rank=rank, leave=OUTPUT_LAYER), anchor_loss, lambda rows: {})
+        added = add_lora(anchor, sum(parameter.numel() for parameter in parameters))
+        return Learner(anchor, added, anchor_loss, lambda rows: {})
 
     def prompt(rows: Tensor) -> dict[str, Any]:
         return {"prompt": rows[:, :-1]} if settings.reads == "prompt" else {}
@@ -191,6 +188,17 @@ def make_learner(anchor: Any, augment: Any, settings: QuickstartSettings) -> Lea
         return calm(rows, mask=counted, **prompt(rows))
 
     return Learner(calm, parameters, loss, lambda rows: {"return_loss": False, **prompt(rows)})
+
+
+def add_lora(model: nn.Module, count: int) -> list[nn.Parameter]:
+    """Adds about ``count`` LoRA parameters (arXiv 2106.09685) to all linear layers but the output; freezes the rest."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in linear.items() if not name.endswith(OUTPUT_LAYER)}
+    rank = max(1, round(count / sum(sum(layer.weight.shape) for layer in layers.values())))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)), model)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def train_learner(

@@ -57,11 +57,6 @@ class Rollout:
         position = torch.arange(1, self.ids.shape[1], device=self.ids.device)
         return (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
 
-    @property
-    def response_lengths(self) -> Int[Tensor, " b"]:
-        """Tokens of each response."""
-        return self.lengths - self.prompt_lengths
-
     def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
         """The first ``number`` responses with prompts and scores, for a log; token ids without a tokenizer."""
         chosen = []

@@ -39,6 +39,7 @@ from workspace import (
     lowest_versions,
     missing_from_archive,
     oldest_release,
+    page_extras,
     parse_release_tag,
     quickstart_order,
     select_sessions,
@@ -77,15 +78,24 @@ def deleted_after_use(session: nox.Session) -> Iterator[Path]:
 
 
 def install_wheels(
-    session: nox.Session, distributions: list[Distribution], *others: str, constraints: str = CONSTRAINTS
+    session: nox.Session,
+    distributions: list[Distribution],
+    *others: str,
+    constraints: str = CONSTRAINTS,
+    extras: dict[str, str] | None = None,
 ) -> Path:
-    """Builds wheel files and installs them with other requirements in one resolution; returns the wheels' folder."""
+    """Builds wheel files and installs them with other requirements in one resolution; returns the wheels' folder.
+
+    ``extras`` has the extras of a distribution, joined by commas, by its name.
+    """
     folder = Path(session.virtualenv.location).resolve() / "wheels"
     shutil.rmtree(folder, ignore_errors=True)
     sources = [str(distribution.folder) for distribution in distributions]
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *sources)
     wheels = [str(wheel) for wheel in sorted(folder.glob("*.whl"))]
-    session.install("-c", constraints, *wheels, *others)
+    extra_of = {name.replace("-", "_"): f"[{extra}]" for name, extra in (extras or {}).items() if extra}
+    named = [wheel + extra_of.get(Path(wheel).name.partition("-")[0], "") for wheel in wheels]
+    session.install("-c", constraints, *named, *others)
     # pip leaves an installed wheel of the same version alone, even where the file is newer (a reused environment)
     session.install("--force-reinstall", "--no-deps", *wheels)
     return folder
@@ -109,12 +119,13 @@ def run_tests(session: nox.Session, distribution: Distribution) -> None:
     session.run(*plain, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
 
 
-def run_readme(session: nox.Session, distribution: Distribution) -> None:
-    """Runs the blocks of a distribution's README as written, with only the package and the core installed."""
-    readme = (distribution.folder / "README.md").relative_to(ROOT).as_posix()
-    proofs = ("test_python_blocks_run_as_written", "test_runnable_commands_run_as_written")
-    chosen = [f"tests/test_readmes.py::{proof}[{readme}]" for proof in proofs]
-    session.run(*PYTEST, *chosen, env=TEST_ENVIRONMENT)
+def run_page_in_its_environment(session: nox.Session, distribution: Distribution) -> None:
+    """Runs a README's blocks in the environment that its own install lines make, wheel files in place of folders."""
+    page = distribution.folder / "README.md"
+    extras = page_extras(page.read_text("utf-8"), distribution.name)
+    install_wheels(session, with_core(distribution.name), extras={distribution.name: extras})
+    prove_installed_alone(session, with_core(distribution.name))
+    session.run("python", "tests/readme_blocks.py", page.relative_to(ROOT).as_posix(), env=TEST_ENVIRONMENT)
 
 
 @contextlib.contextmanager
@@ -161,13 +172,14 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         if device == "cuda" and not gpu_is_listed():
             skip_unless_required(session, "no CUDA device is visible")
         distribution = DISTRIBUTIONS[package]
-        install_wheels(session, with_core(package), *distribution.group("test"))
-        prove_installed_alone(session, with_core(package))
         if device == "cpu":
-            run_tests(session, distribution)
             if not session.posargs:
-                run_readme(session, distribution)
+                run_page_in_its_environment(session, distribution)
+            install_wheels(session, with_core(package), *distribution.group("test"))
+            prove_installed_alone(session, with_core(package))
+            run_tests(session, distribution)
             return
+        install_wheels(session, with_core(package), *distribution.group("test"))
         sees_gpu = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
         if "True" not in str(sees_gpu):
             skip_unless_required(session, "the torch that was installed sees no CUDA device")

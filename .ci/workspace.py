@@ -142,6 +142,14 @@ def oldest_release(tags: Iterable[str], bound: SpecifierSet) -> str | None:
     return min(allowed, key=lambda tag: versions[tag], default=None)
 
 
+def page_extras(page: str, name: str) -> str:
+    """Extras (joined by commas) with which the install lines of a README install a distribution."""
+    install = page.partition("\n## Install\n")[2].partition("\n## ")[0]
+    folder = "core" if name == CORE.name else f"packages/{name}"
+    match = re.search(rf"\./{re.escape(folder)}\[([\w,-]+)\]", install)
+    return match[1] if match else ""
+
+
 def missing_from_archive(archive: Path, import_name: str) -> list[str]:
     """Patterns of the files that every sdist or wheel must contain and this one lacks."""
     if archive.suffix == ".whl":

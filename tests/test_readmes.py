@@ -1,74 +1,54 @@
-"""What a README shows runs as written.
+"""The blocks of every page run as written, each alone, and so does every example."""
 
-Every fenced block that opens with exactly ```python is run, those of one file in order, in one process and an empty
-folder; every block that opens with ```bash runnable is run by bash, likewise in an empty folder. Other blocks (output,
-commands that download or take long) open with another word.
-"""
-
-import os
-import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [ROOT / "README.md", ROOT / "core" / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("core/*.md")), *sorted(ROOT.glob("packages/*/*.md"))]
 EXAMPLES = sorted(
     [*ROOT.glob("packages/*/examples/*.py"), *ROOT.glob("core/examples/*.py"), *ROOT.glob("tests/examples/*.py")]
 )
-
-
-def blocks_of(text: str, opening: str) -> list[tuple[int, str]]:
-    """The fenced blocks that open with ```<opening>, each with the number of the line before its first."""
-    found = re.finditer(rf"^```{re.escape(opening)}[ \t]*\n(.*?)^```[ \t]*$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
-
-
-def run(command: list[str], folder: Path) -> None:
-    scripts = str(Path(sys.executable).parent)
-    environ = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environ, timeout=540, check=False)
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
 
 
 def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_python_blocks_run_as_written(readme: Path, tmp_path: Path) -> None:
-    blocks = blocks_of(readme.read_text("utf-8"), "python")
-    # Each block keeps its line numbers, so that a traceback points into the README.
-    script = tmp_path / "blocks.py"
-    pieces = [f"exec(compile({chr(10) * start + code!r}, {str(readme)!r}, 'exec'))" for start, code in blocks]
-    script.write_text("\n".join(pieces), encoding="utf-8")
-    folder = tmp_path / "empty"
-    folder.mkdir()
-
-    assert blocks or readme.parent == ROOT, f"{readme} must show the package at work in a ```python block"
-    run([sys.executable, str(script)], folder)
-
-
-@pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_runnable_commands_run_as_written(readme: Path, tmp_path: Path) -> None:
-    blocks = blocks_of(readme.read_text("utf-8"), "bash runnable")
-    bash = shutil.which("bash")
-    if not blocks or bash is None or os.name == "nt":
-        pytest.skip("no runnable commands here, or no bash to run them")
-
-    run([bash, "-euo", "pipefail", "-c", "\n".join(code for _, code in blocks)], tmp_path)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_of_a_page_runs_alone(page: Path, run_python: Callable[..., str]) -> None:
+    printed = run_python(str(ROOT / "tests" / "readme_blocks.py"), str(page), timeout=580)
+    if page.name == "README.md":
+        assert f"{page}: 0 blocks" not in printed, f"{page} must show the package at work in a ```python block"
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
-def test_an_example_runs(example: Path, tmp_path: Path) -> None:
-    run([sys.executable, str(example)], tmp_path)
+def test_an_example_runs(example: Path, run_python: Callable[..., str]) -> None:
+    run_python(str(example), timeout=580)
 
 
-def test_blocks_are_found_with_their_lines() -> None:
-    text = "# Title\n\n```python\nx = 1\n```\ntext\n```bash runnable\nls\n```\n```python no\ny\n```\n"
+def test_a_block_that_needs_another_fails_with_its_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n```python\nx = 1\n```\n```python no\ny\n```\n```python\nprint(x)\n```\n")
+    command = [sys.executable, str(ROOT / "tests" / "readme_blocks.py"), str(page)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'page.md", line 10, in <module>' in done.stderr
+    assert "name 'x' is not defined" in done.stderr
 
-    assert blocks_of(text, "python") == [(3, "x = 1\n")]
-    assert blocks_of(text, "bash runnable") == [(7, "ls\n")]
+
+def test_the_install_lines_of_a_page_name_its_extras(workspace: ModuleType) -> None:
+    lines = 'pip install ./core "./packages/new-model[plot,hf]"'
+    assert workspace.page_extras(f"# A\n\n## Install\n\n```bash\n{lines}\n```\n\n## Next\n", "new-model") == "plot,hf"
+    assert workspace.page_extras("# A\n\n## Install\n\n```bash\npip install ./core\n```\n", "new-model") == ""
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name == "README.md"], ids=name_of)
+def test_a_page_installs_pytorchs_cpu_build_by_its_full_address(page: Path) -> None:
+    (install,) = (part for part in page.read_text("utf-8").split("\n## ") if part.startswith("Install\n"))
+    assert "pip install torch --index-url https://download.pytorch.org/whl/cpu\n" in install
+    assert "pip install ./core" in install

@@ -110,7 +110,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  #
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = str(super()._get_help_string(action)).replace("%(type)s", "").replace("``", "")
-        text = re.sub(r"\((required, )?type: (, )?", lambda match: f"({match[1] or ''}", text).replace(" ()", "")
+        text = re.sub(r"\((required, )?type: (, )?", lambda match: f"({match[1] or ''}", text)
+        text = text.replace(" ()", "").replace("(required, )", "(required)")
         first = text.split(" ", 1)[0].strip(",;")
         literals = {str(value).lower() for value in typing.get_args(getattr(action, "_typehint", None))}
         if first not in {"null", "true", "false", str(action.default)} | literals:

@@ -3,13 +3,13 @@
     nox -s studies -- spin_trainer_table --folder runs/spin-table
 
 A seed is the quickstart of `spin-trainer train` with that seed: its start, its data (the same for all seeds) and its
-settings, which were chosen on seeds 10 to 12 and other held-out rows than these. "continued" trains on at self-play's
-learning rate for as many updates; "continued, annealed" goes on from the start's own rate down to nothing, which is
-what one would do without self-play. All are judged on 2,000 rows of their own; the standard error is over these rows,
+settings, which were chosen on seeds 10 to 12 and other held-out rows than these. "continued" trains at self-play's
+learning rate for as many further updates; "continued, annealed" decays the start's own rate to 0, the usual choice
+without self-play. All are scored on 2,000 separate rows; the standard error is over these rows,
 of the difference to the start. A win rate is over the start's answers.
 
-Written to the folder: ``seed-N.json`` as soon as it is done, ``results.json``, ``table.md`` and ``curves.png``. What is
-there is not made again, and a seed that was interrupted goes on where it was. About three minutes a seed on one core.
+Written to the folder: ``seed-N.json`` as soon as it is done, ``results.json``, ``table.md`` and ``curves.png``.
+Finished seeds are not run again, and an interrupted seed resumes. About three minutes a seed on one core.
 """
 
 import copy
@@ -49,7 +49,7 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
     settings = SelfPlaySettings(**{**DEFAULTS, "seed": seed, "device": "cpu"})
     result, _ = quickstart(settings, run, compare=False)
     if result.outcome != "finished":
-        raise SystemExit(f"seed {seed} was interrupted; the same command goes on with it")
+        raise SystemExit(f"seed {seed} was interrupted; the same command resumes it")
     train, _, compared = quickstart_data()
     start = SmallDecoder.from_pretrained(run / "start")
     models = {"supervised start": start}
@@ -91,7 +91,7 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def table_rows(results: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row a model, the seeds beside each other."""
+    """One row a model, with a column a seed."""
     rows = []
     for entries in zip(*results.values(), strict=True):
         row: dict[str, Any] = {"model": entries[0]["model"]}
@@ -139,7 +139,7 @@ def main() -> None:
     results = {seed: of_one_seed(seed, options.folder) for seed in options.seeds}
     rows = table_rows(results)
     text = table(rows)
-    print(f"\n## Sorting six digits: self-play beside more supervised training, 2,000 held-out rows\n\n{text}")
+    print(f"\n## Sorting six digits: self-play and more supervised training, 2,000 held-out rows\n\n{text}")
     lower = [seed for seed, entries in results.items() if entries[3]["nll"] < entries[0]["nll"]]
     print(f"\nafter iteration 2, held-out NLL is lower than at the start on seeds {lower} of {options.seeds}")
     (options.folder / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -257,7 +257,7 @@ def _auto_tokenizer(name: str, *, local: bool) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ImportError(f'the tokenizer {name} needs transformers: pip install "lm-core[hf]"') from error
+        raise ImportError(f"the tokenizer {name} needs transformers: pip install transformers") from error
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers raises all that its parsers and the network raise

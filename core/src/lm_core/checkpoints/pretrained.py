@@ -348,7 +348,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError('the Hugging Face hub needs the extra "hub": pip install "lm-core[hub]"') from error
+        raise ImportError("the Hugging Face hub needs huggingface_hub: pip install huggingface_hub") from error
     return huggingface_hub
 
 

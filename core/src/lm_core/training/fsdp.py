@@ -5,7 +5,7 @@ FULL state dicts, so that one process can open them with ``from_pretrained``.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +14,6 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from lm_core.distributed import world_size
-
-
-def _fully_shard() -> Callable[..., Any]:
-    import torch.distributed.fsdp as fsdp
-
-    if hasattr(fsdp, "fully_shard"):
-        return fsdp.fully_shard
-    import torch.distributed._composable.fsdp as before  # torch 2.5
-
-    return before.fully_shard  # type: ignore[attr-defined]
 
 
 def check_shardable(device: torch.device) -> None:
@@ -46,9 +36,10 @@ def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
         blocks: submodules that are gathered one at a time.
     """
     for parameter in module.parameters():
-        # blocks may store their weights transposed, and only contiguous weights can be sharded
+        # a model of another library may store weights transposed, and only contiguous ones can be sharded
         parameter.data = parameter.data.contiguous()
-    fully_shard = _fully_shard()
+    from torch.distributed.fsdp import fully_shard
+
     for block in blocks:
         fully_shard(block)
     fully_shard(module)

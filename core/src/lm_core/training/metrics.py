@@ -169,7 +169,7 @@ def plot_curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('curves need the extra "plot": pip install "lm-core[plot]"') from error
+        raise ImportError("curves need matplotlib: pip install matplotlib") from error
     # choose what to plot
     series = read_series(metrics_path)
     unknown = sorted(set(names or ()) - set(series))

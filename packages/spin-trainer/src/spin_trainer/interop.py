@@ -43,7 +43,7 @@ def load_model(source: str, name: str = "model") -> nn.Module:
             return AutoPeftModelForCausalLM.from_pretrained(source, is_trainable=True)
         from transformers import AutoModelForCausalLM
     except ImportError as error:
-        raise ImportError('Hugging Face models need the extra "hf": pip install "spin-trainer[hf]"') from error
+        raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
     try:
         return AutoModelForCausalLM.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -79,7 +79,7 @@ def with_lora(
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError('LoRA needs the extra "hf": pip install "spin-trainer[hf]"') from error
+        raise ImportError("LoRA needs peft: pip install peft") from error
     target_modules: Any = "all-linear" if targets is None else targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(
         r=r, lora_alpha=alpha or 2 * r, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"

@@ -63,7 +63,7 @@ def draw_attention(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need the extra "plot": pip install matplotlib') from error
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     panels = read_strengths(calm, seq, prompt)
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)

@@ -23,7 +23,7 @@ def handwritten_digits() -> CaptionedImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the handwritten digits need the extra "digits": pip install "coca[digits]"') from error
+        raise ImportError("the handwritten digits need scikit-learn: pip install scikit-learn") from error
     data = load_digits()
     # scikit-learn stores 0 to 16
     pixels = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]

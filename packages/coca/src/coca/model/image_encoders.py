@@ -146,7 +146,7 @@ def load_encoder(source: str) -> nn.Module:
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
+        raise ImportError(f"the encoder {source} needs transformers: pip install transformers") from error
     try:
         model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers passes on the errors of its parsers and of the network

@@ -67,7 +67,7 @@ class ImagePreprocessing:
         try:
             from transformers.utils import cached_file
         except ImportError as error:
-            raise ImportError(f'the encoder {source} needs the extra "hf": pip install "coca[hf]"') from error
+            raise ImportError(f"the encoder {source} needs transformers: pip install transformers") from error
         try:
             path = cached_file(source, "preprocessor_config.json")
         except OSError:  # an encoder without it

@@ -46,8 +46,8 @@ def faiss_module() -> Any:
         import faiss
     except ImportError as error:
         raise ImportError(
-            'backend="faiss" needs faiss: pip install "memorizing-transformer[faiss]", or on Linux with an NVIDIA GPU '
-            '"memorizing-transformer[gpu]"; backend="exact" needs neither'
+            'backend="faiss" needs faiss: pip install faiss-cpu, or on Linux with an NVIDIA GPU faiss-gpu; '
+            'backend="exact" needs neither'
         ) from error
     return faiss
 

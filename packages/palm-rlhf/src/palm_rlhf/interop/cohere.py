@@ -59,8 +59,7 @@ def to_cohere(
     try:
         from transformers import CohereConfig, CohereForCausalLM
     except ImportError as error:
-        raise ImportError('to_cohere needs transformers: pip install "palm-rlhf[hf]"') from error
-    # the configuration: sizes, and switches of what PaLM does not have
+        raise ImportError("to_cohere needs transformers: pip install transformers") from error
     block = next(palm.blocks())
     config = CohereConfig(
         vocab_size=palm.num_tokens,

@@ -115,7 +115,7 @@ class MovingReference(nn.Module):
         try:
             from ema_pytorch import EMA
         except ImportError as error:
-            raise ImportError('ref_model_ema_decay below 1 needs the extra "ema": pip install ema-pytorch') from error
+            raise ImportError("ref_model_ema_decay below 1 needs ema-pytorch: pip install ema-pytorch") from error
         self.ema = EMA(model, beta=decay, **{"include_online_model": False, **settings})
         for parameter in self.ema.ema_model.parameters():
             parameter.requires_grad_(False)

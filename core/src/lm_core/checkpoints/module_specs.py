@@ -195,5 +195,4 @@ def _build_transformers(name: str, settings: dict[str, Any]) -> nn.Module:
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"the checkpoint holds a transformers module {name!r}, which transformers does not have")
     build: Any = cls
-    model: nn.Module = build(build.config_class.from_dict(settings))
-    return model
+    return build(build.config_class.from_dict(settings))

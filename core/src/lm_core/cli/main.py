@@ -65,7 +65,7 @@ def command_line(program: str) -> str:
     return shlex.join([program, *sys.argv[1:]])
 
 
-def say(*words: object) -> None:
+def print_main(*words: object) -> None:
     """Prints on the main process only."""
     if rank() == 0:
         print(*words, flush=True)
@@ -73,7 +73,7 @@ def say(*words: object) -> None:
 
 def report(label: str, text: object) -> None:
     """Prints a labelled line of a report on the main process."""
-    say(f"{label:<12}{text}")
+    print_main(f"{label:<12}{text}")
 
 
 def report_run(
@@ -118,7 +118,7 @@ def print_resume_hint(program: str, outcome: str, step: int, max_steps: int | No
     if outcome in ("finished", "stopped early"):
         return 0
     asked = "" if max_steps is None else f" of {max_steps}"
-    say(f"\nStopped ({outcome}) after {step}{asked} updates. To resume:\n  {command_line(program)}")
+    print_main(f"\nStopped ({outcome}) after {step}{asked} updates. To resume:\n  {command_line(program)}")
     return INTERRUPTED if outcome == "interrupted" else 0
 
 

@@ -55,8 +55,7 @@ def quiet() -> Iterator[None]:
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The full state dict, on the CPU of rank 0 and empty on other ranks. Every rank calls it."""
-    state: dict[str, Any] = _states().get_model_state_dict(model, options=_options())
-    return state
+    return dict(_states().get_model_state_dict(model, options=_options()))
 
 
 def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

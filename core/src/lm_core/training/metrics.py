@@ -203,7 +203,5 @@ def plot_curves(
 
 
 def _panel_of(name: str) -> str:
-    words = name.replace("/", "_").split("_")
     sides = {"train", "training", "val", "valid", "validation", "eval", "test"}
-    rest = [word for word in words if word not in sides]
-    return "_".join(rest) or name
+    return "_".join(word for word in name.replace("/", "_").split("_") if word not in sides) or name

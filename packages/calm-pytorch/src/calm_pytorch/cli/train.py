@@ -10,7 +10,7 @@ from calm_pytorch.training.data import TextExamples
 from calm_pytorch.training.trainer import FineTuner
 from lm_core.checkpoints.checkpoint import load_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
-from lm_core.cli.main import report, report_run, say
+from lm_core.cli.main import print_main, report, report_run
 from lm_core.training.metrics import read_metrics
 from lm_core.training.run_directory import Result, RunDirectory, write_summary
 from lm_core.training.session import draw_curves
@@ -64,7 +64,7 @@ def train(
         raise ValueError("data must name the texts to train on, got none")
     # models and data
     calm, tokenizer = composition.load()
-    say(calm.describe())
+    print_main(calm.describe())
     prompts = composition.mode == "prompt"
     held_out = None
     if validation_data is not None:
@@ -106,7 +106,7 @@ def train(
 
 
 def _quickstart(settings: QuickstartSettings, checkpoint_dir: str, resume: bool | Literal["auto"]) -> int:
-    say("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
+    print_main("key-value arithmetic: an augment that knows 400 keys, an anchor that computes; no download")
     seconds: float | None = None
     with RunDirectory(checkpoint_dir, resume=resume, seed=settings.seed, settings=asdict(settings)) as run:
         if run.resumes:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.checkpoints.atomic_io import write_file
-from lm_core.cli.main import report, report_run, say
+from lm_core.cli.main import print_main, report, report_run
 from lm_core.distributed import world_size
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
@@ -66,9 +66,9 @@ def train(
         result, table = quickstart(settings, Path(checkpoint_dir), **run)
         if table:
             lines = "\n".join(table_lines(table)) + "\n"
-            say(f"\n{lines}")
+            print_main(f"\n{lines}")
             write_file(Path(checkpoint_dir) / "table.md", lines)
-            say("On a toy this small more supervised training wins; self-play shows that it learns from the same data.")
+            print_main("On a toy this small more supervised training wins; self-play learns from the same data.")
         return _report(result, checkpoint_dir)
     # tokenizer, model and trainer
     seed_everything(settings.seed)

@@ -91,21 +91,18 @@ class _Remembered:
 
     def __init__(self, objective: SegmentLoss) -> None:
         self.objective = objective
+        # content of the memories while none are open
+        self.closed: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         memories, window = self.objective.memories, self.objective.window
         return {
-            "memories": None if memories is None else memories.state_dict(),
+            "memories": self.closed if memories is None else memories.state_dict(),
             "window": None if window is None else {"kv": list(window), "mask": window.mask},
         }
 
-    def check_state(self, state: dict[str, Any]) -> None:
-        if self.objective.memories is not None:
-            self.objective.memories.check_state(state["memories"])
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.objective.memories is not None:
-            self.objective.memories.load_state_dict(state["memories"])
+        self.closed = state["memories"]
         if state["window"] is not None:
             device, mask = self.objective.model.device, state["window"]["mask"]
             self.objective.window = XLMemories(kv.to(device) for kv in state["window"]["kv"])
@@ -172,13 +169,15 @@ class MemoryTrainer:
         self.model = model.to(self.device)
         self.objective = SegmentLoss(model, precision=settings.precision)
         self.use_memory = settings.use_memory and bool(model.memorizing_layers)
-        self._unfinished: list[dict[str, Any]] | None = None
+        self._remembered = _Remembered(self.objective)
+        self.last: Evaluation | None = None
+        self.without_memory: Evaluation | None = None
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
             objective=self.objective,
             optimizer=lambda: adamw(model, settings),
-            rank_state={"streams": self.streams, "remembered": _Remembered(self.objective)},
+            rank_state={"streams": self.streams, "remembered": self._remembered},
             architecture={name: value for name, value in arguments.items() if name not in _FREE},
             identity={"use_memory": self.use_memory},
             tokenizer=self.tokenizer,
@@ -196,9 +195,9 @@ class MemoryTrainer:
             OSError: a checkpoint could not be written; earlier ones are untouched.
         """
         settings, objective = self.settings, self.objective
-        self.last: Evaluation | None = None
-        self.without_memory: Evaluation | None = None
-        with self._memories(), self.session.run() as session:
+        self.last = self.without_memory = None
+        # the session first: memories take their content from the checkpoint it loads
+        with self.session.run() as session, self._memories() if self.use_memory else contextlib.nullcontext():
             for _ in session.steps():
                 started = time.monotonic()
                 segments = [next(self.streams) for _ in range(settings.gradient_accumulation)]
@@ -226,18 +225,18 @@ class MemoryTrainer:
 
     @contextlib.contextmanager
     def _memories(self) -> Iterator[None]:
-        """Memories for a run, closed at its end; after an unfinished run the next one continues with their content."""
-        if not self.use_memory:
-            yield
-            return
+        """Memories for a run, closed at its end; later checkpoints and runs continue with their content."""
+        remembered = self._remembered
         with self.model.knn_memories_context(batch_size=self.settings.batch_size) as memories:
-            if self._unfinished is not None:
-                memories.load_state_dict(self._unfinished)
+            if remembered.closed is not None:
+                memories.load_state_dict(remembered.closed)
+            remembered.closed = None
             self.objective.memories = memories
             try:
                 yield
             finally:
-                self._unfinished = memories.state_dict() if self.session.step < self.settings.max_steps else None
+                self.objective.memories = None
+                remembered.closed = memories.state_dict()
 
     def _validate(self) -> dict[str, float]:
         settings = self.settings

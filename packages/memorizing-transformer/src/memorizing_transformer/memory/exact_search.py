@@ -196,7 +196,8 @@ def _scratch_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
     size = rows * columns * like.itemsize
     buffer: Tensor | None = getattr(_scratch, "memory", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _scratch.memory = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # a buffer made in that mode could not be written to outside of it
+            buffer = _scratch.memory = torch.empty(size, dtype=torch.uint8)
     return buffer[:size].view(like.dtype).view(rows, columns)
 
 

@@ -111,12 +111,15 @@ CASES = {
     "cache of no rows": (lambda: cache(0), ValueError, "batch_size must"),
     "name without a folder": (lambda: memories(1, name="mine"), ValueError, "knn_memories_directory"),
     "memories of no rows": (lambda: memories(0), ValueError, "batch_size must"),
+    "rows given twice": (lambda: memories(2, num_indices=7), TypeError, "num_indices"),
+    "a folder for all layers": (lambda: memories(2, memmap_filename=None), TypeError, "memmap_filename"),
     "gates opened whole": (lambda: open_gates(model(gate="sigmoid"), part=1.0), ValueError, r"part must .* got 1\.0"),
     "retrofit of a memorizing model": (lambda: retrofit(model()), ValueError, "no memorizing layers"),
     "temperature of zero": (lambda: KNNAttention(dim=8, attn_scale_init=0.0), ValueError, "attn_scale_init must"),
     "memory of no features": (lambda: memory(dim=0), ValueError, "dim must"),
     "memory of no rows": (lambda: memory(num_indices=0), ValueError, "num_indices must"),
     "unknown index": (lambda: memory(backend="faiss", index="Nonsense"), ValueError, "index must be a factory string"),
+    "index to train": (lambda: memory(backend="faiss", index="HNSW16,SQ8"), ValueError, "index must .* 'HNSW16,SQ8'"),
     "added shape": (lambda: memory().add(torch.zeros(2, 3, 4)), ValueError, "memories must have shape"),
     "added batch": (lambda: memory().add(torch.zeros(3, 3, 2, 4)), ValueError, "memories must have shape"),
     "added integers": (lambda: memory().add(ids().view(2, 1, 2, 2)), TypeError, "memories must be floating"),
@@ -139,9 +142,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused_by_name(name):
-    call, kind, message = CASES[name]
+@pytest.mark.parametrize(("call", "kind", "message"), CASES.values(), ids=CASES)
+def test_bad_input_is_refused_by_name(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
 

@@ -147,7 +147,7 @@ def test_a_memory_on_the_gpu_is_searched_there(index, stated, monkeypatch):
 
 
 @pytest.mark.plain
-def test_without_faiss_the_error_names_the_extra(monkeypatch):
+def test_without_faiss_the_error_names_the_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"memorizing-transformer\[faiss\]"):
+    with pytest.raises(ImportError, match="pip install faiss-cpu, or on Linux with an NVIDIA GPU faiss-gpu"):
         KNNMemory(4, 8, 1, backend="faiss")

@@ -1,9 +1,10 @@
-"""Search through faiss indexes (extra ``faiss``, or ``gpu``): Flat, IVF, HNSW or any other factory string.
+"""Search through faiss indexes (extra ``faiss``, or ``gpu``): Flat, IVF and HNSW.
 
 Keys are in the index in the order they were added; a key's number plus ``base`` is a token's position. On the CPU,
 tokens that have left the ring stay in the index until a quarter of it is stale and it is rebuilt; until then a selector
-excludes them from results. An index that needs training is used once a row has enough keys (before that the search is
-exact), and retrained whenever the row has doubled or a quarter of its training keys have left the ring.
+excludes them from results. Of the indexes that need training only IVF is supported: it is used once a row has enough
+keys (before that the search is exact), and retrained whenever the row has doubled or a quarter of its training keys
+have left the ring.
 
 A memory on a CUDA device is searched there if faiss was built with GPU support; HNSW indexes run on the CPU, the only
 place faiss has them. faiss's GPU indexes have no selectors, so there an index never keeps stale keys. Pointers are
@@ -40,7 +41,7 @@ def faiss_module() -> Any:
     """The module ``faiss``, imported on first use.
 
     Raises:
-        ImportError: neither extra is installed; the message names both.
+        ImportError: faiss is not installed; the message names its packages.
     """
     try:
         import faiss
@@ -71,11 +72,10 @@ class FaissIndex:
 
     Attributes:
         can_skip: whether ``search`` can exclude the oldest keys.
-        must_be_trained: whether ``train`` must come before ``add``.
-        clusters: number of clusters of an IVF index, else 0.
+        clusters: number of clusters of an IVF index, which ``train`` must find before ``add``; else 0.
 
     Raises:
-        ValueError: faiss has no such index, or not for GPUs where ``device`` is one.
+        ValueError: faiss has no such index, or not for ``device``; or it needs training and is not IVF.
     """
 
     def __init__(self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device) -> None:
@@ -85,13 +85,14 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"index must be a factory string of faiss, got {factory!r}: {error}") from error
         ivf = faiss.try_extract_index_ivf(index)
+        if ivf is None and not index.is_trained:
+            raise ValueError(f"index must be Flat, HNSW or IVF; only IVF may need training, got {factory!r}")
         on_gpu = has_gpu(device) and not isinstance(index, faiss.IndexHNSW)
         self.index = index
         self.device = device if on_gpu else torch.device("cpu")
         self.nprobe = nprobe
         self.ef_search = ef_search
         self.can_skip = not on_gpu
-        self.must_be_trained = not index.is_trained
         self.clusters = 0 if ivf is None else int(ivf.nlist)
         if not on_gpu:
             return
@@ -107,7 +108,7 @@ class FaissIndex:
         return int(self.index.ntotal)
 
     def train(self, keys: Float[Tensor, "n d"]) -> None:
-        """Trains the clusters on ``keys``, if the index has any."""
+        """Trains an IVF index on ``keys``."""
         keys = self._ready(keys)
         self.index.train_c(len(keys), _floats(keys))
 
@@ -171,7 +172,7 @@ class FaissRow:
     def __init__(self, new_index: Callable[[], FaissIndex]) -> None:
         self._new_index = new_index
         self.reset()
-        self._needed = POINTS_PER_CLUSTER * self.index.clusters if self.index.must_be_trained else 0
+        self._needed = POINTS_PER_CLUSTER * self.index.clusters
 
     def is_ready(self, size: int) -> bool:
         """True if a row of ``size`` tokens is searched through the index."""

@@ -26,7 +26,7 @@ class KNNMemoryList(list[KNNMemory]):
         name: str | None = None,
         timeout: float = 10.0,
     ) -> Callable[..., "KNNMemoryList"]:
-        """A factory that takes the arguments of ``KNNMemory`` and returns the list.
+        """A factory that takes the other arguments of ``KNNMemory`` and returns the list.
 
         Args:
             batch_size: batch rows.
@@ -37,14 +37,14 @@ class KNNMemoryList(list[KNNMemory]):
         """
 
         def create(*args: Any, **kwargs: Any) -> KNNMemoryList:
-            make: Callable[..., KNNMemory] = partial(KNNMemory, *args, **{**kwargs, "num_indices": batch_size})
-            if memories_directory is None:
-                return cls(make() for _ in range(num_memory_layers))
+            make: Callable[..., KNNMemory] = partial(KNNMemory, *args)
+            parent = None if memories_directory is None else MemoryDirectory(memories_directory, name, timeout=timeout)
             memories = cls()
-            memories._directory = MemoryDirectory(memories_directory, name, timeout=timeout)
+            memories._directory = parent
             try:
                 for number in range(1, num_memory_layers + 1):
-                    memories.append(make(memmap_filename=memories._directory.path / f"layer-{number}"))
+                    folder = None if parent is None else parent.path / f"layer-{number}"
+                    memories.append(make(num_indices=batch_size, memmap_filename=folder, **kwargs))
             except BaseException:
                 memories.cleanup()
                 raise
@@ -66,9 +66,8 @@ class KNNMemoryList(list[KNNMemory]):
         """Closes files; a scratch folder is removed, a named one is kept."""
         for memory in self:
             memory.close()
-        directory, self._directory = self._directory, None
-        if directory is not None:
-            directory.close()
+        if self._directory is not None:
+            self._directory.close()
 
     @contextmanager
     def at_batch_indices(self, indices: Sequence[int]) -> Iterator["KNNMemoryList"]:

@@ -9,22 +9,8 @@ import pytest
 
 # Each costs between 0.3 s and 3 s to import, so each is imported where it is used.
 HEAVY = {
-    "accelerate",
-    "datasets",
-    "einx",
-    "faiss",
-    "huggingface_hub",
-    "jsonargparse",
-    "matplotlib",
-    "pandas",
-    "peft",
-    "pyarrow",
-    "scipy",
-    "timm",
-    "tokenizers",
-    "torchvision",
-    "transformers",
-    "x_transformers",
+    *("accelerate", "datasets", "einx", "faiss", "huggingface_hub", "jsonargparse", "matplotlib", "pandas", "peft"),
+    *("pyarrow", "scipy", "timm", "tokenizers", "torchvision", "transformers", "x_transformers"),
 }
 ROOT = Path(__file__).resolve().parents[1]
 FRONTS = [*ROOT.glob("core/src/*/__init__.py"), *sorted(ROOT.glob("packages/*/src/*/__init__.py"))]

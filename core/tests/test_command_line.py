@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lm_core
-from lm_core.cli.main import INTERRUPTED, command_line, print_resume_hint, report_run, run_command
+from lm_core.cli.main import INTERRUPTED, command_line, report_run, run_command
 from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.training.run_directory import Result, write_summary
 from lm_core.training.session import TrainingResult
@@ -78,9 +78,10 @@ def test_ctrl_c_ends_with_130_and_prints_how_to_resume(capsys, monkeypatch):
 
 @pytest.mark.parametrize(("outcome", "status"), [("finished", 0), ("interrupted", 130), ("out of time", 0)])
 def test_a_run_that_did_not_finish_prints_how_to_resume(capsys, outcome, status):
-    assert print_resume_hint("lm", outcome, 3, 10) == status
+    result = TrainingResult(outcome=outcome, first_step=0, step=3, seconds=1.0, checkpoints=None, curves=None)
+    assert report_run("lm", result, "runs/a", max_steps=10) == status
     printed = capsys.readouterr().out
-    assert (outcome == "finished") == (printed == "")
+    assert (outcome == "finished") == ("Stopped" not in printed)
     assert outcome == "finished" or f"Stopped ({outcome}) after 3 of 10 updates. To resume:\n  lm" in printed
 
 

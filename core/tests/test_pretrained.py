@@ -92,7 +92,9 @@ def test_arguments_of_every_kind_come_back_and_can_be_overridden(tmp_path):
     options = {"names": ("x", "y"), "sizes": [1, 2], "table": {"k": 4, "$odd": 5}, "folder": Path("a/b")}
     model = Net(dim=3, scale=float("inf"), dtype=torch.float64, **options)
     model.save_pretrained(tmp_path)
+    random_state = torch.get_rng_state()
     loaded = Net.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert loaded.seen == model.seen
     assert _same(model, loaded)
     assert loaded.config == model.config

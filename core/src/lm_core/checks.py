@@ -52,9 +52,9 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
         raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {wrong}")
 
 
-def check_positive(value: int | None, name: str) -> None:
-    """Raises ``ValueError`` naming the argument unless ``value`` is at least 1; None passes."""
-    if value is not None and value < 1:
+def check_positive(value: int, name: str) -> None:
+    """Raises ``ValueError`` naming the argument unless ``value`` is at least 1."""
+    if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from calm_pytorch.quickstart.attention_picture import read_strengths
-from calm_pytorch.quickstart.kv_arithmetic import EQUALS, FIRST_KEY, MODULUS, PLUS, KeyValueTask, accuracy, token_name
-from calm_pytorch.quickstart.quickstart import QuickstartSettings, run_quickstart
+from calm_pytorch.quickstart.kv_arithmetic import (
+    EQUALS,
+    FIRST_KEY,
+    MODULUS,
+    PLUS,
+    KeyValueTask,
+    accuracy,
+    small_decoder,
+    token_name,
+)
+from calm_pytorch.quickstart.quickstart import QuickstartSettings, add_lora, run_quickstart
 
 
 def test_expressions_are_right_and_of_the_keys_asked_for():
@@ -60,6 +69,11 @@ def test_the_baseline_of_low_rank_learns_as_many_parameters_and_leaves_the_ancho
     low_rank = run_quickstart(dataclasses.replace(SHORT, learner="low-rank"), tmp_path / "low-rank")
     assert low_rank.learned == pytest.approx(composed.learned, rel=0.03)
     assert not (tmp_path / "low-rank" / "adapter").exists()
+    model = small_decoder(KeyValueTask(), dim=64, library="hugging-face")
+    add_lora(model, 20_000)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name and "lm_head" not in name for name in trained)
 
 
 @pytest.mark.slow

@@ -129,9 +129,14 @@ def test_a_group_of_equal_scores_teaches_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: group_advantages(torch.zeros(4), group_size=1), "group_size must be at least 2"),
         (lambda: group_advantages(torch.zeros(5), group_size=2), "whole groups of 2"),
         (lambda: leave_one_out_advantages(torch.zeros(5), group_size=2), "whole groups of 2"),
         (lambda: generalized_advantages(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 3).bool()), "rewards must"),
+        (
+            lambda: discounted_returns(torch.zeros(1, 2), torch.ones(1, 2).bool(), gamma=2.0),
+            "gamma must be in .0, 1., got 2.0",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(call, message):

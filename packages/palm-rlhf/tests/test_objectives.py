@@ -1,6 +1,7 @@
 """Surrogates, value losses, token weights, KL estimates and binned values against independent float64 references."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palm_rlhf.reward.losses import bradley_terry_loss
+from palm_rlhf.rl.arguments import sort_arguments
+from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
 from palm_rlhf.rl.losses import clipped_surrogate, clipped_value_loss, token_weights
-from palm_rlhf.rl.objectives import PPO
+from palm_rlhf.rl.objectives import PPO, REINFORCE
 from palm_rlhf.rl.value_bins import ValueBins
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=30)
@@ -152,3 +155,12 @@ def test_binned_targets_are_a_normal_distribution_integrated_over_each_bin():
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_objective_may_have_required_fields_which_a_keyword_of_the_trainer_sets():
+    @dataclass(frozen=True, kw_only=True)
+    class Thresholded(REINFORCE):
+        threshold: float
+
+    *_, objective, _ = sort_arguments("policy", None, [1], Thresholded, RLConfig(), {"threshold": 0.5, "gamma": 0.9})
+    assert objective == Thresholded(threshold=0.5, gamma=0.9)

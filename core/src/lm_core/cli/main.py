@@ -110,16 +110,10 @@ def report_run(
     report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")
     if complete and results and rank() == 0:
         write_summary(folder, list(results), steps=run.step, seconds=run.seconds if trained else None)
-    return print_resume_hint(program, run.outcome, run.step, max_steps)
-
-
-def print_resume_hint(program: str, outcome: str, step: int, max_steps: int | None = None) -> int:
-    """Prints the command that resumes an unfinished run; returns the exit status."""
-    if outcome in ("finished", "stopped early"):
-        return 0
-    asked = "" if max_steps is None else f" of {max_steps}"
-    print_main(f"\nStopped ({outcome}) after {step}{asked} updates. To resume:\n  {command_line(program)}")
-    return INTERRUPTED if outcome == "interrupted" else 0
+    if not complete:
+        asked = "" if max_steps is None else f" of {max_steps}"
+        print_main(f"\nStopped ({run.outcome}) after {run.step}{asked} updates. To resume:\n  {command_line(program)}")
+    return INTERRUPTED if run.outcome == "interrupted" else 0
 
 
 def _print_warning(message: Any, *_: Any, **__: Any) -> None:

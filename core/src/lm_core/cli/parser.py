@@ -200,10 +200,12 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
             chosen.set_defaults(dict(command.presets(draft[argv[0]].as_dict())))
         arguments = self.parse_args(words)
         for action in chosen._actions:
-            kinds = _alternatives(getattr(action, "_typehint", action.type))
+            hint = getattr(action, "_typehint", action.type)
             # jsonargparse accepts null for any type in a configuration file
-            if arguments[argv[0]].get(action.dest, "") is None and not {None, Any, type(None)} & set(kinds):
-                chosen.error(f"{action.dest} must be {_metavar(kinds[0])}, got None")
+            if arguments[argv[0]].get(action.dest, "") is None and not {None, Any, type(None)} & set(
+                _alternatives(hint)
+            ):
+                chosen.error(f"{action.dest} must be {_metavar(hint)}, got None")
         return arguments
 
     def _words(self, argv: Sequence[str]) -> list[str]:
@@ -262,7 +264,9 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
         if match := _WRONG_VALUE.search(message):
             command, _, name = match[1].rpartition(".")
             actions = {action.dest: action for action in self.commands.get(command, self)._actions}
-            return f"{name} must be {_metavar(getattr(actions[name], '_typehint', actions[name].type))}, got {match[2]}"
+            if name in actions:
+                hint = getattr(actions[name], "_typehint", actions[name].type)
+                return f"{name} must be {_metavar(hint)}, got {match[2]}"
         if match := _UNKNOWN_COMMAND.search(message):
             return f"unknown command {match[1]!r}{_nearest(match[1], self.commands, '')}"
         return re.sub(rf"\b({'|'.join(self.commands) or '(?!)'})\.", "", message)

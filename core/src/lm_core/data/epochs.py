@@ -59,7 +59,7 @@ class EpochOrder:
     def at(self, position: int) -> tuple[int, int]:
         """Epoch and index of the example at ``position`` of the sequence."""
         epoch, offset = divmod(position, self.count)
-        return epoch, int(self.epoch(epoch)[offset])
+        return epoch, int(self.epoch(epoch)[offset]) if self.shuffle else offset
 
     def take(self, first: int, number: int) -> list[int]:
         """Indices at the positions ``[first, first + number)``."""

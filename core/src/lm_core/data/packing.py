@@ -233,7 +233,8 @@ class ValidationBatches(Packing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self.max_tokens, "max_tokens")
+        if self.max_tokens is not None:
+            check_positive(self.max_tokens, "max_tokens")
         self._stream = _Stream(self, np.arange(len(self.documents)))
         rows = self._stream.num_rows
         wanted = rows if self.max_tokens is None else min(rows, math.ceil(self.max_tokens / self.sequence_length))

@@ -46,7 +46,8 @@ class RunSettings:
     def check_counts(self, *names: str) -> None:
         """Raises ``ValueError`` naming the first of these fields that is below 1; None passes."""
         for name in names:
-            check_positive(getattr(self, name), name)
+            if getattr(self, name) is not None:
+                check_positive(getattr(self, name), name)
 
     def check_above_zero(self, *names: str) -> None:
         """Raises ``ValueError`` naming the first of these fields that is not finite and above 0; None passes."""

@@ -1,6 +1,7 @@
 """The command ``calm-pytorch``: ``train``, ``generate`` and ``describe``."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from calm_pytorch.cli.commands import describe, generate
@@ -8,7 +9,7 @@ from calm_pytorch.cli.models import Models
 from calm_pytorch.cli.train import train
 from calm_pytorch.quickstart.quickstart import QuickstartSettings
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import Command, CommandParser, Group, command_parser
+from lm_core.cli.parser import Command, Group, command_parser
 
 TRAIN = """Composes frozen models; without arguments, the key-value arithmetic of the paper.
 
@@ -33,11 +34,8 @@ COMMANDS = {
     "describe": Command(describe, {"composition": Group(Models)}),
 }
 
-
-def build_parser() -> CommandParser:
-    """The parser of the whole command."""
-    description = "Compose frozen language models: train, generate, describe."
-    return command_parser("calm-pytorch", description, COMMANDS, package="calm_pytorch")
+_DESCRIPTION = "Compose frozen language models: train, generate, describe."
+build_parser = partial(command_parser, "calm-pytorch", _DESCRIPTION, COMMANDS, package="calm_pytorch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

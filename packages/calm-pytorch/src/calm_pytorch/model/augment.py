@@ -76,7 +76,8 @@ class Augment(nn.Module):
         self.name = f"augment {number} ({type(params.model).__name__})"
         self.input_shape = params.input_shape
         self.shared_sequence = params.shared_sequence
-        check_positive(params.connect_every_num_layers, "connect_every_num_layers")
+        if params.connect_every_num_layers is not None:
+            check_positive(params.connect_every_num_layers, "connect_every_num_layers")
         if params.shared_sequence and (params.input_shape is not None or params.model_return_hiddens):
             raise ValueError(f"{self.name}: shared_sequence needs a language model with blocks, reading tokens")
         self._mask_kwarg = params.mask_kwarg if params.mask_kwarg is not None else _known_mask_kwarg(self.model)

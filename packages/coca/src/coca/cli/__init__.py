@@ -1,6 +1,7 @@
 """The command ``coca``: ``train``, ``caption``, ``embed``, ``zero-shot``, ``retrieve`` and ``convert``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from coca.cli.commands import caption, convert, embed, retrieve, zero_shot
 from coca.cli.train import EncoderSettings, train
@@ -8,7 +9,7 @@ from coca.data.image_files import load_images
 from coca.model.coca import CoCa
 from coca.training.config import TrainingSettings
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import Command, CommandParser, Group, command_parser
+from lm_core.cli.parser import Command, Group, command_parser
 
 TRAIN = """Trains a CoCa on images with captions, by default on handwritten digits (under 90 s on two CPU cores).
 
@@ -56,11 +57,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "convert": convert,
 }
 
-
-def build_parser() -> CommandParser:
-    """The parser of the whole command."""
-    description = "CoCa image-text models: train, caption, classify, retrieve."
-    return command_parser("coca", description, COMMANDS, package="coca")
+_DESCRIPTION = "CoCa image-text models: train, caption, classify, retrieve."
+build_parser = partial(command_parser, "coca", _DESCRIPTION, COMMANDS, package="coca")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
 """The command ``memorizing-transformer``: ``train``, ``generate``, ``eval``, ``inspect`` and ``convert``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import Command, CommandParser, Group, command_parser
+from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
 from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint
 from memorizing_transformer.cli.train import train
@@ -54,11 +55,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "convert": convert,
 }
 
-
-def build_parser() -> CommandParser:
-    """The parser of ``memorizing-transformer`` and its subcommands."""
-    description = "Language models with a kNN memory."
-    return command_parser("memorizing-transformer", description, COMMANDS, package="memorizing_transformer")
+_TITLE = "Language models with a kNN memory."
+build_parser = partial(command_parser, "memorizing-transformer", _TITLE, COMMANDS, package="memorizing_transformer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,11 @@
 """The command ``palm-rlhf``: language models (``train`` ...) and reinforcement learning (``reward``, ``ppo`` ...)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import Command, CommandParser, Group, command_parser
+from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
 from palm_rlhf.cli import reward
 from palm_rlhf.cli.commands import convert, evaluate_checkpoint, generate, sample
@@ -49,11 +50,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "sample": sample,
 }
 
-
-def build_parser() -> CommandParser:
-    """The parser of the whole command."""
-    description = "PaLM language models: training, generation, and reinforcement learning from human feedback."
-    return command_parser("palm-rlhf", description, COMMANDS, package="palm_rlhf")
+_DESCRIPTION = "PaLM language models: training, generation, and reinforcement learning from human feedback."
+build_parser = partial(command_parser, "palm-rlhf", _DESCRIPTION, COMMANDS, package="palm_rlhf")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

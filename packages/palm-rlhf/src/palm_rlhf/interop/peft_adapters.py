@@ -95,7 +95,7 @@ def import_lora(palm: PaLM, scope: str, directory: str | Path) -> None:
     try:
         check_keys(state, shapes_of(_adapter_state(modules, palm.dim_head)), str(folder))
         _load_factors(modules, state, palm.dim_head)
-    except ValueError:
+    except BaseException:
         palm.remove_finetune_params(scope)
         raise
 

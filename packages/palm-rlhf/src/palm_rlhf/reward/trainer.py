@@ -82,7 +82,7 @@ class RewardModelTrainer:
         **options: fields of ``settings`` to override.
 
     Raises:
-        ValueError: a number is out of range, ids or labels do not fit the model, or no training example is left.
+        ValueError: a number is out of range, or ids or labels do not fit the model.
         TypeError: an option is unknown or of another type.
     """
 

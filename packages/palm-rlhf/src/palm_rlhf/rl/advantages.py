@@ -35,9 +35,12 @@ def generalized_advantages(
         Advantages and returns (advantages plus values), 0 outside ``mask``, without gradient.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or ``gamma`` or ``lambda_`` is outside [0, 1].
     """
     _check_shapes(mask, rewards=rewards, values=values)
+    for name, value in (("gamma", gamma), ("lambda_", lambda_)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
     rewards, values = (t.detach().where(mask, 0) for t in (rewards, values))
     advantages = torch.zeros_like(values)
     following = next_value = values.new_zeros(values.shape[0])
@@ -91,7 +94,7 @@ def leave_one_out_advantages(scores: Float[Tensor, " b"], *, group_size: int) ->
         group_size: responses per prompt, at least 2.
 
     Raises:
-        ValueError: ``group_size`` does not divide the number of scores.
+        ValueError: ``group_size`` is below 2 or does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
@@ -116,7 +119,7 @@ def group_advantages(
         epsilon: added to the deviation, so that a group of equal scores gives 0.
 
     Raises:
-        ValueError: ``group_size`` does not divide the number of scores.
+        ValueError: ``group_size`` is below 2 or does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -128,6 +131,8 @@ def group_advantages(
 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2, or there is nothing to compare with, got {group_size}")
     if scores.ndim != 1 or scores.shape[0] % group_size:
         raise ValueError(f"scores must be one dimension of whole groups of {group_size}, got {tuple(scores.shape)}")
     return scores.reshape(-1, group_size)

@@ -53,8 +53,6 @@ def sort_arguments(
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         objective = OBJECTIVES[objective]
-    if isinstance(objective, type):
-        objective = objective()
     for alias, name in _ALIASES.items():
         if alias in options:
             usual = getattr(RLConfig, name)
@@ -63,18 +61,20 @@ def sort_arguments(
         if alias in options:
             options[name] = options.pop(alias)
     # each option goes to its owner
-    owners = ({field.name for field in fields(objective)}, {field.name for field in fields(RLConfig)}, _POLICY_OPTIONS)
+    kind = objective if isinstance(objective, type) else type(objective)
+    owners = ({field.name for field in fields(kind)}, {field.name for field in fields(RLConfig)}, _POLICY_OPTIONS)
     for name in options:
         if not any(name in owner for owner in owners):
             near = difflib.get_close_matches(name, set().union(*owners), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name!r} is no option of {type(objective).__name__}, RLConfig or ActorCritic{hint}")
+            raise TypeError(f"{name!r} is no option of {kind.__name__}, RLConfig or ActorCritic{hint}")
     of_objective, of_config, of_policy = (
         {name: value for name, value in options.items() if name in owner} for owner in owners
     )
     if of_policy and isinstance(policy, ActorCritic):
         raise ValueError(f"{sorted(of_policy)} are arguments of ActorCritic, and policy is one already")
-    return policy, of_policy, reward, prompts, replace(objective, **of_objective), replace(config, **of_config)
+    chosen = replace(objective, **of_objective) if isinstance(objective, Objective) else objective(**of_objective)
+    return policy, of_policy, reward, prompts, chosen, replace(config, **of_config)
 
 
 def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:

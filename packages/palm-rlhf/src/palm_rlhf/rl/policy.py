@@ -190,7 +190,7 @@ class ActorCritic(nn.Module):
     ) -> PolicyOutput:
         """Log-probabilities of responses under the actor or the reference."""
         labels = ids[:, 1:][response_mask]
-        sets = None if kept is None or role == "reference" else kept[response_mask]
+        sets = None if kept is None else kept[response_mask]
         with self.as_role(role, mask) as (network, arguments):
             weight = getattr(network, "output_weight", None)
             if isinstance(weight, Tensor) and hasattr(network, "hidden"):

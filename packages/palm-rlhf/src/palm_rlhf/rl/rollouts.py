@@ -46,10 +46,10 @@ class SamplingSettings:
     max_new_tokens: int
     max_seq_len: int | None = None
     temperature: float = 1.0
-    filters: tuple[Filter, ...] = ()
-    eos_id: int | tuple[int, ...] | None = None
+    filters: list[Filter] | tuple[Filter, ...] = ()
+    eos_id: int | list[int] | tuple[int, ...] | None = None
     min_new_tokens: int = 0
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: list[str] | tuple[str, ...] = ()
     pad_id: int = 0
     use_cache: bool = True
 
@@ -167,7 +167,7 @@ class _KeptSets:
         return whole[:, : n - 1]
 
 
-def _stop_at(tokens: list[int], stop_strings: tuple[str, ...], tokenizer: Any) -> int | None:
+def _stop_at(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int | None:
     """Number of tokens up to the one that completes a stop string."""
     if not stop_strings or not any(stop in tokenizer.decode(tokens) for stop in stop_strings):
         return None

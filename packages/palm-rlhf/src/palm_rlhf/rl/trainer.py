@@ -260,13 +260,22 @@ class RLHFTrainer:
         Raises:
             ValueError: a number is out of range, or there is no reward to rank by.
         """
+        settings = self.sampling(max_seq_len=max_seq_len, **sampling)
+        return self.best_of(prompt, num_samples=num_samples, sampling=settings, generator=generator)[0]
+
+    @torch.no_grad()
+    def best_of(
+        self, prompt: Any, *, num_samples: int, sampling: SamplingSettings, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, float]:
+        """The response with the highest reward among ``num_samples``: its ids without the prompt, and that reward."""
         check_positive(num_samples, "num_samples")
         prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
         device = None if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
-        rollout = self.rollout(prompts, sampling=self.sampling(max_seq_len=max_seq_len, **sampling), seed=seed)
-        best = 0 if num_samples == 1 and self.reward is None else int(self.score(rollout).argmax())
-        return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])]
+        rollout = self.rollout(prompts, sampling=sampling, seed=seed)
+        scores = self.score(rollout) if num_samples > 1 or self.reward is not None else torch.zeros(1)
+        best = int(scores.argmax())
+        return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
 
     def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
         """The experience of one phase over all processes, and samples of this process for the log."""

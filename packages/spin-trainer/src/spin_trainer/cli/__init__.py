@@ -1,9 +1,10 @@
 """Command line ``spin-trainer`` with the commands ``train``, ``generate`` and ``eval``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from lm_core.cli.main import run_command
-from lm_core.cli.parser import Command, CommandParser, Group, command_parser
+from lm_core.cli.parser import Command, Group, command_parser
 from spin_trainer.cli.commands import Answering, evaluate_model, generate
 from spin_trainer.cli.train import train
 from spin_trainer.quickstart.quickstart import DEFAULTS
@@ -30,11 +31,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),
 }
 
-
-def build_parser() -> CommandParser:
-    """Builds the parser of ``spin-trainer`` with its commands."""
-    description = "Self-play fine-tuning (SPIN) of causal language models: train, generate answers, evaluate."
-    return command_parser("spin-trainer", description, COMMANDS, package="spin_trainer")
+_DESCRIPTION = "Self-play fine-tuning (SPIN) of causal language models: train, generate answers, evaluate."
+build_parser = partial(command_parser, "spin-trainer", _DESCRIPTION, COMMANDS, package="spin_trainer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from coca import (
     zero_shot_classifier,
 )
 from coca.data.captioned_images import CaptionedImages
+from coca.data.image_files import load_images
 from coca.data.pair_batches import PairBatches
 from coca.evaluation.grid import save_grid
 from coca.interop import from_coca_pytorch, load_coca_pytorch
@@ -116,6 +117,7 @@ WRONG_TYPES = [
     (lambda m: m.encode_text(TEXT, mask=torch.ones_like(TEXT)), "mask must be boolean"),
     (lambda m: m.loss(TEXT, None, TOKENS, TEXT.float()), "labels must hold integer token ids"),
     (lambda m: caption(m, num_beams=2), "num_beams"),
+    (lambda m: load_images("photos", GREY, templates="a {}"), "templates must be a list .* 'a {}'"),
 ]
 
 

@@ -254,12 +254,14 @@ def test_the_originals_weights_give_the_originals_results(golden):
     assert model.logit_scale.item() == pytest.approx(min(100.0, math.exp(temperature)), rel=1e-6)
 
 
-def test_an_originals_encoder_is_converted_with_it(golden):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_originals_encoder_is_converted_with_it(golden, dtype):
     weight = torch.randn(20, 3, 4, 4)
-    state = {**original_state(golden), "img_encoder.weight": weight}
+    state = {name: value.to(dtype) for name, value in original_state(golden).items()} | {"img_encoder.weight": weight}
 
     model = from_coca_pytorch(state, img_encoder=nn.Conv2d(3, 20, 4, 4, bias=False))
 
-    assert torch.equal(model.img_encoder.encoder.weight, weight)
+    assert torch.equal(model.img_encoder.encoder.weight, weight.to(dtype))
+    assert model.encode_image(torch.randn(2, 3, 8, 8, dtype=dtype)).dtype == dtype
     with pytest.raises(ValueError, match="pass img_encoder="):
         from_coca_pytorch(state)

@@ -74,6 +74,7 @@ ROWS = [{"image": f"{n}.png", "caption": [f"shade {n}", f"grey {n}"], "label": "
 
 
 def written_folder(folder):
+    folder.mkdir(exist_ok=True)
     for number, row in enumerate(ROWS):
         (folder / f"{number}.png").write_bytes(picture_bytes(number * 10))
         (folder / f"{number}.txt").write_text("\n".join(row["caption"]) + "\n", "utf-8")
@@ -121,12 +122,7 @@ def test_images_are_read_with_all_their_captions(write, tmp_path):
         ("nowhere", None, FileNotFoundError, "there is no"),
         (".", None, ValueError, "at least one image with a caption, got none"),
         ("a.zip", "x", ValueError, "got .*a.zip"),
-        (
-            "a.csv",
-            "image,text\n0.png,hello\n",
-            ValueError,
-            r"a.csv, line 2, must have 'caption', got .*'image', 'text'",
-        ),
+        ("a.csv", "image,text\n0.png,hi\n", ValueError, r"a.csv, line 2, must have 'caption', got .*'image', 'text'"),
         ("a.csv", "image,caption\ngone.png,hello\n", FileNotFoundError, "line 2, names the image .*gone.png, which is"),
         ("a.jsonl", '{"image": 1}\n', ValueError, "a.jsonl, line 1, must have 'caption'"),
         ("a.jsonl", "{oops\n", ValueError, "a.jsonl, line 1, is not JSON"),
@@ -157,10 +153,15 @@ def test_an_unreadable_image_is_named_and_counted(tmp_path, damage):
         ValueError, match=r"1 of 3 images in .* cannot be read, more than max_unreadable = 0.1 .*1\.png"
     ):
         load_images(folder, GREY, max_unreadable=0.1)
+    (folder / "0.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        data.read(0)
 
 
-def test_a_split_keeps_every_image_once(tmp_path):
-    data = load_images(written_csv(tmp_path), GREY)
+def test_a_split_keeps_every_image_once(tmp_path, monkeypatch):
+    written_csv(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    data = load_images("digits", GREY)
     train, held_out = data.split(0.34, seed=1)
 
     assert sorted(train.names + held_out.names) == ["0.png", "1.png", "2.png"]
@@ -201,6 +202,7 @@ class Timm(nn.Module):
     """As timm's models: ``forward`` classifies, ``forward_features`` does not; a Swin has several widths."""
 
     embed_dim, num_features = 6, 12
+    vit = "swin"  # not an Extractor's module
 
     def __init__(self, channels_last=False):
         super().__init__()

@@ -36,7 +36,7 @@ def from_coca_pytorch(
     img_encoder: nn.Module | None = None,
     **arguments: Any,
 ) -> CoCa:
-    """A ``CoCa`` with the weights of an original model; its sizes are read from the shapes.
+    """A ``CoCa`` with an original model's weights, in the dtype of its embedding; sizes are read from the shapes.
 
     Args:
         state_dict: state dict of the original model.
@@ -57,7 +57,7 @@ def from_coca_pytorch(
         raise ValueError("img_encoder was given, but state_dict has no weights of an image encoder")
     model = CoCa(**{**_sizes(state_dict), "img_encoder": img_encoder, "pooling": "shared", **arguments})
     load_weights(model, convert_state_dict(state_dict), dtypes="stored", where="state_dict")
-    return model
+    return model.to(state_dict["token_emb.weight"].dtype)
 
 
 @typed
@@ -133,7 +133,6 @@ def _depth(state: Mapping[str, Tensor], name: str) -> int:
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     num_tokens, dim = state["token_emb.weight"].shape
-    image_dim = state["img_attn_pool.to_kv.weight"].shape[1]
     dim_head = state["img_attn_pool.to_kv.weight"].shape[0] // 2
     return {
         "dim": dim,
@@ -141,7 +140,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "unimodal_depth": _depth(state, "unimodal_layers"),
         "multimodal_depth": _depth(state, "multimodal_layers"),
         "dim_latents": state["text_to_latents.to_latents.weight"].shape[0],
-        "image_dim": image_dim,
+        "image_dim": state["img_attn_pool.to_kv.weight"].shape[1],
         "num_img_queries": state["img_queries"].shape[0] - 1,
         "dim_head": dim_head,
         "heads": state["img_attn_pool.to_q.weight"].shape[0] // dim_head,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coca.data.digits import handwritten_digits
 from coca.data.image_files import SUFFIXES, load_images, read_pixels
 from coca.evaluation.evaluation import decoded, evaluate, image_latents, text_latents
 from coca.interop import load_coca_pytorch
@@ -160,7 +161,7 @@ def retrieve(
         raise ValueError(f"images must be one source with captions, got {len(images)}")
     model, tokenizer, preprocessing = _load(checkpoint, device)
     if captions:
-        data = load_images(images[0], preprocessing)
+        data = handwritten_digits() if images == ["digits"] else load_images(images[0], preprocessing)
         for line in data.unreadable_report():
             report("unreadable", line)
         for name, value in evaluate(model, data, tokenizer, preprocessing).items():
@@ -239,7 +240,7 @@ def _read_images(sources: Sequence[str], preprocessing: ImagePreprocessing) -> t
         try:
             pixels.append(read_pixels(path.read_bytes, preprocessing))
             good.append(str(path))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             print(f"unreadable  {path}: {error}", file=sys.stderr)
     if not good:
         raise ValueError(f"none of {len(paths)} images could be read")

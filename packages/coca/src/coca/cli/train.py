@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from coca.data.captioned_images import CaptionedImages
-from coca.data.digits import IMAGE_SIZE, MEAN, STD
+from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
 from coca.data.image_files import load_images
 from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
@@ -131,8 +131,8 @@ def train(
         raise ValueError(f"tokenizer must have a padding or an EOS id, got {text_tokenizer!r} without")
     preprocessing = images.preprocessing(digits=data == "digits")
 
-    def load(source: str) -> CaptionedImages:
-        return load_images(source, preprocessing, progress=True, **reading)
+    def load(path: str) -> CaptionedImages:
+        return handwritten_digits() if path == "digits" else load_images(path, preprocessing, progress=True, **reading)
 
     if validation_data is None:
         train_data, held_out = load(data).split(validation_fraction)

@@ -3,9 +3,8 @@
 | source | content |
 |---|---|
 | ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path relative to the table), ``caption``, maybe ``label`` |
-| a folder | its ``captions.csv``, ``captions.jsonl`` or ``metadata.jsonl``; else images, each with a ``.txt`` |
+| a folder | its ``captions`` (.csv, .tsv, .jsonl) or ``metadata`` (.csv, .jsonl), else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
-| ``"digits"`` | the built-in digits (``coca.data.digits``); other arguments have no effect |
 
 Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
 once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
@@ -17,7 +16,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 from coca.data.captioned_images import CaptionedImages, Pixels
-from coca.data.digits import handwritten_digits
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.data.rows import iterate_rows
 
@@ -55,7 +53,7 @@ def load_images(
     """Images with captions from files.
 
     Args:
-        source: folder, table, tar or "digits"; see the module docstring.
+        source: folder, table or tar; see the module docstring.
         preprocessing: size and channels of the pixels.
         image_column: column of a table with the path of an image.
         caption_column: column of a table, or key of a JSON object, with a caption.
@@ -67,9 +65,10 @@ def load_images(
     Raises:
         FileNotFoundError: the source, or an image that it names, does not exist.
         ValueError: the source has no images, lacks a column or caption, or has too many unreadable images, by name.
+        TypeError: ``templates`` is one string.
     """
-    if source == "digits":
-        return handwritten_digits()
+    if isinstance(templates, str):
+        raise TypeError(f"templates must be a list of strings, got the string {templates!r}")
     if not 0 <= max_unreadable < 1:
         raise ValueError(f"max_unreadable must be a part of the images in [0, 1), got {max_unreadable}")
     columns = {"image": image_column, "caption": caption_column, "label": label_column}
@@ -82,7 +81,7 @@ def load_images(
         try:
             read_pixels(entry.data, preprocessing)
             good.append(entry)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             unreadable.append(f"{entry.name}: {error}")
     if len(unreadable) > max_unreadable * len(entries):
         raise ValueError(
@@ -108,15 +107,15 @@ def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) ->
     """Pixels of an image file, whose bytes ``read`` returns.
 
     Raises:
-        ValueError: the file cannot be read or decoded.
+        OSError, ValueError: the file cannot be read or decoded.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(read())) as picture:
             return preprocessing.pixels(picture)
     # what Pillow raises for damaged files, and for those that would fill the memory
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(re.sub(r" <_io.BytesIO .*?>", "", str(error))) from error
 
 
@@ -124,12 +123,10 @@ def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
     """One entry for each image, with all its captions."""
     by_name: dict[str, _Entry] = {}
     for entry in entries:
-        earlier = by_name.get(entry.name)
-        if earlier is not None:
-            if earlier.label != entry.label:
-                raise ValueError(f"{entry.name} must have one label, got {earlier.label!r} and {entry.label!r}")
-            entry = _Entry(entry.name, earlier.captions + entry.captions, entry.label, entry.data)
-        by_name[entry.name] = entry
+        earlier = by_name.get(entry.name, replace(entry, captions=()))
+        if earlier.label != entry.label:
+            raise ValueError(f"{entry.name} must have one label, got {earlier.label!r} and {entry.label!r}")
+        by_name[entry.name] = replace(entry, captions=earlier.captions + entry.captions)
     return list(by_name.values())
 
 

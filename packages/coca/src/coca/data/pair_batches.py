@@ -41,7 +41,7 @@ class PairBatch:
         return PairBatch(self.text.to(device), self.images.to(device))
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class PairBatches(Iterator[PairBatch]):
     """Endless iterator over training batches.
 

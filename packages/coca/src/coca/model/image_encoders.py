@@ -35,7 +35,7 @@ def token_width(encoder: Any) -> int | None:
     config = getattr(config, "vision_config", config)
     stages = getattr(config, "hidden_sizes", None) or [None]
     inner = getattr(encoder, "vit", None)
-    modules = () if inner is None else inner.modules()
+    modules = inner.modules() if isinstance(inner, nn.Module) else ()
     norms = [module.normalized_shape[0] for module in modules if isinstance(module, nn.LayerNorm)]
     declared = [*(getattr(encoder, name, None) for name in _WIDTHS), stages[-1], getattr(config, "hidden_size", None)]
     widths = (value for value in (*declared, *norms[-1:]) if isinstance(value, int) and not isinstance(value, bool))

@@ -68,10 +68,17 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(train, settings,
     common = {"iterations": 2, "epochs": 1, "checkpoint_every": 1, "mix_previous": False, **settings}
     if "ref_model_ema_decay" in settings:
         common["spin_kwargs"] = {"ema_kwargs": {"update_after_step": 0, "update_every": 1}}
-    whole, _ = train("whole", model=make_model(dropout=0.1), **common)
+
+    def policy():
+        model = make_model(dropout=0.1)
+        model.register_buffer("called", torch.zeros(()), persistent=False)
+        model.embedding.register_forward_pre_hook(lambda *_: model.called.__setitem__(..., 1.0))
+        return model
+
+    whole, _ = train("whole", model=policy(), **common)
     with pytest.raises(SystemError, match="stopped here"):
-        train("parts", model=make_model(dropout=0.1), trackers=[stop_at(step)], **common)
-    resumed, result = train("parts", model=make_model(dropout=0.1), **common)
+        train("parts", model=policy(), trackers=[stop_at(step)], **common)
+    resumed, result = train("parts", model=policy(), **common)
 
     assert result.steps == 8
     assert equal(weights_of(resumed), weights_of(whole))
@@ -177,23 +184,16 @@ def test_answers_stop_at_eos_and_one_that_is_cut_off_gets_none(make_model):
         assert answer.finished or len(prompt) + len(answer.tokens) == 8
 
 
-def test_a_greedy_answer_in_a_batch_is_that_of_the_prompt_alone(make_model):
+@pytest.mark.parametrize(("limit", "eos_id"), [(None, 11), (9, None)])
+def test_a_greedy_answer_in_a_batch_is_that_of_the_prompt_alone(make_model, limit, eos_id):
     model, prompts = make_model().double(), [(1, 2), (3, 4, 5, 6), (7,)]
-    sampling = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=11)
-    together = answer_prompts(model, prompts, sampling, 0)
+    sampling = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=eos_id)
+    expected = [answer_prompts(model, [prompt], sampling, 0)[0] for prompt in prompts]
+    model.max_length = limit  # the padded batch would exceed 9
 
-    assert together == [answer_prompts(model, [prompt], sampling, 0)[0] for prompt in prompts]
-
-
-def test_a_limited_models_rows_are_filled_each_to_its_end(make_model):
-    model = make_model()
-    free = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={})
-    prompts = [(1, 2), (3, 4, 5, 6), (7,)]
-    expected = answer_prompts(model, prompts, free, 0)
-    model.max_length = 9
-
-    assert answer_prompts(model, prompts, free, 0) == expected
-    assert [len(answer.tokens) for answer in expected] == [7, 5, 8]
+    assert answer_prompts(model, prompts, sampling, 0) == expected
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert answer.finished or len(prompt) + len(answer.tokens) == 9
 
 
 def test_a_store_cuts_a_torn_line_and_never_writes_a_row_twice(tmp_path):

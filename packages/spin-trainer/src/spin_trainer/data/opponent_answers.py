@@ -1,7 +1,7 @@
 """The opponent's answers to prompts, and its log-probabilities of answers.
 
-Both are computed once per iteration and stored on disk (``RowStore``). Batches and their random numbers depend on data
-and seed alone, so resumed runs and runs on any number of processes generate the same answers.
+Both are computed once per iteration and stored on disk (``RowStore``). Batches and their random numbers depend on
+data, batch size, seed and iteration alone: resumed runs and runs on any number of processes generate the same answers.
 """
 
 from collections.abc import Callable, Mapping, Sequence

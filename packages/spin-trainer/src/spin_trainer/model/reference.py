@@ -1,8 +1,8 @@
-"""The reference model: a frozen copy of the policy's trainable parameters, or their moving average.
+"""The reference model: a frozen copy of what training changes in the policy, or the policy's moving average.
 
-The frozen reference copies only the parameters that train and shares the others with the policy. For a LoRA policy it
-costs the size of the adapters and equals the policy at the last promotion (theta_t); switching adapters off would give
-the weights before the first iteration.
+The frozen reference copies the parameters that train and the floating-point buffers, and shares the other parameters
+with the policy. For a LoRA policy it costs little more than the adapters and equals the policy at the last promotion
+(theta_t); switching adapters off would give the weights before the first iteration.
 
 It is bit-identical from one promotion to the next. An exponential moving average with decay 1 is not: ema-pytorch
 copies the policy at its first updates, regardless of the decay.
@@ -34,7 +34,6 @@ class FrozenReference(nn.Module):
         self._names: list[str] = []
         self.copy_params_from_model()
 
-    @torch.no_grad()
     def copy_params_from_model(self) -> None:
         """Copies the policy's current weights into the reference."""
         self.release()

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,6 +183,7 @@ class SPINTrainer:
         policy, ref_model, live_reference = self.model.policy_model, self.model.ref_model, self.settings.live_reference
         # of a partly frozen policy (LoRA) a checkpoint stores the trained parameters alone
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not self.settings.fsdp
+        self._frozen_weights = cache(partial(fingerprint_of_weights, policy, trainable=False))
         self.session.register(
             model=policy,
             objective=self.pairs.scores,
@@ -195,10 +196,10 @@ class SPINTrainer:
                     lambda: ref_model.exported() if self.state.update and live_reference else None, ref_model.restore
                 ),
             },
-            identity={
+            identity=lambda: {
                 "train_sft_dataset": self.train_dataset.fingerprint,
                 "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
-                "frozen_weights": fingerprint_of_weights(policy, trainable=False),
+                "frozen_weights": self._frozen_weights(),
                 "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
                 "epochs": self.settings.epochs,
                 "opponent_kind": self.settings.opponent,
@@ -237,6 +238,7 @@ class SPINTrainer:
             FileExistsError, FileNotFoundError: the folder contradicts ``resume`` or ``overwrite``.
         """
         settings, state, policy = self.settings, self.state, self.model.policy_model
+        self._frozen_weights()  # includes buffers, which a forward may change
         with self.session.run() as session, dropout_of(policy, settings.dropout):
             if not settings.live_reference and isinstance(self.model.ref_model, FrozenReference):
                 self.model.ref_model.release()  # its log-probabilities are on disk
@@ -322,13 +324,10 @@ class SPINTrainer:
                 self._validate_iteration()
         elif session.optimizer is not None:
             return  # a second call of ``train`` within an iteration
+        learning_rate = value_of(t, settings.learning_rates, settings.learning_rate)
         optimizer = torch.optim.AdamW(
             optimizer_groups(self.model.policy_model, weight_decay=settings.weight_decay),
-            **{
-                "lr": value_of(t, settings.learning_rates, settings.learning_rate),
-                "betas": (0.9, 0.99),
-                **self.adam_kwargs,
-            },
+            **{"lr": learning_rate, "betas": (0.9, 0.99), **self.adam_kwargs},
         )
         warmup_steps = int(settings.warmup * updates)
         schedule = LearningRateSchedule(

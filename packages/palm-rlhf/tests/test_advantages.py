@@ -135,7 +135,7 @@ def test_a_group_of_equal_scores_teaches_nothing():
         (lambda: generalized_advantages(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 3).bool()), "rewards must"),
         (
             lambda: discounted_returns(torch.zeros(1, 2), torch.ones(1, 2).bool(), gamma=2.0),
-            "gamma must be in .0, 1., got 2.0",
+            "gamma and lambda_ must be in .0, 1., got 2.0 and 1.0",
         ),
     ],
 )

@@ -3,8 +3,7 @@
 A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. With one
 row, blocks are read at 1.2 to 2.2 times the speed of a row-major weight where the processor has AVX-512 (4736 x 512:
 33.5 against 15.1 GB/s, 512 x 2048: 28.4 against 17.7), and about as fast as a column-major one with AVX2. With 2 to 64
-rows the general product reads a weight at a third of the speed of oneDNN's (49152 x 576 with 8 rows: 2.8 against 6.9
-GB/s). ``tests/benchmarks/bench_decoding_layout.py`` compares the layouts.
+rows the general product reads at a third of the speed of oneDNN's (``tests/benchmarks/bench_decoding_layout.py``).
 
 The weights are those of the ``nn.Linear`` modules that a step calls with few rows, as observed in the first step: an
 image encoder, an unused expert or a module that is quantised, compiled or sharded is left alone. During one generation
@@ -130,8 +129,8 @@ def _forward_of(linear: nn.Linear, copy: _Copy) -> Callable[[Tensor], Tensor]:
 
 def _has_blocks() -> bool:
     """True if this PyTorch has oneDNN's products with blocked weights."""
-    available = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _is_copyable(weight: Tensor) -> bool:

@@ -38,9 +38,8 @@ def generalized_advantages(
         ValueError: shapes differ, or ``gamma`` or ``lambda_`` is outside [0, 1].
     """
     _check_shapes(mask, rewards=rewards, values=values)
-    for name, value in (("gamma", gamma), ("lambda_", lambda_)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if not (0 <= gamma <= 1 and 0 <= lambda_ <= 1):
+        raise ValueError(f"gamma and lambda_ must be in [0, 1], got {gamma} and {lambda_}")
     rewards, values = (t.detach().where(mask, 0) for t in (rewards, values))
     advantages = torch.zeros_like(values)
     following = next_value = values.new_zeros(values.shape[0])

@@ -115,6 +115,11 @@ CASES = {
     "a folder for all layers": (lambda: memories(2, memmap_filename=None), TypeError, "memmap_filename"),
     "gates opened whole": (lambda: open_gates(model(gate="sigmoid"), part=1.0), ValueError, r"part must .* got 1\.0"),
     "retrofit of a memorizing model": (lambda: retrofit(model()), ValueError, "no memorizing layers"),
+    "retrofit without a layer": (
+        lambda: retrofit(model(memorizing_layers=()), depth=1),
+        ValueError,
+        "keep the model's",
+    ),
     "temperature of zero": (lambda: KNNAttention(dim=8, attn_scale_init=0.0), ValueError, "attn_scale_init must"),
     "memory of no features": (lambda: memory(dim=0), ValueError, "dim must"),
     "memory of no rows": (lambda: memory(num_indices=0), ValueError, "num_indices must"),

@@ -29,7 +29,7 @@ def retrofit(
         **settings: constructor arguments to replace, such as ``max_knn_memories``.
 
     Raises:
-        ValueError: the model has memorizing layers already, or a layer does not exist.
+        ValueError: the model has memorizing layers already, a layer does not exist, or settings change other layers.
     """
     if model.memorizing_layers:
         raise ValueError(
@@ -40,8 +40,9 @@ def retrofit(
         model.config, **{"memorizing_layers": chosen, "gate_output": True, **settings}
     ).to(model.device, model.token_emb.weight.dtype)
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
-    assert not unexpected
-    assert all(".attentions.1." in name for name in missing)
+    changed = [*unexpected, *(name for name in missing if ".attentions.1." not in name)]
+    if changed:
+        raise ValueError(f"settings must keep the model's layers, got {sorted(settings)}, which change {changed[0]}")
     return twin.train(model.training)
 
 

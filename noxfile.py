@@ -119,12 +119,9 @@ def run_tests(session: nox.Session, distribution: Distribution) -> None:
     session.run(*plain, env=TEST_ENVIRONMENT, success_codes=[0, NO_TESTS_COLLECTED])
 
 
-def run_page_in_its_environment(session: nox.Session, distribution: Distribution) -> None:
+def run_page(session: nox.Session, distribution: Distribution) -> None:
     """Runs a README's blocks in the environment that its own install lines make, wheel files in place of folders."""
     page = distribution.folder / "README.md"
-    extras = page_extras(page.read_text("utf-8"), distribution.name)
-    install_wheels(session, with_core(distribution.name), extras={distribution.name: extras})
-    prove_installed_alone(session, with_core(distribution.name))
     session.run("python", "tests/readme_blocks.py", page.relative_to(ROOT).as_posix(), env=TEST_ENVIRONMENT)
 
 
@@ -172,14 +169,16 @@ def tests(session: nox.Session, package: str, device: str) -> None:
         if device == "cuda" and not gpu_is_listed():
             skip_unless_required(session, "no CUDA device is visible")
         distribution = DISTRIBUTIONS[package]
+        # first what the page installs, and its blocks; then what the tests need in addition
+        extras = page_extras((distribution.folder / "README.md").read_text("utf-8"), package)
+        install_wheels(session, with_core(package), extras={package: extras})
+        if device == "cpu" and not session.posargs:
+            run_page(session, distribution)
+        session.install("-c", CONSTRAINTS, *distribution.group("test"))
+        prove_installed_alone(session, with_core(package))
         if device == "cpu":
-            if not session.posargs:
-                run_page_in_its_environment(session, distribution)
-            install_wheels(session, with_core(package), *distribution.group("test"))
-            prove_installed_alone(session, with_core(package))
             run_tests(session, distribution)
             return
-        install_wheels(session, with_core(package), *distribution.group("test"))
         sees_gpu = session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True)
         if "True" not in str(sees_gpu):
             skip_unless_required(session, "the torch that was installed sees no CUDA device")

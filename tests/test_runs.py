@@ -13,11 +13,11 @@ import pytest
 # As small as each `train` can be.
 TINY = {
     "palm-rlhf": "--max_steps 3 --dim 16 --depth 1 --dim_head 8 --heads 2 --sequence_length 32 --validation_tokens 500 "
-    "--sample_tokens 0 --corpus {texts}",
+    "--sample_tokens 0 --data {texts}",
     "coca": "--max_steps 3 --batch_size 8 --dim 16 --dim_head 8 --heads 2 --vit_dim 16 --vit_depth 1",
     "memorizing-transformer": "--max_steps 3 --dim 16 --depth 2 --heads 2 --dim_head 8 --max_knn_memories 64 "
     "--xl_max_memories 8 --segment_length 16 --batch_size 2 --sample_tokens 0 --validation_documents 2 "
-    "--corpus {texts}",
+    "--data {texts}",
     "calm-pytorch": "--augment_steps 2 --anchor_steps 2 --max_steps 4 --batch_size 8",
     "spin-trainer": "--model {model} --tokenizer bytes --data {pairs} --validation_data {pairs} --max_seq_len 24 "
     "--iterations 1 --epochs 1 --batch_size 4 --gradient_accumulation 1",

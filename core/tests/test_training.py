@@ -375,7 +375,7 @@ def test_the_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:2")
     assert pick_device("cuda:3") == torch.device("cuda:3")
-    with pytest.raises(ValueError, match="cuda:4 was asked for, but there are 4"):
+    with pytest.raises(ValueError, match="cuda:4 was requested, but there are 4"):
         pick_device("cuda:4")
 
 
@@ -516,5 +516,5 @@ def test_bad_input_is_named(call, error, message, tmp_path):
 @pytest.mark.parametrize(("name", "module"), [("cuda", torch.cuda), ("mps", torch.backends.mps)])
 def test_a_device_this_machine_lacks_is_named(name, module, monkeypatch):
     monkeypatch.setattr(module, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"device '{name}' was asked for, but torch .* finds no {name.upper()} device"):
+    with pytest.raises(ValueError, match=f"device '{name}' was requested, but torch .* finds no {name.upper()} device"):
         pick_device(name)

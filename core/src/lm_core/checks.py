@@ -64,6 +64,12 @@ def check_above_zero(value: float | None, name: str) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
+def check_temperature(value: float) -> None:
+    """Raises ``ValueError`` unless ``value`` is a finite number of at least 0."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {value}")
+
+
 def check_probability(value: float, name: str) -> None:
     """Raises ``ValueError`` naming the argument unless ``value`` is in ``[0, 1)``, such as a dropout probability."""
     if not 0.0 <= value < 1.0:

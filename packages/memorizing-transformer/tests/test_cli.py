@@ -18,7 +18,7 @@ def run(tmp_path_factory):
         text = f"document {number}: " + "the same words again and again " * 12
         (folder / "texts" / f"{number:02}.txt").write_text(text)
     settings = ["--max_steps", "8", "--validate_every", "8", "--checkpoint_every", "8", "--sample_tokens", "6"]
-    command = f"train --corpus {folder}/texts --validation_fraction 0.3 --checkpoint_dir {folder}/run".split()
+    command = f"train --data {folder}/texts --validation_fraction 0.3 --checkpoint_dir {folder}/run".split()
     assert main([*command, *TINY, *settings]) == 0
     return folder
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_generates_evaluates_and_is_inspected(run, capsys, tmp_path
 
 def test_a_run_is_retrofitted_from_another(run, capsys):
     def train(folder, *more):
-        command = ["train", "--corpus", str(run / "texts"), "--checkpoint_dir", str(run / folder), *more]
+        command = ["train", "--data", str(run / "texts"), "--checkpoint_dir", str(run / folder), *more]
         settings = ["--max_steps", "2", "--validate_every", "2", "--checkpoint_every", "2", "--sample_tokens", "0"]
         assert main([*command, *TINY, *settings]) == 0
         return capsys.readouterr().out

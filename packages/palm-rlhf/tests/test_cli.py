@@ -38,7 +38,7 @@ def text(tmp_path_factory):
 def run(text, tmp_path_factory):
     """The folder of a finished tiny run."""
     folder = tmp_path_factory.mktemp("run") / "palm"
-    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *TINY]) == 0
+    assert main(["train", "--data", str(text), "--checkpoint_dir", str(folder), *TINY]) == 0
     return folder
 
 
@@ -58,7 +58,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
 def test_without_arguments_training_is_the_quickstart():
     chosen = parsed()
 
-    assert (chosen.corpus, chosen.tokenizer, chosen.checkpoint_dir) == ("stdlib", "bytes", "runs/palm-quickstart")
+    assert (chosen.data, chosen.tokenizer, chosen.checkpoint_dir) == ("stdlib", "bytes", "runs/palm-quickstart")
     expected = {**vars(TrainingSettings()), "max_steps": 440, "learning_rate": 4e-3}
     assert {one.name: chosen[one.name] for one in fields(TrainingSettings)} == expected
     assert chosen.use_xpos is True
@@ -148,7 +148,7 @@ def test_help_explains_every_argument(command, capsys):
 
 def test_train_prints_what_it_made_and_continues_the_prompt(text, tmp_path, capsys):
     folder = tmp_path / "run"
-    status = main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *TINY])
+    status = main(["train", "--data", str(text), "--checkpoint_dir", str(folder), *TINY])
     printed = capsys.readouterr().out
 
     assert status == 0
@@ -161,7 +161,7 @@ def test_train_prints_what_it_made_and_continues_the_prompt(text, tmp_path, caps
 
 
 def test_train_again_says_that_the_run_was_finished(run, text, capsys):
-    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(run), *TINY]) == 0
+    assert main(["train", "--data", str(text), "--checkpoint_dir", str(run), *TINY]) == 0
     assert "already complete; pass a new --checkpoint_dir to start over" in capsys.readouterr().out
 
 
@@ -169,7 +169,7 @@ def test_train_without_matplotlib_says_how_to_get_the_curves(text, tmp_path, mon
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
 
-    assert main(["train", "--corpus", str(text), "--checkpoint_dir", str(tmp_path), *TINY]) == 0
+    assert main(["train", "--data", str(text), "--checkpoint_dir", str(tmp_path), *TINY]) == 0
     assert "not drawn: pip install matplotlib" in capsys.readouterr().out
 
 
@@ -248,25 +248,25 @@ def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
     ("words", "message"),
     [
         (["train", "--max_steps=0"], "max_steps must be at least 1, got 0"),
-        (["train", "--corpus=nowhere.txt"], "corpus path does not exist: nowhere.txt"),
-        (["train", "--corpus=EMPTY"], "is empty: it holds no document with any text"),
-        (["train", "--corpus=FOLDER"], "holds no file ending in"),
-        (["train", "--corpus=TEXT", "--field=body"], "field 'body' is missing"),
-        (["train", "--corpus=TEXT", "--tokenizer=nowhere"], "source must be"),
-        (["train", "--corpus=TEXT", "--validation_fraction=1.5"], "validation_fraction must be between 0 and 1"),
-        (["train", "--corpus=TEXT", "--dim_head=7"], "dim_head must be"),
-        (["train", "--corpus=TEXT", "--attn_dropout=1.0"], "attn_dropout must be in [0, 1), got 1.0"),
-        (["train", "--corpus=TEXT", "--device=abacus"], "device must be auto, cpu, cuda"),
-        (["train", "--corpus=TEXT", "--fsdp"], "fsdp=True needs several processes"),
-        (["train", "--corpus=TEXT", "--resume=true"], "resume=True needs a checkpoint"),
-        (["train", "--corpus=TEXT", "--checkpoint_dir=FILE"], "must be a folder, got the file"),
-        (["train", "--corpus=TEXT", "--checkpoint_dir=RUN", "--dim=32"], "another architecture: dim is 32, but was 16"),
-        (["train", "--corpus=TEXT", "--checkpoint_dir=RUN", "--resume=false"], "has a run already"),
+        (["train", "--data=nowhere.txt"], "data path does not exist: nowhere.txt"),
+        (["train", "--data=EMPTY"], "is empty: it holds no document with any text"),
+        (["train", "--data=FOLDER"], "holds no file ending in"),
+        (["train", "--data=TEXT", "--field=body"], "field 'body' is missing"),
+        (["train", "--data=TEXT", "--tokenizer=nowhere"], "source must be"),
+        (["train", "--data=TEXT", "--validation_fraction=1.5"], "validation_fraction must be between 0 and 1"),
+        (["train", "--data=TEXT", "--dim_head=7"], "dim_head must be"),
+        (["train", "--data=TEXT", "--attn_dropout=1.0"], "attn_dropout must be in [0, 1), got 1.0"),
+        (["train", "--data=TEXT", "--device=abacus"], "device must be auto, cpu, cuda"),
+        (["train", "--data=TEXT", "--fsdp"], "fsdp=True needs several processes"),
+        (["train", "--data=TEXT", "--resume=true"], "resume=True needs a checkpoint"),
+        (["train", "--data=TEXT", "--checkpoint_dir=FILE"], "must be a folder, got the file"),
+        (["train", "--data=TEXT", "--checkpoint_dir=RUN", "--dim=32"], "another architecture: dim is 32, but was 16"),
+        (["train", "--data=TEXT", "--checkpoint_dir=RUN", "--resume=false"], "has a run already"),
         (["generate", "nowhere", "x"], "checkpoint must be a folder with a model or the folder of a run, got nowhere"),
         (["generate", "RUN", ""], "prompt must hold at least one token, got ''"),
         (["generate", "RUN", "x", "--max_new_tokens=0"], "max_new_tokens must be"),
         (["generate", "RUN", "x", "--num_samples=0"], "num_samples must be at least 1, got 0"),
-        (["eval", "RUN", "--corpus=nowhere"], "corpus path does not exist: nowhere"),
+        (["eval", "RUN", "--corpus=nowhere"], "data path does not exist: nowhere"),
         (["eval", "RUN", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
         (["eval", "FOLDER"], "checkpoint must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),

@@ -186,7 +186,7 @@ def test_two_processes_make_the_updates_of_one(outcomes):
 def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path, capsys):
     (tmp_path / "text.jsonl").write_text('{"text": "some text"}\n{"text": "more of it"}\n')
     sizes = ["--dim=16", "--depth=2", "--dim_head=8", "--heads=2", "--sequence_length=20", "--max_steps=9"]
-    place = ["--checkpoint_dir", str(outcomes[2][0] / "plain"), "--corpus", str(tmp_path / "text.jsonl")]
+    place = ["--checkpoint_dir", str(outcomes[2][0] / "plain"), "--data", str(tmp_path / "text.jsonl")]
 
     assert main(["train", *place, *sizes]) == 1
     message = "was written by 2 processes and can only be resumed by as many, got 1"

@@ -46,7 +46,7 @@ def train(text):
     """``train(folder, *flags)`` runs the command in this process and returns its exit status."""
 
     def run(folder, *flags):
-        return main(["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags])
+        return main(["train", "--data", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags])
 
     return run
 
@@ -185,7 +185,7 @@ def outcome_of_kills(workload, folder, *arguments):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_weights_of_the_uninterrupted_one(text, tmp_path):
-    flags = ["--corpus", str(text), *FLAGS, "--max_steps=24", "--checkpoint_every=1"]
+    flags = ["--data", str(text), *FLAGS, "--max_steps=24", "--checkpoint_every=1"]
     outcome = outcome_of_kills(PRETRAINING, tmp_path, *flags)
     if outcome["kills"] >= 20:
         assert outcome["torn"] > 0  # some kills came while a checkpoint was being written
@@ -205,7 +205,7 @@ def test_a_policy_killed_at_random_moments_loses_at_most_the_work_since_its_chec
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
 def test_an_interrupt_saves_a_checkpoint_and_prints_how_to_resume(train, text, tmp_path, number):
     folder, flags = tmp_path / "stopped", ["--max_steps=100", "--checkpoint_every=1000"]
-    arguments = ["train", "--corpus", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
+    arguments = ["train", "--data", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "palm_rlhf", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -263,7 +263,7 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(train, text, tmp_pa
     assert train(tmp_path, *size, "--max_steps=3") == 0
     before = final_weights(tmp_path, 3)
     assert len(before) > 30_000
-    flags = ["--corpus", str(text), "--checkpoint_dir", str(tmp_path), *FLAGS, *size, "--max_steps=9"]
+    flags = ["--data", str(text), "--checkpoint_dir", str(tmp_path), *FLAGS, *size, "--max_steps=9"]
     command = [sys.executable, "-c", FULL_DISK, "train", *flags]
     full = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 

@@ -10,20 +10,22 @@ from lm_core.tokenizers import Tokenizer, load_tokenizer
 @typed
 @dataclass(frozen=True, kw_only=True)
 class TextCorpus:
-    """Text: source, tokenizer and held-out fraction.
+    """Text: source, tokenizer and held-out part.
 
     Args:
-        corpus: training text: "stdlib" (Python's own library), files, folders or globs of text, JSON, tables or arrow
+        data: training text: "stdlib" (Python's own library), files, folders or globs of text, JSON, tables or arrow
             files, a data set on the hub as organisation/name, or bytes:FILE for a file's raw bytes.
         field: column of the text, in formats with columns.
         tokenizer: tokenizer to use: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
-        validation_fraction: fraction of the corpus held out for validation.
+        validation_data: held-out text, from the same kinds of source; null holds out a fraction of ``data``.
+        validation_fraction: fraction of ``data`` held out for validation, without ``validation_data``.
         cache_dir: folder that caches the tokenised corpus, memory-mapped; null keeps the corpus in memory.
     """
 
-    corpus: str = "stdlib"
+    data: str = "stdlib"
     field: str = "text"
     tokenizer: str = "bytes"
+    validation_data: str | None = None
     validation_fraction: float = 0.05
     cache_dir: str | None = None
 
@@ -35,9 +37,10 @@ class TextCorpus:
         """
         encoder = load_tokenizer(self.tokenizer)
         corpus = load_corpus(
-            self.corpus,
+            self.data,
             tokenizer=encoder,
             field=self.field,
+            validation_source=self.validation_data,
             validation_fraction=self.validation_fraction,
             cache_dir=self.cache_dir,
         )

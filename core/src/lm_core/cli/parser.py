@@ -33,9 +33,26 @@ _SHORT_USAGE = 12
 _COMMON_HELP = {
     "checkpoint": "folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.",
     "checkpoint_dir": "folder of the run.",
+    "compile": "compiles the loss (torch.compile).",
+    "data": "training data: files, folders or globs, or organisation/name on the hub.",
     "device": "auto takes CUDA, then MPS, then the CPU.",
+    "field": "column of the text, in formats with columns.",
+    "max_new_tokens": "maximum number of new tokens; an end token ends a text earlier.",
+    "model": "folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a Hugging Face model, "
+    "or organisation/name on the hub.",
+    "num_samples": "number of samples.",
+    "overwrite": "allows writing to a folder that has content.",
+    "precision": "auto is bf16 on a GPU that has it and fp32 elsewhere.",
+    "preset": "sizes and the learning rate that fits them; a flag next to it wins.",
+    "progress": "shows a progress bar.",
+    "prompt": 'text to continue; "-" reads standard input, "@FILE" a file.',
     "resume": "auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.",
+    "seed": "random seed.",
+    "sequence_length": "tokens per row of training text.",
+    "tokenizer": 'tokenizer to use instead of the model\'s: "bytes", a folder, or organisation/name on the hub.',
     "trackers": "names of trackers that accelerate knows, such as tensorboard.",
+    "validation_data": "held-out data, from the same kinds of source; null holds out a fraction of the data.",
+    "validation_fraction": "fraction of the data held out for validation.",
 }
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "{true,false}"}
 
@@ -88,6 +105,18 @@ class Command:
         names = inspect.signature(self.function).parameters
         built = {name: group.build(arguments) for name, group in self.groups.items()}
         return self.function(**{name: arguments[name] for name in names if name not in built}, **built)
+
+
+def preset_name(chosen: Mapping[str, Any], *own: str) -> str:
+    """The preset of a run: the chosen one, or "quickstart" without own data or model, or else "small".
+
+    Args:
+        chosen: arguments, as ``Command.presets`` receives them.
+        *own: names of the arguments of which none is set in a quickstart; "stdlib" counts as not set.
+    """
+    if chosen.get("preset") is not None:
+        return str(chosen["preset"])
+    return "small" if any(chosen.get(name) not in (None, "stdlib") for name in own) else "quickstart"
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]

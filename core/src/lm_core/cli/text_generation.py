@@ -1,6 +1,7 @@
-"""Text generation with a model from a folder, for the ``generate`` commands."""
+"""Prompts, sampling flags and text generation, for the ``generate`` commands."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, check_temperature, typed
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import filters_of
 from lm_core.tokenizers import Tokenizer, load_tokenizer
@@ -18,16 +19,44 @@ from lm_core.training.accelerator import pick_device
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class TextGeneration:
-    """Generation: length, sampling and device.
+class SamplingFlags:
+    """Sampling: temperature, filters and repetition penalty.
 
     Args:
-        max_new_tokens: maximum number of new tokens; the end-of-document token ends a text earlier.
         temperature: divisor of the logits; 0 always takes the most likely token.
         top_k: number of most likely tokens to sample from; null for no limit.
         top_p: probability mass of the most likely tokens to sample from; null for no limit.
         min_p: minimum probability of a token, as a fraction of the most likely token's; null for no limit.
         repetition_penalty: penalty of tokens already in the text; above 1 makes them less likely.
+
+    Raises:
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.filters()  # raises for a value out of range
+        check_temperature(self.temperature)
+        check_above_zero(self.repetition_penalty, "repetition_penalty")
+
+    def filters(self) -> list[Callable[[Tensor], Tensor]]:
+        """The filters of the logits, for ``lm_core.generation.generate``."""
+        return filters_of(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class TextGeneration(SamplingFlags):
+    """Generation: length, sampling and device.
+
+    Args:
+        max_new_tokens: maximum number of new tokens; an end token ends a text earlier.
         num_samples: number of continuations.
         seed: random seed of the draws.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
@@ -35,16 +64,13 @@ class TextGeneration:
         progress: shows a progress bar.
 
     Raises:
-        ValueError: ``num_samples`` is below 1.
+        ValueError: a value is out of range.
         TypeError: a value has the wrong type.
     """
 
     max_new_tokens: int = 200
     temperature: float = 0.7
-    top_k: int | None = None
     top_p: float | None = 0.95
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
     num_samples: int = 1
     seed: int = 0
     tokenizer: str | None = None
@@ -52,6 +78,8 @@ class TextGeneration:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.max_new_tokens, "max_new_tokens")
         check_positive(self.num_samples, "num_samples")
 
 
@@ -65,15 +93,32 @@ class OpenedPrompt:
     ids: Tensor
 
 
+def read_prompt(prompt: str) -> str:
+    """The text of a command's prompt: "-" reads standard input, "@FILE" a file in UTF-8.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not UTF-8.
+    """
+    if prompt == "-":
+        return sys.stdin.read()
+    if not prompt.startswith("@"):
+        return prompt
+    try:
+        return Path(prompt[1:]).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt must be UTF-8 text, got {prompt}: {error}") from error
+
+
 def open_prompt(
-    model_class: Any, checkpoint: str, prompt: str, *, tokenizer: str | None = None, device: str = "auto"
+    model_class: Any, model: str, prompt: str, *, tokenizer: str | None = None, device: str = "auto"
 ) -> OpenedPrompt:
     """Loads a model from a checkpoint, in evaluation mode, and reads a prompt for it.
 
     Args:
         model_class: class with ``from_pretrained``.
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        prompt: a text; "-" reads it from standard input, "@FILE" from a file.
+        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
+        prompt: argument of ``read_prompt``.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: device name for ``lm_core.training.accelerator.pick_device``.
 
@@ -81,11 +126,9 @@ def open_prompt(
         ValueError: there is no model in the folder, the prompt is empty, or the device is not available.
         OSError: the prompt's file cannot be read.
     """
-    folder = checkpoint_folder(checkpoint)
+    folder = checkpoint_folder(model)
     encoder = load_tokenizer(tokenizer or folder)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if prompt.startswith("@"):
-        text = Path(prompt[1:]).read_text(encoding="utf-8")
+    text = read_prompt(prompt)
     ids = torch.tensor(encoder.encode(text), dtype=torch.long)
     if len(ids) == 0:
         raise ValueError(f"prompt must hold at least one token, got {text!r}")
@@ -93,15 +136,15 @@ def open_prompt(
     return OpenedPrompt(model_class.from_pretrained(folder).to(target).eval(), encoder, text, ids.to(target))
 
 
-def print_continuations(model_class: Any, checkpoint: str, prompt: str, settings: TextGeneration) -> None:
+def print_continuations(model_class: Any, model: str, prompt: str, settings: TextGeneration) -> None:
     """Prints a prompt with each of its continuations; arguments and errors are those of ``open_prompt``."""
-    opened = open_prompt(model_class, checkpoint, prompt, tokenizer=settings.tokenizer, device=settings.device)
+    opened = open_prompt(model_class, model, prompt, tokenizer=settings.tokenizer, device=settings.device)
     result = generate(
         opened.model,
         [opened.ids] * settings.num_samples,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        filters=filters_of(top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p),
+        filters=settings.filters(),
         eos_id=opened.tokenizer.eos_id,
         repetition_penalty=settings.repetition_penalty,
         generator=torch.Generator(opened.ids.device).manual_seed(settings.seed),

@@ -96,6 +96,10 @@ def split_documents(
             f"validation_fraction {validation_fraction} leaves {train.num_tokens} tokens for training and "
             f"{validation.num_tokens} for validation; both sides need some"
         )
+    return _corpus_of(train, validation)
+
+
+def _corpus_of(train: Documents, validation: Documents) -> Corpus:
     fingerprint = hashlib.sha256(f"{train.fingerprint}{validation.fingerprint}".encode()).hexdigest()
     return Corpus(train=train, validation=validation, fingerprint=fingerprint)
 
@@ -167,6 +171,7 @@ def load_corpus(
     *,
     tokenizer: Encoder | None = None,
     field: str = "text",
+    validation_source: Any = None,
     validation_fraction: float = 0.05,
     cache_dir: str | Path | None = None,
 ) -> Corpus:
@@ -174,6 +179,7 @@ def load_corpus(
 
     Args:
         source: ``"stdlib"``, or a source of ``read_texts``.
+        validation_source: source of the held-out documents; None holds out a share of ``source``.
         validation_fraction: share kept for validation (of the documents; of the tokens if there is only one).
         tokenizer, field, cache_dir: arguments of ``load_documents``.
 
@@ -182,9 +188,14 @@ def load_corpus(
     """
     _check_fraction(validation_fraction)
     if isinstance(source, str) and source == "stdlib":
-        return stdlib_corpus(tokenizer=tokenizer, validation_fraction=validation_fraction)
-    documents = load_documents(source, tokenizer=tokenizer, field=field, cache_dir=cache_dir)
-    return split_documents(documents, validation_fraction)
+        corpus = stdlib_corpus(tokenizer=tokenizer, validation_fraction=validation_fraction)
+        documents = corpus.train
+    else:
+        documents = load_documents(source, tokenizer=tokenizer, field=field, cache_dir=cache_dir)
+        corpus = None
+    if validation_source is not None:
+        return _corpus_of(documents, held_out_documents(validation_source, tokenizer=tokenizer, field=field))
+    return corpus or split_documents(documents, validation_fraction)
 
 
 def held_out_documents(source: Any, *, tokenizer: Encoder | None = None, field: str = "text") -> Documents:

@@ -167,7 +167,7 @@ def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
         FileNotFoundError, ValueError, TypeError, ImportError: as for ``lm_core.data.rows.load_rows``; also
             ``ValueError`` for a row without ``field``.
     """
-    return (_document_of(row, field, where) for where, row in iterate_rows(source, name="corpus"))
+    return (_document_of(row, field, where) for where, row in iterate_rows(source, name="data"))
 
 
 def _document_of(row: Any, field: str, where: str) -> Document:
@@ -214,7 +214,7 @@ def load_documents(
                 _write_cache(directory, texts, tokenizer)
     except ValueError as error:
         if "at least one document" in str(error):
-            raise ValueError(f"corpus {source} is empty: it holds no document with any text") from error
+            raise ValueError(f"{source} is empty: it holds no document with any text") from error
         raise
     return _read_cache(directory)
 

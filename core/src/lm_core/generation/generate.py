@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_core.causal_lm import CausalLM, Generation
-from lm_core.checks import typed
+from lm_core.checks import check_temperature, typed
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.decoding import Decoder, Filter, is_any, prompt_rows
-from lm_core.generation.sampling import gumbel_sample, top_p
+from lm_core.generation.sampling import filters_of, gumbel_sample
+from lm_core.generation.sampling import top_p as nucleus
 
 __all__ = ["CausalLM", "Generation", "beam_search", "generate", "sample"]
 
@@ -38,6 +39,9 @@ def generate(
     mask: Tensor | None = None,
     prompt_lengths: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
     filters: Sequence[Filter] = (),
     eos_id: int | Sequence[int] | None = None,
     pad_id: int = 0,
@@ -50,7 +54,8 @@ def generate(
 ) -> Generation:
     """Generates a continuation of each prompt.
 
-    Logits pass through the repetition penalty, the minimum length, the temperature and the filters, in this order.
+    Logits pass through the repetition penalty, the minimum length, the temperature and the filters
+    (top-k, top-p, min-p, then ``filters``), in this order.
 
     Args:
         model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
@@ -59,7 +64,10 @@ def generate(
         mask: ``(b, n)`` True at real tokens, padding on either side.
         prompt_lengths: ``(b,)`` lengths of right-padded prompts, instead of ``mask``.
         temperature: divisor of the logits; 0 takes the most likely token that the filters leave.
-        filters: functions ``(b, v) -> (b, v)`` such as ``functools.partial(top_p, p=0.9)``.
+        top_k: number of most likely tokens to sample from; None for no limit.
+        top_p: probability mass of the most likely tokens to sample from; None for no limit.
+        min_p: minimum probability of a token, as a fraction of the most likely token's; None for no limit.
+        filters: further functions ``(b, v) -> (b, v)`` that set excluded logits to minus infinity.
         eos_id: token or tokens that end a row.
         pad_id: token after the end of a row.
         min_new_tokens: number of new tokens before which EOS is not generated.
@@ -74,8 +82,8 @@ def generate(
         ValueError: an argument is out of range, or prompt and new tokens exceed the model's ``max_length``.
         TypeError: the prompt holds no integers.
     """
-    if not 0.0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    check_temperature(temperature)
+    filters = [*filters_of(top_k=top_k, top_p=top_p, min_p=min_p), *filters]
     decoder = Decoder(
         model,
         prompt,
@@ -137,7 +145,7 @@ def sample(
     prompts: Any,
     seq_len: int,
     temperature: float = 1.0,
-    filter_fn: Callable[..., Tensor] | None = top_p,
+    filter_fn: Callable[..., Tensor] | None = nucleus,
     filter_kwargs: dict[str, Any] | None = None,
     pad_id: int = -1,
     eos_id: int | Sequence[int] | None = None,

@@ -43,6 +43,13 @@ def _check_number(
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
+def _check_count(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+
+
 def _check_logits(logits: Tensor, dim: int = -1) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got dtype {logits.dtype}")
@@ -74,10 +81,8 @@ def top_k(logits: Float[Tensor, "*b v"], thres: float | int = 0.9, *, k: int | N
     if k is None:
         _check_number(thres, "thres", low=0, high=1)
         k = max(math.ceil((1 - thres) * vocabulary), 1)
-    elif isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an integer of at least 1, got {k!r}")
-    elif k < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k}")
+    else:
+        _check_count(k, "k")
     if k >= vocabulary:
         return logits.clone()
     smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
@@ -132,7 +137,16 @@ _FILTERS: dict[str, Callable[..., Tensor]] = {"k": top_k, "p": top_p, "min_p": m
 def filters_of(
     *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> list[Callable[[Tensor], Tensor]]:
-    """The filters with these arguments, in this order, without those that are None."""
+    """The filters with these arguments, in this order, without those that are None.
+
+    Raises:
+        ValueError, TypeError: a value is out of range or of the wrong type.
+    """
+    if top_k is not None:
+        _check_count(top_k, "top_k")
+    for value, name in ((top_p, "top_p"), (min_p, "min_p")):
+        if value is not None:
+            _check_number(value, name, low=0, high=1)
     chosen = zip(_FILTERS.items(), (top_k, top_p, min_p), strict=True)
     return [partial(filter_, **{argument: value}) for (argument, filter_), value in chosen if value is not None]
 

@@ -49,12 +49,12 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind == "auto":
         kind = next(candidate for candidate, present in available.items() if present)
     if not available[kind]:
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no {kind.upper()} device")
+        raise ValueError(f"device {name!r} was requested, but torch {torch.__version__} finds no {kind.upper()} device")
     if kind != "cuda":
         return torch.device(kind)
     index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise ValueError(f"device cuda:{index} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device cuda:{index} was requested, but there are {torch.cuda.device_count()} CUDA devices")
     return torch.device("cuda", index)
 
 

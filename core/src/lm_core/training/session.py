@@ -76,6 +76,7 @@ from lm_core.training.run_directory import RunDirectory
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound="TrainingResult")
 
 
@@ -202,7 +203,6 @@ class TrainingSession:
         optimizer: Callable[[], tuple[Any, Any]] | None = None,
         gradients: Literal["average", "sum"] = "average",
         blocks: Callable[[], Iterable[nn.Module]] | None = None,
-        compile: bool = False,
         state: Mapping[str, Any] | None = None,
         rank_state: Mapping[str, Any] | None = None,
         architecture: Mapping[str, Any] | None = None,
@@ -228,7 +228,6 @@ class TrainingSession:
             gradients: "average" over processes, by DDP or FSDP; "sum" adds them up in ``optimizer_step``, for
                 objectives that DDP cannot wrap.
             blocks: function that returns the submodules FSDP gathers one at a time; None does not shard.
-            compile: compiles the objective.
             state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. Their
                 ``check_state(state)``, if any, all run before the first ``load_state_dict``.
             rank_state: state objects that differ between processes.
@@ -248,7 +247,7 @@ class TrainingSession:
         Raises:
             ValueError: the device or torch cannot shard or compile.
         """
-        if compile:
+        if self.config.compile:
             check_compilable(self.device)
         if blocks is not None:
             sharding.check_shardable(self.device)
@@ -257,7 +256,6 @@ class TrainingSession:
         self._make_optimizer = optimizer
         self._gradients = gradients
         self._blocks = blocks
-        self._compile = compile
         self._state = dict(state or {})
         self._rank_state = dict(rank_state or {})
         self._architecture = dict(architecture or {})
@@ -366,6 +364,10 @@ class TrainingSession:
             if last and ends:
                 self.validate()
                 self.save()
+
+    def compiled(self, function: F) -> F:
+        """``function`` compiled if the settings ask for it, for a loss that does not go through ``module``."""
+        return torch.compile(function) if self.config.compile else function  # type: ignore[return-value]
 
     def micro_batches(self, batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches of one update; processes exchange gradients in the backward of the last one only."""
@@ -547,7 +549,7 @@ class TrainingSession:
         if self._blocks is not None:
             sharding.shard(self.objective, iter(self._blocks()))
         # only training runs often enough to be worth compiling: validation calls the objective uncompiled
-        self._compiled: Any = torch.compile(self.objective) if self._compile else self.objective
+        self._compiled: Any = self.compiled(self.objective)
         if self._make_optimizer is not None:
             self.use_optimizer(*self._make_optimizer())
         if checkpoint is None:

@@ -136,7 +136,6 @@ class CoCaTrainer:
             model=model,
             objective=CoCaObjective(model),
             optimizer=lambda: adamw(model, settings),
-            compile=settings.compile,
             state={"batches": self.batches},
             architecture={name: value for name, value in arguments.items() if name != "gradient_checkpointing"},
             tokenizer=self.tokenizer,

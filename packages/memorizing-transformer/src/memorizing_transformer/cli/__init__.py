@@ -32,7 +32,7 @@ TRAIN = """Trains a Memorizing Transformer on documents in order.
 Without arguments, it trains on Python's standard library (about two minutes on two CPU cores).
 
   memorizing-transformer train                                          the quickstart, into runs/memorizing-quickstart
-  memorizing-transformer train --corpus texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
+  memorizing-transformer train --data texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
   memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m memorizing_transformer train
 

@@ -68,7 +68,7 @@ def train(
     millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
     report("model", f"{millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
     report("memory", f"{memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
-    report("corpus", f"{text.corpus}: {data.train.size} to learn from, {data.validation.size} held out")
+    report("corpus", f"{text.data}: {data.train.size} for training, {data.validation.size} held out")
     report("", f"fingerprint {data.fingerprint[:16]}")
     report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()

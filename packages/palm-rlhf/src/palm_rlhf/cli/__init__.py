@@ -25,7 +25,7 @@ SETTLED = ("num_tokens", "causal", "lora_r", "finetune_scopes", "flash_attn", "c
 TRAIN = """Pretrains a PaLM on text; without arguments, on Python's own library (a minute and a half on two CPU cores).
 
   palm-rlhf train                                          the quickstart, into runs/palm-quickstart
-  palm-rlhf train --corpus texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
+  palm-rlhf train --data texts.jsonl.gz --dim 512 --depth 8 --max_steps 20000 --checkpoint_dir runs/mine
   palm-rlhf train --print_config > run.yaml; palm-rlhf train --config run.yaml --seed 1
   torchrun --nproc_per_node 8 -m palm_rlhf train --fsdp --compile
 

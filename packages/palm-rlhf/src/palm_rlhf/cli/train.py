@@ -53,7 +53,7 @@ def train(
     # train, with a report before and after
     millions = sum(parameter.numel() for parameter in palm.parameters()) / 1e6
     report("model", f"PaLM, {millions:.2f} million parameters, {encoder.vocab_size} tokens")
-    report("corpus", f"{text.corpus}: {data.train.size} to learn from, {data.validation.size} held out")
+    report("corpus", f"{text.data}: {data.train.size} for training, {data.validation.size} held out")
     report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
     first, last = result.first_bits_per_byte, result.last_bits_per_byte

@@ -121,7 +121,6 @@ class PretrainTrainer:
             objective=self.objective,
             optimizer=lambda: adamw(model, settings),
             blocks=model.blocks if settings.fsdp else None,
-            compile=settings.compile,
             state={"batches": self.batches},
             architecture={name: arguments[name] for name in ARCHITECTURE},
             tokenizer=self.tokenizer,

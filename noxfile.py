@@ -239,7 +239,7 @@ def tests_last_release(session: nox.Session, package: str) -> None:
 def integration(session: nox.Session) -> None:
     """Tests across distributions: tests/ at the top level, with all six in one environment."""
     with deleted_after_use(session):
-        tools = ("nox", "packaging", "pytest", "pytest-timeout")
+        tools = ("nox", "packaging", "pytest", "pytest-timeout", "uv")
         wheels = install_wheels(session, EVERY, *group_of(EVERY, "test"), *tools)
         arguments = ("tests", "-m", "not cuda", *session.posargs)
         session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, "WORKSPACE_WHEELS": str(wheels)})

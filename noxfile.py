@@ -436,7 +436,7 @@ def dev(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder))
     scripts = folder / ("Scripts" if os.name == "nt" else "bin")
     editable = [part for distribution in EVERY for part in ("--editable", str(distribution.folder))]
-    tools = ["nox", "ruff", "mypy", *group_of(EVERY, "test"), *group_of(EVERY, "bench")]
+    tools = ["nox", "uv", "ruff", "mypy", *group_of(EVERY, "test"), *group_of(EVERY, "bench")]
     session.run(str(scripts / "python"), "-m", "pip", "install", "-c", CONSTRAINTS, *editable, *tools, external=True)
     print(f"Activate it: . {scripts / 'activate'}", flush=True)
 

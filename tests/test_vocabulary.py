@@ -49,21 +49,46 @@ OTHER_MEANING = {
     "learning_rate_scale": {"warmup_steps"},
     "clip_global_norm": {"max_norm"},
 }
-# Flags of every `train`, and the defaults that every command gives them.
-EVERY_TRAIN = {
-    "--batch_size",
+# Names that are no flags: in Python a corpus, pairs or prompts may be called what they are.
+FLAG_ALIASES = {
+    **ALIASES,
+    "checkpoint": "model",
+    "start_from": "model",
+    "corpus": "data",
+    "pairs": "data",
+    "prompts": "data",
+    "validation_pairs": "validation_data",
+    "validation_prompts": "validation_data",
+    "length": "sequence_length",
+    "num_episodes": "max_steps",
+    "filter_thres": "top_k",
+    "nucleus": "top_p",
+}
+# Flags of every command that trains.
+EVERY_RUN = {
     "--checkpoint_dir",
     "--checkpoint_every",
-    "--config",
+    "--compile",
+    "--data",
     "--device",
     "--keep_checkpoints",
-    "--learning_rate",
     "--max_grad_norm",
+    "--max_seconds",
+    "--max_steps",
+    "--model",
+    "--precision",
     "--resume",
     "--seed",
-    "--validate_every",
-    "--weight_decay",
+    "--tokenizer",
+    "--trackers",
+    "--validation_data",
 }
+# Flags of every `train`.
+EVERY_TRAIN = EVERY_RUN | {"--batch_size", "--learning_rate", "--validate_every", "--weight_decay"}
+# Flags of every command that samples.
+EVERY_SAMPLER = {"--min_p", "--repetition_penalty", "--seed", "--temperature", "--top_k", "--top_p"}
+# A composition's models have roles, and each brings its own tokenizer.
+OTHER_FLAGS = {"calm-pytorch train": {"--model", "--tokenizer"}}
 SAME_DEFAULT = {"--device": "auto", "--resume": "auto", "--seed": 0, "--keep_checkpoints": 2, "--compile": False}
 
 
@@ -85,21 +110,41 @@ def actions_of(parser: Any) -> dict[str, Any]:
 
 def test_no_flag_has_another_name_than_the_common_one(parsers: dict[str, Any]) -> None:
     found = {
-        f"{command} {flag}": f"--{ALIASES[flag[2:]]}"
+        f"{command} {flag}": f"--{FLAG_ALIASES[flag[2:]]}"
         for command, parser in parsers.items()
         for flag in actions_of(parser)
-        if flag[2:] in ALIASES
+        if flag[2:] in FLAG_ALIASES
     }
     assert found == {}
 
 
-def test_every_train_command_has_the_common_flags(parsers: dict[str, Any]) -> None:
-    missing = {
-        command: sorted(EVERY_TRAIN - set(actions_of(parser)) - {"--config"})
-        for command, parser in parsers.items()
-        if command.endswith(" train")
-    }
+def test_commands_of_a_kind_have_the_common_flags(parsers: dict[str, Any]) -> None:
+    missing = {}
+    for command, parser in parsers.items():
+        flags = set(actions_of(parser))
+        common = set()
+        if "--resume" in flags:
+            common |= EVERY_TRAIN if command.endswith(" train") else EVERY_RUN
+        if "--temperature" in flags:
+            common |= EVERY_SAMPLER
+        missing[command] = sorted(common - flags - OTHER_FLAGS.get(command, set()))
     assert {command: flags for command, flags in missing.items() if flags} == {}
+    assert sum("--resume" in actions_of(parser) for parser in parsers.values()) >= 9
+    assert sum("--temperature" in actions_of(parser) for parser in parsers.values()) >= 11
+
+
+def test_the_defaults_of_a_command_are_those_of_its_classes(parsers: dict[str, Any]) -> None:
+    other = {}
+    for name, parser in parsers.items():
+        for group in parser.command.groups.values():
+            parameters = inspect.signature(group.kind).parameters
+            other |= {
+                f"{name} --{argument}": default
+                for argument, default in group.defaults.items()
+                if parameters[argument].default is not inspect.Parameter.empty
+            }
+        other |= {f"{name} --{key}": value for key, value in parser.command.defaults.items() if key != "checkpoint_dir"}
+    assert other == {}
 
 
 def test_a_flag_is_of_one_type_in_every_command(parsers: dict[str, Any]) -> None:
@@ -128,7 +173,7 @@ def test_a_flag_is_explained_in_the_same_words(parsers: dict[str, Any]) -> None:
     words = defaultdict(set)
     for parser in parsers.values():
         for flag, action in actions_of(parser).items():
-            if flag in {"--device", "--resume", "--precision", "--trackers", "--keep_checkpoints", "--max_grad_norm"}:
+            if flag in (EVERY_RUN | EVERY_SAMPLER) - {"--checkpoint_dir", "--data", "--model", "--tokenizer"}:
                 words[flag].add(" ".join(str(action.help).split()))
     assert {flag: texts for flag, texts in words.items() if len(texts) > 1} == {}
 
@@ -137,8 +182,8 @@ def test_what_commands_take_first_has_one_name(parsers: dict[str, Any]) -> None:
     for command, parser in parsers.items():
         positional = [name for name in actions_of(parser) if not name.startswith("--")]
         kind = command.split()[1]
-        if kind in {"eval", "inspect", "caption", "embed", "zero-shot", "retrieve", "sample"}:
-            assert positional[:1] == ["checkpoint"], command
+        if kind in {"generate", "eval", "inspect", "caption", "embed", "zero-shot", "retrieve", "sample"}:
+            assert positional[:1] == (["anchor"] if command.startswith("calm") else ["model"]), command
         if kind == "convert":
             assert positional == ["old", "directory"], command
 

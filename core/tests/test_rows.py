@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from lm_core.data.documents import load_documents
 from lm_core.data.jsonl import read_json_lines
 from lm_core.data.rows import iterate_rows, load_rows
 
@@ -43,7 +46,7 @@ def test_every_format_gives_the_rows_that_were_written(form, tmp_path):
 
 
 def test_several_files_a_glob_and_a_folder_are_read_in_order_without_hidden_files(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", ".cache/c.jsonl"):
+    for name in ("b.jsonl", "a.jsonl", ".hidden.jsonl", ".cache/c.jsonl", "__MACOSX/d.jsonl", "._a.jsonl"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"text": name}) + "\n")
@@ -56,14 +59,94 @@ def test_files_passed_over_are_counted_and_named(tmp_path):
     for name in ("a.txt", "picture.png", "notes.docx"):
         (tmp_path / name).write_bytes(b"text")
     with pytest.warns(UserWarning, match=r"2 file\(s\) passed over: notes.docx, picture.png"):
-        assert load_rows(tmp_path) == [{"text": b"text"}]
+        assert load_rows(tmp_path) == [{"text": "text"}]
 
 
 def test_a_text_file_is_one_row_or_a_row_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("one\u2028still one\r\n\r\ntwo\x0b\n".encode())
-    assert load_rows(path) == [{"text": path.read_bytes()}]
+    assert load_rows(path) == [{"text": path.read_bytes().decode()}]
     assert load_rows(path, text_rows="line") == [{"text": "one\u2028still one"}, {"text": "two\x0b"}]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(suffix, tmp_path):
+    content = {"txt": "Zürich", "csv": "text\nZürich\n", "tsv": "text\nZürich\n", "jsonl": '{"text": "Zürich"}\n'}[
+        suffix
+    ]
+    path = tmp_path / f"a.{suffix}"
+    for encoding in ("utf-8-sig", "utf-16") if suffix != "jsonl" else ("utf-8-sig",):
+        path.write_text(content, encoding=encoding)
+        assert load_rows(path) == [{"text": "Zürich"}]
+
+
+# what people's texts hold: separators of Unicode and ASCII, quotes, delimiters, control characters, marks
+SPECIAL = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\"',;\t\r\n\\ \ufeff\U0001f642"
+CELLS = st.text(st.sampled_from(SPECIAL + "ab1") | st.characters(exclude_categories=("Cs",), exclude_characters="\0"))
+VALUES = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | CELLS
+UNCHANGED = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(rows=st.lists(st.dictionaries(CELLS, st.recursive(VALUES, st.lists, max_leaves=4), min_size=1), min_size=1))
+@UNCHANGED
+def test_random_json_lines_are_read_as_json_reads_them(rows, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8", newline="")
+    assert load_rows(path) == load_rows(path) == [json.loads(line) for line in lines]
+    assert [where for where, _ in iterate_rows(path)] == [f"{path}, line {n + 1}," for n in range(len(rows))]
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1))
+@UNCHANGED
+def test_random_tables_are_read_as_csv_reads_them(quoting, rows, tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, quoting=quoting).writerows([("prompt", "response"), *rows])
+    with path.open(encoding="utf-8", newline="") as stream:
+        expected = list(csv.DictReader(stream, strict=True))
+    assert load_rows(path) == load_rows(path) == expected
+
+
+@given(lines=st.lists(st.text(st.sampled_from(SPECIAL.replace("\r", "").replace("\n", "") + "ab1")), min_size=1))
+@UNCHANGED
+def test_random_lines_end_at_line_feeds_only(lines, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\r\n".join(["first", *lines]).encode())
+    expected = [{"text": line} for line in ["first", *lines] if line.strip()]
+    assert load_rows(path, text_rows="line") == expected
+
+
+def test_a_lone_surrogate_is_named_where_a_tokenizer_cannot_encode_it():
+    class Words:
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+    assert load_documents(["a\ud800b"]).num_tokens == 5
+    with pytest.raises(ValueError, match=r"lone surrogate '\\ud800'"):
+        load_documents(["fine", "a\ud800b"], tokenizer=Words())
+
+
+def test_quotes_in_a_tsv_stand_as_they_are_unless_a_program_wrote_them(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('image\ttext\n1.png\t"Stop" sign\n2.png\t"open\n3.png\tplain\n4.png\t"a ""b"" c"\n')
+    assert [row["text"] for row in load_rows(path)] == ['"Stop" sign', '"open', "plain", 'a "b" c']
+    with path.open("w", newline="") as stream:
+        csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_ALL).writerows([["image", "text"], ["1.png", "Stop"]])
+    assert load_rows(path) == [{"image": "1.png", "text": "Stop"}]
+
+
+def test_a_mapping_of_columns_is_read_as_rows():
+    assert load_rows({name: [row[name] for row in ROWS] for name in ROWS[0]}) == ROWS
+    with pytest.raises(TypeError, match=r"columns that are lists of one length.*\{'a': 1, 'b': 2\}"):
+        load_rows({"a": [1], "b": [1, 2]})
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("here")
+    assert load_rows("~/a.txt") == load_rows("~/*.txt") == [{"text": "here"}]
 
 
 def test_python_objects_pass_as_they_are():
@@ -104,6 +187,18 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out_on_request(tmp_path):
         ("a.txt", b"a\0b", ValueError, "zero bytes.*bytes:"),
         ("a.jsonl", b'{"a": 1}\n\n[3\n', ValueError, "a.jsonl, line 3, is not JSON"),
         ("a.json", b'[{"a": 1}', ValueError, "a.json, line 1, is not JSON"),
+        (
+            "a.jsonl",
+            b"[" * 100_000 + b"]" * 100_000,
+            ValueError,
+            "a.jsonl, line 1, is not read: its JSON is nested too",
+        ),
+        ("a.txt", "naïve".encode("latin-1"), ValueError, r"a.txt is not UTF-8 \(byte 2: .*iconv -f LATIN1"),
+        ("a.csv", "a\nnaïve".encode("latin-1"), ValueError, "a.csv is not UTF-8"),
+        ("a.csv", b"a,b\n1,2,3\n", ValueError, "a.csv, line 2, has 3 fields, the header 2"),
+        ("a.csv", b'a,b\n"Stop" sign,2\n', ValueError, "a.csv, line 2, is no CSV"),
+        ("a.csv", b"a,a\n1,2\n", ValueError, "a.csv, line 1, must name each column once"),
+        ("a.tsv", b"a\tb\n1\t2\t3\n", ValueError, "a.tsv, line 2, has 3 fields, the header 2"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name, content, error, message, tmp_path):

@@ -7,6 +7,7 @@ the result on disk, memory-mapped, on request. ``Documents`` holds token ids wit
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_leftovers
-from lm_core.data.rows import data_fingerprint, iterate_rows
+from lm_core.data.rows import WholeFile, data_fingerprint, iterate_rows
 from lm_core.tokenizers import ByteTokenizer
 
 CACHE_FORMAT_VERSION = 1
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @runtime_checkable
@@ -117,7 +119,10 @@ def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsigned
         size = len(raw)
         if isinstance(tokenizer, ByteTokenizer):
             return np.frombuffer(raw, dtype=np.uint8).astype(dtype), size
-        ids = tokenizer.encode(document if isinstance(document, str) else document.decode("utf-8", errors="replace"))
+        text = document if isinstance(document, str) else document.decode("utf-8", errors="replace")
+        if surrogate := _SURROGATE.search(text):
+            raise ValueError(f"a document holds the lone surrogate {surrogate[0]!r}, which only bytes can encode")
+        ids = tokenizer.encode(text)
     values = np.asarray(ids, dtype=np.int64)
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"token ids must be in [0, {limit}), got {int(values.min())} to {int(values.max())}")
@@ -172,8 +177,7 @@ def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
 
 def _document_of(row: Any, field: str, where: str) -> Document:
     if isinstance(row, dict):
-        # the column of a text file is always called "text"
-        column = "text" if list(row) == ["text"] and isinstance(row["text"], bytes) else field
+        column = "text" if isinstance(row, WholeFile) else field
         if column not in row:
             raise ValueError(f"field {field!r} is missing in {where} which has {sorted(row)}")
         row = row[column]

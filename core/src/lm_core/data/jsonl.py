@@ -1,41 +1,11 @@
-"""Reader of JSON lines, with line numbers in its errors.
+"""Reader of JSON lines, with line numbers in its errors."""
 
-Lines end at ``\\n`` or ``\\r\\n`` only. ``str.splitlines`` would also cut at U+2028, which JSON allows inside a string.
-"""
-
-import bz2
-import gzip
 import json
-import lzma
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-_MODULES: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
-COMPRESSED = tuple(_MODULES)
-
-
-@contextmanager
-def open_bytes(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file for reading bytes, decompressed according to its suffix.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a compressed file is damaged or truncated.
-    """
-    file = Path(path)
-    module = _MODULES.get(file.suffix.lower())
-    if module is None:
-        with file.open("rb") as stream:
-            yield stream
-        return
-    try:
-        with module.open(file, "rb") as stream:
-            yield stream
-    except (gzip.BadGzipFile, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{file} is no whole {module.__name__} file: {error}") from error
+from lm_core.data.text_files import open_bytes
 
 
 def read_json_lines(
@@ -58,10 +28,21 @@ def read_json_lines(
                 continue
             if torn_end and not line.endswith(b"\n"):
                 return
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+            value = parsed_json(line, f"{path}, line {number},")
             if objects and not isinstance(value, dict):
                 raise ValueError(f"{path}, line {number}, must be a JSON object, got {type(value).__name__}")
             yield number, value
+
+
+def parsed_json(content: str | bytes, where: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: ``content`` is not JSON, or nested too deeply; the message begins with ``where``.
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{where} is not read: its JSON is nested too deeply") from None

@@ -11,15 +11,14 @@
 | a folder, a glob, a list of ``Path`` | all their files, sorted |
 | ``"org/name"``, ``"org/name:config"`` | a data set of the hub (extra ``datasets``) |
 | a Hugging Face ``Dataset``, a sequence, an iterable | its entries, unchanged |
+| a mapping of columns, lists of one length | its rows |
 
-Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``). A file of another format is rejected with a way to convert
-it; in a folder it is skipped, and a warning counts and names the skipped files.
+Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``) and are UTF-8, or UTF-16 with a byte order mark. A file of
+another format is rejected with a way to convert it; in a folder it is skipped, and a warning counts and names the
+skipped files.
 """
 
-import csv
 import glob
-import io
-import json
 import os
 import re
 import warnings
@@ -27,7 +26,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.data.jsonl import COMPRESSED, open_bytes, read_json_lines
+from lm_core.data.jsonl import parsed_json, read_json_lines
+from lm_core.data.text_files import COMPRESSED, decoded_text, is_hidden, lines_of, open_bytes, table_rows
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -37,6 +37,11 @@ SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *DATASET_SUFFIXES)
 RAW = "bytes:"
 
 TextRows = Literal["file", "line"]
+
+
+class WholeFile(dict[str, Any]):
+    """Row of a whole file, ``{"text": ...}``: it has no columns to choose from."""
+
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -82,21 +87,31 @@ def iterate_rows(
     """
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        path = Path(text)
+        path = Path(text).expanduser()
         if text.startswith(RAW):
-            return _raw_row(_existing(Path(text.removeprefix(RAW)), name))
+            return _raw_row(_existing(Path(text.removeprefix(RAW)).expanduser(), name))
         if isinstance(source, str) and _HUB_NAME.fullmatch(text) and not _suffix(path) and not path.exists():
             return _numbered(_hub_dataset(text, split, name), text)
         if _is_saved_dataset(path):
-            return _numbered(_one_split(_datasets(text).load_from_disk(text), split, text), text)
+            return _numbered(_one_split(_datasets(text).load_from_disk(str(path)), split, text), text)
         return (row for file in source_files(source, name) for row in _file_rows(file, text_rows))
     if isinstance(source, list | tuple) and source and all(isinstance(part, Path) for part in source):
         return (row for part in source for row in iterate_rows(part, text_rows=text_rows, split=split, name=name))
     if isinstance(getattr(source, "column_names", None), dict):
         raise ValueError(f"{name} must be one split of the dataset, got a dict of {sorted(source)}")
     if isinstance(source, Mapping):
-        raise TypeError(f"{name} must be rows, not one row, got a mapping of {sorted(map(str, source))}")
+        return _numbered(_rows_of_columns(source, name), name)
     return _numbered(source, name)
+
+
+def _rows_of_columns(columns: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    lengths = {str(key): len(values) for key, values in columns.items() if isinstance(values, list | tuple)}
+    if not columns or len(lengths) < len(columns) or len(set(lengths.values())) > 1:
+        raise TypeError(
+            f"{name} must be rows, or a mapping of columns that are lists of one length, got a mapping of "
+            f"{sorted(map(str, columns))} with lists of the lengths {lengths}"
+        )
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def source_files(source: str | os.PathLike[str], name: str = "source") -> list[Path]:
@@ -108,7 +123,7 @@ def source_files(source: str | os.PathLike[str], name: str = "source") -> list[P
         FileNotFoundError: there are none.
         ValueError: a folder holds no file of a known format.
     """
-    path = Path(os.fspath(source).removeprefix(RAW))
+    path = Path(os.fspath(source).removeprefix(RAW)).expanduser()
     if not path.exists() and any(character in str(path) for character in "*?["):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
@@ -117,9 +132,7 @@ def source_files(source: str | os.PathLike[str], name: str = "source") -> list[P
     _existing(path, name)
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    parts = {file: file.relative_to(path).parts for file in files}
-    files = [file for file in files if not any(name.startswith(".") or name == "__pycache__" for name in parts[file])]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not is_hidden(file.relative_to(path))]
     known = [file for file in files if _suffix(file) in SUFFIXES]
     if not known:
         raise ValueError(f"{name}: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
@@ -158,7 +171,7 @@ def _file_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
     if suffix == ".json":
         return _json_rows(file)
     if suffix in TABLE_SUFFIXES:
-        return _located(file, "line", _table_rows(file, "\t" if suffix == ".tsv" else ","))
+        return _located(file, "line", table_rows(file, "\t" if suffix == ".tsv" else ","))
     if suffix in DATASET_SUFFIXES:
         return _located(file, "row", enumerate(_dataset_file(file, suffix)))
     if suffix not in (*TEXT_SUFFIXES, ""):
@@ -176,37 +189,30 @@ def _located(file: Path, unit: str, rows: Iterable[tuple[int, Any]]) -> Iterator
 
 def _raw_row(file: Path) -> Iterator[tuple[str, Any]]:
     with open_bytes(file) as stream:
-        yield str(file), {"text": stream.read()}
+        yield str(file), WholeFile(text=stream.read())
 
 
 def _text_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:
     with open_bytes(file) as stream:
-        content = stream.read()
-    if b"\0" in content:
+        text = decoded_text(stream.read(), file)
+    if "\0" in text:
         raise ValueError(f"{file} holds zero bytes, so it is no text; read its raw bytes with {RAW}{file}")
     if text_rows == "file":
-        yield str(file), {"text": content}
+        yield str(file), WholeFile(text=text)
         return
-    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
-            yield f"{file}, line {number},", {"text": line.removesuffix("\r")}
+            yield f"{file}, line {number},", {"text": line}
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with open_bytes(file) as stream:
         content = stream.read()
     try:
-        rows = json.loads(content)
+        rows = parsed_json(content, str(file))
     except ValueError:  # JSON lines under another name
         return _located(file, "line", read_json_lines(file, objects=False))
     return _located(file, "row", enumerate(rows if isinstance(rows, list) else [rows]))
-
-
-def _table_rows(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open_bytes(file) as stream:
-        reader = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter)
-        for row in reader:
-            yield reader.line_num, row
 
 
 def _datasets(path: str) -> Any:

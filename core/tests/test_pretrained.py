@@ -288,7 +288,7 @@ def test_a_hub_name_is_downloaded_at_its_revision_and_verified(tmp_path, monkeyp
     model.save_pretrained(tmp_path / "remote")
     asked = []
 
-    def download(name, *, revision, allow_patterns):
+    def download(name, *, revision, allow_patterns, ignore_patterns):
         asked.append((name, revision))
         return str(tmp_path / "remote")
 

@@ -30,9 +30,9 @@ def folder(tmp_path):
 
 
 def test_each_continuation_is_printed_after_its_prompt_and_ends_with_the_document(folder, capsys):
-    print_continuations(Successor, folder, "ab", TextGeneration(max_new_tokens=3, num_samples=2))
+    print_continuations(folder, "ab", TextGeneration(max_new_tokens=3, num_samples=2), loader=Successor.from_pretrained)
     assert capsys.readouterr().out == "--- 1 of 2\nabcde\n--- 2 of 2\nabcde\n"
-    print_continuations(Successor, folder, "wx", TextGeneration(max_new_tokens=9))
+    print_continuations(folder, "wx", TextGeneration(max_new_tokens=9), loader=Successor.from_pretrained)
     assert capsys.readouterr().out == "wxyz\n"
 
 
@@ -40,7 +40,7 @@ def test_each_continuation_is_printed_after_its_prompt_and_ends_with_the_documen
 def test_a_prompt_is_a_text_or_standard_input_or_a_file(folder, prompt, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ab"))
     (tmp_path / "prompt.txt").write_text("ab")
-    opened = open_prompt(Successor, folder, prompt.replace("FILE", str(tmp_path / "prompt.txt")))
+    opened = open_prompt(folder, prompt.replace("FILE", str(tmp_path / "prompt.txt")), loader=Successor.from_pretrained)
     assert (opened.text, opened.ids.tolist()) == ("ab", [97, 98])
     assert not opened.model.training
 
@@ -61,7 +61,7 @@ def test_settings_out_of_range_are_named(settings, error, message):
 @pytest.mark.plain
 def test_an_empty_prompt_is_refused(folder):
     with pytest.raises(ValueError, match="prompt must hold at least one token, got ''"):
-        open_prompt(Successor, folder, "")
+        open_prompt(folder, "", loader=Successor.from_pretrained)
 
 
 def test_filters_are_made_of_the_numbers_that_are_given():

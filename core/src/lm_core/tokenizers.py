@@ -52,6 +52,80 @@ class Tokenizer(Protocol):
         """Text of ``ids``, without special tokens."""
 
 
+@typed
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a prompt: what a transformers tokenizer gives when it is called, BOS included if it adds one.
+
+    A text that begins with BOS, such as a rendered chat template, does not get a second one. Tokenizers without special
+    tokens of their own (bytes) give plain ``encode``.
+
+    Raises:
+        ValueError: the text holds a lone surrogate that the tokenizer cannot encode.
+    """
+    method = getattr(tokenizer, "prompt_ids", tokenizer.encode)
+    return list(method(text))
+
+
+def end_ids(tokenizer: Any = None, model: Any = None) -> tuple[int, ...]:
+    """All tokens that end a text: those of the model's generation config, the tokenizer and the model's config.
+
+    Chat models end a turn with another token than a document, and only some of these places name both. Ids outside the
+    model's vocabulary (defaults of a config) are left out.
+
+    Args:
+        tokenizer: a ``Tokenizer`` or a transformers tokenizer.
+        model: a transformers model, also in an adapter or peft; other models add nothing.
+    """
+    inner = getattr(model, "model", model) if hasattr(model, "init_cache") else model
+    config = getattr(inner, "config", None)
+    places = [getattr(inner, "generation_config", None), tokenizer, config, getattr(config, "text_config", None)]
+    named = [getattr(place, name, None) for place in places for name in ("eos_id", "eos_token_id") if place is not None]
+    flat = [id_ for ids in named for id_ in (ids if isinstance(ids, list | tuple) else [ids])]
+    size = getattr(model, "vocab_size", None) or getattr(config, "vocab_size", None)
+    bound = size if isinstance(size, int) else float("inf")
+    return tuple(dict.fromkeys(id_ for id_ in flat if type(id_) is int and 0 <= id_ < bound))
+
+
+def continuation_text(tokenizer: Any, prompt: Sequence[int], continuation: Sequence[int]) -> str:
+    """Text of generated tokens: the text of all tokens without that of the prompt.
+
+    Tokens decoded alone lose the space that a SentencePiece tokenizer puts between them and the prompt.
+    """
+    before = tokenizer.decode(list(prompt))
+    whole = tokenizer.decode([*prompt, *continuation])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(continuation))
+
+
+def full_text(tokenizer: Any, ids: "Tensor | Iterable[int]") -> str:
+    """Text of ``ids`` with special tokens, for stop strings that are special tokens."""
+    method = getattr(tokenizer, "full_text", tokenizer.decode)
+    return str(method(_id_list(ids)))
+
+
+def as_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer in the protocol of this library.
+
+    Args:
+        tokenizer: a ``Tokenizer``, a transformers tokenizer or processor, or a source of ``load_tokenizer``.
+
+    Raises:
+        TypeError: it is none of these.
+        FileNotFoundError, ValueError, ImportError: as for ``load_tokenizer``.
+    """
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(tokenizer)
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has a tokenizer
+    if hasattr(inner, "eos_token_id") and hasattr(inner, "save_pretrained"):
+        return HuggingFaceTokenizer(inner)
+    missing = [name for name in ("encode", "decode", "vocab_size", "eos_id", "pad_id") if not hasattr(tokenizer, name)]
+    raise TypeError(
+        "tokenizer must be a transformers tokenizer, a source of load_tokenizer, or have encode, decode, vocab_size, "
+        f"eos_id and pad_id, got {type(tokenizer).__name__} without {', '.join(missing)}"
+    )
+
+
 def _id_list(ids: "Tensor | Iterable[int]") -> list[int]:
     if isinstance(ids, Tensor):
         if ids.ndim > 1:
@@ -188,15 +262,35 @@ class HuggingFaceTokenizer:
         for wanted, value, name in ((add_bos, self.bos_id, "bos"), (add_eos, self.eos_id, "eos")):
             if wanted and value is None:
                 raise ValueError(f"add_{name}=True needs a tokenizer with a {name} token, got {self!r}")
-        # verbose=False: no warning for every corpus document that is longer than the model's context
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        ids = self._ids(text, add_special_tokens=False)
         before = [self.bos_id] if add_bos and self.bos_id is not None else []
         after = [self.eos_id] if add_eos and self.eos_id is not None else []
         return before + ids + after
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids with the special tokens that the tokenizer adds; see ``lm_core.tokenizers.prompt_ids``."""
+        ids = self._ids(text, add_special_tokens=True)
+        bos = self.tokenizer.bos_token
+        doubled = bos and text.startswith(bos) and ids[:2] == [self.bos_id, self.bos_id]
+        return ids[1:] if doubled else ids
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text must be valid Unicode, got the lone surrogate {text[error.start]!r} at position {error.start}"
+            ) from error
+        # verbose=False: no warning for every corpus document that is longer than the model's context
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
     def decode(self, ids: "Tensor | Iterable[int]") -> str:
         """Text of ``ids`` without special tokens."""
         return self.tokenizer.decode(_id_list(ids), skip_special_tokens=True)
+
+    def full_text(self, ids: "Tensor | Iterable[int]") -> str:
+        """Text of ``ids`` with special tokens."""
+        return self.tokenizer.decode(_id_list(ids), skip_special_tokens=False)
 
     @typed
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -243,6 +337,9 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
         if (folder / BYTE_TOKENIZER_FILE).is_file():
             return ByteTokenizer.from_pretrained(folder)
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+            if (folder / "adapter_config.json").is_file():  # of peft: the tokenizer is that of the base model
+                base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+                return load_tokenizer(str(base.get("base_model_name_or_path")))
             raise ValueError(
                 f"source must be a folder with a tokenizer, got {folder} without {BYTE_TOKENIZER_FILE}, "
                 "tokenizer_config.json or tokenizer.json"

@@ -196,7 +196,7 @@ def test_an_originals_file_is_converted(printed, tmp_path):
         (["train", "--batch_size", "2000"], "batch_size must be at most the number of images, 1438, got 2000"),
         (["train", "--image_size", "9"], "the digits have image_size 8 and channels 1, got 9 and 1"),
         (["train", "--tokenizer", "nowhere"], 'source must be "bytes"'),
-        (["caption", "nowhere", "[a.png]"], "checkpoint must be a folder with a model"),
+        (["caption", "nowhere", "[a.png]"], "model must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
         (["embed", "nowhere", "x.npz"], "give images or texts"),
         (["retrieve", "nowhere", "[a.png]"], "give text, or captions"),

@@ -61,7 +61,7 @@ def test_a_run_is_retrofitted_from_another(run, capsys):
 @pytest.mark.plain
 def test_errors_say_what_to_do(run, capsys, tmp_path):
     assert main(["generate", str(tmp_path), "x"]) == 1
-    assert "checkpoint must be" in capsys.readouterr().err
+    assert "model must be" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", "--max_knn_memory", "3"])
     assert "--max_knn_memories" in capsys.readouterr().err

@@ -37,12 +37,14 @@ from lm_core.checkpoints.pretrained import (
     PretrainedMixin,
     check_config,
     check_tokenizer,
+    download,
     write_model,
 )
 from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
 from lm_core.checks import typed
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.rng import capture_rng
+from lm_core.tokenizers import HUB_ID
 
 __all__ = [
     "Checkpoint",
@@ -235,20 +237,25 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder with a model at or below ``path``: itself, or a run's newest intact checkpoint.
+    """The folder with a model: ``path`` itself, a run's newest intact checkpoint, or the snapshot of a hub model.
 
     Raises:
         FileNotFoundError: there is none.
         CheckpointError: all checkpoints of the run are damaged.
+        ImportError: ``path`` is a hub name, and the extra ``hub`` is not installed.
     """
-    folder = Path(path)
-    if (folder / "config.json").is_file():
+    folder = Path(path).expanduser()
+    if isinstance(path, str) and HUB_ID.fullmatch(path) and not folder.exists():
+        return download(path)
+    if any((folder / name).is_file() for name in (CONFIG_FILE, "adapter_config.json")):
         return folder
     for place in (folder / "checkpoints", folder):
         newest = latest_checkpoint(place)
         if newest is not None:
             return newest
-    raise FileNotFoundError(f"checkpoint must be a folder with a model or the folder of a run, got {path}")
+    raise FileNotFoundError(
+        f"model must be a folder with a model, the folder of a run, or organisation/name, got {path}"
+    )
 
 
 @typed

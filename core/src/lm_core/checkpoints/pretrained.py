@@ -352,6 +352,19 @@ def _hub() -> Any:
     return huggingface_hub
 
 
+def download(repository: str, revision: str | None = None) -> Path:
+    """The local snapshot of a model on the Hugging Face hub: configuration, safetensors and tokenizer.
+
+    Raises:
+        ImportError: the extra ``hub`` is not installed.
+    """
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", f"{TOKENIZER_FOLDER}/*"]
+    ignored = ["original/*", "consolidated*"]  # the same weights again, in another layout
+    return Path(
+        _hub().snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+    )
+
+
 def _folder_of(source: str | Path, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
@@ -359,8 +372,7 @@ def _folder_of(source: str | Path, revision: str | None) -> Path:
             raise ValueError(f"revision is for models on the hub, but source is the folder {folder}")
         return folder
     if isinstance(source, str) and HUB_ID.fullmatch(source) and not folder.exists():
-        patterns = ["*.json", "*.safetensors", f"{TOKENIZER_FOLDER}/*"]
-        return Path(_hub().snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return download(source, revision)
     raise FileNotFoundError(
         f"source must be the folder of a checkpoint or organisation/name on the hub, got {source!r}"
     )

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import check_above_zero, check_positive, check_temperature, typed
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import filters_of
-from lm_core.tokenizers import Tokenizer, load_tokenizer
+from lm_core.tokenizers import Tokenizer, continuation_text, end_ids, load_tokenizer, prompt_ids
 from lm_core.training.accelerator import pick_device
 
 
@@ -111,16 +112,22 @@ def read_prompt(prompt: str) -> str:
 
 
 def open_prompt(
-    model_class: Any, model: str, prompt: str, *, tokenizer: str | None = None, device: str = "auto"
+    model: str,
+    prompt: str,
+    *,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    loader: Callable[[Path], Any] = load_causal_lm,
 ) -> OpenedPrompt:
-    """Loads a model from a checkpoint, in evaluation mode, and reads a prompt for it.
+    """Loads a model, in evaluation mode, and reads a prompt for it.
 
     Args:
-        model_class: class with ``from_pretrained``.
-        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
+        model: folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a Hugging Face model,
+            or organisation/name on the hub.
         prompt: argument of ``read_prompt``.
-        tokenizer: tokenizer to use instead of the one in the checkpoint.
+        tokenizer: tokenizer to use instead of the one of the model.
         device: device name for ``lm_core.training.accelerator.pick_device``.
+        loader: function from the folder to the model, such as ``PaLM.from_pretrained``.
 
     Raises:
         ValueError: there is no model in the folder, the prompt is empty, or the device is not available.
@@ -129,28 +136,42 @@ def open_prompt(
     folder = checkpoint_folder(model)
     encoder = load_tokenizer(tokenizer or folder)
     text = read_prompt(prompt)
-    ids = torch.tensor(encoder.encode(text), dtype=torch.long)
+    ids = torch.tensor(prompt_ids(encoder, text), dtype=torch.long)
     if len(ids) == 0:
         raise ValueError(f"prompt must hold at least one token, got {text!r}")
     target = pick_device(device)
-    return OpenedPrompt(model_class.from_pretrained(folder).to(target).eval(), encoder, text, ids.to(target))
+    return OpenedPrompt(loader(folder).to(target).eval(), encoder, text, ids.to(target))
 
 
-def print_continuations(model_class: Any, model: str, prompt: str, settings: TextGeneration) -> None:
-    """Prints a prompt with each of its continuations; arguments and errors are those of ``open_prompt``."""
-    opened = open_prompt(model_class, model, prompt, tokenizer=settings.tokenizer, device=settings.device)
+def print_texts(opened: OpenedPrompt, settings: TextGeneration, **model_kwargs: Any) -> None:
+    """Prints a prompt with each of its continuations.
+
+    Args:
+        opened: model and prompt.
+        settings: length and sampling; device and tokenizer are those of ``opened``.
+        **model_kwargs: arguments of the model.
+    """
     result = generate(
         opened.model,
         [opened.ids] * settings.num_samples,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         filters=settings.filters(),
-        eos_id=opened.tokenizer.eos_id,
+        eos_id=end_ids(opened.tokenizer, opened.model),
         repetition_penalty=settings.repetition_penalty,
         generator=torch.Generator(opened.ids.device).manual_seed(settings.seed),
         progress=settings.progress,
+        **model_kwargs,
     )
-    for index, (tokens, length) in enumerate(zip(result.tokens.cpu(), result.lengths.tolist(), strict=True)):
+    for index, (tokens, length) in enumerate(zip(result.tokens.tolist(), result.lengths.tolist(), strict=True)):
         if settings.num_samples > 1:
             print(f"--- {index + 1} of {settings.num_samples}")
-        print(opened.text + opened.tokenizer.decode(tokens[:length]))
+        print(opened.text + continuation_text(opened.tokenizer, opened.ids.tolist(), tokens[:length]))
+
+
+def print_continuations(
+    model: str, prompt: str, settings: TextGeneration, *, loader: Callable[[Path], Any] = load_causal_lm
+) -> None:
+    """Prints a prompt with each of its continuations; arguments and errors are those of ``open_prompt``."""
+    opened = open_prompt(model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=loader)
+    print_texts(opened, settings)

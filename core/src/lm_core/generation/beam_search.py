@@ -50,7 +50,7 @@ def beam_search(
             use_cache, progress, **model_kwargs: as in ``generate``.
 
     Raises:
-        ValueError: as in ``generate``, or ``beams`` below 1.
+        ValueError: as in ``generate``, or ``beams`` is below 1.
     """
     check_positive(beams, "beams")
     if not math.isfinite(length_penalty):
@@ -73,7 +73,10 @@ def beam_search(
             logits = decoder.next_logits()
             for filter_ in filters:
                 logits = filter_(logits)
-            token, parent = state.extend(logits.log_softmax(dim=-1), decoder.eos_ids)
+            log_probs = logits.log_softmax(dim=-1)
+            if bool(log_probs[:, 0].isnan().any()):  # a NaN makes its whole row NaN
+                raise ValueError("logits must not hold NaN, and leave an entry above -inf in every row")
+            token, parent = state.extend(log_probs, decoder.eos_ids)
             if step + 1 == max_new_tokens:
                 continue  # nothing will read the last token
             if state.all_decided():

@@ -47,7 +47,7 @@ def generate(
     pad_id: int = 0,
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     use_cache: bool = True,
     progress: bool = False,
     **model_kwargs: Any,
@@ -72,14 +72,15 @@ def generate(
         pad_id: token after the end of a row.
         min_new_tokens: number of new tokens before which EOS is not generated.
         repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
-        generator: source of randomness, on the model's device.
+        generator: source of randomness; or one for each row, whose draws then do not depend on the other rows.
         use_cache: False recomputes the whole sequence for each token.
         progress: shows a progress bar.
         **model_kwargs: arguments of the model, passed with the prompt (without a cache in every call). A tensor whose
             first size is the number of prompts has an entry for each of them.
 
     Raises:
-        ValueError: an argument is out of range, or prompt and new tokens exceed the model's ``max_length``.
+        ValueError: an argument is out of range, prompt and new tokens exceed the model's ``max_length``, or the logits
+            are NaN.
         TypeError: the prompt holds no integers.
     """
     check_temperature(temperature)
@@ -96,6 +97,8 @@ def generate(
         use_cache=use_cache,
         model_kwargs=model_kwargs,
     )
+    if isinstance(generator, Sequence) and len(generator) != decoder.ids.shape[0]:
+        raise ValueError(f"generator must have one entry a row ({decoder.ids.shape[0]}), got {len(generator)}")
     # the result, filled column by column
     b, device, eos_ids = decoder.ids.shape[0], decoder.ids.device, decoder.eos_ids
     tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
@@ -133,8 +136,12 @@ def generate(
                     keep = alive.nonzero().squeeze(-1)
                     active = keep if isinstance(active, slice) else active[keep]
                     alive, token = alive[keep], token[keep]
+                    if isinstance(generator, Sequence):
+                        generator = [generator[index] for index in keep.tolist()]
                     decoder.reorder(keep)
             decoder.append(token)
+    if bool(log_probs.isnan().any()):  # on an accelerator, steps are not checked
+        raise ValueError("logits must not hold NaN")
     longest = int(lengths.max())
     return Generation(tokens[:, :longest], lengths, log_probs[:, :longest], finished)
 
@@ -199,14 +206,20 @@ def sample(
 
 
 def _draw(
-    logits: Tensor, temperature: float, filters: Sequence[Filter], generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    filters: Sequence[Filter],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> tuple[Tensor, Tensor]:
     filtered = logits if temperature in (0.0, 1.0) else logits / temperature
     for filter_ in filters:
         filtered = filter_(filtered)
     if temperature == 0.0:
-        token = filtered.argmax(dim=-1)
+        token = gumbel_sample(filtered, temperature=0)
         log_probs = logits.log_softmax(dim=-1)
+    elif isinstance(generator, Sequence):
+        token = torch.stack([gumbel_sample(row, generator=own) for row, own in zip(filtered, generator, strict=True)])
+        log_probs = filtered.log_softmax(dim=-1)
     else:
         token = gumbel_sample(filtered, generator=generator)
         log_probs = filtered.log_softmax(dim=-1)

@@ -63,7 +63,7 @@ class CommonSettings(RunSettings):
     """Optimizer and schedule: AdamW with warmup and a cosine.
 
     Args:
-        max_steps: total optimizer updates of the run, which the learning rate schedule covers.
+        max_steps: optimizer updates of the run.
         learning_rate: peak learning rate.
         warmup: fraction of the updates over which the learning rate rises from zero to its peak.
         final_learning_rate: learning rate at the end of the cosine, as a fraction of the peak.

@@ -25,7 +25,7 @@ def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
         prompt: the text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: sampling settings.
     """
-    print_continuations(MemorizingTransformer, checkpoint, prompt, settings)
+    print_continuations(checkpoint, prompt, settings, loader=MemorizingTransformer.from_pretrained)
     return 0
 
 
@@ -115,7 +115,8 @@ def inspect_checkpoint(
         print(f"layer {layer_number}: temperature of each head {scales}")
     if prompt is None:
         return 0
-    opened = open_prompt(MemorizingTransformer, checkpoint, prompt, tokenizer=tokenizer, device=device)
+    load = MemorizingTransformer.from_pretrained
+    opened = open_prompt(checkpoint, prompt, tokenizer=tokenizer, device=device, loader=load)
     encoder = opened.tokenizer
     generated = retrieved_while_generating(
         opened.model, opened.ids, max_new_tokens=max_new_tokens, eos_id=encoder.eos_id, layer=layer, seed=seed

@@ -23,7 +23,7 @@ def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
         prompt: text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: length and sampling of the continuation.
     """
-    print_continuations(PaLM, checkpoint, prompt, settings)
+    print_continuations(checkpoint, prompt, settings, loader=PaLM.from_pretrained)
     return 0
 
 

@@ -72,5 +72,5 @@ def train(
     if result.outcome == "finished" and sample_prompt and sample_tokens and rank() == 0:
         print(f"\nContinuation of {sample_prompt!r}:\n")
         generation = TextGeneration(max_new_tokens=sample_tokens, device=settings.device)
-        print_continuations(PaLM, checkpoint_dir, sample_prompt, generation)
+        print_continuations(checkpoint_dir, sample_prompt, generation, loader=PaLM.from_pretrained)
     return status

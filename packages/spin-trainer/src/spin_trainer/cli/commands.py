@@ -50,7 +50,7 @@ class Answering:
 
     def open_model(self, source: str, name: str) -> Any:
         """Loads the model in ``source`` as a ``CausalLM`` on the device; ``name`` names the argument in errors."""
-        return as_causal_lm(load_model(source, name).to(pick_device(self.device)))
+        return as_causal_lm(load_model(source, name=name).to(pick_device(self.device)))
 
 
 def generate(

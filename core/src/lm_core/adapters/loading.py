@@ -1,0 +1,164 @@
+"""Causal language models from folders or the hub, and LoRA adapters on them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.torch_version import TorchVersion
+
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checkpoints.manifest import read_json
+from lm_core.checkpoints.module_specs import registered_class
+from lm_core.checkpoints.pretrained import CONFIG_FILE
+from lm_core.checks import typed
+from lm_core.tokenizers import HUB_ID
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+@typed
+def load_causal_lm(
+    source: str | Path | nn.Module, *, name: str = "model", dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A causal language model from a folder or the hub; a module is returned unchanged.
+
+    Args:
+        source: folder of a run (its newest checkpoint), of a saved language model of these packages, of a transformers
+            model or of a peft adapter of one; or ``organisation/name`` on the hub. Code of a folder or of the hub is
+            never run.
+        name: argument name in error messages.
+        dtype: dtype of the weights; None keeps the stored one.
+
+    Raises:
+        CheckpointError: the folder was written by a package that is not installed, or is damaged.
+        FileNotFoundError: ``source`` is neither a folder with a model nor a hub name.
+        ValueError: the folder holds no causal language model.
+        ImportError: transformers or peft is needed and not installed.
+    """
+    if isinstance(source, nn.Module):
+        return source if dtype is None else source.to(dtype)
+    place = str(source)
+    if Path(source).expanduser().is_dir():
+        folder = checkpoint_folder(source)
+        place = str(folder)
+        stored = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        if "class" in stored:
+            cls: Any = registered_class(str(stored.get("package")), str(stored["class"]))
+            if not hasattr(cls, "init_cache"):
+                raise ValueError(f"{name} must be a language model, {source} holds a {stored['class']}")
+            model: nn.Module = cls.from_pretrained(folder)
+            return model if dtype is None else model.to(dtype)
+    elif Path(source).exists() or not HUB_ID.fullmatch(place):
+        raise FileNotFoundError(f"{name} must be a folder or organisation/name on the hub, got {place!r}")
+    return _from_transformers(place, name, dtype)
+
+
+def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.Module:
+    try:
+        import transformers
+
+        cls: Any = transformers.AutoModelForCausalLM
+        arguments: dict[str, Any] = {}
+        if _has_adapter(place):
+            from peft import AutoPeftModelForCausalLM
+
+            cls = AutoPeftModelForCausalLM
+            arguments["is_trainable"] = True
+        elif Path(place).is_dir():
+            arguments["local_files_only"] = True
+    except ImportError as error:
+        raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
+    keyword = "dtype" if TorchVersion(transformers.__version__) >= "4.56" else "torch_dtype"
+    arguments[keyword] = "auto" if dtype is None else dtype
+    try:
+        loaded: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
+    return loaded
+
+
+def _has_adapter(place: str) -> bool:
+    """True for a folder or hub repository of a peft adapter."""
+    if Path(place).is_dir():
+        return (Path(place) / ADAPTER_FILE).is_file()
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    return find_adapter_config_file(place) is not None
+
+
+def lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | str | None = None,
+) -> nn.Module:
+    """Freezes a transformers model and adds LoRA adapters (arXiv 2106.09685) with peft.
+
+    Args:
+        model: a transformers causal language model without adapters.
+        r, alpha, dropout, targets: as in ``lora_config``.
+
+    Raises:
+        ValueError: the rank is below 1, or the model has adapters already.
+        TypeError: the model is not a transformers model.
+        ImportError: peft is not installed.
+    """
+    if hasattr(model, "peft_config"):
+        names = sorted(model.peft_config)  # type: ignore[arg-type]
+        raise ValueError(
+            f"model must have no adapters, got {names}; train these without lora_r, or merge them first "
+            "(model.merge_and_unload())"
+        )
+    config = lora_config(model, r=r, alpha=alpha, dropout=dropout, targets=targets)
+    from peft import get_peft_model
+
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | str | None = None,
+) -> Any:
+    """The ``peft.LoraConfig`` of adapters for a transformers model, which may have others already.
+
+    Args:
+        model: a transformers causal language model, also in peft.
+        r: rank of the adapters.
+        alpha: scale times rank; adapters are scaled by alpha / r. Twice the rank by default.
+        dropout: dropout probability before the adapters.
+        targets: names of the linear layers that get an adapter; by default all but the output layer and the output
+            projections of state space layers, whose kernels read the weight without the adapter.
+
+    Raises:
+        ValueError: the rank is below 1.
+        TypeError: the model is not a transformers model.
+        ImportError: peft is not installed.
+    """
+    if r < 1:
+        raise ValueError(f"lora_r must be at least 1, got {r}")
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"LoRA adapters need a transformers model, got {type(model).__name__}")
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install peft") from error
+    settings: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
+    if targets is None:
+        settings.update(target_modules="all-linear", exclude_modules=_refused(model) or None)
+    else:
+        settings["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def _refused(model: nn.Module) -> list[str]:
+    """Names of layers that peft refuses: the output projection of layers with a short convolution (Mamba)."""
+    return ["out_proj", "conv1d"] if any(hasattr(module, "conv1d") for module in model.modules()) else []

@@ -82,7 +82,8 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
 @pytest.fixture
 def linear_model(monkeypatch):
     """A model of two layers, whose weights are large enough to be copied."""
-    monkeypatch.setattr("lm_core.generation.weight_layout._SMALLEST_BYTES", 1)
+    for name in ("_SMALLEST_BYTES", "_SMALLEST_BYTES_CACHED"):
+        monkeypatch.setattr(f"lm_core.generation.weight_layout.{name}", 1)
 
     class Model(nn.Module):
         def __init__(self):
@@ -155,6 +156,17 @@ def test_weights_are_laid_out_for_few_rows_of_long_answers(linear_model, new_tok
     assert not any("forward" in vars(module) for module in model.modules())
     for step in range(1, new_tokens):  # a token depends on the one before it
         assert torch.equal(result.tokens[:, step], model(result.tokens[:, step - 1 : step])[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize(("rows", "cached", "layout"), [(1, 2**10, "rows"), (1, 2**8, BLOCKS), (5, 2**10, BLOCKS)])
+def test_small_weights_that_stay_in_the_cache_keep_their_layout_for_one_row(
+    linear_model, monkeypatch, rows, cached, layout
+):
+    monkeypatch.setattr("lm_core.generation.weight_layout._SMALLEST_BYTES_CACHED", 2**12)
+    monkeypatch.setattr("lm_core.generation.weight_layout._CACHED_BYTES", cached)  # a step reads 768 bytes in layers
+    with Products() as products:
+        generate(linear_model, torch.arange(rows).view(rows, 1), max_new_tokens=20)
+    assert set(products.read[9:]) == {layout}
 
 
 def test_a_beam_search_lays_out_for_its_beams(linear_model):

@@ -61,9 +61,10 @@ class ContextAttention(nn.Module):
         b, n, _ = x.shape
         q = self.to_q(x).view(b, n, self.heads, -1).transpose(1, 2)
         out = attend(q, *context, mask=mask, causal=causal, dropout=self.dropout if self.training else 0.0)
+        out = out.transpose(1, 2)
         if self.to_v_head_gate is not None:
-            out = out * self.to_v_head_gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
-        projected: Tensor = self.to_out(out.transpose(1, 2).reshape(b, n, -1))
+            out = out * self.to_v_head_gate(x).sigmoid().unsqueeze(-1)
+        projected: Tensor = self.to_out(out.reshape(b, n, -1))
         return projected
 
     def weights(self, x: Tensor, context: Context, mask: Tensor | None, causal: bool) -> Tensor:
@@ -76,6 +77,22 @@ class ContextAttention(nn.Module):
         if self.to_v_head_gate is not None:
             weights = weights * rearrange(self.to_v_head_gate(x).sigmoid(), "b n h -> b h n 1")
         return weights
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467) with the parameter's name of x-transformers, in one operator.
+
+    Args:
+        dim: features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d)``."""
+        return F.rms_norm(x, self.g.shape, self.g, eps=1e-24)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -104,7 +121,7 @@ class CrossAttentionBlock(nn.Module):
         **attention_options: Any,
     ) -> None:
         super().__init__()
-        from x_transformers.x_transformers import Attention, RMSNorm
+        from x_transformers.x_transformers import Attention
 
         check_positive(dim, "dim")
         check_positive(dim_context, "dim_context")

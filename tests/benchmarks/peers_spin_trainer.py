@@ -89,7 +89,9 @@ def sampling_row(sampling_utils: Any, length: int, rounds: int) -> dict[str, obj
     model = small()
     seconds = in_turns(
         {
-            "ours": lambda: answer_prompts(model, [prompt.tolist() for prompt in prompts], Sampling(length), 0),
+            "ours": lambda: answer_prompts(
+                model, [prompt.tolist() for prompt in prompts], Sampling(max_seq_len=length), 0
+            ),
             "theirs": lambda: sampling_utils.sample(
                 model, prompts=prompts, seq_len=length, temperature=0.7, filter_kwargs={"thres": 0.9}
             ),

@@ -65,8 +65,7 @@ def of_one_seed(seed: int, folder: Path) -> list[dict[str, Any]]:
     sampling = Sampling(
         max_seq_len=sorting_task.MAX_SEQ_LEN,
         temperature=settings.temperature,
-        filter_fn=None,
-        filter_kwargs={},
+        top_p=None,
         eos_id=sorting_task.EOS,
         batch_size=500,
         seed=1,

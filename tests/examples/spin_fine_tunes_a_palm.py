@@ -39,7 +39,7 @@ with tempfile.TemporaryDirectory() as folder:
         learning_rate=1e-4,
         end_learning_rate=1e-5,
         checkpoint_dir=folder,
-        filter_fn=None,
+        top_p=None,
         temperature=1.0,
         lambdas=[1.0],
         device="cpu",

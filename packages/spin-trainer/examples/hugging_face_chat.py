@@ -99,5 +99,5 @@ with tempfile.TemporaryDirectory() as name:
         if main(["train", "--config", str(config)]) != 0:
             sys.exit(1)
         trained = f"{folder}/{kind}/iterations/iteration-2"
-        opponent = ["--opponent_checkpoint", f"{folder}/model"]
+        opponent = ["--opponent_model", f"{folder}/model"]
         main(["eval", trained, "--data", f"{folder}/held_out.jsonl", "--max_seq_len=48", *opponent])

@@ -58,6 +58,14 @@ def make_model():
 
 
 @pytest.fixture(scope="session")
+def llama_model():
+    """``llama_model(**config)``: a tiny Llama of 12 tokens that has no end token of its own."""
+    pytest.importorskip("transformers")
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+    return lambda **config: llama(**{"vocab_size": 12, "initializer_range": 0.5, **ends, **config})
+
+
+@pytest.fixture(scope="session")
 def make_rows():
     return sorting_rows
 

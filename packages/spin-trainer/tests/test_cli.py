@@ -70,7 +70,7 @@ def test_a_yaml_trains_a_hugging_face_model_on_chats(hugging_face_folder, tmp_pa
 
     assert main(["train", "--config", str(config)]) == 0  # already complete: nothing is done again
     arguments = [str(folder), "--data", str(tmp_path / "valid.jsonl"), "--max_seq_len=40", "--device=cpu"]
-    assert main(["eval", *arguments, "--opponent_checkpoint", str(hugging_face_folder)]) == 0
+    assert main(["eval", *arguments, "--opponent_model", str(hugging_face_folder)]) == 0
     assert "win rate over" in capsys.readouterr().out
 
 

@@ -22,13 +22,14 @@ BYTES = ByteTokenizer()
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-NO_END = SimpleNamespace(eos_id=None, encode=BYTES.encode)
+PROTOCOL = {"vocab_size": 259, "pad_id": BYTES.pad_id, "encode": BYTES.encode, "decode": BYTES.decode}
+NO_END = SimpleNamespace(eos_id=None, **PROTOCOL)
 
 
 def with_template(template):
     """A tokenizer whose ``template(messages, add_generation_prompt)`` gives the text of a chat."""
     encoded = lambda messages, add_generation_prompt: BYTES.encode(template(messages, add_generation_prompt))  # noqa: E731
-    return SimpleNamespace(eos_id=BYTES.eos_id, encode=BYTES.encode, apply_chat_template=encoded)
+    return SimpleNamespace(eos_id=BYTES.eos_id, apply_chat_template=encoded, **PROTOCOL)
 
 
 # source, changed arguments, message
@@ -100,6 +101,9 @@ SETTINGS = [
     ({"ref_model_ema_decay": 1.5}, r"ref_model_ema_decay must be in \[0, 1\], got 1.5"),
     ({"checkpoint_every": 0}, r"checkpoint_every"),
     ({"early_stop_patience": 0}, r"early_stop_patience"),
+    ({"max_steps": 0}, r"max_steps must be at least 1, got 0"),
+    ({"top_p": 1.5}, r"top_p must be a number in \[0, 1\], got 1.5"),
+    ({"repetition_penalty": 0.0}, r"repetition_penalty must be a finite number above 0"),
     ({"warmup": 1.0}, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
     (
         {"gradient_accumulation": 2, "grad_accum_steps": 4},
@@ -187,7 +191,10 @@ TRAINERS = [
     ({"train_sft_dataset": [([1, 2, 15, 11], 1)]}, r"row 0 of train_sft_dataset must hold token ids in \[0, 12\)"),
     ({"valid_sft_dataset": [([1, 2], 2)]}, r"row 0 of valid_sft_dataset must have answer tokens"),
     ({"fsdp": True}, r"fsdp=True needs several processes, got one"),
-    ({"config": SelfPlaySettings(max_seq_len=8)}, r"settings must be in config where one is given, got \['device"),
+    (
+        {"config": SelfPlaySettings(max_seq_len=8)},
+        r"pass config or single settings, not both; got config and \['device",
+    ),
     ({"checkpoint_dir": "a"}, r"checkpoint_dir and checkpoint_folder are one argument, got \{'checkpoint_dir': 'a'"),
 ]
 TRAINERS_OF_OTHER_TYPES = [({"checkpoint_every": 1.5}, r"checkpoint_every"), ({"overlong": "cut"}, r"overlong")]
@@ -293,7 +300,7 @@ COMMANDS = [
     (["train", "--lora_r=4"], r"lora_r and tokenizer need a model"),
     (["train", "--temperature=-1"], r"temperature must be a finite number of at least 0"),
     (["generate", "a", "b.jsonl", "out.csv"], r"output must be a .jsonl file"),
-    (["eval", "./nowhere"], r"checkpoint must be a folder"),
+    (["eval", "./nowhere"], r"model must be a folder"),
 ]
 
 

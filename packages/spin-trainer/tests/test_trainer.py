@@ -169,12 +169,65 @@ def test_the_learning_rate_falls_along_a_line_over_the_iteration(train, tmp_path
     assert rates == pytest.approx([1e-2 - 9e-3 * update / 8 for update in range(8)])
 
 
+def test_a_run_of_so_many_updates_ends_within_an_iteration_whose_rate_falls_to_its_end(train, tmp_path):
+    trainer, result = train(iterations=3, max_steps=7, mix_previous=False)
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    again, _ = train(iterations=3, max_steps=7, mix_previous=False)
+
+    assert (result.outcome, result.steps, result.iterations) == ("finished", 7, 2)
+    assert rates[4:] == pytest.approx([1e-2, 7e-3, 4e-3])
+    assert (result.iterations_folder / "iteration-2").is_dir()
+    assert equal(weights_of(again), weights_of(trainer))
+    assert (trainer.session.max_steps, again.steps) == (7, 7)
+
+
+@pytest.mark.parametrize(("mix", "updates"), [(True, 4 + 8 + 8), (False, 3 * 4)])
+def test_the_length_of_a_run_is_known_beforehand(train, mix, updates):
+    trainer, result = train(iterations=3, mix_previous=mix)
+
+    assert trainer.planned_updates == trainer.session.max_steps == result.steps == updates
+
+
+def test_activations_computed_again_change_nothing(train, llama_model):
+    runs = [train(str(again), model=llama_model().double(), gradient_checkpointing=again)[0] for again in (False, True)]
+
+    for a, b in zip(*map(weights_of, runs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in runs[1].model.modules())
+
+
+@pytest.mark.parametrize("form", ["filters", "filter_fn"])
+def test_answers_pass_through_the_users_own_filter(train, tmp_path, rows_of, form):
+    def only(logits, token=3):
+        return logits.masked_fill(torch.arange(12) != token, -torch.inf)
+
+    train(
+        **(
+            {"filters": [only], "top_p": None}
+            if form == "filters"
+            else {"filter_fn": only, "filter_kwargs": {"token": 3}}
+        )
+    )
+    assert {token for row in rows_of(tmp_path / "run", "answers-train") for token in row["tokens"]} == {3}
+
+
+def test_answers_follow_the_sampling_settings(make_model):
+    prompts = [(1, 2), (3, 4, 5)] * 8
+    greedy = answer_prompts(make_model(), prompts, Sampling(max_seq_len=9, temperature=0.0), 0)
+    for settings in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
+        sampling = Sampling(max_seq_len=9, **{"top_p": None, **settings})
+        assert answer_prompts(make_model(), prompts, sampling, 0) == greedy
+    short = answer_prompts(make_model(), prompts, Sampling(max_seq_len=9, temperature=0.0, max_new_tokens=2), 0)
+    assert [answer.tokens for answer in short] == [answer.tokens[:2] for answer in greedy]
+    distinct = Sampling(max_seq_len=9, temperature=0.0, repetition_penalty=1e9)
+    answers = answer_prompts(make_model(), prompts, distinct, 0)
+    assert all(len({*p, *a.tokens}) == len(p) + len(a.tokens) for p, a in zip(prompts, answers, strict=True))
+
+
 def test_answers_stop_at_eos_and_one_that_is_cut_off_gets_none(make_model):
     model = make_model()
     prompts = [(11, 2), (3, 4, 5), (11,)] * 6
-    answers = answer_prompts(
-        model, prompts, Sampling(max_seq_len=8, temperature=9.0, filter_fn=None, filter_kwargs={}, eos_id=11), 0
-    )
+    answers = answer_prompts(model, prompts, Sampling(max_seq_len=8, temperature=9.0, top_p=None, eos_id=11), 0)
 
     assert any(answer.finished for answer in answers)
     assert any(not answer.finished for answer in answers)
@@ -187,7 +240,7 @@ def test_answers_stop_at_eos_and_one_that_is_cut_off_gets_none(make_model):
 @pytest.mark.parametrize(("limit", "eos_id"), [(None, 11), (9, None)])
 def test_a_greedy_answer_in_a_batch_is_that_of_the_prompt_alone(make_model, limit, eos_id):
     model, prompts = make_model().double(), [(1, 2), (3, 4, 5, 6), (7,)]
-    sampling = Sampling(max_seq_len=9, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=eos_id)
+    sampling = Sampling(max_seq_len=9, temperature=0.0, top_p=None, eos_id=eos_id)
     expected = [answer_prompts(model, [prompt], sampling, 0)[0] for prompt in prompts]
     model.max_length = limit  # the padded batch would exceed 9
 

@@ -42,7 +42,7 @@ def first_losses(folder):
 
 def test_the_sampler_continues_after_the_last_token_of_each_prompt():
     # the original read the logits one position late, after its padding
-    greedy = Sampling(max_seq_len=6, temperature=0.0, filter_fn=None, filter_kwargs={})
+    greedy = Sampling(max_seq_len=6, temperature=0.0, top_p=None)
     successor = torch.nn.Embedding.from_pretrained(20.0 * torch.roll(torch.eye(12), 1, dims=1), freeze=False)
     answers = answer_prompts(SPIN(successor).policy, [(3, 4), (7,), (1, 2, 3)], greedy, 0)
 
@@ -168,7 +168,7 @@ def test_the_originals_call_form_and_defaults_are_taken(make_model, tmp_path, mo
     trainer.log(something=1.0)
     assert (trainer.settings.gradient_accumulation, trainer.settings.validate_every) == (1, 7)
     assert (trainer.settings.learning_rate, trainer.settings.end_learning_rate) == (2e-6, 1e-7)
-    assert (trainer.settings.temperature, trainer.sampling.filter_kwargs) == (0.7, {"thres": 0.9})
+    assert (trainer.settings.temperature, trainer.sampling.top_p) == (0.7, 0.9)
     assert parameters["pad_id"].default == -1
 
 

@@ -17,7 +17,7 @@ TRAIN = """Fine-tunes a language model by self-play; without --model, runs the q
   spin-trainer train --model FOLDER --data sft.jsonl --max_seq_len 1024 --lora_r 16 --checkpoint_dir runs/mine
   torchrun --nproc_per_node 8 -m spin_trainer train --config run.yaml
 
-The quickstart has its own defaults. Flags override the YAML file, which overrides the defaults.
+Flags override the YAML file, which overrides the defaults; those of the quickstart are its own.
 Ctrl-C saves a checkpoint; the same command resumes from it, as it does after a kill."""
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {
@@ -25,7 +25,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
         train,
         {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": Answering.max_seq_len})},
         TRAIN,
-        lambda chosen: {**DEFAULTS, "top_p": None} if chosen["model"] is None else {},
+        lambda chosen: DEFAULTS if chosen["model"] is None else {},
     ),
     "generate": Command(generate, {"answering": Group(Answering)}),
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),

@@ -1,17 +1,19 @@
 """The commands ``generate``, which writes a model's answers to a dataset, and ``eval``, which scores a model on it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.adapters import as_causal_lm
 from lm_core.checkpoints.atomic_io import write_file
+from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import typed
-from lm_core.tokenizers import load_tokenizer
+from lm_core.cli.text_generation import SamplingFlags
+from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device
 from spin_trainer.data.iteration_data import IterationData
-from spin_trainer.data.opponent_answers import Sampling, nucleus
+from spin_trainer.data.opponent_answers import Sampling
 from spin_trainer.data.sft_data import as_sft_dataset
 from spin_trainer.interop import load_model
 from spin_trainer.quickstart import sorting_task
@@ -22,31 +24,33 @@ from spin_trainer.training.weights import fingerprint_of_weights
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class Answering:
+class Answering(SamplingFlags):
     """Settings of generated answers: tokenizer, length, sampling, device.
 
     Args:
         tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
         max_seq_len: maximum length of a prompt with its answer, in tokens.
-        temperature: sampling temperature; 0 is greedy.
-        top_p: probability mass to sample from; null for no filter.
+        max_new_tokens: maximum length of a generated answer; null is what max_seq_len leaves.
         batch_size: prompts per batch.
-        seed: sampling seed.
-        device: auto takes CUDA, then MPS, then the CPU.
     """
 
     tokenizer: str | None = None
     max_seq_len: int = 512
+    max_new_tokens: int | None = None
     temperature: float = 0.7
     top_p: float | None = 0.9
     batch_size: int = 16
     seed: int = 0
     device: str = "auto"
 
-    def sampling(self, eos_id: int | None, **changes: Any) -> Sampling:
+    def sampling(self, eos_id: tuple[int, ...], **changes: Any) -> Sampling:
         """Creates the ``Sampling`` of these settings; ``changes`` replace its fields."""
-        fields = {name: getattr(self, name) for name in ("max_seq_len", "temperature", "batch_size", "seed")}
-        return Sampling(**{**fields, **nucleus(self.top_p), "eos_id": eos_id, **changes})
+        names = {field.name for field in fields(self)} & {field.name for field in fields(Sampling)}
+        return Sampling(**{**{name: getattr(self, name) for name in names}, "eos_id": eos_id or None, **changes})
+
+    def open_tokenizer(self, model: str) -> Any:
+        """Loads the tokenizer that was chosen, or that of the model."""
+        return load_tokenizer(self.tokenizer or checkpoint_folder(model))
 
     def open_model(self, source: str, name: str) -> Any:
         """Loads the model in ``source`` as a ``CausalLM`` on the device; ``name`` names the argument in errors."""
@@ -54,12 +58,12 @@ class Answering:
 
 
 def generate(
-    checkpoint: str, data: str, output: str, *, answering: Answering, overlong: Literal["error", "drop"] = "error"
+    model: str, data: str, output: str, *, answering: Answering, overlong: Literal["error", "drop"] = "error"
 ) -> int:
     """Writes a model's answers to every prompt of a dataset, next to the human ones; run it again to resume.
 
     Args:
-        checkpoint: model that answers: folder of an exported policy or other model, or organisation/name on the hub.
+        model: model that answers: folder of an exported policy or other model, or organisation/name on the hub.
         data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
         output: .jsonl file to write; completed rows are stored in a folder next to it.
         answering: settings of the answers.
@@ -67,15 +71,14 @@ def generate(
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
-    # tokenizer, dataset and model
-    encoder = load_tokenizer(answering.tokenizer or checkpoint)
-    length = answering.max_seq_len
-    dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, overlong=overlong, name="data")
-    policy = answering.open_model(checkpoint, "checkpoint")
+    # tokenizer, model and dataset
+    encoder, policy = answering.open_tokenizer(model), answering.open_model(model, "model")
+    length, ends = answering.max_seq_len, end_ids(encoder, policy)
+    dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, eos_id=ends, overlong=overlong, name="data")
     rows = IterationData(
         dataset=dataset,
         root=Path(output).with_suffix(".rows"),
-        sampling=answering.sampling(encoder.eos_id),
+        sampling=answering.sampling(ends),
         split="generate",
         iteration=0,
         weights=fingerprint_of_weights(policy),
@@ -85,8 +88,8 @@ def generate(
     lines = [
         {
             "prompt": encoder.decode(example.prompt),
-            "real": encoder.decode(example.response),
-            "generated": encoder.decode(answer.tokens),
+            "real": continuation_text(encoder, example.prompt, example.response),
+            "generated": continuation_text(encoder, example.prompt, answer.tokens),
             "finished": answer.finished,
         }
         for example, answer in zip(dataset, rows.answers, strict=True)
@@ -98,42 +101,42 @@ def generate(
 
 
 def evaluate_model(
-    checkpoint: str,
+    model: str,
     data: str | None = None,
     *,
     answering: Answering,
-    opponent_checkpoint: str | None = None,
+    opponent_model: str | None = None,
     exact_match: bool = True,
 ) -> int:
     """Prints a model's scores on a dataset: likelihood, exact match, win rate over an opponent.
 
     Args:
-        checkpoint: model to evaluate: folder of an exported policy or other model, or organisation/name on the hub.
+        model: model to evaluate: folder of an exported policy or other model, or organisation/name on the hub.
         data: rows with prompt and response, or with messages; null is the quickstart's held-out rows.
         answering: settings of the opponent's answers.
-        opponent_checkpoint: model to compute the win rate against; null skips the win rate.
+        opponent_model: model to compute the win rate against; null skips the win rate.
         exact_match: whether to answer prompts greedily and compare with the human answers.
     """
-    eos_id: int | None = sorting_task.EOS
+    ends: tuple[int, ...] = (sorting_task.EOS,)
     length = answering.max_seq_len
+    policy = answering.open_model(model, "model")
     if data is None:
         dataset, length = quickstart_data()[2], sorting_task.MAX_SEQ_LEN
     else:
-        encoder = load_tokenizer(answering.tokenizer or checkpoint)
-        dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, name="data")
-        eos_id = encoder.eos_id
-    policy = answering.open_model(checkpoint, "checkpoint")
+        encoder = answering.open_tokenizer(model)
+        ends = end_ids(encoder, policy)
+        dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, eos_id=ends, name="data")
     rows: dict[str, Any] = {"batch_size": answering.batch_size, "exact_match": exact_match}
-    scored = evaluate(policy, dataset, max_seq_len=length, eos_id=eos_id, **rows)
+    scored = evaluate(policy, dataset, max_seq_len=length, eos_id=ends, **rows)
     print(
         f"{scored.nll_per_sequence:.4f} nats/answer, {scored.nll_per_token:.4f} nats/token "
         f"over {scored.tokens:,} tokens"
     )
     if scored.exact_match is not None:
         print(f"{scored.exact_match:.4f} exact match over {scored.sequences:,} greedy answers")
-    if opponent_checkpoint is not None:
-        opponent = answering.open_model(opponent_checkpoint, "opponent_checkpoint")
-        sampling = answering.sampling(eos_id, max_seq_len=length, seed=0)
+    if opponent_model is not None:
+        opponent = answering.open_model(opponent_model, "opponent_model")
+        sampling = answering.sampling(ends, max_seq_len=length, seed=0)
         rate = win_rate_over(policy, opponent, dataset, sampling, seed=answering.seed)
-        print(f"{rate:.4f} win rate over {opponent_checkpoint}")
+        print(f"{rate:.4f} win rate over {opponent_model}")
     return 0

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.checkpoints.atomic_io import write_file
+from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.cli.main import print_main, report, report_run
 from lm_core.distributed import world_size
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from lm_core.training.run_directory import Result
-from spin_trainer.data.opponent_answers import nucleus
 from spin_trainer.interop import load_model, with_lora
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
@@ -24,7 +24,6 @@ def train(
     data: str | None = None,
     validation_data: str | None = None,
     tokenizer: str | None = None,
-    top_p: float | None = 0.9,
     lora_r: int | None = None,
     lora_alpha: int | None = None,
     lora_dropout: float = 0.0,
@@ -40,17 +39,13 @@ def train(
         settings: settings of self-play.
         model: model to fine-tune: a folder, or organisation/name on the hub; null runs the quickstart.
         data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
-        validation_data: held-out rows in the same formats.
         tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
-        top_p: probability mass that the opponent samples from; null for no filter.
         lora_r: rank of LoRA adapters; null trains all weights.
         lora_alpha: scale of the adapters times their rank; null is twice the rank.
         lora_dropout: dropout probability in front of the adapters.
         lora_targets: names of the linear layers that get an adapter; null is all but the output layer.
         overlong: handling of prompts that leave no room for an answer: error, or drop the row.
         checkpoint_dir: folder of the run, for answers, checkpoints, exported policies, metrics.jsonl and curves.png.
-        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: names of trackers that accelerate knows, such as tensorboard.
     """
     if model is None and (data is not None or validation_data is not None):
         raise ValueError(f"model must be given together with data, got data {data!r} and no model")
@@ -59,7 +54,7 @@ def train(
     if model is None and (lora_r is not None or tokenizer is not None):
         raise ValueError(f"lora_r and tokenizer need a model, got {lora_r} and {tokenizer!r} for the quickstart's")
     start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # sets rank and world size
-    run: dict[str, Any] = {"resume": resume, "trackers": trackers or (), **nucleus(top_p)}
+    run: dict[str, Any] = {"resume": resume, "trackers": trackers or ()}
     # without a model: the quickstart
     if model is None:
         report("downloads", "nothing; about two minutes on two CPU cores")
@@ -72,7 +67,7 @@ def train(
         return _report(result, checkpoint_dir)
     # tokenizer, model and trainer
     seed_everything(settings.seed)
-    encoder = load_tokenizer(tokenizer or model)
+    encoder = load_tokenizer(tokenizer or checkpoint_folder(model))
     policy = load_model(model)
     if lora_r is not None:
         policy = with_lora(policy, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets)
@@ -90,12 +85,15 @@ def train(
     trained = sum(parameter.numel() for parameter in trainer.model.trainable_parameters())
     total = sum(parameter.numel() for parameter in policy.parameters())
     report("model", f"{model}, {total / 1e6:.2f} million parameters, of which {trained / 1e6:.2f} train")
-    report("data", f"{data}: {len(trainer.train_dataset)} rows, {trainer.train_dataset.dropped} left out as too long")
-    report("run", f"{checkpoint_dir}, {settings.iterations} iterations, {trainer.device}, {world_size()} process(es)")
-    return _report(trainer.train(), checkpoint_dir)
+    rows = trainer.train_dataset
+    left_out = "" if rows.reason is None else f", such as: {rows.reason}"
+    report("data", f"{data}: {len(rows)} rows, {rows.dropped} left out{left_out}")
+    length = f"{settings.iterations} iteration(s), {trainer.planned_updates} updates"
+    report("run", f"{checkpoint_dir}, {length}, {trainer.device}, {world_size()} process(es)")
+    return _report(trainer.train(), checkpoint_dir, trainer.planned_updates)
 
 
-def _report(result: SPINResult, folder: str) -> int:
+def _report(result: SPINResult, folder: str, max_steps: int | None = None) -> int:
     lines: list[tuple[str, object]] = [
         (
             "held out",
@@ -109,4 +107,4 @@ def _report(result: SPINResult, folder: str) -> int:
     lines.append(("policies", f"{result.iterations_folder} ({result.outcome} after {result.iterations} iterations)"))
     nll = [metrics["nll"] for metrics in result.history]
     results = [Result("held-out NLL/answer, nats", nll[-1], before=nll[0])] if nll else []
-    return report_run("spin-trainer", result, folder, lines=lines, results=results)
+    return report_run("spin-trainer", result, folder, max_steps=max_steps, lines=lines, results=results)

@@ -5,30 +5,30 @@ data, batch size, seed and iteration alone: resumed runs and runs on any number 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lm_core.cli.text_generation import SamplingFlags
 from lm_core.data.epochs import seed_of
 from lm_core.generation.generate import generate
-from lm_core.generation.sampling import top_p
+from lm_core.generation.sampling import top_p as nucleus
 from lm_core.training.accelerator import Precision, autocast
 from spin_trainer.data.row_store import name_of_function
 from spin_trainer.model.response_scores import ResponseScores, collate
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings.
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingFlags):
+    """Sampling settings; temperature, top-k, top-p, min-p and repetition penalty as in ``SamplingFlags``.
 
     Attributes:
         max_seq_len: maximum length of a prompt with its answer, in tokens.
-        temperature: sampling temperature; 0 is greedy.
-        filter_fn: logits filter, called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
-        filter_kwargs: arguments of ``filter_fn``.
+        max_new_tokens: maximum length of an answer; None is what ``max_seq_len`` leaves.
+        own_filters: further logits filters, ``(b, v) -> (b, v)``.
         eos_id: token or tokens that end an answer.
         batch_size: prompts per batch; the sampled tokens depend on it.
         seed: sampling seed.
@@ -36,9 +36,10 @@ class Sampling:
     """
 
     max_seq_len: int
+    max_new_tokens: int | None = None
     temperature: float = 0.7
-    filter_fn: Callable[..., Tensor] | None = top_p
-    filter_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"thres": 0.9})
+    top_p: float | None = 0.9
+    own_filters: tuple[Callable[[Tensor], Tensor], ...] = ()
     eos_id: int | tuple[int, ...] | None = None
     batch_size: int = 16
     seed: int = 0
@@ -46,20 +47,25 @@ class Sampling:
 
     def description(self) -> dict[str, Any]:
         """The settings as JSON values, for a fingerprint."""
-        plain = ("max_seq_len", "temperature", "batch_size", "seed", "precision")
-        return {
-            **{name: getattr(self, name) for name in plain},
-            "filter": name_of_function(self.filter_fn),
-            "filter_kwargs": repr(sorted(self.filter_kwargs.items())),
-            "eos_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id,
-        }
+        names = ("max_seq_len", "temperature", "batch_size", "seed", "precision")
+        described: dict[str, Any] = {name: getattr(self, name) for name in names}
+        described["eos_id"] = list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id
+        # as version 0.1.0 wrote them, so that its runs resume; newer settings only where they are set
+        described["filter"] = None if self.top_p is None else name_of_function(nucleus)
+        described["filter_kwargs"] = repr([] if self.top_p is None else [("thres", self.top_p)])
+        newer = {"max_new_tokens": None, "top_k": None, "min_p": None, "repetition_penalty": 1.0}
+        described |= {name: getattr(self, name) for name, off in newer.items() if getattr(self, name) != off}
+        if self.own_filters:
+            described["own_filters"] = [name_of_function(function) for function in self.own_filters]
+        return described
 
 
-def nucleus(mass: float | None) -> dict[str, Any]:
-    """Arguments of ``Sampling`` and ``SPINTrainer`` for top-p sampling with this mass; None for no filter."""
-    if mass is None:
-        return {"filter_fn": None, "filter_kwargs": {}}
-    return {"filter_fn": top_p, "filter_kwargs": {"thres": mass}}
+def original_filter(filter_fn: Callable[..., Tensor] | None, filter_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fields of ``Sampling`` that the original's filter arguments change: ``filter_fn`` takes the place of top-p."""
+    arguments = dict(filter_kwargs or {})
+    if filter_fn is nucleus and set(arguments) <= {"thres"}:
+        return {"top_p": arguments["thres"]} if arguments else {}
+    return {"top_p": None, "own_filters": () if filter_fn is None else (partial(filter_fn, **arguments),)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
     lengths = [len(prompt) for prompt in prompts]
     if max(lengths) >= sampling.max_seq_len:
         raise ValueError(f"max_seq_len must exceed the longest prompt ({max(lengths)}), got {sampling.max_seq_len}")
-    room = sampling.max_seq_len - min(lengths)
+    rooms = [min(sampling.max_seq_len - length, sampling.max_new_tokens or sampling.max_seq_len) for length in lengths]
+    room = max(rooms)
     limit = getattr(model, "max_length", None)
     if limit is not None and max(lengths) + room > limit >= sampling.max_seq_len:
         # padded, the batch would exceed the model's limit: answer its shorter and its longer half separately
@@ -98,19 +105,18 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
         return [answers[row] for row in range(len(prompts))]
     # generate all rows up to that room, then cut each where its own prompt leaves less
     device = next(model.parameters()).device
-    filter_fn = sampling.filter_fn
     with autocast(sampling.precision, device):
         generation = generate(
             model,
             [torch.tensor(prompt) for prompt in prompts],
             max_new_tokens=room,
             temperature=sampling.temperature,
-            filters=() if filter_fn is None else (partial(filter_fn, **sampling.filter_kwargs),),
+            filters=(*sampling.filters(), *sampling.own_filters),
+            repetition_penalty=sampling.repetition_penalty,
             eos_id=sampling.eos_id,
             generator=torch.Generator(device).manual_seed(seed),
         )
     rows = zip(generation.tokens.tolist(), generation.lengths.tolist(), generation.finished.tolist(), strict=True)
-    rooms = [sampling.max_seq_len - length for length in lengths]
     return [
         Answer(tuple(tokens[: min(length, room)]), finished and length <= room)
         for (tokens, length, finished), room in zip(rows, rooms, strict=True)

@@ -10,13 +10,16 @@ A truncated answer gets no EOS: the model must not learn that the answer ends th
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
 from lm_core.data.rows import iterate_rows
+from lm_core.tokenizers import as_tokenizer, prompt_ids
+from spin_trainer.model.response_scores import eos_tuple
 
 ANSWER_COLUMNS = ("response", "completion", "answer")
 Overlong = Literal["error", "drop"]
@@ -37,18 +40,43 @@ class Example:
     truncated: bool = False
 
 
-class SFTDataset(Sequence[Example]):
-    """Examples with a fingerprint of their content; ``dropped`` counts the rows left out for a prompt too long."""
+class UnusableRow(ValueError):
+    """A row that the chat template or the tokenizer cannot turn into a prompt and its answer."""
 
-    def __init__(self, examples: Sequence[Example], dropped: int = 0) -> None:
+
+class SFTDataset(Sequence[Example]):
+    """Examples with a fingerprint of their content.
+
+    Args:
+        examples: the examples.
+        dropped: number of rows left out, for a prompt too long or because they cannot be split.
+        reason: reason for leaving out the first of them that cannot be split.
+    """
+
+    def __init__(self, examples: Sequence[Example], dropped: int = 0, reason: str | None = None) -> None:
         self.examples = list(examples)
         self.dropped = dropped
+        self.reason = reason
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: Any) -> Any:
         return self.examples[index]
+
+    def split(self, fraction: float, *, seed: int = 0) -> "tuple[SFTDataset, SFTDataset]":
+        """Two datasets of the same rows, drawn with ``seed``: all but a fraction, and this fraction.
+
+        Raises:
+            ValueError: one of them would be empty.
+        """
+        count = round(len(self) * fraction)
+        if not 0 < count < len(self):
+            raise ValueError(f"validation_fraction {fraction} of {len(self)} rows leaves one part empty")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        parts = (sorted(order[count:]), sorted(order[:count]))
+        train, held_out = (SFTDataset([self[row] for row in rows], self.dropped, self.reason) for rows in parts)
+        return train, held_out
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -64,8 +92,9 @@ def as_sft_dataset(
     *,
     max_seq_len: int,
     tokenizer: Any = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     pad_id: int | None = -1,
+    template_kwargs: Mapping[str, Any] | None = None,
     overlong: Overlong = "error",
     name: str = "train_sft_dataset",
 ) -> SFTDataset:
@@ -74,9 +103,11 @@ def as_sft_dataset(
     Args:
         source: files, a dataset or a sequence, see ``lm_core.data.rows``; the module docstring lists the row formats.
         max_seq_len: maximum length of a prompt with its answer, in tokens; longer answers are truncated.
-        tokenizer: tokenizer of texts and chats, with the protocol of ``lm_core.tokenizers``.
-        eos_id: token that ends answers; by default the tokenizer's.
-        pad_id: padding id; it is removed from the end of sequences.
+        tokenizer: tokenizer of texts and chats: a transformers tokenizer, a folder or hub name, or an object with the
+            protocol of ``lm_core.tokenizers``.
+        eos_id: token or tokens that end answers, by default the tokenizer's, which ends texts.
+        pad_id: padding id; it is removed from the end of sequences, but for one that ends the answer.
+        template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         overlong: handling of prompts that leave no room for an answer: "error", or "drop" the row.
         name: argument name in error messages.
 
@@ -88,13 +119,20 @@ def as_sft_dataset(
         return source
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
-    if eos_id is None and tokenizer is not None:
-        eos_id = tokenizer.eos_id
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+    ends = eos_tuple(tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id)
+    reader = _RowReader(tokenizer, ends, pad_id, template_kwargs or {})
     # encode, check and truncate each row
     examples: list[Example] = []
     dropped = 0
+    reason: str | None = None
     for where, row in iterate_rows(source, name=name):
-        prompt, response = _encoded(row, tokenizer, eos_id, pad_id, where)
+        try:
+            prompt, response = reader.encoded(row, where)
+        except UnusableRow as error:
+            reason = reason or str(error)
+            dropped += 1
+            continue
         if not prompt:
             raise ValueError(f"{where} must have a prompt of at least one token, got none")
         if not response:
@@ -110,62 +148,124 @@ def as_sft_dataset(
         room = max_seq_len - len(prompt)
         examples.append(Example(tuple(prompt), tuple(response[:room]), len(response) > room))
     if not examples:
-        raise ValueError(f"{name} must hold at least one row, got none ({dropped} with a prompt too long)")
+        left_out = f"{dropped} left out" + (f", such as: {reason}" if reason else " with a prompt too long")
+        raise ValueError(f"{name} must hold at least one row, got none ({left_out})")
     # without EOS in any complete answer the policy would never learn to stop
     whole = [example for example in examples if not example.truncated]
-    if eos_id is not None and whole and not any(example.response[-1] == eos_id for example in whole):
+    if ends and whole and not any(example.response[-1] in ends for example in whole):
         raise ValueError(
-            f"{name} must have answers that end with eos_id {eos_id}, none does: the opponent ends its own with it, "
-            "so the player would learn nothing but to leave it out"
+            f"{name} must have answers that end with eos_id {' or '.join(map(str, ends))}, none does: the opponent "
+            "ends its own with it, so the player would learn nothing but to leave it out"
         )
-    return SFTDataset(examples, dropped)
+    return SFTDataset(examples, dropped, reason)
 
 
-def _encoded(
-    row: Any, tokenizer: Any, eos_id: int | None, pad_id: int | None, where: str
-) -> tuple[list[int], list[int]]:
-    if isinstance(row, Mapping):
-        if "messages" in row:
-            return _chat(list(row["messages"]), tokenizer, eos_id, where)
-        answers = [row[column] for column in ANSWER_COLUMNS if column in row]
-        if "prompt" not in row or not answers:
+@dataclass(frozen=True)
+class _RowReader:
+    """Splits rows into the token ids of prompt and answer."""
+
+    tokenizer: Any
+    ends: tuple[int, ...]
+    pad_id: int | None
+    template_kwargs: Mapping[str, Any]
+
+    def encoded(self, row: Any, where: str) -> tuple[list[int], list[int]]:
+        """Prompt and answer of a row; ``where`` names it in errors."""
+        if isinstance(row, Mapping):
+            # tables that mix formats have None in the columns of the others
+            row = {name: value for name, value in row.items() if value is not None}
+            if "messages" in row:
+                return self._chat(row["messages"], where)
+            answers = [row[column] for column in ANSWER_COLUMNS if column in row]
+            if "prompt" not in row or not answers:
+                raise ValueError(
+                    f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
+                    f"got {sorted(row)}"
+                )
+            prompt, answer = row["prompt"], answers[0]
+            if _is_list(prompt):
+                reply = answer if _is_list(answer) and answer else [{"role": "assistant", "content": answer}]
+                return self._chat([*prompt, *reply], where)
+            return self._text(prompt, answer, where)
+        if _is_list(row) and len(row) == 2:
+            if isinstance(row[0], str):
+                return self._text(row[0], row[1], where)
+            return self._ids(row[0], row[1], where)
+        raise TypeError(
+            f"{where} must be (sequence, prompt_len), (prompt, answer) or a dict, "
+            f"got {type(row).__name__} {str(row)[:60]!r}"
+        )
+
+    def _ids(self, sequence: Any, prompt_len: Any, where: str) -> tuple[list[int], list[int]]:
+        try:
+            ids = torch.as_tensor(sequence)
+            length = int(prompt_len)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where} must be (token ids, prompt_len), got {_kinds(sequence, prompt_len)}") from error
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"{where} must hold 1-D integer ids, got {ids.dtype} of shape {tuple(ids.shape)}")
+        values: list[int] = ids.tolist()
+        padded = len(values)
+        while values and values[-1] == self.pad_id:
+            values.pop()
+        if self.pad_id in self.ends and len(values) < padded:
+            values.append(self.ends[self.ends.index(self.pad_id)])
+        if length < 1:
+            raise ValueError(f"{where} must have a prompt_len of at least 1, got {length}")
+        if any(value < 0 for value in values):
+            raise ValueError(f"{where} must hold ids of at least 0 (pad_id is {self.pad_id}), got {min(values)}")
+        if length >= len(values):
+            raise ValueError(f"{where} must have answer tokens after its prompt_len {length}, got {len(values)} tokens")
+        return values[:length], values[length:]
+
+    def _text(self, prompt: Any, answer: Any, where: str) -> tuple[list[int], list[int]]:
+        if not isinstance(prompt, str) or not isinstance(answer, str):
+            raise TypeError(f"{where} must have texts as prompt and answer, got {_kinds(prompt, answer)}")
+        ends = self._ends(where)
+        with _named(where):
+            ids, whole = prompt_ids(self.tokenizer, prompt), prompt_ids(self.tokenizer, prompt + answer)
+            # alone, an answer may be encoded with a space before it
+            response = whole[len(ids) :] if whole[: len(ids)] == ids else self.tokenizer.encode(answer)
+            end = self.tokenizer.eos_id if self.tokenizer.eos_id in ends else ends[0]
+            return ids, [*response, end] if answer else []
+
+    def _chat(self, messages: Any, where: str) -> tuple[list[int], list[int]]:
+        ends = self._ends(where)
+        messages = list(messages)
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+                raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            roles = [message["role"] for message in messages]
             raise ValueError(
-                f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
-                f"got {sorted(row)}"
+                f"{where} must end with an answer of the assistant after a question, got the roles {roles}"
             )
-        prompt, answer = row["prompt"], answers[0]
-        if _is_list(prompt):
-            reply = answer if _is_list(answer) and answer else [{"role": "assistant", "content": answer}]
-            return _chat([*prompt, *reply], tokenizer, eos_id, where)
-        return _text(prompt, answer, tokenizer, eos_id, where)
-    if _is_list(row) and len(row) == 2:
-        if isinstance(row[0], str):
-            return _text(row[0], row[1], tokenizer, eos_id, where)
-        return _ids(row[0], row[1], pad_id, where)
-    raise TypeError(
-        f"{where} must be (sequence, prompt_len), (prompt, answer) or a dict, "
-        f"got {type(row).__name__} {str(row)[:60]!r}"
-    )
+        if not hasattr(self.tokenizer, "apply_chat_template"):
+            raise ValueError(f"{where} is a chat, but {type(self.tokenizer).__name__} has no apply_chat_template")
+        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+        whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+        if whole[: len(prompt)] != prompt:
+            raise UnusableRow(
+                f"{where}: the chat template must write a conversation so that it begins with its own prompt, "
+                "it does not"
+            )
+        response = whole[len(prompt) :]
+        for index, token in enumerate(response):
+            if token in ends:
+                # the template's text after the end of a turn is never generated, so it is not learned
+                return prompt, response[: index + 1]
+        raise UnusableRow(
+            f"{where}: the chat template must end an answer with eos_id {' or '.join(map(str, ends))}, it does not; "
+            "pass the id that does"
+        )
 
-
-def _ids(sequence: Any, prompt_len: Any, pad_id: int | None, where: str) -> tuple[list[int], list[int]]:
-    try:
-        ids = torch.as_tensor(sequence)
-        length = int(prompt_len)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{where} must be (token ids, prompt_len), got {_kinds(sequence, prompt_len)}") from error
-    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"{where} must hold 1-D integer ids, got {ids.dtype} of shape {tuple(ids.shape)}")
-    values: list[int] = ids.tolist()
-    while values and values[-1] == pad_id:
-        values.pop()
-    if length < 1:
-        raise ValueError(f"{where} must have a prompt_len of at least 1, got {length}")
-    if any(value < 0 for value in values):
-        raise ValueError(f"{where} must hold ids of at least 0 (pad_id is {pad_id}), got {min(values)}")
-    if length >= len(values):
-        raise ValueError(f"{where} must have answer tokens after its prompt_len {length}, got {len(values)} tokens")
-    return values[:length], values[length:]
+    def _ends(self, where: str) -> tuple[int, ...]:
+        """The ids that end an answer, after checking that tokenizer and ids are set."""
+        if self.tokenizer is None:
+            raise ValueError(f"{where} holds text, so a tokenizer is needed, got tokenizer=None")
+        if not self.ends:
+            raise ValueError(f"{where} holds text, so answers need an end: the tokenizer has no eos_id, pass eos_id")
+        return self.ends
 
 
 def _is_list(value: Any) -> bool:
@@ -176,42 +276,10 @@ def _kinds(*parts: Any) -> str:
     return ", ".join(type(part).__name__ for part in parts)
 
 
-def _check_ends(tokenizer: Any, eos_id: int | None, where: str) -> int:
-    """Returns the id that ends an answer, after checking that tokenizer and id are set."""
-    if tokenizer is None:
-        raise ValueError(f"{where} holds text, so a tokenizer is needed, got tokenizer=None")
-    if eos_id is None:
-        raise ValueError(f"{where} holds text, so answers need an end: the tokenizer has no eos_id, pass eos_id")
-    return eos_id
-
-
-def _text(prompt: Any, answer: Any, tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise TypeError(f"{where} must have texts as prompt and answer, got {_kinds(prompt, answer)}")
-    end = _check_ends(tokenizer, eos_id, where)
-    return tokenizer.encode(prompt), [*tokenizer.encode(answer), end] if answer else []
-
-
-def _chat(messages: list[Any], tokenizer: Any, eos_id: int | None, where: str) -> tuple[list[int], list[int]]:
-    end = _check_ends(tokenizer, eos_id, where)
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        roles = [message["role"] for message in messages]
-        raise ValueError(f"{where} must end with an answer of the assistant after a question, got the roles {roles}")
-    if not hasattr(tokenizer, "apply_chat_template"):
-        raise ValueError(f"{where} is a chat, but {type(tokenizer).__name__} has no apply_chat_template")
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    if whole[: len(prompt)] != prompt:
-        raise ValueError(
-            f"{where}: the chat template must write a conversation so that it begins with its own prompt, it does not"
-        )
-    response = whole[len(prompt) :]
-    if end not in response:
-        raise ValueError(
-            f"{where}: the chat template must end an answer with eos_id {end}, it does not; pass the id that does"
-        )
-    # the template's text after the end of a turn is never generated, so it is not learned
-    return prompt, response[: response.index(end) + 1]
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Context in which the tokenizer's refusal of a text (a lone surrogate) names the row."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} holds a text that the tokenizer cannot encode: {error}") from error

@@ -1,7 +1,7 @@
 """Setting and restoring the dropout of any model.
 
 Covers ``nn.Dropout`` and its variants as well as float attributes such as ``attention_dropout``, which models pass to
-the attention function.
+the attention function. The dropout in front of peft's adapters stays as their configuration has it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,15 @@ _DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Alp
 
 
 def _dropout_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
+    # peft keeps one dropout for each adapter in a ModuleDict such as lora_dropout
+    adapters = [
+        part
+        for module in model.modules()
+        for name, child in module.named_children()
+        if name.endswith("_dropout") and isinstance(child, nn.ModuleDict)
+        for part in child.modules()
+    ]
+    for module in set(model.modules()) - set(adapters):
         if isinstance(module, _DROPOUT_MODULES):
             yield module, "p"
         for name, value in vars(module).items():
@@ -24,7 +32,7 @@ def _dropout_attributes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def set_dropout_(model: nn.Module, prob: float) -> None:
-    """Sets every dropout probability in ``model``, of dropout modules and of attention.
+    """Sets every dropout probability in ``model``, of dropout modules and of attention, but for peft's adapters.
 
     Raises:
         ValueError: ``prob`` is outside [0, 1).

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
 from lm_core.checks import check_above_zero, check_ids, typed
+from lm_core.tokenizers import end_ids
 from lm_core.training.accelerator import Precision
 from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
 from spin_trainer.model.reference import FrozenReference, MovingReference
-from spin_trainer.model.response_scores import ResponseScores, response_log_probs, response_mask
+from spin_trainer.model.response_scores import ResponseScores, eos_tuple, response_log_probs, response_mask
 
 Reduction = Literal["sum", "mean"]
 
@@ -49,12 +50,14 @@ class SPIN(nn.Module):
     Args:
         model: causal language model in any form that ``lm_core.adapters.as_causal_lm`` accepts; it is not copied.
         lambda_: weight of the log-ratios; the original's keyword ``λ`` is accepted too.
-        pad_id: id that marks padding in the batches passed to ``forward``; it never reaches the model.
+        pad_id: id that marks padding at the ends of rows passed to ``forward``. It may be an end token too: the first
+            one after the answer then belongs to the answer.
         ref_model_ema_decay: 1 freezes the reference between promotions; below 1 it is a moving average.
         ema_kwargs: further arguments of ``ema_pytorch.EMA``, for a decay below 1.
         loss: "logistic" (the paper's choice), "hinge", "exponential" or "correlation".
         reduction: "sum" over the answer's tokens (the paper), or "mean".
-        eos_id: token or tokens that end an answer; tokens after it do not count.
+        eos_id: token or tokens that end an answer, by default those of a transformers model; () for none. Tokens after
+            the first of them do not count.
 
     Raises:
         ValueError: a number is out of range, a name is unknown, or ``ema_kwargs`` come without a decay below 1.
@@ -95,12 +98,12 @@ class SPIN(nn.Module):
             raise ValueError(f"model must have trainable parameters, got a {type(model).__name__} with none")
         self.lambda_ = float(lambda_)
         self.pad_id = pad_id
-        self.eos_id = eos_id
         self.loss: LossName = loss  # type: ignore[assignment]
         self.reduction: Reduction = reduction  # type: ignore[assignment]
         self.policy_model = model
         # not a submodule: its parameters are those of policy_model
         object.__setattr__(self, "policy", as_causal_lm(model))
+        self.eos_ids = end_ids(model=self.policy) if eos_id is None else eos_tuple(eos_id)
         self.ref_model: FrozenReference | MovingReference
         if ref_model_ema_decay == 1:
             self.ref_model = FrozenReference(self.policy)
@@ -206,6 +209,23 @@ class SPIN(nn.Module):
         losses = self_play_losses(margins, self.loss)
         return Comparison(losses, margins, policy_real, policy_generated, reference_real, reference_generated)
 
+    def _real_tokens(self, seq: Tensor, name: str) -> Tensor:
+        """Mask of all tokens but the runs of ``pad_id`` at both ends of a row."""
+        if self.pad_id is None:
+            return torch.ones_like(seq, dtype=torch.bool)
+        other = (seq != self.pad_id).long()
+        begun, more = other.cumsum(-1) > 0, other.flip(-1).cumsum(-1).flip(-1) > 0
+        mask = begun & more
+        if self.pad_id in self.eos_ids:
+            checked = seq.device.type == "cpu" and not torch.compiler.is_compiling()
+            if checked and bool((~begun[:, :1]).any()):
+                raise ValueError(
+                    f"{name} must not begin with pad_id {self.pad_id}, which is an end token too, so that padding on "
+                    f"the left cannot be told from text; pass {name}_mask and pad_id=None"
+                )
+            mask |= F.pad(more, (1, -1)) & ~more  # the answer's end
+        return mask
+
     def _checked(
         self, seq: Tensor, prompt_len: Tensor, mask: Tensor | None, name: str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,9 +239,9 @@ class SPIN(nn.Module):
         if mask is not None and (mask.shape != seq.shape or mask.dtype != torch.bool):
             raise ValueError(f"{name}_mask must be boolean {tuple(seq.shape)}, got {mask.dtype} {tuple(mask.shape)}")
         if mask is None:
-            mask = torch.ones_like(seq, dtype=torch.bool) if self.pad_id is None else seq != self.pad_id
+            mask = self._real_tokens(seq, name)
         ids = seq.long().masked_fill(~mask, 0)
-        answer = response_mask(ids, prompt_len, mask, self.eos_id)
+        answer = response_mask(ids, prompt_len, mask, self.eos_ids or None)
         if seq.device.type == "cpu" and not torch.compiler.is_compiling():
             vocabulary = getattr(self.policy, "vocab_size", None)
             if vocabulary is not None:

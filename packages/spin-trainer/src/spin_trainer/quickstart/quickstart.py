@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 3e-5,
     "end_learning_rate": 3e-6,
     "temperature": 1.0,
+    "top_p": None,
 }
 SUPERVISED_UPDATES, SUPERVISED_RATE = 400, 3e-3
 ROWS, HELD_OUT, COMPARED = 12000, 500, 2000  # for training, for validation and for the table
@@ -71,7 +72,7 @@ def quickstart(
         settings: settings of self-play.
         folder: folder of the run.
         compare: whether to continue supervised training too and make the table.
-        trainer_arguments: further arguments of ``SPINTrainer``; by default its opponent samples without a filter.
+        trainer_arguments: further arguments of ``SPINTrainer``.
     """
     # the supervised start
     train, valid, compared = quickstart_data()
@@ -92,7 +93,7 @@ def quickstart(
         eos_id=sorting_task.EOS,
         checkpoint_dir=folder,
         config=settings,
-        **{"filter_fn": None, **trainer_arguments},
+        **trainer_arguments,
     )
     report("self-play", f"{settings.iterations} iterations on {trainer.device}, into {folder}")
     result = trainer.train()

@@ -38,7 +38,7 @@ def make_spin(
             if not matches[name]:
                 raise ValueError(f"{name} must be that of the SPIN that is given, got {value!r}")
         return model
-    arguments: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids) or None, **(spin_kwargs or {})}
+    arguments: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids), **(spin_kwargs or {})}
     if arguments["ref_model_ema_decay"] != settings.ref_model_ema_decay:
         raise ValueError(f"ref_model_ema_decay is an argument of the trainer, got it in spin_kwargs {spin_kwargs}")
     return SPIN(model, **arguments)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lm_core.checks import check_probability, either, typed
+from lm_core.cli.text_generation import SamplingFlags
 from lm_core.training.config import RunSettings
 from spin_trainer.model.losses import LossName
 
@@ -23,13 +24,17 @@ ORIGINAL_NAMES = {
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class SelfPlaySettings(RunSettings):
+class SelfPlaySettings(RunSettings, SamplingFlags):
     """Settings of self-play: iterations, loss, sampling, optimizer, intervals of validation and checkpoints.
+
+    A run ends after all iterations, or within one after ``max_steps`` updates; the end of an iteration always has a
+    checkpoint.
 
     Args:
         max_seq_len: maximum length of a prompt with its answer, in tokens; answers are truncated there.
         iterations: rounds of generation, training and promotion.
         epochs: passes over the pairs in each iteration.
+        max_steps: optimizer updates of the run.
         batch_size: pairs per micro-batch and process.
         gradient_accumulation: micro-batches per update.
         learning_rate: learning rate at the beginning of each iteration.
@@ -45,13 +50,14 @@ class SelfPlaySettings(RunSettings):
         mix_previous: whether to train on the previous iteration's answers as well.
         ref_model_ema_decay: 1 freezes the reference within an iteration; below 1 it is a moving average.
         precompute_reference: whether to compute reference log-probabilities once per iteration, not in every update.
-        temperature: temperature of the opponent's sampling; 0 is greedy.
+        max_new_tokens: maximum length of a generated answer; null is what max_seq_len leaves.
         generation_batch_size: prompts per generation batch; null is twice the batch size.
-        dropout: dropout probability while training.
+        dropout: dropout probability of the model while training; that of adapters (lora_dropout) stays as configured.
         weight_decay: weight decay of matrices; norms and embeddings do not decay.
+        validation_fraction: fraction of the data held out for validation.
         validate_every: updates between validations; both ends of an iteration are always validated.
         early_stop_patience: iterations without better held-out likelihood before stopping at the best; null for never.
-        checkpoint_every: updates between checkpoints; the end of an iteration always has one.
+        gradient_checkpointing: whether a transformers model computes activations again in the backward, to save memory.
         fsdp: whether to shard weights and optimizer state over processes; needs a frozen, precomputed reference.
 
     Raises:
@@ -62,6 +68,7 @@ class SelfPlaySettings(RunSettings):
     max_seq_len: int
     iterations: int = 1
     epochs: int = 2
+    max_steps: int | None = None
     batch_size: int = 16
     gradient_accumulation: int = 2
     learning_rate: float = 1e-6
@@ -77,21 +84,27 @@ class SelfPlaySettings(RunSettings):
     mix_previous: bool = True
     ref_model_ema_decay: float = 1.0
     precompute_reference: bool = True
+    max_new_tokens: int | None = None
     temperature: float = 0.7
+    top_p: float | None = 0.9
     generation_batch_size: int | None = None
     dropout: float = 0.0
     weight_decay: float = 0.0
+    validation_fraction: float = 0.0
     validate_every: int = 100
     early_stop_patience: int | None = None
     checkpoint_every: int | None = None
+    gradient_checkpointing: bool = False
     fsdp: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        RunSettings.__post_init__(self)
+        SamplingFlags.__post_init__(self)
         if self.max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
         self.check_counts("iterations", "epochs", "batch_size", "gradient_accumulation", "validate_every")
         self.check_counts("learning_rate_num_decay_steps", "generation_batch_size", "early_stop_patience")
+        self.check_counts("max_steps", "max_new_tokens")
         self.check_above_zero("learning_rate", "lambda_")
         for name in ("learning_rates", "lambdas"):
             values = getattr(self, name)
@@ -103,9 +116,8 @@ class SelfPlaySettings(RunSettings):
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
-        for name in ("temperature", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         if not 0 <= self.ref_model_ema_decay <= 1:
             raise ValueError(f"ref_model_ema_decay must be in [0, 1], got {self.ref_model_ema_decay}")
         if self.fsdp and self.live_reference:
@@ -114,6 +126,7 @@ class SelfPlaySettings(RunSettings):
                 f"{self.precompute_reference}, {self.opponent!r} and {self.ref_model_ema_decay}"
             )
         check_probability(self.dropout, "dropout")
+        check_probability(self.validation_fraction, "validation_fraction")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "SelfPlaySettings":

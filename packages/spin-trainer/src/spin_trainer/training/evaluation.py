@@ -36,7 +36,7 @@ def evaluate(
     dataset: SFTDataset,
     *,
     max_seq_len: int,
-    eos_id: int | None = None,
+    eos_id: int | tuple[int, ...] | None = None,
     batch_size: int = 32,
     exact_match: bool = True,
     precision: Precision = "fp32",
@@ -46,7 +46,7 @@ def evaluate(
     Answers end with ``eos_id``, or where prompt and answer reach ``max_seq_len`` tokens.
     """
     nats = tokens = matches = 0.0
-    sampling = Sampling(max_seq_len=max_seq_len, temperature=0.0, filter_fn=None, filter_kwargs={}, eos_id=eos_id)
+    sampling = Sampling(max_seq_len=max_seq_len, temperature=0.0, top_p=None, eos_id=eos_id)
     with eval_mode(model):
         for rows in batches_by_length([len(e.prompt) + len(e.response) for e in dataset], batch_size):
             prompts, responses = [dataset[row].prompt for row in rows], [dataset[row].response for row in rows]

@@ -85,7 +85,7 @@ class PairComparison:
         if reference is None:
             # before the policy's forward: a frozen reference runs in the policy's module
             reference_scores = self.spin.reference_log_probs(ids, answer, mask, precision=self.settings.precision)
-        policy = (scores or self.scores)(ids, answer, mask)
+        policy = (self.scores if scores is None else scores)(ids, answer, mask)
         if reference is not None:
             reference_scores = torch.tensor([*reference[0], *reference[1]], dtype=policy.dtype, device=policy.device)
         return self.spin.comparison(policy, reference_scores, answer)

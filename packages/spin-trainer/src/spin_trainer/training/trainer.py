@@ -9,7 +9,7 @@ an uninterrupted one, bit for bit (``lm_core.training.session``).
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +18,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import either, typed
+from lm_core.cli.text_generation import SamplingFlags
 from lm_core.data.epochs import UpdateOrder, seed_of
 from lm_core.distributed import rank, world_size
 from lm_core.generation.sampling import top_p
 from lm_core.rng import seed_everything
+from lm_core.tokenizers import as_tokenizer, end_ids
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession
 from spin_trainer.data.iteration_data import Interrupted, IterationData, Pair
-from spin_trainer.data.opponent_answers import Answer, Sampling
+from spin_trainer.data.opponent_answers import Answer, Sampling, original_filter
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
+from spin_trainer.model.activation_checkpointing import recomputed_activations
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.reference import FrozenReference
+from spin_trainer.model.response_scores import eos_tuple
 from spin_trainer.model.spin import SPIN
 from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin
 from spin_trainer.training.config import SelfPlaySettings, value_of
@@ -76,16 +81,20 @@ class SPINTrainer:
     Args:
         model: a ``SPIN``, or anything that ``lm_core.adapters.as_causal_lm`` accepts: transformers models with or
             without peft, x-transformers, PaLM, any module from ids to logits. Trained in place, moved to the device.
+            A folder or hub name is loaded by ``lm_core.adapters.loading.load_causal_lm``.
         train_sft_dataset: prompts with human answers; see ``spin_trainer.data.sft_data``.
         valid_sft_dataset: held-out prompts with human answers.
-        tokenizer: tokenizer of texts and chats, saved with the exported policies.
+        tokenizer: tokenizer of texts and chats, saved with the exported policies: a transformers tokenizer, a folder or
+            hub name, or an object with the protocol of ``lm_core.tokenizers``.
         accelerator: ``accelerate.Accelerator`` to use instead of a new one.
         accelerate_kwargs: arguments of the new ``accelerate.Accelerator``.
         adam_kwargs: further arguments of ``torch.optim.AdamW``.
-        filter_fn: logits filter of the opponent's sampling; None for no filter.
-        filter_kwargs: arguments of ``filter_fn``; ``thres=0.9`` for the default filter.
+        filters: further logits filters of the opponent's sampling, functions ``(b, v) -> (b, v)``.
+        filter_fn: the original's logits filter, in place of ``top_p``; None for no filter.
+        filter_kwargs: arguments of ``filter_fn``.
         pad_id: padding id; it is removed from the end of sequences.
-        eos_id: token or tokens that end an answer; by default the tokenizer's.
+        eos_id: token or tokens that end an answer, by default those of tokenizer and model; () for none.
+        template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         overlong: handling of prompts that leave no room for an answer: "error", or "drop" the row.
         spin_kwargs: further arguments of ``SPIN``.
         checkpoint_dir: folder of the run, ./spin-checkpoints by default.
@@ -111,10 +120,12 @@ class SPINTrainer:
         accelerator: Any = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
         adam_kwargs: Mapping[str, Any] | None = None,
+        filters: Sequence[Callable[[Tensor], Tensor]] = (),
         filter_fn: Callable[..., Tensor] | None = top_p,
         filter_kwargs: Mapping[str, Any] | None = None,
         pad_id: int | None = -1,
         eos_id: int | Sequence[int] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         overlong: Overlong = "error",
         spin_kwargs: Mapping[str, Any] | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -126,34 +137,46 @@ class SPINTrainer:
     ) -> None:
         self.settings = SelfPlaySettings.of(settings) if config is None else config
         if config is not None and settings:
-            raise ValueError(f"settings must be in config where one is given, got {sorted(settings)} next to it")
+            raise ValueError(f"pass config or single settings, not both; got config and {sorted(settings)}")
+        if isinstance(model, str | Path):
+            model = load_causal_lm(model)
+        tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.pad_id = pad_id
         folder = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
         self.checkpoint_folder = Path("./spin-checkpoints" if folder is None else folder)
-        if eos_id is None and tokenizer is not None:
-            eos_id = tokenizer.eos_id
-        self.eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+        if eos_id is None:
+            eos_id = model.eos_ids if isinstance(model, SPIN) else end_ids(tokenizer, model)
+        self.eos_ids = eos_tuple(eos_id)
         # datasets, and the sampling of answers to their prompts
         read: Any = partial(
             as_sft_dataset,
             max_seq_len=self.settings.max_seq_len,
             tokenizer=tokenizer,
-            eos_id=self.eos_ids[0] if self.eos_ids else None,
+            eos_id=self.eos_ids,
             pad_id=pad_id,
+            template_kwargs=template_kwargs,
             overlong=overlong,
         )
         self.train_dataset: SFTDataset = read(train_sft_dataset)
         self.valid_dataset: SFTDataset | None = (
             None if valid_sft_dataset is None else read(valid_sft_dataset, name="valid_sft_dataset")
         )
-        if filter_kwargs is None:
-            filter_kwargs = {"thres": 0.9} if filter_fn is top_p else {}
+        if self.settings.validation_fraction > 0:
+            if self.valid_dataset is not None:
+                raise ValueError(
+                    "pass validation data or validation_fraction, not both; got a valid_sft_dataset and "
+                    f"{self.settings.validation_fraction}"
+                )
+            self.train_dataset, self.valid_dataset = self.train_dataset.split(
+                self.settings.validation_fraction, seed=self.settings.seed
+            )
+        chosen = {field.name: getattr(self.settings, field.name) for field in fields(SamplingFlags)}
+        changed = original_filter(filter_fn, filter_kwargs)
         self.sampling = Sampling(
+            **{**chosen, **changed, "own_filters": (*changed.get("own_filters", ()), *filters)},
             max_seq_len=self.settings.max_seq_len,
-            temperature=self.settings.temperature,
-            filter_fn=filter_fn,
-            filter_kwargs=dict(filter_kwargs),
+            max_new_tokens=self.settings.max_new_tokens,
             eos_id=self.eos_ids or None,
             batch_size=self.settings.generation_batch_size or 2 * self.settings.batch_size,
             seed=self.settings.seed,
@@ -202,6 +225,7 @@ class SPINTrainer:
                 "frozen_weights": self._frozen_weights(),
                 "batch": self.settings.batch_size * self.settings.gradient_accumulation * world_size(),
                 "epochs": self.settings.epochs,
+                "max_steps": self.settings.max_steps,
                 "opponent_kind": self.settings.opponent,
                 "sampling": repr(sorted(self.sampling.description().items())),
             },
@@ -210,6 +234,7 @@ class SPINTrainer:
             load_weights=lambda stored: load_stored_weights(policy, stored.model_state or {}, str(stored.path)),
             tokenizer=tokenizer,
             validate=None if self.valid_dataset is None else self._validate,
+            max_steps=self.planned_updates,
             curves=[name for shown in SHOWN for name in (shown, f"validation_{shown}")],
             shown=("iteration", "loss", "win_rate"),
         )
@@ -223,6 +248,22 @@ class SPINTrainer:
     def steps(self) -> int:
         """Number of completed updates."""
         return self.session.step
+
+    @property
+    def planned_updates(self) -> int:
+        """Number of updates of the whole run, unless it stops early."""
+        total = sum(self._updates_of(iteration) for iteration in range(self.settings.iterations))
+        return min(total, self.settings.max_steps or total)
+
+    def _updates_of(self, iteration: int) -> int:
+        """Number of updates of an iteration that ``max_steps`` does not cut short."""
+        pairs = len(self.train_dataset) * (2 if self._mixes and iteration > 0 else 1)
+        return self._order(pairs).updates_per_epoch * self.settings.epochs
+
+    @property
+    def _mixes(self) -> bool:
+        """True if an iteration also trains on the previous one's answers."""
+        return self.settings.mix_previous and self.settings.opponent == "reference"
 
     def train(self, *, overwrite: bool = True) -> SPINResult:
         """Runs all iterations, or resumes the run in ``checkpoint_dir``.
@@ -238,24 +279,38 @@ class SPINTrainer:
             FileExistsError, FileNotFoundError: the folder contradicts ``resume`` or ``overwrite``.
         """
         settings, state, policy = self.settings, self.state, self.model.policy_model
+        planned = self.planned_updates
         self._frozen_weights()  # includes buffers, which a forward may change
-        with self.session.run() as session, dropout_of(policy, settings.dropout):
+        with (
+            self.session.run() as session,
+            dropout_of(policy, settings.dropout),
+            recomputed_activations(policy) if settings.gradient_checkpointing else contextlib.nullcontext(),
+        ):
             if not settings.live_reference and isinstance(self.model.ref_model, FrozenReference):
                 self.model.ref_model.release()  # its log-probabilities are on disk
-            while state.iteration < settings.iterations and session.outcome == "finished":
+            # with an update of the iteration done, it is not promoted yet
+            while (
+                state.iteration < settings.iterations
+                and session.outcome == "finished"
+                and (state.update > 0 or session.step < planned)
+            ):
                 if self.best.stops:
                     session.outcome = "stopped early"
                     break
                 # generate: until its first update the policy is the opponent
                 self.model.lambda_ = value_of(state.iteration, settings.lambdas, self._base_lambda)
+                title = f"iteration {state.iteration + 1} of {settings.iterations}"
+                session.progress.set_description(f"{title}, generate")
                 try:
                     train = self._opponent_data()
                 except Interrupted:
                     session.outcome = "interrupted"
                     break
                 # train on pairs of a human and a generated answer
-                order = self._order(train)
-                updates = order.updates_per_epoch * settings.epochs
+                order = self._order(len(train.pairs))
+                left = planned - (session.step - state.update)
+                updates = min(self._updates_of(state.iteration), left)
+                session.progress.set_description(f"{title}, train")
                 self._begin_training(updates)
                 for _ in session.steps(session.step + updates - state.update, ends=False):
                     session.log(self._update(train, order))
@@ -289,7 +344,7 @@ class SPINTrainer:
         )
         of_train: Any = partial(stored, dataset=self.train_dataset, split="train")
         previous = None
-        if settings.mix_previous and settings.opponent == "reference" and t > 0:
+        if self._mixes and t > 0:
             previous = of_train(iteration=t - 1, weights=str(state.previous_opponent))
             previous.complete(None, scores=False)
         splits: list[IterationData] = [of_train(iteration=t, weights=state.opponent, previous=previous)]
@@ -301,11 +356,11 @@ class SPINTrainer:
                 split.complete(opponent, lambda: self.session.stop_requested, scores=not settings.live_reference)
         return splits[0]
 
-    def _order(self, data: IterationData) -> UpdateOrder:
-        """Order of the iteration's pairs, by update and micro-batch."""
+    def _order(self, pairs: int) -> UpdateOrder:
+        """Order of this number of pairs, by update and micro-batch."""
         accumulation = self.settings.gradient_accumulation
         return UpdateOrder(
-            len(data.pairs),
+            pairs,
             batch_size=self.settings.batch_size * accumulation * world_size(),
             micro_batches=accumulation,
             last="short",
@@ -437,10 +492,13 @@ class SPINTrainer:
             real_seq: prompts with human answers, padded with ``pad_id``.
             prompt_len: number of tokens in each prompt.
         """
-        rows = [
-            (row[row != self.pad_id].tolist(), int(length)) for row, length in zip(real_seq, prompt_len, strict=True)
-        ]
-        dataset = as_sft_dataset(rows, max_seq_len=self.settings.max_seq_len, pad_id=self.pad_id, name="real_seq")
+        dataset = as_sft_dataset(
+            list(zip(real_seq, prompt_len, strict=True)),
+            max_seq_len=self.settings.max_seq_len,
+            eos_id=self.eos_ids,
+            pad_id=self.pad_id,
+            name="real_seq",
+        )
         seed = seed_of("live", self.settings.seed, self.iteration, self.steps)
         answers = self.pairs.live_answers([example.prompt for example in dataset], seed)
         return self.pairs.compare(dataset, answers).losses.mean()

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lm_core.checkpoints.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from lm_core.checkpoints.manifest import CheckpointError, load_tensors, plain, verify_manifest, write_manifest
+from lm_core.checkpoints.manifest import CheckpointError, verify_manifest, write_manifest
 from lm_core.checkpoints.pretrained import PretrainedMixin
+from lm_core.checkpoints.tensor_files import load_tensors, plain
 from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
 from lm_core.rng import capture_rng, restore_rng
 
@@ -133,12 +134,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used_where_o
     assert loaded.step == 1
     assert _equal(target, models[1])
     for step in (0, 1):
-        (tmp_path / f"step-{step}" / "trainer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"every checkpoint .* damaged: step-2: .*step-1: .*step-0: .*pt is miss"):
+        (tmp_path / f"step-{step}" / "trainer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint .* damaged: step-2: .*step-1: .*step-0: .*rs is miss"):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "trainer.pt", "rng-0.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "trainer.safetensors", "rng-0.safetensors", "model.safetensors"])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove"])
 def test_every_kind_of_damage_to_every_file_is_noticed(tmp_path, name, harm):
     save_checkpoint(tmp_path, 1, model=nn.Linear(3, 3))
@@ -181,7 +182,7 @@ def test_state_that_could_not_be_read_back_is_refused_before_anything_is_written
 
 def test_a_slice_of_a_large_tensor_is_stored_without_the_rest(tmp_path):
     save_checkpoint(tmp_path, 1, model=nn.Linear(1, 1), trainer_state={"row": torch.zeros(1000, 1000)[0]})
-    assert (tmp_path / "step-1" / "trainer.pt").stat().st_size < 10_000
+    assert (tmp_path / "step-1" / "trainer.safetensors").stat().st_size < 10_000
 
 
 def test_another_world_size_is_refused_by_name(tmp_path):
@@ -255,7 +256,7 @@ def test_a_loaded_model_has_the_stored_dtype(tmp_path, dtype):
 # ---------------------------------------------------------------- nothing is executed
 
 
-@pytest.mark.parametrize("name", ["trainer.pt", "rng-0.pt", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["trainer.safetensors", "rng-0.safetensors", "model.safetensors", "config.json"])
 @pytest.mark.parametrize("protocol", ["pickle", "torch"])
 def test_a_pickle_bomb_is_refused_and_not_executed(tmp_path, name, protocol):
     path = save_checkpoint(tmp_path / "run", 1, model=Tiny(vocab=3, dim=2))
@@ -290,7 +291,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
     (tmp_path / "secret").write_text("x")
     for name in ("../secret", "/etc/passwd", "a\\..\\b"):
         manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
-        manifest["files"] = {name: {"sha256": "0", "size": 1}}
+        manifest |= {"format_version": 1, "files": {name: {"sha256": "0", "size": 1}}}  # 1 has no checksum
         (tmp_path / "m" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match="not inside the folder"):
             verify_manifest(tmp_path / "m")

@@ -302,12 +302,12 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint_alone(run):
 def test_ranks_keep_their_own_random_states_and_decide_and_fail_together(run):
     statuses, files, refusal = run(RANKS)
     assert statuses == [[0, 0]] * 4
-    assert {"rng-0.pt", "rng-1.pt"} <= set(files)
+    assert {"rng-0.safetensors", "rng-1.safetensors"} <= set(files)
     assert "was written by 2 processes and can only be resumed by as many, got 1" in refusal
 
 
 def test_a_full_disk_error_of_the_serialiser_itself_is_an_oserror(tmp_path: Path):
-    from lm_core.checkpoints.manifest import save_tensors
+    from lm_core.checkpoints.tensor_files import save_tensors
     from lm_core.checkpoints.weights import save_weights
 
     for call in (lambda path: save_tensors(path, {"a": 1}), lambda path: save_weights(path, {})):

@@ -89,7 +89,7 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 
 
 def test_arguments_of_every_kind_come_back_and_can_be_overridden(tmp_path):
-    options = {"names": ("x", "y"), "sizes": [1, 2], "table": {"k": 4, "$odd": 5}, "folder": Path("a/b")}
+    options = {"names": ("x", "y"), "sizes": [1, 2], "table": {"k": 4, "$odd": 5}}
     model = Net(dim=3, scale=float("inf"), dtype=torch.float64, **options)
     model.save_pretrained(tmp_path)
     random_state = torch.get_rng_state()
@@ -104,7 +104,7 @@ def test_arguments_of_every_kind_come_back_and_can_be_overridden(tmp_path):
 def test_the_configuration_says_who_wrote_it(tmp_path):
     Net(dim=2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     assert config["class"] == "Net"
     assert config["package"] == Net.__module__.split(".")[0]
     assert config["arguments"]["dim"] == 2
@@ -191,14 +191,15 @@ def test_a_timm_model_is_rebuilt_by_its_architecture(monkeypatch, tmp_path):
 
     timm = types.ModuleType("timm")
     timm.create_model = create_model
+    timm.is_model = lambda name: name == "tiny_vit"
     monkeypatch.setitem(sys.modules, "timm", timm)
     model = Around(encoder=Fake(5))
     model.save_pretrained(tmp_path)
     assert _same(model, Around.from_pretrained(tmp_path))
-    assert asked == [("tiny_vit", False)]
+    assert set(asked) == {("tiny_vit", False)}
 
 
-VALUES = [None, True, 3, -2.5, "x", [1, [2]], (1, ("a",)), {"a": 1}, {"$a": 1}, {1: 2}, Path("p"), torch.int8, []]
+VALUES = [None, True, 3, -2.5, "x", [1, [2]], (1, ("a",)), {"a": 1}, {"$a": 1}, {1: 2}, torch.int8, []]
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -371,7 +372,7 @@ def _empty_manifest(path: Path) -> Path:
         (lambda p: Net.from_pretrained(_saved(p), size=3), TypeError, "Net has no argument size; it has dim, scale"),
         (lambda p: Net.from_pretrained(_saved(p), dim="3"), TypeError, "dim"),
         (lambda p: Net.from_pretrained(_saved(p), dim=4), CheckpointError, r"layer\.weight \(stored \(2, 2\), model"),
-        (lambda p: _edited(format_version=2), CheckpointError, "reads up to 1; upgrade it"),
+        (lambda p: _edited(format_version=3), CheckpointError, "reads up to 2; upgrade it"),
         (lambda p: _edited(format_version="1"), CheckpointError, "no format version of lm-core"),
         (lambda p: _edited(arguments=[1]), CheckpointError, "has no constructor arguments"),
         (lambda p: _edited(state={"a": 1}), CheckpointError, r"no use for the stored state \['a'\]"),
@@ -385,7 +386,11 @@ def _empty_manifest(path: Path) -> Path:
         (lambda p: decode_argument({"$dtype": "save"}), CheckpointError, "dtype 'save'"),
         (lambda p: decode_argument({"$module": 3}), CheckpointError, "unknown kind None"),
         (lambda p: _module("magic"), CheckpointError, "unknown kind 'magic'"),
-        (lambda p: _module("transformers", **{"class": "Auto"}), CheckpointError, "'Auto', which transformers does"),
+        (
+            lambda p: _module("transformers", **{"class": "Auto"}),
+            CheckpointError,
+            "'Auto', which is not built",
+        ),
         (lambda p: _module("family", **_holds("os", "PathLike")), CheckpointError, "needs PathLike of os"),
     ],
 )

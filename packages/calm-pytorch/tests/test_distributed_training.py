@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.tensor_files import load_tensors
 
 pytestmark = [
     pytest.mark.distributed,

@@ -116,7 +116,9 @@ def test_a_run_writes_metrics_checkpoints_and_a_grid(whole_run):
     assert result.grid.is_file()
     assert result.curves.is_file()
     step = folder / "checkpoints" / "step-6"
-    assert {"preprocess.json", "tokenizer", "config.json", "trainer.pt", "rng-0.pt"} <= set(os.listdir(step))
+    assert {"preprocess.json", "tokenizer", "config.json", "trainer.safetensors", "rng-0.safetensors"} <= set(
+        os.listdir(step)
+    )
     model = CoCa.from_pretrained(step)
     assert model.preprocessing == PREPROCESSING
     rows = rows_of(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.tensor_files import load_tensors
 from palm_rlhf import PaLM
 from palm_rlhf.cli import main
 

@@ -238,13 +238,13 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_resumed(trai
     assert train(tmp_path / "whole", *flags) == 0
     assert train(tmp_path / "damaged", *flags) == 0
     newest = tmp_path / "damaged" / "checkpoints" / "step-20"
-    file = newest / "trainer.pt"
+    file = newest / "trainer.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
     assert train(tmp_path / "damaged", *flags) == 0
-    warned = r"warning: skipped a damaged checkpoint, using step-15 instead. step-20: .*trainer.pt"
+    warned = r"warning: skipped a damaged checkpoint, using step-15 instead. step-20: .*trainer.safetensors"
     assert re.search(warned, capsys.readouterr().err)
     assert final_weights(tmp_path / "damaged", 20) == final_weights(tmp_path / "whole", 20)
     assert updates_of(tmp_path / "damaged") == updates_of(tmp_path / "whole")

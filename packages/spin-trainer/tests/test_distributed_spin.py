@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checkpoints.weights import read_weights
 from spin_trainer.quickstart.small_decoder import SmallDecoder
 

@@ -40,24 +40,49 @@ def temporary_sibling(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, last: str = "manifest.json") -> Iterator[Path]:
     """Yields an empty temporary folder that becomes ``target`` when the block ends without an error.
 
-    An error leaves neither ``target``, which must not exist except as an empty folder, nor the temporary folder.
+    An error leaves neither a new ``target`` nor the temporary folder. An empty folder that is there already (also the
+    current one, a mount point, or one that a link points to) stays the same folder and is filled entry by entry.
+
+    Args:
+        target: folder to make, which does not exist or is empty; "~" is the home folder.
+        last: name of the entry that is put into an existing folder last, since it vouches for the others.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(target)
+    target = real_path(target)
+    exists = target.is_dir()
+    temporary = temporary_sibling(target / last if exists else target)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()
     try:
         yield temporary
         fsync_tree(temporary)
-        if target.is_dir():
-            target.rmdir()  # fails unless empty; Windows cannot rename onto a folder, even an empty one
-        temporary.rename(target)
+        if exists:
+            if others := [entry.name for entry in target.iterdir() if entry != temporary]:
+                raise FileExistsError(f"{target} must be new or empty, it has {sorted(others)[:5]}")
+            for entry in sorted(temporary.iterdir(), key=lambda entry: entry.name == last):
+                entry.rename(target / entry.name)
+            temporary.rmdir()
+        else:
+            temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_path(target.parent)
+    fsync_path(target if exists else target.parent)
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """``path`` as a person means it: "~" is the home folder, and a link is what it points to."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
+def share_as_umask_allows(file: Path) -> None:
+    """Gives a file the permissions of any new file; safetensors writes files that only their owner can read."""
+    probe = temporary_sibling(file)
+    probe.touch()
+    file.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
 
 
 def remove_directory(directory: Path) -> None:
@@ -88,6 +113,7 @@ def remove_leftovers(parent: Path, name: str = "") -> list[Path]:
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yields a temporary path; a file written there replaces ``target`` when the block ends without an error."""
+    target = real_path(target)
     temporary = temporary_sibling(target)
     try:
         yield temporary

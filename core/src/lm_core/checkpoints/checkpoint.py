@@ -1,13 +1,14 @@
 """Checkpoints of training runs that survive a kill at any instant and resume exactly.
 
 A checkpoint is a folder ``step-N``: ``config.json``, ``model.safetensors`` and ``tokenizer/`` (so it opens with
-``from_pretrained``), ``trainer.pt`` (optimizer, schedule, data cursor), ``rng-R.pt`` for each process, and
-``manifest.json`` with the SHA-256 and size of each file. It is always a NEW folder: written under a temporary name,
-flushed to disk, renamed; only then are older ones removed. A step that is saved again (after going back to an earlier
-one) becomes ``step-N-2``. "Newest" means written last, according to the manifest's ``sequence``.
+``from_pretrained``), ``trainer.safetensors`` (optimizer, schedule, data cursor), ``rng-R.safetensors`` for each
+process, and ``manifest.json`` with the SHA-256 and size of each file; states of format 1 were files of ``torch.save``.
+It is always a NEW folder: written under a temporary name, flushed to disk, renamed; only then are older ones removed. A
+step that is saved again (after going back to an earlier one) becomes ``step-N-2``. "Newest" means written last,
+according to the manifest's ``sequence``.
 
 Loading checks the manifest. If the newest checkpoint is damaged, a warning names it and the one before is used.
-Nothing in a file is executed: see ``lm_core.checkpoints.manifest``.
+Nothing in a file is executed: see ``lm_core.checkpoints.tensor_files``.
 """
 
 import re
@@ -20,14 +21,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lm_core.checkpoints.atomic_io import new_directory, remove_directory, remove_leftovers
+from lm_core.checkpoints.atomic_io import new_directory, real_path, remove_directory, remove_leftovers
 from lm_core.checkpoints.manifest import (
     CheckpointError,
-    load_tensors,
-    plain,
     read_json,
     read_manifest,
-    save_tensors,
     verify_manifest,
     write_manifest,
 )
@@ -40,7 +38,8 @@ from lm_core.checkpoints.pretrained import (
     download,
     write_model,
 )
-from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
+from lm_core.checkpoints.tensor_files import load_tensors, plain, save_tensors
+from lm_core.checkpoints.weights import load_weights, read_weights, save_weights, unwrapped
 from lm_core.checks import typed
 from lm_core.distributed import broadcast_object, rank, world_size
 from lm_core.rng import capture_rng
@@ -62,7 +61,7 @@ __all__ = [
     "save_weights",
 ]
 
-TRAINER_FILE = "trainer.pt"
+TRAINER_STATE = "trainer"
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 
@@ -141,6 +140,7 @@ def save_checkpoint(
     trainer_state: Mapping[str, Any] | None = None,
     rng: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
+    assets: Callable[[Path], None] | None = None,
     keep: int | None = 3,
 ) -> Path:
     """Writes a checkpoint and then removes the oldest ones. Every process calls it; rank 0 writes.
@@ -153,6 +153,7 @@ def save_checkpoint(
         trainer_state: nested dicts, lists and tuples of tensors and numbers: optimizer, schedule, data cursor.
         rng: this process's random states, by default ``capture_rng()``.
         tokenizer: tokenizer with ``save_pretrained``, stored in ``tokenizer/``.
+        assets: writes further files into the new folder, such as an adapter in peft's form; called on rank 0.
         keep: number of checkpoints to keep, the new one included; None for all.
 
     Returns:
@@ -179,13 +180,15 @@ def save_checkpoint(
 
     def write() -> Path:
         state = plain(trainer_state or {}, "trainer_state")
-        target = _new_name(Path(directory), step)
+        target = _new_name(real_path(directory), step)
         try:
             with new_directory(target) as temporary:
                 write_model(temporary, model, config=config, tokenizer=tokenizer)
-                save_tensors(temporary / TRAINER_FILE, state, "trainer_state")
+                if assets is not None:
+                    assets(temporary)
+                save_tensors(temporary / f"{TRAINER_STATE}.safetensors", state, "trainer_state")
                 for process, rank_rng in enumerate(all_rng):
-                    save_tensors(temporary / f"rng-{process}.pt", rank_rng, "rng")
+                    save_tensors(temporary / f"rng-{process}.safetensors", rank_rng, "rng")
                 sequence = 1 + max((_sequence(path) or 0 for path in list_checkpoints(directory)), default=0)
                 write_manifest(temporary, step=step, world_size=len(all_rng), sequence=sequence)
         except OSError as error:
@@ -276,19 +279,22 @@ def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, st
     """
     path: Path = on_main_process(lambda: _choose(Path(directory), step))
     manifest = read_manifest(path)
-    for name in (WEIGHTS_FILE, TRAINER_FILE):
-        if name not in manifest["files"]:
+    files = manifest["files"]
+    suffix = ".pt" if f"{TRAINER_STATE}.pt" in files else ".safetensors"
+    for name in (WEIGHTS_FILE, f"{TRAINER_STATE}{suffix}"):
+        if name not in files:
             raise CheckpointError(f"{path} is no checkpoint of a training run: its manifest does not name {name}")
     if manifest.get("world_size") != world_size():
         raise CheckpointError(
             f"{path} was written by {manifest.get('world_size')} processes and can only be resumed by as many, "
             f"got {world_size()}; from_pretrained loads its weights anywhere"
         )
-    config = read_json(path / CONFIG_FILE) if CONFIG_FILE in manifest["files"] else {}
+    config = read_json(path / CONFIG_FILE) if CONFIG_FILE in files else {}
+    model = None if model is None else unwrapped(model)
     if isinstance(model, PretrainedMixin) and config:
         check_config(type(model), config, path / CONFIG_FILE)
-    trainer_state = load_tensors(path / TRAINER_FILE)
-    rng = load_tensors(path / f"rng-{rank()}.pt")
+    trainer_state = load_tensors(path / f"{TRAINER_STATE}{suffix}")
+    rng = load_tensors(path / f"rng-{rank()}{suffix}")
     state = read_weights(path / WEIGHTS_FILE)
     if model is not None:
         load_weights(model, state, where=str(path))

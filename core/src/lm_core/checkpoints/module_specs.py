@@ -5,17 +5,20 @@ under a ``$`` tag. A module is written as a specification if it can be rebuilt f
 this one, a Hugging Face model, a timm model. Anything else is marked ``$given``: it must be passed again when the model
 is loaded.
 
-Checkpoints are untrusted data, so a specification can name only classes that installed packages register (entry
-points), Hugging Face's and timm's; it cannot make any other module be imported.
+Checkpoints are untrusted data. A specification can name only classes that installed packages register (entry points),
+transformers' causal language models and the vision encoders listed here, and timm's own architectures; of a Hugging
+Face configuration only the class's own fields are used, with numbers and plain words as values. It names no path, no
+source on a hub and no code, so nothing outside the checkpoint is opened. Any other module is passed again.
 """
 
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 import math
+import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,8 +29,33 @@ from torch import nn
 from lm_core.checkpoints.manifest import CheckpointError, json_value
 
 ENTRY_POINTS = "lm_core.models"
-_NAMES_CODE = {"auto_map", "attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
-_NAMES_CODE |= {"experts_implementation", "_experts_implementation", "quantization_config"}
+# vision encoders of transformers that are built from their own configuration alone
+_VISION_ENCODERS = frozenset(
+    {
+        "BeitModel",
+        "CLIPVisionModel",
+        "CLIPVisionModelWithProjection",
+        "ConvNextModel",
+        "ConvNextV2Model",
+        "DeiTModel",
+        "Dinov2Model",
+        "Dinov2WithRegistersModel",
+        "DINOv3ViTModel",
+        "ResNetModel",
+        "Siglip2VisionModel",
+        "SiglipVisionModel",
+        "SwinModel",
+        "Swinv2Model",
+        "ViTMAEModel",
+        "ViTModel",
+    }
+)
+_NOT_READ = re.compile(
+    "auto_map|implementation|quantization|path(?!_rate)|pretrained|backbone|checkpoint|timm|url|kwargs|_args"
+)
+_WORD = re.compile(r"[A-Za-z0-9_ .-]{0,64}")
+_TIMM_ARCHITECTURE = re.compile(r"[a-z0-9_]{1,100}")
+_DEEPEST, _LONGEST, _LARGEST = 32, 100_000, 2**40
 _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 
 
@@ -80,8 +108,6 @@ def encode_argument(value: Any) -> Any:
         return value if math.isfinite(value) else {"$float": str(value)}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Path):
-        return {"$path": str(value)}
     if type(value) in (list, tuple):
         entries = [encode_argument(entry) for entry in value]
         if any(is_given(entry) for entry in entries):
@@ -126,8 +152,8 @@ def decode_argument(encoded: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"the checkpoint names the dtype {content!r}, which torch does not have")
         return dtype
-    if tag == "$path":
-        return Path(content)
+    if tag == "$path":  # of earlier formats
+        raise CheckpointError(f"the checkpoint names the path {content!r}; paths are not read from it, pass it again")
     if tag == "$tuple":
         return tuple(decode_argument(entry) for entry in content)
     if tag == "$dict":
@@ -144,12 +170,12 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
         return {"kind": "family", "config": config} if rebuildable else None
     kinds = {base.__module__.split(".", 1)[0] for base in type(module).__mro__}
     package = package_of(type(module))
-    if package == "transformers" and hasattr(module, "config"):
-        settings = _without_code(json_value(module.config.to_dict()))
+    if package == "transformers" and _is_rebuilt(type(module).__name__):
+        settings = _fields_of(type(module.config), json_value(module.config.to_dict()))
         return {"kind": "transformers", "class": type(module).__name__, "config": settings}
     if package == "timm" and "timm" in kinds:
         description = getattr(module, "pretrained_cfg", None) or {}
-        if "architecture" in description:
+        if _TIMM_ARCHITECTURE.fullmatch(str(description.get("architecture"))):
             return {
                 "kind": "timm",
                 "architecture": description["architecture"],
@@ -158,41 +184,98 @@ def _module_specification(module: Any) -> dict[str, Any] | None:
     return None
 
 
-def _without_code(settings: Any) -> Any:
-    """A Hugging Face configuration without the entries that can refer to downloadable code."""
-    if isinstance(settings, dict):
-        return {name: _without_code(entry) for name, entry in settings.items() if name not in _NAMES_CODE}
-    return [_without_code(entry) for entry in settings] if isinstance(settings, list) else settings
+def check_values(values: Any, where: str, depth: int = 0) -> None:
+    """Rejects values of a configuration that could only exhaust memory or time: deep, long or huge ones.
+
+    Raises:
+        CheckpointError: the message names the field.
+    """
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{where} is nested too deeply")
+    if isinstance(values, int | float) and abs(values) > _LARGEST:
+        raise CheckpointError(f"{where} must be at most {_LARGEST}, got {values}")
+    if isinstance(values, str | list | dict) and len(values) > _LONGEST:
+        raise CheckpointError(f"{where} must have at most {_LONGEST} entries, got {len(values)}")
+    if isinstance(values, dict | list):
+        for key, entry in values.items() if isinstance(values, dict) else enumerate(values):
+            check_values(entry, f"{where}[{key!r}]", depth + 1)
+
+
+def _is_rebuilt(name: Any) -> bool:
+    """True for a class of transformers that a file may name."""
+    if name in _VISION_ENCODERS:
+        return True
+    from transformers.models.auto import modeling_auto
+
+    return name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _fields_of(config_class: Any, settings: Any) -> dict[str, Any]:
+    """The entries of a Hugging Face configuration that are fields of its class and hold numbers or plain words."""
+    names = {
+        name
+        for base in config_class.__mro__
+        if base.__module__.startswith("transformers.models.")
+        for name, parameter in inspect.signature(base.__init__).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
+    names |= {"num_labels"}
+    return {name: entry for name, entry in settings.items() if name in names and _is_plain({name: entry})}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    if isinstance(value, list):
+        return all(_is_plain(entry) for entry in value)
+    if isinstance(value, dict):
+        return all(not _NOT_READ.search(str(key)) and _is_plain(entry) for key, entry in value.items())
+    return value is None or isinstance(value, bool | int | float)
 
 
 def _build_module(specification: Any) -> nn.Module:
     kind = specification.get("kind") if isinstance(specification, dict) else None
     if kind == "family":
-        config = specification["config"]
+        config = specification.get("config")
+        if not isinstance(config, dict):
+            raise CheckpointError("the checkpoint holds a module without a configuration")
         cls: Any = registered_class(str(config.get("package")), str(config.get("class")))
         return cls.from_config(config)
     try:
         if kind == "transformers":
-            return _build_transformers(str(specification["class"]), dict(specification["config"]))
+            return _build_transformers(specification.get("class"), specification.get("config"))
         if kind == "timm":
-            timm: Any = importlib.import_module("timm")
-            count = specification["num_classes"]
-            return timm.create_model(
-                str(specification["architecture"]),
-                pretrained=False,
-                **({} if count is None else {"num_classes": count}),
-            )
+            return _build_timm(specification.get("architecture"), specification.get("num_classes"))
     except ImportError as error:
         raise CheckpointError(f"the checkpoint holds a {kind} module: install {kind}, or pass it again") from error
     raise CheckpointError(f"the checkpoint's configuration has a module of unknown kind {kind!r}")
 
 
-def _build_transformers(name: str, settings: dict[str, Any]) -> nn.Module:
+def _build_transformers(name: Any, settings: Any) -> nn.Module:
+    if not _is_rebuilt(name) or not isinstance(settings, dict):
+        raise CheckpointError(
+            f"the checkpoint holds a transformers module {name!r}, which is not built from a file; pass it again"
+        )
     import transformers
 
-    settings = _without_code(settings)
     cls: Any = getattr(transformers, name, None)
-    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-        raise CheckpointError(f"the checkpoint holds a transformers module {name!r}, which transformers does not have")
-    build: Any = cls
-    return build(build.config_class.from_dict(settings))
+    if cls is None:
+        raise CheckpointError(f"the checkpoint holds a {name}, which transformers {transformers.__version__} lacks")
+    check_values(settings, "config")
+    return cls(cls.config_class(**_fields_of(cls.config_class, settings)))
+
+
+def _build_timm(architecture: Any, num_classes: Any) -> nn.Module:
+    if not isinstance(architecture, str) or not _TIMM_ARCHITECTURE.fullmatch(architecture):
+        raise CheckpointError(
+            f"the checkpoint names the timm model {architecture!r}; a file may only name one of timm's architectures"
+        )
+    if not (num_classes is None or (type(num_classes) is int and 0 <= num_classes <= _LONGEST)):
+        raise CheckpointError(f"the checkpoint has num_classes {num_classes!r} for the timm model {architecture}")
+    timm: Any = importlib.import_module("timm")
+    if not timm.is_model(architecture):
+        raise CheckpointError(
+            f"the checkpoint holds the timm model {architecture}, which timm {timm.__version__} lacks"
+        )
+    sizes = {} if num_classes is None else {"num_classes": num_classes}
+    return timm.create_model(architecture, pretrained=False, **sizes)

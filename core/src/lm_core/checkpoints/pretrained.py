@@ -13,12 +13,12 @@ import inspect
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
+from lm_core.checkpoints.atomic_io import fsync_tree, new_directory, real_path
 from lm_core.checkpoints.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -31,6 +31,7 @@ from lm_core.checkpoints.manifest import (
     write_manifest,
 )
 from lm_core.checkpoints.module_specs import (
+    check_values,
     decode_argument,
     encode_argument,
     is_given,
@@ -38,13 +39,15 @@ from lm_core.checkpoints.module_specs import (
     register,
     version_of,
 )
-from lm_core.checkpoints.weights import load_weights, read_weights, save_weights
+from lm_core.checkpoints.weights import load_weights, read_weights, save_weights, unwrapped
 from lm_core.checks import typed
 from lm_core.tokenizers import HUB_ID, Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
+
+MOST_LAYERS = 10_000
 
 M = TypeVar("M", bound="PretrainedMixin")
 
@@ -62,7 +65,11 @@ def _recording(constructor: Callable[..., None]) -> Callable[..., None]:
                 pass  # the constructor itself raises the error to show
             else:
                 # nn.Module's __setattr__ works only after its constructor has run
-                self.__dict__["_recorded_arguments"] = _encode_arguments(signature, bound)
+                encoded = _encode_arguments(signature, bound)
+                local = type(self).local_arguments
+                self.__dict__["_recorded_arguments"] = {
+                    name: entry for name, entry in encoded.items() if name not in local
+                }
         constructor(self, *args, **kwargs)
 
     return init
@@ -85,8 +92,14 @@ def _encode_arguments(signature: inspect.Signature, bound: inspect.BoundArgument
 
 
 class PretrainedMixin(nn.Module):
-    """Adds ``config``, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a module."""
+    """Adds ``config``, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` to a module.
 
+    Attributes:
+        local_arguments: constructor arguments that name places on this machine, such as a folder for a memory: they are
+            neither stored nor taken from a file.
+    """
+
+    local_arguments: ClassVar[frozenset[str]] = frozenset()
     _recorded_arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -123,6 +136,23 @@ class PretrainedMixin(nn.Module):
         if state:
             raise CheckpointError(f"{type(self).__name__} has no use for the stored state {sorted(state)}")
 
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Rejects constructor arguments of a file that would exhaust memory or time, before anything is built.
+
+        By default no number may exceed 2^40 and no model have more than 10,000 layers; a subclass adds its own bounds.
+
+        Args:
+            arguments: constructor arguments by name, as they are stored.
+
+        Raises:
+            CheckpointError: an argument is out of bounds; the message names it.
+        """
+        check_values(dict(arguments), "arguments")
+        for name, value in arguments.items():
+            if ("depth" in name or "layers" in name) and isinstance(value, int) and value > MOST_LAYERS:
+                raise CheckpointError(f"{name} must be at most {MOST_LAYERS}, got {value}")
+
     def upgrade_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stored weights under their current names; a subclass overrides it to read those of earlier versions."""
         return state
@@ -156,9 +186,24 @@ class PretrainedMixin(nn.Module):
         unknown = sorted(set(overrides) - set(parameters))
         if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             raise TypeError(f"{cls.__name__} has no argument {', '.join(unknown)}; it has {', '.join(parameters)}")
-        decoded = {name: decode_argument(value) for name, value in arguments.items() if name not in overrides}
+        stored = {name: value for name, value in arguments.items() if name not in {*overrides, *cls.local_arguments}}
+        cls.check_arguments(stored)
+        foreign = sorted(set(stored) - set(parameters))
+        if foreign and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            raise CheckpointError(f"{CONFIG_FILE} has arguments that {cls.__name__} lacks: {', '.join(foreign)}")
+        decoded = {}
+        for name, value in stored.items():
+            try:
+                decoded[name] = decode_argument(value)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{CONFIG_FILE} has a wrong value for {name}: {error}") from error
         with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
-            model = cls(**{**decoded, **overrides})
+            try:
+                model = cls(**{**decoded, **overrides})
+            except (TypeError, ValueError) as error:
+                if overrides:
+                    raise
+                raise CheckpointError(f"{CONFIG_FILE} has arguments that {cls.__name__} refuses: {error}") from error
         model.apply_config_state(config.get("state", {}))
         return model
 
@@ -167,9 +212,9 @@ class PretrainedMixin(nn.Module):
         """Writes the model into a folder.
 
         Args:
-            directory: a new or empty folder; with ``overwrite`` any folder, in which only the files of a checkpoint
-                are replaced. A new folder is written atomically; replaced files are covered by a manifest that is
-                written last, so loading detects a kill midway.
+            directory: a new or empty folder (a link or a mount point stays one); with ``overwrite`` any folder, in
+                which only the files of a checkpoint are replaced. A new folder is written atomically; files in a folder
+                that exists are covered by a manifest that is written last, so loading detects a kill midway.
             overwrite: True allows a folder with content.
             tokenizer: tokenizer with ``save_pretrained``, stored in ``tokenizer/``.
 
@@ -181,7 +226,7 @@ class PretrainedMixin(nn.Module):
             TypeError: the tokenizer cannot be saved.
             OSError: the disk is full or the folder cannot be written.
         """
-        target = Path(directory)
+        target = real_path(directory)
         check_tokenizer(tokenizer)
         if target.exists() and not target.is_dir():
             raise FileExistsError(f"directory must be a folder, got the file {target}")
@@ -225,6 +270,7 @@ class PretrainedMixin(nn.Module):
         config = read_json(folder / CONFIG_FILE)
         check_config(cls, config, folder / CONFIG_FILE)
         state = read_weights(folder / WEIGHTS_FILE)
+        _check_sizes(cls, config, overrides, state, str(folder))
         model = cls.from_config(config, **overrides)
         load_weights(model, state, dtypes="stored", where=str(folder))
         model.read_assets(folder)
@@ -268,6 +314,27 @@ class PretrainedMixin(nn.Module):
                     repo_id=repo_id, folder_path=str(folder), revision=revision, commit_message=commit_message
                 )
             )
+
+
+def _check_sizes(
+    cls: type[PretrainedMixin], config: Mapping[str, Any], overrides: Mapping[str, Any], state: Any, where: str
+) -> None:
+    """Compares the weights of a file with the model that its configuration describes, before that takes memory.
+
+    Raises:
+        CheckpointError: the configuration describes more than four times the numbers that the file holds.
+    """
+    if any(isinstance(value, nn.Module) for value in overrides.values()):
+        return
+    try:
+        with torch.device("meta"):
+            skeleton = cls.from_config(config, **overrides)
+    except (NotImplementedError, RuntimeError):
+        return  # a constructor that reads values of tensors
+    described = sum(parameter.numel() for parameter in skeleton.parameters())
+    stored = sum(tensor.numel() for tensor in state.values())
+    if described > 4 * stored + 2**20:
+        raise CheckpointError(f"{where} describes a {cls.__name__} of {described:,} weights and holds {stored:,}")
 
 
 def check_config(cls: type, config: Mapping[str, Any], where: Path | None = None) -> None:
@@ -320,6 +387,7 @@ def write_model(
         config: content of ``config.json``; by default the model's own if it is a ``PretrainedMixin``.
         tokenizer: tokenizer with ``save_pretrained``.
     """
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     if isinstance(model, PretrainedMixin):
         config = model.pretrained_config() if config is None else config
         model.write_assets(directory)
@@ -366,7 +434,7 @@ def download(repository: str, revision: str | None = None) -> Path:
 
 
 def _folder_of(source: str | Path, revision: str | None) -> Path:
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision is for models on the hub, but source is the folder {folder}")

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.manifest import CheckpointError, load_tensors
+from lm_core.checkpoints.atomic_io import share_as_umask_allows
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checks import typed
 
 _SHOWN = 8
@@ -72,6 +74,17 @@ def load_state_file(model: nn.Module, path: str | Path, *, convert: Convert | No
     load_weights(model, state, where=str(path))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``."""
+    while True:
+        wrapped = getattr(model, "_orig_mod", None)  # of torch.compile
+        if wrapped is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            wrapped = model.module
+        if not isinstance(wrapped, nn.Module):
+            return model
+        model = wrapped
+
+
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Maps each name to the first name of the same memory."""
     first: dict[object, str] = {}
@@ -84,7 +97,7 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
-    """Writes a model's state dict, or one collected from shards, without copies of tied weights.
+    """Writes a model's state dict, or one collected from shards, without copies of tied weights and names of wrappers.
 
     Raises:
         TypeError: the state dict holds anything other than tensors.
@@ -93,7 +106,8 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else dict(model)
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # compiled submodules
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model state {name!r} must be a tensor, got {type(value).__name__}")
@@ -112,6 +126,7 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
         save_file(kept, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
+    share_as_umask_allows(path)
 
 
 @typed
@@ -152,6 +167,7 @@ def load_weights(
     Raises:
         CheckpointError: keys are missing, unexpected or do not fit; the message names them.
     """
+    model = unwrapped(model)
     upgrade = getattr(model, "upgrade_state", None)  # of a ``PretrainedMixin``
     if callable(upgrade):
         state = upgrade(state)

@@ -44,8 +44,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, on_main_process, save_checkpoint
-from lm_core.checkpoints.manifest import CheckpointError, plain
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.pretrained import PretrainedMixin, check_config
+from lm_core.checkpoints.tensor_files import plain
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import typed
 from lm_core.distributed import (

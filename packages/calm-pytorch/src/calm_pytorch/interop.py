@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from calm_pytorch.model.calm import CALM
-from lm_core.checkpoints.manifest import CheckpointError, load_tensors
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import check_positive, typed
 

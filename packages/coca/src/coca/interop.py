@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from coca.model.coca import CoCa
-from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checkpoints.weights import load_weights
 from lm_core.checks import typed
 

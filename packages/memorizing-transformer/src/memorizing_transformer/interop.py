@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core.checkpoints.manifest import load_tensors
+from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checks import typed
 from memorizing_transformer.model.transformer import MemorizingTransformer
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lm_core.adapters.loading import load_causal_lm as load_model
 from lm_core.adapters.loading import lora as with_lora
-from lm_core.checkpoints.manifest import CheckpointError, load_tensors
+from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.tensor_files import load_tensors
 
 __all__ = ["load_model", "load_original_checkpoint", "with_lora"]
 

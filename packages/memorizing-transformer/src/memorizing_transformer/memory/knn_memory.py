@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import new_file
-from lm_core.checkpoints.manifest import load_tensors, save_tensors
+from lm_core.checkpoints.tensor_files import load_tensors, save_tensors
 from lm_core.checks import check_positive, typed
 from memorizing_transformer.memory.disk_storage import DiskStorage
 from memorizing_transformer.memory.exact_search import (

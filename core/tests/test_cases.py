@@ -1,7 +1,10 @@
 """Inputs from the field that went wrong once, by kind, with the right outcome of each."""
 
+import copy
 import io
 import json
+import os
+import subprocess
 import sys
 from functools import partial
 
@@ -10,6 +13,7 @@ import torch
 
 from lm_core.adapters import as_causal_lm
 from lm_core.adapters.loading import load_causal_lm, lora
+from lm_core.checkpoints.checkpoint import list_checkpoints
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.parser import preset_name
 from lm_core.cli.text_generation import SamplingFlags, TextGeneration, read_prompt
@@ -25,6 +29,10 @@ from lm_core.tokenizers import (
     full_text,
     prompt_ids,
 )
+from lm_core.training.config import CommonSettings
+from lm_core.training.metrics import read_metrics
+from lm_core.training.precision import float32_masters
+from lm_core.training.session import TrainingSession, adamw
 
 # of peft, about renamed attributes of transformers and Mamba's kernels
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:.*mamba.*")
@@ -271,3 +279,177 @@ def test_default_lora_targets_leave_out_what_peft_refuses(kind):
 def test_adapters_are_not_added_to_adapters():
     with pytest.raises(ValueError, match=r"model must have no adapters, got \['default'\]"):
         lora(lora(tiny_llama(), r=2), r=4)
+
+
+# ------------------------------------------------------------------------------------------------- precision
+
+
+def chosen_parts(model, part):
+    """``model`` with only a part of it trained, as users do it."""
+    from peft import LoraConfig, get_peft_model
+
+    if part == "all":
+        return model
+    if part == "lora":
+        return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).bfloat16()
+    if part == "lora and head":
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).bfloat16()
+    if part == "new tokens":
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    return model
+
+
+def gradients(model, ids, autocast):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.grad.dtype for p in trained.values()} == {torch.float32}
+    return torch.cat([p.grad.flatten() for p in trained.values()])
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(
+    "part", ["all", "lora", "lora and head", "new tokens", "q_proj", "norm", "lm_head", "layers.1"]
+)
+def test_any_part_of_a_bfloat16_model_is_trained_in_float32(part, autocast):
+    ids = torch.randint(0, 259, (4, 12), generator=torch.Generator().manual_seed(0))
+    sizes = {"num_hidden_layers": 2, "tie_word_embeddings": False, "initializer_range": 0.2}
+    torch.manual_seed(1)
+    model = chosen_parts(tiny_llama(**sizes).bfloat16(), part)
+    reference = copy.deepcopy(model).float()
+    frozen = {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad}
+    precisions = float32_masters(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {name: p.dtype for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert "stored in bfloat16, trained in float32" in str(precisions)
+    expected = gradients(reference, ids, autocast=False)
+    assert torch.cosine_similarity(gradients(model, ids, autocast), expected, dim=0) > 0.99
+
+
+def test_small_updates_of_a_bfloat16_model_are_kept(tmp_path):
+    settings = CommonSettings(max_steps=3, learning_rate=1e-6, warmup=0.0, final_learning_rate=1.0, device="cpu")
+    model = tiny_llama().bfloat16()
+    before = {name: p.detach().float() for name, p in model.named_parameters()}
+    session = TrainingSession("Trainer", config=settings, checkpoint_dir=None)
+    session.register(model=model, optimizer=lambda: adamw(model, settings))
+    ids = torch.arange(40).reshape(2, 20)
+    with session.run():
+        for _ in session.steps():
+            logits = session.module(input_ids=ids).logits
+            session.backward(torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten()))
+            session.optimizer_step()
+    changed = sum(int((p != before[name]).sum()) for name, p in model.named_parameters() if "embed" not in name)
+    assert changed > 0.99 * sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    with session.precisions.as_stored():
+        model.save_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    assert load_causal_lm(tmp_path).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def linear_session(folder, trackers=()):
+    settings = CommonSettings(max_steps=4, validate_every=9, checkpoint_every=9, device="cpu")
+    session = TrainingSession("Trainer", config=settings, checkpoint_dir=folder, trackers=trackers)
+    model = torch.nn.Linear(2, 2)
+    session.register(model=model, optimizer=lambda: adamw(model, settings))
+    return session
+
+
+def train(session, at=lambda step: None):
+    with session.run():
+        for step in session.steps():
+            at(step)
+            session.backward(session.module(torch.ones(1, 2)).square().sum())
+            session.log(session.optimizer_step())
+    return session.outcome, [path.name for path in list_checkpoints(session.checkpoint_dir / "checkpoints")]
+
+
+def test_a_deleted_metrics_file_does_not_end_a_run(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    assert train(linear_session(tmp_path), lambda step: step == 2 and log.unlink()) == ("finished", ["step-4"])
+    assert [row["step"] for row in read_metrics(log)] == [3, 4]
+
+
+def test_a_tracker_that_raises_does_not_end_a_run(tmp_path):
+    class Offline:
+        def log(self, values, step):
+            raise ConnectionError("no route to the server")
+
+    with pytest.warns(UserWarning, match="tracker Offline raised ConnectionError: no route .* the run continues"):
+        assert train(linear_session(tmp_path, [Offline()])) == ("finished", ["step-4"])
+
+
+def test_one_process_of_several_is_refused(monkeypatch):
+    # the environment of `accelerate launch --cpu --num_processes 2`
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="started one, as it does on a CPU; start with torchrun --nproc_per_node N"):
+        linear_session(None)
+
+
+PROCESSES = """
+import json, os, signal, sys, torch, torch.distributed as dist
+from torch import nn
+from lm_core.distributed import all_gather, rank
+from lm_core.training.config import CommonSettings
+from lm_core.training.session import TrainingSession, adamw
+
+settings = CommonSettings(max_steps=6, validate_every=99, checkpoint_every=99, device="cpu")
+folder, gradients, action = sys.argv[1:]
+
+class Objective(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(rank())  # adapters made before anything is seeded
+        self.used = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+    def forward(self, rows):
+        return self.frozen(self.used(rows)).square().mean()
+
+session = TrainingSession("Trainer", config=settings, checkpoint_dir=folder)
+assert dist.get_world_size() == 2
+model = Objective()
+session.register(model=model, optimizer=lambda: adamw(model, settings), gradients=gradients)
+with session.run():
+    for step in session.steps():
+        if action == "terminate" and step == 2:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        module = session.module if gradients == "average" else model
+        session.backward(module(torch.randn(2, 4)))
+        session.log(session.optimizer_step())
+weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = all_gather(weights[None])[0]
+assert torch.equal(both[0], both[1]), (both[0] - both[1]).abs().max()
+if rank() == 0:
+    print(json.dumps([session.outcome, session.step, sorted(os.listdir(os.path.join(folder, "checkpoints")))]))
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize(
+    ("gradients", "action", "outcome"),
+    [
+        ("average", "train", ["finished", 6]),
+        ("sum", "train", ["finished", 6]),
+        ("sum", "terminate", ["interrupted", 3]),
+    ],
+)
+def test_two_processes_train_one_model_whatever_they_began_with(tmp_path, gradients, action, outcome):
+    (tmp_path / "script.py").write_text(PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(tmp_path / "script.py"), str(tmp_path / "run"), gradients, action]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        launcher + arguments, capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [*outcome, [f"step-{outcome[1]}"]]

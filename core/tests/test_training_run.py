@@ -70,7 +70,7 @@ def interrupt():
 
 
 def die():
-    raise SystemError("killed")
+    raise SystemExit("killed")
 
 
 def equal(one, other):
@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_or_died_ends_as_the_uninterrupted_one_bit_for_bi
     assert (result.outcome, result.first_step, result.step) == ("finished", 0, 6)
     stopped = Trainer(tmp_path / "parts", trackers=[At(step, action)])
     if action is die:
-        with pytest.raises(SystemError):
+        with pytest.raises(SystemExit):
             stopped.train()
     else:
         assert (stopped.train().outcome, stopped.session.step) == ("interrupted", step)

@@ -212,13 +212,62 @@ class _AllGather(torch.autograd.Function):
         return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
 
 
+def make_replicas_equal(model: nn.Module) -> None:
+    """Gives every process rank 0's parameters; every process calls it.
+
+    Trainable ones are sent, since adapters may have been made before seeding; of the frozen ones, which usually come
+    from the same file, only those whose checksums differ.
+
+    Raises:
+        ValueError: the processes have other names, shapes or dtypes of parameters.
+    """
+    if world_size() == 1:
+        return
+    parameters = dict(model.named_parameters())
+    described = [(name, tuple(value.shape), str(value.dtype)) for name, value in parameters.items()]
+    first = broadcast_object(described)
+    differing = sorted({str(entry[0]) for entry in set(described) ^ set(first)})
+    if any_rank(bool(differing)):
+        raise ValueError(f"every process must have the same parameters as rank 0, got others: {differing[:8]}")
+    for parameter in parameters.values():
+        if parameter.requires_grad:
+            _send(parameter)
+    checksums = torch.stack([checksum(value) for value in parameters.values()])
+    expected = checksums.clone()
+    dist.broadcast(expected, src=0)
+    differs = all_reduce_sum((checksums != expected).any(dim=1).long())
+    for value, count in zip(parameters.values(), differs.tolist(), strict=True):
+        if count:
+            _send(value)
+
+
+def _send(parameter: Tensor) -> None:
+    """Broadcasts a tensor of rank 0, in place."""
+    value = parameter.detach().contiguous()
+    dist.broadcast(value, src=0)
+    parameter.data.copy_(value)
+
+
+def checksum(t: Tensor) -> Tensor:
+    """Two int64 sums over the bits of ``t``, the second weighted by position, computed on its device."""
+    value = t.detach().contiguous()
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    total = torch.zeros(2, dtype=torch.int64, device=t.device)
+    for start, part in enumerate(value.reshape(-1).view(integer).split(2**22)):
+        bits = part.long()
+        position = torch.arange(1, len(bits) + 1, device=t.device) + start
+        total += torch.stack((bits.sum(), (bits * position).sum()))
+    return total
+
+
 def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn.Module:
     """``module``, which is on ``device``, in a ``DistributedDataParallel`` with further ``options``.
 
-    Call ``release`` when training ends.
+    A loss need not touch every parameter (``find_unused_parameters``). Call ``release`` when training ends.
     """
     from torch.nn.parallel import DistributedDataParallel
 
+    options = {"find_unused_parameters": True, **options}
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **options)
 
 

@@ -139,7 +139,7 @@ def stop_at():
 
         def log(self, values, step):
             if step == self.step and "loss" in values:
-                raise SystemError("stopped here")
+                raise SystemExit("stopped here")
 
     return StopAt
 

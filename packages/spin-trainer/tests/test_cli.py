@@ -87,7 +87,7 @@ def test_a_resumed_lora_run_ends_bit_for_bit_as_an_uninterrupted_one(hugging_fac
         return [parameter.detach().clone() for parameter in trainer.model.trainable_parameters()]
 
     whole = run("whole")
-    with pytest.raises(SystemError, match="stopped here"):
+    with pytest.raises(SystemExit, match="stopped here"):
         run("parts", trackers=[stop_at(3)])
 
     assert all(torch.equal(a, b) for a, b in zip(run("parts"), whole, strict=True))

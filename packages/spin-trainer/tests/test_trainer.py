@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(train, settings,
         return model
 
     whole, _ = train("whole", model=policy(), **common)
-    with pytest.raises(SystemError, match="stopped here"):
+    with pytest.raises(SystemExit, match="stopped here"):
         train("parts", model=policy(), trackers=[stop_at(step)], **common)
     resumed, result = train("parts", model=policy(), **common)
 

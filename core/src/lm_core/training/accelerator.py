@@ -107,8 +107,8 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
         folder: folder for the files of trackers.
 
     Raises:
-        ValueError: the launcher requests DeepSpeed, Megatron-LM or accelerate's FSDP plugin, or a tracker is unknown
-            or not installed.
+        ValueError: the launcher requests DeepSpeed, Megatron-LM or accelerate's FSDP plugin, or started one process of
+            several; or a tracker is unknown or not installed.
         RuntimeError: the launcher started several processes, but they did not connect.
     """
     for variable, name in _REFUSED.items():
@@ -117,6 +117,13 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
                 f"{name} is not supported: start with torchrun (DDP), with fsdp=True where the trainer has it; "
                 f"got {variable}={os.environ[variable]}"
             )
+    # accelerate launch sets the first for every run, the second for several processes
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if launched and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; start with "
+            "torchrun --nproc_per_node N"
+        )
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin
@@ -151,7 +158,7 @@ class InterruptHandler:
         grace: seconds after the first signal during which further ones are ignored.
     """
 
-    grace: float = 1.0
+    grace: float = 1.0 if "TORCHELASTIC_RUN_ID" not in os.environ else 5.0
 
     def __post_init__(self) -> None:
         self.requested = False

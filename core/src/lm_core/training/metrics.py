@@ -6,6 +6,7 @@ after N, which may have been written past the last checkpoint: no row is lost an
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -88,6 +89,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.shown = list(shown)
         self._is_open = True
         self._stream: TextIO | None = None
+        self._warned: set[str] = set()
         if is_main and self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
@@ -112,11 +114,22 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         row = {name: _number(name, value) for name, value in {**(values or {}), **more}.items()}
         if "step" in row:
             raise TypeError("the name 'step' is taken by the number of updates")
-        if self._stream is not None:
-            self._stream.write(json.dumps({"step": step, **row}) + "\n")
-            self._stream.flush()
+        if self._stream is not None and self.path is not None:
+            try:
+                if not self.path.exists():  # deleted by someone
+                    self._stream.close()
+                    self._stream = self.path.open("a", encoding="utf-8")
+                self._stream.write(json.dumps({"step": step, **row}) + "\n")
+                self._stream.flush()
+            except OSError as error:
+                self._warn(f"{self.path} cannot be written ({error}); the run continues without its rows")
         for tracker in self.trackers:
-            tracker.log(row, step=step)
+            try:
+                tracker.log(row, step=step)
+            except Exception as error:  # whatever a tracker or its server raises must not end a run
+                self._warn(
+                    f"tracker {type(tracker).__name__} raised {type(error).__name__}: {error}; the run continues"
+                )
         if self.progress is not None:
             visible = {name: row[name] for name in self.shown if name in row}
             if visible:
@@ -124,8 +137,13 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     def sync(self) -> None:
         """Flushes the rows to disk; called before a checkpoint, so that it never survives without its rows."""
-        if self._stream is not None and self.path is not None:
+        if self._stream is not None and self.path is not None and self.path.exists():
             fsync_path(self.path)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def close(self) -> None:
         """Closes the file; later rows are ignored."""

@@ -35,6 +35,7 @@ Step N writes its row of metrics, then validates, then saves; a resumed run drop
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ from lm_core.distributed import (
     data_parallel,
     end_process_group_at_exit,
     is_distributed,
+    make_replicas_equal,
     rank,
     release,
     world_size,
@@ -72,6 +74,7 @@ from lm_core.training.accelerator import (
 from lm_core.training.config import CommonSettings, RunSettings
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_series
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
+from lm_core.training.precision import float32_masters
 from lm_core.training.run_directory import RunDirectory
 
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
@@ -137,6 +140,7 @@ class TrainingSession:
         module: objective as the loop calls it: compiled, wrapped in DDP or sharded. None outside of ``run``.
         optimizer: the optimizer; None before the first ``run``.
         schedule: its learning rate schedule.
+        precisions: dtypes of the weights as stored and as trained, once registered.
         guard: guard that skips updates that are not finite.
         first_validation: metrics of the validation before training.
         last_validation: metrics of the newest validation.
@@ -221,6 +225,8 @@ class TrainingSession:
     ) -> None:
         """Registers the parts of a run: what is trained, saved, checked and shown.
 
+        Trained weights stored in half precision become float32 (``lm_core.training.precision``), which is printed.
+
         Args:
             model: model on the device, which checkpoints hold.
             objective: module the loop calls (``module``), in training mode within ``run``; by default the model.
@@ -254,6 +260,9 @@ class TrainingSession:
             sharding.check_shardable(self.device)
         self.model = model
         self.objective = model if objective is None else objective
+        self.precisions = float32_masters(self.objective, model)
+        if self.precisions.promoted and rank() == 0:
+            print(f"{'precision':<12}{self.precisions}", flush=True)
         self._make_optimizer = optimizer
         self._gradients = gradients
         self._blocks = blocks
@@ -331,6 +340,9 @@ class TrainingSession:
                 handler = getattr(self.accelerator, "ddp_handler", None)
                 options = {} if handler is None else handler.to_kwargs()
                 self.module = data_parallel(self._compiled, self.device, **options)
+                # of DDP, for a model whose every parameter is used
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             if self._blocks is not None:
                 stack.enter_context(sharding.quiet())
             self._open_metrics(stack)
@@ -547,6 +559,7 @@ class TrainingSession:
                 checkpoint = replace(checkpoint, trainer_state=dict(self._upgrade(checkpoint)))
             self._check_resumable(checkpoint)
             self._restore(checkpoint)
+        make_replicas_equal(nn.ModuleList([self.model, self.objective]))
         if self._blocks is not None:
             sharding.shard(self.objective, iter(self._blocks()))
         # only training runs often enough to be worth compiling: validation calls the objective uncompiled
@@ -678,6 +691,8 @@ def draw_curves(run: RunDirectory, names: Sequence[str] | None = None) -> Path |
     """
 
     def draw() -> Path | None:
+        if not run.metrics_path.is_file():
+            return None
         series = read_series(run.metrics_path)
         present = [name for name in (series if names is None else names) if len(series.get(name, ([],))[0]) > 1]
         with contextlib.suppress(ImportError):

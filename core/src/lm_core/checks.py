@@ -1,7 +1,7 @@
 """Argument checks shared by every module."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,19 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {wrong}")
+
+
+def check_mask(mask: Tensor, name: str, shape: Sequence[int]) -> None:
+    """Checks a mask that is True at what counts: integers would be taken as indices or be inverted bitwise.
+
+    Raises:
+        TypeError: the dtype is not boolean.
+        ValueError: the shape is another one.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, got dtype {mask.dtype}; mask.bool() converts it")
+    if mask.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
 
 
 def check_positive(value: int, name: str) -> None:

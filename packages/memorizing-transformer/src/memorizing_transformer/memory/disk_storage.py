@@ -1,19 +1,25 @@
 """Ring buffers in memory-mapped files that stay readable after a kill at any instant.
 
-A folder holds ``memory.json`` (shape and format), ``data.bin`` and for int8 ``scales.bin`` (sparse: blocks that were
-never written take no space), and ``header.bin`` with two copies of every row's counts. The counts are written AFTER
+A folder holds ``memory.json`` (shape and format), ``data.bin`` and for int8 ``scales.bin`` (sparse: blocks take space
+once their row grows into them), and ``header.bin`` with two copies of every row's counts. The counts are written AFTER
 the data they count, alternately to the first and the second copy, each with a generation number and a checksum; a
 reader takes the newest intact one. Before slots of a full ring are overwritten, a header first drops the tokens in
 them. So at any instant the header counts only complete tokens: a prefix of what was added.
+
+Space on the disk is allocated before anything is written: on a full disk ``append`` raises ``OSError`` and changes
+nothing. Without that, writing to a mapped page that has no block would end the process by SIGBUS.
 
 A kill of the process loses nothing that was committed, since the system keeps the pages. To survive a power failure
 too, call ``sync`` (one flush of the whole folder).
 """
 
+import errno
 import os
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +27,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
 from lm_core.checkpoints.manifest import read_json, write_json
-from memorizing_transformer.memory.ring_storage import RingStorage
+from memorizing_transformer.memory.ring_storage import SMALLEST_GROWTH, RingStorage
 
 FORMAT_VERSION = 1
 META_FILE, DATA_FILE, SCALES_FILE, HEADER_FILE = "memory.json", "data.bin", "scales.bin", "header.bin"
@@ -30,6 +36,8 @@ _NUMPY = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 class DiskStorage(RingStorage):
     """``RingStorage`` in the files of a folder, which is created if missing and otherwise opened with its tokens.
+
+    A copy (``copy.deepcopy``) or pickle of it is a ``RingStorage`` in memory, since the files have one owner.
 
     Args:
         directory: folder for this memory only, used by one process at a time; ``MemoryDirectory`` ensures that.
@@ -46,6 +54,11 @@ class DiskStorage(RingStorage):
         super().__init__(rows=rows, capacity=capacity, dim=dim, storage=storage, device=torch.device("cpu"))
         self._header = os.open(self.directory / HEADER_FILE, os.O_RDWR | getattr(os, "O_BINARY", 0))
         self._read_header()
+        # per row: slots that have blocks on the disk
+        self._allocated = [min(written, capacity) for written in self.written]
+
+    def __reduce__(self) -> Any:
+        return _in_memory, (self.selected(range(self.rows)).__dict__,)
 
     def close(self) -> None:
         """Closes the files; the memory must not be used afterwards."""
@@ -124,5 +137,35 @@ class DiskStorage(RingStorage):
             raise ValueError(f"{self.directory / HEADER_FILE} is damaged: neither copy of the counts is intact")
         self._generation = newest
 
-    def _make_room(self, written: int) -> None:
-        """Nothing to grow: the sparse files have their full size from the start."""
+    def _make_room(self, written: Mapping[int, int]) -> None:
+        slot = self.data[0, 0].nbytes, 0 if self.scales is None else self.scales[0, 0].nbytes
+        for row, count in written.items():
+            start, stop = self._allocated[row], min(count, self.capacity)
+            if stop <= start:
+                continue
+            stop = min(self.capacity, max(stop, start + SMALLEST_GROWTH))
+            for name, size in zip((DATA_FILE, SCALES_FILE), slot, strict=True):
+                if size:
+                    _allocate_blocks(self.directory / name, (row * self.capacity + start) * size, (stop - start) * size)
+            self._allocated[row] = stop
+
+
+def _in_memory(attributes: dict[str, Any]) -> RingStorage:
+    storage = RingStorage.__new__(RingStorage)
+    storage.__dict__ |= attributes
+    return storage
+
+
+def _allocate_blocks(path: Path, offset: int, size: int) -> None:
+    """Allocates blocks for a part of a file without data; raises ``OSError`` if the disk is full."""
+    try:
+        with path.open("r+b") as stream:
+            try:
+                os.posix_fallocate(stream.fileno(), offset, size)
+            except (AttributeError, OSError) as error:  # missing on macOS and Windows, or in the file system
+                if getattr(error, "errno", errno.EOPNOTSUPP) not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                stream.seek(offset)
+                stream.write(bytes(size))
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; nothing was added to the memory", str(path)) from error

@@ -7,6 +7,7 @@ retrieves itself. With several key heads each has its own keys, and tensors have
 Legend: b batch rows in scope, n tokens, h key heads, d feature, k neighbours.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import new_file
 from lm_core.checkpoints.tensor_files import load_tensors, save_tensors
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_mask, check_positive, typed
 from memorizing_transformer.memory.disk_storage import DiskStorage
 from memorizing_transformer.memory.exact_search import (
     ACCELERATOR_CHUNK,
@@ -58,7 +59,7 @@ class Retrieved:
 
 
 class KNNMemory:
-    """Memory of ``num_indices`` batch rows.
+    """Memory of ``num_indices`` batch rows; a copy or pickle of it is in memory, also that of one in files.
 
     Args:
         dim: features of a key, and of a value.
@@ -118,6 +119,17 @@ class KNNMemory:
         )
         self.scoped_indices = list(range(num_indices))
         self._update_indexes(range(rows))
+
+    def __copy__(self) -> "KNNMemory":
+        return copy.deepcopy(self)  # two owners of one storage would miss each other's tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "indexes": len(self.indexes)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.indexes = [FaissRow(self._new_index) for _ in range(state["indexes"])]
+        self._update_indexes(range(self.store.rows))
 
     def _stored(self, rows: Iterable[int]) -> list[int]:
         """Storage rows of the heads of batch rows."""
@@ -204,10 +216,8 @@ class KNNMemory:
         if memories.shape != (*lead, n, 2, self.dim):
             expected = ", ".join(str(size) for size in (*lead, "n", 2, self.dim))
             raise ValueError(f"memories must have shape ({expected}), got {tuple(memories.shape)}")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean (True at tokens to add), got {mask.dtype}")
-        if mask is not None and mask.shape != (lead[0], n):
-            raise ValueError(f"mask must have shape (b, n) = {(lead[0], n)}, got {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(mask, "mask", (lead[0], n))
         if memories.device.type == "cpu" and not bool(torch.isfinite(memories).all()):
             raise ValueError("memories must be finite, got inf or NaN")
 
@@ -317,15 +327,19 @@ class KNNMemory:
         return {"format_version": STATE_VERSION, "heads": self.heads, **self.store.state()}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ``ValueError`` unless ``state`` has the shape and number format of this memory."""
+        """Raises ``ValueError`` unless ``state`` has the shape and number format of this memory, and is intact."""
+        if not isinstance(state, dict):
+            raise ValueError(f"the saved memory is damaged: it must be a dict, got {type(state).__name__}")
         expected = {"format_version": STATE_VERSION, "heads": self.heads}
         expected |= {name: getattr(self.store, name) for name in ("storage", "dim", "capacity")}
         for name, value in expected.items():
             if state.get(name) != value:
                 raise ValueError(f"the memory was saved with {name} = {state.get(name)!r}, not {value!r}")
-        rows = len(state.get("kv", ()))
-        if rows != self.store.rows:
-            raise ValueError(f"the memory was saved with {rows} rows, not {self.store.rows}")
+        self.store.check_state(state)
+        counts = list(zip(state["first"], map(len, state["kv"]), strict=True))
+        for row in range(self.num_indices):
+            if len(set(counts[row * self.heads : (row + 1) * self.heads])) > 1:
+                raise ValueError(f"the saved memory is damaged: the key heads of row {row} have different tokens")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replaces the content by that of ``state``.
@@ -342,10 +356,7 @@ class KNNMemory:
     @typed
     def save(self, path: str | Path) -> None:
         """Writes the memory to one file, atomically."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(target) as temporary:
-            save_tensors(temporary, self.state_dict())
+        write_state(path, self.state_dict())
 
     @typed
     def load(self, path: str | Path) -> None:
@@ -353,17 +364,30 @@ class KNNMemory:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged, or of another shape or number format.
+            ValueError: the file is damaged, or of another shape or number format; nothing is changed then.
         """
-        state = load_tensors(path)
-        if not isinstance(state, dict):
-            raise ValueError(f"{path} holds no saved memory, got {type(state).__name__}")
-        self.load_state_dict(state)
+        self.load_state_dict(read_state(path))
 
     def close(self) -> None:
         """Closes the files, if there are any."""
         if isinstance(self.store, DiskStorage):
             self.store.close()
+
+
+def write_state(path: str | Path, state: Any) -> None:
+    """Writes the state of one memory or of several to a file, atomically."""
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target) as temporary:
+        save_tensors(temporary, state)
+
+
+def read_state(path: str | Path, kind: type = dict) -> Any:
+    """The content of a file of ``write_state``, of type ``kind``; errors as for ``KNNMemory.load``."""
+    state = load_tensors(Path(path).expanduser())
+    if not isinstance(state, kind):
+        raise ValueError(f"{path} must hold a saved memory ({kind.__name__}), got {type(state).__name__}")
+    return state
 
 
 @cache

@@ -8,13 +8,19 @@ from typing import Any
 
 from lm_core.checks import typed
 from memorizing_transformer.memory.directory import MemoryDirectory
-from memorizing_transformer.memory.knn_memory import KNNMemory
+from memorizing_transformer.memory.knn_memory import KNNMemory, read_state, write_state
+
+FILE = "memories.safetensors"
 
 
 class KNNMemoryList(list[KNNMemory]):
     """A list of ``KNNMemory``, one for each memorizing layer, with operations on all of them."""
 
     _directory: MemoryDirectory | None = None
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are in memory: the folder has one owner."""
+        return KNNMemoryList, (list(self),)
 
     @classmethod
     def create_memories(
@@ -119,12 +125,14 @@ class KNNMemoryList(list[KNNMemory]):
 
     @typed
     def save(self, directory: str | Path) -> None:
-        """Writes ``layer-1.pt`` and so on to a folder, each atomically."""
-        for number, memory in enumerate(self, start=1):
-            memory.save(Path(directory) / f"layer-{number}.pt")
+        """Writes all memories to one file in a folder, atomically."""
+        write_state(Path(directory) / FILE, self.state_dict())
 
     @typed
     def load(self, directory: str | Path) -> None:
-        """Reads the files of ``save``; errors as for ``KNNMemory.load``."""
-        for number, memory in enumerate(self, start=1):
-            memory.load(Path(directory) / f"layer-{number}.pt")
+        """Reads a folder of ``save``; errors as for ``KNNMemory.load``, after which no memory is changed."""
+        path = Path(directory) / FILE
+        if path.is_file() or not (path.parent / "layer-1.pt").is_file():
+            self.load_state_dict(read_state(path, list))
+        else:  # a file for each layer, from before this version
+            self.load_state_dict([read_state(path.with_name(f"layer-{i}.pt")) for i in range(1, len(self) + 1)])

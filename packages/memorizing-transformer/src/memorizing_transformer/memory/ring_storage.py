@@ -15,7 +15,7 @@ float32 ones on most CPUs.
 Legend: r rows, n tokens, c capacity, d feature.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from memorizing_transformer.memory.exact_search import CPU_CHUNK, own_products
 
 StorageFormat = Literal["float32", "bfloat16", "int8"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-_SMALLEST_GROWTH = 256
+SMALLEST_GROWTH = 256  # slots
 
 
 def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class RingStorage:
         for row, new in zip(rows, kv, strict=True):
             written = self.written[row] + new.shape[0]
             after[row] = (max(self.first[row], written - self.capacity), written)
-        self._make_room(max(written for _, written in after.values()))
+        self._make_room({row: written for row, (_, written) in after.items()})
         self._before_writing(after)
         for (row, (_, written)), new in zip(after.items(), kv, strict=True):
             self._write(row, new[-self.capacity :], stop=written)
@@ -119,11 +119,12 @@ class RingStorage:
         scales = torch.empty(shape[:-1], dtype=torch.float16, device=self.device) if self.storage == "int8" else None
         return data, scales
 
-    def _make_room(self, written: int) -> None:
-        have = self.data.shape[1]
-        if min(self.capacity, written) <= have:
+    def _make_room(self, written: Mapping[int, int]) -> None:
+        """Allocates slots for the tokens up to ``written`` of each row; raises before anything is changed."""
+        have, longest = self.data.shape[1], max(written.values())
+        if min(self.capacity, longest) <= have:
             return
-        data, scales = self._allocate(min(self.capacity, max(written, 2 * have, _SMALLEST_GROWTH)))
+        data, scales = self._allocate(min(self.capacity, max(longest, 2 * have, SMALLEST_GROWTH)))
         data[:, :have] = self.data
         if scales is not None and self.scales is not None:
             scales[:, :have] = self.scales
@@ -203,12 +204,38 @@ class RingStorage:
         shape = {"storage": self.storage, "dim": self.dim, "capacity": self.capacity}
         return {**shape, "first": list(self.first), "kv": kv, "scales": scales}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ``ValueError`` unless the tokens in ``state`` fit this storage and are finite numbers."""
+        firsts, kv = state.get("first"), state.get("kv")
+        if not isinstance(kv, list) or len(kv) != self.rows:
+            raise ValueError(f"the memory was saved with {len(kv or ())} rows, not {self.rows}")
+        if not isinstance(firsts, list) or len(firsts) != self.rows:
+            raise ValueError(f"the saved memory is damaged: first must have {self.rows} entries, got {firsts!r}")
+        for row, first in enumerate(firsts):
+            if type(first) is not int or not 0 <= first < 2**62:
+                raise ValueError(f"the saved memory is damaged: first[{row}] is {first!r}")
+            self._check_saved(state, row, "kv", (2, self.dim), DTYPES[self.storage])
+            if self.storage == "int8":
+                self._check_saved(state, row, "scales", (2,), torch.float16)
+
+    def _check_saved(
+        self, state: dict[str, Any], row: int, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        saved = state.get(name)
+        saved = saved[row] if isinstance(saved, list) and len(saved) == self.rows else None
+        if not isinstance(saved, Tensor) or saved.dtype != dtype or saved.shape[1:] != shape:
+            raise ValueError(f"the saved memory is damaged: {name}[{row}] must be {dtype} of shape (n, {shape})")
+        if len(saved) != len(state["kv"][row]) or len(saved) > self.capacity:
+            raise ValueError(f"the saved memory is damaged: {name}[{row}] has {len(saved)} of {self.capacity} tokens")
+        if dtype.is_floating_point and not bool(torch.isfinite(saved).all()):
+            raise ValueError(f"the saved memory is damaged: {name}[{row}] has inf or NaN")
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Replaces the content by the ``state`` of a storage of the same shape and format."""
         kv, scales, firsts = state["kv"], state["scales"], state["first"]
-        self.clear(range(self.rows))
         written = [first + tokens.shape[0] for first, tokens in zip(firsts, kv, strict=True)]
-        self._make_room(max(written))
+        self._make_room(dict(enumerate(written)))
+        self.clear(range(self.rows))
         for row in range(self.rows):
             slots = torch.arange(firsts[row], written[row], device=self.device) % self.capacity
             self.data[row].index_copy_(0, slots, kv[row].to(self.device))

@@ -197,6 +197,22 @@ def test_training_learns_and_draws_curves(tmp_path):
     assert result.curves.is_file()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo's own, at a graph break
+def test_a_compiled_run_trains_and_stores_what_another_does(tmp_path):
+    def weights(name, **changes):
+        one = model(depth=4, memorizing_layers=[2, 3], gate="sigmoid").double()  # Adam makes much of rounding
+        run = {"checkpoint_dir": tmp_path / name, "settings": settings(**changes)}
+        MemoryTrainer(model=one, corpus=corpus(), **run).train()
+        return one.state_dict()
+
+    compiled = weights("compiled", compile=True)
+    torch.testing.assert_close(compiled, weights("eager"), atol=1e-9, rtol=0)
+    stored = MemorizingTransformer.from_pretrained(tmp_path / "compiled" / "checkpoints" / "step-6")
+    torch.testing.assert_close(stored.state_dict(), compiled, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

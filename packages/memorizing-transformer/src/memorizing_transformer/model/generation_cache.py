@@ -59,7 +59,7 @@ class MemoryCache:
         if self.batch_size != x.shape[0]:
             raise ValueError(f"cache holds {self.batch_size} rows, got a batch of {x.shape[0]}")
         if mask is None and self.masked:
-            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
+            raise ValueError("mask is None, but earlier tokens of the cache had a mask: pass the mask of all positions")
         if memories is not None and self.length:
             raise ValueError("knn_memories must be passed with the first tokens of a cache")
 

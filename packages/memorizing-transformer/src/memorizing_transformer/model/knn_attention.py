@@ -23,7 +23,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lm_core.checks import check_positive, check_probability, typed
+from lm_core.checks import check_mask, check_positive, check_probability, typed
 from lm_core.nn.norms import l2norm
 from memorizing_transformer.memory.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.model.attention import Projections, joined, stacked
@@ -92,6 +92,8 @@ class MemorizingAttention(nn.Module):
         finally:
             self._records = before
 
+    # the memory's sizes change with every segment, and each would be compiled again
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         x: Float[Tensor, "b i dim"],
@@ -113,18 +115,20 @@ class MemorizingAttention(nn.Module):
         Returns:
             The output, and the new keys and values.
         """
+        if may_recall is not None:
+            check_mask(may_recall, "may_recall", x.shape[:2])
         q, k, v = self.projections(x)
         keys, values = joined(past, k, v)
         q, keys = l2norm(q), l2norm(keys)
         keys, values = (t.to(q.dtype).expand(-1, q.shape[1], -1, -1) for t in (keys, values))
         scale = self.log_scale.exp()
         local = q @ keys.transpose(-1, -2) * scale + bias
-        if memory is None or len(memory) == 0:
+        retrieved = None if memory is None else self._search(memory, q)
+        if retrieved is None:
             out = self.dropout(local.softmax(dim=-1).to(q.dtype)) @ values
             if self.gate is not None:  # DDP expects a gradient for every parameter
                 out = out + 0.0 * self.gate.to(q.dtype).sum()
         else:
-            retrieved = self._search(memory, q)
             mask = retrieved.mask if may_recall is None else retrieved.mask & may_recall[:, None, :, None]
             memory_k, memory_v = retrieved.kv.unbind(dim=-2)
             distant = _with_own(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
@@ -136,7 +140,10 @@ class MemorizingAttention(nn.Module):
         out = self.projections.back(out)
         return out if self.output_gate is None else out * self.output_gate.tanh(), stacked(k, v)
 
-    def _search(self, memory: KNNMemory, q: Tensor) -> Retrieved:
+    def _search(self, memory: KNNMemory, q: Tensor) -> Retrieved | None:
+        """The memories nearest to each query; None if the memory is empty."""
+        if len(memory) == 0:
+            return None
         # on a CPU, half-precision products with a few keys per query cost more in copies than the dtype saves
         is_slow = q.device.type == "cpu" and q.dtype.itemsize < 4
         retrieved = memory.retrieve(q.float() if is_slow else q, self.num_retrieved_memories)
@@ -167,7 +174,7 @@ class KNNAttention(MemorizingAttention):
         super().__init__(**settings)
         self.xl_max_memories = whole_number(xl_max_memories, "xl_max_memories")
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Float[Tensor, "b i dim"],
         *,

@@ -28,22 +28,26 @@ class Attention(nn.Module):
         self.place = place
 
     def forward(
-        self,
-        h: Float[Tensor, "b i dim"],
-        *,
-        bias: Float[Tensor, "#b h i j"],
-        view: View,
-        past: Past,
-        memories: KNNMemoryList | None,
+        self, h: Float[Tensor, "b i dim"], **reading: Any
     ) -> tuple[Float[Tensor, "b i dim"], Float[Tensor, "b g i 2 d"]]:
-        """Returns the residual stream after the attention, and the new keys and values."""
+        """Returns the residual stream after the attention, and the new keys and values.
+
+        ``reading`` has the arguments of ``LocalAttention.forward`` or ``MemorizingAttention.forward``.
+        """
+        out, kv = self.inner(self.norm(h), **reading)
+        return h + out, kv
+
+    def reading(
+        self, biases: tuple[Tensor, Tensor], *, view: View, past: Past, memories: KNNMemoryList | None
+    ) -> dict[str, Any]:
+        """The arguments of ``forward``; ``biases`` are for plain and for memorizing attentions."""
+        bias = biases[isinstance(self.inner, MemorizingAttention)]
         # without an XL window there are no keys for the first columns
         bias = bias if self.place.reads_xl is not None else bias[..., past.width :]
-        recall: dict[str, Any] = {}
+        reading: dict[str, Any] = {"bias": bias, "past": past.of(self.place)}
         if self.place.reads_memory is not None and memories:
-            recall = {"memory": memories[self.place.reads_memory], "may_recall": view.continues_document}
-        out, kv = self.inner(self.norm(h), bias=bias, past=past.of(self.place), **recall)
-        return h + out, kv
+            reading |= {"memory": memories[self.place.reads_memory], "may_recall": view.continues_document}
+        return reading
 
 
 class Block(nn.Module):
@@ -57,16 +61,15 @@ class Block(nn.Module):
         self.ff = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Dropout(ff_dropout), nn.Linear(inner, dim))
 
     def forward(
-        self, h: Float[Tensor, "b i dim"], *, biases: tuple[Tensor, Tensor], **reading: Any
+        self, h: Float[Tensor, "b i dim"], readings: Sequence[dict[str, Any]]
     ) -> tuple[Float[Tensor, "b i dim"], list[Tensor]]:
         """Returns the residual stream after the layer, and the new keys and values of its attentions.
 
-        ``biases`` are for plain and for memorizing attentions; ``reading`` is as for ``Layers.forward``.
+        ``readings`` has the arguments of each attention.
         """
         kept = []
-        for attention in self.attentions:
-            bias = biases[isinstance(attention.inner, MemorizingAttention)]
-            h, kv = attention(h, bias=bias, **reading)
+        for attention, reading in zip(self.attentions, readings, strict=True):
+            h, kv = attention(h, **reading)
             kept.append(kv)
         return h + self.ff(self.ff_norm(h)), kept
 
@@ -98,7 +101,9 @@ class Layers(nn.Module):
         self.position_bias = RelativePositionBias(heads=plain["heads"], scale=scale, look_back=True)
         # no look_back: it would outweigh the retrieved keys
         self.knn_position_bias = RelativePositionBias(heads=memorizing["heads"], scale=scale)
-        # unused without memorizing layers, and DDP expects a gradient for every parameter that requires one
+        # DDP expects a gradient for every parameter that requires one, but a bias may have no layer that uses it
+        plain_layers = set(range(1, depth + 1)).difference(() if memorizing["gate_output"] else memorizing_layers)
+        self.position_bias.requires_grad_(bool(plain_layers))
         self.knn_position_bias.requires_grad_(bool(memorizing_layers))
         self.blocks = nn.ModuleList()
         number = 0
@@ -146,12 +151,15 @@ class Layers(nn.Module):
             The residual stream, and the new keys and values ``(b, g, i, 2, d)`` of each attention.
         """
         hidden = ~view.visible.unsqueeze(1)
-        plain, memorizing = (
-            bias(view.distances).masked_fill(hidden, -torch.inf)
-            for bias in (self.position_bias, self.knn_position_bias)
+        biases = (
+            self.position_bias(view.distances).masked_fill(hidden, -torch.inf),
+            self.knn_position_bias(view.distances).masked_fill(hidden, -torch.inf),
         )
         kept: list[Tensor] = []
         for block in self.blocks:
-            h, new = block(h, biases=(plain, memorizing), view=view, past=past, memories=memories)
+            # outside of the block: with --compile, layers that read other windows and memories share compiled code
+            attentions: Any = block.attentions
+            readings = [each.reading(biases, view=view, past=past, memories=memories) for each in attentions]
+            h, new = block(h, readings)
             kept += new
         return h, kept

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lm_core.checks import check_mask
 from lm_core.nn.masking import maybe_and_mask, positions_from_mask
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.knn_attention import as_memories
@@ -107,7 +108,10 @@ def past_of_windows(xl_memories: Sequence[Tensor] | None, *, layers: int, b: int
                 f"xl_memories[{index}] must have shape (b, m, 2, d) with b = {b}, one m for all and "
                 f"d = {dim_head}, got {tuple(xl_memories[index].shape)}"
             )
-    return Past(windows, xl_memories.mask if isinstance(xl_memories, XLMemories) else None)
+    mask = xl_memories.mask if isinstance(xl_memories, XLMemories) else None
+    if mask is not None:
+        check_mask(mask, "xl_memories.mask", (b, width))
+    return Past(windows, mask)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import check_ids, check_positive, check_probability, typed
-from lm_core.generation.decoding import prompt_rows
+from lm_core.checks import check_ids, check_mask, check_positive, check_probability, typed
+from lm_core.generation.decoding import Filter
 from lm_core.generation.generate import generate
-from lm_core.generation.sampling import top_k
+from lm_core.generation.sampling import top_k as top_fraction
 from lm_core.losses.losses import linear_cross_entropy
 from lm_core.nn.masking import maybe_and_mask
 from memorizing_transformer.memory.knn_memory import Backend
@@ -266,6 +266,8 @@ class MemorizingTransformer(PretrainedMixin):
     ) -> Any:
         """Logits ``(b, n, v)``, or with labels the mean loss in nats; with an XL window also the new XL memories.
 
+        One call reads one segment. ``hidden`` reads a longer text as generation does.
+
         Args:
             x: token ids of one segment.
             knn_memories: memories to search, and then to extend; None for local attention only.
@@ -296,9 +298,29 @@ class MemorizingTransformer(PretrainedMixin):
             result = self.loss(features, labels, normalizer=loss_normalizer)
         return result if new is None else (result, new)
 
-    def hidden(self, x: Int[Tensor, "b n"], **reading: Any) -> Float[Tensor, "b n d1"]:
-        """Features with ``logits = hidden @ output_weight.T``; arguments as for ``read``."""
-        return _with_ones(self.read(x, **reading)[0])
+    def hidden(
+        self,
+        x: Int[Tensor, "b n"],
+        *,
+        mask: Bool[Tensor, "b total"] | None = None,
+        cache: MemoryCache | None = None,
+        knn_memories: KNNMemoryList | None = None,
+        **reading: Any,
+    ) -> Float[Tensor, "b n d1"]:
+        """Features with ``logits = hidden @ output_weight.T``, of a text of any length.
+
+        Without a cache, the text is read as in generation: in segments of the model's ``segment_length``, each of which
+        enters a copy of the memories when it is full. So log-probs equal those of generation, also past one segment.
+        Gradients stay within a segment. Arguments as for ``read``, which with ``xl_memories`` reads one segment.
+        """
+        if cache is not None or reading:
+            return _with_ones(self.read(x, mask=mask, cache=cache, knn_memories=knn_memories, **reading)[0])
+        if x.ndim != 2 or x.shape[1] <= self.segment_length:
+            return _with_ones(self.read(x, mask=mask, knn_memories=knn_memories, add_knn_memory=False)[0])
+        x, new_mask = self._checked(x, mask, past=0, memories=knn_memories)
+        cache = self.init_cache(*x.shape)
+        cache.begin(self.token_emb.weight, knn_memories, adds=True)
+        return _with_ones(self._read_pieces(x, new_mask, cache))
 
     def loss(
         self,
@@ -354,26 +376,25 @@ class MemorizingTransformer(PretrainedMixin):
                 cache.begin(self.token_emb.weight, knn_memories, add_knn_memory)
             cache.length += x.shape[1]
             cache.masked = cache.masked or mask is not None
-            return self._read_pieces(x, new_mask, cache), None
+            # no gradients: a segment that is read in parts would lose those of its earlier parts
+            with torch.no_grad():
+                return self._read_pieces(x, new_mask, cache), None
         past = past_of_windows(xl_memories, layers=len(self.xl_memory_layers), b=x.shape[0], dim_head=self.dim_head)
         documents = find_documents(x, sos_id=self.sos_id, eos_id=self.eos_id, mask=new_mask)
         features, kept = self._features(x, past, new_mask, documents, knn_memories)
-        windows, window_mask = remember(
-            self.layers.places(),
-            kept,
-            past,
-            mask=new_mask,
-            documents=documents,
-            window=self.xl_max_memories,
-            memories=knn_memories if add_knn_memory else None,
-        )
+        memories = knn_memories if add_knn_memory else None
+        return features, self._remember(kept, past, mask=new_mask, documents=documents, memories=memories)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _remember(self, kept: Sequence[Tensor], past: Past, **segment: Any) -> XLMemories | None:
+        """Extends the memories by a segment; returns the new XL memories, None without a window."""
+        windows, window_mask = remember(self.layers.places(), kept, past, window=self.xl_max_memories, **segment)
         if not self.xl_max_memories:
-            return features, None
+            return None
         new = XLMemories(packed(window) for window in windows)
         new.mask = window_mask
-        return features, new
+        return new
 
-    @torch.no_grad()
     def _read_pieces(self, x: Tensor, mask: Tensor | None, cache: MemoryCache) -> Tensor:
         """Features of new tokens, read into the cache piece by piece; zeros at padding."""
         out = self.token_emb.weight.new_zeros(*x.shape, self.token_emb.embedding_dim)
@@ -427,9 +448,13 @@ class MemorizingTransformer(PretrainedMixin):
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
-        filter_logits_fn: Callable[..., Tensor] | None = top_k,
+        filter_logits_fn: Callable[..., Tensor] | None = top_fraction,
         filter_thres: float = 0.9,
-        eos_id: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        filters: Sequence[Filter] = (),
+        eos_id: int | Sequence[int] | None = None,
         pad_id: int = 0,
         knn_memories: KNNMemoryList | None = None,
         **kwargs: Any,
@@ -440,23 +465,27 @@ class MemorizingTransformer(PretrainedMixin):
             prompt: text to continue.
             max_new_tokens: maximum number of new tokens per row.
             temperature: sampling temperature; 0 takes the most likely token.
-            filter_logits_fn: called as ``filter_logits_fn(logits, thres=filter_thres)``; None for no filter.
+            filter_logits_fn: the original's filter, called as ``filter_logits_fn(logits, thres=filter_thres)``, unless
+                one of the next four arguments is passed; None for no filter.
             filter_thres: argument of ``filter_logits_fn``.
-            eos_id: token that ends a row.
+            top_k, top_p, min_p, filters: as for ``lm_core.generate``.
+            eos_id: token or tokens that end a row.
             pad_id: padding after the end of a row.
             knn_memories: memories of earlier text, copied and not changed; None starts with empty ones.
             **kwargs: further arguments of ``lm_core.generate``.
         """
-        filters = () if filter_logits_fn is None else (partial(filter_logits_fn, thres=filter_thres),)
+        chosen: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "filters": filters}
+        if filter_logits_fn is not None and all(value in (None, ()) for value in chosen.values()):
+            chosen["filters"] = (partial(filter_logits_fn, thres=filter_thres),)
         result = generate(
             self,
-            prompt_rows(prompt),
+            prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            filters=filters,
             eos_id=eos_id,
             pad_id=pad_id,
             knn_memories=knn_memories,
+            **chosen,
             **kwargs,
         )
         return result.tokens
@@ -469,10 +498,7 @@ class MemorizingTransformer(PretrainedMixin):
             raise ValueError(f"x must have shape (b, n) with at least one row and token, got {tuple(x.shape)}")
         (b, n), fresh = x.shape, None
         if mask is not None:
-            if mask.dtype != torch.bool:
-                raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
-            if mask.shape != (b, past + n):
-                raise ValueError(f"mask must have shape (b, cached + new) = {(b, past + n)}, got {tuple(mask.shape)}")
+            check_mask(mask, "mask", (b, past + n))
             fresh = mask[:, past:]
         self._check_ids(x, "x")
         if memories is not None:

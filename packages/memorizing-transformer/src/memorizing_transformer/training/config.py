@@ -1,4 +1,4 @@
-"""Settings of a training run; the defaults are those of the quickstart.
+"""Settings of a training run.
 
 The names are also the flags of ``memorizing-transformer train`` and the keys of its YAML file.
 """
@@ -26,14 +26,11 @@ class TrainingSettings(CommonSettings):
         TypeError: a value is of another type.
     """
 
-    max_steps: int = 600
-    segment_length: int = 64
+    segment_length: int = 512
     batch_size: int = 16
     gradient_accumulation: int = 1
     use_memory: bool = True
-    validate_every: int = 300
-    validation_documents: int | None = 4
-    checkpoint_every: int = 300
+    validation_documents: int | None = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()

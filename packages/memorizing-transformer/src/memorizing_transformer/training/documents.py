@@ -187,6 +187,8 @@ class DocumentSegments:
         return self.segments
 
     def __iter__(self) -> Iterator[Segment]:
+        if not self.segments:
+            return  # more processes than documents; a split of no columns would yield one part
         size = self.segments * self.segment_length
         rows = np.zeros((3, len(self.queues), size), dtype=np.int64)
         mask = np.zeros((len(self.queues), size), dtype=bool)

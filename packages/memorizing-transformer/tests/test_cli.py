@@ -35,7 +35,7 @@ def test_training_leaves_curves_a_page_and_a_checkpoint(run):
 def test_a_checkpoint_generates_evaluates_and_is_inspected(run, capsys, tmp_path):
     assert main(["generate", str(run / "run"), "the same", "--max_new_tokens", "5", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("the same")
-    assert main(["eval", str(run / "run"), "--corpus", str(run / "texts" / "00.txt"), "--device", "cpu"]) == 0
+    assert main(["eval", str(run / "run"), "--data", str(run / "texts" / "00.txt"), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "bits/byte without memory" in out
     assert "from      0" in out
@@ -52,10 +52,10 @@ def test_a_run_is_retrofitted_from_another(run, capsys):
         assert main([*command, *TINY, *settings]) == 0
         return capsys.readouterr().out
 
-    assert "held out" in train("more", "--start_from", str(run / "run"))
+    assert "held out" in train("more", "--model", str(run / "run"))
     assert "opened" not in train("without", "--gate", "sigmoid", "--use_memory", "false")
-    assert "opened to a half" in train("retrofitted", "--start_from", str(run / "without"))
-    assert "opened" not in train("longer", "--start_from", str(run / "retrofitted"))
+    assert "opened to a half" in train("retrofitted", "--model", str(run / "without"))
+    assert "opened" not in train("longer", "--model", str(run / "retrofitted"))
 
 
 @pytest.mark.plain

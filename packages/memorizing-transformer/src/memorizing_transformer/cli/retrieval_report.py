@@ -55,19 +55,19 @@ def retrieved_while_generating(
     prompt: Int[Tensor, " n"],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
     layer: int = 0,
     seed: int = 0,
+    **sampling: Any,
 ) -> list[GeneratedToken]:
-    """Continues a prompt at temperature 0.7; returns the tokens retrieved for each new one.
+    """Continues a prompt; returns the tokens retrieved for each new one.
 
     Args:
         model: the model; its memory begins empty and takes the prompt segment by segment.
         prompt: token ids.
         max_new_tokens: maximum number of new tokens.
-        eos_id: ends the text.
         layer: index among the memorizing layers, counted from 0.
         seed: seed of the draws.
+        **sampling: further arguments of ``lm_core.generate``.
 
     Raises:
         ValueError: the model has no such memorizing layer.
@@ -84,9 +84,9 @@ def retrieved_while_generating(
             records.clear()
             return logits
 
-        generator = torch.Generator(model.device).manual_seed(seed)
-        sampling: dict[str, Any] = {"temperature": 0.7, "eos_id": eos_id, "generator": generator}
-        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, filters=(note,), **sampling)
+        sampling["filters"] = (note, *sampling.get("filters", ()))
+        sampling["generator"] = torch.Generator(model.device).manual_seed(seed)
+        result = generate(model, prompt.unsqueeze(0), max_new_tokens=max_new_tokens, **sampling)
     tokens = result.tokens[0, : int(result.lengths[0])].tolist()
     out = []
     for token, nearest_first in zip(tokens, steps, strict=False):

@@ -6,25 +6,28 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checkpoints.manifest import json_value
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import report, report_run
 from lm_core.data.documents import Documents
 from lm_core.distributed import rank, world_size
 from lm_core.rng import seed_everything
 from lm_core.training.run_directory import Result
+from memorizing_transformer.cli.presets import stored_arguments
 from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
-from memorizing_transformer.training.retrofit import open_gates
+from memorizing_transformer.training.retrofit import open_gates, retrofit
 
 
 def train(
     *,
     text: TextCorpus,
-    model: dict[str, Any],
+    architecture: dict[str, Any],
     settings: TrainingSettings,
-    checkpoint_dir: str = "runs/memorizing-quickstart",
-    start_from: str | None = None,
+    preset: Literal["quickstart", "small", "base", "large", "paper"] | None = None,
+    model: str | None = None,
+    checkpoint_dir: str = "runs/memorizing-transformer",
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
     sample_tokens: int = 120,
@@ -32,27 +35,28 @@ def train(
     """Trains a Memorizing Transformer on documents in order.
 
     Args:
-        text: training corpus.
-        model: arguments of ``MemorizingTransformer``.
+        text: training text.
+        architecture: arguments of ``MemorizingTransformer``.
         settings: training settings.
+        preset: sizes and the learning rate that fits them; a flag next to it wins. By default quickstart without data
+            and model, and small with own data.
+        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained, or a name on the hub,
+            with the initial weights, sizes and tokenizer. Sigmoid gates that were never trained start at a half; a
+            model without memorizing layers gets those of memorizing_layers.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and retrieved.html.
-        start_from: folder of a run or a model with the initial weights, for retrofitting a memory; it also sets the
-            model's sizes, except max_knn_memories. Sigmoid gates that were never trained start at a half.
-        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
-        trackers: names of trackers that accelerate knows, such as tensorboard.
         sample_tokens: new tokens after a held-out document, generated at the end as a sample; 0 for none.
     """
     from memorizing_transformer.training.trainer import MemoryTrainer
 
+    if model is not None and preset is not None:
+        raise ValueError(f"preset {preset} is for a new model, but model is {model}, which has its own sizes")
     encoder, data = text.load()
     seed_everything(settings.seed)
-    if start_from is None:
+    if model is None:
         ends: dict[str, Any] = {"clear_memories_on_eos_token_id": encoder.eos_id}
-        memorizing = MemorizingTransformer(num_tokens=encoder.vocab_size, **ends, **model)
+        memorizing = MemorizingTransformer(num_tokens=encoder.vocab_size, **ends, **architecture)
     else:
-        memorizing = MemorizingTransformer.from_pretrained(
-            checkpoint_folder(start_from), max_knn_memories=model["max_knn_memories"]
-        )
+        memorizing = _initial_model(model, architecture)
         if settings.use_memory and open_gates(memorizing):
             report("gates", "opened to a half: the model was trained without its memory")
     trainer = MemoryTrainer(
@@ -66,11 +70,18 @@ def train(
     )
     # summary of the run
     millions = sum(parameter.numel() for parameter in memorizing.parameters()) / 1e6
-    report("model", f"{millions:.2f} million parameters, memory in layer(s) {list(memorizing.memorizing_layers)}")
+    source = f"preset {preset}" if model is None else model
+    report(
+        "model", f"{source}, {millions:.2f} million parameters, memory in layer(s) {[*memorizing.memorizing_layers]}"
+    )
     report("memory", f"{memorizing.max_knn_memories:,} tokens a row; XL window of {memorizing.xl_max_memories}")
-    report("corpus", f"{text.data}: {data.train.size} for training, {data.validation.size} held out")
+    report("data", f"{text.data}: {data.train.size} for training, {data.validation.size} held out")
     report("", f"fingerprint {data.fingerprint[:16]}")
-    report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
+    report(
+        "run",
+        f"{checkpoint_dir}, {settings.max_steps} updates at a learning rate of {settings.learning_rate:g}, "
+        f"{trainer.device}, {world_size()} process(es)",
+    )
     result = trainer.train()
     # results
     lines = [("held out", f"{result.first_bits_per_byte:.3f} bits/byte before training")]
@@ -92,6 +103,17 @@ def train(
     return status
 
 
+def _initial_model(source: str, architecture: dict[str, Any]) -> MemorizingTransformer:
+    """The stored model; arguments that differ from its own replace them, and may add memorizing layers."""
+    folder = checkpoint_folder(source)
+    model = MemorizingTransformer.from_pretrained(folder)
+    stored = stored_arguments(folder)
+    changed = {name: value for name, value in architecture.items() if json_value(value) != stored.get(name)}
+    if changed.get("memorizing_layers") and not model.memorizing_layers:
+        return retrofit(model, **changed)
+    return MemorizingTransformer.from_pretrained(folder, **changed) if changed else model
+
+
 def _show_retrieval(
     model: MemorizingTransformer, documents: Documents, encoder: Any, new_tokens: int, folder: Path
 ) -> None:
@@ -99,7 +121,9 @@ def _show_retrieval(
     lengths = [abs(int(length) - 6000) for length in documents.lengths]
     document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
     prompt = document[: -min(200, len(document) // 2)].to(model.device)
-    generated = retrieved_while_generating(model, prompt, max_new_tokens=new_tokens, eos_id=encoder.eos_id)
+    generated = retrieved_while_generating(
+        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=encoder.eos_id
+    )
     page = write_page(folder / "retrieved.html", prompt, generated, encoder)
     report("retrieved", f"{page} shows what the memory returned while this was generated:\n")
     print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([token.token for token in generated]))

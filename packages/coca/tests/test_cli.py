@@ -17,8 +17,9 @@ from coca.interop import from_coca_pytorch
 
 pytestmark = pytest.mark.plain
 
-TRAIN = ["train", "--device", "cpu", "--max_steps", "3", "--batch_size", "8", "--validate_every", "3", "--dim", "16"]
-TRAIN += ["--vit_dim", "16", "--dim_head", "8", "--heads", "2", "--validation_captions", "2", "--max_length", "12"]
+TRAIN = ["train", "--preset", "quickstart", "--device", "cpu", "--max_steps", "3", "--batch_size", "8", "--dim", "16"]
+TRAIN += ["--vit_dim", "16", "--dim_head", "8", "--heads", "2", "--validate_every", "3", "--validation_captions", "2"]
+TRAIN += ["--max_length", "12"]
 ON_FILES = [*TRAIN, "--image_size", "8", "--channels", "1"]
 
 
@@ -61,7 +62,7 @@ def run(tmp_path_factory, digit_files):
 def test_the_quickstart_trains_on_the_digits(printed, tmp_path):
     out = printed(*TRAIN, "--checkpoint_dir", tmp_path / "run")
 
-    assert "digits: 1,438 images to learn from, 359 held out" in out
+    assert "digits: 1,438 images for training, 359 held out" in out
     assert "zero_shot_accuracy" in out
     assert (tmp_path / "run" / "grid.png").is_file()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
@@ -196,10 +197,11 @@ def test_an_originals_file_is_converted(printed, tmp_path):
         (["train", "--batch_size", "2000"], "batch_size must be at most the number of images, 1438, got 2000"),
         (["train", "--image_size", "9"], "the digits have image_size 8 and channels 1, got 9 and 1"),
         (["train", "--tokenizer", "nowhere"], 'source must be "bytes"'),
-        (["caption", "nowhere", "[a.png]"], "model must be a folder with a model"),
+        (["caption", "nowhere", "a.png"], "model must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
+        (["train", "--model", "nowhere"], "model must be a folder with a model"),
         (["embed", "nowhere", "x.npz"], "give images or texts"),
-        (["retrieve", "nowhere", "[a.png]"], "give text, or captions"),
+        (["retrieve", "nowhere", "a.png"], "give text, or captions"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, monkeypatch):
@@ -215,4 +217,4 @@ def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, m
 def test_other_files_are_held_out_if_given(printed, run, digit_files, tmp_path):
     sources = ["--data", digit_files, "--validation_data", run.parent / "images"]
 
-    assert "40 images to learn from, 39 held out" in printed(*ON_FILES, *sources, "--checkpoint_dir", tmp_path / "run")
+    assert "40 images for training, 39 held out" in printed(*ON_FILES, *sources, "--checkpoint_dir", tmp_path / "run")

@@ -122,7 +122,7 @@ def test_images_are_read_with_all_their_captions(write, tmp_path):
         ("nowhere", None, FileNotFoundError, "there is no"),
         (".", None, ValueError, "at least one image with a caption, got none"),
         ("a.zip", "x", ValueError, "got .*a.zip"),
-        ("a.csv", "image,text\n0.png,hi\n", ValueError, r"a.csv, line 2, must have 'caption', got .*'image', 'text'"),
+        ("a.csv", "image,words\n0.png,hi\n", ValueError, r"a.csv, line 2, must have 'caption' or .*'image', 'words'"),
         ("a.csv", "image,caption\ngone.png,hello\n", FileNotFoundError, "line 2, names the image .*gone.png, which is"),
         ("a.jsonl", '{"image": 1}\n', ValueError, "a.jsonl, line 1, must have 'caption'"),
         ("a.jsonl", "{oops\n", ValueError, "a.jsonl, line 1, is not JSON"),

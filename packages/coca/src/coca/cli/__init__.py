@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from coca.cli.commands import caption, convert, embed, retrieve, zero_shot
+from coca.cli.commands import Captioning, caption, convert, embed, retrieve, zero_shot
+from coca.cli.presets import PRESETS, presets
 from coca.cli.train import EncoderSettings, train
 from coca.data.image_files import load_images
 from coca.model.coca import CoCa
@@ -14,46 +15,41 @@ from lm_core.cli.parser import Command, Group, command_parser
 TRAIN = """Trains a CoCa on images with captions, by default on handwritten digits (under 90 s on two CPU cores).
 
   coca train                                               the quickstart, into runs/coca-quickstart
-  coca train --data photos/captions.csv --dim 512 --heads 8 --dim_head 64 --vit_dim 384 --vit_depth 12 \\
-      --unimodal_depth 6 --multimodal_depth 6 --num_img_queries 256 --batch_size 512 --shift 0 \\
-      --max_steps 50000 --checkpoint_dir runs/photos
-  coca train --data photos.tar --encoder FOLDER --freeze_encoder --checkpoint_dir runs/frozen
+  coca train --data photos/captions.csv --tokenizer openai/clip-vit-base-patch32 --checkpoint_dir runs/photos
+  torchrun --nproc_per_node 8 -m coca train --data "cc12m/{00000..01242}.tar" --preset base --batch_size 4096 \\
+      --tokenizer openai/clip-vit-base-patch32 --max_steps 100000 --compile --checkpoint_dir runs/cc12m
+  coca train --data photos.tar --encoder google/vit-base-patch16-224-in21k --freeze_encoder --max_steps 20000
+  coca train --model runs/photos --data more.tar --max_steps 2000 --checkpoint_dir runs/more
   coca train --print_config > run.yaml; coca train --config run.yaml --seed 1
-  torchrun --nproc_per_node 8 -m coca train --compile
 
-Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint; the same command resumes from it,
-as it does after a kill."""
+A preset has the sizes of a new model and the settings that fit them: quickstart without data, else small, or base,
+large and 2b (CoCa's paper, table 1). Flags win over the YAML file, which wins over the preset. Ctrl-C saves a
+checkpoint; the same command resumes from it, as it does after a kill."""
 
-# Flags of the model, without what tokenizer and encoder determine; the default sizes are the quickstart's.
-MODEL = Group(
+# Flags of the model, without what tokenizer and encoder determine.
+SIZES = Group(
     CoCa,
     skip=("num_tokens", "image_dim", "img_encoder", "freeze_img_encoder", "pad_id", "bos_id", "eos_id"),
-    defaults={
-        "dim": 64,
-        "unimodal_depth": 1,
-        "multimodal_depth": 1,
-        "num_img_queries": 16,
-        "dim_head": 16,
-        "heads": 4,
-        "caption_loss_weight": 2.0,  # the paper's, section 4.1
-    },
+    defaults={name: PRESETS["small"][name] for name in ("dim", "unimodal_depth", "multimodal_depth")},
     as_dict=True,
 )
+READING = Group(load_images, skip=("source", "preprocessing", "progress"), as_dict=True)
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
         train,
         {
-            "model": MODEL,
+            "sizes": SIZES,
             "images": Group(EncoderSettings),
             "settings": Group(TrainingSettings),
-            "reading": Group(load_images, skip=("source", "preprocessing", "progress"), as_dict=True),
+            "reading": READING,
         },
         TRAIN,
+        presets,
     ),
-    "caption": caption,
+    "caption": Command(caption, {"settings": Group(Captioning)}),
     "embed": embed,
     "zero-shot": zero_shot,
-    "retrieve": retrieve,
+    "retrieve": Command(retrieve, {"reading": READING}),
     "convert": convert,
 }
 

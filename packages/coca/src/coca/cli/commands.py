@@ -1,10 +1,12 @@
 """Commands for a trained model (``caption``, ``embed``, ``zero-shot``, ``retrieve``), and ``convert`` for old weights.
 
-Each returns the exit status: 0, or 1 if an image could not be read.
+Images are read and encoded a batch at a time, so memory does not grow with their number. Each command returns the exit
+status: 0, or 1 if an image could not be read.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +14,84 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coca.cli.train import preprocessing_of
 from coca.data.digits import handwritten_digits
-from coca.data.image_files import SUFFIXES, load_images, read_pixels
+from coca.data.image_files import ImageFiles, load_images
 from coca.evaluation.evaluation import decoded, evaluate, image_latents, text_latents
+from coca.evaluation.retrieval import similarities
 from coca.interop import load_coca_pytorch
 from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checks import check_positive
+from lm_core.checks import check_positive, typed
 from lm_core.cli.main import report
+from lm_core.cli.text_generation import SamplingFlags, read_prompt
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device
 
+BATCH = 32  # images encoded at a time
+
+
+@typed
+@dataclass(frozen=True, kw_only=True)
+class Captioning(SamplingFlags):
+    """Caption generation: greedy, sampled, or by beam search.
+
+    Args:
+        beams: width of the beam search; 1 for greedy decoding or sampling.
+        length_penalty: exponent of the length that divides the log-probability of a beam; larger favours long captions.
+        min_new_tokens: minimum number of generated tokens.
+        num_samples: captions of an image, for a temperature above 0.
+
+    Raises:
+        ValueError: a value is out of range.
+        TypeError: a value has the wrong type.
+    """
+
+    temperature: float = 0.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    num_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self.num_samples, "num_samples")
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(f"num_samples above 1 needs a temperature above 0, got {self.num_samples} captions at 0")
+
 
 def caption(
-    checkpoint: str,
-    images: list[str],
-    *,
-    prefix: str | None = None,
-    beams: int = 1,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    max_new_tokens: int = 64,
-    min_new_tokens: int = 0,
-    seed: int = 0,
-    device: str = "auto",
+    model: str, images: list[str], *, settings: Captioning, prefix: str | None = None, device: str = "auto"
 ) -> int:
     """Prints a caption for each image.
 
     Args:
         images: files or folders of images.
-        prefix: text that every caption begins with.
-        beams: width of the beam search; 1 for greedy decoding or sampling.
-        temperature: sampling temperature; 0 takes the most likely token each time.
-        top_k: samples among the k most likely tokens only.
-        top_p: samples among the most likely tokens of this total probability only.
-        max_new_tokens: maximum number of generated tokens.
-        min_new_tokens: minimum number of generated tokens.
-        seed: seed of the sampling.
+        settings: settings of the generation.
+        prefix: text that every caption begins with; "-" reads standard input, "@FILE" a file.
     """
-    model, tokenizer, preprocessing = _load(checkpoint, device)
-    paths, pixels, failed = _read_images(images, preprocessing)
+    coca, tokenizer, preprocessing = _load(model, device)
+    files = ImageFiles(images, preprocessing)
     # the prefix as in training: after BOS, without EOS
-    ids = None
-    if prefix is not None:
-        bos = getattr(tokenizer, "bos_id", None)
-        ids = torch.tensor([*([] if bos is None else [bos]), *tokenizer.encode(prefix)])
-    generator = torch.Generator(model.device).manual_seed(seed)
-    for start in range(0, len(paths), 32):
-        tokens = model.generate(
-            pixels[start : start + 32].to(model.device),
-            prefix=ids,
-            beams=beams,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            generator=generator,
-        )
-        for path, row in zip(paths[start : start + 32], tokens.tolist(), strict=True):
-            print(f"{path}\t{prefix or ''}{decoded(row, tokenizer, model.eos_id)}")
-    return int(failed > 0)
+    text = "" if prefix is None else read_prompt(prefix)
+    bos = getattr(tokenizer, "bos_id", None)
+    ids = torch.tensor([*([] if bos is None else [bos]), *tokenizer.encode(text)]) if text else None
+    arguments = {name: value for name, value in vars(settings).items() if name not in ("num_samples", "seed")}
+    generator = torch.Generator(coca.device).manual_seed(settings.seed)
+    for paths, batch in files.batches(BATCH):
+        repeated = batch.repeat_interleave(settings.num_samples, dim=0).to(coca.device)
+        tokens = coca.generate(repeated, prefix=ids, generator=generator, **arguments)
+        for index, row in enumerate(tokens.tolist()):
+            print(f"{paths[index // settings.num_samples]}\t{text}{decoded(row, tokenizer, coca.eos_id)}")
+    return _report_unreadable(files)
 
 
 def embed(
-    checkpoint: str,
+    model: str,
     output: str,
     *,
     images: list[str] | None = None,
@@ -95,22 +107,23 @@ def embed(
     """
     if bool(images) == bool(texts):
         raise ValueError("give images or texts, one of the two")
-    model, tokenizer, preprocessing = _load(checkpoint, device)
+    coca, tokenizer, preprocessing = _load(model, device)
+    files = None
     if texts:
-        names, failed, latents = texts, 0, text_latents(model, texts, tokenizer)
+        names, latents = texts, text_latents(coca, texts, tokenizer)
     else:
-        names, pixels, failed = _read_images(images or [], preprocessing)
-        latents = image_latents(model, pixels.split(64))
+        files = ImageFiles(images or [], preprocessing)
+        names, latents = _encoded(coca, files)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as stream:
         np.savez(stream, latents=latents.cpu().numpy(), names=np.array(names))
     print(f"wrote {len(names)} latents of {latents.shape[1]} features to {target}")
-    return int(failed > 0)
+    return 0 if files is None else _report_unreadable(files)
 
 
 def zero_shot(
-    checkpoint: str,
+    model: str,
     images: list[str],
     *,
     classes: list[str],
@@ -127,20 +140,21 @@ def zero_shot(
         top: number of classes to print for an image.
     """
     check_positive(top, "top")
-    model, tokenizer, preprocessing = _load(checkpoint, device)
-    classifier = model.zero_shot_classifier(classes, templates or ["{}"], tokenizer=tokenizer)
-    paths, pixels, failed = _read_images(images, preprocessing)
-    similarity = image_latents(model, pixels.split(64)) @ classifier.float().t()
-    probabilities = (similarity * model.logit_scale.detach()).softmax(dim=-1)
-    for path, row in zip(paths, probabilities, strict=True):
-        print("\t".join([path, *(f"{classes[index]} {value:.3f}" for value, index in _best(row, top))]))
-    return int(failed > 0)
+    coca, tokenizer, preprocessing = _load(model, device)
+    classifier = coca.zero_shot_classifier(classes, templates or ["{}"], tokenizer=tokenizer)
+    files = ImageFiles(images, preprocessing)
+    for paths, batch in files.batches(BATCH):
+        scores = similarities(image_latents(coca, [batch]), classifier) * coca.logit_scale.detach()
+        for path, row in zip(paths, scores.softmax(dim=-1), strict=True):
+            print("\t".join([path, *(f"{classes[index]} {value:.3f}" for value, index in _best(row, top))]))
+    return _report_unreadable(files)
 
 
 def retrieve(
-    checkpoint: str,
+    model: str,
     images: list[str],
     *,
+    reading: dict[str, Any],
     text: list[str] | None = None,
     captions: bool = False,
     top: int = 5,
@@ -149,7 +163,8 @@ def retrieve(
     """Finds images by text, or measures recall on images with captions.
 
     Args:
-        images: files or folders of images; with --captions one source that coca train reads (or digits).
+        images: files or folders of images; with --captions sources that coca train reads (or digits).
+        reading: arguments of ``load_images``, for --captions.
         text: queries for which the nearest images are printed.
         captions: measures losses, recall and classification on images with captions instead.
         top: number of images to print for a query.
@@ -157,24 +172,23 @@ def retrieve(
     if captions == bool(text):
         raise ValueError("give text, or captions to measure recall, one of the two")
     check_positive(top, "top")
-    if captions and len(images) != 1:
-        raise ValueError(f"images must be one source with captions, got {len(images)}")
-    model, tokenizer, preprocessing = _load(checkpoint, device)
+    coca, tokenizer, preprocessing = _load(model, device)
     if captions:
-        data = handwritten_digits() if images == ["digits"] else load_images(images[0], preprocessing)
+        source = images if len(images) > 1 else images[0]
+        data = handwritten_digits() if source == "digits" else load_images(source, preprocessing, **reading)
         for line in data.unreadable_report():
             report("unreadable", line)
-        for name, value in evaluate(model, data, tokenizer, preprocessing).items():
+        for name, value in evaluate(coca, data, tokenizer, preprocessing).items():
             print(f"{name:22} {value:.3f}")
         return int(bool(data.unreadable))
-    paths, pixels, failed = _read_images(images, preprocessing)
+    files = ImageFiles(images, preprocessing)
+    paths, latents = _encoded(coca, files)
     queries = text or []
-    similarities = text_latents(model, queries, tokenizer) @ image_latents(model, pixels.split(64)).t()
-    for query, similarity in zip(queries, similarities, strict=True):
+    for query, similarity in zip(queries, similarities(text_latents(coca, queries, tokenizer), latents), strict=True):
         print(query)
         for value, index in _best(similarity, top):
             print(f"  {value:.3f}\t{paths[index]}")
-    return int(failed > 0)
+    return _report_unreadable(files)
 
 
 def convert(
@@ -198,7 +212,6 @@ def convert(
         pad_id: padding id that the model was trained with.
         bos_id: id of the token that begins captions.
         eos_id: id of the token that ends captions.
-        overwrite: allows writing to a folder with content.
     """
     vision = None if encoder is None else load_encoder(encoder)
     model = load_coca_pytorch(old, img_encoder=vision, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
@@ -207,13 +220,21 @@ def convert(
     return 0
 
 
-def _load(checkpoint: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:
-    """Model, tokenizer and preprocessing of a checkpoint."""
-    folder = checkpoint_folder(checkpoint)
-    model = CoCa.from_pretrained(folder).to(pick_device(device)).eval()
-    if model.preprocessing is None:
-        raise ValueError(f"{folder} has no preprocess.json, so the preparation of images is not known")
-    return model, load_tokenizer(folder), model.preprocessing
+def _load(model: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:
+    """Model, tokenizer and preprocessing of a folder."""
+    folder = checkpoint_folder(model)
+    coca = CoCa.from_pretrained(folder).to(pick_device(device)).eval()
+    return coca, load_tokenizer(folder), preprocessing_of(coca, folder)
+
+
+def _encoded(model: CoCa, files: ImageFiles) -> tuple[list[str], Tensor]:
+    """Paths and latents of the readable images."""
+    names: list[str] = []
+    latents = []
+    for paths, batch in files.batches(BATCH):
+        names += paths
+        latents.append(image_latents(model, [batch]))
+    return names, torch.cat(latents)
 
 
 def _best(scores: Tensor, top: int) -> list[tuple[float, int]]:
@@ -222,29 +243,10 @@ def _best(scores: Tensor, top: int) -> list[tuple[float, int]]:
     return list(zip(values.tolist(), indices.tolist(), strict=True))
 
 
-def _read_images(sources: Sequence[str], preprocessing: ImagePreprocessing) -> tuple[list[str], Tensor, int]:
-    """Paths and tensors of the readable images; unreadable ones are named on standard error and counted."""
-    paths: list[Path] = []
-    for source in map(Path, sources):
-        if not source.exists():
-            raise FileNotFoundError(f"images must be files or folders of images, there is no {source}")
-        inside = source.rglob("*") if source.is_dir() else [source]
-        chosen = sorted(path for path in inside if path == source or path.suffix.lower() in SUFFIXES)
-        if not chosen:
-            raise ValueError(f"images must be files or folders of images, got the folder {source} without any")
-        paths += chosen
-    if not paths:
-        raise ValueError("images must name at least one file, got none")
-    good, pixels = [], []
-    for path in paths:
-        try:
-            pixels.append(read_pixels(path.read_bytes, preprocessing))
-            good.append(str(path))
-        except (OSError, ValueError) as error:
-            print(f"unreadable  {path}: {error}", file=sys.stderr)
-    if not good:
-        raise ValueError(f"none of {len(paths)} images could be read")
-    failed = len(paths) - len(good)
-    if failed:
-        print(f"unreadable  {failed} of {len(paths)} images", file=sys.stderr)
-    return good, preprocessing.normalised(np.stack(pixels)), failed
+def _report_unreadable(files: ImageFiles) -> int:
+    """Names unreadable images on standard error; returns the exit status."""
+    for line in files.unreadable:
+        print(f"unreadable  {line}", file=sys.stderr)
+    if files.unreadable:
+        print(f"unreadable  {len(files.unreadable)} of {len(files.paths)} images", file=sys.stderr)
+    return int(bool(files.unreadable))

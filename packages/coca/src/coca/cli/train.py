@@ -1,10 +1,13 @@
 """``coca train``: builds data, image encoder, model and trainer from flags."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from coca.cli.presets import Preset, settings_of
 from coca.data.captioned_images import CaptionedImages
 from coca.data.digits import IMAGE_SIZE, MEAN, STD, handwritten_digits
 from coca.data.image_files import load_images
@@ -14,6 +17,7 @@ from coca.model.preprocessing import ImagePreprocessing
 from coca.model.vit import VisionTransformer
 from coca.training.config import TrainingSettings
 from coca.training.trainer import CoCaTrainer
+from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import typed
 from lm_core.cli.main import report, report_run
 from lm_core.distributed import world_size
@@ -38,14 +42,14 @@ class EncoderSettings:
     """Image encoder and preprocessing.
 
     Args:
-        encoder: folder or organisation/name on the hub of a Hugging Face vision model to use instead of our ViT.
+        encoder: folder or organisation/name on the hub of a Hugging Face vision model to use instead of a new ViT.
         freeze_encoder: trains everything but the encoder.
         image_size: pixels to resize and crop a side to; 0 takes 8 for the digits, the encoder's own size, else 224.
         channels: channels of the images, 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
-        patch_size: patch size of our ViT; 0 takes a quarter or (from 56 pixels) a fourteenth of image_size.
-        vit_dim: features of a token of our ViT.
-        vit_depth: blocks of our ViT.
-        vit_heads: query heads of our ViT.
+        patch_size: patch size of the ViT; 0 takes a quarter or (from 56 pixels) a fourteenth of image_size.
+        vit_dim: features of a token of the ViT.
+        vit_depth: blocks of the ViT.
+        vit_heads: query heads of the ViT.
 
     Raises:
         TypeError: a value is of another type.
@@ -56,15 +60,15 @@ class EncoderSettings:
     image_size: int = 0
     channels: int = 0
     patch_size: int = 0
-    vit_dim: int = 64
-    vit_depth: int = 2
-    vit_heads: int = 4
+    vit_dim: int = 384
+    vit_depth: int = 12
+    vit_heads: int = 6
 
     def preprocessing(self, *, digits: bool) -> ImagePreprocessing:
         """Preprocessing of the images.
 
         Raises:
-            ValueError: another size or number of channels is asked for the digits.
+            ValueError: the digits have another size or number of channels than requested.
         """
         if digits:
             size, channels = self.image_size or IMAGE_SIZE, self.channels or 1
@@ -100,39 +104,53 @@ class EncoderSettings:
 
 def train(
     *,
-    model: dict[str, Any],
+    sizes: dict[str, Any],
     images: EncoderSettings,
     settings: TrainingSettings,
     reading: dict[str, Any],
-    data: str = "digits",
+    data: str | None = None,
+    model: str | None = None,
+    preset: Preset | None = None,
     validation_data: str | None = None,
     validation_fraction: float = 0.2,
-    tokenizer: str = "bytes",
-    checkpoint_dir: str = "runs/coca-quickstart",
+    tokenizer: str | None = None,
+    checkpoint_dir: str = "runs/coca",
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
 ) -> int:
     """Trains a CoCa on images with captions; returns the exit status.
 
     Args:
-        model: arguments of ``CoCa``.
+        sizes: arguments of ``CoCa``.
         images: settings of the images and their encoder.
         settings: settings of the training.
         reading: arguments of ``load_images``.
-        data: digits, a folder, a .csv, .tsv or .jsonl table, or a .tar of images with captions.
-        validation_data: held-out images with captions, in the same formats; null holds out a part of data.
-        validation_fraction: fraction of data to hold out where validation_data is not given.
-        tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub.
+        data: images with captions: a folder, a .csv, .tsv or .jsonl table, a .tar or a folder of them, or a pattern as
+            a-{000..127}.tar; null takes scikit-learn's handwritten digits.
+        model: CoCa to start from, with its sizes and its image settings: a folder of a run, of a checkpoint or of
+            save_pretrained, or organisation/name on the hub; null starts from random weights.
+        tokenizer: bytes, a folder with a Hugging Face tokenizer, or organisation/name on the hub; null takes the
+            model's, or bytes.
         checkpoint_dir: folder of the run, for checkpoints, metrics.jsonl, curves.png and grid.png.
     """
     # data: the tokenizer decides the vocabulary, the image settings what is read
-    text_tokenizer = load_tokenizer(tokenizer)
+    folder = None if model is None else checkpoint_folder(model)
+    text_tokenizer = load_tokenizer(tokenizer or folder or "bytes")
     if text_tokenizer.pad_id is None:
         raise ValueError(f"tokenizer must have a padding or an EOS id, got {text_tokenizer!r} without")
-    preprocessing = images.preprocessing(digits=data == "digits")
+    is_digits = data in (None, "digits")
+    if folder is None:
+        preprocessing = images.preprocessing(digits=is_digits)
+    else:
+        if preset is not None:
+            raise ValueError(f"preset must be left out for a run that starts from a model, got {preset}")
+        coca = _started_from(folder, sizes, images)
+        preprocessing = preprocessing_of(coca, folder)
 
-    def load(path: str) -> CaptionedImages:
-        return handwritten_digits() if path == "digits" else load_images(path, preprocessing, progress=True, **reading)
+    def load(path: str | None) -> CaptionedImages:
+        if path is None or path == "digits":
+            return handwritten_digits()
+        return load_images(path, preprocessing, progress=True, **reading)
 
     if validation_data is None:
         train_data, held_out = load(data).split(validation_fraction)
@@ -140,15 +158,16 @@ def train(
         train_data, held_out = load(data), load(validation_data)
     # model, initialised from the seed
     seed_everything(settings.seed)
-    coca = CoCa(
-        **model,
-        num_tokens=text_tokenizer.vocab_size,
-        img_encoder=images.build(preprocessing, gradient_checkpointing=model["gradient_checkpointing"]),
-        freeze_img_encoder=images.freeze_encoder,
-        pad_id=text_tokenizer.pad_id,
-        bos_id=getattr(text_tokenizer, "bos_id", None),
-        eos_id=text_tokenizer.eos_id,
-    )
+    if folder is None:
+        coca = CoCa(
+            **sizes,
+            num_tokens=text_tokenizer.vocab_size,
+            img_encoder=images.build(preprocessing, gradient_checkpointing=sizes["gradient_checkpointing"]),
+            freeze_img_encoder=images.freeze_encoder,
+            pad_id=text_tokenizer.pad_id,
+            bos_id=getattr(text_tokenizer, "bos_id", None),
+            eos_id=text_tokenizer.eos_id,
+        )
     trainer = CoCaTrainer(
         model=coca,
         data=train_data,
@@ -162,15 +181,16 @@ def train(
     )
     # report before and after training
     millions = sum(parameter.numel() for parameter in coca.parameters()) / 1e6
-    report("model", f"CoCa, {millions:.2f} million parameters, {text_tokenizer.vocab_size} tokens")
-    report("data", f"{data}: {len(train_data):,} images to learn from, {len(held_out):,} held out")
+    origin = f"preset {preset}" if folder is None else f"from {folder}"
+    report("model", f"CoCa ({origin}), {millions:.2f} million parameters, {text_tokenizer.vocab_size} tokens")
+    report("data", f"{data or 'digits'}: {len(train_data):,} images for training, {len(held_out):,} held out")
     for line in train_data.unreadable_report():
         report("unreadable", line)
     report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
     lines = [("held out", f"{name:22} {value:.3f}") for name, value in result.metrics.items()]
     grid = ("grid", f"{result.grid}: held-out images, their generated captions and the nearest texts")
-    subject = "held-out digits" if data == "digits" else "held-out images"
+    subject = "held-out digits" if is_digits else "held-out images"
     results = [
         Result(
             f"{label}, {subject}",
@@ -184,3 +204,29 @@ def train(
     return report_run(
         "coca", result, checkpoint_dir, max_steps=settings.max_steps, lines=[*lines, grid], results=results[:3]
     )
+
+
+def _started_from(folder: Path, sizes: Mapping[str, Any], images: EncoderSettings) -> CoCa:
+    """The stored model, with those arguments replaced that are not part of its architecture.
+
+    Raises:
+        ValueError: another flag differs from what is stored.
+    """
+    stored = settings_of(str(folder))
+    free = {name: sizes[name] for name in ("caption_loss_weight", "contrastive_loss_weight", "gradient_checkpointing")}
+    expected = {**EncoderSettings().__dict__, "freeze_encoder": images.freeze_encoder, **stored}
+    for name, value in {**sizes, **images.__dict__}.items():
+        if name not in free and name != "freeze_encoder" and value != expected.get(name, value):
+            raise ValueError(f"{name} must be that of the model in {folder}, {expected[name]}, got {value}")
+    return CoCa.from_pretrained(folder, freeze_img_encoder=images.freeze_encoder, **free)
+
+
+def preprocessing_of(model: CoCa, folder: Path) -> ImagePreprocessing:
+    """Image preprocessing of a stored model.
+
+    Raises:
+        ValueError: none is stored with it.
+    """
+    if model.preprocessing is None:
+        raise ValueError(f"{folder} has no preprocess.json, so its image preprocessing is unknown")
+    return model.preprocessing

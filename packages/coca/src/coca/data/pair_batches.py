@@ -1,8 +1,9 @@
 """Batches of image-text pairs: seeded order, resumable at any batch, the same for any number of processes.
 
 Images come in one endless sequence, a new permutation each epoch. Update k takes the next ``batch_size`` of them and
-each process its shard, so several processes together see what one would. The caption chosen for an image with several,
-and its random shift, depend only on seed, epoch and image.
+each process its shard, so several processes together see what one would. No batch holds an image twice: the contrastive
+loss would take the second for a mismatch. The caption chosen for an image with several, and its random shift, depend
+only on seed, epoch and image.
 
 Legend: b pairs of this process, n sequence, c channels.
 """
@@ -20,8 +21,9 @@ from torch import Tensor
 from coca.data.captioned_images import CaptionedImages
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import caption_ids
-from lm_core.data.epochs import EpochOrder, check_same_order, shard
+from lm_core.data.epochs import EpochOrder, check_same_order, permutation, shard
 from lm_core.nn.masking import right_pad
+from lm_core.tokenizers import as_tokenizer
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class PairBatches(Iterator[PairBatch]):
             raise ValueError(f"batch_size must be at most the number of images, {images}, got {size}")
         if size < self.world_size:
             raise ValueError(f"batch_size must be at least the number of processes, {self.world_size}, got {size}")
-        self.order = EpochOrder(images, seed=self.seed)
+        self.tokenizer = as_tokenizer(self.tokenizer)
+        self.order = DistinctBatches(images, batch_size=size, seed=self.seed)
 
     @property
     def epoch(self) -> float:
@@ -111,6 +114,49 @@ class PairBatches(Iterator[PairBatch]):
         """Continues where ``state`` was taken; see ``check_state``."""
         self.check_state(state)
         self.position = int(state["position"])
+
+
+class DistinctBatches(EpochOrder):
+    """Permutations whose consecutive batches never hold an example twice, not even where one epoch meets the next.
+
+    The batch that holds the end of an epoch takes the beginning of the next from the examples it does not have yet; the
+    rest of that epoch keeps its order.
+
+    Args:
+        count: number of examples, at least ``batch_size``.
+        batch_size: examples of a batch.
+        seed: seed of the permutations.
+    """
+
+    def __init__(self, count: int, *, batch_size: int, seed: int) -> None:
+        super().__init__(count, seed=seed)
+        self.batch_size = batch_size
+
+    def epoch(self, number: int) -> NDArray[np.int64]:
+        """Indices in the order of one epoch."""
+        # an epoch depends on the end of the one before, back to one at whose start a batch starts
+        first = number
+        while first not in self._epochs and self._shared(first):
+            first -= 1
+        for current in range(first, number + 1):
+            if current not in self._epochs:
+                before = self._epochs.get(current - 1)
+                self._epochs = {} if before is None else {current - 1: before}
+                self._epochs[current] = self._permutation(current, before)
+        return self._epochs[number]
+
+    def _shared(self, number: int) -> int:
+        """Examples that the epoch adds to the batch which began in the epoch before."""
+        return -number * self.count % self.batch_size
+
+    def _permutation(self, number: int, before: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        order, shared = permutation(self.count, self.seed, number), self._shared(number)
+        if before is None or not shared:
+            return order
+        begun = before[shared - self.batch_size :]
+        is_first = ~np.isin(order, begun)
+        is_first &= is_first.cumsum() <= shared
+        return np.concatenate((order[is_first], order[~is_first]))
 
 
 def shifted(pixels: NDArray[np.uint8], draw: np.random.Generator, shift: int) -> NDArray[np.uint8]:

@@ -14,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coca.data.captioned_images import CaptionedImages
-from coca.evaluation.retrieval import retrieval_metrics
+from coca.evaluation.retrieval import retrieval_metrics, similarities
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import caption_ids, encode_captions
 from lm_core.causal_lm import eval_mode
+from lm_core.tokenizers import as_tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def caption_images(
     **settings: Any,
 ) -> list[str]:
     """A generated caption for each image, in order; ``settings`` as ``CoCa.generate`` takes them."""
-    captions = []
+    captions, tokenizer = [], as_tokenizer(tokenizer)
     for images in image_batches(data, preprocessing, batch_size):
         tokens = model.generate(images.to(model.device), **settings)
         captions += [decoded(row, tokenizer, model.eos_id) for row in tokens.tolist()]
@@ -143,6 +144,7 @@ def evaluate(
         ``caption_loss`` (nats per token), ``contrastive_loss``, ``image_to_text_r@k`` and ``text_to_image_r@k`` where
         captions differ enough, ``zero_shot_accuracy`` and ``caption_accuracy`` where classes are known.
     """
+    tokenizer = as_tokenizer(tokenizer)
     # Losses: the first caption of each image.
     caption_nats = contrastive = tokens = 0.0
     with eval_mode(model):
@@ -165,7 +167,7 @@ def evaluate(
     # Classification, and captions that name the class.
     templates = data.templates or ("{}",)
     classifier = model.zero_shot_classifier(data.class_names, templates, tokenizer=tokenizer, max_length=max_length)
-    predicted = (latents.images @ classifier.float().t()).argmax(dim=-1).cpu()
+    predicted = similarities(latents.images, classifier).argmax(dim=-1).cpu()
     metrics["zero_shot_accuracy"] = float((predicted == torch.tensor(data.labels)).float().mean())
     count = len(data) if captions is None else min(captions, len(data))
     if count:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from coca.data.captioned_images import CaptionedImages
 from coca.evaluation.evaluation import caption_images, embed
+from coca.evaluation.retrieval import similarities
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 
@@ -45,8 +46,7 @@ def draw_grid(
     captions = caption_images(model, chosen, tokenizer, preprocessing, max_new_tokens=max_length)
     latents = embed(model, data, tokenizer, preprocessing, max_length=max_length)
     nearest = []
-    for image in latents.images[: len(chosen)]:
-        similarity = latents.texts @ image
+    for similarity in similarities(latents.images[: len(chosen)], latents.texts):
         best: dict[str, float] = {}
         for index in similarity.argsort(descending=True).tolist():
             best.setdefault(latents.captions[index], float(similarity[index]))
@@ -80,8 +80,8 @@ def save_grid(
 
     if not images or len({len(images), len(captions), len(nearest)}) != 1:
         raise ValueError(
-            f"images, captions and nearest must be as many, at least one, got {len(images)}, {len(captions)} and "
-            f"{len(nearest)}"
+            f"images, captions and nearest must have the same length of at least one, got {len(images)}, "
+            f"{len(captions)} and {len(nearest)}"
         )
     # layout of the page
     font, bold = ImageFont.load_default(_FONT), ImageFont.load_default(_FONT + 1)

@@ -9,6 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lm_core.nn.norms import statistics_dtype
+
+
+def similarities(first: Float[Tensor, "i l"], second: Float[Tensor, "t l"]) -> Float[Tensor, "i t"]:
+    """Inner products of all pairs of latents, in float32 at least: bfloat16, as under autocast, leaves many ties."""
+    dtype = statistics_dtype(torch.promote_types(first.dtype, second.dtype))
+    with torch.autocast(first.device.type, enabled=False):
+        return first.to(dtype) @ second.to(dtype).t()
+
 
 def retrieval_metrics(
     image_latents: Float[Tensor, "i l"],
@@ -58,9 +67,10 @@ def retrieval_metrics(
 
     # Text to image: rank of each caption's image, and the score of each image's best caption.
     text_ranks = []
-    best = torch.full((images,), -torch.inf, device=image_latents.device, dtype=image_latents.dtype)
+    dtype = statistics_dtype(torch.promote_types(image_latents.dtype, text_latents.dtype))
+    best = torch.full((images,), -torch.inf, device=image_latents.device, dtype=dtype)
     for texts_part, owner in zip(text_latents.split(chunk_size), image_of_text.split(chunk_size), strict=True):
-        similarity = texts_part @ image_latents.t()
+        similarity = similarities(texts_part, image_latents)
         match = similarity.gather(1, owner.unsqueeze(-1))
         text_ranks.append((similarity >= match).sum(dim=-1))
         best.scatter_reduce_(0, owner, match.squeeze(-1), "amax")
@@ -70,7 +80,7 @@ def retrieval_metrics(
     indices = torch.arange(images, device=image_latents.device)
     for texts_part, owner in zip(text_latents.split(chunk_size), image_of_text.split(chunk_size), strict=True):
         # The same product as above, so that equal similarities are equal bit by bit.
-        similarity = (texts_part @ image_latents.t()).t()
+        similarity = similarities(texts_part, image_latents).t()
         mistakes += ((similarity >= best.unsqueeze(-1)) & (indices.unsqueeze(-1) != owner)).sum(dim=-1)
     image_ranks = mistakes[has_caption] + 1
     ranks = {"image_to_text": image_ranks, "text_to_image": torch.cat(text_ranks)}

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from coca.evaluation.evaluation import image_latents
+from coca.evaluation.retrieval import similarities
 from coca.model.coca import CoCa
 
 
@@ -36,4 +37,4 @@ def classify(
         images: normalised images ``(b, c, height, width)``.
         batch_size: images encoded at a time.
     """
-    return (image_latents(model, images.split(batch_size)) @ classifier.float().t()).argmax(dim=-1)
+    return similarities(image_latents(model, images.split(batch_size)), classifier).argmax(dim=-1)

@@ -35,8 +35,7 @@ from lm_core.distributed import all_reduce_sum
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.decoding import Filter, prompt_rows, without_tokens
 from lm_core.generation.generate import generate
-from lm_core.generation.sampling import top_k as keep_top_k
-from lm_core.generation.sampling import top_p as keep_top_p
+from lm_core.generation.sampling import filters_of
 from lm_core.losses.losses import linear_cross_entropy
 from lm_core.nn.masking import right_pad
 from lm_core.nn.norms import LayerNorm, l2norm
@@ -252,7 +251,7 @@ class CoCa(PretrainedMixin):
 
     def encode_text(self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b l"]:
         """L2-normalised text latents for retrieval and zero-shot classification; arguments as ``embed_text``."""
-        return l2norm(self.text_to_latents(self._unimodal(text, mask)[1]))
+        return self._latents(self.text_to_latents, self._unimodal(text, mask)[1])
 
     def encode_image(
         self,
@@ -260,7 +259,7 @@ class CoCa(PretrainedMixin):
         image_tokens: Float[Tensor, "b m c"] | None = None,
     ) -> Float[Tensor, "b l"]:
         """L2-normalised image latents for retrieval and zero-shot classification; arguments as ``embed_image``."""
-        return l2norm(self.image_to_latents(self.embed_image(images, image_tokens)[0]))
+        return self._latents(self.image_to_latents, self.embed_image(images, image_tokens)[0])
 
     # ---------------------------------------------------------------------------------------------- whole model
 
@@ -341,7 +340,10 @@ class CoCa(PretrainedMixin):
         share = linear_cross_entropy(hidden, self.output_weight, targets, normalizer=normalizer)
         caption_loss = global_mean(share, **collective)
 
-        latents = l2norm(self.image_to_latents(image_embedding)), l2norm(self.text_to_latents(text_embedding))
+        latents = (
+            self._latents(self.image_to_latents, image_embedding),
+            self._latents(self.text_to_latents, text_embedding),
+        )
         if self.logit_bias is None:
             contrastive = softmax_contrastive_loss(*latents, self.logit_scale, **collective)
         else:
@@ -409,10 +411,12 @@ class CoCa(PretrainedMixin):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        filters: Sequence[Filter] = (),
         beams: int = 1,
         length_penalty: float = 1.0,
         min_new_tokens: int = 0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
@@ -427,13 +431,11 @@ class CoCa(PretrainedMixin):
             image_tokens: output of an encoder, instead of images.
             prefix: beginning of the captions: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
                 ``bos_id``.
-            max_new_tokens, temperature, min_new_tokens, repetition_penalty, generator, use_cache, progress: see
-                ``lm_core.generation.generate.generate``.
-            top_k: samples among the ``top_k`` most likely tokens only.
-            top_p: samples among the most likely tokens of this total probability only.
+            max_new_tokens, temperature, top_k, top_p, min_p, filters, min_new_tokens, repetition_penalty, generator,
+                use_cache, progress: see ``lm_core.generation.generate.generate``.
             beams: width of the beam search; 1 for greedy decoding or sampling.
             length_penalty: length penalty of the beam search; see ``lm_core.generation.beam_search``.
-            eos_id: token that ends a caption; the model's by default.
+            eos_id: token or tokens that end a caption; the model's by default.
             return_prefix: returns each caption with its prefix.
             prefix_mask: True at real tokens of a padded ``prefix``.
 
@@ -442,15 +444,15 @@ class CoCa(PretrainedMixin):
                 nor a ``bos_id``; settings of sampling together with beams; see also ``embed_image``.
             TypeError: a value is of another type.
         """
-        if beams > 1 and (temperature != 0.0 or top_k is not None or top_p is not None):
-            raise ValueError(f"beams = {beams} searches: temperature, top_k and top_p must be left at their defaults")
-        if temperature == 0.0 and (top_k is not None or top_p is not None):
-            raise ValueError("top_k and top_p need a temperature above 0, got 0 (the most likely token)")
-        # filters of the next token: padding only as the end of a caption, then the sampling's
-        end = self.eos_id if eos_id is None else eos_id
-        filters: list[Filter] = [] if end == self.pad_id else [partial(without_tokens, ids=(self.pad_id,))]
-        filters += [] if top_k is None else [partial(keep_top_k, k=top_k)]
-        filters += [] if top_p is None else [partial(keep_top_p, p=top_p)]
+        sampling = filters_of(top_k=top_k, top_p=top_p, min_p=min_p)
+        if beams > 1 and (temperature != 0.0 or sampling):
+            raise ValueError(f"beams = {beams} searches: leave out temperature, top_k, top_p and min_p")
+        if temperature == 0.0 and sampling:
+            raise ValueError("top_k, top_p and min_p need a temperature above 0, got 0 (the most likely token)")
+        # padding is generated only as the end of a caption, so it is excluded before the most likely tokens are chosen
+        ends = self.eos_id if eos_id is None else eos_id
+        is_end = self.pad_id in (ends if isinstance(ends, Sequence) else (ends,))
+        filters = [*([] if is_end else [partial(without_tokens, ids=(self.pad_id,))]), *sampling, *filters]
         # the image is encoded once, in evaluation mode as the decoding is
         with eval_mode(self):
             pooled = self.embed_image(images, image_tokens)[1]
@@ -463,7 +465,7 @@ class CoCa(PretrainedMixin):
             rows,
             max_new_tokens=max_new_tokens,
             filters=filters,
-            eos_id=end,
+            eos_id=ends,
             pad_id=self.pad_id,
             min_new_tokens=min_new_tokens,
             repetition_penalty=repetition_penalty,
@@ -534,6 +536,11 @@ class CoCa(PretrainedMixin):
         self.preprocessing = ImagePreprocessing.load_if_present(directory)
 
     # ------------------------------------------------------------------------------------------------------ parts
+
+    def _latents(self, projection: nn.Module, embedding: Tensor) -> Float[Tensor, "b l"]:
+        """L2-normalised projection, in the dtype of the weights: autocast's bfloat16 would leave ties in rankings."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return l2norm(projection(embedding.to(self.token_emb.weight.dtype)))
 
     def _unimodal(self, text: Tensor, mask: Tensor | None) -> tuple[TextLayout, Tensor, Tensor]:
         """The text's layout, the normalised state at CLS, and the states of the tokens in the layout's order."""

@@ -19,6 +19,16 @@ from lm_core.checkpoints.manifest import FORMAT_VERSION, check_format, read_json
 from lm_core.checks import check_positive
 
 PREPROCESS_FILE = "preprocess.json"
+# EXIF orientation to the name of the ``PIL.Image.Transpose`` that makes a picture upright; 1 is upright.
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +89,25 @@ class ImagePreprocessing:
                 size = int(size.get("height") or size.get("shortest_edge") or 224)
             mean, std = (tuple(map(float, content.get(f"image_{key}") or (0.5,))) for key in ("mean", "std"))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error
+            raise ValueError(f"{path} is not an image preprocessing file: {error}") from error
         return cls(image_size=image_size or size, channels=channels or 3, mean=mean, std=std)
 
     def pixels(self, picture: Any) -> NDArray[np.uint8]:
-        """Pixels ``(c, size, size)`` of a ``PIL.Image``, resized (bicubic, antialiased) and cropped.
+        """Pixels ``(c, size, size)`` of a ``PIL.Image``, upright, resized (bicubic, antialiased) and cropped.
 
-        Transparent parts become white.
+        The orientation in a photo's metadata is applied. Transparent parts become white.
+
+        Raises:
+            ValueError: the values of a picture of more than eight bits have an unknown range.
         """
         from PIL import Image
 
-        if picture.mode == "I" or picture.mode.startswith("I;16"):
-            # Sixteen bits: Pillow would clip at 255 instead of scaling.
-            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        picture.load()  # some formats have their metadata after the pixels
+        orientation = _orientation(picture)
+        if picture.mode == "F" or picture.mode.startswith("I"):
+            picture = Image.fromarray(_eight_bits(picture))
+        if orientation in _UPRIGHT:
+            picture = picture.transpose(Image.Transpose[_UPRIGHT[orientation]])
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             background = Image.new("RGBA", picture.size, "white")
@@ -100,10 +116,12 @@ class ImagePreprocessing:
         size, (width, height) = self.image_size, picture.size
         if (width, height) != (size, size):
             scale = size / min(width, height)
-            resized = (max(size, round(width * scale)), max(size, round(height * scale)))
-            picture = picture.resize(resized, Image.Resampling.BICUBIC)
-            left, top = (resized[0] - size) // 2, (resized[1] - size) // 2
-            picture = picture.crop((left, top, left + size, top + size))
+            wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+            left, top = (wide - size) // 2, (high - size) // 2
+            # resizes only what the crop keeps: a picture of 1 x 4,000 pixels would grow to size x 4,000 * size
+            across, down = width / wide, height / high
+            box = (left * across, top * down, (left + size) * across, (top + size) * down)
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
         array = np.array(picture, dtype=np.uint8)  # a writable copy for torch
         return array[None] if self.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
@@ -137,4 +155,29 @@ class ImagePreprocessing:
             mean, std = (tuple(float(value) for value in content.pop(name)) for name in ("mean", "std"))
             return cls(mean=mean, std=std, **content)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read as the preparation of images: {error}") from error
+            raise ValueError(f"{path} is not an image preprocessing file: {error}") from error
+
+
+def _orientation(picture: Any) -> Any:
+    """The orientation in a picture's EXIF or XMP metadata; None without one that can be read."""
+    try:
+        return picture.getexif().get(0x0112)
+    except Exception:  # whatever Pillow's parsers raise for damaged metadata, whose pixels are whole
+        return None
+
+
+def _eight_bits(picture: Any) -> NDArray[np.uint8]:
+    """Values of more than eight bits, scaled to 0 to 255; Pillow would clip them at 255.
+
+    A picture of 16 bits has the range of its type. In one of 32 bits (integers or floats) the largest value decides:
+    floats up to 1 are scaled by 255, values up to 255 stay, and those up to 65,535 are taken as 16 bits.
+    """
+    values = np.asarray(picture).astype(np.float64)
+    least, most = float(values.min()), float(values.max())
+    if not (least >= 0 and most <= 65535):  # also false for NaN
+        raise ValueError(f"a picture of mode {picture.mode} must have values in [0, 65535], got {least:g} to {most:g}")
+    if picture.mode.startswith("I;16") or picture.format == "PNG" or most > 255:
+        values /= 257
+    elif picture.mode == "F" and most <= 1:
+        values *= 255
+    return values.round().astype(np.uint8)

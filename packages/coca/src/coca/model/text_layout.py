@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lm_core.checks import check_ids
 from lm_core.nn.masking import positions_from_mask, right_pad
+from lm_core.tokenizers import as_tokenizer
 
 IGNORED = -100
 
@@ -48,21 +49,30 @@ def caption_ids(caption: str, tokenizer: Any, max_length: int | None = None) -> 
         limit = max_length - len(before) - len(after)
         if limit < 1:
             raise ValueError(f"max_length must leave room for text next to BOS and EOS, got {max_length}")
-        ids = ids[:limit]
+        ids = _whole_characters(ids, limit, tokenizer)
     return [*before, *ids, *after]
 
 
 def encode_captions(
     captions: Sequence[str], tokenizer: Any, pad_id: int, max_length: int | None = None
 ) -> Int[Tensor, "b n"]:
-    """Captions as one right-padded tensor.
+    """Captions as one right-padded tensor; ``tokenizer`` is anything ``lm_core.tokenizers.as_tokenizer`` takes.
 
     Raises:
         ValueError: there is no caption, one has no tokens, or ``max_length`` leaves no place for text.
     """
-    rows = [caption_ids(caption, tokenizer, max_length) for caption in captions]
+    encoder = as_tokenizer(tokenizer)
+    rows = [caption_ids(caption, encoder, max_length) for caption in captions]
     _refuse_rows(torch.tensor([not row for row in rows]), "captions must have at least one token each, got none")
     return right_pad([torch.tensor(row) for row in rows], pad_id)[0]
+
+
+def _whole_characters(ids: list[int], limit: int, tokenizer: Any) -> list[int]:
+    """The first ``limit`` ids, or up to three fewer: a byte or byte-level BPE token may end inside a character."""
+    for length in range(limit, max(limit - 4, -1), -1):
+        if length >= len(ids) or not tokenizer.decode(ids[:length]).endswith("\ufffd"):
+            return ids[:length]
+    return ids[:limit]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Settings of a training run, with the quickstart's defaults.
+"""Settings of a training run.
 
-The names are also the flags of ``coca train`` and the keys of its YAML file.
+The names are also the flags of ``coca train`` and the keys of its YAML file. The defaults are those of a model of the
+preset "small"; ``coca.cli.presets`` has the quickstart's.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ class TrainingSettings(CommonSettings):
         batch_size: pairs in an update, over all processes together; all are contrasted with each other.
         max_length: tokens at which captions are cut, BOS and EOS included.
         shift: largest random shift of an image in pixels, in each direction.
-        compile: compiles the model with its losses (torch.compile).
         validation_captions: held-out images to caption in a validation; null for all. The last validation takes all.
 
     Raises:
@@ -26,10 +26,13 @@ class TrainingSettings(CommonSettings):
         TypeError: a value is of another type.
     """
 
-    batch_size: int = 64
+    max_steps: int = 50_000
+    learning_rate: float = 5e-4  # CLIP's for its ViT-B/32 (arXiv 2103.00020, table 20)
+    validate_every: int = 1000
+    checkpoint_every: int | None = 1000
+    batch_size: int = 256
     max_length: int = 64
-    shift: int = 1
-    compile: bool = False
+    shift: int = 0
     validation_captions: int | None = 64
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.pretrained import check_vocabulary
 from lm_core.checks import typed
 from lm_core.distributed import rank, world_size
-from lm_core.tokenizers import ByteTokenizer
+from lm_core.tokenizers import ByteTokenizer, as_tokenizer
 from lm_core.training.accelerator import autocast
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
@@ -100,7 +100,7 @@ class CoCaTrainer:
         trackers: Sequence[Any] = (),
     ) -> None:
         self.settings = settings = TrainingSettings() if settings is None else settings
-        self.tokenizer: Any = ByteTokenizer() if tokenizer is None else tokenizer
+        self.tokenizer: Any = ByteTokenizer() if tokenizer is None else as_tokenizer(tokenizer)
         _check_tokens(model, self.tokenizer)
         if model.img_encoder is None:
             raise ValueError("model must have an img_encoder to be trained on images, got img_encoder=None")

@@ -1,11 +1,16 @@
 """Inputs of people who fine-tune real checkpoints: each case of the field that went wrong, with the right value."""
 
+import copy
+import json
 import math
 
 import pytest
 import torch
 
+from lm_core.checkpoints.weights import read_weights
+from lm_core.tokenizers import ByteTokenizer
 from spin_trainer import SPIN, as_sft_dataset
+from spin_trainer.cli import main
 
 # peft uses an attribute that newer transformers have renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -65,3 +70,161 @@ def test_the_dropout_of_adapters_is_as_configured_and_the_models_as_asked(train,
     train(model=model, trackers=[Watch()], dropout=0.1)
     assert seen == {(0.25, 0.1)}
     assert (layer.q_proj.lora_dropout["default"].p, layer.attention_dropout) == (0.25, 0.5)
+
+
+# --------------------------------------------------------------------------------------------- texts and chats
+
+
+@pytest.fixture
+def bos_tokenizer(chat_tokenizer):
+    """A transformers tokenizer that begins every text with BOS, as those of Llama and Gemma do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.bos_token = "<|user|>"
+    bos = [("<|user|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|user|> $A", special_tokens=bos)
+    return tokenizer
+
+
+def test_a_text_prompt_has_the_ids_that_the_tokenizer_gives_and_one_bos(bos_tokenizer):
+    rows = [("sort 3 1 = ", "1 3"), ("<|user|>sort 2 = ", "2")]
+    dataset = as_sft_dataset(rows, max_seq_len=64, tokenizer=bos_tokenizer)  # as it is, without a wrapper
+
+    assert list(dataset[0].prompt) == bos_tokenizer(rows[0][0])["input_ids"]
+    assert dataset[1].prompt.count(bos_tokenizer.bos_token_id) == 1
+    for row, (prompt, answer) in zip(dataset, rows, strict=True):
+        text = bos_tokenizer.decode([*row.prompt, *row.response])
+        assert text == f"<|user|>{prompt.removeprefix('<|user|>')}{answer}<|end|>"
+
+
+def test_a_chat_that_its_template_begins_with_bos_has_one(bos_tokenizer):
+    template = bos_tokenizer.chat_template.replace("<|{{ m['role'] }}|>", "{{ m['role'] }}: ")
+    bos_tokenizer.chat_template = "<|user|>" + template.replace("<|assistant|>", "assistant: ")
+    messages = [{"role": "user", "content": "sort 3 1"}, {"role": "assistant", "content": "1 3"}]
+    (row,) = as_sft_dataset([{"messages": messages}], max_seq_len=64, tokenizer=bos_tokenizer)
+
+    assert row.prompt.count(bos_tokenizer.bos_token_id) == 1
+
+
+@pytest.fixture
+def two_ends(hugging_face_folder):
+    """Folder of a model that ends a turn with <|pad|> or <|end|>, of which only its generation config says both."""
+    path = hugging_face_folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [3, 2]}))
+    return hugging_face_folder
+
+
+def test_every_end_token_of_the_model_ends_an_answer(two_ends, tmp_path, train, rows_of):
+    data = {f"{name}_sft_dataset": tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
+    changes = {"max_seq_len": 60, "eos_id": None, "temperature": 1.5, "top_p": None}
+    trainer, _ = train(model=str(two_ends), tokenizer=str(two_ends), **data, **changes)
+    answers = [row["tokens"] for row in rows_of(tmp_path / "run", "answers-train")]
+
+    assert set(trainer.eos_ids) == set(trainer.model.eos_ids) == {2, 3}
+    assert {answer[-1] for answer in answers} >= {2, 3}
+    assert not any({2, 3} & set(answer[:-1]) for answer in answers)
+    ends = trainer.tokenizer.tokenizer
+    assert all(ends.decode(row.response).endswith("<|end|>") for row in trainer.train_dataset)
+
+
+def test_an_answer_ends_at_the_first_of_several_end_tokens(chat_tokenizer):
+    chat_tokenizer = copy.deepcopy(chat_tokenizer)
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("<|end|>", "<|pad|>")
+    messages = [{"role": "user", "content": "sort 3 1"}, {"role": "assistant", "content": "1 3"}]
+    (row,) = as_sft_dataset([{"messages": messages}], max_seq_len=64, tokenizer=chat_tokenizer, eos_id=[2, 3])
+    text = as_sft_dataset([("sort 3 1", "1 3")], max_seq_len=64, tokenizer=chat_tokenizer, eos_id=[3, 2])
+
+    assert chat_tokenizer.decode(row.response) == "1 3<|pad|>"
+    assert chat_tokenizer.decode(text[0].response) == "1 3<|end|>"  # the tokenizer's own
+
+
+# ----------------------------------------------------------------------------------------------- tables and rows
+
+
+def test_datasets_of_every_form_are_read_or_told_apart():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"p{n}", "response": f"r{n}"} for n in range(4)]
+    table = datasets.Dataset.from_list(rows)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    chats = [{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}], "prompt": None}]
+    sources = [rows, columns, table, table.to_iterable_dataset(), (row for row in rows)]
+    found = [as_sft_dataset(source, max_seq_len=20, tokenizer=ByteTokenizer()) for source in sources]
+
+    assert {one.fingerprint for one in found} == {found[0].fingerprint}
+    assert len(as_sft_dataset(chats, max_seq_len=50, tokenizer=ByteTokenizer())) == 1
+    with pytest.raises(ValueError, match=r"must be one split of the dataset, got a dict of \['test', 'train'\]"):
+        as_sft_dataset(datasets.DatasetDict(train=table, test=table), max_seq_len=20, tokenizer=ByteTokenizer())
+    with pytest.raises(ValueError, match=r"row 1 of train_sft_dataset must have .*None in \['prompt'\]"):
+        as_sft_dataset([rows[0], {**rows[1], "prompt": None}], max_seq_len=20, tokenizer=ByteTokenizer())
+
+
+def test_a_lone_surrogate_names_its_row(chat_tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2, .*lone surrogate"):
+        as_sft_dataset(tmp_path / "rows.jsonl", max_seq_len=20, tokenizer=chat_tokenizer)
+
+
+def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
+    text = "a\u2028b\x0cc\x85d"
+    (tmp_path / "rows.jsonl").write_bytes(f'{{"prompt": "{text[:3]}c", "response": "{text[:3]}"}}\r\n'.encode() * 2)
+    dataset = as_sft_dataset(tmp_path / "rows.jsonl", max_seq_len=20, tokenizer=ByteTokenizer())
+
+    assert [bytes(row.response[:-1]).decode() for row in dataset] == ["a\u2028b"] * 2
+
+
+def test_a_fraction_of_the_rows_is_held_out(train, make_rows):
+    trainer, result = train(rows=20, valid_sft_dataset=None, validation_fraction=0.25)
+    parts = [list(trainer.train_dataset), list(trainer.valid_dataset)]
+
+    assert [len(part) for part in parts] == [15, 5]
+    assert sorted(map(repr, parts[0] + parts[1])) == sorted(map(repr, make_rows(20)))
+    assert len(result.history) == 2
+
+
+# --------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def command(hugging_face_folder, tmp_path, monkeypatch):
+    """``command(folder, *words)`` runs ``train`` on the chats next to the model; returns its exit status."""
+    monkeypatch.setattr("lm_core.training.session.draw_curves", lambda *_: None)
+    common = ["--max_seq_len=40", "--batch_size=3", "--gradient_accumulation=1", "--epochs=1", "--device=cpu"]
+
+    def run(folder, *words, model=hugging_face_folder):
+        data = ["--data", f"{tmp_path}/train.jsonl", "--validation_data", f"{tmp_path}/valid.jsonl"]
+        rates = ["--learning_rate=1e-3", "--end_learning_rate=1e-3"]
+        where = ["--model", str(model), "--checkpoint_dir", f"{tmp_path}/{folder}"]
+        return main(["train", *where, *data, *common, *rates, *words])
+
+    return run
+
+
+def adapters_of(folder):
+    return read_weights(folder / "iterations" / "iteration-1" / "adapter_model.safetensors")
+
+
+def test_a_runs_seed_covers_the_adapters(command, tmp_path):
+    pytest.importorskip("peft")
+    for folder, seed in (("one", 0), ("again", 0), ("other", 1)):
+        torch.manual_seed(len(folder))
+        assert command(folder, "--lora_r=4", f"--seed={seed}", "--max_steps=1", "--lora_dropout=0.1") == 0
+    one, again, other = (adapters_of(tmp_path / name) for name in ("one", "again", "other"))
+
+    assert all(torch.equal(again[name], value) for name, value in one.items())
+    assert any((other[name] - value).abs().max() > 0.01 for name, value in one.items() if "lora_A" in name)
+
+
+def test_a_run_continues_the_adapters_of_its_models_folder_or_refuses_new_ones(command, tmp_path, capsys):
+    pytest.importorskip("peft")
+    assert command("first", "--lora_r=4") == 0
+    folder = tmp_path / "first" / "iterations" / "iteration-1"
+    before = adapters_of(tmp_path / "first")
+    assert command("second", "--max_steps=1", model=folder) == 0
+    after = adapters_of(tmp_path / "second")
+    assert 0 < max((after[name] - value).abs().max().item() for name, value in before.items()) < 2e-3
+
+    capsys.readouterr()
+    assert command("third", "--lora_r=4", model=folder) == 1
+    assert "model must have no adapters, got ['default']" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()

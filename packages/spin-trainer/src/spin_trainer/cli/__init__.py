@@ -25,7 +25,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
         train,
         {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": Answering.max_seq_len})},
         TRAIN,
-        lambda chosen: DEFAULTS if chosen["model"] is None else {},
+        lambda chosen: {**DEFAULTS, "checkpoint_dir": "runs/spin-quickstart"} if chosen["model"] is None else {},
     ),
     "generate": Command(generate, {"answering": Group(Answering)}),
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),

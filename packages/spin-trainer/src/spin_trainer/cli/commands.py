@@ -5,7 +5,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from lm_core.adapters import as_causal_lm
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import typed
@@ -14,12 +17,18 @@ from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device
 from spin_trainer.data.iteration_data import IterationData
 from spin_trainer.data.opponent_answers import Sampling
-from spin_trainer.data.sft_data import as_sft_dataset
-from spin_trainer.interop import load_model
+from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.quickstart import sorting_task
 from spin_trainer.quickstart.quickstart import quickstart_data
 from spin_trainer.training.evaluation import evaluate, win_rate_over
 from spin_trainer.training.weights import fingerprint_of_weights
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def dtype_of(name: Dtype | None) -> torch.dtype | None:
+    """The dtype of this name."""
+    return None if name is None else getattr(torch, name)
 
 
 @typed
@@ -28,13 +37,16 @@ class Answering(SamplingFlags):
     """Settings of generated answers: tokenizer, length, sampling, device.
 
     Args:
-        tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
+        template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
+        dtype: dtype of the loaded weights; null keeps the stored one.
         max_seq_len: maximum length of a prompt with its answer, in tokens.
         max_new_tokens: maximum length of a generated answer; null is what max_seq_len leaves.
         batch_size: prompts per batch.
     """
 
     tokenizer: str | None = None
+    template_kwargs: dict[str, Any] | None = None
+    dtype: Dtype | None = None
     max_seq_len: int = 512
     max_new_tokens: int | None = None
     temperature: float = 0.7
@@ -54,12 +66,23 @@ class Answering(SamplingFlags):
 
     def open_model(self, source: str, name: str) -> Any:
         """Loads the model in ``source`` as a ``CausalLM`` on the device; ``name`` names the argument in errors."""
-        return as_causal_lm(load_model(source, name=name).to(pick_device(self.device)))
+        model = load_causal_lm(source, name=name, dtype=dtype_of(self.dtype))
+        return as_causal_lm(model.to(pick_device(self.device)))
+
+    def read(self, data: str, tokenizer: Any, ends: tuple[int, ...], overlong: Overlong = "error") -> SFTDataset:
+        """Reads the rows of ``data``."""
+        return as_sft_dataset(
+            data,
+            max_seq_len=self.max_seq_len,
+            tokenizer=tokenizer,
+            eos_id=ends,
+            template_kwargs=self.template_kwargs,
+            overlong=overlong,
+            name="data",
+        )
 
 
-def generate(
-    model: str, data: str, output: str, *, answering: Answering, overlong: Literal["error", "drop"] = "error"
-) -> int:
+def generate(model: str, data: str, output: str, *, answering: Answering, overlong: Overlong = "error") -> int:
     """Writes a model's answers to every prompt of a dataset, next to the human ones; run it again to resume.
 
     Args:
@@ -73,8 +96,8 @@ def generate(
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
     # tokenizer, model and dataset
     encoder, policy = answering.open_tokenizer(model), answering.open_model(model, "model")
-    length, ends = answering.max_seq_len, end_ids(encoder, policy)
-    dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, eos_id=ends, overlong=overlong, name="data")
+    ends = end_ids(encoder, policy)
+    dataset = answering.read(data, encoder, ends, overlong)
     rows = IterationData(
         dataset=dataset,
         root=Path(output).with_suffix(".rows"),
@@ -125,7 +148,7 @@ def evaluate_model(
     else:
         encoder = answering.open_tokenizer(model)
         ends = end_ids(encoder, policy)
-        dataset = as_sft_dataset(data, max_seq_len=length, tokenizer=encoder, eos_id=ends, name="data")
+        dataset = answering.read(data, encoder, ends)
     rows: dict[str, Any] = {"batch_size": answering.batch_size, "exact_match": exact_match}
     scored = evaluate(policy, dataset, max_seq_len=length, eos_id=ends, **rows)
     print(

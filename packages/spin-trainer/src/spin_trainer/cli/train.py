@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_core.adapters.loading import load_causal_lm, lora
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.cli.main import print_main, report, report_run
@@ -11,7 +12,7 @@ from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from lm_core.training.run_directory import Result
-from spin_trainer.interop import load_model, with_lora
+from spin_trainer.cli.commands import Dtype, dtype_of
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.trainer import SPINResult, SPINTrainer
@@ -24,12 +25,14 @@ def train(
     data: str | None = None,
     validation_data: str | None = None,
     tokenizer: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    dtype: Dtype | None = None,
     lora_r: int | None = None,
     lora_alpha: int | None = None,
     lora_dropout: float = 0.0,
     lora_targets: list[str] | None = None,
     overlong: Literal["error", "drop"] = "error",
-    checkpoint_dir: str = "runs/spin-quickstart",
+    checkpoint_dir: str = "runs/spin",
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
 ) -> int:
@@ -39,10 +42,11 @@ def train(
         settings: settings of self-play.
         model: model to fine-tune: a folder, or organisation/name on the hub; null runs the quickstart.
         data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
-        tokenizer: tokenizer to use instead of the model's own: a folder, organisation/name on the hub, or "bytes".
+        template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
+        dtype: dtype of the loaded weights; null keeps the stored one. Trained weights are float32 in any case.
         lora_r: rank of LoRA adapters; null trains all weights.
         lora_alpha: scale of the adapters times their rank; null is twice the rank.
-        lora_dropout: dropout probability in front of the adapters.
+        lora_dropout: dropout probability before the adapters; above 0 the loss no longer begins at exactly ln 2.
         lora_targets: names of the linear layers that get an adapter; null is all but the output layer.
         overlong: handling of prompts that leave no room for an answer: error, or drop the row.
         checkpoint_dir: folder of the run, for answers, checkpoints, exported policies, metrics.jsonl and curves.png.
@@ -68,14 +72,15 @@ def train(
     # tokenizer, model and trainer
     seed_everything(settings.seed)
     encoder = load_tokenizer(tokenizer or checkpoint_folder(model))
-    policy = load_model(model)
+    policy = load_causal_lm(model, dtype=dtype_of(dtype))
     if lora_r is not None:
-        policy = with_lora(policy, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets)
+        policy = lora(policy, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets)
     trainer = SPINTrainer(
         policy,
         train_sft_dataset=data,
         valid_sft_dataset=validation_data,
         tokenizer=encoder,
+        template_kwargs=template_kwargs,
         overlong=overlong,
         checkpoint_dir=checkpoint_dir,
         config=settings,

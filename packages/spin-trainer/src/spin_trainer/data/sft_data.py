@@ -173,6 +173,7 @@ class _RowReader:
         """Prompt and answer of a row; ``where`` names it in errors."""
         if isinstance(row, Mapping):
             # tables that mix formats have None in the columns of the others
+            empty = sorted(name for name, value in row.items() if value is None)
             row = {name: value for name, value in row.items() if value is not None}
             if "messages" in row:
                 return self._chat(row["messages"], where)
@@ -180,7 +181,7 @@ class _RowReader:
             if "prompt" not in row or not answers:
                 raise ValueError(
                     f"{where} must have the columns 'messages', or 'prompt' and one of {list(ANSWER_COLUMNS)}, "
-                    f"got {sorted(row)}"
+                    f"got {sorted(row)}{f' and None in {empty}' if empty else ''}"
                 )
             prompt, answer = row["prompt"], answers[0]
             if _is_list(prompt):

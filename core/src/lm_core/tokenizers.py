@@ -21,7 +21,7 @@ BYTE_TOKENIZER_FILE = "byte_tokenizer.json"
 _BYTE_TOKENIZER = {"format_version": 1, "kind": "bytes", "vocab_size": 259}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 @runtime_checkable
@@ -134,12 +134,43 @@ def _id_list(ids: "Tensor | Iterable[int]") -> list[int]:
     return [int(value) for value in ids]
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise ValueError("messages must hold at least one message, got none")
+def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any]]:
+    """Checks every message of a conversation and returns them as new dicts.
+
+    Args:
+        messages: mappings with 'role' and 'content', as transformers takes them: the content is a text, None, or parts,
+            which are mappings with 'type'; it may be missing next to 'tool_calls'. Other keys are for the template.
+        where: location of the conversation in error messages.
+
+    Raises:
+        TypeError: they are no sequence of mappings, or a value has the wrong type.
+        ValueError: there are none, or one has no role or no content.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(f"{where} must be a list of messages, got {type(messages).__name__} {str(messages)[:60]!r}")
+    checked: list[dict[str, Any]] = []
     for index, message in enumerate(messages):
-        if "role" not in message or "content" not in message:
-            raise ValueError(f"messages[{index}] must have 'role' and 'content', got the keys {sorted(message)}")
+        place = f"{where}[{index}]" if where.isidentifier() else f"{where.rstrip(',')}, message {index},"
+        if not isinstance(message, Mapping):
+            raise TypeError(f"{place} must be a message with 'role' and 'content', got {str(message)[:60]!r}")
+        if not {"content", "tool_calls"} & set(message) or message.get("role") is None:
+            raise ValueError(f"{place} must have 'role' and 'content', got the keys {sorted(map(str, message))}")
+        role, content = message["role"], message.get("content")
+        parts = content if isinstance(content, list | tuple) else []
+        if not isinstance(role, str) or not isinstance(content, str | list | tuple | None):
+            raise TypeError(f"{place} must have texts as 'role' and 'content', got {role!r:.40} and {content!r:.40}")
+        if not all(isinstance(part, Mapping) and "type" in part for part in parts):
+            raise TypeError(f"{place} must have parts with 'type' as 'content', got {content!r:.60}")
+        checked.append(dict(message))
+    if not checked:
+        raise ValueError(f"{where} must hold at least one message, got none")
+    return checked
+
+
+def message_text(message: Message) -> str:
+    """The text of a message: its content, or the text parts of it, one after the other."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 @dataclass(frozen=True)
@@ -181,11 +212,13 @@ class ByteTokenizer:
         """Ids of a conversation: ``BOS``, then ``role: content EOS`` for each message, then ``assistant: ``.
 
         Each message ends with the EOS id, which no text can contain, so a message cannot forge another one.
+
+        Raises:
+            ValueError, TypeError: as for ``check_messages``.
         """
-        _check_messages(messages)
         ids = [self.bos_id]
-        for message in messages:
-            ids += self.encode(f"{message['role']}: {message['content']}", add_eos=True)
+        for message in check_messages(messages):
+            ids += self.encode(f"{message['role']}: {message_text(message)}", add_eos=True)
         return ids + self.encode("assistant: ") if add_generation_prompt else ids
 
     def save_pretrained(self, directory: "str | Path") -> None:
@@ -292,20 +325,42 @@ class HuggingFaceTokenizer:
         """Text of ``ids`` with special tokens."""
         return self.tokenizer.decode(_id_list(ids), skip_special_tokens=False)
 
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> list[int]:
+        """Ids of ``chat_text``, whose arguments and errors it has."""
+        return self.encode(self.chat_text(messages, add_generation_prompt, **template_kwargs))
+
     @typed
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the tokenizer's own template.
+    def chat_text(
+        self, messages: Sequence[Any], add_generation_prompt: bool = True, *, where: str = "messages", **kwargs: Any
+    ) -> str:
+        """A conversation as the tokenizer's own template writes it.
+
+        Args:
+            messages: see ``check_messages``.
+            add_generation_prompt: True adds the beginning of an answer.
+            where: location of the conversation in error messages.
+            **kwargs: further arguments of the template, such as ``enable_thinking``.
 
         Raises:
-            ValueError: the tokenizer has no template.
+            ValueError: the tokenizer has no template, or the template refuses the conversation.
+            TypeError: as for ``check_messages``.
         """
-        _check_messages(messages)
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"{self!r} has no chat template; set tokenizer.chat_template or pass plain text")
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return self.encode(text)
+        # tables have None where a message lacks a key; a template does not see it, as in transformers 5
+        checked = [
+            {name: value for name, value in message.items() if value is not None}
+            for message in check_messages(messages, where)
+        ]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                checked, tokenize=False, add_generation_prompt=add_generation_prompt, **kwargs
+            )
+        except Exception as error:  # jinja raises what the template's own expressions raise
+            raise ValueError(f"{where} is refused by the chat template: {error}") from error
+        return text
 
     def save_pretrained(self, directory: "str | Path") -> None:
         """Writes the tokenizer's own files into ``directory``."""

@@ -139,6 +139,62 @@ def test_an_answer_ends_at_the_first_of_several_end_tokens(chat_tokenizer):
     assert chat_tokenizer.decode(text[0].response) == "1 3<|end|>"  # the tokenizer's own
 
 
+CHAT = [{"role": "user", "content": "sort 3 1"}, {"role": "assistant", "content": "1 3"}]
+
+
+def with_template(tokenizer, header, opening=""):
+    """The tokenizer with a template whose answers begin after ``header``, and in the prompt after ``opening`` too."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        f"<|{{{{ m['role'] }}}}|>{header}{{{{ m['content'] }}}}<|end|>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}<|assistant|>{header}{opening}{{% endif %}}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("answer", ["\n\n1 3", " 1 3", "1 3"])
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_a_chats_answer_is_whole_whatever_it_begins_with(chat_tokenizer, answer, opening):
+    tokenizer = with_template(chat_tokenizer, "\n", opening)
+    (row,) = as_sft_dataset(
+        [{"messages": [CHAT[0], {**CHAT[1], "content": answer}]}], max_seq_len=64, tokenizer=tokenizer
+    )
+
+    assert tokenizer.decode(row.prompt) == "<|user|>\nsort 3 1<|end|>\n<|assistant|>\n"
+    assert tokenizer.decode(row.response) == f"{answer}<|end|>"
+
+
+def test_rows_without_a_border_are_left_out_and_counted(chat_tokenizer, train):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% if messages[1] %}{{ messages[1]['content'] }}<|end|>{% else %}<|user|>1{% endif %}"
+    rows = [{"messages": [CHAT[0], {**CHAT[1], "content": text}]} for text in ("<|user|>1 3", "1 3", "<|user|>1")]
+    dataset = as_sft_dataset(rows, max_seq_len=64, tokenizer=tokenizer)
+
+    assert (len(dataset), dataset.dropped) == (2, 1)
+    assert dataset.reason.startswith("row 1 of train_sft_dataset: the chat template must write a conversation so that")
+    with pytest.raises(ValueError, match=r"at least one row, got none \(1 left out, such as: row 0 of train_sft"):
+        as_sft_dataset(rows[1:2], max_seq_len=64, tokenizer=tokenizer)
+
+
+def test_a_chat_that_the_template_refuses_is_named(chat_tokenizer):
+    chat = [{"role": "system", "content": "be brief"}, *CHAT]
+    with pytest.raises(ValueError, match=r"row 1 of train_sft_dataset is refused by the chat template: no system role"):
+        as_sft_dataset(
+            [{"messages": CHAT}, {"messages": chat}], max_seq_len=64, tokenizer=with_template(chat_tokenizer, "")
+        )
+
+
+def test_the_template_gets_its_arguments(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>{%", "<|assistant|>{{ opening }}{%")
+    arguments = {"max_seq_len": 64, "tokenizer": tokenizer, "template_kwargs": {"opening": "1"}}
+    (row,) = as_sft_dataset([{"messages": CHAT}], **arguments)
+
+    assert tokenizer.decode(row.prompt).endswith("<|assistant|>1")
+    assert tokenizer.decode(row.response) == " 3<|end|>"
+
+
 # ----------------------------------------------------------------------------------------------- tables and rows
 
 

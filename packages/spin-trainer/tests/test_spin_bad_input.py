@@ -238,7 +238,7 @@ def test_a_run_of_other_data_or_settings_is_not_resumed(train, make_rows):
 
 
 def test_a_run_whose_answers_are_gone_is_refused(train, tmp_path, stop_at):
-    with pytest.raises(SystemError):
+    with pytest.raises(SystemExit):
         train(checkpoint_every=1, trackers=[stop_at(2)])
     shutil.rmtree(tmp_path / "run" / "generations")
     with pytest.raises(FileNotFoundError, match=r"has 0 of 12 rows, and the weights that made them are gone"):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids
 from lm_core.data.rows import iterate_rows
 from lm_core.tokenizers import as_tokenizer, prompt_ids
 from spin_trainer.model.response_scores import eos_tuple
@@ -38,10 +39,6 @@ class Example:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     truncated: bool = False
-
-
-class UnusableRow(ValueError):
-    """A row that the chat template or the tokenizer cannot turn into a prompt and its answer."""
 
 
 class SFTDataset(Sequence[Example]):
@@ -129,7 +126,7 @@ def as_sft_dataset(
     for where, row in iterate_rows(source, name=name):
         try:
             prompt, response = reader.encoded(row, where)
-        except UnusableRow as error:
+        except NoBorderError as error:
             reason = reason or str(error)
             dropped += 1
             continue
@@ -232,30 +229,18 @@ class _RowReader:
 
     def _chat(self, messages: Any, where: str) -> tuple[list[int], list[int]]:
         ends = self._ends(where)
-        messages = list(messages)
-        for message in messages:
-            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-                raise ValueError(f"{where} must have messages with 'role' and 'content', got {str(message)[:60]!r}")
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            roles = [message["role"] for message in messages]
+        checked = check_messages(messages, where)
+        if len(checked) < 2 or checked[-1]["role"] != "assistant":
+            roles = [message["role"] for message in checked]
             raise ValueError(
                 f"{where} must end with an answer of the assistant after a question, got the roles {roles}"
             )
-        if not hasattr(self.tokenizer, "apply_chat_template"):
-            raise ValueError(f"{where} is a chat, but {type(self.tokenizer).__name__} has no apply_chat_template")
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
-        whole = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-        if whole[: len(prompt)] != prompt:
-            raise UnusableRow(
-                f"{where}: the chat template must write a conversation so that it begins with its own prompt, "
-                "it does not"
-            )
-        response = whole[len(prompt) :]
+        prompt, response = conversation_ids(self.tokenizer, checked, template_kwargs=self.template_kwargs, where=where)
         for index, token in enumerate(response):
             if token in ends:
                 # the template's text after the end of a turn is never generated, so it is not learned
                 return prompt, response[: index + 1]
-        raise UnusableRow(
+        raise NoBorderError(
             f"{where}: the chat template must end an answer with eos_id {' or '.join(map(str, ends))}, it does not; "
             "pass the id that does"
         )

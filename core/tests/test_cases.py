@@ -15,7 +15,8 @@ from lm_core.adapters import as_causal_lm
 from lm_core.adapters.loading import load_causal_lm, lora
 from lm_core.checkpoints.checkpoint import list_checkpoints
 from lm_core.cli.corpus import TextCorpus
-from lm_core.cli.parser import preset_name
+from lm_core.cli.main import run_command
+from lm_core.cli.parser import command_parser, preset_name
 from lm_core.cli.text_generation import SamplingFlags, TextGeneration, read_prompt
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
@@ -453,3 +454,122 @@ def test_two_processes_train_one_model_whatever_they_began_with(tmp_path, gradie
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [*outcome, [f"step-{outcome[1]}"]]
+
+
+# ------------------------------------------------------------------------------------- positions of other libraries
+
+
+def rope_model(kind, original=16):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = {"rope_type": kind, "rope_theta": 10_000.0, "original_max_position_embeddings": original, "factor": 4.0}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 11.0]}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    positions = {"rope_parameters": scaling, "max_position_embeddings": 64 if kind == "longrope" else original}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.5, **sizes, **positions)
+    return LlamaForCausalLM(config).eval()
+
+
+LENGTHS = [3, 12, 16, 17, 30]
+
+
+def test_rotary_scaling_by_length_is_that_of_each_row_alone():
+    model = rope_model("longrope")
+    rows = [torch.randint(0, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(LENGTHS)[:, None]
+    adapted = as_causal_lm(model)
+    with torch.no_grad():
+        right, left = adapted(ids, mask=mask), adapted(_left(rows), mask=mask.flip(1))
+        for index, row in enumerate(rows):
+            alone = model(row[None]).logits[0]
+            assert torch.allclose(right[index, : len(row)], alone, atol=1e-4)
+            assert torch.allclose(left[index, -len(row) :], alone, atol=1e-4)
+
+
+def _left(rows):
+    longest = max(map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+
+
+def bare_greedy(model, row, steps):
+    """Greedy decoding by calls of the bare model on the whole sequence."""
+    ids = row[None]
+    for _ in range(steps):
+        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    return ids[0, len(row) :]
+
+
+@torch.no_grad()
+def test_decoding_past_a_change_of_the_rotary_scaling_equals_the_bare_model():
+    model = rope_model("longrope")
+    rows = [torch.randint(0, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    expected = torch.stack([bare_greedy(model, row, 10) for row in rows])
+    assert torch.equal(generate(model, rows, max_new_tokens=10, temperature=0.0).tokens, expected)
+    adapted = as_causal_lm(model)
+    cache = adapted.init_cache(1, 40)
+    adapted(rows[4][None, :10], cache=cache)
+    with pytest.raises(ValueError, match="cache must end within 16 positions of LlamaForCausalLM, whose rotary freq"):
+        adapted(rows[4][None, 10:], cache=cache)
+
+
+def test_rotary_scaling_that_depends_on_earlier_calls_is_refused_past_its_length():
+    adapted = as_causal_lm(rope_model("dynamic"))
+    assert adapted(torch.zeros(1, 16, dtype=torch.long)).shape == (1, 16, 64)
+    with pytest.raises(ValueError, match="ids must end within 16 positions, got 17"):
+        adapted(torch.zeros(1, 17, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("positions", ["alibi_pos_bias", "rotary_pos_emb", "rotary_xpos"])
+def test_prompts_of_different_lengths_decode_from_a_cache_of_x_transformers_as_without(positions, flash, dtype):
+    x_transformers = pytest.importorskip("x_transformers")
+    torch.manual_seed(0)
+    layers = x_transformers.Decoder(dim=16, depth=2, heads=4, attn_dim_head=32, attn_flash=flash, **{positions: True})
+    settings = {"num_tokens": 64, "max_seq_len": 64, "use_abs_pos_emb": False, "attn_layers": layers}
+    model = as_causal_lm(x_transformers.TransformerWrapper(**settings).eval().to(dtype))
+    rows = [torch.arange(n) for n in (2, 7, 30)]
+    cached, uncached = (generate(model, rows, max_new_tokens=6, temperature=0.0, use_cache=u) for u in (True, False))
+    assert not cached.log_probs.isnan().any()
+    if dtype != torch.bfloat16:  # ties of rounding
+        assert torch.equal(cached.tokens, uncached.tokens)
+    assert torch.allclose(
+        cached.log_probs[:, 0], uncached.log_probs[:, 0], atol=0.1 if dtype == torch.bfloat16 else 1e-5
+    )
+
+
+def test_states_are_offered_where_logits_are_no_product_of_them():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_key_value_heads=2, head_dim=8, **sizes)).eval()
+    adapted = as_causal_lm(model)
+    ids = torch.arange(12).reshape(2, 6)
+    assert not hasattr(adapted, "hidden")
+    with torch.no_grad():
+        assert torch.allclose(adapted.states(ids), model.model(ids).last_hidden_state, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["[0, 1, 2]"], ["0", "1", "2"]),
+        (["[cat, yes]"], ["cat", "yes"]),
+        (["[a].png"], ["[a].png"]),
+        (["0", "[b].png"], ["0", "[b].png"]),
+        (["a b", "c"], ["a b", "c"]),
+    ],
+)
+def test_words_of_a_list_of_texts_are_texts(words, values):
+    chosen = []
+
+    def work(*, names: list[str]) -> int:
+        chosen.extend(names)
+        return 0
+
+    parser = command_parser("lm", "description", {"work": work}, package="lm_core")
+    assert run_command(parser, ["work", "--names", *words]) == 0
+    assert chosen == values

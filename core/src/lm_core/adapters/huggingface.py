@@ -14,7 +14,7 @@ Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,11 @@ class HuggingFaceLM(Adapter):
     Args:
         model: a ``PreTrainedModel`` with a language-modelling head, or a ``PeftModel`` around one.
 
+    Attributes:
+        max_cached_length: longest sequence that a cache may grow to, unless all rows are longer from the start; None
+            for no limit. Rotary frequencies of the kind "longrope" change there for the whole sequence. Those of the
+            kind "dynamic" change with every length past the original one, which is then ``max_length``.
+
     Raises:
         TypeError: the model is an encoder-decoder, is not causal, or has no language-modelling head.
         ValueError: the model's weights are on the meta device.
@@ -78,7 +83,11 @@ class HuggingFaceLM(Adapter):
     def __init__(self, model: nn.Module) -> None:
         inner = _base_model(model)
         _check_causal_lm(inner)
-        super().__init__(model, vocab_size=_vocab_size(inner), max_length=_number_of_positions(model, inner))
+        kind, original = _rope_by_length(inner.config)
+        limits = [_number_of_positions(model, inner), original if kind == "dynamic" else None]
+        max_length = min((limit for limit in limits if limit is not None), default=None)
+        super().__init__(model, vocab_size=_vocab_size(inner), max_length=max_length)
+        self.max_cached_length = original if kind == "longrope" else None
         self._changes_input = _changes_input(model)
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
         self._hidden_is_exact = False
@@ -94,10 +103,36 @@ class HuggingFaceLM(Adapter):
         return self.model.config
 
     @property
+    def states(self) -> Callable[..., Tensor]:
+        """``states(ids, *, mask=None, **kwargs)``: last states ``(b, n, d)``, which need not give logits by a product.
+
+        Soft caps, scales and biases after the output layer are no obstacle, unlike for ``hidden``.
+        """
+        if self._changes_input:
+            raise AttributeError("peft changes the input of the model")
+        return self._hidden
+
+    @property
     def _inner(self) -> Any:
         return _base_model(self.model)
 
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        limit = self.max_cached_length
+        if limit is None or mask is None or ids.shape[1] <= limit:
+            return self._together(ids, mask, kwargs, hidden=hidden)
+        # rows of both kinds of rotary frequencies, which the longest row of a call decides
+        is_long = mask.sum(dim=1) > limit
+        parts = []
+        for chosen, length in ((is_long, ids.shape[1]), (~is_long, limit)):
+            if bool(chosen.any()):
+                own = {k: v[chosen] if _has_rows(v, len(ids)) else v for k, v in kwargs.items()}
+                states = self._together(ids[chosen, :length], mask[chosen, :length], own, hidden=hidden)
+                parts.append(F.pad(states, (0, 0, 0, ids.shape[1] - length)))
+        order = torch.cat((is_long.nonzero(), (~is_long).nonzero())).flatten()
+        return torch.cat(parts)[order.argsort()]
+
+    def _together(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        """States of all rows in one call of the model."""
         settings: dict[str, Any] = {"use_cache": False, "return_dict": True}
         if mask is not None:
             settings["attention_mask"] = mask.long()
@@ -114,6 +149,8 @@ class HuggingFaceLM(Adapter):
         inner = self._inner
         if inner.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
             raise ValueError("cache must be None in training mode with gradient checkpointing, which disables caching")
+        if self.max_cached_length is not None:
+            self._check_cached_length(self.max_cached_length, ids.shape[1], mask, cache)
         settings: dict[str, Any] = {"use_cache": True, "return_dict": True}
         if cache.past is not None:
             settings["past_key_values"] = cache.past
@@ -126,6 +163,15 @@ class HuggingFaceLM(Adapter):
         cache.past = output.past_key_values
         states: Tensor = output[0] if hidden else output.logits
         return states
+
+    def _check_cached_length(self, limit: int, n: int, mask: Tensor | None, cache: Any) -> None:
+        after = torch.tensor([cache.length + n]) if mask is None else mask.sum(dim=1)
+        before = torch.tensor([cache.length]) if mask is None else mask[:, : cache.length].sum(dim=1)
+        if bool((after > limit).any()) and bool(((after if cache.length == 0 else before) <= limit).any()):
+            raise ValueError(
+                f"cache must end within {limit} positions of {self._described()}, whose rotary frequencies (longrope) "
+                f"change there, got {int(after.max())}; call it without a cache"
+            )
 
     def _output_layer(self) -> nn.Module | None:
         layer: nn.Module | None = self._inner.get_output_embeddings()
@@ -269,6 +315,25 @@ def _rows_of_tuples(nested: Any, index: Tensor) -> Any:
 def _vocab_size(inner: Any) -> int | None:
     size = getattr(inner.get_input_embeddings(), "num_embeddings", None)
     return size if size is not None else getattr(inner.config, "vocab_size", None)
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (rows,)
+
+
+def _rope_by_length(config: Any) -> tuple[str | None, int | None]:
+    """The kind of rotary scaling that depends on the length of the input, and the length from which it does."""
+    config = getattr(config, "text_config", config)
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for entry in (settings, *settings.values()):  # one for each kind of layer in some models
+        if not isinstance(entry, dict):
+            continue
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind in ("longrope", "dynamic"):
+            original = entry.get("original_max_position_embeddings")
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            return kind, original or getattr(config, "max_position_embeddings", None)
+    return None, None
 
 
 def _number_of_positions(model: Any, inner: Any) -> int | None:

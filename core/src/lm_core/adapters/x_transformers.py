@@ -11,6 +11,8 @@ which masks keys and shifts the table of positions; all other position schemes o
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -100,7 +102,8 @@ class XTransformersLM(Adapter):
             # The first real token of each row; a row without any starts at its end.
             settings["seq_start_pos"] = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
         states: Tensor
-        states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
+        with _without_padding(self.model, None if mask is None else mask[:, cache.length :]):
+            states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
         cache.ids = None if self._takes_new_ids else ids
         cache.layers = [tuple(layer.cached_kv) for layer in after.attn_intermediates]
         return states
@@ -110,6 +113,30 @@ class XTransformersLM(Adapter):
 
     def _weight(self) -> Tensor:
         return _output_weight(self.model)
+
+
+@contextmanager
+def _without_padding(net: nn.Module, new: Tensor | None) -> Iterator[None]:
+    """Zero attention results at padding.
+
+    A query at padding has no key to attend to; its result is NaN where the softmax has a smaller range than the mask's
+    fill value (float64 with alibi), and NaN times a weight of zero would reach the real tokens of the next layer.
+    """
+    handles = []
+    if new is not None:
+        padding = ~new[:, None, :, None]
+
+        def zero(module: nn.Module, arguments: Any, output: Any) -> Any:
+            out, *rest = output
+            return (out.masked_fill(padding[:, :, -out.shape[2] :], 0.0), *rest)
+
+        attends = [module for module in net.modules() if type(module).__name__ == "Attend"]
+        handles = [module.register_forward_hook(zero) for module in attends]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_causal_lm(net: Any) -> None:

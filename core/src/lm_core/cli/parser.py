@@ -6,6 +6,7 @@ of a flag may be joined by dashes. The error for an unknown flag, key or command
 """
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 import lm_core
@@ -336,10 +338,16 @@ def _element(hint: Any) -> Any:
 
 
 def _as_list(words: Sequence[str], action: argparse.Action) -> str:
-    """Words as a JSON list; a single word that is null or starts with a bracket stays unchanged."""
-    if len(words) == 1 and (words[0].startswith("[") or words[0] == "null"):
-        return words[0]
+    """Words as a JSON list; a single word that is null or a list itself stays one, of texts if these are expected."""
     textual = _is_textual(_element(action._typehint))  # type: ignore[attr-defined]
+    if len(words) == 1 and words[0] == "null":
+        return words[0]
+    if len(words) == 1 and words[0].startswith("[") and words[0].endswith("]"):
+        if not textual:
+            return words[0]
+        with contextlib.suppress(yaml.YAMLError):
+            entries = yaml.load(words[0], yaml.BaseLoader)  # scalars stay as they are written
+            words = entries if all(isinstance(entry, str) for entry in entries) else words
     return f"[{','.join(json.dumps(word) if textual else word for word in words)}]"
 
 

@@ -75,7 +75,7 @@ class Decoder:
         # cache and weight layout
         self._unread = ids
         self._unread_mask = padding
-        if use_cache and hasattr(model, "init_cache"):
+        if use_cache and hasattr(model, "init_cache") and _cache_reaches(model, padding, n, n + max_new_tokens):
             # Equal prompts, such as those of several samples, are read only once.
             first, copies = distinct_rows(ids, padding)
             if first.shape[0] < b and not self._row_kwargs:
@@ -163,6 +163,14 @@ class Decoder:
         self._kwargs = {
             name: value[index] if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
+
+
+def _cache_reaches(model: Any, mask: Tensor | None, n: int, total: int) -> bool:
+    """False if the sequence grows past ``max_cached_length``, at which the model changes its positions."""
+    limit = getattr(model, "max_cached_length", None)
+    if limit is None or total <= limit:
+        return True
+    return (n if mask is None else int(mask.sum(dim=1).min())) > limit
 
 
 def distinct_rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -217,6 +217,7 @@ class TrainingSession:
         load_weights: Callable[[Checkpoint], None] | None = None,
         model_config: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         tokenizer: Any = None,
+        assets: Callable[[Path], None] | None = None,
         validate: Callable[[], Mapping[str, Any]] | None = None,
         max_steps: int | None = None,
         record: Mapping[str, Any] | None = None,
@@ -245,6 +246,7 @@ class TrainingSession:
             load_weights: function that loads the weights of a checkpoint; nothing is sharded or wrapped yet.
             model_config: ``config.json`` of checkpoints, by default the model's own.
             tokenizer: tokenizer to store with the checkpoints, if it can be saved.
+            assets: function that writes further files into the folder of a checkpoint.
             validate: function that returns metrics of held-out data, logged by name; every process calls it.
             max_steps: updates of the run, by default those of ``config``.
             record: further values for ``run.json``.
@@ -275,6 +277,7 @@ class TrainingSession:
         self._load_weights = load_weights
         self._model_config = model_config
         self._tokenizer = tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
+        self._assets = assets
         self._validate = validate
         self.max_steps = max_steps or self.max_steps
         self._record = dict(record or {})
@@ -528,6 +531,7 @@ class TrainingSession:
             # state of a single process is stored next to its random states
             rng={**capture_rng(), "state": {name: part.state_dict() for name, part in self._rank_state.items()}},
             tokenizer=self._tokenizer,
+            assets=self._assets,
             keep=keep or self.config.keep_checkpoints,
         )
 

@@ -63,7 +63,7 @@ def test_a_damaged_adapter_is_refused(saved):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"adapter.safetensors differs"):
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors is damaged"):
         calm.load_adapter(folder)
 
 

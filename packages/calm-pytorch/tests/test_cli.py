@@ -39,23 +39,39 @@ def test_two_local_folders_are_composed_trained_and_asked(folders, tmp_path, cap
     config.write_text(
         f"anchor: {folders / 'anchor'}\naugments: [{folders / 'augment'}]\n"
         f"data: {folders / 'texts.jsonl'}\nmode: {mode}\n"
-        f"length: 8\nmax_steps: 3\nbatch_size: 2\ncheckpoint_dir: {tmp_path / 'run'}\ndevice: cpu\n"
+        f"sequence_length: 8\nmax_steps: 3\nbatch_size: 2\ncheckpoint_dir: {tmp_path / 'run'}\ndevice: cpu\n"
     )
     assert main(["train", "--config", str(config)]) == 0
     assert "layer   4 (32) -> anchor layer   4" in capsys.readouterr().out
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-3"]
     both = ["--augments", str(folders / "augment"), "--adapter", str(tmp_path / "run" / "adapter"), "--mode", mode]
-    arguments = [str(folders / "anchor"), "w1 w2 w3", *both, "--max_new_tokens", "4", "--temperature", "0"]
-    assert main(["generate", *arguments, "--device", "cpu"]) == 0
-    assert len(capsys.readouterr().out.split()) > 3
-    assert main(["describe", str(folders / "anchor"), *both, "--device", "cpu"]) == 0
-    assert "added:" in capsys.readouterr().out
+    texts = []
+    # everything named, nothing but the anchor, nothing but the run
+    for chosen in ([str(folders / "anchor"), *both], [str(folders / "anchor"), *both[2:4]], [str(tmp_path / "run")]):
+        arguments = [chosen[0], "w1 w2 w3", *chosen[1:], "--max_new_tokens", "4", "--temperature", "0"]
+        assert main(["generate", *arguments, "--device", "cpu"]) == 0
+        texts.append(capsys.readouterr().out)
+        assert main(["describe", *chosen, "--device", "cpu"]) == 0
+        assert "added:" in capsys.readouterr().out
+    assert len(texts[0].split()) > 3
+    assert texts[1:] == texts[:1] * 2
 
 
 def test_the_summary_of_a_run_that_went_on_begins_before_its_first_update(folders, tmp_path, capsys):
     texts = str(folders / "texts.jsonl")
     run = ["train", "--anchor", str(folders / "anchor"), "--augments", str(folders / "augment"), "--device", "cpu"]
-    run += ["--data", texts, "--validation_data", texts, "--length", "8", "--batch_size", "2", "--learning_rate", "0.1"]
+    run += [
+        "--data",
+        texts,
+        "--validation_data",
+        texts,
+        "--sequence_length",
+        "8",
+        "--batch_size",
+        "2",
+        "--learning_rate",
+        "0.1",
+    ]
     run += ["--checkpoint_dir", str(tmp_path / "run")]
     summaries = []
     for steps in ("2", "4", "4"):
@@ -81,7 +97,7 @@ def test_the_quickstart_writes_what_it_says(tmp_path, capsys):
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
     assert main(["train", *short, "--seed", "1", "--checkpoint_dir", str(tmp_path / "run")]) == 1
-    assert "has other settings" in capsys.readouterr().err
+    assert "seed is 1, but was 0" in capsys.readouterr().err
 
 
 @pytest.mark.plain

@@ -1,6 +1,7 @@
 """The command ``calm-pytorch``: ``train``, ``generate`` and ``describe``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -8,29 +9,34 @@ from calm_pytorch.cli.commands import describe, generate
 from calm_pytorch.cli.models import Models
 from calm_pytorch.cli.train import train
 from calm_pytorch.quickstart.quickstart import QuickstartSettings
+from calm_pytorch.training.settings import FineTunerSettings
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, Group, command_parser
+from lm_core.cli.text_generation import TextGeneration
 
 TRAIN = """Composes frozen models; without arguments, the key-value arithmetic of the paper.
 
   calm-pytorch train                                     the quickstart, into runs/calm-quickstart
-  calm-pytorch train --config run.yaml                   two local folders, named in the file
+  calm-pytorch train --config run.yaml                   two models, named in the file
   calm-pytorch train --anchor big --augments small --data texts.jsonl --checkpoint_dir runs/mine
 
-Flags win over the YAML file, which wins over the defaults. Over named models Ctrl-C saves a checkpoint, from which the
-same command resumes; the quickstart saves one at its end."""
-QUICKSTART = QuickstartSettings()
+Flags win over the YAML file, which wins over the defaults. Ctrl-C saves a checkpoint, from which the same command
+resumes."""
 
 
 def _presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of the quickstart, which runs where no anchor is named."""
-    names = ("max_steps", "batch_size", "learning_rate") if chosen["anchor"] is None else ()
-    return {name: getattr(QUICKSTART, name) for name in names}
+    return asdict(QuickstartSettings()) if chosen["anchor"] is None else {}
 
 
 COMMANDS = {
-    "train": Command(train, {"composition": Group(Models), "settings": Group(QuickstartSettings)}, TRAIN, _presets),
-    "generate": Command(generate, {"composition": Group(Models)}),
+    "train": Command(
+        train,
+        {"composition": Group(Models), "settings": Group(FineTunerSettings), "quickstart": Group(QuickstartSettings)},
+        TRAIN,
+        _presets,
+    ),
+    "generate": Command(generate, {"composition": Group(Models), "settings": Group(TextGeneration)}),
     "describe": Command(describe, {"composition": Group(Models)}),
 }
 

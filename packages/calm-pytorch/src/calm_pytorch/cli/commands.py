@@ -1,52 +1,39 @@
-"""The commands ``generate`` and ``describe``, over folders of Hugging Face models."""
+"""The commands ``generate`` and ``describe``."""
 
 import torch
 
 from calm_pytorch.cli.models import Models
-from lm_core.generation.sampling import top_p as keep_nucleus
+from lm_core.cli.text_generation import OpenedPrompt, TextGeneration, print_texts, read_prompt
+from lm_core.tokenizers import prompt_ids
 
 
 def generate(
-    anchor: str,
-    prompt: str,
-    *,
-    composition: Models,
-    adapter: str | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
-    seed: int = 0,
+    anchor: str, prompt: str, *, composition: Models, settings: TextGeneration, adapter: str | None = None
 ) -> int:
     """Continues a prompt with a composition and prints it.
 
     Args:
-        anchor: folder of the anchor with its tokenizer.
-        prompt: text to continue.
-        composition: the composition, as it was trained.
-        adapter: folder of the learned part.
-        max_new_tokens: largest number of new tokens.
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_p: keeps the most likely tokens up to this probability together.
-        seed: seed of the draws.
+        anchor: folder or hub name of the anchor with its tokenizer; or folder of an adapter or of its run, which knows
+            its models.
+        prompt: text to continue; "-" reads standard input, "@FILE" a file.
+        composition: the composition.
+        settings: length and sampling.
+        adapter: folder of the learned part, or of its run.
 
     Returns:
         The exit status.
     """
-    calm, tokenizer = composition.load(adapter)
+    loaded = composition.load(adapter, settings.tokenizer)
+    calm, text = loaded.calm.eval(), read_prompt(prompt)
     device = next(calm.parameters()).device
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
-    if ids.shape[1] == 0:
-        raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
-    out = calm.generate(
-        ids,
-        ids.shape[1] + max_new_tokens,
-        filter_fn=keep_nucleus,
-        filter_kwargs={"p": top_p},
-        temperature=temperature,
-        eos_id=tokenizer.eos_token_id,
-        generator=torch.Generator(device).manual_seed(seed),
-    )
-    print(prompt + tokenizer.decode(out[0][out[0] != calm.pad_id]))
+    ids = torch.tensor(prompt_ids(loaded.tokenizer, text), dtype=torch.long, device=device)
+    if len(ids) == 0:
+        raise ValueError(f"prompt must hold at least one token, got {text!r}")
+    inputs = {}
+    for index, reader in enumerate(loaded.readers):
+        read = ids if reader is None else torch.tensor(prompt_ids(reader, text), dtype=torch.long, device=device)
+        inputs[f"prompt_{index}"] = read.expand(settings.num_samples, -1)
+    print_texts(OpenedPrompt(calm.as_causal_lm(), loaded.tokenizer, text, ids), settings, **inputs)
     return 0
 
 
@@ -54,13 +41,13 @@ def describe(anchor: str, *, composition: Models, adapter: str | None = None) ->
     """Prints the wiring of a composition and the share of added parameters.
 
     Args:
-        anchor: folder of the anchor with its tokenizer.
+        anchor: folder or hub name of the anchor with its tokenizer; or folder of an adapter or of its run, which knows
+            its models.
         composition: the composition.
-        adapter: folder of the learned part, checked against the wiring.
+        adapter: folder of the learned part, or of its run, checked against the wiring.
 
     Returns:
         The exit status.
     """
-    calm, _ = composition.load(adapter)
-    print(calm.describe())
+    print(composition.load(adapter).calm.describe())
     return 0

@@ -1,13 +1,40 @@
 """Command-line flags of a composition, and how it is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
+from calm_pytorch.model.adapter_files import ADAPTER_FILE, read_adapter
 from calm_pytorch.model.augment import AugmentParams
 from calm_pytorch.model.calm import CALM
+from lm_core.adapters.loading import load_causal_lm
+from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checkpoints.manifest import read_json
 from lm_core.checks import typed
+from lm_core.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from lm_core.training.accelerator import pick_device
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A loaded composition.
+
+    Attributes:
+        calm: the composition.
+        tokenizer: tokenizer of the anchor.
+        readers: for each augment that reads a prompt its tokenizer, or None if it takes the anchor's ids; empty in
+            mode shared.
+        models: names of anchor and augments, as ``CALM.save_adapter`` stores them.
+    """
+
+    calm: CALM
+    tokenizer: Tokenizer
+    readers: list[Tokenizer | None]
+    models: dict[str, Any] = field(default_factory=dict)
 
 
 @typed
@@ -16,42 +43,124 @@ class Models:
     """The models of a composition.
 
     Args:
-        anchor: folder of a Hugging Face causal language model with its tokenizer.
-        augments: folders of the models it reads.
-        mode: "shared": augments read the anchor's own text (same tokenizer); "prompt": the piece of text before it.
-        connect_every: layers between connections.
+        anchor: folder or hub name of a causal language model with its tokenizer; or folder of a trained adapter or of
+            its run, which knows its models.
+        augments: folders or hub names of the models it reads; null takes those of the adapter.
+        mode: "shared": augments read the anchor's own text (same tokenizer); "prompt": the piece of text before it, or
+            the prompt; null takes that of the adapter, or else shared.
+        connect_every: layers between connections; null takes the connections of the adapter, or else 4.
         device: auto takes CUDA, then MPS, then the CPU.
     """
 
     anchor: str | None = None
     augments: list[str] | None = None
-    mode: Literal["prompt", "shared"] = "shared"
-    connect_every: int = 4
+    mode: Literal["prompt", "shared"] | None = None
+    connect_every: int | None = None
     device: str = "auto"
 
-    def load(self, adapter: str | None = None) -> tuple[CALM, Any]:
-        """The composition, with the learned part of ``adapter``, and the anchor's tokenizer.
+    def load(self, adapter: str | None = None, tokenizer: str | None = None) -> Composition:
+        """The composition, with the learned part of ``adapter`` if there is one.
+
+        Args:
+            adapter: folder of the learned part, or of its run.
+            tokenizer: tokenizer to use instead of the anchor's.
 
         Raises:
             FileNotFoundError: a folder is missing.
-            ValueError: there is no augment, or the models do not fit.
+            CheckpointError: the adapter is damaged or does not fit the models.
+            ValueError: there is no augment, the models do not fit, or in mode shared their tokenizers differ.
         """
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-        for name, folder in (("anchor", self.anchor or ""), *(("augments", path) for path in self.augments or ())):
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(f"{name} must be a folder with a Hugging Face model, got {folder}")
-        if not self.augments:
-            raise ValueError("augments must name at least one folder, got none")
-        shared = self.mode == "shared"
-        kind = AutoModelForCausalLM if shared else AutoModel
+        trained = _adapter_folder(adapter) if adapter is not None else None
+        if adapter is not None and trained is None:
+            raise FileNotFoundError(f"adapter must be a folder with {ADAPTER_FILE}, got {adapter}")
+        names: dict[str, Any] = {"anchor": self.anchor, "augments": self.augments}
+        if trained is None and self.anchor is not None and (trained := _adapter_folder(self.anchor)) is not None:
+            names["anchor"] = None
+        stored: dict[str, Any] = {} if trained is None else read_adapter(trained)
+        names = {name: value or stored.get("models", {}).get(name) for name, value in names.items()}
+        for name, value in names.items():
+            if not value:
+                where = "" if trained is None else f", and {trained} does not name any"
+                raise ValueError(f"{name} must be given, got none{where}")
+        # the wiring: chosen, or as it was trained
+        places = [_source(name, "augments") for name in names["augments"]]
+        shared = [self.mode == "shared"] * len(places)
+        if self.mode is None:
+            shared = stored.get("shared_sequence", [True] * len(places))
+        connections = stored.get("connections", []) if self.connect_every is None else []
+        connections = connections if len(connections) == len(places) else [None] * len(places)
         params = [
             AugmentParams(
-                kind.from_pretrained(folder), shared_sequence=shared, connect_every_num_layers=self.connect_every
+                load_causal_lm(place, name="augments") if reads_along else _load_reader(place),
+                shared_sequence=reads_along,
+                connections=pairs,
+                connect_every_num_layers=self.connect_every or 4,
             )
-            for folder in self.augments
+            for place, reads_along, pairs in zip(places, shared, connections, strict=True)
         ]
-        calm = CALM(AutoModelForCausalLM.from_pretrained(self.anchor), params).to(pick_device(self.device))
-        if adapter is not None:
-            calm.load_adapter(adapter)
-        return calm, AutoTokenizer.from_pretrained(self.anchor)
+        # the models
+        source = _source(names["anchor"], "anchor")
+        encoder = load_tokenizer(tokenizer or source)
+        readers: list[Tokenizer | None] = []
+        for place, reads_along in zip(places, shared, strict=True):
+            own = _tokenizer_of(place)
+            differs = own is not None and not _same_ids(encoder, own)
+            if reads_along and differs:
+                raise ValueError(
+                    f"augment {place} must have the anchor's tokenizer in mode shared, got another one; use mode prompt"
+                )
+            readers += [] if reads_along else [own if differs else None]
+        calm = CALM(load_causal_lm(source, name="anchor"), params, attn_kwargs=stored.get("attn_kwargs"))
+        calm.to(pick_device(self.device))
+        if trained is not None:
+            calm.load_adapter(trained)
+        models = {"anchor": _kept(names["anchor"]), "augments": [_kept(name) for name in names["augments"]]}
+        return Composition(calm, encoder, readers, models)
+
+
+def _source(name: str, argument: str) -> Path:
+    """The folder of a model, downloaded if ``name`` is one on the hub."""
+    try:
+        return checkpoint_folder(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{argument}: {error}") from error
+
+
+def _kept(name: str) -> str:
+    """A name that is valid in any working directory."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _adapter_folder(path: str) -> Path | None:
+    folder = Path(path).expanduser()
+    return next((place for place in (folder, folder / "adapter") if (place / ADAPTER_FILE).is_file()), None)
+
+
+def _load_reader(folder: Path) -> nn.Module:
+    """A model that reads prompts: a causal language model, or any other transformers model without its head."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    architectures = config.get("architectures") or []
+    if "model_type" not in config or any(str(name).endswith(_CAUSAL) for name in architectures):
+        return load_causal_lm(folder, name="augments")
+    from transformers import AutoModel
+
+    model: nn.Module = AutoModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True, dtype="auto")
+    return model
+
+
+def _tokenizer_of(folder: Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(folder)
+    except ValueError:
+        return None
+
+
+def _same_ids(anchor: Any, augment: Any) -> bool:
+    """True if every token of the anchor has the same id in the augment."""
+    if anchor.fingerprint == augment.fingerprint:
+        return True
+    if not all(isinstance(tokenizer, HuggingFaceTokenizer) for tokenizer in (anchor, augment)):
+        return False
+    vocabulary, other = anchor.tokenizer.get_vocab(), augment.tokenizer.get_vocab()
+    return all(other.get(token) == id_ for token, id_ in vocabulary.items())

@@ -1,23 +1,34 @@
-"""The learned part of a composition as a folder: safetensors, the wiring in its metadata, a manifest.
+"""The learned part of a composition as a folder: safetensors with the wiring and a hash in its metadata.
 
 Loading is strict: an adapter of another wiring, or of models of other widths, is refused, and what differs is named.
+One file holds everything, so that replacing it leaves the old adapter or the new one, whole.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.atomic_io import new_directory, remove_directory
-from lm_core.checkpoints.manifest import CheckpointError, verify_manifest, write_manifest
+from lm_core.checkpoints.atomic_io import new_directory, new_file
+from lm_core.checkpoints.manifest import MANIFEST_FILE, CheckpointError, verify_manifest
 from lm_core.checkpoints.weights import load_weights, read_weights
 
 ADAPTER_FILE = "adapter.safetensors"
 METADATA_KEY = "calm_pytorch"
 
 
-def save_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str | Path, *, overwrite: bool) -> Path:
+def save_adapter(
+    cross_attns: nn.Module,
+    wiring: Mapping[str, Any],
+    directory: str | Path,
+    *,
+    overwrite: bool,
+    models: Mapping[str, Any],
+) -> Path:
     """Writes the cross-attentions into a folder, atomically.
 
     Args:
@@ -25,6 +36,7 @@ def save_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str 
         wiring: ``CALM.wiring``.
         directory: a new or empty folder; with ``overwrite`` also one that holds an adapter.
         overwrite: whether an adapter may be replaced.
+        models: names of the composed models, as JSON values.
 
     Raises:
         FileExistsError: there is something that may not be replaced.
@@ -32,23 +44,51 @@ def save_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str 
     """
     from safetensors.torch import save_file
 
-    target = Path(directory)
+    target = Path(directory).expanduser()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"directory must be a folder, got the file {target}")
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not (overwrite and (target / ADAPTER_FILE).is_file()):
         raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
     state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in cross_attns.state_dict().items()}
-    if occupied:
-        remove_directory(target)
-    with new_directory(target) as temporary:
-        metadata = {"format": "pt", METADATA_KEY: json.dumps({"format_version": 1, **wiring})}
-        save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
-        write_manifest(temporary)
+    stored = {"format_version": 2, **wiring, "models": dict(models)}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
+    if not occupied:
+        with new_directory(target) as temporary:
+            save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
+        return target
+    with new_file(target / ADAPTER_FILE) as file:
+        save_file(state, file, metadata=metadata)
+        (target / MANIFEST_FILE).unlink(missing_ok=True)  # of the first format, which would not fit the new file
     return target
 
 
-def load_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str | Path) -> None:
+def read_adapter(directory: str | Path) -> dict[str, Any]:
+    """The wiring and the names of the models (``models``) of an adapter; ``{}`` names for one of the first format.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        CheckpointError: it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(directory).expanduser()
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"directory must hold {ADAPTER_FILE}, got {folder}")
+    if (folder / MANIFEST_FILE).is_file():
+        verify_manifest(folder)
+    try:
+        with safe_open(file, framework="pt") as stream:
+            stored = json.loads((stream.metadata() or {}).get(METADATA_KEY, "null"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{file} has no wiring of a composition in its metadata")
+    return {"models": {}, **stored}
+
+
+def load_adapter(cross_attns: nn.Module, wiring: Mapping[str, Any], directory: str | Path) -> None:
     """Loads the cross-attentions of a composition; they stay as they were if anything does not fit.
 
     Args:
@@ -60,23 +100,22 @@ def load_adapter(cross_attns: nn.Module, wiring: dict[str, Any], directory: str 
         FileNotFoundError: there is no adapter.
         CheckpointError: it is damaged, of another wiring, or keys or shapes differ; they are named.
     """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(directory)
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"directory must hold {ADAPTER_FILE}, got {folder}")
-    verify_manifest(folder)
-    try:
-        with safe_open(file, framework="pt") as stream:
-            stored = json.loads((stream.metadata() or {}).get(METADATA_KEY, "null"))
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{file} has no wiring of a composition in its metadata")
+    stored = read_adapter(directory)
     differing = [
         f"{name} is {value}, but was {stored.get(name)}" for name, value in wiring.items() if value != stored.get(name)
     ]
     if differing:
-        raise CheckpointError(f"{folder} is an adapter of another wiring: {'; '.join(differing)}")
-    load_weights(cross_attns, read_weights(file), where=str(folder))
+        raise CheckpointError(f"{directory} is an adapter of another wiring: {'; '.join(differing)}")
+    state = read_weights(Path(directory).expanduser() / ADAPTER_FILE)
+    hashed = stored.pop("sha256", None)  # none in the first format, which has a manifest
+    if hashed is not None and hashed != _digest(state, stored):
+        raise CheckpointError(f"{Path(directory) / ADAPTER_FILE} is damaged: it has another hash")
+    load_weights(cross_attns, state, where=str(directory))
+
+
+def _digest(state: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

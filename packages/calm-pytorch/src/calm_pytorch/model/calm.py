@@ -177,9 +177,26 @@ class CALM(nn.Module):
         return "\n".join(lines)
 
     @typed
-    def save_adapter(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the learned part and the wiring into a folder; see ``adapter_files.save_adapter``."""
-        return adapter_files.save_adapter(self.cross_attns, self.wiring, directory, overwrite=overwrite)
+    def save_adapter(
+        self, directory: str | Path, *, overwrite: bool = False, models: dict[str, Any] | None = None
+    ) -> Path:
+        """Writes the learned part, the wiring and the names of the models into a folder.
+
+        Args:
+            directory: a new or empty folder; with ``overwrite`` also one that holds an adapter, which is replaced
+                atomically.
+            overwrite: whether an adapter may be replaced.
+            models: folder or hub name of the "anchor", and a list of those of the "augments", by which the commands
+                find them; by default those that transformers knows.
+
+        Raises:
+            FileExistsError: there is something that may not be replaced.
+            OSError: the folder cannot be written.
+        """
+        if models is None:
+            names = [_name_of(model) for model in (self.anchor_llm, *self.augment_llms)]
+            models = {"anchor": names[0], "augments": names[1:]} if all(names) else {}
+        return adapter_files.save_adapter(self.cross_attns, self.wiring, directory, overwrite=overwrite, models=models)
 
     @typed
     def load_adapter(self, directory: str | Path) -> None:
@@ -387,3 +404,8 @@ class CALM(nn.Module):
             if visible is not None:
                 inputs[f"prompt_mask_{index}"] = visible
         return rows, inputs
+
+
+def _name_of(model: Any) -> str | None:
+    """Folder or hub name that a transformers model was loaded from."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None

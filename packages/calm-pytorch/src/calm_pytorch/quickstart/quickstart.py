@@ -4,9 +4,8 @@ Three baselines run the same way: the anchor alone, a composition with an augmen
 the anchor with as many parameters as the composition learns.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +25,13 @@ from calm_pytorch.quickstart.kv_arithmetic import (
     token_name,
     train_alone,
 )
-from lm_core.checkpoints.checkpoint import save_checkpoint
-from lm_core.checks import check_above_zero, check_positive, typed
+from calm_pytorch.training.settings import FineTunerSettings
+from lm_core.checkpoints.checkpoint import latest_checkpoint
+from lm_core.checks import typed
+from lm_core.distributed import rank
 from lm_core.rng import seed_everything
-from lm_core.training.metrics import MetricsLog, progress_bar
-from lm_core.training.optimization import LearningRateSchedule, clip_global_norm
+from lm_core.training.accelerator import autocast
+from lm_core.training.session import SavedValue, TrainingResult, TrainingSession, adamw
 
 ASKED = 2000  # expressions of a final accuracy
 CHECKED = 500  # expressions of the accuracies that are logged during training
@@ -39,15 +40,13 @@ OUTPUT_LAYER = ("to_logits", "lm_head")
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class QuickstartSettings:
-    """Settings of the key-value arithmetic task.
+class QuickstartSettings(FineTunerSettings):
+    """Settings of the key-value arithmetic task: those of a run, and those of the two small models.
 
     Args:
+        batch_size: expressions an update.
         augment_steps: updates of the augment on keys and values.
         anchor_steps: updates of the anchor on numbers.
-        max_steps: updates of the composition (or of the baseline).
-        batch_size: expressions an update.
-        learning_rate: peak learning rate of the composition (or of the baseline).
         keys_share: fraction of the rows of an update that are over keys; the others are over numbers.
         dim: features of both models.
         reads: "sequence" lets the augment read the anchor's own expression as it grows, "prompt" reads it whole first.
@@ -56,14 +55,19 @@ class QuickstartSettings:
         learner: model that is trained on the expressions: "composition", "random-augment" (a composition whose augment
             is untrained), or "low-rank" (LoRA on the anchor with as many parameters).
         models: library of both models; "mixed" is an anchor of x-transformers and an augment of Hugging Face.
-        seed: seed of weights, keys and expressions.
+
+    Raises:
+        ValueError, TypeError: as for ``FineTunerSettings``.
     """
 
+    max_steps: int = 600
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 0.1
+    beta2: float = 0.98
+    max_grad_norm: float | None = 1.0
+    batch_size: int = 128
     augment_steps: int = 600
     anchor_steps: int = 500
-    max_steps: int = 600
-    batch_size: int = 128
-    learning_rate: float = 2e-3
     keys_share: float = 0.75
     dim: int = 64
     reads: Literal["sequence", "prompt"] = "sequence"
@@ -71,12 +75,10 @@ class QuickstartSettings:
     connections: int = 4
     learner: Literal["composition", "random-augment", "low-rank"] = "composition"
     models: Literal["x-transformers", "hugging-face", "mixed"] = "x-transformers"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("augment_steps", "anchor_steps", "max_steps", "batch_size", "dim"):
-            check_positive(getattr(self, name), name)
-        check_above_zero(self.learning_rate, "learning_rate")
+        super().__post_init__()
+        self.check_counts("augment_steps", "anchor_steps", "dim")
         if not 0 < self.keys_share <= 1:
             raise ValueError(f"keys_share must be in (0, 1], got {self.keys_share}")
         if not 1 <= self.connections <= 4:
@@ -84,10 +86,16 @@ class QuickstartSettings:
         if self.dim % 4:
             raise ValueError(f"dim must be a multiple of the 4 heads, got {self.dim}")
 
+    @property
+    def task(self) -> dict[str, Any]:
+        """The settings that are not those of every run."""
+        every = {entry.name for entry in fields(FineTunerSettings)}
+        return {name: value for name, value in asdict(self).items() if name not in every}
 
-@dataclass(frozen=True)
-class QuickstartResult:
-    """Accuracies, each over 2,000 expressions.
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartResult(TrainingResult):
+    """Outcome of the run, and accuracies, each over 2,000 expressions.
 
     Attributes:
         held_out: accuracy over keys that no expression in training had.
@@ -96,7 +104,6 @@ class QuickstartResult:
         numbers_before: accuracy of the unchanged anchor over numbers.
         numbers_after: accuracy of the trained model over numbers.
         learned: number of parameters that were trained on expressions.
-        seconds: duration of the whole run.
     """
 
     held_out: float
@@ -105,17 +112,20 @@ class QuickstartResult:
     numbers_before: float
     numbers_after: float
     learned: int
-    seconds: float
 
 
-def small_models(task: KeyValueTask, settings: QuickstartSettings) -> tuple[nn.Module, nn.Module]:
-    """An anchor that computes and an augment that knows the keys."""
+def small_models(
+    task: KeyValueTask, settings: QuickstartSettings, *, trained: bool = True
+) -> tuple[nn.Module, nn.Module]:
+    """An anchor that computes and an augment that knows the keys; untrained, their weights come from a checkpoint."""
     seed_everything(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     of_augment: Any = "hugging-face" if settings.models == "mixed" else settings.models
     of_anchor: Any = "x-transformers" if settings.models == "mixed" else settings.models
     augment = small_decoder(task, dim=settings.dim, library=of_augment)
     anchor = small_decoder(task, dim=settings.dim, library=of_anchor)
+    if not trained:
+        return anchor, augment
     if settings.learner == "composition":
         train_alone(
             augment,
@@ -201,83 +211,100 @@ def add_lora(model: nn.Module, count: int) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def train_learner(
-    learner: Learner, task: KeyValueTask, settings: QuickstartSettings, generator: torch.Generator, log: MetricsLog
-) -> None:
-    """Trains on expressions over the keys that are not held out, and over numbers."""
-    known, held_out = task.split
-    checked = task.expressions(CHECKED, generator, held_out)
-    optimizer = torch.optim.AdamW(learner.parameters, lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    warmup = max(1, settings.max_steps // 10)
-    schedule = LearningRateSchedule(optimizer, kind="cosine", warmup_steps=warmup, total_steps=settings.max_steps)
-    over_keys = round(settings.batch_size * settings.keys_share)
-    learner.model.train()
-    started = time.monotonic()
-    for step in range(1, settings.max_steps + 1):
-        over_numbers = task.expressions(settings.batch_size - over_keys, generator)
-        loss = learner.loss(torch.cat((task.expressions(over_keys, generator, known), over_numbers)))
-        optimizer.zero_grad()
-        loss.backward()
-        learning_rate, norm = schedule.learning_rate, clip_global_norm(learner.parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        log.progress.update()
-        if step % 20 == 0 or step in (1, settings.max_steps):
-            speed = settings.batch_size * step / (time.monotonic() - started)
-            log.log(step, loss=loss, learning_rate=learning_rate, grad_norm=norm, expressions_per_second=speed)
-        if step % 100 == 0 and step < settings.max_steps:
-            log.log(step, validation_accuracy=accuracy(learner.model, checked, **learner.arguments(checked)))
-    learner.model.eval()
+class LearnerLoss(nn.Module):
+    """The loss of a learner over rows, as a session calls it."""
+
+    def __init__(self, learner: Learner, precision: Any) -> None:
+        super().__init__()
+        self.model = learner.model
+        self.learner = learner
+        self.precision = precision
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Mean cross-entropy of the last tokens."""
+        with autocast(self.precision, rows.device):
+            return self.learner.loss(rows)
 
 
-def run_quickstart(settings: QuickstartSettings, folder: str | Path) -> QuickstartResult:
-    """Trains both models and a learner; writes metrics and a checkpoint, and a composition's adapter and picture."""
-    started, task = time.monotonic(), KeyValueTask(seed=settings.seed)
-    target = Path(folder)
+def run_quickstart(
+    settings: QuickstartSettings,
+    folder: str | Path,
+    *,
+    resume: bool | Literal["auto"] = "auto",
+    trackers: Sequence[Any] = (),
+) -> QuickstartResult:
+    """Trains both models and a learner; writes checkpoints and metrics, and a composition's adapter and picture.
+
+    Args:
+        settings: settings of the run.
+        folder: folder of the run, from which an interrupted one resumes.
+        resume: as for ``FineTuner``.
+        trackers: as for ``FineTuner``.
+
+    Raises:
+        FileNotFoundError, FileExistsError, CheckpointError: the folder does not suit ``resume`` or the settings.
+    """
+    task, target = KeyValueTask(seed=settings.seed), Path(folder)
     known, held_out = task.split
-    # both models alone, and what the anchor can do without the augment
-    anchor, augment = small_models(task, settings)
+    session = TrainingSession(
+        "Quickstart",
+        config=settings,
+        checkpoint_dir=target,
+        resume=resume,
+        trackers=trackers,
+        packages=("calm-pytorch", "x-transformers"),
+    )
+    # both models alone, and what the anchor can do without the augment; a run that resumes has all of it
+    begins = resume is not True and latest_checkpoint(target / "checkpoints") is None
+    anchor, augment = (model.to(session.device) for model in small_models(task, settings, trained=begins))
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    over_held_out, over_known = (task.expressions(ASKED, generator, keys) for keys in (held_out, known))
-    over_numbers = task.expressions(ASKED, generator)
-    alone, numbers_before = accuracy(anchor, over_held_out), accuracy(anchor, over_numbers)
+
+    def draw(count: int, keys: Tensor | None = None) -> Tensor:
+        return task.expressions(count, generator, keys).to(session.device)
+
+    def set_draws(state: Tensor) -> None:
+        generator.set_state(state)
+
+    over_held_out, over_known, over_numbers = draw(ASKED, held_out), draw(ASKED, known), draw(ASKED)
+    checked = draw(CHECKED, held_out)
+    alone = [accuracy(anchor, rows) for rows in (over_held_out, over_numbers)] if begins else []
     # training on expressions over some of the keys, accuracy over the others
     learner = make_learner(anchor, augment, settings)
-    with (
-        progress_bar(settings.max_steps, description=settings.learner) as bar,
-        MetricsLog(target / "metrics.jsonl", progress=bar) as log,
-    ):
-        train_learner(learner, task, settings, generator, log)
-        right, right_trained, right_numbers = (
-            accuracy(learner.model, rows, **learner.arguments(rows))
-            for rows in (over_held_out, over_known, over_numbers)
-        )
-        log.log(
-            settings.max_steps,
-            validation_accuracy=right,
-            validation_accuracy_trained_keys=right_trained,
-            validation_accuracy_numbers=right_numbers,
-        )
-    if isinstance(learner.model, CALM):
+    session.register(
+        model=learner.model,
+        objective=LearnerLoss(learner, settings.precision),
+        optimizer=lambda: adamw(learner.model, settings, parameters=learner.parameters),
+        state={
+            "draws": SavedValue(generator.get_state, set_draws),
+            "alone": SavedValue(lambda: alone, alone.extend),
+        },
+        identity=settings.task,
+        validate=lambda: {"validation_accuracy": accuracy(learner.model, checked, **learner.arguments(checked))},
+        curves=("loss", "validation_accuracy", "learning_rate", "grad_norm"),
+        shown=("loss", "validation_accuracy"),
+    )
+    over_keys = round(settings.batch_size * settings.keys_share)
+    with session.run():
+        for _ in session.steps():
+            over_numbers_now = draw(settings.batch_size - over_keys)
+            rows = torch.cat((draw(over_keys, known), over_numbers_now))
+            session.backward(session.module(rows))
+            session.log(session.optimizer_step())
+    right, right_trained, right_numbers = (
+        accuracy(learner.model, rows, **learner.arguments(rows)) for rows in (over_held_out, over_known, over_numbers)
+    )
+    if isinstance(learner.model, CALM) and rank() == 0:
         learner.model.save_adapter(target / "adapter", overwrite=True)
         _draw(learner, over_held_out[:1, :-1], target / "attention.png")
-    result = QuickstartResult(
+    return session.result(
+        QuickstartResult,
         held_out=right,
         trained_keys=right_trained,
-        anchor_alone=alone,
-        numbers_before=numbers_before,
+        anchor_alone=alone[0],
+        numbers_before=alone[1],
         numbers_after=right_numbers,
         learned=sum(parameter.numel() for parameter in learner.parameters),
-        seconds=time.monotonic() - started,
     )
-    save_checkpoint(
-        target / "checkpoints",
-        settings.max_steps,
-        model={str(number): parameter for number, parameter in enumerate(learner.parameters)},
-        config={"settings": asdict(settings)},
-        trainer_state={"result": asdict(result)},
-    )
-    return result
 
 
 def _draw(learner: Learner, ids: Tensor, output: Path) -> None:

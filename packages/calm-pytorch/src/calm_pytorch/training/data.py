@@ -1,13 +1,20 @@
 """Examples as arguments of ``CALM.forward``: batches of any data set, and pieces of texts."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_flatten
 
 from calm_pytorch.training.state_cache import StateCache
-from lm_core.data.documents import read_texts
+from lm_core.data.rows import WholeFile, iterate_rows
+from lm_core.tokenizers import prompt_ids
+
+# Examples of a dataset that are hashed, evenly spaced.
+_HASHED = 64
 
 
 class Batches:
@@ -47,41 +54,124 @@ class Batches:
             batch = dict(zip(self.names, batch, strict=True))
         batch = send_to_device(batch, self.device)
         if cache is not None:
-            prompt, mask = batch.pop("prompt", None), batch.pop("prompt_mask", None)
-            batch["augment_states"] = cache.states(indices, prompt, mask)
+
+            def prompts(group: Sequence[int]) -> tuple[Any, Any]:
+                together = self.of(dataset, group)
+                return together.get("prompt"), together.get("prompt_mask")
+
+            batch = {name: value for name, value in batch.items() if name not in ("prompt", "prompt_mask")}
+            batch["augment_states"] = cache.states(indices, prompts)
         return batch
+
+
+def fingerprint_of(dataset: Any) -> str:
+    """A hash by which a resumed run knows its data: the dataset's ``fingerprint``, or one of some of its examples.
+
+    Examples that differ each time they are read are left out.
+    """
+    known = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if isinstance(known, str | int):
+        return str(known)
+    count = len(dataset)
+    digest = hashlib.sha256(str(count).encode())
+    for index in sorted({place * count // _HASHED for place in range(_HASHED)}):
+        first, again = (_bytes_of(dataset[index]) for _ in range(2))
+        digest.update(first if first == again else b"")
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(example: Any) -> bytes:
+    leaves = tree_flatten(example)[0]
+    return repr([leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]).encode()
 
 
 class TextExamples:
     """Pieces of texts in the anchor's ids; with static prompts each augment reads the piece before.
 
+    The last piece of a text may be shorter. With prompts, a text that is too short for two whole pieces is cut in the
+    middle. Chats become texts by the tokenizer's template.
+
     Args:
-        source: texts, as ``lm_core.data.documents.read_texts`` takes them.
-        tokenizer: Hugging Face tokenizer of the anchor.
+        texts: documents: texts, or lists of messages.
+        tokenizer: tokenizer of the anchor, in the protocol of ``lm_core.tokenizers``.
         length: tokens of a piece.
-        prompts: whether each example begins with a prompt, the piece before it.
+        readers: for each augment that reads a prompt its tokenizer, or None if it takes the anchor's ids; without
+            any, examples have no prompt.
+        pad_id: fills shorter pieces of a batch.
+
+    Attributes:
+        left_out: number of texts that are too short for an example.
+        fingerprint: hash of the examples.
 
     Raises:
-        FileNotFoundError, ValueError: as ``read_texts``; also if no text is long enough, or a document is no text.
+        ValueError: no text is long enough.
     """
 
-    def __init__(self, source: Any, tokenizer: Any, length: int, *, prompts: bool) -> None:
-        self.length = length
-        self.prompts = prompts
-        self.pieces: list[list[int]] = []
-        needed = 2 * length if prompts else length
-        for document in read_texts(source):
-            if not isinstance(document, str | bytes):
-                raise ValueError(f"{source} must hold texts, got {type(document).__name__}")
-            text = document if isinstance(document, str) else document.decode(errors="replace")
-            ids = tokenizer(text)["input_ids"]
-            self.pieces += [ids[start : start + needed] for start in range(0, len(ids) - needed + 1, length)]
-        if not self.pieces:
-            raise ValueError(f"{source} must hold a text of at least {needed} tokens")
+    def __init__(
+        self, texts: Iterable[Any], tokenizer: Any, length: int, *, readers: Sequence[Any] = (), pad_id: int = -1
+    ) -> None:
+        self.pad_id = pad_id
+        self.left_out = 0
+        self.examples: list[tuple[list[int], list[list[int]]]] = []
+        for text in texts:
+            ids = prompt_ids(tokenizer, text) if isinstance(text, str) else tokenizer.apply_chat_template(text, False)
+            size = min(length, max(1, len(ids) // 2)) if readers else length
+            pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
+            before = pieces[:-1] if readers else [[]] * len(pieces)
+            found = [
+                (
+                    piece,
+                    [prompt if reader is None else prompt_ids(reader, tokenizer.decode(prompt)) for reader in readers],
+                )
+                for prompt, piece in zip(before, pieces[1:] if readers else pieces, strict=True)
+                if len(piece) > 1  # a single token has no next one
+            ]
+            self.left_out += not found
+            self.examples += found
+        if not self.examples:
+            raise ValueError(f"data must hold a text of at least {3 if readers else 2} tokens, got none")
+        self.fingerprint = hashlib.sha256(repr(self.examples).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        piece = torch.tensor(self.pieces[index])
-        return {"prompt": piece[: self.length], "seq": piece[self.length :]} if self.prompts else {"seq": piece}
+    def __getitem__(self, index: int) -> tuple[list[int], list[list[int]]]:
+        """Ids of the sequence and of each prompt."""
+        return self.examples[index]
+
+    def collate(self, examples: Sequence[tuple[list[int], list[list[int]]]]) -> dict[str, Any]:
+        """A batch as arguments of ``CALM.forward``."""
+
+        def padded(rows: Iterable[Sequence[int]]) -> Tensor:
+            return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad_id)
+
+        batch: dict[str, Any] = {"seq": padded(seq for seq, _ in examples)}
+        prompts = [padded(rows) for rows in zip(*(prompts for _, prompts in examples), strict=True)]
+        return {**batch, "prompt": prompts} if prompts else batch
+
+
+def read_documents(source: Any, *, field: str = "text") -> list[Any]:
+    """The texts and chats of a source.
+
+    Args:
+        source: a source of ``lm_core.data.rows.load_rows``; rows have a text in ``field``, or ``messages``.
+        field: column of the text.
+
+    Raises:
+        FileNotFoundError, ValueError: as for ``load_rows``; also if a row has neither.
+    """
+    documents: list[Any] = []
+    for where, row in iterate_rows(source, name="data"):
+        document = row
+        if isinstance(row, dict):
+            column = "text" if isinstance(row, WholeFile) else field if field in row else "messages"
+            if column not in row:
+                raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(row)} and no 'messages'")
+            document = row[column]
+        if isinstance(document, bytes):
+            document = document.decode(errors="replace")
+        is_chat = isinstance(document, list) and all(isinstance(message, dict) for message in document)
+        if not isinstance(document, str) and not is_chat:
+            raise ValueError(f"{where} must hold a text or messages, got {type(document).__name__}")
+        documents.append(document)
+    return documents

@@ -6,7 +6,7 @@ padding.
 Legend: b batch, m prompt positions, c augment features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,39 +16,45 @@ from torch.nn.utils.rnn import pad_sequence
 from calm_pytorch.model.calm import CALM
 from calm_pytorch.model.composed_lm import AugmentStates
 
+# Prompts that are read as one batch.
+_READ_TOGETHER = 8
+
 
 class StateCache:
-    """Augment states of each example that was seen.
+    """Augment states of the examples of a dataset that were seen.
 
     Args:
         calm: the composition, all of whose augments read prompts.
+        size: number of examples.
 
     Raises:
         ValueError: an augment shares the anchor's sequence, whose states belong to no prompt.
     """
 
-    def __init__(self, calm: CALM) -> None:
+    def __init__(self, calm: CALM, size: int) -> None:
         if any(augment.shared_sequence for augment in calm.augments):
             raise ValueError("cache_augment_states needs augments that all read prompts, got one with shared_sequence")
         self.calm = calm
+        self.size = size
         # for each example and augment the states (m, c) of each layer that is read
         self.rows: dict[int, list[list[Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def states(self, indices: Sequence[int], prompt: Any, prompt_mask: Any = None) -> AugmentStates:
+    def states(self, indices: Sequence[int], prompts: Callable[[Sequence[int]], tuple[Any, Any]]) -> AugmentStates:
         """States of a batch of examples; those that are not held yet are computed.
+
+        Prompts are read in groups that depend on the index alone, since states of other groups differ by rounding: a
+        resumed run continues bit for bit, although it computes its states again.
 
         Args:
             indices: indices of the examples.
-            prompt: as for ``CALM.forward``; only looked at if an example is new.
-            prompt_mask: as for ``CALM.forward``.
+            prompts: prompt and prompt_mask, as for ``CALM.forward``, of the examples of these indices.
         """
-        if any(index not in self.rows for index in indices):
-            states: AugmentStates = self.calm.augment_states(prompt, prompt_mask)
-            self._keep(indices, states)
-            return states
+        for group in sorted({index // _READ_TOGETHER for index in indices if index not in self.rows}):
+            together = range(group * _READ_TOGETHER, min((group + 1) * _READ_TOGETHER, self.size))
+            self._keep(together, self.calm.augment_states(*prompts(together)))
         device = next(self.calm.trainable_parameters()).device
         hiddens, masks = [], []
         for augment in range(len(self.calm.augments)):

@@ -7,6 +7,7 @@ learned part only, with optimizer, schedule and random states; the frozen models
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from calm_pytorch.model.calm import CALM
 from calm_pytorch.model.inputs import IGNORED, labels_of
-from calm_pytorch.training.data import Batches
+from calm_pytorch.training.data import Batches, fingerprint_of
+from calm_pytorch.training.settings import FineTunerSettings
 from calm_pytorch.training.state_cache import StateCache
 from lm_core.causal_lm import eval_mode
-from lm_core.checks import check_positive, either, typed
+from lm_core.checks import either, typed
 from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.training.accelerator import autocast
-from lm_core.training.config import CommonSettings
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import TrainingResult, TrainingSession
 
@@ -54,37 +55,25 @@ class FineTuner:
 
     Args:
         calm: trained in place, on its device.
-        learning_rate: peak learning rate.
-        weight_decay: weight decay of matrices; norms, gains and biases do not decay.
-        batch_size: examples in a micro-batch on each process.
-        max_steps: optimizer updates of the whole run.
-        num_train_steps: the original's name of ``max_steps``.
         dataset: with ``len`` and ``dataset[i]``: dicts of arguments of ``CALM.forward``, or tuples of them.
+        valid_dataset: held-out examples.
         data_kwarg_names: names of the entries of a tuple.
+        collate_fn: makes a batch of examples; torch's default stacks tensors.
         accelerate_kwargs: "log_with": names of trackers.
-        checkpoint_every: updates between checkpoints; there is always one at the end.
         checkpoint_dir: folder of the run (``lm_core.training.run_directory.RunDirectory``); by default "./checkpoints".
         checkpoint_path: the original's name of ``checkpoint_dir``.
-        scheduler: a torch scheduler class; None keeps the peak after the warmup.
-        scheduler_kwargs: arguments of the scheduler.
-        warmup: fraction of the updates over which the learning rate rises.
-        warmup_steps: the same as a number of updates, as the original has it; 1000 if neither is given.
-        max_grad_norm: bound of the gradients' global norm; None only measures it.
-        gradient_accumulation: micro-batches of an update; by default 1.
-        grad_accum_steps: the original's name of ``gradient_accumulation``.
-        valid_dataset: held-out examples.
-        validate_every: updates between validations; there is one before and one after training too.
-        collate_fn: makes a batch of examples; torch's default stacks tensors.
-        cache_augment_states: reads each example's static prompt once and keeps its states in memory.
-        gradient_checkpointing: the anchor's blocks compute their activations again in the backward pass.
-        precision: "auto" is bf16 on a GPU that has it and fp32 elsewhere.
-        seed: seed of the order of examples and of dropout.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
-        keep_checkpoints: newest checkpoints that are kept; None for all.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
+        scheduler: a torch scheduler class, in place of ``final_learning_rate``.
+        scheduler_kwargs: arguments of the scheduler.
+        cache_augment_states: reads each example's static prompt once and keeps its states in memory.
+        config: settings of the run.
+        settings: fields of ``FineTunerSettings``, instead of ``config``; the original's ``num_train_steps``,
+            ``grad_accum_steps`` and ``warmup_steps`` (``warmup`` as a number of updates) are accepted too.
 
     Attributes:
         session: the run (``lm_core.training.session.TrainingSession``).
+        settings: the settings.
         optimizer: AdamW on the learned part.
         order: which examples make up which update.
         cache: states of the prompts seen so far; None without ``cache_augment_states``.
@@ -99,45 +88,28 @@ class FineTuner:
         self,
         calm: CALM,
         *,
-        learning_rate: float,
-        weight_decay: float,
-        batch_size: int,
         dataset: Any,
-        max_steps: int | None = None,
-        num_train_steps: int | None = None,
+        valid_dataset: Any = None,
         data_kwarg_names: Sequence[str] = ("seq", "mask", "prompt"),
+        collate_fn: Callable[[list[Any]], Any] | None = None,
         accelerate_kwargs: dict[str, Any] | None = None,
-        checkpoint_every: int = 1000,
         checkpoint_dir: str | Path | None = None,
         checkpoint_path: str | Path | None = None,
+        resume: bool | Literal["auto"] = "auto",
+        trackers: Sequence[Any] = (),
         scheduler: type[LRScheduler] | None = None,
         scheduler_kwargs: dict[str, Any] | None = None,
-        warmup: float | None = None,
-        warmup_steps: int | None = None,
-        max_grad_norm: float | None = 0.5,
-        gradient_accumulation: int | None = None,
-        grad_accum_steps: int | None = None,
-        valid_dataset: Any = None,
-        validate_every: int = 100,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
         cache_augment_states: bool = False,
-        gradient_checkpointing: bool = False,
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
-        seed: int = 0,
-        resume: bool | Literal["auto"] = "auto",
-        keep_checkpoints: int | None = 2,
-        trackers: Sequence[Any] = (),
+        config: FineTunerSettings | None = None,
+        **settings: Any,
     ) -> None:
-        # one value for each argument that has two names
-        steps = either(None, max_steps=max_steps, num_train_steps=num_train_steps)
-        if steps is None:
-            raise ValueError("max_steps (or num_train_steps) must be given, got None")
-        accumulation = either(None, gradient_accumulation=gradient_accumulation, grad_accum_steps=grad_accum_steps)
-        accumulation = 1 if accumulation is None else accumulation
-        for name, value in (("num_train_steps", steps), ("batch_size", batch_size), ("grad_accum_steps", accumulation)):
-            check_positive(value, name)
-        if warmup is not None and warmup_steps is not None:
-            raise ValueError(f"warmup and warmup_steps are one argument, got {warmup} and {warmup_steps}")
+        if config is not None and settings:
+            raise ValueError(f"with config, settings must be passed in it, got {sorted(settings)} outside")
+        warmup_steps: int | None = settings.pop("warmup_steps", None)
+        if warmup_steps is not None and settings.get("warmup") is not None:
+            raise ValueError(f"warmup and warmup_steps are one argument, got {settings['warmup']} and {warmup_steps}")
+        device = next(calm.trainable_parameters()).device
+        config = replace(FineTunerSettings.of(settings) if config is None else config, device=str(device))
         # check what neither the settings nor the session check
         for name, data in (("dataset", dataset), ("valid_dataset", valid_dataset)):
             if data is not None or name == "dataset":
@@ -146,64 +118,48 @@ class FineTuner:
         if unknown:
             raise ValueError(f"accelerate_kwargs may hold log_with, got {unknown}: the trainer sets all others")
         # the session: folder, seeds, trackers
-        device = next(calm.trainable_parameters()).device
-        settings = CommonSettings(
-            max_steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=0.0 if warmup is None else warmup,
-            validate_every=validate_every,
-            max_grad_norm=max_grad_norm,
-            precision=precision,
-            seed=seed,
-            device=str(device),
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-        )
-        if warmup is not None:
-            warmup_steps = settings.warmup_steps
-        elif warmup_steps is None:
-            warmup_steps = 1000
         log_with = (accelerate_kwargs or {}).get("log_with") or []
         self.checkpoint_path = Path(
             either(None, checkpoint_dir=checkpoint_dir, checkpoint_path=checkpoint_path) or "./checkpoints"
         )
         self.session = TrainingSession(
             type(self).__name__,
-            config=settings,
+            config=config,
             checkpoint_dir=self.checkpoint_path,
             resume=resume,
             trackers=[*([log_with] if isinstance(log_with, str) else log_with), *trackers],
             packages=("calm-pytorch", "x-transformers"),
         )
+        self.settings = config
         self.calm = calm
         self.model = calm
         self.device = device
         self.dataset = dataset
         self.valid_dataset = valid_dataset
-        self.batch_size = batch_size
-        self.gradient_checkpointing = gradient_checkpointing
-        self.cache = StateCache(calm) if cache_augment_states else None
+        self.cache = StateCache(calm, len(dataset)) if cache_augment_states else None
         self.batches = Batches(data_kwarg_names, collate_fn, device)
         self.order = UpdateOrder(
             len(dataset),
-            batch_size=batch_size * accumulation * world_size(),
-            micro_batches=accumulation,
+            batch_size=config.batch_size * config.gradient_accumulation * world_size(),
+            micro_batches=config.gradient_accumulation,
             last="drop",
-            seed=seed,
+            seed=config.seed,
             rank=rank(),
             world_size=world_size(),
         )
         # what is optimized: the learned part only
-        self.objective = SummedLoss(calm, precision)
+        self.objective = SummedLoss(calm, config.precision)
         self.optimizer = torch.optim.AdamW(
-            optimizer_groups(calm, weight_decay=weight_decay, parameters=list(calm.trainable_parameters())),
-            lr=learning_rate,
+            optimizer_groups(calm, weight_decay=config.weight_decay, parameters=list(calm.trainable_parameters())),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
         )
         schedule = LearningRateSchedule(
             self.optimizer,
-            kind="constant",
-            warmup_steps=warmup_steps,
+            kind="constant" if config.final_learning_rate == 1 else "cosine",
+            warmup_steps=config.warmup_steps if warmup_steps is None else warmup_steps,
+            total_steps=config.max_steps,
+            final_scale=config.final_learning_rate,
             scheduler=scheduler,
             scheduler_kwargs=scheduler_kwargs,
         )
@@ -213,10 +169,10 @@ class FineTuner:
             objective=self.objective,
             optimizer=lambda: (self.optimizer, schedule),
             architecture=calm.wiring,
-            identity=self.order.fingerprint(),
+            identity={**self.order.fingerprint(), "data": fingerprint_of(dataset)},
             model_config={"wiring": calm.wiring},
             validate=None if valid_dataset is None else self._validate,
-            record={"warmup_steps": warmup_steps, "wiring": calm.wiring},
+            record={"warmup_steps": schedule.settings["warmup_steps"], "wiring": calm.wiring},
             curves=("loss", "validation_loss", "learning_rate", "grad_norm"),
             shown=("loss", "validation_loss"),
         )
@@ -253,7 +209,7 @@ class FineTuner:
         """
         self._forward_kwargs = dict(forward_kwargs or {})
         kept = self.calm.gradient_checkpointing
-        self.calm.gradient_checkpointing = self.gradient_checkpointing
+        self.calm.gradient_checkpointing = self.settings.gradient_checkpointing
         try:
             with self.session.run() as session:
                 for step in session.steps():
@@ -278,8 +234,9 @@ class FineTuner:
         totals = torch.zeros(2, device=self.device)
         with eval_mode(self.calm):
             count = len(self.valid_dataset)
-            for start in range(rank() * self.batch_size, count, self.batch_size * world_size()):
-                batch = self.batches.of(self.valid_dataset, range(start, min(start + self.batch_size, count)))
+            size = self.settings.batch_size
+            for start in range(rank() * size, count, size * world_size()):
+                batch = self.batches.of(self.valid_dataset, range(start, min(start + size, count)))
                 totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, unit)
                 totals[1] += self.objective.count(batch)
         total, labels = all_reduce_sum(totals).tolist()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.atomic_io import new_directory, new_file
+from lm_core.checkpoints.atomic_io import new_directory, new_file, share_as_umask_allows
 from lm_core.checkpoints.manifest import MANIFEST_FILE, CheckpointError, verify_manifest
 from lm_core.checkpoints.weights import load_weights, read_weights
 
@@ -56,9 +56,11 @@ def save_adapter(
     if not occupied:
         with new_directory(target) as temporary:
             save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
+            share_as_umask_allows(temporary / ADAPTER_FILE)
         return target
     with new_file(target / ADAPTER_FILE) as file:
         save_file(state, file, metadata=metadata)
+        share_as_umask_allows(file)
         (target / MANIFEST_FILE).unlink(missing_ok=True)  # of the first format, which would not fit the new file
     return target
 

@@ -26,6 +26,7 @@ from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
 from lm_core.training.accelerator import autocast
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
+from lm_core.training.precision import float32_masters
 from lm_core.training.session import TrainingResult, TrainingSession
 
 
@@ -147,7 +148,9 @@ class FineTuner:
             rank=rank(),
             world_size=world_size(),
         )
-        # what is optimized: the learned part only
+        # what is optimized: the learned part only, in float32
+        if float32_masters(calm.cross_attns).promoted:
+            self.print("the cross-attentions are trained in float32")
         self.objective = SummedLoss(calm, config.precision)
         self.optimizer = torch.optim.AdamW(
             optimizer_groups(calm, weight_decay=config.weight_decay, parameters=list(calm.trainable_parameters())),

@@ -77,11 +77,19 @@ def whiten(
     """
     _check_shapes(mask, t=t)
     count = mask.sum()
-    mean = t.where(mask, 0).sum() / count.clamp(min=1)
-    centred = (t - mean).where(mask, 0)
+    centred = masked_centred(t, mask)
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     whitened = centred * (variance + epsilon).rsqrt()
-    return whitened if shift_mean else (whitened + mean).where(mask, 0)
+    return whitened if shift_mean else (whitened + t.where(mask, 0).sum() / count.clamp(min=1)).where(mask, 0)
+
+
+def masked_centred(t: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """Values minus their mean over ``mask``; 0 outside, and exactly 0 if all are equal."""
+    values = t[mask]
+    if values.numel() == 0:
+        return torch.zeros_like(t)
+    t = t - values[0]  # the mean of equal values may differ from them by rounding, that of zeros does not
+    return (t - t[mask].mean()).where(mask, 0)
 
 
 @typed
@@ -96,6 +104,7 @@ def leave_one_out_advantages(scores: Float[Tensor, " b"], *, group_size: int) ->
         ValueError: ``group_size`` is below 2 or does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
+    groups = groups - groups[:, :1]  # as in group_advantages
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).reshape(-1)
 
@@ -115,17 +124,19 @@ def group_advantages(
         group_size: responses per prompt, at least 2.
         scale: divides by the group's standard deviation (the paper), by that of all scores, or not at all (Dr. GRPO,
             arXiv 2503.20783: the division favours prompts that are nearly always or nearly never solved).
-        epsilon: added to the deviation, so that a group of equal scores gives 0.
+        epsilon: added to the deviation, which bounds advantages where scores hardly differ; equal scores give 0.
 
     Raises:
         ValueError: ``group_size`` is below 2 or does not divide the number of scores.
     """
     groups = _groups(scores, group_size)
+    # the mean of equal scores may differ from them by rounding, that of zeros does not
+    groups = groups - groups[:, :1]
     centred = groups - groups.mean(dim=1, keepdim=True)
     if scale == "group":
         centred = centred / (groups.std(dim=1, keepdim=True) + epsilon)
     elif scale == "batch":
-        centred = centred / (scores.std() + epsilon)
+        centred = centred / ((scores - scores[0]).std() + epsilon)
     return centred.reshape(-1)
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lm_core.checks import typed
-from palm_rlhf.rl.advantages import discounted_returns, whiten
+from palm_rlhf.rl.advantages import discounted_returns, masked_centred, whiten
 from palm_rlhf.rl.experience import Experience
 from palm_rlhf.rl.log_probs import PolicyOutput
 from palm_rlhf.rl.objectives.base import Objective, TokenLoss
@@ -37,7 +37,7 @@ class REINFORCE(Objective):
         assert experience.token_rewards is not None
         mask = experience.response_mask
         returns = discounted_returns(experience.token_rewards, mask, gamma=self.gamma)
-        advantages = (returns - returns.sum() / mask.sum().clamp(min=1)).where(mask, 0)
+        advantages = masked_centred(returns, mask)
         return (whiten(advantages, mask) if self.whiten_advantages else advantages), None
 
     def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.tokenizers import ByteTokenizer
 from palm_rlhf import PaLM
 from palm_rlhf.cli import build_parser, main
@@ -61,7 +62,30 @@ def test_without_arguments_training_is_the_quickstart():
     assert (chosen.data, chosen.tokenizer, chosen.checkpoint_dir) == ("stdlib", "bytes", "runs/palm-quickstart")
     expected = {**vars(TrainingSettings()), "max_steps": 440, "learning_rate": 4e-3}
     assert {one.name: chosen[one.name] for one in fields(TrainingSettings)} == expected
-    assert chosen.use_xpos is True
+    assert (chosen.preset, chosen.dim, chosen.depth, chosen.use_xpos) == ("quickstart", 192, 4, True)
+
+
+def test_own_data_gets_a_real_model_and_a_flag_next_to_a_preset_wins():
+    small, large, base = (
+        parsed("--data=x.txt", *flags) for flags in ([], ["--preset=large", "--depth=3"], ["--preset", "base"])
+    )
+    assert (small.preset, small.dim, small.depth, small.heads, small.learning_rate) == ("small", 768, 12, 12, 6e-4)
+    assert (large.dim, large.depth, large.dim_head, large.learning_rate) == (2048, 3, 128, 2e-4)
+    assert (base.dim, base.heads, base.learning_rate) == (1024, 16, 3e-4)
+    for chosen in (small, large, base):
+        assert (chosen.max_steps, chosen.checkpoint_dir) == (TrainingSettings().max_steps, "runs/palm")
+
+
+def test_training_from_a_model_takes_its_sizes_weights_and_tokenizer(run, text, tmp_path, capsys):
+    flags = ["--data", str(text), "--model", str(run), "--sequence_length=24", "--validation_tokens=100"]
+    assert parsed("--model", str(run)).dim == 16
+    words = ["train", *flags, "--max_steps=1", "--learning_rate=1e-9", "--device=cpu", "--sample_tokens=0"]
+    assert main([*words, "--checkpoint_dir", str(tmp_path / "more")]) == 0
+    before, after = (PaLM.from_pretrained(checkpoint_folder(place)) for place in (run, tmp_path / "more"))
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-7, rtol=0)
+    assert main([*words, "--dim=32", "--checkpoint_dir", str(tmp_path / "other")]) == 1
+    assert "has its own sizes, got dim 32 (it has 16)" in capsys.readouterr().err
 
 
 def test_a_printed_configuration_reads_back_as_the_same(tmp_path, capsys):
@@ -101,7 +125,7 @@ def test_switches_need_no_value_and_words_may_be_joined_by_dashes():
         (["generate"], "required"),
         (["generate", "folder", "prompt", "--temprature=1"], "the nearest known one is --temperature"),
         (["convert", "old.pt"], "directory"),
-        (["eval", "folder", "--corpsu=x"], "the nearest known one is --corpus"),
+        (["eval", "folder", "--dta=x"], "the nearest known one is --data"),
         (["ppo", "--fsdp"], "unknown argument --fsdp"),
         ([], "train,generate,eval,convert"),
         (
@@ -207,7 +231,7 @@ def test_generate_reads_a_prompt_from_standard_input(run, monkeypatch, capsys):
 def test_eval_prints_the_bits_per_byte_of_a_corpus(run, tmp_path, capsys):
     file = tmp_path / "held_out.txt"
     file.write_text("document of another kind\n" * 4)
-    assert main(["eval", str(run), "--corpus", str(file), "--sequence_length=200", "--device=cpu"]) == 0
+    assert main(["eval", str(run), "--data", str(file), "--sequence_length=200", "--device=cpu"]) == 0
     printed = capsys.readouterr().out
 
     palm = PaLM.from_pretrained(run / "checkpoints" / "step-4")
@@ -269,7 +293,7 @@ def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
         (["generate", "RUN", ""], "prompt must hold at least one token, got ''"),
         (["generate", "RUN", "x", "--max_new_tokens=0"], "max_new_tokens must be"),
         (["generate", "RUN", "x", "--num_samples=0"], "num_samples must be at least 1, got 0"),
-        (["eval", "RUN", "--corpus=nowhere"], "data path does not exist: nowhere"),
+        (["eval", "RUN", "--data=nowhere"], "data path does not exist: nowhere"),
         (["eval", "RUN", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
         (["eval", "FOLDER"], "model must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),

@@ -25,10 +25,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_reward_then_ppo_and_grpo_then_sample(folder, capsys):
-    given = ["--pairs", "pairs.jsonl", "--max_steps", "4", "--checkpoint_dir", "reward", "--device", "cpu"]
-    assert main(["reward", "--checkpoint", "base", *given]) == 0
+    given = ["--data", "pairs.jsonl", "--max_steps", "4", "--checkpoint_dir", "reward", "--device", "cpu"]
+    assert main(["reward", "--model", "base", *given]) == 0
     assert "accuracy" in capsys.readouterr().out
-    learn = ["--prompts", "prompts.jsonl", "--num_episodes", "16", "--update_timesteps", "8", "--max_new_tokens", "4"]
+    learn = ["--data", "prompts.jsonl", "--max_steps", "2", "--update_timesteps", "8", "--max_new_tokens", "4"]
     for command in ("ppo", "grpo"):
         more = ["--group_size", "4"] if command == "grpo" else []
         place = ["--reward", "reward", "--checkpoint_dir", command, "--device", "cpu"]
@@ -53,8 +53,8 @@ def test_a_reward_is_found_in_the_folder_that_an_installed_command_runs_in(folde
     )
     # the path of a script is its own folder, not the current one
     monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
-    learn = ["--prompts", "prompts.jsonl", "--num_episodes", "8", "--update_timesteps", "8", "--max_new_tokens", "4"]
-    more = ["--group_size", "4", "--checkpoint", "base", "--checkpoint_dir", "grpo", "--device", "cpu"]
+    learn = ["--data", "prompts.jsonl", "--max_steps", "1", "--update_timesteps", "8", "--max_new_tokens", "4"]
+    more = ["--group_size", "4", "--model", "base", "--checkpoint_dir", "grpo", "--device", "cpu"]
     assert main(["grpo", "--reward", "digits:score", *learn, *more]) == 0
     assert "reward" in capsys.readouterr().out
 

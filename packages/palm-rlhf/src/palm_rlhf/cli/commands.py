@@ -1,68 +1,73 @@
 """Commands on trained models: ``generate``, ``eval``, ``sample`` and ``convert``."""
 
+import sys
 from typing import Any, Literal
 
 import torch
 
-from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.cli.text_generation import TextGeneration, print_continuations
+from lm_core.checks import check_positive
+from lm_core.cli.text_generation import SamplingFlags, TextGeneration, open_prompt, print_texts, read_prompt
 from lm_core.data.corpora import held_out_documents
 from lm_core.generation.generate import generate as generate_tokens
-from lm_core.tokenizers import load_tokenizer
+from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device
-from palm_rlhf.cli.sources import find_reward
-from palm_rlhf.model.palm import PaLM
+from palm_rlhf.cli.sources import DType, OpenedPolicy, find_reward, open_policy
 from palm_rlhf.pretrain.evaluation import evaluate
 
 
-def generate(checkpoint: str, prompt: str, *, settings: TextGeneration) -> int:
-    """Continues a prompt and prints it.
+def generate(
+    model: str, prompt: str, *, settings: TextGeneration, scope: str | None = "actor", dtype: DType = "auto"
+) -> int:
+    """Continues a prompt and prints it; a trained policy by its policy.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        prompt: text to continue; "-" reads it from standard input, "@FILE" from a file.
         settings: length and sampling of the continuation.
+        scope: LoRA scope of a PaLM, used if it has one of this name; null for the base alone.
+        dtype: dtype of a Hugging Face model's weights; auto keeps the stored one.
     """
-    print_continuations(checkpoint, prompt, settings, loader=PaLM.from_pretrained)
+    policy = _open(model, tokenizer=settings.tokenizer, scope=scope, dtype=dtype)
+    opened = open_prompt(
+        model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=lambda _: policy.model
+    )
+    print_texts(opened, settings, **policy.arguments)
     return 0
 
 
-def evaluate_checkpoint(
-    checkpoint: str,
+def evaluate_model(
+    model: str,
     *,
-    corpus: str = "stdlib",
+    data: str = "stdlib",
     field: str = "text",
     tokenizer: str | None = None,
     sequence_length: int = 256,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    scope: str | None = "actor",
+    dtype: DType = "auto",
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
-    """Prints the loss of a checkpoint on text, in bits per byte.
+    """Prints the loss of a model on text, in bits per byte; of a trained policy, that of the policy.
 
     Args:
-        checkpoint: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.
-        corpus: "stdlib" for the held-out part of Python's library, or any other source of text, scored whole.
-        field: column that holds the text, where there are columns.
-        tokenizer: tokenizer to use instead of the one in the checkpoint.
+        data: "stdlib" for the held-out part of Python's library, or any other source of text, scored whole.
         sequence_length: tokens per row; each is predicted from the earlier ones of its row.
         batch_size: rows per forward pass.
         max_tokens: approximate number of tokens to score, taken evenly from the documents; null for all.
-        precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        device: auto takes CUDA, then MPS, then the CPU.
+        scope: LoRA scope of a PaLM, used if it has one of this name; null for the base alone.
+        dtype: dtype of a Hugging Face model's weights; auto keeps the stored one.
     """
-    folder = checkpoint_folder(checkpoint)
-    encoder = load_tokenizer(tokenizer or folder)
+    policy = _open(model, tokenizer=tokenizer, scope=scope, dtype=dtype)
     held_out = evaluate(
-        PaLM.from_pretrained(folder).to(pick_device(device)),
-        held_out_documents(corpus, tokenizer=encoder, field=field),
-        encoder,
+        policy.model.to(pick_device(device)),
+        held_out_documents(data, tokenizer=policy.tokenizer, field=field),
+        policy.tokenizer,
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_tokens=max_tokens,
         precision=precision,
         progress=True,
+        **policy.arguments,
     )
     print(f"{held_out.bits_per_byte:.4f} bits/byte, {held_out.loss:.4f} nats/token over {held_out.tokens:,} tokens")
     return 0
@@ -98,14 +103,15 @@ def convert(
 
 
 def sample(
-    checkpoint: str,
+    model: str,
     prompt: str,
     *,
+    sampling: SamplingFlags,
     scope: str | None = "actor",
+    dtype: DType = "auto",
     reward: str | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 64,
-    temperature: float = 1.0,
     tokenizer: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -113,49 +119,50 @@ def sample(
     """Prints responses of a trained policy; with a reward, the best first.
 
     Args:
-        checkpoint: folder of a run of ppo or grpo, or of a PaLM.
-        prompt: text to answer.
-        scope: LoRA scope of the policy; null for the network as it is.
+        sampling: temperature, filters and repetition penalty.
+        scope: LoRA scope of a PaLM, used if it has one of this name; null for the base alone.
+        dtype: dtype of a Hugging Face model's weights; auto keeps the stored one.
         reward: folder of a reward model or of its run, or module:function.
-        num_samples: number of responses.
-        max_new_tokens: maximum length of a response, in tokens.
-        temperature: divisor of the logits; above 0.
-        tokenizer: tokenizer to use instead of the one in the checkpoint.
-        seed: seed of the draws.
-        device: auto takes CUDA, then MPS, then the CPU.
     """
     from palm_rlhf.data.prompts import load_prompts
     from palm_rlhf.data.rollouts import rollout_of
     from palm_rlhf.reward.rewards import as_reward, check_scores
 
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    folder = checkpoint_folder(checkpoint)
-    encoder = load_tokenizer(tokenizer or folder)
-    target = pick_device(device)
-    palm = PaLM.from_pretrained(folder).to(target)
+    check_positive(num_samples, "num_samples")
+    policy = _open(model, tokenizer=tokenizer, scope=scope, dtype=dtype)
+    encoder, target = policy.tokenizer, pick_device(device)
     # draw all responses in one batch
-    (parsed,) = load_prompts([prompt], tokenizer=encoder)
-    arguments: dict[str, Any] = {} if scope is None else {"finetune_scope": scope}
+    text = read_prompt(prompt)
+    (parsed,) = load_prompts([text], tokenizer=encoder)
     result = generate_tokens(
-        palm,
+        policy.model.to(target),
         [parsed.ids.to(target)] * num_samples,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        eos_id=encoder.eos_id,
+        temperature=sampling.temperature,
+        filters=sampling.filters(),
+        repetition_penalty=sampling.repetition_penalty,
+        eos_id=end_ids(encoder, policy.model),
         generator=torch.Generator(target).manual_seed(seed),
-        **arguments,
+        **policy.arguments,
     )
     responses = [row[:length].cpu() for row, length in zip(result.tokens, result.lengths.tolist(), strict=True)]
-    texts = [encoder.decode(row.tolist()) for row in responses]
+    texts = [continuation_text(encoder, parsed.ids.tolist(), row.tolist()) for row in responses]
     if reward is None:
-        for text in texts:
-            print(prompt + text)
+        for response in texts:
+            print(text + response)
         return 0
     # rank them by their rewards
     scorer, _ = find_reward(reward)
     rollout = rollout_of([parsed] * num_samples, responses, finished=result.finished.tolist(), texts=texts)
     scores = check_scores(as_reward(scorer)(rollout), num_samples).tolist()
-    for score, text in sorted(zip(scores, texts, strict=True), reverse=True):
-        print(f"--- reward {score:.3f}\n{prompt + text}")
+    for score, response in sorted(zip(scores, texts, strict=True), reverse=True):
+        print(f"--- reward {score:.3f}\n{text + response}")
     return 0
+
+
+def _open(model: str, **settings: Any) -> OpenedPolicy:
+    """``open_policy``, which says on standard error if the model is a trained policy."""
+    policy = open_policy(model, **settings)
+    if "trained" in policy.description:
+        print(f"model: {policy.description}", file=sys.stderr)
+    return policy

@@ -1,17 +1,20 @@
 """Commands of reinforcement learning, one per objective: training, then a comparison of actor and reference."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from lm_core.checks import typed
-from lm_core.cli.main import report_run
-from lm_core.cli.parser import Command, Group
+from lm_core.checks import check_positive, typed
+from lm_core.cli.main import report, report_run
+from lm_core.cli.parser import Command, Group, preset_name
+from lm_core.cli.text_generation import SamplingFlags
 from lm_core.distributed import rank
-from lm_core.generation.sampling import filters_of
+from lm_core.rng import seed_everything
+from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
-from palm_rlhf.cli.sources import REWARD, VALIDATION_PROMPTS, find_reward, find_sources
+from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, DType, find_prompts, find_reward, open_policy
 from palm_rlhf.data.prompts import load_prompts
-from palm_rlhf.model.palm import PaLM
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -19,34 +22,23 @@ from palm_rlhf.rl.policy import ActorCritic
 SHOWN = 2  # pairs of responses printed at the end
 # Arguments of ActorCritic that the commands set themselves.
 SETTLED = ("palm", "critic_palm", "with_critic", "precision", "actor_lora_scope", "critic_lora_scope")
-# Defaults of the quickstart: a LoRA scope on a small model allows high learning rates.
-CONFIG = {"actor_lr": 1e-3, "critic_lr": 3e-3, "checkpoint_every": 40}
-OBJECTIVE_OPTIONS = {"ppo": {"kl_div_loss_weight": 0.2, "value_clip": None}}
-EPOCHS = {"ppo": 2}
-EPISODES = {"ppo": 1088}
+# Settings of the quickstart: a LoRA scope on a small model allows high learning rates.
+QUICK = {"actor_lr": 1e-3, "critic_lr": 3e-3, "checkpoint_every": 40, "max_steps": 80, "max_new_tokens": 32}
+QUICK_OF = {"ppo": {"kl_div_loss_weight": 0.2, "value_clip": None, "epochs": 2, "max_steps": 136}}
 
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class Responses:
+class Responses(SamplingFlags):
     """Responses: number, length and sampling.
 
     Args:
-        num_episodes: responses of the whole run.
         update_timesteps: responses per phase, drawn before its updates; a multiple of the group size.
-        max_new_tokens: maximum length of a response, in tokens.
-        temperature: divisor of the logits.
-        top_k: keeps the k most likely tokens.
-        top_p: keeps the most likely tokens up to this probability together.
         stop_strings: texts that end a response.
     """
 
-    num_episodes: int = 1280
     update_timesteps: int = 64
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_new_tokens: int = 128
     stop_strings: list[str] | None = None
 
     def sampling(self) -> dict[str, Any]:
@@ -54,7 +46,10 @@ class Responses:
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
-            "filters": filters_of(top_k=self.top_k, top_p=self.top_p),
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
             "stop_strings": self.stop_strings or [],
         }
 
@@ -65,13 +60,18 @@ def train_policy(
     config: RLConfig,
     policy: dict[str, Any],
     responses: Responses,
+    max_steps: int = 1000,
     reward: str = REWARD,
-    checkpoint: str | None = None,
-    prompts: str = "stdlib",
-    validation_prompts: str | None = None,
+    model: str | None = None,
+    data: str = "stdlib",
+    validation_data: str | None = None,
+    validation_fraction: float = 0.05,
     tokenizer: str | None = None,
+    dtype: DType = "auto",
+    lora_r: int | None = None,
     checkpoint_dir: str = "runs/palm-ppo",
     resume: bool | Literal["auto"] = "auto",
+    trackers: list[str] | None = None,
 ) -> int:
     """Trains a policy against a reward.
 
@@ -79,35 +79,49 @@ def train_policy(
         objective: objective to optimize.
         config: optimizer, batches, precision and checkpoints.
         policy: arguments of ``ActorCritic``.
-        responses: number, length and sampling of responses.
+        responses: length and sampling of responses.
+        max_steps: optimizer updates of the run.
         reward: folder of a reward model or of its run, or module:function.
-        checkpoint: folder of the policy; by default the base the reward model was trained on, which both then share.
-        prompts: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
-        validation_prompts: rows for the final comparison of actor and reference; by default from other documents of the
-            library, or for a file the first of ``prompts``.
-        tokenizer: tokenizer to use instead of the one in the checkpoint.
-        checkpoint_dir: folder of the run.
-        resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
+        model: policy to start from: a PaLM's folder or run, a Hugging Face model or adapter (folder, or
+            organisation/name on the hub); by default the base of the reward model, which both then share.
+        data: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
+        dtype: dtype of a Hugging Face model's frozen weights; auto keeps the stored one.
+        lora_r: rank of the actor's and the critic's adapter, where these have no flag of their own.
     """
     from palm_rlhf.rl.evaluation import evaluate_policy
     from palm_rlhf.rl.trainer import RLHFTrainer
 
+    check_positive(max_steps, "max_steps")
+    seed_everything(config.seed)  # covers adapters and value heads
     # a reward model and the policy trained from its base share that base
     scores, base = find_reward(reward)
-    folder, encoder, train_prompts, held_out = find_sources(checkpoint, base, tokenizer, prompts, validation_prompts)
+    encoder: Any
+    if model is None and base is not None:
+        network, encoder, origin = scores.palm, load_tokenizer(tokenizer or base), f"base of the reward model {base}"
+    else:
+        opened = open_policy(model or QUICKSTART, tokenizer=tokenizer, dtype=dtype)
+        network, encoder, origin = opened.model, opened.tokenizer, opened.description
+    for name in ("actor_lora_r", "critic_lora_r"):
+        policy[name] = lora_r if policy[name] is None else policy[name]
+    prompts, held_out = find_prompts(data, validation_data, validation_fraction, encoder)
     trainer = RLHFTrainer(
-        scores.palm if checkpoint is None and base is not None else PaLM.from_pretrained(folder),
+        network,
         scores,
         objective=objective,
         config=config,
-        prompts=train_prompts,
+        prompts=prompts,
         tokenizer=encoder,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
+        trackers=trackers or (),
         **policy,
     )
+    report("model", origin)
     sampling = responses.sampling()
-    result = trainer.train(responses.num_episodes, update_timesteps=responses.update_timesteps, **sampling)
+    steps = trainer.whole_phases(max_steps, responses.update_timesteps)
+    rounded = "" if steps == max_steps else f" ({max_steps} rounded up to whole phases)"
+    report("run", f"{checkpoint_dir}, {steps} updates{rounded}, {len(trainer.prompts)} prompts, {trainer.device}")
+    result = trainer.train(max_steps=max_steps, update_timesteps=responses.update_timesteps, **sampling)
     lines = [*_progress(result.metrics), ("updates", f"{result.updates} in {result.phases} phases")]
     results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
@@ -150,18 +164,25 @@ def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
     return lines
 
 
+def _presets(objective: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the quickstart, without own model, data and reward."""
+    own = {**chosen, "reward": None if chosen["reward"] == REWARD else chosen["reward"]}
+    is_quick = preset_name(own, "model", "data", "reward") == "quickstart"
+    return {**QUICK, **QUICK_OF.get(objective, {})} if is_quick else {}
+
+
 def command_of(name: str) -> Command:
     """The command that trains a policy by one objective of ``OBJECTIVES``."""
     kind = OBJECTIVES[name]
-    episodes = {"num_episodes": EPISODES[name]} if name in EPISODES else {}
     return Command(
         train_policy,
         {
-            "objective": Group(kind, defaults=OBJECTIVE_OPTIONS.get(name, {})),
-            "config": Group(RLConfig, defaults={**CONFIG, "epochs": EPOCHS.get(name)}),
+            "objective": Group(kind),
+            "config": Group(RLConfig),
             "policy": Group(ActorCritic, skip=SETTLED, as_dict=True),
-            "responses": Group(Responses, defaults=episodes),
+            "responses": Group(Responses),
         },
         f"Trains a policy by {kind.__name__} against a reward.",
+        partial(_presets, name),
         defaults={"checkpoint_dir": f"runs/palm-{name}"},
     )

@@ -5,18 +5,67 @@ Without arguments each command uses the output of the previous one: ``train``, t
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
+from lm_core.checkpoints.pretrained import CONFIG_FILE
+from lm_core.checks import check_probability
 from lm_core.data.corpora import load_corpus
+from lm_core.data.epochs import permutation
 from lm_core.data.rows import load_rows
-from lm_core.tokenizers import load_tokenizer
+from lm_core.tokenizers import Tokenizer, load_tokenizer
+from palm_rlhf.model.palm import PaLM
 
-BASE = "runs/palm-quickstart"
+QUICKSTART = "runs/palm-quickstart"
 REWARD = "runs/palm-reward"
 VALIDATION_PROMPTS = 128
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class OpenedPolicy:
+    """A language model with its tokenizer.
+
+    Attributes:
+        model: a PaLM or a Hugging Face model.
+        tokenizer: its tokenizer.
+        arguments: arguments of its forward, such as the LoRA scope of a policy.
+        description: text for a report: folder and scope.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    arguments: dict[str, Any]
+    description: str
+
+
+def open_policy(
+    model: str, *, tokenizer: str | None = None, scope: str | None = "actor", dtype: DType = "auto"
+) -> OpenedPolicy:
+    """A language model as it was trained: a policy of ``ppo`` or ``grpo`` with its LoRA scope.
+
+    Args:
+        model: folder of ours, of a run, of a Hugging Face model or adapter; or organisation/name on the hub.
+        tokenizer: tokenizer to use instead of the model's.
+        scope: LoRA scope of a PaLM, used if it has one of this name; None for the base alone.
+        dtype: dtype of a Hugging Face model's weights; "auto" keeps the stored one.
+    """
+    folder = checkpoint_folder(model)
+    network = load_causal_lm(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    encoder = load_tokenizer(tokenizer or folder)
+    if isinstance(network, PaLM) and scope is not None and scope in network.finetune_modules:
+        return OpenedPolicy(network, encoder, {"finetune_scope": scope}, f"{folder}, trained policy (scope {scope!r})")
+    if hasattr(network, "peft_config"):
+        return OpenedPolicy(network, encoder, {}, f"{folder}, trained adapter on its base model")
+    return OpenedPolicy(network, encoder, {}, str(folder))
 
 
 def find_reward(reward: str) -> tuple[Any, Path | None]:
@@ -29,27 +78,32 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
             sys.path.insert(0, os.getcwd())
         return reward, None
     folder = checkpoint_folder(reward)
-    if read_json(folder / "config.json").get("class") != "RewardModel":
+    if read_json(folder / CONFIG_FILE).get("class") != "RewardModel":
         raise ValueError(f"reward must be the folder of a RewardModel or module:function, got {reward}")
     return RewardModel.from_pretrained(folder), folder
 
 
-def find_sources(
-    checkpoint: str | None, base: Path | None, tokenizer: str | None, prompts: str, validation_prompts: str | None
-) -> tuple[Path, Any, Any, Any]:
-    """The policy's folder, its tokenizer, prompts to learn from and prompts to compare on."""
-    folder = base if checkpoint is None and base is not None else checkpoint_folder(checkpoint or BASE)
-    encoder = load_tokenizer(tokenizer or folder)
-    train_prompts = _prompts(prompts, encoder, "train", count=512, seed=2)
-    held_out = validation_prompts or ("stdlib" if prompts == "stdlib" else prompts)
-    validation = _prompts(held_out, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
-    return folder, encoder, train_prompts, validation
+def find_prompts(data: str, validation_data: str | None, fraction: float, encoder: Any) -> tuple[Any, Any]:
+    """Prompts to learn from and held-out prompts: from other documents, or a fraction of the rows.
+
+    Raises:
+        ValueError: ``fraction`` is outside [0, 1).
+    """
+    prompts = _prompts(data, encoder, "train", count=512, seed=2)
+    if validation_data is not None or data == "stdlib":
+        return prompts, _prompts(validation_data or data, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
+    check_probability(fraction, "validation_fraction")
+    if len(prompts) < 2 or not fraction:
+        return prompts, prompts  # nothing to hold out
+    order = permutation(len(prompts), 0, "validation").tolist()
+    count = max(1, int(fraction * len(prompts)))
+    return [prompts[row] for row in sorted(order[count:])], [prompts[row] for row in sorted(order[:count])]
 
 
-def _prompts(prompts: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:
+def _prompts(data: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:
     from palm_rlhf.data.corrupted_pairs import document_prompts
 
-    if prompts == "stdlib":
+    if data == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)
         return document_prompts(getattr(corpus, side), count=count, seed=seed)
-    return load_rows(prompts, text_rows="line", name="prompts")
+    return load_rows(data, text_rows="line", name="data")

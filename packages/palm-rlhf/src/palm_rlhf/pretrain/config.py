@@ -15,7 +15,6 @@ class TrainingSettings(CommonSettings):
         sequence_length: tokens per row.
         batch_size: rows per micro-batch, on each process.
         gradient_accumulation: micro-batches per update.
-        compile: compiles the model with its loss (torch.compile).
         fsdp: shards weights and optimizer state over the processes.
         validation_tokens: tokens of held-out text that are scored; null for all.
     """
@@ -23,7 +22,6 @@ class TrainingSettings(CommonSettings):
     sequence_length: int = 256
     batch_size: int = 4
     gradient_accumulation: int = 1
-    compile: bool = False
     fsdp: bool = False
     validate_every: int = 250
     validation_tokens: int | None = 32_768

@@ -5,11 +5,12 @@ and by the bytes of text that the predicted tokens decode to. The first token of
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from lm_core.adapters import as_causal_lm
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids
 from lm_core.data.documents import Documents
@@ -43,12 +44,14 @@ def score(objective: NextTokenLoss, batches: ValidationBatches, *, progress: boo
         ValueError: a token id is not below the model's ``num_tokens``.
     """
     device = next(objective.parameters()).device
-    vocabulary = int(objective.model.num_tokens)  # type: ignore[arg-type]
+    model: Any = objective.model
+    vocabulary = getattr(model, "num_tokens", None) or model.vocab_size
     unit = torch.ones((), device=device)
     nats, labels = [], 0
     with eval_mode(objective):
         for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
-            check_ids(batch.ids, vocabulary, "documents")
+            if vocabulary is not None:
+                check_ids(batch.ids, vocabulary, "documents")
             labels += batch.num_labels
             rows = batch.to(device)
             nats.append(objective(rows.ids, rows.labels, rows.document_ids, unit))
@@ -59,7 +62,7 @@ def score(objective: NextTokenLoss, batches: ValidationBatches, *, progress: boo
 
 
 def evaluate(
-    model: nn.Module,
+    model: Any,
     documents: Documents,
     tokenizer: Tokenizer,
     *,
@@ -68,11 +71,12 @@ def evaluate(
     max_tokens: int | None = None,
     precision: Precision = "auto",
     progress: bool = False,
+    **arguments: Any,
 ) -> Evaluation:
     """Bits per byte of a model on documents.
 
     Args:
-        model: language model with ``hidden(ids, document_ids=...)``, ``output_weight`` and ``num_tokens``.
+        model: a PaLM, or anything ``lm_core.adapters.as_causal_lm`` accepts.
         documents: documents in the ids of ``tokenizer``.
         tokenizer: tokenizer with the ids that end and pad documents.
         sequence_length: tokens per row; each is predicted from the earlier ones of its row.
@@ -80,6 +84,7 @@ def evaluate(
         max_tokens: approximate number of tokens, taken evenly from the documents; None for all.
         precision: "auto", "fp32" or "bf16".
         progress: shows a progress bar.
+        **arguments: further arguments of the model, such as ``finetune_scope``.
 
     Raises:
         ValueError: a size below 1, or a token id that is not below the model's ``num_tokens``.
@@ -92,4 +97,5 @@ def evaluate(
         pad_id=tokenizer.pad_id or 0,
         max_tokens=max_tokens,
     )
-    return score(NextTokenLoss(model, precision=precision), batches, progress=progress)
+    objective = NextTokenLoss(as_causal_lm(model), precision=precision, **arguments)
+    return score(objective, batches, progress=progress)

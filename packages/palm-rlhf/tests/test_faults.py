@@ -99,7 +99,7 @@ def steps(path):
 
 def result(path):
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k not in ("tokens_per_second", "rollout_seconds")} for row in rows]
+    kept = [{k: v for k, v in row.items() if not k.endswith(("_second", "_seconds"))} for row in rows]
     samples = path / "samples.jsonl"
     weights = (latest_checkpoint(path / "checkpoints") / "model.safetensors").read_bytes()
     return steps(path), weights, kept, samples.read_text() if samples.exists() else None

@@ -4,7 +4,8 @@ Each pass over the prompts is a new permutation. Their order is a function of th
 so a resumed run needs only that number.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 from lm_core.checks import check_ids
 from lm_core.data.rows import load_rows
 from lm_core.generation.decoding import prompt_rows
-from lm_core.tokenizers import HuggingFaceTokenizer
+from lm_core.tokenizers import as_tokenizer as as_known_tokenizer
+from lm_core.tokenizers import full_text, prompt_ids
 
 PROMPT_COLUMNS = ("prompt", "messages", "text", "query")
 
@@ -29,11 +31,13 @@ class Prompt:
         ids: token ids, 1-D, at least one.
         text: the prompt as text; None without a text or a tokenizer.
         columns: other columns of its dataset row, for rewards that check answers.
+        messages: the messages of a chat, whose text is then that of the template, markers included; None otherwise.
     """
 
     ids: Int[Tensor, " n"]
     text: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
@@ -60,32 +64,22 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
         if texts and all(isinstance(text, str) for text in texts):
             return load_prompts(tokenizer(list(texts)))
         tokenizer = None
-    if isinstance(source, str):
-        source = [source]
-    if not isinstance(source, Sequence) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise TypeError(f"prompts must be ids, texts, chats, rows or a dataset, got {type(source).__name__}")
-    prompts = [_prompt(source[index], index, tokenizer) for index in range(len(source))]
+    rows = [source] if isinstance(source, str) else load_rows(source, name="prompts")
+    prompts = [_prompt(row, index, tokenizer) for index, row in enumerate(rows)]
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     return prompts
 
 
 def as_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer with ``encode`` and ``decode``; one of Hugging Face is wrapped, so that its EOS is known.
-
-    A function from texts to ids, the form of PaLM-rlhf-pytorch, is returned unchanged.
+    """``lm_core.tokenizers.as_tokenizer``, also of a function from texts to ids, the form of PaLM-rlhf-pytorch.
 
     Raises:
         TypeError: it is none of these.
     """
-    if tokenizer is None or isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer
-    if any(cls.__name__ == "PreTrainedTokenizerBase" for cls in type(tokenizer).__mro__):
-        return HuggingFaceTokenizer(tokenizer)
-    both = callable(getattr(tokenizer, "encode", None)) and callable(getattr(tokenizer, "decode", None))
-    if not both and not callable(tokenizer):
-        raise TypeError(f"tokenizer must have encode and decode, got {type(tokenizer).__name__}")
-    return tokenizer
+    is_function = callable(tokenizer) and not hasattr(tokenizer, "encode")
+    has_both = hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode") and not hasattr(tokenizer, "eos_token_id")
+    return tokenizer if tokenizer is None or is_function or has_both else as_known_tokenizer(tokenizer)
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
@@ -96,27 +90,34 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
         check_ids(torch.cat([prompt.ids for prompt in prompts]), vocab_size, "prompts")
 
 
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Hash of the prompts and of the columns of their rows, to recognise the data of a run."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.ids.tolist(), sorted(prompt.columns.items(), key=str))).encode("utf-8", "replace"))
+    return digest.hexdigest()[:16]
+
+
 def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
     columns: dict[str, Any] = {}
-    text: str | None
     if isinstance(entry, Prompt):
         return entry
     if isinstance(entry, Mapping):
-        column = next((name for name in PROMPT_COLUMNS if name in entry), None)
+        column = next((name for name in PROMPT_COLUMNS if entry.get(name) is not None), None)
         if column is None:
             raise ValueError(f"prompts[{index}] must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
         columns = {str(name): value for name, value in entry.items() if name != column}
         entry = entry[column]
+    messages, text = None, None
     if isinstance(entry, str):
         if tokenizer is None:
             raise ValueError(f"prompts[{index}] is text, which needs a tokenizer, got tokenizer=None")
-        ids, text = torch.tensor(tokenizer.encode(entry), dtype=torch.long), entry
+        ids, text = _encoded(prompt_ids, tokenizer, entry, index), entry
     elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
-        template = getattr(tokenizer, "apply_chat_template", None)
-        if template is None:
+        if getattr(tokenizer, "apply_chat_template", None) is None:
             raise ValueError(f"prompts[{index}] is a chat, which needs a tokenizer with apply_chat_template")
-        ids = torch.tensor(template(entry, add_generation_prompt=True), dtype=torch.long)
-        text = _decoded(ids, tokenizer)
+        ids, messages = _encoded(_chat_ids, tokenizer, entry, index), entry
+        text = full_text(tokenizer, ids)
     else:
         if isinstance(entry, Sequence) and all(type(value) is int for value in entry):
             entry = torch.tensor(list(entry), dtype=torch.long)
@@ -125,7 +126,19 @@ def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
         ids, text = entry.long().cpu(), _decoded(entry, tokenizer)
     if ids.numel() == 0:
         raise ValueError(f"prompts[{index}] must hold at least one token, it is empty")
-    return Prompt(ids, text, columns)
+    return Prompt(ids, text, columns, messages)
+
+
+def _chat_ids(tokenizer: Any, messages: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def _encoded(encode: Callable[[Any, Any], list[int]], tokenizer: Any, value: Any, index: int) -> Tensor:
+    """Ids of a text or a chat; an error names the row."""
+    try:
+        return torch.tensor(encode(tokenizer, value), dtype=torch.long)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"prompts[{index}] cannot be tokenised: {error}") from error
 
 
 def _decoded(ids: Tensor, tokenizer: Any) -> str | None:

@@ -27,9 +27,11 @@ class Rollout:
         lengths: ``(b,)`` tokens of prompt and response, EOS included.
         finished: ``(b,)`` True where the response ended by EOS or a stop string.
         temperature: sampling temperature.
+        repetition_penalty: penalty of tokens already in the text, by which the logits were changed.
         kept: ``(b, n - 1, k)`` packed kept sets of a filtered draw.
         texts: responses as text; None without a tokenizer.
         prompt_texts: prompts as text.
+        messages: prompts that are chats, as messages; None for the others.
         columns: columns of the prompts' dataset rows.
     """
 
@@ -38,9 +40,11 @@ class Rollout:
     lengths: Int[Tensor, " b"]
     finished: Bool[Tensor, " b"]
     temperature: float = 1.0
+    repetition_penalty: float = 1.0
     kept: Tensor | None = None
     texts: list[str] | None = None
     prompt_texts: list[str | None] | None = None
+    messages: list[Sequence[Mapping[str, Any]] | None] | None = None
     columns: list[Mapping[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -58,9 +62,13 @@ class Rollout:
         return (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
 
     def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
-        """The first ``number`` responses with prompts and scores, for a log; token ids without a tokenizer."""
+        """Up to ``number`` responses with prompts and scores, for a log; token ids without a tokenizer.
+
+        They are evenly spaced over the rows, so that groups of responses to one prompt show several prompts.
+        """
         chosen = []
-        for row in range(min(max(number, 0), len(self))):
+        count = min(max(number, 0), len(self))
+        for row in (index * len(self) // count for index in range(count)):
             ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
             chosen.append(
                 {
@@ -117,6 +125,7 @@ def rollout_of(
         temperature=temperature,
         texts=texts,
         prompt_texts=[prompt.text for prompt in prompts],
+        messages=[prompt.messages for prompt in prompts],
         columns=[prompt.columns for prompt in prompts],
     )
 

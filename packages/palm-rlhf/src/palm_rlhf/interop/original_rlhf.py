@@ -115,6 +115,7 @@ def actor_critic_from_palm_rlhf_pytorch(
             critic_lora=critic_scope is not None,
             actor_lora_scope=actor_scope or "actor",
             critic_lora_scope=critic_scope or "critic",
+            reference="base",  # as in the original
             value_range=value_range,
             value_bins=outputs if value_range is not None else 51,
         )

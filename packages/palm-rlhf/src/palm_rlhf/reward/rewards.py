@@ -5,17 +5,23 @@
 | ``RewardModel`` | the tokens |
 | Hugging Face sequence classifier, with its own tokenizer | prompt and response as text |
 | callable ``(sequences, prompt_lengths) -> rewards`` | padded ids ``(b, n)`` and lengths |
-| callable with a parameter ``completions`` | TRL's ``f(prompts=, completions=, **columns) -> list[float | None]`` |
+| callable with a parameter ``completions``, also ``async`` | TRL's ``f(prompts=, completions=, **columns) -> list`` |
 | list of these, or of ``(weight, reward)`` | each in turn; the weighted sum |
 | ``"module:function"`` | as the function that it names |
 
-Where a text callable returns None, its term is left out for that response.
+A text callable returns a number or None for each response; with None, its term is left out. As in TRL it may have a
+parameter ``completion_ids``, and a prompt that is a chat is passed as its messages, its completion as
+``[{"role": "assistant", "content": text}]``.
 """
 
+import asyncio
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +33,8 @@ from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.model import RewardModel
 
 Reward = Callable[[Rollout], Tensor]
+
+_UNLIMITED = 10**9  # tokenizers without a limit have 10**30
 
 
 @dataclass(frozen=True)
@@ -48,19 +56,26 @@ class ModelReward:
         return torch.cat(scores)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassifierReward:
     """A Hugging Face sequence classifier with one label, and the tokenizer it was trained with.
 
+    A chat is scored as the text of the classifier's chat template, or of the policy's if it has none. Texts that exceed
+    the classifier's limit lose their beginning, and a warning counts them.
+
     Args:
         model: a ``...ForSequenceClassification`` with ``num_labels=1``.
-        tokenizer: called as ``tokenizer(texts, padding=True, return_tensors="pt")``.
+        tokenizer: tokenizer of ``transformers``.
         batch_size: responses per forward pass.
+
+    Attributes:
+        truncated: responses so far whose text exceeded the limit.
     """
 
     model: Any
     tokenizer: Any
     batch_size: int = 16
+    truncated: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         labels = getattr(getattr(self.model, "config", None), "num_labels", None)
@@ -72,16 +87,52 @@ class ClassifierReward:
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of prompt and response as one text."""
-        prompts, completions = _texts(rollout)
-        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        chats = rollout.messages or [None] * len(rollout)
+        rows = zip(*_texts(rollout), chats, strict=True)
+        texts = [self._text(*row) for row in rows]
         device = next(self.model.parameters()).device
-        scores = []
-        with eval_mode(self.model):
-            for first in range(0, len(whole), self.batch_size):
-                texts = whole[first : first + self.batch_size]
-                batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        scores, too_long = [], 0
+        with eval_mode(self.model), self._truncation_on_the_left():
+            for first in range(0, len(texts), self.batch_size):
+                part = slice(first, first + self.batch_size)
+                # a template has written the special tokens already
+                settings: dict[str, Any] = {"add_special_tokens": False} if any(chats[part]) else {}
+                if (limit := self._limit()) is not None:
+                    settings["max_length"] = limit
+                    ids = self.tokenizer(texts[part], **{**settings, "max_length": None})["input_ids"]
+                    too_long += sum(len(row) > limit for row in ids)
+                batch = self.tokenizer(texts[part], padding=True, truncation=True, return_tensors="pt", **settings)
                 scores.append(self.model(**batch.to(device)).logits[:, 0].float())
+        if too_long:
+            self.truncated += too_long
+            warnings.warn(f"{too_long} of {len(texts)} texts exceed the reward's limit, cut on the left", stacklevel=2)
         return torch.cat(scores)
+
+    def _text(self, prompt: str, completion: str, messages: Any) -> str:
+        if messages is None or not getattr(self.tokenizer, "chat_template", None):
+            return prompt + completion
+        chat = [*map(dict, messages), {"role": "assistant", "content": completion}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+
+    def _limit(self) -> int | None:
+        """Maximum number of tokens; None if tokenizer and model define none."""
+        limits = (
+            getattr(self.tokenizer, "model_max_length", None),
+            getattr(self.model.config, "max_position_embeddings", None),
+        )
+        known = [limit for limit in limits if limit is not None and limit < _UNLIMITED]
+        return min(known) if known and hasattr(self.tokenizer, "model_max_length") else None
+
+    @contextlib.contextmanager
+    def _truncation_on_the_left(self) -> Iterator[None]:
+        """The response is what is scored, so it must stay."""
+        side = getattr(self.tokenizer, "truncation_side", None)
+        try:
+            self.tokenizer.truncation_side = "left"
+            yield
+        finally:
+            if side is not None:
+                self.tokenizer.truncation_side = side
 
 
 @dataclass(frozen=True)
@@ -97,12 +148,19 @@ class FunctionReward:
             more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
             values = self.function(rollout.ids, rollout.prompt_lengths, **more)
             return _as_scores(values, len(rollout), self.function)
-        prompts, completions = _texts(rollout)
-        names = sorted({name for columns in rollout.columns for name in columns})
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            names = [name for name in names if name in parameters]
-        columns = {name: [row.get(name) for row in rollout.columns] for name in names}
-        values = self.function(prompts=prompts, completions=completions, **columns)
+        arguments = _text_arguments(rollout)
+        required = [name for name, parameter in parameters.items() if _is_required(parameter)]
+        if missing := [name for name in required if name not in arguments]:
+            raise TypeError(
+                f"reward {_name(self.function)} needs {', '.join(missing)}, but gets {', '.join(sorted(arguments))}"
+            )
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        only_named = {"completion_ids"} if takes_more else set(arguments)
+        arguments = {name: value for name, value in arguments.items() if name in parameters or name not in only_named}
+        values = self.function(**arguments)
+        if inspect.isawaitable(values):
+            with ThreadPoolExecutor(1) as pool:  # a notebook runs a loop of its own in this thread
+                values = pool.submit(asyncio.run, _awaited(values)).result()
         if not isinstance(values, Tensor):
             values = [float("nan") if value is None else value for value in values]
         return _as_scores(values, len(rollout), self.function)
@@ -161,7 +219,7 @@ def check_scores(scores: Any, count: int) -> Float[Tensor, " b"]:
 
 
 def _as_scores(values: Any, count: int, source: Any) -> Tensor:
-    name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+    name = source if isinstance(source, str) else _name(source)
     try:
         scores = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -180,11 +238,41 @@ def _texts(rollout: Rollout) -> tuple[list[str], list[str]]:
     return [str(text) for text in prompts], rollout.texts
 
 
+def _text_arguments(rollout: Rollout) -> dict[str, Any]:
+    """Arguments of a text callable: prompts, completions (as messages for chats), their ids, and the columns."""
+    prompts, completions = _texts(rollout)
+    messages = rollout.messages or [None] * len(rollout)
+    ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    names = sorted({name for columns in rollout.columns for name in columns})
+    return {
+        **{name: [row.get(name) for row in rollout.columns] for name in names},
+        "prompts": [prompt if chat is None else list(chat) for prompt, chat in zip(prompts, messages, strict=True)],
+        "completions": [
+            text if chat is None else [{"role": "assistant", "content": text}]
+            for text, chat in zip(completions, messages, strict=True)
+        ],
+        "completion_ids": [ids[first:last] for ids, (first, last) in zip(rollout.ids.tolist(), ends, strict=True)],
+    }
+
+
+async def _awaited(values: Any) -> Any:
+    return await values
+
+
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     try:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return {}
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    return named and parameter.default is parameter.empty
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _is_weighted(entry: Any) -> bool:

@@ -4,6 +4,7 @@ Processes share each minibatch and sum their gradients, so an update is the same
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, typed
 from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import rank, world_size
+from lm_core.training.accelerator import autocast
 from lm_core.training.config import CommonSettings
 from lm_core.training.session import TrainingResult, TrainingSession, adamw
 from palm_rlhf.data.preferences import Labelled, Preference, load_preferences
@@ -33,9 +35,9 @@ class RewardSettings(CommonSettings):
 
     Args:
         batch_size: examples per update, over all processes.
+        validation_fraction: fraction of the data held out for validation.
         normalize: standardizes rewards learned from pairs after the last update: mean 0 over held-out chosen responses,
             standard deviation 1 over all held-out responses. Rewards learned from labels keep their scale.
-        precision: precision of matrix products; float32 only.
     """
 
     max_steps: int = 200
@@ -43,14 +45,16 @@ class RewardSettings(CommonSettings):
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     beta2: float = 0.999
+    validation_fraction: float = 0.1
     normalize: bool = True
     validate_every: int = 50
     checkpoint_every: int | None = 100
-    precision: Literal["fp32"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts("batch_size")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class RewardResult(TrainingResult):
     """Result of a run; see also ``lm_core.training.session.TrainingResult``.
 
     Attributes:
-        first_accuracy: accuracy on held-out examples before training; NaN without any.
+        first_accuracy: accuracy on held-out examples before training.
         last_accuracy: accuracy after training. For pairs: fraction with the higher reward on the chosen response (a tie
             counts half); for bins: fraction where the likeliest is right; for numbers: explained variance.
     """
@@ -73,7 +77,7 @@ class RewardModelTrainer:
     Args:
         reward_model: model to train, in place: its scope, head and embeddings.
         pairs: pairs or labelled responses; see ``load_preferences``.
-        validation_pairs: held-out examples; by default a tenth of ``pairs``, drawn with a fixed seed.
+        validation_pairs: held-out examples; by default ``validation_fraction`` of ``pairs``, drawn with a fixed seed.
         tokenizer: tokenizer of texts; stored in checkpoints.
         checkpoint_dir: folder of the run; None writes nothing.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
@@ -82,7 +86,8 @@ class RewardModelTrainer:
         **options: fields of ``settings`` to override.
 
     Raises:
-        ValueError: a number is out of range, or ids or labels do not fit the model.
+        ValueError: a number is out of range, ids or labels do not fit the model, or there are too few pairs to hold
+            some out.
         TypeError: an option is unknown or of another type.
     """
 
@@ -107,8 +112,14 @@ class RewardModelTrainer:
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-            tenth = len(examples) // 10
-            held_out, examples = ([examples[row] for row in sorted(rows)] for rows in (order[:tenth], order[tenth:]))
+            count = int(len(examples) * settings.validation_fraction)
+            if not count:
+                raise ValueError(
+                    f"pairs must be at least {math.ceil(1 / settings.validation_fraction)} to hold out "
+                    f"{settings.validation_fraction} of them, got {len(examples)}; pass validation_pairs "
+                    "(--validation_data) or a larger validation_fraction"
+                )
+            held_out, examples = ([examples[row] for row in sorted(rows)] for rows in (order[:count], order[count:]))
         else:
             held_out = load_preferences(validation_pairs, tokenizer=tokenizer)
         for example in [*examples, *held_out]:
@@ -126,6 +137,8 @@ class RewardModelTrainer:
         )
         self.device = self.session.device
         self.model = reward_model.to(self.device)
+        self.precision = settings.precision
+        self._outputs = self.session.compiled(self._scores)
         self.normalize = settings.normalize and isinstance(examples[0], Preference)
         self.batch_size = min(settings.batch_size, len(examples))
         self.order = UpdateOrder(
@@ -139,6 +152,7 @@ class RewardModelTrainer:
                 "max_steps": settings.max_steps,
                 "batch_size": settings.batch_size,
                 "examples": _fingerprint(examples),
+                "held_out": _fingerprint(held_out),
             },
             tokenizer=tokenizer,
             validate=self._validate,
@@ -160,24 +174,22 @@ class RewardModelTrainer:
                 session.log(session.optimizer_step())
         return session.result(
             RewardResult,
-            first_accuracy=session.first_validation.get("validation_accuracy", float("nan")),
-            last_accuracy=session.last_validation.get("validation_accuracy", float("nan")),
+            first_accuracy=session.first_validation["validation_accuracy"],
+            last_accuracy=session.last_validation["validation_accuracy"],
         )
 
     def accuracy(self, examples: Sequence[Preference | Labelled] | None = None) -> float:
         """Accuracy on ``examples``, by default the held-out ones; see ``RewardResult``."""
         examples = self.held_out if examples is None else examples
-        return _accuracy(type(examples[0]), *self._predictions(examples)) if examples else float("nan")
+        return _accuracy(type(examples[0]), *self._predictions(examples))
 
     def _validate(self) -> dict[str, float]:
         """Accuracy on held-out examples; standardizes rewards after the last update."""
         scaled = self.normalize and self.session.step == self.settings.max_steps
-        if not self.held_out and not scaled:
-            return {}
-        first, second = self._predictions(self.held_out or self.examples[:256])
+        first, second = self._predictions(self.held_out)
         if scaled and float(deviation := torch.cat((first, second)).double().std()) > 0:
             self.model.standardize(mean=float(first.double().mean()), deviation=float(deviation))
-        return {"validation_accuracy": _accuracy(type(self.held_out[0]), first, second)} if self.held_out else {}
+        return {"validation_accuracy": _accuracy(type(self.held_out[0]), first, second)}
 
     def _loss(self, examples: Sequence[Any]) -> Tensor:
         """This process's share of the loss of a minibatch."""
@@ -208,13 +220,18 @@ class RewardModelTrainer:
         else:
             responses = [example.response for example in examples]
         ids, prompt_lengths, lengths = (tensor.to(self.device) for tensor in joined(prompts, responses))
-        score = self.model if are_pairs else self.model.logits
-        outputs = score(ids, prompt_lengths=prompt_lengths, lengths=lengths)
+        with autocast(self.precision, self.device):
+            outputs = self._outputs(are_pairs, ids, prompt_lengths, lengths).to(self.model.head.weight.dtype)
         if are_pairs:
             chosen, rejected = outputs.chunk(2)
             return chosen, rejected
         labels = torch.tensor([example.label for example in examples], device=self.device)
         return (outputs, labels.long()) if self.model.num_binned_output else (outputs[:, 0], labels.to(outputs.dtype))
+
+    def _scores(self, are_pairs: bool, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """Rewards of pairs, or outputs of the head."""
+        score = self.model if are_pairs else self.model.logits
+        return score(ids, prompt_lengths=prompt_lengths, lengths=lengths)
 
 
 def _fingerprint(examples: Sequence[Any]) -> str:

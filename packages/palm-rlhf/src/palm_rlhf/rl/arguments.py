@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from lm_core.checks import either
+from lm_core.data.rows import load_rows
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -45,7 +46,7 @@ def sort_arguments(
     prompts = only_one(
         allow_none=True,
         prompts=prompts,
-        prompts_path=options.pop("prompts_path", None),
+        prompts_path=_rows_of(options.pop("prompts_path", None)),
         prompt_token_ids=options.pop("prompt_token_ids", None),
     )
     # the objective: a name, a class or an instance
@@ -89,3 +90,8 @@ def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:
     if not present and not allow_none:
         raise ValueError(f"give one of {', '.join(arguments)}, got none")
     return arguments[present[0]] if present else None
+
+
+def _rows_of(path: Any) -> Any:
+    """The rows of a file, folder or hub data set; a text file has one prompt per line."""
+    return None if path is None else load_rows(path, text_rows="line", name="prompts_path")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lm_core.checks import check_positive
+from lm_core.data.epochs import seed_of
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.rl.experience import Experience, concatenated, experience_metrics, score_rollout
 from palm_rlhf.rl.policy import Role
@@ -51,7 +52,10 @@ def evaluate_policy(
                 prompts[start : start + batch_size],
                 sampling,
                 tokenizer=trainer.tokenizer,
-                generator=torch.Generator(policy.device).manual_seed(seed + start),
+                generator=[
+                    torch.Generator(policy.device).manual_seed(seed_of(seed, start + row))
+                    for row in range(len(prompts[start : start + batch_size]))
+                ],
                 role=role,
             )
             rewards = trainer.score(rollout)

@@ -53,7 +53,7 @@ class Experience(Rollout):
     @classmethod
     def from_rollout(cls, rollout: Rollout, scores: Tensor) -> "Experience":
         """Experience of a rollout and its rewards, without log-probs and values."""
-        texts: dict[str, Any] = {"texts": None, "prompt_texts": None, "columns": []}
+        texts: dict[str, Any] = {"texts": None, "prompt_texts": None, "messages": None, "columns": []}
         return cls(**{**vars(rollout), **texts}, scores=scores.to(rollout.ids.device))
 
     @classmethod
@@ -74,9 +74,13 @@ class Experience(Rollout):
                 chosen[name] = value[:, : width if name == "ids" else width - 1]
         return replace(self, **chosen)
 
+    def sampled_by(self) -> dict[str, Any]:
+        """How the responses were sampled: arguments of ``ActorCritic.score``."""
+        return {"temperature": self.temperature, "kept": self.kept, "repetition_penalty": self.repetition_penalty}
+
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and temperature, for a checkpoint."""
-        return {**self.tensors(), "temperature": self.temperature}
+        """Tensors and sampling settings, for a checkpoint."""
+        return {**self.tensors(), "temperature": self.temperature, "repetition_penalty": self.repetition_penalty}
 
 
 def concatenated(parts: Sequence[Experience], *, pad_id: int) -> Experience:
@@ -148,7 +152,7 @@ def _scores(policy: ActorCritic, part: Experience, wanted: Collection[Scored]) -
     outputs: dict[str, Tensor] = {}
     with eval_mode(policy):
         if "log_probs" in wanted:
-            actor = policy.score(*inputs, temperature=part.temperature, kept=part.kept)
+            actor = policy.score(*inputs, **part.sampled_by())
             outputs |= {"log_probs": actor.log_probs, "unfiltered": actor.unfiltered}
         if "values" in wanted:
             outputs["values"] = policy.values(policy.value_logits(*inputs)).where(part.response_mask, 0)

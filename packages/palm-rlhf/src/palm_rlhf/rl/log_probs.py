@@ -1,9 +1,9 @@
 """Log-probabilities and entropies of responses under the distribution they were drawn from.
 
-Sampling divides logits by the temperature and may then filter them. A filtered token was drawn from the KEPT set of
-its step, so its log-probability is renormalised over that set, which is stored with the rollout: a nucleus that is
-recomputed after an update would exclude some of the drawn tokens. The KL from the reference is between the unfiltered
-distributions, which is why both are computed.
+Sampling may penalise repeated tokens, divides logits by the temperature and may then filter them. A filtered token was
+drawn from the KEPT set of its step, so its log-probability is renormalised over that set, which is stored with the
+rollout: a nucleus that is recomputed after an update would exclude some of the drawn tokens. The KL from the reference
+is between the distributions without penalty and filters, which is why both are computed.
 
 Legend: b batch, m positions, r response tokens, d feature, v vocabulary, k bytes of a packed kept set.
 """
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lm_core.generation.sampling import apply_repetition_penalty
 from lm_core.losses.losses import hidden_log_probs, hidden_log_probs_and_entropy
 from palm_rlhf.rl.value_bins import ValueBins
 
@@ -43,11 +44,42 @@ class PolicyOutput:
     bins: ValueBins | None = None
 
 
+@dataclass(frozen=True)
+class SampledBy:
+    """Changes of the logits in sampling, for r response tokens.
+
+    Attributes:
+        kept: ``(r, k)`` packed kept sets of a filtered draw; None without filters.
+        repetition_penalty: penalty of tokens that occurred before.
+        ids: ``(r, n)`` the sequence of each token.
+        before: ``(r, n)`` True at the tokens before it.
+    """
+
+    kept: Tensor | None
+    repetition_penalty: float
+    ids: Tensor
+    before: Tensor
+
+    def rows(self, start: int, stop: int) -> "SampledBy":
+        """A slice of the tokens."""
+        kept = None if self.kept is None else self.kept[start:stop]
+        return SampledBy(kept, self.repetition_penalty, self.ids[start:stop], self.before[start:stop])
+
+    def log_probs(self, logits: Float[Tensor, "r v"], labels: Tensor, temperature: float) -> Float[Tensor, " r"]:
+        """Log-probabilities of labels under the sampled distribution, from raw logits."""
+        if self.repetition_penalty != 1.0:
+            logits = apply_repetition_penalty(logits, self.ids, self.repetition_penalty, self.before)
+        logits = logits / temperature
+        if self.kept is not None:
+            logits = logits.masked_fill(~unpack_kept(self.kept, logits.shape[-1]), -torch.inf)
+        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+
 def hidden_scores(
     rows: Float[Tensor, "r d"],
     weight: Float[Tensor, "v d"],
     labels: Int[Tensor, " r"],
-    kept: UInt8[Tensor, "r k"] | None,
+    sampled: SampledBy | None,
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -58,22 +90,23 @@ def hidden_scores(
         unfiltered, entropy = (t[:, 0] for t in hidden_log_probs_and_entropy(*pairs, temperature=temperature))
     else:
         unfiltered, entropy = hidden_log_probs(*pairs, temperature=temperature)[:, 0], None
-    return unfiltered if kept is None else _kept_log_probs(rows, weight, labels, kept, temperature), unfiltered, entropy
+    log_probs = unfiltered if sampled is None else _sampled_log_probs(rows, weight, labels, sampled, temperature)
+    return log_probs, unfiltered, entropy
 
 
 def logit_scores(
     logits: Float[Tensor, "r v"],
     labels: Int[Tensor, " r"],
-    kept: UInt8[Tensor, "r k"] | None,
+    sampled: SampledBy | None,
     temperature: float,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``hidden_scores`` for a model without hidden states, from its logits."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_probs = logits.log_softmax(dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = (logits / temperature).log_softmax(dim=-1)
     unfiltered = log_probs.gather(-1, labels[:, None])[:, 0]
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1) if with_entropy else None
-    return unfiltered if kept is None else _masked_log_probs(logits, labels, kept), unfiltered, entropy
+    return unfiltered if sampled is None else sampled.log_probs(logits, labels, temperature), unfiltered, entropy
 
 
 def pack_kept(kept: Bool[Tensor, "*shape v"]) -> UInt8[Tensor, "*shape k"]:
@@ -88,23 +121,18 @@ def unpack_kept(packed: UInt8[Tensor, "*shape k"], vocab_size: int) -> Bool[Tens
     return bits.flatten(-2)[..., :vocab_size].bool()
 
 
-def _kept_log_probs(
-    rows: Float[Tensor, "r d"], weight: Float[Tensor, "v d"], labels: Tensor, kept: Tensor, temperature: float
+def _sampled_log_probs(
+    rows: Float[Tensor, "r d"], weight: Float[Tensor, "v d"], labels: Tensor, sampled: SampledBy, temperature: float
 ) -> Float[Tensor, " r"]:
-    """Log-probabilities over kept sets, a tile of rows at a time; the backward recomputes the logits."""
+    """Log-probabilities as sampled, a tile of rows at a time; the backward recomputes the logits."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
 
-    def tile(rows: Tensor, weight: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
-        return _masked_log_probs((rows @ weight.t()).to(dtype) / temperature, labels, kept)
+    def tile(rows: Tensor, weight: Tensor, labels: Tensor, part: SampledBy) -> Tensor:
+        return part.log_probs((rows @ weight.t()).to(dtype), labels, temperature)
 
     size = max(1, _TILE_BYTES // (4 * weight.shape[0]))
     parts = [
-        checkpoint(tile, rows[i : i + size], weight, labels[i : i + size], kept[i : i + size], use_reentrant=False)
-        for i in range(0, rows.shape[0], size)
+        checkpoint(tile, rows[i:j], weight, labels[i:j], sampled.rows(i, j), use_reentrant=False)
+        for i, j in ((start, start + size) for start in range(0, rows.shape[0], size))
     ]
     return torch.cat(parts) if parts else rows.new_zeros(0, dtype=dtype)
-
-
-def _masked_log_probs(logits: Float[Tensor, "r v"], labels: Tensor, kept: Tensor) -> Float[Tensor, " r"]:
-    logits = logits.masked_fill(~unpack_kept(kept, logits.shape[-1]), -torch.inf)
-    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)

@@ -1,8 +1,13 @@
 """Actor, critic and reference policy as adapters on one shared base; their log-probs and values of responses.
 
 With LoRA all three are ONE network: actor and critic are adapters on a frozen base (scopes of a PaLM, peft adapters of
-a Hugging Face model), and the reference is the base with adapters off. Without LoRA the network itself is trained and
-the reference is a frozen copy of the initial weights; a critic with LoRA then adapts that frozen copy.
+a Hugging Face model). The reference is the policy as it was given: the base with adapters off, or a frozen copy of the
+adapter that the policy came with. Without LoRA the network itself is trained and the reference is a frozen copy of the
+initial weights; a critic with LoRA then adapts that frozen copy.
+
+Learning switches dropout off unless it was asked for (``actor_dropout``, ``critic_dropout``, or the dropout of an
+adapter that the policy came with): with dropout, the probability ratio before the first update is not 1. Gradient
+checkpointing alone changes nothing.
 
 The critic is token-level: its value at a position is a linear map of its network's state for the tokens up to and
 including that position, so it never reads the token whose return it predicts. Pooled values are the mean over the
@@ -13,6 +18,7 @@ Legend: b batch, n sequence, m = n - 1, v vocabulary, k bins.
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,13 +28,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.causal_lm import Generation
+from lm_core.adapters.loading import lora_config
+from lm_core.causal_lm import Generation, eval_mode
 from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
+from lm_core.training.precision import float32_masters
+from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
-from palm_rlhf.rl.log_probs import PolicyOutput, hidden_scores, logit_scores
+from palm_rlhf.rl.log_probs import PolicyOutput, SampledBy, hidden_scores, logit_scores
 from palm_rlhf.rl.value_bins import ValueBins
 
 Role = Literal["actor", "critic", "reference"]
@@ -39,7 +48,8 @@ class ActorCritic(nn.Module):
 
     Args:
         palm: a ``PaLM``; a Hugging Face causal language model or a ``PeftModel`` of one, whose active adapter is then
-            the actor; or any model that ``lm_core.adapters.as_causal_lm`` accepts (without LoRA).
+            the actor and continues training; or any model that ``lm_core.adapters.as_causal_lm`` accepts (without
+            LoRA). Trained weights of a Hugging Face model become float32.
         critic_palm: separate network of the critic; by default the policy's.
         pooled_values: predicts one value per response, from its prompt, instead of one per token.
         actor_lora: trains an adapter instead of the whole network.
@@ -48,6 +58,11 @@ class ActorCritic(nn.Module):
         critic_lora_r: rank of the critic's adapter; default as for ``actor_lora_r``.
         actor_lora_scope: name of the actor's adapter; an existing one is trained further.
         critic_lora_scope: name of the critic's adapter.
+        lora_targets: names of the layers that get an adapter; by default the attention of a PaLM, and all linear
+            layers but the output layer of other models.
+        gradient_checkpointing: recomputes blocks in the backward to save memory.
+        reference: policy that the KL is measured from: the policy as it was given, or its base without the adapter that
+            it came with.
         actor_dropout: dropout on the inputs of the actor's adapter; without LoRA, everywhere in a PaLM.
         critic_dropout: dropout of the critic, likewise.
         value_range: lower and upper bound of a critic that classifies over bins (HL-Gauss); null for regression.
@@ -58,8 +73,8 @@ class ActorCritic(nn.Module):
 
     Raises:
         ValueError: LoRA for a network that is neither a PaLM nor Hugging Face's, one scope for both roles, another rank
-            than that of the existing scope, a policy that is not causal, a critic without hidden states, or a
-            precision that the device does not support.
+            than that of the existing scope, an adapter that cannot be trained, a policy that is not causal, a critic
+            without hidden states, or a precision that the device does not support.
     """
 
     @typed
@@ -77,6 +92,9 @@ class ActorCritic(nn.Module):
         actor_dropout: float = 0.0,
         critic_dropout: float = 0.0,
         *,
+        lora_targets: list[str] | None = None,
+        gradient_checkpointing: bool = False,
+        reference: Literal["given", "base"] = "given",
         value_range: tuple[float, float] | None = None,
         value_bins: int = 51,
         with_critic: bool = True,
@@ -98,6 +116,11 @@ class ActorCritic(nn.Module):
         _check_networks(actor, other or actor, actor_lora=actor_lora, critic_lora=critic_lora, with_critic=with_critic)
         self.precision = precision
         self.pooled_values = pooled_values
+        if gradient_checkpointing:
+            for network in (actor, other):
+                _recompute_blocks(network)
+        if not actor_lora and not isinstance(actor, PaLM):
+            float32_masters(actor)  # before the copy, so that policy and reference are equal at first
         self.reference = None if actor_lora else copy.deepcopy(actor).requires_grad_(False).eval()
         self.critic = None
         if with_critic:
@@ -111,22 +134,38 @@ class ActorCritic(nn.Module):
             ("actor", actor, actor_lora, actor_lora_scope, actor_lora_r, actor_dropout),
             ("critic", self.critic, critic_lora, critic_lora_scope, critic_lora_r, critic_dropout),
         )
-        for role, network, lora, scope, r, dropout in parts:
-            if network is not None and lora:
-                self.scopes[role] = _add_adapter(network, scope, r, dropout, adopt=role == "actor")
+        #: modules whose dropout is on while learning
+        self.dropouts: list[nn.Module] = []
+        for role, network, with_lora, scope, r, dropout in parts:
+            if network is None:
+                continue
+            if with_lora:
+                existing = _existing_adapter(network, scope, adopt=role == "actor")
+                if existing is None:
+                    _add_adapter(network, scope, r, dropout, lora_targets)
+                elif r is not None and r != (found := _rank(network, existing)):
+                    raise ValueError(f"adapter {existing!r} exists with lora_r {found}, got {r}; choose another scope")
+                self.scopes[role] = existing or scope
+                if role == "actor" and existing is not None and reference == "given":
+                    self.scopes["reference"] = _copied_adapter(network, existing)
+                if existing is not None and dropout:
+                    _set_adapter_dropout(network, existing, dropout)
+                self.dropouts += _adapter_dropouts(network, existing or scope)
             elif isinstance(network, PaLM) and dropout:
                 network.set_dropout(dropout)
-            elif network is not None and dropout:
+                self.dropouts += network.modules()
+            elif dropout:
                 raise ValueError(f"{role}_dropout without LoRA is set in the model's own configuration")
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
-        #: updates need the training mode; otherwise old and new log-probs come from evaluation mode
-        self.learns_in_training_mode = actor_dropout > 0 or critic_dropout > 0 or recomputes
         self.value_head: nn.Linear | None = None
         if with_critic:
-            weight = self.critic.output_weight  # type: ignore[union-attr]
-            self.value_head = nn.Linear(weight.shape[1], 1 if self.bins is None else value_bins).to(weight)
+            weight = next(iter(_trained(self.critic, self.scopes["critic"])), None)
+            like = self.critic.output_weight if isinstance(self.critic, PaLM) else weight
+            features = _state_size(self.critic)
+            self.value_head = nn.Linear(features, 1 if self.bins is None else value_bins).to(like)
             nn.init.zeros_(self.value_head.weight)  # initial values are 0
             nn.init.zeros_(self.value_head.bias)
+        #: computes states while learning and scoring; a trainer replaces it by a compiled function
+        self.states_of = _states
 
     @property
     def palm(self) -> Any:
@@ -147,6 +186,32 @@ class ActorCritic(nn.Module):
     def max_length(self) -> int | None:
         """Maximum length of a sequence; None if the network has no limit."""
         return getattr(self.actor, "max_length", None)
+
+    @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """Evaluation mode but for gradient checkpointing and the dropout that was asked for; restored on exit."""
+        modes = {module: module.training for module in self.modules()}
+        # blocks that are recomputed must be in training mode, and some of them apply a dropout of their own
+        blocks = [module for module in modes if getattr(module, "gradient_checkpointing", False)]
+        rates = [
+            (module, name, value)
+            for module in blocks
+            if not isinstance(module, PaLM)
+            for name, value in vars(module).items()
+            if "drop" in name and isinstance(value, float)
+        ]
+        self.eval()
+        for module in (*blocks, *self.dropouts):
+            module.training = True
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, value in rates:
+                setattr(module, name, value)
 
     @contextlib.contextmanager
     def as_role(self, role: Role, mask: Tensor | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -186,26 +251,31 @@ class ActorCritic(nn.Module):
         role: Role = "actor",
         temperature: float = 1.0,
         kept: Tensor | None = None,
+        repetition_penalty: float = 1.0,
         with_entropy: bool = False,
     ) -> PolicyOutput:
         """Log-probabilities of responses under the actor or the reference."""
         labels = ids[:, 1:][response_mask]
-        sets = None if kept is None else kept[response_mask]
+        sampled = None
+        if kept is not None or repetition_penalty != 1.0:
+            row, position = response_mask.nonzero(as_tuple=True)
+            before = torch.arange(ids.shape[1], device=ids.device) <= position[:, None]
+            sampled = SampledBy(None if kept is None else kept[response_mask], repetition_penalty, ids[row], before)
         with self.as_role(role, mask) as (network, arguments):
             weight = getattr(network, "output_weight", None)
             if isinstance(weight, Tensor) and hasattr(network, "hidden"):
                 if role == "reference" or self.scopes[role] is not None:
                     weight = weight.detach()
                 # only the positions before response tokens go through the output layer
-                rows = network.hidden(ids, **arguments)[:, :-1][response_mask]
-                scores = hidden_scores(rows, weight, labels, sets, temperature, with_entropy)
+                rows = self.states_of(network, ids, arguments)[:, :-1][response_mask]
+                scores = hidden_scores(rows, weight, labels, sampled, temperature, with_entropy)
             else:
                 logits = network(ids, **arguments)[:, :-1][response_mask]
-                scores = logit_scores(logits, labels, sets, temperature, with_entropy)
+                scores = logit_scores(logits, labels, sampled, temperature, with_entropy)
         blank = scores[0].new_zeros(response_mask.shape)
-        sampled, unfiltered = (blank.masked_scatter(response_mask, t) for t in scores[:2])
+        log_probs, unfiltered = (blank.masked_scatter(response_mask, t) for t in scores[:2])
         entropy = None if scores[2] is None else blank.masked_scatter(response_mask, scores[2])
-        return PolicyOutput(sampled, unfiltered, entropy)
+        return PolicyOutput(log_probs, unfiltered, entropy)
 
     def value_logits(
         self, ids: Int[Tensor, "b n"], mask: Bool[Tensor, "b n"], response_mask: Bool[Tensor, "b m"]
@@ -213,7 +283,7 @@ class ActorCritic(nn.Module):
         """Outputs of the value head for positions 0 to n - 2."""
         assert self.value_head is not None
         with self.as_role("critic", mask) as (network, arguments):
-            hidden = network.hidden(ids, **arguments)[:, :-1].to(self.value_head.weight)
+            hidden = self.states_of(network, ids, arguments)[:, :-1].to(self.value_head.weight)
         if self.pooled_values:
             positions = torch.arange(hidden.shape[1], device=ids.device)
             # the position before the first response token is the prompt's last
@@ -233,6 +303,7 @@ class ActorCritic(nn.Module):
         *,
         temperature: float = 1.0,
         kept: Tensor | None = None,
+        repetition_penalty: float = 1.0,
     ) -> PolicyOutput:
         """Log-probabilities and entropies of the actor, values of the critic.
 
@@ -242,8 +313,15 @@ class ActorCritic(nn.Module):
             response_mask: True where the next token belongs to the response.
             temperature: sampling temperature of the responses.
             kept: packed kept sets of a filtered draw; see ``palm_rlhf.rl.log_probs.pack_kept``.
+            repetition_penalty: penalty of the responses' sampling.
         """
-        output = self.score(ids, mask, response_mask, temperature=temperature, kept=kept, with_entropy=True)
+        output = self.score(
+            *(ids, mask, response_mask),
+            temperature=temperature,
+            kept=kept,
+            repetition_penalty=repetition_penalty,
+            with_entropy=True,
+        )
         if self.value_head is None:
             return output
         logits = self.value_logits(ids, mask, response_mask)
@@ -273,8 +351,8 @@ def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: b
     actor_size, critic_size = _vocab_size(actor), _vocab_size(critic)
     if actor_size is not None and critic_size is not None and critic_size < actor_size:
         raise ValueError(f"critic must know all {actor_size} tokens of the policy, got {critic_size}")
-    if not isinstance(getattr(critic, "output_weight", None), Tensor) or not hasattr(critic, "hidden"):
-        raise ValueError("critic needs a network that gives its hidden states (hidden and output_weight)")
+    if not hasattr(critic, "hidden") and not hasattr(critic, "states"):
+        raise ValueError(f"critic needs a network that gives its hidden states, got {type(critic.model).__name__}")
 
 
 def _vocab_size(network: Any) -> int | None:
@@ -291,41 +369,138 @@ def _has_adapters(network: Any) -> bool:
     return hasattr(getattr(network, "model", None), "peft_config")
 
 
+def _states(network: Any, ids: Tensor, arguments: dict[str, Any]) -> Float[Tensor, "b n d"]:
+    """States before the output layer, also where the logits are no bare product of them (soft caps, scales)."""
+    compute = network.hidden if hasattr(network, "hidden") else network.states
+    states: Tensor = compute(ids, **arguments)
+    return states
+
+
+def _state_size(network: Any) -> int:
+    if isinstance(network, PaLM):
+        return network.dim
+    with torch.no_grad(), eval_mode(network):
+        return int(_states(network, torch.zeros(1, 1, dtype=torch.long, device=network.device), {}).shape[-1])
+
+
 def _trained(network: Any, scope: str | None) -> list[nn.Parameter]:
     """Parameters of the adapter ``scope``, or of the whole network without one."""
     if isinstance(network, PaLM):
         return network.palm_parameters() if scope is None else list(network.finetune_parameters(scope))
     if scope is None:
         return list(network.parameters())
-    return [parameter for name, parameter in network.named_parameters() if f".{scope}." in name]
+    # the name is not always inside: IA3's vectors and trained tokens end with it
+    return [parameter for name, parameter in network.named_parameters() if scope in name.split(".")]
 
 
-def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, *, adopt: bool) -> str:
-    """Adds an adapter unless it exists; returns its name (with ``adopt``, the active adapter of a ``PeftModel``)."""
+def _recompute_blocks(network: Any) -> None:
+    """Turns gradient checkpointing on."""
     if isinstance(network, PaLM):
-        if scope not in network.finetune_modules:
-            network.add_finetune_params(scope, r, lora_dropout=dropout)
-        elif r not in (None, existing := network.scope_modules(scope).settings.r):
-            raise ValueError(f"finetune scope {scope!r} exists with lora_r {existing}, got {r}; choose another scope")
-        return scope
-    from peft import LoraConfig, get_peft_model
+        network.gradient_checkpointing = True
+    elif network is not None and _is_hugging_face(network):
+        network.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif network is not None:
+        raise ValueError(f"gradient_checkpointing needs a PaLM or a Hugging Face model, got {type(network).__name__}")
 
+
+def _existing_adapter(network: Any, scope: str, *, adopt: bool) -> str | None:
+    """The adapter ``scope`` if there is one; with ``adopt``, else the active adapter of a ``PeftModel``."""
+    if isinstance(network, PaLM):
+        return scope if scope in network.finetune_modules else None
     adapters = network.model.peft_config if _has_adapters(network) else {}
-    if scope in adapters:
-        return scope
-    if adapters and adopt:
-        return str(network.model.active_adapter)
-    config = LoraConfig(r=r or 8, lora_alpha=r or 8, lora_dropout=dropout, target_modules="all-linear")
-    if adapters:
-        active = network.model.active_adapter
-        network.model.add_adapter(scope, config)
-        network.model.set_adapter(active)
-    else:
+    name = scope if scope in adapters else str(network.model.active_adapter) if adapters and adopt else None
+    if name is not None:
+        network.model.set_adapter(name)  # trainable, also if it was loaded for inference
+        if getattr(adapters[name], "bias", "none") != "none":
+            raise ValueError(f"adapter {name!r} must not train biases of the base, got bias={adapters[name].bias!r}")
+        if not _trained(network, name):
+            kind = getattr(adapters[name].peft_type, "value", adapters[name].peft_type)
+            raise ValueError(f"adapter {name!r} of type {kind} has no parameters of its own to train")
+    return name
+
+
+def _rank(network: Any, scope: str) -> int | None:
+    if isinstance(network, PaLM):
+        return network.scope_modules(scope).settings.r
+    return getattr(network.model.peft_config[scope], "r", None)
+
+
+def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, targets: Sequence[str] | None) -> None:
+    """Adds a new adapter; those that exist keep training."""
+    if isinstance(network, PaLM):
+        chosen = {} if targets is None else {"lora_targets": targets}
+        network.add_finetune_params(scope, r, lora_dropout=dropout, **chosen)  # type: ignore[arg-type]
+        return
+    from peft import get_peft_model
+
+    r = 8 if r is None else r
+    if not _has_adapters(network):
         training = network.training
+        config = lora_config(network.model, r=r, alpha=r, dropout=dropout, targets=targets)
         network.model = get_peft_model(network.model, config, adapter_name=scope)
         network.train(training)
-    _require_gradients([parameter for name, parameter in network.named_parameters() if ".lora_" in name])
-    return scope
+    else:
+        model = network.model
+        active = model.active_adapter
+        if model.peft_config[active].peft_type == "LORA":
+            config = lora_config(model.get_base_model(), r=r, alpha=r, dropout=dropout, targets=targets)
+        else:  # peft takes adapters of one type only
+            config = copy.deepcopy(model.peft_config[active])
+        model.add_adapter(scope, config)
+        model.set_adapter(active)
+        _require_gradients(_trained(network, active))
+    _require_gradients(_trained(network, scope))
+
+
+def _copied_adapter(network: Any, scope: str) -> str | None:
+    """Name of a frozen copy of an adapter; None for one that changes nothing yet, as the base is a copy of that."""
+    if not any(bool(p.any()) for name, p in network.named_parameters() if _is_output_of(scope, name)):
+        return None
+    names = network.finetune_modules if isinstance(network, PaLM) else network.model.peft_config
+    copied = next(name for name in (f"reference{n or ''}" for n in itertools.count()) if name not in names)
+    if isinstance(network, PaLM):
+        source = network.scope_modules(scope)
+        network.add_scope(copied, source.settings).load_state_dict(source.state_dict())
+    else:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        model = network.model
+        config = copy.deepcopy(model.peft_config[scope])
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # others, such as PiSSA, change the base
+        with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+            model.add_adapter(copied, config)
+        state = get_peft_model_state_dict(model, adapter_name=scope, save_embedding_layers=False)
+        set_peft_model_state_dict(model, state, adapter_name=copied)
+        model.set_adapter(scope)
+    for parameter in _trained(network, copied):
+        parameter.requires_grad_(False)
+    return copied
+
+
+def _is_output_of(scope: str, name: str) -> bool:
+    """False for the one parameter of a LoRA adapter whose value does not matter while the other is zero."""
+    parts = name.split(".")
+    return scope in parts and not {"A", "lora_A", "lora_embedding_A"} & set(parts)
+
+
+def _set_adapter_dropout(network: Any, scope: str, dropout: float) -> None:
+    module: Any
+    for module in network.scope_modules(scope).modules() if isinstance(network, PaLM) else network.modules():
+        if isinstance(module, LoRA):
+            module.dropout.p = dropout
+        elif scope in getattr(module, "lora_dropout", {}):
+            module.lora_dropout[scope] = nn.Dropout(dropout)
+
+
+def _adapter_dropouts(network: Any, scope: str) -> list[nn.Module]:
+    """Dropout modules of an adapter."""
+    root = network.scope_modules(scope) if isinstance(network, PaLM) else network
+    return [
+        module
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Dropout) and module.p and (root is not network or scope in name.split("."))
+    ]
 
 
 @contextlib.contextmanager

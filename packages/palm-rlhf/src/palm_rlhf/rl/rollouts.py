@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.causal_lm import eval_mode
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_above_zero, check_positive, typed
 from lm_core.generation.decoding import Filter
+from lm_core.generation.sampling import filters_of
+from lm_core.tokenizers import full_text
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.data.rollouts import Rollout, rollout_of
 from palm_rlhf.rl.log_probs import pack_kept
@@ -32,8 +34,12 @@ class SamplingSettings:
         max_new_tokens: maximum length of a response, in tokens.
         max_seq_len: maximum length of prompt and response together; None for no such limit.
         temperature: divisor of the logits; above 0, since a policy is trained on the sampled distribution.
-        filters: filters of the logits, such as ``functools.partial(top_p, p=0.9)``.
-        eos_id: id that ends a response.
+        top_k: number of most likely tokens to sample from; None for no limit.
+        top_p: probability mass of the most likely tokens to sample from; None for no limit.
+        min_p: minimum probability of a token, as a fraction of the most likely token's; None for no limit.
+        filters: further filters of the logits, functions ``(b, v) -> (b, v)``.
+        repetition_penalty: penalty of tokens already in the text; above 1 makes them less likely.
+        eos_id: id or ids that end a response.
         min_new_tokens: minimum number of tokens before an EOS.
         stop_strings: texts that end a response with the token that completes them.
         pad_id: id that fills rows after their end.
@@ -46,7 +52,11 @@ class SamplingSettings:
     max_new_tokens: int
     max_seq_len: int | None = None
     temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     filters: list[Filter] | tuple[Filter, ...] = ()
+    repetition_penalty: float = 1.0
     eos_id: int | list[int] | tuple[int, ...] | None = None
     min_new_tokens: int = 0
     stop_strings: list[str] | tuple[str, ...] = ()
@@ -65,6 +75,12 @@ class SamplingSettings:
             raise ValueError(
                 f"min_new_tokens must be in [0, max_new_tokens = {self.max_new_tokens}], got {self.min_new_tokens}"
             )
+        check_above_zero(self.repetition_penalty, "repetition_penalty")
+        self.all_filters()  # raises for a value out of range
+
+    def all_filters(self) -> list[Filter]:
+        """Filters by ``top_k``, ``top_p`` and ``min_p``, then ``filters``."""
+        return [*filters_of(top_k=self.top_k, top_p=self.top_p, min_p=self.min_p), *self.filters]
 
 
 def new_token_limit(policy: ActorCritic, prompts: Sequence[Prompt], settings: SamplingSettings) -> int:
@@ -92,10 +108,12 @@ def draw_rollout(
     settings: SamplingSettings,
     *,
     tokenizer: Any = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     role: Role = "actor",
 ) -> Rollout:
     """One response of the actor or the reference to each prompt.
+
+    With a ``generator`` for each prompt, a response does not depend on the other prompts of the batch.
 
     Raises:
         ValueError: a prompt leaves no token for a response, or stop strings come without a tokenizer.
@@ -104,14 +122,16 @@ def draw_rollout(
         raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
     # generate in one batch, recording kept sets if tokens are filtered
     limit = new_token_limit(policy, prompts, settings)
-    recorder = _KeptSets() if settings.filters or settings.min_new_tokens else None
+    filters = settings.all_filters()
+    recorder = _KeptSets() if filters or settings.min_new_tokens else None
     with torch.no_grad(), eval_mode(policy):
         result = policy.generate(
             [prompt.ids.to(policy.device) for prompt in prompts],
             role=role,
             max_new_tokens=limit,
             temperature=settings.temperature,
-            filters=[*settings.filters, *([] if recorder is None else [recorder])],
+            filters=[*filters, *([] if recorder is None else [recorder])],
+            repetition_penalty=settings.repetition_penalty,
             eos_id=settings.eos_id,
             min_new_tokens=min(settings.min_new_tokens, limit),
             generator=generator,
@@ -137,6 +157,8 @@ def draw_rollout(
         temperature=settings.temperature,
         texts=None if tokenizer is None else texts,
     ).to(policy.device)
+    if settings.repetition_penalty != 1.0:
+        rollout = replace(rollout, repetition_penalty=settings.repetition_penalty)
     return rollout if recorder is None else replace(rollout, kept=recorder.aligned(rollout, result.lengths))
 
 
@@ -168,7 +190,8 @@ class _KeptSets:
 
 
 def _stop_at(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int | None:
-    """Number of tokens up to the one that completes a stop string."""
-    if not stop_strings or not any(stop in tokenizer.decode(tokens) for stop in stop_strings):
+    """Number of tokens up to the one that completes a stop string, which may be a special token."""
+    if not stop_strings or not any(stop in full_text(tokenizer, tokens) for stop in stop_strings):
         return None
-    return next(n for n in range(1, len(tokens) + 1) if any(s in tokenizer.decode(tokens[:n]) for s in stop_strings))
+    lengths = range(1, len(tokens) + 1)
+    return next(n for n in lengths if any(stop in full_text(tokenizer, tokens[:n]) for stop in stop_strings))

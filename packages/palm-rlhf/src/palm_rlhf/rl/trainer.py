@@ -5,9 +5,10 @@ between any two updates, since it contains the current experience. Prompts, draw
 and of counters, so a run that is killed and resumed ends bit for bit like an uninterrupted one.
 """
 
-import json
+import contextlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.checks import check_ids, check_positive, either, typed
-from lm_core.data.epochs import EpochOrder, seed_of, shard
+from lm_core.data.epochs import EpochOrder, seed_of
 from lm_core.distributed import rank, world_size
-from lm_core.generation.decoding import Filter
+from lm_core.generation.decoding import Filter, as_eos_ids
+from lm_core.tokenizers import end_ids
 from lm_core.training.metrics import MetricsLog
 from lm_core.training.session import TrainingResult, TrainingSession
-from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, load_prompts
+from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, fingerprint, load_prompts
 from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.rewards import as_reward, check_scores
 from palm_rlhf.rl.arguments import sort_arguments
@@ -79,10 +81,10 @@ class RLHFTrainer:
         config: optimizer, batches, precision and checkpoints.
         prompts: texts, chats, rows, a dataset, or token ids (alias ``prompts_path``, ``prompt_token_ids``); see
             ``palm_rlhf.data.prompts.load_prompts``. None where rollouts are passed to ``step``.
-        tokenizer: tokenizer with ``encode`` and ``decode``, or Hugging Face's; needed for texts.
+        tokenizer: tokenizer with ``encode`` and ``decode``, Hugging Face's, or its folder or name; needed for texts.
         checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
         resume: "auto" resumes if there is a checkpoint, True demands one, False demands a fresh folder.
-        trackers: objects with ``log(values, step=...)``.
+        trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
         **options: fields of ``objective`` and ``config`` to override, and arguments of ``ActorCritic``.
 
     Raises:
@@ -137,11 +139,15 @@ class RLHFTrainer:
         self.device = self.session.device
         self.checkpoint_dir = self.session.checkpoint_dir
         if not isinstance(policy, ActorCritic):
-            policy = ActorCritic(policy, **policy_options, with_critic=objective.needs_values)
+            # the seed covers new adapters, which are then equal in all processes
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                policy = ActorCritic(policy, **policy_options, with_critic=objective.needs_values)
         elif objective.needs_values and policy.value_head is None:
             raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
         self.actor_critic = policy.to(self.device)
         policy.precision = config.precision
+        policy.states_of = self.session.compiled(policy.states_of)
         if self.prompts:
             check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
@@ -163,7 +169,12 @@ class RLHFTrainer:
             gradients="sum",
             state={"phase": self.phase, "kl": self.kl, "extra": ExtraWeights(policy)},
             # the stored experience depends on these; other settings, such as learning rates, may change on resume
-            identity={"objective": name, "group_size": objective.group_size, "minibatch_size": config.minibatch_size},
+            identity={
+                "objective": name,
+                "group_size": objective.group_size,
+                "minibatch_size": config.minibatch_size,
+                "prompts": fingerprint(self.prompts),
+            },
             tokenizer=self.tokenizer,
             record={**asdict(objective), "objective": name},
             curves=CURVES,
@@ -183,13 +194,15 @@ class RLHFTrainer:
         *,
         max_seq_len: int | None = None,
         max_new_tokens: int | None = None,
-        eos_id: int | None = None,
-        eos_token: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
+        eos_token: int | Sequence[int] | None = None,
         filters: Sequence[Filter] = (),
         stop_strings: list[str] | tuple[str, ...] = (),
         **settings: Any,
     ) -> SamplingSettings:
-        """Sampling settings for ``rollout``, with the tokenizer's EOS by default; see ``SamplingSettings``.
+        """Sampling settings for ``rollout``; see ``SamplingSettings``.
+
+        By default all end tokens of model and tokenizer end a response (``lm_core.tokenizers.end_ids``).
 
         Raises:
             ValueError: neither length is given, or a number is out of range.
@@ -199,15 +212,15 @@ class RLHFTrainer:
         if stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
         eos_id = either(None, eos_id=eos_id, eos_token=eos_token)
-        eos = getattr(self.tokenizer, "eos_id", None) if eos_id is None else eos_id
+        ends = end_ids(self.tokenizer, self.actor_critic.actor) if eos_id is None else as_eos_ids(eos_id)
         size = self.actor_critic.vocab_size
-        if eos is not None and (eos < 0 or (size is not None and eos >= size)):
-            raise ValueError(f"eos_id must be in [0, {size}), got {eos}")
+        if size is not None and any(end >= size for end in ends):
+            raise ValueError(f"eos_id must be in [0, {size}), got {eos_id}")
         return SamplingSettings(
             max_new_tokens=max_seq_len if max_new_tokens is None else max_new_tokens,  # type: ignore[arg-type]
             max_seq_len=max_seq_len,
             filters=tuple(filters),
-            eos_id=eos,
+            eos_id=ends[0] if len(ends) == 1 else ends or None,
             stop_strings=tuple(stop_strings),
             pad_id=self.config.pad_id,
             **settings,
@@ -219,13 +232,23 @@ class RLHFTrainer:
         Args:
             prompts: see ``load_prompts``; by default those of the trainer.
             sampling: see ``sampling``.
-            seed: seed of the draws; the trainer's by default.
+            seed: seed of the draws; the trainer's by default. A draw is a function of the seed, the prompt and the
+                number of earlier draws for it in this call.
         """
         chosen = self.prompts if prompts is None else load_prompts(prompts, tokenizer=self.tokenizer)
         check_prompts(chosen, self.actor_critic.vocab_size)
         seed = self.config.seed if seed is None else seed
-        generator = torch.Generator(self.device).manual_seed(seed)
-        return draw_rollout(self.actor_critic, chosen, sampling, tokenizer=self.tokenizer, generator=generator)
+        earlier: Counter[str] = Counter()
+        seeds = []
+        for prompt in chosen:
+            key = str(prompt.ids.tolist())
+            seeds.append(seed_of(seed, key, earlier[key]))
+            earlier[key] += 1
+        return self._rollout(chosen, sampling, seeds)
+
+    def _rollout(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> Rollout:
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        return draw_rollout(self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generators)
 
     def score(self, rollout: Rollout) -> Tensor:
         """Rewards ``(b,)`` of a rollout.
@@ -277,29 +300,41 @@ class RLHFTrainer:
         best = int(scores.argmax())
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
 
-    def _draw(self, sampling: SamplingSettings, count: int, batch_size: int) -> tuple[Experience, list[dict[str, Any]]]:
-        """The experience of one phase over all processes, and samples of this process for the log."""
+    def _draw(
+        self, sampling: SamplingSettings, count: int, batch_size: int
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float]]:
+        """The experience of one phase over all processes; samples and seconds of this process for the log."""
+        if count < world_size():
+            raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
         group_size = self.objective.group_size
         first = self.phase.number * (count // group_size)
-        indices = self.order.take(first, count // group_size)
-        prompts = [self.prompts[index] for index in indices for _ in range(group_size)]
-        # each chunk has its own generator, so draws do not depend on the number of processes
-        batch_size = min(batch_size, -(-count // world_size()))
-        local = shard(list(range(-(-count // batch_size))), rank(), world_size())
-        if not local:
-            raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
+        # a draw is a function of seed, prompt and number of the draw, so not of the number of processes
+        draws = [
+            (index, seed_of(self.config.seed, "responses", index, epoch * group_size + response))
+            for epoch, index in (self.order.at(first + position) for position in range(count // group_size))
+            for response in range(group_size)
+        ]
+        local = draws[count * rank() // world_size() : count * (rank() + 1) // world_size()]
         parts: list[Experience] = []
         samples: list[dict[str, Any]] = []
-        for chunk in local:
-            chosen = prompts[chunk * batch_size : (chunk + 1) * batch_size]
-            seed = seed_of(self.config.seed, "responses", self.phase.number, chunk)
-            rollout = self.rollout(chosen, sampling=sampling, seed=seed)
-            scores = self.score(rollout)
+        seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
+        for start in range(0, len(local), batch_size):
+            indices, seeds = zip(*local[start : start + batch_size], strict=True)
+            with _timed(seconds, "rollout_seconds", self.device):
+                rollout = self._rollout([self.prompts[index] for index in indices], sampling, seeds)
+            with _timed(seconds, "reward_seconds", self.device):
+                scores = self.score(rollout)
             parts.append(Experience.from_rollout(rollout, scores))
             samples += rollout.samples(scores, self.config.samples_logged - len(samples))
-        return gathered(concatenated(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id), samples
+        return gathered(concatenated(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id), samples, seconds
 
     # -------------------------------------------------------------------------------------------------------- learning
+
+    def whole_phases(self, max_steps: int, update_timesteps: int) -> int:
+        """``max_steps`` rounded up to the updates of whole phases of ``update_timesteps`` responses."""
+        check_positive(max_steps, "max_steps")
+        updates = self.phase.updates_of(update_timesteps)
+        return -(-max_steps // updates) * updates
 
     def step(self, rollout: Rollout, rewards: Any = None) -> dict[str, float]:
         """Trains on a rollout of this process: ``epochs`` passes in minibatches.
@@ -385,10 +420,11 @@ class RLHFTrainer:
         update_timesteps: int = 64,
         max_batch_size: int = 64,
         max_seq_len: int | None = None,
-        eos_token: int | None = None,
+        eos_token: int | Sequence[int] | None = None,
         temperature: float = 1.0,
         *,
-        eos_id: int | None = None,
+        max_steps: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         **sampling: Any,
     ) -> PolicyResult:
         """Trains the policy; an episode is one response of any length.
@@ -401,9 +437,10 @@ class RLHFTrainer:
             max_seq_len: maximum length of prompt and response together.
             eos_token: alias of ``eos_id``.
             temperature: divisor of the logits.
-            eos_id: id that ends a response; the tokenizer's by default.
-            **sampling: further fields of ``SamplingSettings``: ``max_new_tokens``, ``filters``, ``min_new_tokens``,
-                ``stop_strings``.
+            max_steps: optimizer updates of the whole run, rounded up to whole phases, instead of ``num_episodes``.
+            eos_id: id or ids that end a response; by default those of model and tokenizer.
+            **sampling: further fields of ``SamplingSettings``: ``max_new_tokens``, ``top_k``, ``top_p``, ``min_p``,
+                ``filters``, ``repetition_penalty``, ``min_new_tokens``, ``stop_strings``.
 
         Raises:
             ValueError: a number is out of range, or a prompt leaves no token for a response.
@@ -414,8 +451,12 @@ class RLHFTrainer:
         check_positive(update_timesteps, "update_timesteps")
         check_positive(max_batch_size, "max_batch_size")
         # check everything before the first draw
-        count = min(update_timesteps, num_episodes * max_timesteps)
-        phases = num_episodes * max_timesteps // count
+        if max_steps is None:
+            count = min(update_timesteps, num_episodes * max_timesteps)
+            phases = num_episodes * max_timesteps // count
+        else:
+            count = update_timesteps
+            phases = self.whole_phases(max_steps, count) // self.phase.updates_of(count)
         sampling |= {"eos_id": either(None, eos_id=eos_id, eos_token=eos_token), "temperature": temperature}
         settings = self.sampling(max_seq_len=max_seq_len, **sampling)
         if not self.prompts:
@@ -440,21 +481,39 @@ class RLHFTrainer:
                 is_main=rank() == 0,
             ) as sample_log,
         ):
-            started = time.monotonic()
+            seconds: dict[str, float] = {}
             for _ in session.steps(session.step + phase.remaining(phases, count)):
                 if phase.experience is None:
-                    started = time.monotonic()
-                    experience, samples = self._draw(settings, count, max_batch_size)
-                    self._begin(experience)
-                    phase.metrics["rollout_seconds"] = time.monotonic() - started
-                    sample_log.log(phase.updates, samples=json.dumps(samples))
-                self._next_update()
+                    experience, samples, seconds = self._draw(settings, count, max_batch_size)
+                    with _timed(seconds, "score_seconds", self.device):
+                        self._begin(experience)
+                    for sample in samples:
+                        row = {name: _readable(value) for name, value in sample.items()}
+                        sample_log.log(phase.updates, row)
+                with _timed(seconds, "update_seconds", self.device):
+                    self._next_update()
                 if phase.is_done:
-                    new_tokens = phase.metrics["response_length"] * count
-                    speed = round(new_tokens / max(time.monotonic() - started, 1e-9), 1)
-                    rows.append({**self._end(), "tokens_per_second": speed})
+                    if drawing := seconds.get("rollout_seconds"):  # not after resuming within the phase
+                        tokens = phase.metrics["response_length"] * count
+                        seconds["tokens_per_second"] = round(tokens / drawing, 1)
+                    rows.append({**self._end(), **seconds})
                     session.log(rows[-1])
         return session.result(PolicyResult, phases=phase.number, metrics=rows)
+
+
+def _readable(value: Any) -> Any:
+    """A value of a sample as a number or a text: token ids separated by spaces."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Adds the duration of the block to ``seconds[name]``."""
+    started = time.monotonic()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
 
 
 class GRPOTrainer(RLHFTrainer):

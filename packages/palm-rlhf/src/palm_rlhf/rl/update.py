@@ -5,8 +5,7 @@ backward: two processes make the same update as one. (``DistributedDataParallel`
 several models has parameters without a gradient.)
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class PolicyUpdate:
             experience.response_mask[rows], objective.aggregation, max_new_tokens=objective.constant_length
         )
         sums: dict[str, Tensor] = {}
-        with _learning_mode(self.policy):
+        with self.policy.learning():
             for part in self.micro_batches(torch.arange(rows.shape[0], device=rows.device)):
                 loss, measured = self.loss(experience.rows(rows[part]), weights[part])
                 loss.backward()
@@ -85,7 +84,7 @@ class PolicyUpdate:
     def loss(self, batch: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of some rows as their share of the minibatch's, and sums for the metrics."""
         objective, mask = self.objective, batch.response_mask
-        output = self.policy(batch.ids, batch.mask, mask, temperature=batch.temperature, kept=batch.kept)
+        output = self.policy(batch.ids, batch.mask, mask, **batch.sampled_by())
         assert output.entropy is not None
         # loss of the policy, entropy bonus and KL
         weights = weights[:, : mask.shape[1]].to(output.log_probs)
@@ -154,15 +153,3 @@ def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     means.append(("kl", "kl_tokens", "responses"))
     metrics = {name: sums[source] / max(sums[count], 1.0) for name, source, count in means if source in sums}
     return metrics | ({"ratio_max": sums["ratio_max"]} if "ratio_max" in sums else {})
-
-
-@contextlib.contextmanager
-def _learning_mode(policy: ActorCritic) -> Iterator[None]:
-    """Training mode if dropout or recomputation needs it, else evaluation mode; restored on exit."""
-    modes = {module: module.training for module in policy.modules()}
-    policy.train(policy.learns_in_training_mode)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -246,7 +246,8 @@ class CoCa(PretrainedMixin):
                 f"image_tokens must be (b, m, image_dim = {self.image_dim}) with at least one token, got shape "
                 f"{tuple(image_tokens.shape)}"
             )
-        embedding, pooled = self.pooling(image_tokens)
+        # an encoder may be kept in another dtype than the decoder
+        embedding, pooled = self.pooling(image_tokens.to(self.token_emb.weight.dtype))
         return embedding, pooled
 
     def encode_text(self, text: Int[Tensor, "b n"], *, mask: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b l"]:

@@ -69,13 +69,15 @@ class ImageEncoder(nn.Module):
         return self
 
     def forward(self, images: Float[Tensor, "b c height width"]) -> Float[Tensor, "b m d"]:
-        """Tokens of the images.
+        """Tokens of the images, which are cast to the dtype of the encoder's weights.
 
         Raises:
             ValueError: the encoder's output has no tokens, or tokens of another width than declared.
             TypeError: the output neither is nor contains a tensor.
         """
         encoder: Any = self.encoder
+        weight = next((weight for weight in encoder.parameters() if weight.is_floating_point()), images)
+        images = images.to(weight.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = encoder.forward_features(images) if hasattr(encoder, "forward_features") else encoder(images)
         tokens = tokens_of(features, self.width)

@@ -87,9 +87,11 @@ def train(
         **run,
     )
     # a summary in front of the run
-    trained = sum(parameter.numel() for parameter in trainer.model.trainable_parameters())
-    total = sum(parameter.numel() for parameter in policy.parameters())
-    report("model", f"{model}, {total / 1e6:.2f} million parameters, of which {trained / 1e6:.2f} train")
+    weights = trainer.session.precisions
+    stored = (
+        f"{weights.total / 1e6:.2f} million parameters stored in {str(weights.stored_dtype).removeprefix('torch.')}"
+    )
+    report("model", f"{model}, {stored}, of which {weights.trained / 1e6:.2f} train in float32")
     rows = trainer.train_dataset
     left_out = "" if rows.reason is None else f", such as: {rows.reason}"
     report("data", f"{data}: {len(rows)} rows, {rows.dropped} left out{left_out}")

@@ -104,13 +104,21 @@ class SPIN(nn.Module):
         # not a submodule: its parameters are those of policy_model
         object.__setattr__(self, "policy", as_causal_lm(model))
         self.eos_ids = end_ids(model=self.policy) if eos_id is None else eos_tuple(eos_id)
-        self.ref_model: FrozenReference | MovingReference
-        if ref_model_ema_decay == 1:
-            self.ref_model = FrozenReference(self.policy)
-        else:
-            self.ref_model = MovingReference(model, decay=ref_model_ema_decay, settings=ema_kwargs or {})
+        self._reference_arguments = (ref_model_ema_decay, dict(ema_kwargs or {}))
+        self.reset_reference()
 
     policy: Any
+    ref_model: FrozenReference | MovingReference
+
+    def reset_reference(self) -> None:
+        """Makes a new reference from the policy, for one whose weights have changed their dtypes."""
+        decay, settings = self._reference_arguments
+        frozen = decay == 1
+        self.ref_model = (
+            FrozenReference(self.policy)
+            if frozen
+            else MovingReference(self.policy_model, decay=decay, settings=settings)
+        )
 
     @property
     def device(self) -> torch.device:

@@ -203,7 +203,7 @@ class SPINTrainer:
         self.pairs = PairComparison(self.model, self.settings, self.sampling)
         self._base_lambda = self.model.lambda_
         self._valid: IterationData | None = None
-        policy, ref_model, live_reference = self.model.policy_model, self.model.ref_model, self.settings.live_reference
+        policy, live_reference = self.model.policy_model, self.settings.live_reference
         # of a partly frozen policy (LoRA) a checkpoint stores the trained parameters alone
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not self.settings.fsdp
         self._frozen_weights = cache(partial(fingerprint_of_weights, policy, trainable=False))
@@ -216,7 +216,8 @@ class SPINTrainer:
                 "best": SavedValue(lambda: {"history": self.best.history}, lambda state: vars(self.best).update(state)),
                 # a live reference is needed by the iteration's later updates
                 "reference": SavedValue(
-                    lambda: ref_model.exported() if self.state.update and live_reference else None, ref_model.restore
+                    lambda: self.model.ref_model.exported() if self.state.update and live_reference else None,
+                    lambda state: self.model.ref_model.restore(state),
                 ),
             },
             identity=lambda: {
@@ -238,6 +239,11 @@ class SPINTrainer:
             curves=[name for shown in SHOWN for name in (shown, f"validation_{shown}")],
             shown=("iteration", "loss", "win_rate"),
         )
+        if self.session.precisions.promoted:
+            self.model.reset_reference()
+        # names, since sharding replaces the parameters
+        promoted = {id(parameter): dtype for parameter, dtype in self.session.precisions.promoted}
+        self._stored_dtypes = {name: promoted[id(p)] for name, p in policy.named_parameters() if id(p) in promoted}
 
     @property
     def iteration(self) -> int:
@@ -476,13 +482,15 @@ class SPINTrainer:
         self.session.accelerator.wait_for_everyone()
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Exports policy and tokenizer to ``checkpoint_folder / path``; every process must call it.
+        """Exports policy and tokenizer to ``checkpoint_folder / path``, in the dtypes in which the policy came.
+
+        Every process must call it.
 
         Raises:
             FileExistsError: the folder exists and ``overwrite`` is False.
         """
         folder = self.checkpoint_folder / path
-        export_policy(self.model.policy_model, folder, self.tokenizer, overwrite=overwrite)
+        export_policy(self.model.policy_model, folder, self.tokenizer, overwrite=overwrite, dtypes=self._stored_dtypes)
         return folder
 
     def calc_spin_loss(self, real_seq: Int[Tensor, "b n"], prompt_len: Int[Tensor, " b"]) -> Float[Tensor, ""]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_directory
 from lm_core.checkpoints.checkpoint import on_main_process
-from lm_core.checkpoints.manifest import CheckpointError, write_json, write_manifest
+from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json, write_manifest
 from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin
 from lm_core.checkpoints.weights import load_weights, save_weights
 from lm_core.distributed import rank
@@ -32,24 +32,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def stored_weights(model: nn.Module, *, frozen: bool = False) -> dict[str, Tensor]:
+def stored_weights(
+    model: nn.Module, *, frozen: bool = False, dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Tensor]:
     """The state dict; a sharded model is gathered on the CPU of rank 0 (other ranks get an empty dict).
 
     Args:
         model: the policy, sharded or not.
         frozen: whether to include the frozen weights of a partly frozen model.
+        dtypes: dtypes by the names of parameters that are stored in another one than they have.
     """
     state = model.state_dict(keep_vars=True)
     if is_partly_frozen(model) and not frozen:
         state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not is_sharded(model):
-        return {name: tensor.detach() for name, tensor in state.items()}
-    gathered: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
-    for tensor in state.values():
-        if id(tensor) not in gathered:
+    sharded = is_sharded(model)
+    values: dict[int, Tensor] = {}  # by identity, so that tied weights stay tied
+    for name, tensor in state.items():
+        if id(tensor) not in values:
             value = whole(tensor.detach())
-            gathered[id(tensor)] = value.cpu() if rank() == 0 else value.new_empty(0)
-    return {name: gathered[id(tensor)] for name, tensor in state.items()} if rank() == 0 else {}
+            value = value.to((dtypes or {}).get(name, value.dtype))
+            values[id(tensor)] = (value.cpu() if rank() == 0 else value.new_empty(0)) if sharded else value
+    return {name: values[id(tensor)] for name, tensor in state.items()} if rank() == 0 or not sharded else {}
 
 
 @torch.no_grad()
@@ -107,22 +110,38 @@ def replace_folder(
     on_main_process(write)
 
 
-def export_policy(model: nn.Module, folder: Path, tokenizer: Any = None, *, overwrite: bool = False) -> None:
+def export_policy(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
     """Exports a policy for ``from_pretrained`` of its library (transformers, peft, ours); others as plain weights.
 
     A peft model is exported as its adapters.
 
+    Args:
+        model: the policy, sharded or not.
+        folder: the new folder.
+        tokenizer: tokenizer to store with it.
+        overwrite: True replaces a folder of this name.
+        dtypes: dtypes of weights that are stored in another one than they have.
+
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is False.
     """
-    gathered = stored_weights(model, frozen=True) if is_sharded(model) else None
+    changed = stored_weights(model, frozen=True, dtypes=dtypes) if dtypes or is_sharded(model) else None
     native = None if isinstance(model, PretrainedMixin) else getattr(model, "save_pretrained", None)
 
     def fill(folder: Path) -> None:
         if callable(native):
-            native(str(folder), **({} if gathered is None else {"state_dict": gathered}))
+            native(str(folder), **({} if changed is None else {"state_dict": changed}))
+            if dtypes and (folder / CONFIG_FILE).is_file():
+                _write_dtype(folder / CONFIG_FILE, changed or {})
         else:
-            save_weights(folder / WEIGHTS_FILE, model if gathered is None else gathered)
+            save_weights(folder / WEIGHTS_FILE, model if changed is None else changed)
         if isinstance(model, PretrainedMixin):
             write_json(folder / CONFIG_FILE, model.pretrained_config())
             model.write_assets(folder)
@@ -132,6 +151,19 @@ def export_policy(model: nn.Module, folder: Path, tokenizer: Any = None, *, over
             tokenizer.save_pretrained(folder if together else folder / TOKENIZER_FOLDER)
 
     replace_folder(folder, fill, manifest=not callable(native), overwrite=overwrite)
+
+
+def _write_dtype(config: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the dtype of most weights into a transformers model's ``config.json``, which names that of its masters."""
+    content = read_json(config)
+    sizes: dict[str, int] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            name = str(tensor.dtype).removeprefix("torch.")
+            sizes[name] = sizes.get(name, 0) + tensor.numel()
+    for key in {"dtype", "torch_dtype"} & set(content):
+        content[key] = max(sizes, key=lambda name: sizes[name])
+    write_json(config, content)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.weights import read_weights
 from lm_core.tokenizers import ByteTokenizer
 from spin_trainer import SPIN, as_sft_dataset
@@ -284,3 +285,64 @@ def test_a_run_continues_the_adapters_of_its_models_folder_or_refuses_new_ones(c
     assert command("third", "--lora_r=4", model=folder) == 1
     assert "model must have no adapters, got ['default']" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def logits_of(model, ids=((5, 6, 7, 8),)):
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float()
+
+
+def test_a_checkpoint_of_adapters_is_opened_by_peft_and_holds_no_base(command, tmp_path):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    assert command("run", "--lora_r=4", "--checkpoint_every=2") == 0
+    exported = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "iterations" / "iteration-1")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    opened = peft.AutoPeftModelForCausalLM.from_pretrained(checkpoint)  # by the name of its base
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    on_base = peft.PeftModel.from_pretrained(base, checkpoint)
+    run = load_causal_lm(tmp_path / "run")
+
+    for model in (opened, on_base, run):
+        torch.testing.assert_close(logits_of(model), logits_of(exported), rtol=0, atol=0)
+    assert (logits_of(opened) - logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama"))).any()
+    stored = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
+    adapters = sum(value.numel() for name, value in exported.named_parameters() if "lora" in name)
+    assert max(stored.values()) < 4 * adapters + 10_000 < (tmp_path / "llama" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_of_all_weights_is_opened_by_transformers(command, tmp_path, hugging_face_folder, dtype):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder, dtype=getattr(torch, dtype))
+    model.save_pretrained(hugging_face_folder)
+    assert command("run", "--max_steps=1") == 0
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    opened = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "iterations" / "iteration-1", dtype="auto"
+    )
+
+    assert (opened.dtype, exported.dtype) == (torch.float32, getattr(torch, dtype))
+    torch.testing.assert_close(logits_of(opened), logits_of(exported), rtol=0, atol=0.05 if dtype == "bfloat16" else 0)
+    assert opened.generation_config.eos_token_id == model.generation_config.eos_token_id
+
+
+def test_every_weight_of_a_bfloat16_model_learns_at_the_rates_of_fine_tuning(
+    command, tmp_path, hugging_face_folder, capsys
+):
+    transformers = pytest.importorskip("transformers")
+    before = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder, dtype=torch.bfloat16)
+    before.save_pretrained(hugging_face_folder)
+    before = {name: weight.float() for name, weight in before.state_dict().items()}
+    assert command("run", "--learning_rate=5e-7", "--end_learning_rate=5e-7") == 0
+    printed = capsys.readouterr().out.splitlines()
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    after = read_weights(checkpoint / "model.safetensors")
+    trained = {name: weight for name, weight in after.items() if (weight != before[name]).any()}
+
+    assert "weights stored in bfloat16, trained in float32" in printed[0]
+    assert trained.keys() == after.keys()
+    # of embeddings, the rows of tokens that occur
+    changed = [(weight != before[name]).float().mean().item() for name, weight in after.items() if "embed" not in name]
+    assert min(changed) > 0.99

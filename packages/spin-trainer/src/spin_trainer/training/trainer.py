@@ -48,6 +48,7 @@ from spin_trainer.training.weights import (
     is_partly_frozen,
     load_stored_weights,
     stored_weights,
+    write_native_files,
 )
 
 SHOWN = ("loss", "nll", "margin", "win_rate", "real_log_prob", "generated_log_prob", "generated_length", "grad_norm")
@@ -206,6 +207,7 @@ class SPINTrainer:
         policy, live_reference = self.model.policy_model, self.settings.live_reference
         # of a partly frozen policy (LoRA) a checkpoint stores the trained parameters alone
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not self.settings.fsdp
+        self._checkpointed: Mapping[str, Tensor] = {}
         self._frozen_weights = cache(partial(fingerprint_of_weights, policy, trainable=False))
         self.session.register(
             model=policy,
@@ -231,7 +233,8 @@ class SPINTrainer:
                 "sampling": repr(sorted(self.sampling.description().items())),
             },
             upgrade=upgraded,
-            save_weights=lambda: policy if whole else stored_weights(policy),
+            save_weights=lambda: policy if whole else self._stored_weights(),
+            assets=None if whole else lambda folder: write_native_files(policy, folder, self._checkpointed),
             load_weights=lambda stored: load_stored_weights(policy, stored.model_state or {}, str(stored.path)),
             tokenizer=tokenizer,
             validate=None if self.valid_dataset is None else self._validate,
@@ -439,6 +442,11 @@ class SPINTrainer:
         self.save(Path("iterations") / f"iteration-{self.iteration}", overwrite=overwrite)
         self.session.use_optimizer(None)
         self.session.save()
+
+    def _stored_weights(self) -> Mapping[str, Tensor]:
+        """Gathers the weights of a checkpoint, whose other files are written from them too."""
+        self._checkpointed = stored_weights(self.model.policy_model)
+        return self._checkpointed
 
     def _validate(self) -> dict[str, float]:
         assert self._valid is not None

@@ -153,6 +153,27 @@ def export_policy(
     replace_folder(folder, fill, manifest=not callable(native), overwrite=overwrite)
 
 
+def write_native_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes files into a checkpoint so that the policy's own library opens it: peft its adapter, transformers a model.
+
+    The base of an adapter is not copied: the adapter names it, and the checkpoint has its fingerprint.
+
+    Args:
+        model: the policy.
+        folder: folder of the checkpoint, with ``state`` as its weights.
+        state: ``stored_weights`` of the policy.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(str(folder), state_dict=dict(state))  # type: ignore[operator]
+    elif not is_partly_frozen(model) and callable(getattr(config, "save_pretrained", None)):
+        config.save_pretrained(str(folder))
+        _write_dtype(folder / CONFIG_FILE, state)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(str(folder))
+
+
 def _write_dtype(config: Path, state: Mapping[str, Tensor]) -> None:
     """Writes the dtype of most weights into a transformers model's ``config.json``, which names that of its masters."""
     content = read_json(config)

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from lm_core import generate
+from lm_core.checkpoints.checkpoint import CheckpointError, save_checkpoint
+from lm_core.checkpoints.manifest import write_manifest
 from lm_core.losses.losses import token_log_probs
-from memorizing_transformer import KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories
+from memorizing_transformer import KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories, retrofit
 
 PROMPTS = [3, 12, 19]
 
@@ -340,7 +342,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import test_trainer as runs
 from memorizing_transformer.training.evaluation import evaluate
-from lm_core.distributed import rank
+from lm_core.checkpoints.checkpoint import save_checkpoint
+from lm_core.distributed import data_parallel, rank, release, world_size
 trainer = runs.MemoryTrainer(
     model=runs.model(memorizing_layers=[1, 2], xl_max_memories=0).double(),
     corpus=runs.corpus(),
@@ -348,6 +351,10 @@ trainer = runs.MemoryTrainer(
     settings=runs.settings(batch_size=int(sys.argv[3])),
 )
 trainer.train()
+if world_size() > 1:
+    wrapped = data_parallel(trainer.model, trainer.device)
+    save_checkpoint(sys.argv[2] + "/wrapped", 6, model=wrapped)
+    release(wrapped)
 for documents in (1, 3, None):  # of three, and of one, some processes have fewer
     reading = {"eos_id": runs.EOS, "segment_length": 8, "max_documents": documents}
     score = evaluate(trainer.model, runs.corpus().validation, **reading)
@@ -377,9 +384,74 @@ def test_a_model_of_memorizing_layers_only_trains_and_is_evaluated_on_two_proces
     one, alone = run_ranks(tmp_path, "one", 1, 4)
     two, both = run_ranks(tmp_path, "two", 2, 2)
     torch.testing.assert_close(two.state_dict(), one.state_dict(), atol=1e-10, rtol=0)
+    wrapped = MemorizingTransformer.from_pretrained(tmp_path / "two" / "wrapped" / "step-6")
+    torch.testing.assert_close(wrapped.state_dict(), two.state_dict(), atol=0, rtol=0)
     assert len(both) == 6
     for _, documents, bits, loss, tokens, by_position in both:
         expected = next(row for row in alone if row[1] == documents)
         assert [bits, loss] == pytest.approx(expected[2:4], abs=1e-3)  # documents meet in other segments
         assert tokens == expected[4]
         assert [row[:2] for row in by_position] == [row[:2] for row in expected[5]]
+
+
+# ------------------------------------------------------------------------------------------------ files from strangers
+
+
+HOSTILE = {
+    "dim": 10**9,
+    "depth": 10**9,
+    "num_tokens": 10**12,
+    "dim_head": 10**9,
+    "heads": 10**9,
+    "knn_attn_heads": 10**8,
+    "ff_mult": 10**9,
+    "num_retrieved_memories": 10**9,
+    "segment_length": 10**12,
+    "xl_max_memories": 10**12,
+    "max_knn_memories": 10**15,
+    "memorizing_layers": list(range(10**6)),
+    "shift_xl_memories_down": 10**400,
+    "knn_storage": "int4",
+    "gate": 3,
+}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """``stored(model, **arguments)``: a folder of ``model`` in whose config.json these arguments are replaced."""
+
+    def store(model, **arguments):
+        folder = model.save_pretrained(tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["arguments"] |= arguments
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        write_manifest(folder)
+        return folder
+
+    return store
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_sizes_of_a_stored_model_are_refused_before_anything_is_built(tiny_model, stored, name):
+    folder = stored(tiny_model(), **{name: HOSTILE[name]})
+    with pytest.raises(CheckpointError, match=name):
+        MemorizingTransformer.from_pretrained(folder)
+
+
+def test_a_stored_model_does_not_choose_where_memories_are_written(tmp_path, tiny_model, stored):
+    model = tiny_model(knn_memories_directory=str(tmp_path / "mine"), memorizing_layers=())
+    folder = stored(model, knn_memories_directory=str(tmp_path / "elsewhere"))
+    assert MemorizingTransformer.from_pretrained(folder).knn_memories_directory is None
+    again = MemorizingTransformer.from_pretrained(folder, knn_memories_directory=str(tmp_path / "mine"))
+    assert retrofit(again).knn_memories_directory == str(tmp_path / "mine")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_saved_as_the_model_itself(tmp_path, tiny_model, wrap):
+    model = tiny_model()
+    folder = save_checkpoint(tmp_path, 3, model=wrap(model))
+    again = MemorizingTransformer.from_pretrained(folder)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)

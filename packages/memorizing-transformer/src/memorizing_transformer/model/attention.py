@@ -46,9 +46,9 @@ class RelativePositionBias(nn.Module):
         self.bias = nn.Embedding(NUM_BUCKETS, heads)
         nn.init.normal_(self.bias.weight, std=0.1)
         if look_back:
+            head = torch.arange(heads)
             with torch.no_grad():
-                for head in range(heads):
-                    self.bias.weight[head % (NUM_BUCKETS // 2), head] += 1.0
+                self.bias.weight[head % (NUM_BUCKETS // 2), head] += 1.0
 
     def bucket(self, distance: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """The bucket of each distance; negative distances share the bucket of 0."""

@@ -9,7 +9,7 @@ shift of s, the i-th layer with a window (a memory) reads that of the (i + s)-th
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_ids, check_mask, check_positive, check_probability, typed
 from lm_core.generation.decoding import Filter
@@ -42,6 +43,19 @@ from memorizing_transformer.model.segment import (
     remember,
     view_of,
 )
+
+# Largest arguments of a stored model: files are not trusted, and buffers of these sizes are allocated.
+LARGEST = {
+    "num_tokens": 2**24,
+    "dim": 2**16,
+    "dim_head": 2**12,
+    "heads": 2**12,
+    "knn_attn_heads": 2**12,
+    "ff_mult": 2**8,
+    "num_retrieved_memories": 2**16,
+    "segment_length": 2**20,
+    "xl_max_memories": 2**20,
+}
 
 
 class MemorizingTransformer(PretrainedMixin):
@@ -83,6 +97,9 @@ class MemorizingTransformer(PretrainedMixin):
         ValueError: a size below 1, a layer that does not exist, or an option out of range; it is named.
         TypeError: an argument is of another type.
     """
+
+    # a place on this machine: neither stored nor taken from a file
+    local_arguments = frozenset({"knn_memories_directory"})
 
     @typed
     def __init__(
@@ -187,6 +204,14 @@ class MemorizingTransformer(PretrainedMixin):
         )
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Rejects arguments of a file that exceed ``LARGEST``; see ``PretrainedMixin.check_arguments``."""
+        super().check_arguments(arguments)
+        for name, largest in LARGEST.items():
+            if isinstance(value := arguments.get(name), int | float) and value > largest:
+                raise CheckpointError(f"{name} of a stored model must be at most {largest:,}, got {value:,}")
 
     @property
     def device(self) -> torch.device:

@@ -36,9 +36,10 @@ def retrofit(
             f"model must have no memorizing layers, got {list(model.memorizing_layers)}; train it with memories"
         )
     chosen = max(1, model.depth // 2) if memorizing_layers is None else memorizing_layers
-    twin = MemorizingTransformer.from_config(
-        model.config, **{"memorizing_layers": chosen, "gate_output": True, **settings}
-    ).to(model.device, model.token_emb.weight.dtype)
+    added = {"memorizing_layers": chosen, "gate_output": True, "knn_memories_directory": model.knn_memories_directory}
+    twin = MemorizingTransformer.from_config(model.config, **{**added, **settings}).to(
+        model.device, model.token_emb.weight.dtype
+    )
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     changed = [*unexpected, *(name for name in missing if ".attentions.1." not in name)]
     if changed:

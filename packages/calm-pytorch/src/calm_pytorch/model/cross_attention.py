@@ -10,6 +10,7 @@ the names of an x-transformers ``Attention``, and with options beyond ``CONTEXT_
 Legend: b batch, n anchor positions, m augment positions, d anchor and c augment features, h heads, e head features.
 """
 
+import copyreg
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from lm_core.checks import check_positive, typed
 from lm_core.nn.attention import attend
@@ -28,6 +30,14 @@ CONTEXT_OPTIONS = frozenset(
     }
 )
 Context = tuple[Tensor, Tensor]
+
+
+def _backend(value: int) -> Any:
+    return SDPBackend(value)
+
+
+# x-transformers' flash attention holds members of this enumeration, which torch does not make picklable.
+copyreg.pickle(SDPBackend, lambda backend: (_backend, (backend.value,)))
 
 
 class ContextAttention(nn.Module):

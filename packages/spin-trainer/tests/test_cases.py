@@ -17,6 +17,11 @@ from spin_trainer.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+def logits_of(model, ids=((5, 6, 7, 8),)):
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float()
+
+
 # --------------------------------------------------------------------------------------------- padding and ends
 
 
@@ -71,6 +76,44 @@ def test_the_dropout_of_adapters_is_as_configured_and_the_models_as_asked(train,
     train(model=model, trackers=[Watch()], dropout=0.1)
     assert seen == {(0.25, 0.1)}
     assert (layer.q_proj.lora_dropout["default"].p, layer.attention_dropout) == (0.25, 0.5)
+
+
+ADAPTERS = {
+    "new tokens": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}),
+    "saved modules": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "dora": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "use_dora": True}),
+    "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "vera": ("VeraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, about names and initial values
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_an_adapter_trains_is_trained_and_stored(train, llama_model, kind):
+    peft = pytest.importorskip("peft")
+    name, settings = ADAPTERS[kind]
+    model = peft.get_peft_model(llama_model(), getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    _, result = train(model=model, epochs=2)
+    after = dict(model.named_parameters())
+
+    assert not [name for name, value in before.items() if torch.equal(after[name], value)]
+    for folder in (result.iterations_folder / "iteration-1", result.checkpoints / f"step-{result.step}"):
+        opened = peft.PeftModel.from_pretrained(llama_model(), folder)
+        torch.testing.assert_close(logits_of(opened), logits_of(model.eval()), rtol=0, atol=0)
+
+
+def test_the_reference_of_a_fine_tuned_adapter_is_the_policy_as_it_was_given(llama_model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    spin = SPIN(peft.get_peft_model(llama_model(), config).eval(), eos_id=())
+    with spin.policy_model.disable_adapter(), torch.no_grad():
+        base = spin.policy(torch.tensor([[1, 2, 3, 4]]))
+    loss = spin(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 4, 3]]), torch.tensor([2]))
+
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert (spin.ref_model(torch.tensor([[1, 2, 3, 4]])) - base).abs().max().item() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------- texts and chats
@@ -285,11 +328,6 @@ def test_a_run_continues_the_adapters_of_its_models_folder_or_refuses_new_ones(c
     assert command("third", "--lora_r=4", model=folder) == 1
     assert "model must have no adapters, got ['default']" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
-
-
-def logits_of(model, ids=((5, 6, 7, 8),)):
-    with torch.no_grad():
-        return model(torch.tensor(ids)).logits.float()
 
 
 def test_a_checkpoint_of_adapters_is_opened_by_peft_and_holds_no_base(command, tmp_path):

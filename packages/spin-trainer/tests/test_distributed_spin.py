@@ -72,6 +72,15 @@ adapted = with_adapters()
 run("adapters", adapted, gradient_accumulation=2, batch_size=2 // processes)
 outcome["adapters"] = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
 if processes == 2:
+    # adapters made before anything is seeded
+    ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
+    base = conftest.llama(vocab_size=12, **ends)
+    torch.manual_seed(dist.get_rank())
+    apart = with_lora(base, r=4)
+    run("apart", apart, iterations=1, max_steps=2)
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, {n: p.detach() for n, p in apart.named_parameters() if p.requires_grad})
+    outcome["apart"] = everywhere
     resumed = decoder()
     run("plain", resumed)  # finished: loads the last checkpoint
     outcome["resumed"] = dict(resumed.state_dict())
@@ -155,6 +164,11 @@ def test_sharded_training_ends_with_the_weights_of_one_process_and_opens_on_one(
 
 def test_adapters_of_two_processes_are_those_of_one(outcomes):
     assert greatest_difference(outcomes[2][1]["adapters"], outcomes[1][1]["adapters"]) < 1e-10
+
+
+def test_adapters_that_processes_made_apart_are_one_model(outcomes):
+    one, other = outcomes[2][1]["apart"]
+    assert greatest_difference(one, other) == 0
 
 
 @needs_sharding

@@ -165,7 +165,8 @@ def write_native_files(model: nn.Module, folder: Path, state: Mapping[str, Tenso
     """
     config: Any = getattr(model, "config", None)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), state_dict=dict(state))  # type: ignore[operator]
+        gathered = {"state_dict": dict(state)} if is_sharded(model) else {}
+        model.save_pretrained(str(folder), **gathered)  # type: ignore[operator]
     elif not is_partly_frozen(model) and callable(getattr(config, "save_pretrained", None)):
         config.save_pretrained(str(folder))
         _write_dtype(folder / CONFIG_FILE, state)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -99,7 +100,10 @@ def test_what_an_adapter_trains_is_trained_and_stored(train, llama_model, kind):
     after = dict(model.named_parameters())
 
     assert not [name for name, value in before.items() if torch.equal(after[name], value)]
+    umask = os.umask(0)
+    os.umask(umask)
     for folder in (result.iterations_folder / "iteration-1", result.checkpoints / f"step-{result.step}"):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()} == {0o666 & ~umask}
         opened = peft.PeftModel.from_pretrained(llama_model(), folder)
         torch.testing.assert_close(logits_of(opened), logits_of(model.eval()), rtol=0, atol=0)
 
@@ -344,6 +348,8 @@ def test_a_checkpoint_of_adapters_is_opened_by_peft_and_holds_no_base(command, t
     for model in (opened, on_base, run):
         torch.testing.assert_close(logits_of(model), logits_of(exported), rtol=0, atol=0)
     assert (logits_of(opened) - logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama"))).any()
+    words = ["--data", f"{tmp_path}/valid.jsonl", "--max_seq_len=40", "--device=cpu"]
+    assert main(["eval", str(tmp_path / "run"), *words, "--opponent_model", str(tmp_path / "llama")]) == 0
     stored = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
     adapters = sum(value.numel() for name, value in exported.named_parameters() if "lora" in name)
     assert max(stored.values()) < 4 * adapters + 10_000 < (tmp_path / "llama" / "model.safetensors").stat().st_size

@@ -1,9 +1,15 @@
 """Preference data of reward models: pairs of responses to a prompt, or responses with a label.
 
-A JSONL line has ``prompt``, ``chosen``, ``rejected`` and optionally ``margin``; or ``prompt``, ``response``, ``label``.
+| columns of a row | example |
+|---|---|
+| ``prompt``, ``chosen``, ``rejected``, optionally ``margin`` | a pair |
+| ``chosen``, ``rejected`` that begin with the same words or messages (hh-rlhf) | a pair; that beginning is the prompt |
+| ``prompt``, ``response`` or ``completion``, ``label`` | a response with its reward, its bin, or true and false |
+
+Prompts and responses are texts, chats (lists of messages) or token ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +17,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lm_core.data.conversations import conversation_ids
 from lm_core.data.rows import load_rows
+from lm_core.tokenizers import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,13 @@ class Labelled:
 
 
 def load_preferences(source: Any, *, tokenizer: Any = None) -> list[Preference | Labelled]:
-    """Examples from rows (mappings of text or ids), or from any source of ``lm_core.data.rows``.
+    """Examples from rows (mappings, see the module's table), or from any source of ``lm_core.data.rows``.
 
-    The tokenizer's EOS is appended to text responses, as in a finished response of a policy.
+    The tokenizer's EOS is appended to text responses, as in a finished response of a policy; responses of a chat are
+    those of the tokenizer's template.
 
     Raises:
-        ValueError: there are none, a column is missing, or a text is empty.
+        ValueError: there are none, a column is missing or empty, or its value cannot be read; row and column are named.
         FileNotFoundError: there is no such file.
     """
     examples = [_example(row, index, tokenizer) for index, row in enumerate(load_rows(source, name="pairs"))]
@@ -55,6 +64,48 @@ def _example(row: Any, index: int, tokenizer: Any) -> Preference | Labelled:
         return row
     if not isinstance(row, Mapping):
         raise TypeError(f"pairs[{index}] must be a row with prompt, chosen and rejected, got {type(row).__name__}")
+    row = {name: value for name, value in row.items() if value is not None}
+    if "completion" in row and "response" not in row:
+        row["response"] = row["completion"]
+    if "prompt" not in row and {"chosen", "rejected"} <= set(row):
+        row = _with_explicit_prompt(row, index)
+    responses = next((names for names in (("chosen", "rejected"), ("response",)) if set(names) <= set(row)), ())
+    if "prompt" not in row or not responses or (responses == ("response",) and "label" not in row):
+        raise ValueError(
+            f"pairs[{index}] must have prompt, chosen and rejected, or prompt, response and label, got {sorted(row)}"
+        )
+    prompt, encoded = _ids(row, responses, index, tokenizer)
+    if responses == ("response",):
+        return Labelled(prompt, encoded[0], _number(row, "label", index))
+    margin = _number(row, "margin", index) if "margin" in row else 0.0
+    return Preference(prompt=prompt, chosen=encoded[0], rejected=encoded[1], margin=margin)
+
+
+def _with_explicit_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """The row with the common beginning of its two responses as its prompt: whole messages, or text up to a word."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    border = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)) - 1)
+    if isinstance(chosen, str):  # a blank belongs to the word after it, as in most vocabularies
+        border = max(chosen.rfind(" ", 0, border), chosen.rfind("\n", 0, border) + 1)
+    if border <= 0:
+        raise ValueError(f"pairs[{index}] has no prompt, and chosen and rejected have no common beginning")
+    return {**row, "prompt": chosen[:border], "chosen": chosen[border:], "rejected": rejected[border:]}
+
+
+def _ids(row: Mapping[str, Any], responses: Sequence[str], index: int, tokenizer: Any) -> tuple[Tensor, list[Tensor]]:
+    """Ids of the prompt and of each response."""
+    if _is_chat(row["prompt"]):
+        chats = [
+            conversation_ids(
+                tokenizer,
+                [*row["prompt"], *_messages(row[name])],
+                answer=len(row["prompt"]),
+                where=f"pairs[{index}], {name!r}",
+            )
+            for name in responses
+        ]
+        return torch.tensor(chats[0][0]), [torch.tensor(answer) for _, answer in chats]
 
     def ids(name: str, *, ends: bool) -> Tensor:
         value = row[name]
@@ -62,22 +113,33 @@ def _example(row: Any, index: int, tokenizer: Any) -> Preference | Labelled:
             if tokenizer is None:
                 raise ValueError(f"pairs[{index}] is text, which needs a tokenizer, got tokenizer=None")
             eos = getattr(tokenizer, "eos_id", None)
-            value = [*tokenizer.encode(value), *([eos] if ends and eos is not None else [])]
-        tensor = torch.as_tensor(value)
+            try:
+                value = prompt_ids(tokenizer, value) if name == "prompt" else list(tokenizer.encode(value))
+            except ValueError as error:  # a lone surrogate
+                raise ValueError(f"pairs[{index}], {name!r}: {error}") from error
+            value += [eos] if ends and eos is not None else []
+        try:
+            tensor = torch.as_tensor(value)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"pairs[{index}] must have token ids or text in {name!r}, got {value!r}"[:200]) from error
         if tensor.ndim != 1 or tensor.numel() == 0 or tensor.is_floating_point():
             raise ValueError(f"pairs[{index}] must have token ids or text in {name!r}, got {row[name]!r}"[:200])
         return tensor.long()
 
-    for names in (("prompt", "chosen", "rejected"), ("prompt", "response", "label")):
-        if all(name in row for name in names):
-            if "label" in names:
-                return Labelled(ids("prompt", ends=False), ids("response", ends=True), float(row["label"]))
-            return Preference(
-                prompt=ids("prompt", ends=False),
-                chosen=ids("chosen", ends=True),
-                rejected=ids("rejected", ends=True),
-                margin=float(row.get("margin", 0.0)),
-            )
-    raise ValueError(
-        f"pairs[{index}] must have prompt, chosen and rejected, or prompt, response and label, got {sorted(row)}"
-    )
+    return ids("prompt", ends=False), [ids(name, ends=True) for name in responses]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _messages(value: Any) -> Any:
+    """A response to a chat as messages."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def _number(row: Mapping[str, Any], name: str, index: int) -> float:
+    try:
+        return float(row[name])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pairs[{index}] must have a number in {name!r}, got {row[name]!r}") from error

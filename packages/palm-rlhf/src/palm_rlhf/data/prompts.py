@@ -5,7 +5,7 @@ so a resumed run needs only that number.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lm_core.checks import check_ids
+from lm_core.data.conversations import prompt_of_chat
 from lm_core.data.rows import load_rows
 from lm_core.generation.decoding import prompt_rows
 from lm_core.tokenizers import as_tokenizer as as_known_tokenizer
@@ -112,11 +113,14 @@ def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
     if isinstance(entry, str):
         if tokenizer is None:
             raise ValueError(f"prompts[{index}] is text, which needs a tokenizer, got tokenizer=None")
-        ids, text = _encoded(prompt_ids, tokenizer, entry, index), entry
+        try:
+            ids, text = torch.tensor(prompt_ids(tokenizer, entry), dtype=torch.long), entry
+        except ValueError as error:  # a lone surrogate
+            raise ValueError(f"prompts[{index}]: {error}") from error
     elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
         if getattr(tokenizer, "apply_chat_template", None) is None:
             raise ValueError(f"prompts[{index}] is a chat, which needs a tokenizer with apply_chat_template")
-        ids, messages = _encoded(_chat_ids, tokenizer, entry, index), entry
+        ids, messages = torch.tensor(prompt_of_chat(tokenizer, entry, where=f"prompts[{index}]")), entry
         text = full_text(tokenizer, ids)
     else:
         if isinstance(entry, Sequence) and all(type(value) is int for value in entry):
@@ -127,18 +131,6 @@ def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
     if ids.numel() == 0:
         raise ValueError(f"prompts[{index}] must hold at least one token, it is empty")
     return Prompt(ids, text, columns, messages)
-
-
-def _chat_ids(tokenizer: Any, messages: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-
-
-def _encoded(encode: Callable[[Any, Any], list[int]], tokenizer: Any, value: Any, index: int) -> Tensor:
-    """Ids of a text or a chat; an error names the row."""
-    try:
-        return torch.tensor(encode(tokenizer, value), dtype=torch.long)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"prompts[{index}] cannot be tokenised: {error}") from error
 
 
 def _decoded(ids: Tensor, tokenizer: Any) -> str | None:

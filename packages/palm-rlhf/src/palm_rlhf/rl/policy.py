@@ -19,6 +19,7 @@ Legend: b batch, n sequence, m = n - 1, v vocabulary, k bins.
 import contextlib
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -156,6 +157,9 @@ class ActorCritic(nn.Module):
                 self.dropouts += network.modules()
             elif dropout:
                 raise ValueError(f"{role}_dropout without LoRA is set in the model's own configuration")
+        for role, network, with_lora, *_ in parts:  # also adapters that were loaded for inference
+            if network is not None and with_lora:
+                _require_gradients(_trained(network, self.scopes[role]))
         self.value_head: nn.Linear | None = None
         if with_critic:
             weight = next(iter(_trained(self.critic, self.scopes["critic"])), None)
@@ -366,7 +370,8 @@ def _is_hugging_face(network: Any) -> bool:
 
 
 def _has_adapters(network: Any) -> bool:
-    return hasattr(getattr(network, "model", None), "peft_config")
+    model = getattr(network, "model", None)
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def _states(network: Any, ids: Tensor, arguments: dict[str, Any]) -> Float[Tensor, "b n d"]:
@@ -398,7 +403,11 @@ def _recompute_blocks(network: Any) -> None:
     if isinstance(network, PaLM):
         network.gradient_checkpointing = True
     elif network is not None and _is_hugging_face(network):
-        network.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(network.model, "activation_checkpointing_enable", None)  # transformers 5
+        if enable is not None:
+            enable({"use_reentrant": False})
+        else:
+            network.model.gradient_checkpointing_enable({"use_reentrant": False})
     elif network is not None:
         raise ValueError(f"gradient_checkpointing needs a PaLM or a Hugging Face model, got {type(network).__name__}")
 
@@ -410,7 +419,8 @@ def _existing_adapter(network: Any, scope: str, *, adopt: bool) -> str | None:
     adapters = network.model.peft_config if _has_adapters(network) else {}
     name = scope if scope in adapters else str(network.model.active_adapter) if adapters and adopt else None
     if name is not None:
-        network.model.set_adapter(name)  # trainable, also if it was loaded for inference
+        if adopt:
+            network.model.set_adapter(name)
         if getattr(adapters[name], "bias", "none") != "none":
             raise ValueError(f"adapter {name!r} must not train biases of the base, got bias={adapters[name].bias!r}")
         if not _trained(network, name):
@@ -435,9 +445,13 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
 
     r = 8 if r is None else r
     if not _has_adapters(network):
+        if hasattr(network.model, "peft_config"):
+            names = sorted(network.model.peft_config)
+            raise ValueError(f"palm has peft adapters in its layers ({', '.join(names)}): pass its PeftModel instead")
         training = network.training
         config = lora_config(network.model, r=r, alpha=r, dropout=dropout, targets=targets)
-        network.model = get_peft_model(network.model, config, adapter_name=scope)
+        with _quiet():
+            network.model = get_peft_model(network.model, config, adapter_name=scope)
         network.train(training)
     else:
         model = network.model
@@ -446,10 +460,20 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
             config = lora_config(model.get_base_model(), r=r, alpha=r, dropout=dropout, targets=targets)
         else:  # peft takes adapters of one type only
             config = copy.deepcopy(model.peft_config[active])
-        model.add_adapter(scope, config)
+        with _quiet():
+            model.add_adapter(scope, config)
         model.set_adapter(active)
         _require_gradients(_trained(network, active))
     _require_gradients(_trained(network, scope))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides peft's warnings about an attribute of transformers 5 and about GPT-2's transposed weights."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        yield
 
 
 def _copied_adapter(network: Any, scope: str) -> str | None:
@@ -468,7 +492,7 @@ def _copied_adapter(network: Any, scope: str) -> str | None:
         config = copy.deepcopy(model.peft_config[scope])
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others, such as PiSSA, change the base
-        with torch.random.fork_rng(devices=[]):  # the initial weights are replaced
+        with torch.random.fork_rng(devices=[]), _quiet():  # the initial weights are replaced
             model.add_adapter(copied, config)
         state = get_peft_model_state_dict(model, adapter_name=scope, save_embedding_layers=False)
         set_peft_model_state_dict(model, state, adapter_name=copied)

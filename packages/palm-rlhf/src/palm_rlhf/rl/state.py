@@ -1,8 +1,7 @@
 """State of a run: counters, the current experience and its measurements, and their checkpoints.
 
-A checkpoint may be written between any two updates, also in the middle of an epoch. The actor's network is saved as a
-model (``PaLM.from_pretrained`` opens it, with the actor as a LoRA scope); the value head, and a critic or a reference
-with separate weights, are saved in the trainer's state.
+A checkpoint may be written between any two updates, also in the middle of an epoch. Weights: see
+``palm_rlhf.rl.policy_files``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.data.epochs import permutation
 from palm_rlhf.rl.experience import Experience
-from palm_rlhf.rl.policy import ActorCritic
 
 Sums = dict[str, float]
 
@@ -135,26 +132,3 @@ def combined(*parts: Mapping[str, float]) -> Sums:
 def is_maximum(name: str) -> bool:
     """True for the name of a measurement that is a maximum, not a sum."""
     return name.endswith("_max")
-
-
-class ExtraWeights:
-    """Weights of a policy outside the actor's network, for checkpoints."""
-
-    def __init__(self, policy: ActorCritic) -> None:
-        self.policy = policy
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The weights on the CPU."""
-        saved = {id(tensor) for tensor in self.policy.actor.state_dict(keep_vars=True).values()}
-        state = self.policy.state_dict(keep_vars=True)
-        return {name: tensor.detach().cpu() for name, tensor in state.items() if id(tensor) not in saved}
-
-    def check_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises ``CheckpointError`` if the weights are of another critic."""
-        differing = set(state) ^ set(self.state_dict())
-        if differing:
-            raise CheckpointError(f"the checkpoint is of another critic: {sorted(differing)}")
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads the weights."""
-        self.policy.load_state_dict(dict(state), strict=False)

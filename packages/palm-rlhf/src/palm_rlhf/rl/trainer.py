@@ -40,10 +40,12 @@ from palm_rlhf.rl.experience import (
 from palm_rlhf.rl.kl import kl_estimate
 from palm_rlhf.rl.objectives import GRPO, PPO, Objective
 from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.policy_files import PolicyFiles
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, new_token_limit
-from palm_rlhf.rl.state import ExtraWeights, Phase
+from palm_rlhf.rl.state import Phase
 from palm_rlhf.rl.update import PolicyUpdate, update_metrics
 
+_EPISODES = 50_000  # of the original
 CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explained_variance")
 
 
@@ -162,19 +164,22 @@ class RLHFTrainer:
             seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size, device=self.device
         )
         name = type(objective).__name__
+        files = PolicyFiles(policy)
         self.session.register(
             model=policy.actor,
             objective=policy,
             optimizer=lambda: (self.update.optimizer, None),
             gradients="sum",
-            state={"phase": self.phase, "kl": self.kl, "extra": ExtraWeights(policy)},
+            state={"phase": self.phase, "kl": self.kl, "extra": files},
             # the stored experience depends on these; other settings, such as learning rates, may change on resume
             identity={
                 "objective": name,
                 "group_size": objective.group_size,
                 "minibatch_size": config.minibatch_size,
                 "prompts": fingerprint(self.prompts),
+                "frozen": files.frozen_hash(),
             },
+            **files.session_arguments(),
             tokenizer=self.tokenizer,
             record={**asdict(objective), "objective": name},
             curves=CURVES,
@@ -415,7 +420,7 @@ class RLHFTrainer:
     @typed
     def train(
         self,
-        num_episodes: int = 50_000,
+        num_episodes: int = _EPISODES,
         max_timesteps: int = 1,
         update_timesteps: int = 64,
         max_batch_size: int = 64,
@@ -451,6 +456,8 @@ class RLHFTrainer:
         check_positive(update_timesteps, "update_timesteps")
         check_positive(max_batch_size, "max_batch_size")
         # check everything before the first draw
+        if max_steps is not None and num_episodes != _EPISODES:
+            raise ValueError(f"give num_episodes or max_steps, not both, got {num_episodes} and {max_steps}")
         if max_steps is None:
             count = min(update_timesteps, num_episodes * max_timesteps)
             phases = num_episodes * max_timesteps // count

@@ -97,7 +97,7 @@ WRONG_VALUES = [
     (lambda m: m.encode_text(TEXT - 9), r"text must hold token ids in \[0, 23\), got -6"),
     (lambda m: m.encode_text(TEXT[0]), r"text must have shape \(b, n\)"),
     (lambda m: m.encode_text(TEXT[:, :0]), "at least one row and token"),
-    (lambda m: m.encode_text(TEXT, mask=TEXT[:, :2] > 0), "mask must have the shape"),
+    (lambda m: m.encode_text(TEXT, mask=TEXT[:, :2] > 0), r"mask must have shape \(2, 3\)"),
     (lambda m: m.encode_text(TEXT, mask=TEXT < 0), r"only padding in rows \[0, 1\]"),
     (lambda m: m.loss(TEXT[:, :1], image_tokens=TOKENS), "at least two tokens"),
     (lambda m: m.loss(TEXT, None, TOKENS, TEXT[:, 1:]), r"labels must have text's shape \(2, 3\) .*, got \(2, 2\)"),

@@ -21,6 +21,7 @@ from coca.data.captioned_images import CaptionedImages
 from coca.data.image_files import ImageFiles, load_images
 from coca.data.pair_batches import DistinctBatches
 from coca.evaluation.evaluation import evaluate
+from coca.model.image_encoders import load_encoder
 from coca.model.text_layout import caption_ids
 from coca.training.config import TrainingSettings
 from coca.training.trainer import CoCaTrainer
@@ -643,6 +644,78 @@ def test_a_huge_encoder_is_refused_before_it_is_built(tampered):
 
     with pytest.raises(CheckpointError):
         CoCa.from_pretrained(tampered(huge))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "timm_wrapper", "architecture": "resnet10t", "model_args": {"checkpoint_path": "pickle.pth"}},
+        {"model_type": "timm_wrapper", "architecture": "local-dir:other"},
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:someone/something"},
+        {"backbone": "someone/something", "use_pretrained_backbone": True},
+        {"vision_config": {"model_type": "timm_wrapper", "model_args": {"pretrained_cfg": {"file": "pickle.pth"}}}},
+    ],
+)
+def test_an_encoder_that_is_built_from_other_files_is_refused(changes, tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text("utf-8"))
+    assert load_encoder(str(tmp_path / "vit")).config.hidden_size == 8
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, **changes}), "utf-8")
+
+    with pytest.raises(ValueError, match="names another source"):
+        load_encoder(str(tmp_path / "vit"))
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_the_vision_half_of_a_hugging_face_model_is_taken_and_stored(kind, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vision, text = {**sizes, "image_size": 8, "patch_size": 4}, {**sizes, "vocab_size": 20}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    both = getattr(transformers, f"{kind}Model")(config).eval()
+    both.save_pretrained(tmp_path / "both")
+    images = torch.randn(2, 3, 8, 8)
+
+    encoder = load_encoder(str(tmp_path / "both")).eval()
+    model = CoCa(dim=8, num_tokens=9, unimodal_depth=1, multimodal_depth=1, dim_head=4, heads=2, img_encoder=encoder)
+    model.save_pretrained(tmp_path / "model")
+    again = CoCa.from_pretrained(tmp_path / "model").eval()
+
+    assert torch.equal(encoder(images).last_hidden_state, both.vision_model(images).last_hidden_state)
+    assert torch.equal(again.encode_image(images), model.eval().encode_image(images))
+
+
+def test_a_timm_model_in_transformers_form_is_taken_and_stored(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    import transformers
+
+    config = transformers.TimmWrapperConfig(architecture="resnet10t")
+    transformers.TimmWrapperModel(config).save_pretrained(tmp_path / "timm")
+    images = torch.randn(2, 3, 32, 32)
+
+    encoder = load_encoder(str(tmp_path / "timm"))
+    model = CoCa(dim=8, num_tokens=9, unimodal_depth=1, multimodal_depth=1, dim_head=4, heads=2, img_encoder=encoder)
+    model.save_pretrained(tmp_path / "model")
+    again = CoCa.from_pretrained(tmp_path / "model").eval()
+
+    assert model.image_dim == 512
+    torch.testing.assert_close(again.encode_image(images), model.eval().encode_image(images))
+
+
+@pytest.mark.parametrize("size", [10**9, 0, "8"])
+def test_a_size_in_preprocess_json_is_bounded(size, tmp_path):
+    GREY.save(tmp_path)
+    content = json.loads((tmp_path / "preprocess.json").read_text("utf-8"))
+    (tmp_path / "preprocess.json").write_text(json.dumps({**content, "image_size": size}), "utf-8")
+
+    with pytest.raises(ValueError, match=r"preprocess\.json is not an image preprocessing file"):
+        ImagePreprocessing.load_if_present(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ stored precision

@@ -1,12 +1,14 @@
 """The command: a small quickstart, every command on its model, and one-line errors."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from coca import CoCa, ImagePreprocessing
@@ -200,8 +202,8 @@ def test_an_originals_file_is_converted(printed, tmp_path):
         (["caption", "nowhere", "a.png"], "model must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
         (["train", "--model", "nowhere"], "model must be a folder with a model"),
-        (["embed", "nowhere", "x.npz"], "give images or texts"),
-        (["retrieve", "nowhere", "a.png"], "give text, or captions"),
+        (["embed", "nowhere", "x.npz"], "pass either images or texts"),
+        (["retrieve", "nowhere", "a.png"], "pass either text"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_1(argv, message, capsys, tmp_path, monkeypatch):
@@ -218,3 +220,87 @@ def test_other_files_are_held_out_if_given(printed, run, digit_files, tmp_path):
     sources = ["--data", digit_files, "--validation_data", run.parent / "images"]
 
     assert "40 images for training, 39 held out" in printed(*ON_FILES, *sources, "--checkpoint_dir", tmp_path / "run")
+
+
+def settings_of(argv, capsys):
+    """The run that ``coca train`` would start."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *argv, "--print_config"])
+    assert exit_.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+# Widths, depths and the learning rate of a preset: arXiv 2205.01917, table 1 and section 4.1.
+PAPER = {
+    "base": {"dim": 768, "heads": 12, "unimodal_depth": 6, "multimodal_depth": 6, "vit_depth": 12, "vit_dim": 768},
+    "large": {"dim": 1024, "heads": 16, "unimodal_depth": 12, "multimodal_depth": 12, "vit_depth": 24, "vit_dim": 1024},
+    "2b": {"dim": 1408, "heads": 16, "unimodal_depth": 18, "multimodal_depth": 18, "vit_depth": 40, "vit_dim": 1408},
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_preset_has_the_papers_sizes_and_learning_rate(name, capsys):
+    settings = settings_of(["--data", "photos", "--preset", name], capsys)
+
+    optimizer = {"learning_rate": 8e-4, "warmup": 0.02, "weight_decay": 0.01, "image_size": 288, "patch_size": 18}
+    assert {**settings, **PAPER[name], **optimizer, "caption_loss_weight": 2.0} == settings
+    assert settings["dim"] == settings["heads"] * settings["dim_head"]
+    assert settings["image_size"] // settings["patch_size"] == 16  # 256 tokens
+
+
+def test_the_quickstarts_settings_are_those_of_a_run_without_data_alone(capsys):
+    quickstart, own = settings_of([], capsys), settings_of(["--data", "photos"], capsys)
+
+    assert (quickstart["preset"], quickstart["dim"], quickstart["learning_rate"]) == ("quickstart", 64, 3e-3)
+    assert (own["preset"], own["dim"], own["vit_dim"], own["learning_rate"]) == ("small", 512, 384, 5e-4)
+    assert own["checkpoint_dir"] != quickstart["checkpoint_dir"]
+    assert own["shift"] == 0
+    # a flag wins, and a pretrained encoder keeps its own image size
+    assert settings_of(["--data", "photos", "--preset", "base", "--dim", "12"], capsys)["dim"] == 12
+    assert settings_of(["--data", "photos", "--preset", "base", "--encoder", "vit"], capsys)["image_size"] == 0
+
+
+def test_a_run_starts_from_a_model_with_its_sizes_and_weights(printed, run, digit_files, tmp_path, capsys):
+    source = ["--model", run, "--data", digit_files, "--device", "cpu", "--batch_size", "8", "--checkpoint_dir"]
+    settings = settings_of(list(map(str, [*source, tmp_path / "next"])), capsys)
+    assert (settings["dim"], settings["heads"], settings["image_size"], settings["learning_rate"]) == (16, 2, 8, 1e-5)
+
+    out = printed("train", *source, tmp_path / "next", "--max_steps", "1", "--warmup", "0", "--learning_rate", "1e-9")
+
+    assert f"from {run / 'checkpoints' / 'step-3'}" in out
+    before = CoCa.from_pretrained(run / "checkpoints" / "step-3")
+    after = CoCa.from_pretrained(tmp_path / "next" / "checkpoints" / "step-1")
+    assert after.preprocessing == before.preprocessing
+    assert after.caption_loss_weight == before.caption_loss_weight == 2.0
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dim", "32"], "dim must be that of the model in .*, 16, got 32"),
+        (["--image_size", "16"], "image_size must be that of the model in .*, 8, got 16"),
+        (["--encoder", "vit"], "encoder must be that of the model in"),
+        (["--preset", "base"], "preset must be left out for a run that starts from a model, got base"),
+    ],
+)
+def test_a_run_that_starts_from_a_model_does_not_change_its_sizes(flags, message, run, digit_files, tmp_path, capsys):
+    source = ["--model", str(run), "--data", str(digit_files), "--checkpoint_dir", str(tmp_path / "next")]
+
+    assert main(["train", *source, *flags]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_captions_are_sampled_with_all_filters(printed, run, digit_files, tmp_path):
+    (tmp_path / "prefix.txt").write_text("the", "utf-8")
+    command = ["caption", run, digit_files / "3.png", digit_files / "4.png", "--num_samples", 3, "--max_new_tokens", 5]
+    command += ["--temperature", 0.9, "--top_k", 50, "--top_p", 0.9, "--min_p", 0.01, "--repetition_penalty", 1.1]
+    command += ["--prefix", f"@{tmp_path / 'prefix.txt'}", "--seed", 3]
+
+    lines = printed(*command).splitlines()
+
+    assert [line.split("\t")[0][-5:] for line in lines] == ["3.png"] * 3 + ["4.png"] * 3
+    assert all(line.split("\t")[1].startswith("the") for line in lines)
+    assert printed(*command).splitlines() == lines
+    assert main(["caption", str(run), str(digit_files / "3.png"), "--num_samples", "2"]) == 1

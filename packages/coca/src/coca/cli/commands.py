@@ -106,7 +106,7 @@ def embed(
         texts: captions to embed instead of images.
     """
     if bool(images) == bool(texts):
-        raise ValueError("give images or texts, one of the two")
+        raise ValueError("pass either images or texts to embed")
     coca, tokenizer, preprocessing = _load(model, device)
     files = None
     if texts:
@@ -170,7 +170,7 @@ def retrieve(
         top: number of images to print for a query.
     """
     if captions == bool(text):
-        raise ValueError("give text, or captions to measure recall, one of the two")
+        raise ValueError("pass either text to search for, or captions to measure recall")
     check_positive(top, "top")
     coca, tokenizer, preprocessing = _load(model, device)
     if captions:

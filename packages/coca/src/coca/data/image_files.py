@@ -178,7 +178,7 @@ class ImageFiles:
         self.preprocessing = preprocessing
         self.paths: list[Path] = []
         self.unreadable: list[str] = []
-        for source in map(Path, sources):
+        for source in (Path(source).expanduser() for source in sources):
             if not source.exists():
                 raise FileNotFoundError(f"images must be files or folders of images, there is no {source}")
             chosen = _images_of(source) if source.is_dir() else [source]

@@ -30,7 +30,7 @@ from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
 from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import check_ids, check_positive, typed
+from lm_core.checks import check_ids, check_mask, check_positive, typed
 from lm_core.distributed import all_reduce_sum
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.decoding import Filter, prompt_rows, without_tokens
@@ -384,11 +384,10 @@ class CoCa(PretrainedMixin):
         if text.dtype.is_floating_point or text.ndim != 2 or 0 in text.shape:
             raise ValueError(f"text must be integer ids (b, n), got {text.dtype} of shape {tuple(text.shape)}")
         past = 0 if cache is None else cache.length
-        expected = (text.shape[0], past + text.shape[1])
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
-            raise ValueError(f"mask must be boolean of shape {expected}, got {mask.dtype} of {tuple(mask.shape)}")
-        if mask is None and cache is not None and cache.masked:
-            raise ValueError("mask is None but the cache was filled under one: pass the mask of all positions")
+        if mask is not None:
+            check_mask(mask, "mask", (text.shape[0], past + text.shape[1]))
+        elif cache is not None and cache.masked:
+            raise ValueError("mask must be given, for all positions, since the cache was filled with a mask")
         if cache is not None and past == 0:
             cache.image = {}  # a forward that failed may have left keys and values
         x = self.token_emb(text)

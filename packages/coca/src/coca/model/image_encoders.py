@@ -13,6 +13,7 @@
 Legend: b batch, m tokens, d feature.
 """
 
+import re
 import warnings
 from typing import Any
 
@@ -139,18 +140,33 @@ def tokens_of(features: Any, width: int | None = None) -> Float[Tensor, "b m d"]
 
 
 def load_encoder(source: str) -> nn.Module:
-    """The vision model in a folder, or of ``organisation/name`` on the hub; its code is never run.
+    """The vision model in a folder, or of ``organisation/name`` on the hub; no code or pickle of it is run.
 
     Raises:
         ImportError: transformers is not installed.
-        ValueError: no vision model can be loaded from there.
+        ValueError: no vision model can be loaded from there, or its configuration names another source to build from.
     """
     try:
-        from transformers import AutoModel
+        from transformers import AutoModel, PretrainedConfig
     except ImportError as error:
         raise ImportError(f"the encoder {source} needs transformers: pip install transformers") from error
     try:
+        _check_sources(source, PretrainedConfig.get_config_dict(source)[0])
         model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers passes on the errors of its parsers and of the network
         raise ValueError(f"encoder {source!r} holds no vision model that could be loaded: {error}") from error
-    return getattr(model, "vision_model", model)
+    # the inner timm model declares its width, and a checkpoint can name its architecture
+    return getattr(model, "vision_model", getattr(model, "timm_model", model))
+
+
+def _check_sources(source: str, config: Any) -> None:
+    """Raises ``ValueError`` if a configuration makes transformers build a model from another place than its own.
+
+    transformers passes them to timm, which reads pickles (``checkpoint_path``), other folders and the hub.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sources(source, value)
+        named = key in ("model_args", "backbone", "backbone_kwargs", "use_pretrained_backbone") and value
+        if named or (key == "architecture" and not re.fullmatch(r"[\w.]*", str(value))):
+            raise ValueError(f"its configuration names another source, {key} = {value!r}")

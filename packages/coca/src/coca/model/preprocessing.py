@@ -19,6 +19,7 @@ from lm_core.checkpoints.manifest import FORMAT_VERSION, check_format, read_json
 from lm_core.checks import check_positive
 
 PREPROCESS_FILE = "preprocess.json"
+_LARGEST = 8192
 # EXIF orientation to the name of the ``PIL.Image.Transpose`` that makes a picture upright; 1 is upright.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -52,6 +53,8 @@ class ImagePreprocessing:
 
     def __post_init__(self) -> None:
         check_positive(self.image_size, "image_size")
+        if self.image_size > _LARGEST:  # a file from elsewhere may name any size
+            raise ValueError(f"image_size must be at most {_LARGEST}, got {self.image_size}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         for name in ("mean", "std"):

@@ -23,7 +23,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lm_core.checks import check_ids
+from lm_core.checks import check_ids, check_mask
 from lm_core.nn.masking import positions_from_mask, right_pad
 from lm_core.tokenizers import as_tokenizer
 
@@ -152,10 +152,7 @@ def layout_of(text: Tensor, mask: Tensor | None, *, pad_id: int, eos_id: int | N
         if eos_id == pad_id:
             lengths = (lengths + 1).clamp(max=text.shape[1])
     else:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")
-        if mask.shape != text.shape:
-            raise ValueError(f"mask must have the shape of text {tuple(text.shape)}, got {tuple(mask.shape)}")
+        check_mask(mask, "mask", text.shape)
         lengths = mask.sum(dim=-1)
         # Values at padding are never used and need not be token ids.
         text = _moved_left(text.masked_fill(~mask, pad_id), mask)

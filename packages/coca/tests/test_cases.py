@@ -20,7 +20,7 @@ from coca.cli import main
 from coca.data.captioned_images import CaptionedImages
 from coca.data.image_files import ImageFiles, load_images
 from coca.data.pair_batches import DistinctBatches
-from coca.evaluation.evaluation import evaluate
+from coca.evaluation.evaluation import decoded, evaluate
 from coca.model.image_encoders import load_encoder
 from coca.model.text_layout import caption_ids
 from coca.training.config import TrainingSettings
@@ -280,6 +280,18 @@ def test_the_common_column_names_need_no_flag(pictures, image, caption):
     assert load_images(pictures, GREY).captions == (("red",),)
 
 
+def test_other_pixels_under_the_same_names_are_other_data(pictures):
+    (pictures / "x.csv").write_text("image,caption\na.png,red\nb.png,green\n", "utf-8")
+    before = load_images(pictures / "x.csv", GREY)
+    (pictures / "b.png").write_bytes(picture_bytes(200))
+
+    after = load_images(pictures / "x.csv", GREY)
+
+    assert (before.names, before.captions) == (after.names, after.captions)
+    assert before.fingerprint != after.fingerprint
+    assert before.select([0]).fingerprint == after.select([0]).fingerprint
+
+
 # ------------------------------------------------------------------------------------------------------------ tars
 
 
@@ -387,6 +399,19 @@ def test_a_caption_of_a_byte_level_vocabulary_is_not_cut_inside_a_character():
 
     for length in range(2, 12):
         assert "\ufffd" not in tokenizer.decode(caption_ids("a 😀 日本", tokenizer, length))
+
+
+def test_a_continuation_keeps_its_space_with_a_sentencepiece_tokenizer():
+    import tokenizers
+    import transformers
+
+    words = {"<end>": 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    fast.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = HuggingFaceTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<end>"))
+
+    assert "the cat" + decoded([3, 0, 2], tokenizer, 0, tokenizer.encode("the cat")) == "the cat sat"
 
 
 # --------------------------------------------------------------------------------------------------------- batches

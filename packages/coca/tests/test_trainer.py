@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,25 @@ def test_a_run_does_not_resume_with_another_architecture(whole_run, tmp_path):
     trainer = tiny_trainer(tmp_path / "run", dim=16)
 
     with pytest.raises(CheckpointError, match="another architecture: dim is 16, but was 8"):
+        trainer.train()
+
+
+@pytest.mark.plain
+def test_a_run_does_not_resume_with_other_pictures_captions_or_preprocessing(whole_run, tmp_path, monkeypatch):
+    """Same names and numbers of them: only what is in them differs."""
+    shutil.copytree(whole_run[0], tmp_path / "run")
+
+    here, data = sys.modules[__name__], four_kinds()
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "PREPROCESSING", replace(PREPROCESSING, mean=(0.1,)))
+        trainer = tiny_trainer(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="another run: preprocessing is"):
+        trainer.train()
+
+    other = replace(data, captions=tuple((f"{first}!", second) for first, second in data.captions))
+    monkeypatch.setattr(here, "four_kinds", lambda: other)
+    trainer = tiny_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match="image_fingerprint"):
         trainer.train()
 
 

@@ -79,14 +79,16 @@ def caption(
     # the prefix as in training: after BOS, without EOS
     text = "" if prefix is None else read_prompt(prefix)
     bos = getattr(tokenizer, "bos_id", None)
-    ids = torch.tensor([*([] if bos is None else [bos]), *tokenizer.encode(text)]) if text else None
+    before = [*([] if bos is None else [bos]), *tokenizer.encode(text)] if text else []
     arguments = {name: value for name, value in vars(settings).items() if name not in ("num_samples", "seed")}
     generator = torch.Generator(coca.device).manual_seed(settings.seed)
     for paths, batch in files.batches(BATCH):
         repeated = batch.repeat_interleave(settings.num_samples, dim=0).to(coca.device)
+        ids = torch.tensor(before) if before else None
         tokens = coca.generate(repeated, prefix=ids, generator=generator, **arguments)
         for index, row in enumerate(tokens.tolist()):
-            print(f"{paths[index // settings.num_samples]}\t{text}{decoded(row, tokenizer, coca.eos_id)}")
+            path = paths[index // settings.num_samples]
+            print(f"{path}\t{text}{decoded(row, tokenizer, coca.eos_id, before)}")
     return _report_unreadable(files)
 
 

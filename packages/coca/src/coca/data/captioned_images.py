@@ -29,6 +29,7 @@ class CaptionedImages:
         class_names: class name of each index.
         templates: captions with one ``{}`` for a class name, for zero-shot classification.
         unreadable: "name: reason" of each image that could not be decoded; none of them is in ``names``.
+        checksums: checksum of each image's pixels, by which a resumed run recognises its data; empty if unknown.
 
     Raises:
         ValueError: there is no image, an image has no caption, or lengths or labels do not fit.
@@ -41,6 +42,7 @@ class CaptionedImages:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     unreadable: tuple[str, ...] = field(default=(), compare=False)
+    checksums: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -62,8 +64,9 @@ class CaptionedImages:
 
     @property
     def fingerprint(self) -> int:
-        """Checksum of names, order and captions."""
-        return zlib.crc32(repr((self.names, self.captions)).encode("utf-8", errors="surrogatepass"))
+        """Checksum of names, order and captions, and of the pixels where theirs are known."""
+        parts = (self.names, self.captions, *([self.checksums] if self.checksums else []))
+        return zlib.crc32(repr(parts).encode("utf-8", errors="surrogatepass"))
 
     def unreadable_report(self) -> list[str]:
         """Lines that name the first 20 unreadable images with their reasons and count all of them."""
@@ -81,6 +84,7 @@ class CaptionedImages:
             captions=tuple(self.captions[index] for index in kept),
             read=lambda position: self.read(kept[position]),
             labels=None if self.labels is None else tuple(self.labels[index] for index in kept),
+            checksums=tuple(self.checksums[index] for index in kept) if self.checksums else (),
         )
 
     def split(self, held_out: float, seed: int = 0) -> "tuple[CaptionedImages, CaptionedImages]":

@@ -19,6 +19,7 @@ import os
 import re
 import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -103,10 +104,10 @@ def load_images(
     if not entries:
         raise ValueError(f"source must hold at least one image with a caption, got none in {source}")
     # Decode every image once, to find those that cannot be read.
-    good, unreadable = [], []
+    good, checksums, unreadable = [], [], []
     for entry in tqdm(entries, desc="check images", unit="image", disable=not progress):
         try:
-            read_pixels(entry.data, preprocessing)
+            checksums.append(zlib.crc32(read_pixels(entry.data, preprocessing).tobytes()))
             good.append(entry)
         except (OSError, ValueError) as error:
             unreadable.append(f"{entry.name}: {error}")
@@ -127,6 +128,7 @@ def load_images(
         class_names=class_names,
         templates=tuple(templates or ("{}",)),
         unreadable=tuple(unreadable),
+        checksums=tuple(checksums),
     )
 
 

@@ -19,7 +19,7 @@ from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 from coca.model.text_layout import caption_ids, encode_captions
 from lm_core.causal_lm import eval_mode
-from lm_core.tokenizers import as_tokenizer
+from lm_core.tokenizers import as_tokenizer, continuation_text
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def caption_images(
     return captions
 
 
-def decoded(ids: list[int], tokenizer: Any, eos_id: int | None) -> str:
-    """The text before the first EOS."""
-    return tokenizer.decode(ids[: ids.index(eos_id)] if eos_id in ids else ids)
+def decoded(ids: list[int], tokenizer: Any, eos_id: int | None, prefix: Sequence[int] = ()) -> str:
+    """The text before the first EOS; ``prefix`` are the ids that it continues, whose text is left out."""
+    return continuation_text(tokenizer, prefix, ids[: ids.index(eos_id)] if eos_id in ids else ids)
 
 
 def names_class(caption: str, label: int, class_names: tuple[str, ...]) -> bool:

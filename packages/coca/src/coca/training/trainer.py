@@ -6,7 +6,7 @@ the same on any number of processes.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,10 @@ class CoCaTrainer:
             optimizer=lambda: adamw(model, settings),
             state={"batches": self.batches},
             architecture={name: value for name, value in arguments.items() if name != "gradient_checkpointing"},
+            identity={
+                "tokenizer": getattr(self.tokenizer, "fingerprint", type(self.tokenizer).__name__),
+                "preprocessing": asdict(preprocessing),
+            },
             tokenizer=self.tokenizer,
             validate=lambda: on_main_process(self._validate),
             record={

@@ -144,6 +144,50 @@ def test_a_system_without_preallocation_writes_zeros_to_new_blocks_only(tmp_path
         memory.close()
 
 
+@pytest.mark.parametrize("name", ["data.bin", "scales.bin", "header.bin", "memory.json"])
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 16), os.remove], ids=["cut", "removed"])
+def test_a_cut_or_missing_file_of_a_memory_is_refused(tmp_path, name, damage):
+    memory = KNNMemory(4, 8, 2, tmp_path / "memory", storage="int8")
+    memory.add(kv(5, rows=2))
+    memory.close()
+    damage(tmp_path / "memory" / name)
+    with pytest.raises((ValueError, OSError), match=f"{name}|must be new or empty"):
+        KNNMemory(4, 8, 2, tmp_path / "memory", storage="int8")
+
+
+@pytest.mark.parametrize(("first", "written"), [(3, 2), (-1, 2), (0, 9), (2**40, 2**62)])
+def test_impossible_counts_in_the_header_are_refused(tmp_path, first, written):
+    memory = KNNMemory(4, 8, 1, tmp_path / "memory")
+    memory.store.first, memory.store.written = [first], [written]
+    memory.store.clear([])  # writes the header
+    memory.close()
+    with pytest.raises(ValueError, match=r"header\.bin is damaged: a row of 8 tokens"):
+        KNNMemory(4, 8, 1, tmp_path / "memory")
+
+
+def test_the_files_of_an_open_memory_are_not_opened_a_second_time(tmp_path):
+    memory = KNNMemory(4, 8, 1, tmp_path / "memory")
+    memory.add(kv(5))
+    with pytest.raises(RuntimeError, match="another memory uses the files"):
+        KNNMemory(4, 8, 1, tmp_path / "memory")
+    memory.close()
+    again = KNNMemory(4, 8, 1, tmp_path / "memory")
+    assert torch.equal(again.store.tokens(0), kv(5)[0])
+    again.close()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(knn_memories_directory="~/memories")
+    with model.knn_memories_context(batch_size=1, name="mine") as memories:
+        memories.save("~/saved")
+        memories.load("~/saved")
+    memory = KNNMemory(4, 8, 1, "~/files")
+    memory.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "memories", "saved"]
+
+
 COPIES = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,

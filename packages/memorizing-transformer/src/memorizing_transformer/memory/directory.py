@@ -38,7 +38,7 @@ class MemoryDirectory:
             raise ValueError(f"name must be a plain folder name that does not begin with {_SCRATCH!r}, got {name!r}")
         if timeout < 0:
             raise ValueError(f"timeout must be at least 0 seconds, got {timeout}")
-        parent = Path(parent)
+        parent = Path(parent).expanduser()
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"knn_memories_directory must be a folder, got the file {parent}")
         parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
@@ -31,6 +32,7 @@ from memorizing_transformer.memory.ring_storage import SMALLEST_GROWTH, RingStor
 
 FORMAT_VERSION = 1
 META_FILE, DATA_FILE, SCALES_FILE, HEADER_FILE = "memory.json", "data.bin", "scales.bin", "header.bin"
+LOCK_FILE = ".lock"
 _NUMPY = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 
@@ -40,20 +42,30 @@ class DiskStorage(RingStorage):
     A copy (``copy.deepcopy``) or pickle of it is a ``RingStorage`` in memory, since the files have one owner.
 
     Args:
-        directory: folder for this memory only, used by one process at a time; ``MemoryDirectory`` ensures that.
+        directory: folder for this memory only, which is locked until ``close``.
         rows, capacity, dim, storage: as for ``RingStorage``.
 
     Raises:
         ValueError: the folder has a memory of another shape or format, or a damaged one.
+        RuntimeError: another memory uses the folder.
     """
 
     def __init__(self, directory: str | Path, *, rows: int, capacity: int, dim: int, storage: str) -> None:
-        self.directory = Path(directory)
+        self.directory = Path(directory).expanduser()
         self._header = -1
         self._generation = 0
         super().__init__(rows=rows, capacity=capacity, dim=dim, storage=storage, device=torch.device("cpu"))
+        self._lock = FileLock(self.directory / LOCK_FILE)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RuntimeError(f"another memory uses the files in {self.directory}; close it first") from error
         self._header = os.open(self.directory / HEADER_FILE, os.O_RDWR | getattr(os, "O_BINARY", 0))
-        self._read_header()
+        try:
+            self._read_header()
+        except ValueError:
+            self.close()
+            raise
         # per row: slots that have blocks on the disk
         self._allocated = [min(written, capacity) for written in self.written]
 
@@ -65,6 +77,7 @@ class DiskStorage(RingStorage):
         if self._header >= 0:
             os.close(self._header)
             self._header = -1
+            self._lock.release()
         self.data, self.scales = torch.empty(0), None
 
     def sync(self) -> None:
@@ -80,6 +93,10 @@ class DiskStorage(RingStorage):
         for name, value in meta.items():
             if stored.get(name) != value:
                 raise ValueError(f"{self.directory} holds a memory with {name} = {stored.get(name)!r}, not {value!r}")
+        for name, size in self._sizes().items():
+            found = (self.directory / name).stat().st_size if (self.directory / name).is_file() else 0
+            if found != size:  # numpy would extend a shorter file with zeros
+                raise ValueError(f"{self.directory / name} is damaged: it has {found:,} bytes, not {size:,}")
         shape = (self.rows, self.capacity, 2, self.dim)
         mapped = np.memmap(self.directory / DATA_FILE, dtype=_NUMPY[self.storage], mode="r+", shape=shape)
         data = torch.from_numpy(mapped)
@@ -90,13 +107,15 @@ class DiskStorage(RingStorage):
         scales = np.memmap(self.directory / SCALES_FILE, dtype=np.float16, mode="r+", shape=shape[:-1])
         return data, torch.from_numpy(scales)
 
-    def _create(self, meta: dict[str, object]) -> None:
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of each file of tokens."""
         entries = self.rows * self.capacity * 2
         sizes = {DATA_FILE: entries * self.dim * np.dtype(_NUMPY[self.storage]).itemsize}
-        if self.storage == "int8":
-            sizes[SCALES_FILE] = entries * 2
+        return {**sizes, SCALES_FILE: entries * 2} if self.storage == "int8" else sizes
+
+    def _create(self, meta: dict[str, object]) -> None:
         with new_directory(self.directory) as temporary:
-            for name, size in sizes.items():
+            for name, size in self._sizes().items():
                 with (temporary / name).open("wb") as stream:
                     stream.truncate(size)
             (temporary / HEADER_FILE).write_bytes(self._encoded(0) * 2)
@@ -123,7 +142,7 @@ class DiskStorage(RingStorage):
             self._commit()
 
     def _read_header(self) -> None:
-        size = len(self._encoded(0))
+        size, path = len(self._encoded(0)), self.directory / HEADER_FILE
         os.lseek(self._header, 0, os.SEEK_SET)
         content = os.read(self._header, 2 * size)
         newest = -1
@@ -134,7 +153,10 @@ class DiskStorage(RingStorage):
             if generation > newest:
                 newest, self.first, self.written = generation, list(counts[::2]), list(counts[1::2])
         if newest < 0:
-            raise ValueError(f"{self.directory / HEADER_FILE} is damaged: neither copy of the counts is intact")
+            raise ValueError(f"{path} is damaged: neither copy of the counts is intact")
+        for first, written in zip(self.first, self.written, strict=True):
+            if not 0 <= first <= written <= first + self.capacity:
+                raise ValueError(f"{path} is damaged: a row of {self.capacity} tokens has {first} to {written}")
         self._generation = newest
 
     def _make_room(self, written: Mapping[int, int]) -> None:

@@ -77,6 +77,7 @@ class KNNMemory:
 
     Raises:
         ValueError: a size below 1, an unknown name, or a folder with another memory.
+        RuntimeError: another memory uses the folder.
         ImportError: ``backend="faiss"`` without faiss.
     """
 

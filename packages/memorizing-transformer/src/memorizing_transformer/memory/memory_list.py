@@ -126,12 +126,12 @@ class KNNMemoryList(list[KNNMemory]):
     @typed
     def save(self, directory: str | Path) -> None:
         """Writes all memories to one file in a folder, atomically."""
-        write_state(Path(directory) / FILE, self.state_dict())
+        write_state(Path(directory).expanduser() / FILE, self.state_dict())
 
     @typed
     def load(self, directory: str | Path) -> None:
         """Reads a folder of ``save``; errors as for ``KNNMemory.load``, after which no memory is changed."""
-        path = Path(directory) / FILE
+        path = Path(directory).expanduser() / FILE
         if path.is_file() or not (path.parent / "layer-1.pt").is_file():
             self.load_state_dict(read_state(path, list))
         else:  # a file for each layer, from before this version

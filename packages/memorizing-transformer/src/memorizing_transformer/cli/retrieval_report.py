@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.generation.generate import generate
-from lm_core.tokenizers import Tokenizer
+from lm_core.tokenizers import Tokenizer, continuation_text
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.evaluation import Evaluation
 
@@ -74,7 +74,7 @@ def retrieved_while_generating(
     """
     layers = model.memory_attentions()
     if not 0 <= layer < len(layers):
-        raise ValueError(f"layer must be one of {len(layers)} memorizing layers, counted from 0, got {layer}")
+        raise ValueError(f"layer must be an index among the model's {len(layers)} memorizing layers, got {layer}")
     steps: list[list[int]] = []
     with layers[layer].recorded() as records:
 
@@ -119,19 +119,22 @@ def write_page(
             f"<tr><td><code>{_around(ids, at, tokenizer, 'token', after=0)}</code></td>"
             f"<td>{retrieved or '<small>the memory was empty</small>'}</td></tr>"
         )
-    text = html.escape(tokenizer.decode([new.token for new in generated]))
+    text = html.escape(continuation_text(tokenizer, prompt.tolist(), [new.token for new in generated]))
     page = (
         f"<!doctype html><meta charset=utf-8><title>Retrieved memories</title><style>{_STYLE}</style>"
         f"<h1>Retrieved memories</h1><p>{len(generated)} tokens generated after {len(prompt):,} of a prompt:</p>"
         f"<p><code>{text}</code></p><table><tr><th>new token</th><th>retrieved by the query that chose it</th></tr>"
         f"{''.join(rows)}</table>\n"
     )
-    write_file(Path(path), page)
-    return Path(path)
+    target = Path(path).expanduser()
+    write_file(target, page)
+    return target
 
 
 def _around(ids: list[int], at: int, tokenizer: Tokenizer, kind: str, *, after: int) -> str:
-    parts = ids[max(0, at - 24) : at], ids[at : at + 1], ids[at + 1 : at + 1 + after]
-    before, token, rest = (html.escape(tokenizer.decode(part)) for part in parts)
+    start, end = max(0, at - 24), at + 1
+    before = html.escape(tokenizer.decode(ids[start:at]))
+    token = html.escape(continuation_text(tokenizer, ids[start:at], ids[at:end]))
+    rest = html.escape(continuation_text(tokenizer, ids[start:end], ids[end : end + after]))
     shown = token.replace("\n", "\u21b5\n") or "\u25a1"
     return f"{before}<span class={kind}>{shown}</span>{rest}"

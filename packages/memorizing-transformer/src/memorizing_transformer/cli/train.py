@@ -6,12 +6,13 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checkpoints.manifest import json_value
+from lm_core.checkpoints.manifest import CheckpointError, json_value
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import report, report_run
 from lm_core.data.documents import Documents
 from lm_core.distributed import rank, world_size
 from lm_core.rng import seed_everything
+from lm_core.tokenizers import continuation_text, end_ids
 from lm_core.training.run_directory import Result
 from memorizing_transformer.cli.presets import stored_arguments
 from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
@@ -111,7 +112,10 @@ def _initial_model(source: str, architecture: dict[str, Any]) -> MemorizingTrans
     changed = {name: value for name, value in architecture.items() if json_value(value) != stored.get(name)}
     if changed.get("memorizing_layers") and not model.memorizing_layers:
         return retrofit(model, **changed)
-    return MemorizingTransformer.from_pretrained(folder, **changed) if changed else model
+    try:
+        return MemorizingTransformer.from_pretrained(folder, **changed) if changed else model
+    except CheckpointError as error:
+        raise ValueError(f"model {source} cannot take other values of {', '.join(changed)}: {error}") from error
 
 
 def _show_retrieval(
@@ -122,8 +126,9 @@ def _show_retrieval(
     document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
     prompt = document[: -min(200, len(document) // 2)].to(model.device)
     generated = retrieved_while_generating(
-        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=encoder.eos_id
+        model, prompt, max_new_tokens=new_tokens, temperature=0.7, eos_id=end_ids(encoder, model)
     )
     page = write_page(folder / "retrieved.html", prompt, generated, encoder)
     report("retrieved", f"{page} shows what the memory returned while this was generated:\n")
-    print(encoder.decode(prompt[-120:]) + "|" + encoder.decode([token.token for token in generated]))
+    tokens = [new.token for new in generated]
+    print(encoder.decode(prompt[-120:]) + "|" + continuation_text(encoder, prompt.tolist(), tokens))

@@ -6,7 +6,7 @@ summed loss by the labels of ALL processes together, so it does not depend on ho
 
 A checkpoint has the state of each process: memories, XL window, position in the documents, random states. A run that
 was killed and resumed ends with the same weights, bit for bit, as an uninterrupted one (with equal settings, device,
-torch and number of processes).
+torch and number of processes; with ``compile`` up to rounding, since the resumed run compiles for other shapes first).
 """
 
 import contextlib

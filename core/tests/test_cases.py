@@ -573,3 +573,40 @@ def test_words_of_a_list_of_texts_are_texts(words, values):
     parser = command_parser("lm", "description", {"work": work}, package="lm_core")
     assert run_command(parser, ["work", "--names", *words]) == 0
     assert chosen == values
+
+
+def test_adapters_of_transposed_layers_are_made_without_a_warning():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    trained = {
+        name.split(".")[-4]
+        for name, p in lora(GPT2LMHeadModel(GPT2Config(**sizes)), r=2).named_parameters()
+        if p.requires_grad
+    }
+    assert trained == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("position", range(4))
+def test_every_entry_of_a_list_of_end_tokens_is_checked(position):
+    ids = [1, 2, 3, 4]
+    ids[position] = "2"
+    with pytest.raises(TypeError, match=r"eos_id"):
+        generate(lambda ids: torch.zeros(*ids.shape, 5), torch.ones(1, 1).long(), max_new_tokens=1, eos_id=ids)
+
+
+def test_a_tracker_that_cannot_finish_does_not_fail_a_finished_run(tmp_path):
+    class Offline:
+        name = "offline"
+
+        def finish(self):
+            raise ConnectionError("no route")
+
+    session = linear_session(tmp_path)
+    session.accelerator.trackers = [Offline()]
+    session._tracker_names = ["offline"]
+    session.accelerator.init_trackers = lambda *_, **__: None
+    session.accelerator.log = lambda *_, **__: None
+    with pytest.warns(UserWarning, match="tracker offline raised ConnectionError: no route"):
+        assert train(session)[0] == "finished"

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from calm_pytorch import CALM, AugmentParams, CrossAttentionBlock, ExtractHiddensWrapper, FineTuner, align_by_offsets
+from calm_pytorch import (
+    CALM,
+    AugmentParams,
+    CrossAttentionBlock,
+    ExtractHiddensWrapper,
+    FineTuner,
+    FineTunerSettings,
+    align_by_offsets,
+)
 from calm_pytorch import plan_connections as plan
 from calm_pytorch.interop import load_original, original_connections
 from calm_pytorch.quickstart.kv_arithmetic import KeyValueTask
@@ -104,7 +112,7 @@ CALLS = {
     "prompt mask of integers": (lambda c: c(SEQ, prompt=PROMPT, prompt_mask=YES.long()), "prompt_mask must be bool"),
     "float seq": (lambda c: c(SEQ.float(), prompt=PROMPT), "seq"),
     "one token": (lambda c: c(SEQ[:, :1], prompt=PROMPT), "at least 2 tokens"),
-    "mask of other shape": (lambda c: c(SEQ, prompt=PROMPT, mask=YES), "mask must be boolean of shape"),
+    "mask of other shape": (lambda c: c(SEQ, prompt=PROMPT, mask=YES), "mask must have shape"),
     "mask of integers": (lambda c: c(SEQ, prompt=PROMPT, mask=SEQ), "mask must be boolean"),
     "states and prompt": (lambda c: c(SEQ, prompt=PROMPT, augment_states=c.augment_states(PROMPT)), "not both"),
     "unknown reduction": (lambda c: c(SEQ, prompt=PROMPT, reduction="none"), "reduction"),
@@ -117,8 +125,8 @@ CALLS = {
 }
 
 SETTINGS = {
-    "no steps": ({"num_train_steps": 0}, "num_train_steps"),
-    "steps not given": ({"num_train_steps": None}, r"max_steps \(or num_train_steps\) must be given"),
+    "no steps": ({"num_train_steps": 0}, "max_steps must be at least 1"),
+    "settings next to config": ({"config": FineTunerSettings()}, "with config, settings must be passed in it"),
     "steps given twice": ({"max_steps": 6}, "max_steps and num_train_steps are one argument"),
     "warmup given twice": ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps are one argument"),
     "warmup too long": ({"warmup": 1.5}, r"warmup must be a part of the updates in \[0, 1\)"),

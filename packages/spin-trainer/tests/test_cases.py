@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ from spin_trainer.cli import main
 
 # peft uses an attribute that newer transformers have renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def logits_of(model, ids=((5, 6, 7, 8),)):
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float()
 
 
 # --------------------------------------------------------------------------------------------- padding and ends
@@ -71,6 +77,47 @@ def test_the_dropout_of_adapters_is_as_configured_and_the_models_as_asked(train,
     train(model=model, trackers=[Watch()], dropout=0.1)
     assert seen == {(0.25, 0.1)}
     assert (layer.q_proj.lora_dropout["default"].p, layer.attention_dropout) == (0.25, 0.5)
+
+
+ADAPTERS = {
+    "new tokens": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}),
+    "saved modules": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "dora": ("LoraConfig", {"r": 2, "target_modules": ["q_proj"], "use_dora": True}),
+    "ia3": ("IA3Config", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "vera": ("VeraConfig", {"r": 2, "target_modules": ["q_proj"]}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 2}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, about names and initial values
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_what_an_adapter_trains_is_trained_and_stored(train, llama_model, kind):
+    peft = pytest.importorskip("peft")
+    name, settings = ADAPTERS[kind]
+    model = peft.get_peft_model(llama_model(), getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    _, result = train(model=model, epochs=2)
+    after = dict(model.named_parameters())
+
+    assert not [name for name, value in before.items() if torch.equal(after[name], value)]
+    umask = os.umask(0)
+    os.umask(umask)
+    for folder in (result.iterations_folder / "iteration-1", result.checkpoints / f"step-{result.step}"):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir() if file.is_file()} == {0o666 & ~umask}
+        opened = peft.PeftModel.from_pretrained(llama_model(), folder)
+        torch.testing.assert_close(logits_of(opened), logits_of(model.eval()), rtol=0, atol=0)
+
+
+def test_the_reference_of_a_fine_tuned_adapter_is_the_policy_as_it_was_given(llama_model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    spin = SPIN(peft.get_peft_model(llama_model(), config).eval(), eos_id=())
+    with spin.policy_model.disable_adapter(), torch.no_grad():
+        base = spin.policy(torch.tensor([[1, 2, 3, 4]]))
+    loss = spin(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 4, 3]]), torch.tensor([2]))
+
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    assert (spin.ref_model(torch.tensor([[1, 2, 3, 4]])) - base).abs().max().item() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------- texts and chats
@@ -287,11 +334,6 @@ def test_a_run_continues_the_adapters_of_its_models_folder_or_refuses_new_ones(c
     assert not (tmp_path / "third").exists()
 
 
-def logits_of(model, ids=((5, 6, 7, 8),)):
-    with torch.no_grad():
-        return model(torch.tensor(ids)).logits.float()
-
-
 def test_a_checkpoint_of_adapters_is_opened_by_peft_and_holds_no_base(command, tmp_path):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
@@ -306,6 +348,8 @@ def test_a_checkpoint_of_adapters_is_opened_by_peft_and_holds_no_base(command, t
     for model in (opened, on_base, run):
         torch.testing.assert_close(logits_of(model), logits_of(exported), rtol=0, atol=0)
     assert (logits_of(opened) - logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama"))).any()
+    words = ["--data", f"{tmp_path}/valid.jsonl", "--max_seq_len=40", "--device=cpu"]
+    assert main(["eval", str(tmp_path / "run"), *words, "--opponent_model", str(tmp_path / "llama")]) == 0
     stored = {file.name: file.stat().st_size for file in checkpoint.glob("*.safetensors")}
     adapters = sum(value.numel() for name, value in exported.named_parameters() if "lora" in name)
     assert max(stored.values()) < 4 * adapters + 10_000 < (tmp_path / "llama" / "model.safetensors").stat().st_size

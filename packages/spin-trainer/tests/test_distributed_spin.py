@@ -72,6 +72,15 @@ adapted = with_adapters()
 run("adapters", adapted, gradient_accumulation=2, batch_size=2 // processes)
 outcome["adapters"] = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
 if processes == 2:
+    # adapters made before anything is seeded
+    ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
+    base = conftest.llama(vocab_size=12, **ends)
+    torch.manual_seed(dist.get_rank())
+    apart = with_lora(base, r=4)
+    run("apart", apart, iterations=1, max_steps=2)
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, {n: p.detach() for n, p in apart.named_parameters() if p.requires_grad})
+    outcome["apart"] = everywhere
     resumed = decoder()
     run("plain", resumed)  # finished: loads the last checkpoint
     outcome["resumed"] = dict(resumed.state_dict())
@@ -157,6 +166,11 @@ def test_adapters_of_two_processes_are_those_of_one(outcomes):
     assert greatest_difference(outcomes[2][1]["adapters"], outcomes[1][1]["adapters"]) < 1e-10
 
 
+def test_adapters_that_processes_made_apart_are_one_model(outcomes):
+    one, other = outcomes[2][1]["apart"]
+    assert greatest_difference(one, other) == 0
+
+
 @needs_sharding
 def test_sharded_adapters_are_those_of_one_process(outcomes):
     stored = read_weights(
@@ -188,20 +202,28 @@ def test_a_sharded_run_does_not_resume_unsharded(outcomes):
 
 
 @needs_sharding
-def test_the_command_trains_a_chat_model_in_shards_and_prints_so_once(hugging_face_folder, tmp_path, run_python):
+def test_the_command_trains_a_bfloat16_chat_model_in_shards_and_prints_so_once(
+    hugging_face_folder, tmp_path, run_python
+):
+    transformers = pytest.importorskip("transformers")
+    before = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder, dtype=torch.bfloat16)
+    before.save_pretrained(hugging_face_folder)
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {hugging_face_folder}\ndata: {tmp_path}/train.jsonl\nvalidation_data: {tmp_path}/valid.jsonl\n"
         f"checkpoint_dir: {tmp_path}/run\nmax_seq_len: 40\nepochs: 1\nbatch_size: 2\ngradient_accumulation: 1\n"
-        "device: cpu\nfsdp: true\nearly_stop_patience: 1\n"
+        "device: cpu\nfsdp: true\nearly_stop_patience: 1\nlearning_rate: 0.001\n"
     )
     command = ["-m", "spin_trainer", "train", "--config", config]
     printed = run_python(*command, processes=2, PYTHONWARNINGS="default")
-    assert printed.count("2 process(es)") == 1
-    transformers = pytest.importorskip("transformers")
+    assert printed.count("2 process(es)") == printed.count("weights stored in bfloat16, trained in float32") == 1
     folder = tmp_path / "run" / "iterations" / "iteration-1"
-    trained = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    before = transformers.AutoModelForCausalLM.from_pretrained(hugging_face_folder)
+    trained = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    masters = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    assert (trained.dtype, masters.dtype) == (torch.bfloat16, torch.float32)
+    for name, weight in masters.state_dict().items():
+        assert torch.equal(weight.bfloat16(), trained.state_dict()[name]), name
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         moved = (trained(ids).logits - before(ids).logits).abs().max().item()

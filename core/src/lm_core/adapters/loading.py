@@ -152,6 +152,8 @@ def lora_config(
     except ImportError as error:
         raise ImportError("LoRA needs peft: pip install peft") from error
     settings: dict[str, Any] = {"r": r, "lora_alpha": alpha or 2 * r, "lora_dropout": dropout}
+    # GPT-2 stores its weights transposed
+    settings["fan_in_fan_out"] = any(type(module).__name__ == "Conv1D" for module in model.modules())
     if targets is None:
         settings.update(target_modules="all-linear", exclude_modules=_refused(model) or None)
     else:

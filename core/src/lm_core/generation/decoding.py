@@ -258,6 +258,8 @@ def as_eos_ids(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
     if eos_id is None:
         return ()
     eos_ids = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    if any(isinstance(id_, bool) or not isinstance(id_, int) for id_ in eos_ids):
+        raise TypeError(f"eos_id must be an integer or several, got {eos_id!r}")
     if any(id_ < 0 for id_ in eos_ids):
         raise ValueError(f"eos_id must not be negative, got {eos_id}")
     return eos_ids

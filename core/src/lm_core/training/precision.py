@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 _BYTES = 16  # weight, gradient and AdamW's two means, each of 4 bytes
 
 
@@ -68,10 +68,10 @@ def float32_masters(*models: nn.Module) -> Precisions:
     for parameter in parameters.values():
         sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    promoted = {id(p): (p, p.dtype) for p in trained if p.dtype in _HALF}
+    promoted = {id(p): (p, p.dtype) for p in trained if p.dtype in HALF}
     for parameter, _ in promoted.values():
         parameter.data = parameter.data.float()
-    frozen_half = any(not p.requires_grad and p.dtype in _HALF for p in parameters.values())
+    frozen_half = any(not p.requires_grad and p.dtype in HALF for p in parameters.values())
     if promoted and frozen_half:
         stored_dtypes = {key: dtype for key, (_, dtype) in promoted.items()}
         for model in models:
@@ -96,7 +96,7 @@ def _cast_between_layers(model: nn.Module, stored_dtypes: dict[int, torch.dtype]
         if not weights or id(module) in adapters or any(True for _ in module.children()):
             continue
         stored = next((stored_dtypes[id(p)] for p in weights if id(p) in stored_dtypes), None)
-        if getattr(module, "_casts", None) is None and (stored is not None or weights[0].dtype in _HALF):
+        if getattr(module, "_casts", None) is None and (stored is not None or weights[0].dtype in HALF):
             casts = _Casts(stored)
             module._casts = casts  # type: ignore[assignment]
             module.register_forward_pre_hook(casts.inputs, with_kwargs=True)
@@ -115,7 +115,7 @@ class _Casts:
 
         def cast(value: Any) -> Any:
             is_float = isinstance(value, Tensor) and value.is_floating_point()
-            return value.to(weight.dtype) if is_float and value.dtype in (torch.float32, *_HALF) else value
+            return value.to(weight.dtype) if is_float and value.dtype in (torch.float32, *HALF) else value
 
         return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 

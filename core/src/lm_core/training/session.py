@@ -74,7 +74,7 @@ from lm_core.training.accelerator import (
 from lm_core.training.config import CommonSettings, RunSettings
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_series
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
-from lm_core.training.precision import float32_masters
+from lm_core.training.precision import HALF, float32_masters
 from lm_core.training.run_directory import RunDirectory
 
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
@@ -263,7 +263,7 @@ class TrainingSession:
         self.model = model
         self.objective = model if objective is None else objective
         self.precisions = float32_masters(self.objective, model)
-        if self.precisions.promoted and rank() == 0:
+        if self.precisions.stored_dtype in HALF and rank() == 0:
             print(f"{'precision':<12}{self.precisions}", flush=True)
         self._make_optimizer = optimizer
         self._gradients = gradients
@@ -632,6 +632,13 @@ class TrainingSession:
             release(self.module)
         self.module = None
 
+    def _finish_trackers(self) -> None:
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # the run is complete and saved
+                warnings.warn(f"tracker {tracker.name} raised {type(error).__name__}: {error}", stacklevel=2)
+
     def _open_metrics(self, stack: contextlib.ExitStack) -> None:
         """Opens log, bar and trackers; puts the objective in training mode until ``stack`` closes."""
         for module in self.objective.modules():
@@ -642,7 +649,7 @@ class TrainingSession:
             fields = asdict(self.config).items()
             kept = {name: value for name, value in fields if isinstance(value, bool | int | float | str)}
             self.accelerator.init_trackers(self.packages[0] if self.packages else self.trainer, config=kept)
-            stack.callback(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+            stack.callback(self._finish_trackers)
             trackers.append(self.accelerator)
         is_main = rank() == 0
         self.progress = stack.enter_context(
@@ -699,9 +706,13 @@ def draw_curves(run: RunDirectory, names: Sequence[str] | None = None) -> Path |
             return None
         series = read_series(run.metrics_path)
         present = [name for name in (series if names is None else names) if len(series.get(name, ([],))[0]) > 1]
-        with contextlib.suppress(ImportError):
+        try:
             return plot_curves(run.metrics_path, run.curves_path, names=present) if present else None
-        return None
+        except ImportError:
+            return None
+        except OSError as error:  # the run is complete and saved
+            warnings.warn(f"{run.curves_path} could not be drawn: {error}", stacklevel=2)
+            return None
 
     drawn: Path | None = on_main_process(draw)
     return drawn

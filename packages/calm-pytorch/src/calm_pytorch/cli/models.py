@@ -145,7 +145,11 @@ def _load_reader(folder: Path) -> nn.Module:
         return load_causal_lm(folder, name="augments")
     from transformers import AutoModel
 
-    model: nn.Module = AutoModel.from_pretrained(folder, trust_remote_code=False, local_files_only=True, dtype="auto")
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "torch_dtype": "auto"}
+    try:
+        model: nn.Module = AutoModel.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"augments {str(folder)!r} could not be loaded by transformers: {error}") from error
     return model
 
 

@@ -107,7 +107,7 @@ def _documents(data: str, validation_data: str | None, fraction: float, field: s
 
 def _examples(documents: list[Any], loaded: Composition, length: int, what: str) -> TextExamples:
     examples = TextExamples(documents, loaded.tokenizer, length, readers=loaded.readers, pad_id=loaded.calm.pad_id)
-    skipped = f", {examples.left_out} too short" if examples.left_out else ""
+    skipped = f", {examples.left_out} left out (too short, or nothing to learn)" if examples.left_out else ""
     report(what, f"{len(documents)} documents in {len(examples)} rows of up to {length} tokens{skipped}")
     return examples
 

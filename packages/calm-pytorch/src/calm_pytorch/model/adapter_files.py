@@ -52,7 +52,7 @@ def save_adapter(
         raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
     state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in cross_attns.state_dict().items()}
     stored = {"format_version": 2, **wiring, "models": dict(models)}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
+    metadata = {METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
     if not occupied:
         with new_directory(target) as temporary:
             save_file(state, temporary / ADAPTER_FILE, metadata=metadata)

@@ -56,13 +56,15 @@ def x_transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def hugging_face_blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model: its longest list of modules of one class, the outermost of these.
+    """The layers of a (language) model: its longest list of modules of one class, the outermost of these.
 
     Raises:
         ValueError: there is no such list.
     """
     unwrap: Any = getattr(model, "get_base_model", None)
-    base: nn.Module = model if unwrap is None else unwrap()
+    base: Any = model if unwrap is None else unwrap()
+    if getattr(getattr(base, "config", None), "text_config", None) is not None and hasattr(base, "get_decoder"):
+        base = base.get_decoder()  # the language model, not the vision tower next to it
     candidates: list[nn.ModuleList] = []
     for module in base.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(part) for part in module}) == 1:

@@ -12,6 +12,7 @@ Legend: b batch, n sequence, m prompt positions, v vocabulary.
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from calm_pytorch.model.cross_attention import CrossAttentionBlock
 from calm_pytorch.model.hooks import HiddenPosition, unchanged_buffers
 from calm_pytorch.model.inputs import IGNORED, each_augment, labels_of, real_tokens
 from lm_core.causal_lm import eval_mode
-from lm_core.checks import check_ids, typed
+from lm_core.checks import check_ids, check_mask, typed
 from lm_core.generation.generate import sample
 from lm_core.generation.sampling import top_p
 from lm_core.losses.losses import linear_cross_entropy
@@ -263,8 +264,8 @@ class CALM(nn.Module):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         if return_loss and n < 2:
             raise ValueError(f"seq must hold at least 2 tokens a row for a loss, got shape {tuple(seq.shape)}")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != seq.shape):
-            raise ValueError(f"mask must be boolean of shape {(b, n)}, got {mask.dtype} of {tuple(mask.shape)}")
+        if mask is not None:
+            check_mask(mask, "mask", (b, n))
         real = real_tokens(seq, None, self.pad_id)
         vocab_size = getattr(self.anchor, "vocab_size", None)
         if vocab_size is not None and seq.device.type == "cpu":
@@ -308,11 +309,7 @@ class CALM(nn.Module):
                 continue
             if augment.shared_sequence:
                 raise ValueError(f"{augment.name} shares the anchor's sequence: its alignment must be None")
-            expected = (b, n, hiddens[0].shape[1])
-            if pairs.dtype != torch.bool or tuple(pairs.shape) != expected:
-                raise ValueError(
-                    f"alignment must be boolean of shape {expected}, got {pairs.dtype} of {tuple(pairs.shape)}"
-                )
+            check_mask(pairs, "alignment", (b, n, hiddens[0].shape[1]))
         return each
 
     @torch.no_grad()
@@ -330,6 +327,7 @@ class CALM(nn.Module):
         eos_id: int | Sequence[int] | None = None,
         pad_id: int | None = None,
         output_keep_prompt: bool = False,
+        filters: Sequence[Callable[[Tensor], Tensor]] = (),
         use_cache: bool = True,
         generator: torch.Generator | None = None,
         **kwargs: Any,
@@ -340,7 +338,8 @@ class CALM(nn.Module):
             prompt: as for ``forward``; rows of different lengths are padded with ``pad_id`` or have a ``prompt_mask``.
             seq_len: length of the longest row, prompt included.
             prompt_mask: True at real positions.
-            filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter.
+            filter_fn: called as ``filter_fn(logits, **filter_kwargs)``; None for no filter. The default is not used if
+                ``top_k``, ``top_p`` or ``min_p`` is passed.
             filter_kwargs: ``thres=0.9`` by default.
             anchor_prompt: ids ``(b, n)`` the anchor continues, padded with ``pad_id``; by default the first prompt of
                 token ids.
@@ -348,9 +347,10 @@ class CALM(nn.Module):
             eos_id: token or tokens that end a row.
             pad_id: fills rows after their end; by default this model's.
             output_keep_prompt: whether rows begin with their prompt.
+            filters: own functions ``(b, v) -> (b, v)``, one after the other, instead of ``filter_fn``.
             use_cache: False runs over the whole sequence for each token.
             generator: source of randomness.
-            **kwargs: further arguments of ``lm_core.generate``.
+            **kwargs: further arguments of ``lm_core.generate``, such as ``top_k``, ``top_p`` and ``min_p``.
 
         Returns:
             Right-padded ids.
@@ -359,6 +359,14 @@ class CALM(nn.Module):
             ValueError: as ``forward`` and ``lm_core.sample``.
         """
         rows, inputs = self._generation_inputs(prompt, prompt_mask, anchor_prompt)
+        if filters:
+
+            def filter_fn(logits: Tensor) -> Tensor:
+                return reduce(lambda kept, own: own(kept), filters, logits)
+
+            filter_kwargs = {}
+        elif filter_fn is top_p and filter_kwargs is None and kwargs.keys() & {"top_k", "top_p", "min_p"}:
+            filter_fn = None
         return sample(
             self.as_causal_lm(),
             rows,
@@ -391,6 +399,8 @@ class CALM(nn.Module):
             if not ids:
                 raise ValueError("anchor_prompt must be given where no augment reads token ids, got None")
             start, start_mask = ids[0]
+        if start_mask is not None:
+            check_mask(start_mask, "prompt_mask", start.shape)
         real = real_tokens(start, start_mask, self.pad_id)
         rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
         inputs: dict[str, Tensor] = {}

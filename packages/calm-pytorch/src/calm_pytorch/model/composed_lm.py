@@ -22,6 +22,7 @@ from calm_pytorch.model.cross_attention import Context
 from calm_pytorch.model.hooks import changing, checkpointing, hooks_outside_checkpoints
 from calm_pytorch.model.inputs import real_tokens
 from lm_core.adapters.padding import moved_back, with_padding_first, with_padding_last
+from lm_core.checks import check_mask
 from lm_core.nn.kv_cache import KVCache
 
 
@@ -145,6 +146,11 @@ class ComposedLM(nn.Module):
         return getattr(self.anchor, "vocab_size", None)
 
     @property
+    def model(self) -> nn.Module:
+        """The anchor itself, whose generation config names the end tokens."""
+        return self._reader.model
+
+    @property
     def max_length(self) -> int | None:
         """Positions the anchor and the augments that share its sequence know."""
         limits = [getattr(self.anchor, "max_length", None)]
@@ -182,7 +188,13 @@ class ComposedLM(nn.Module):
             cache: what ``init_cache`` returned.
             hidden: returns states instead of logits.
             **inputs: prompts and their masks.
+
+        Raises:
+            TypeError: a mask is not boolean, or an input has another name.
+            ValueError: a shape does not fit, or a prompt is missing.
         """
+        if mask is not None:
+            check_mask(mask, "mask", (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.length)))
         return self.read(ids, mask=mask, states=self._states(cache, inputs), cache=cache, hidden=hidden)
 
     @property

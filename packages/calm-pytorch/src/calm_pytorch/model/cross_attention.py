@@ -10,6 +10,7 @@ the names of an x-transformers ``Attention``, and with options beyond ``CONTEXT_
 Legend: b batch, n anchor positions, m augment positions, d anchor and c augment features, h heads, e head features.
 """
 
+import copyreg
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
-from lm_core.checks import check_positive, typed
+from lm_core.checks import check_mask, check_positive, typed
 from lm_core.nn.attention import attend
 
 CONTEXT_OPTIONS = frozenset(
@@ -28,6 +30,14 @@ CONTEXT_OPTIONS = frozenset(
     }
 )
 Context = tuple[Tensor, Tensor]
+
+
+def _backend(value: int) -> Any:
+    return SDPBackend(value)
+
+
+# x-transformers' flash attention holds members of this enumeration, which torch does not make picklable.
+copyreg.pickle(SDPBackend, lambda backend: (_backend, (backend.value,)))
 
 
 class ContextAttention(nn.Module):
@@ -175,7 +185,8 @@ class CrossAttentionBlock(nn.Module):
             ValueError: neither or both of hidden and context are given.
         """
         if (hidden is None) == (context is None):
-            raise ValueError("give hidden or context, exactly one of them")
+            given = "neither" if hidden is None else "both"
+            raise ValueError(f"exactly one of hidden and context must be given, got {given}")
         context = self.context(hidden) if context is None else context  # type: ignore[arg-type]
         normed = self.pre_rmsnorm(x.to(self._dtype(x)))
         if isinstance(self.attn, ContextAttention):
@@ -203,6 +214,8 @@ class CrossAttentionBlock(nn.Module):
 
     def _library_attention(self, normed: Tensor, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         n, m = normed.shape[1], states.shape[1]
+        if mask is not None:
+            check_mask(mask, "mask", mask.shape)
         if mask is not None and mask.ndim == 2:
             mask = rearrange(mask, "b m -> b 1 m")
         if causal:

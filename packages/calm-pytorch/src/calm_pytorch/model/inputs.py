@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_core.checks import check_mask
+
 IGNORED = -100
 
 
@@ -23,8 +25,12 @@ def each_augment(given: Any, augments: Sequence[Any], name: str, *, shared_too: 
 
     Raises:
         ValueError: another number of entries.
-        TypeError: an entry is neither a tensor nor None.
+        TypeError: an entry is neither a tensor nor None, or a mask is not boolean.
     """
+    if name.endswith("mask"):
+        for mask in [given] if isinstance(given, Tensor) else given or ():
+            if isinstance(mask, Tensor):
+                check_mask(mask, name, mask.shape)
     if given is None or isinstance(given, Tensor):
         return [given if shared_too or not augment.shared_sequence else None for augment in augments]
     entries = list(given)

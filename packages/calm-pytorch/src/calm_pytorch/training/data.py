@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_flatten
 
 from calm_pytorch.training.state_cache import StateCache
+from lm_core.data.conversations import NoBorderError, assistant_mask
 from lm_core.data.rows import WholeFile, iterate_rows
 from lm_core.tokenizers import prompt_ids
 
@@ -89,10 +90,10 @@ class TextExamples:
     """Pieces of texts in the anchor's ids; with static prompts each augment reads the piece before.
 
     The last piece of a text may be shorter. With prompts, a text that is too short for two whole pieces is cut in the
-    middle. Chats become texts by the tokenizer's template.
+    middle. Chats become texts by the tokenizer's template, and the assistant's tokens count in the loss.
 
     Args:
-        texts: documents: texts, or lists of messages.
+        documents: results of ``read_documents``.
         tokenizer: tokenizer of the anchor, in the protocol of ``lm_core.tokenizers``.
         length: tokens of a piece.
         readers: for each augment that reads a prompt its tokenizer, or None if it takes the anchor's ids; without
@@ -100,34 +101,37 @@ class TextExamples:
         pad_id: fills shorter pieces of a batch.
 
     Attributes:
-        left_out: number of texts that are too short for an example.
+        left_out: number of documents without an example: too short, or chats in which nothing counts.
         fingerprint: hash of the examples.
 
     Raises:
-        ValueError: no text is long enough.
+        ValueError: there is no example, or a chat does not suit the template; it is named.
     """
 
     def __init__(
-        self, texts: Iterable[Any], tokenizer: Any, length: int, *, readers: Sequence[Any] = (), pad_id: int = -1
+        self,
+        documents: Iterable[tuple[str, Any]],
+        tokenizer: Any,
+        length: int,
+        *,
+        readers: Sequence[Any] = (),
+        pad_id: int = -1,
     ) -> None:
         self.pad_id = pad_id
         self.left_out = 0
-        self.examples: list[tuple[list[int], list[list[int]]]] = []
-        for text in texts:
-            ids = prompt_ids(tokenizer, text) if isinstance(text, str) else tokenizer.apply_chat_template(text, False)
-            size = min(length, max(1, len(ids) // 2)) if readers else length
-            pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-            before = pieces[:-1] if readers else [[]] * len(pieces)
-            found = [
-                (
-                    piece,
-                    [prompt if reader is None else prompt_ids(reader, tokenizer.decode(prompt)) for reader in readers],
-                )
-                for prompt, piece in zip(before, pieces[1:] if readers else pieces, strict=True)
-                if len(piece) > 1  # a single token has no next one
-            ]
-            self.left_out += not found
-            self.examples += found
+        # ids, which of them count, and ids of each prompt
+        self.examples: list[tuple[list[int], list[bool], list[list[int]]]] = []
+        for where, document in documents:
+            ids, counted = _ids_of(document, tokenizer, where)
+            before = len(self.examples)
+            for start in range(min(length, len(ids) // 2) if readers else 0, len(ids), length):
+                piece = slice(start, start + length)
+                prompt = ids[max(start - length, 0) : start] if readers else []
+                # the first token has no label, and a prompt must have one
+                if any(counted[piece][1:]) and (prompt or not readers):
+                    prompts = [prompt if own is None else prompt_ids(own, tokenizer.decode(prompt)) for own in readers]
+                    self.examples.append((ids[piece], counted[piece], prompts))
+            self.left_out += len(self.examples) == before
         if not self.examples:
             raise ValueError(f"data must hold a text of at least {3 if readers else 2} tokens, got none")
         self.fingerprint = hashlib.sha256(repr(self.examples).encode()).hexdigest()[:16]
@@ -135,23 +139,35 @@ class TextExamples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> tuple[list[int], list[list[int]]]:
-        """Ids of the sequence and of each prompt."""
+    def __getitem__(self, index: int) -> tuple[list[int], list[bool], list[list[int]]]:
+        """Ids of the sequence, which of them count, and ids of each prompt."""
         return self.examples[index]
 
-    def collate(self, examples: Sequence[tuple[list[int], list[list[int]]]]) -> dict[str, Any]:
+    def collate(self, examples: Sequence[tuple[list[int], list[bool], list[list[int]]]]) -> dict[str, Any]:
         """A batch as arguments of ``CALM.forward``."""
 
-        def padded(rows: Iterable[Sequence[int]]) -> Tensor:
-            return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad_id)
+        def padded(rows: Iterable[Sequence[int]], fill: int) -> Tensor:
+            return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
-        batch: dict[str, Any] = {"seq": padded(seq for seq, _ in examples)}
-        prompts = [padded(rows) for rows in zip(*(prompts for _, prompts in examples), strict=True)]
-        return {**batch, "prompt": prompts} if prompts else batch
+        sequences, counted, prompts = zip(*examples, strict=True)
+        batch: dict[str, Any] = {"seq": padded(sequences, self.pad_id), "mask": padded(counted, False)}
+        reads = [padded(rows, self.pad_id) for rows in zip(*prompts, strict=True)]
+        return {**batch, "prompt": reads} if reads else batch
 
 
-def read_documents(source: Any, *, field: str = "text") -> list[Any]:
-    """The texts and chats of a source.
+def _ids_of(document: Any, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
+    """Ids of a text or chat, and which of them count in the loss."""
+    if isinstance(document, str):
+        ids = prompt_ids(tokenizer, document)
+        return ids, [True] * len(ids)
+    try:
+        return assistant_mask(tokenizer, document, where=where)
+    except NoBorderError:
+        return [], []  # counted among those left out
+
+
+def read_documents(source: Any, *, field: str = "text") -> list[tuple[str, Any]]:
+    """The texts and chats (lists of messages) of a source, each with its place for errors.
 
     Args:
         source: a source of ``lm_core.data.rows.load_rows``; rows have a text in ``field``, or ``messages``.
@@ -160,7 +176,7 @@ def read_documents(source: Any, *, field: str = "text") -> list[Any]:
     Raises:
         FileNotFoundError, ValueError: as for ``load_rows``; also if a row has neither.
     """
-    documents: list[Any] = []
+    documents: list[tuple[str, Any]] = []
     for where, row in iterate_rows(source, name="data"):
         document = row
         if isinstance(row, dict):
@@ -173,5 +189,5 @@ def read_documents(source: Any, *, field: str = "text") -> list[Any]:
         is_chat = isinstance(document, list) and all(isinstance(message, dict) for message in document)
         if not isinstance(document, str) and not is_chat:
             raise ValueError(f"{where} must hold a text or messages, got {type(document).__name__}")
-        documents.append(document)
+        documents.append((where, document))
     return documents

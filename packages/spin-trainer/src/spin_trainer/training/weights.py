@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_core.checkpoints.atomic_io import new_directory, remove_directory
+from lm_core.checkpoints.atomic_io import new_directory, remove_directory, share_as_umask_allows
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json, write_manifest
 from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin
@@ -137,7 +137,7 @@ def export_policy(
 
     def fill(folder: Path) -> None:
         if callable(native):
-            native(str(folder), **({} if changed is None else {"state_dict": changed}))
+            _save_natively(model, folder, changed)
             if dtypes and (folder / CONFIG_FILE).is_file():
                 _write_dtype(folder / CONFIG_FILE, changed or {})
         else:
@@ -153,6 +153,13 @@ def export_policy(
     replace_folder(folder, fill, manifest=not callable(native), overwrite=overwrite)
 
 
+def _save_natively(model: Any, folder: Path, state: Mapping[str, Tensor] | None) -> None:
+    """Saves a model by its own ``save_pretrained``, with ``state`` in place of its weights; files are not private."""
+    model.save_pretrained(str(folder), **({} if state is None else {"state_dict": dict(state)}))
+    for file in folder.glob("*.safetensors"):
+        share_as_umask_allows(file)
+
+
 def write_native_files(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Writes files into a checkpoint so that the policy's own library opens it: peft its adapter, transformers a model.
 
@@ -165,7 +172,7 @@ def write_native_files(model: nn.Module, folder: Path, state: Mapping[str, Tenso
     """
     config: Any = getattr(model, "config", None)
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(folder), state_dict=dict(state))  # type: ignore[operator]
+        _save_natively(model, folder, state if is_sharded(model) else None)
     elif not is_partly_frozen(model) and callable(getattr(config, "save_pretrained", None)):
         config.save_pretrained(str(folder))
         _write_dtype(folder / CONFIG_FILE, state)

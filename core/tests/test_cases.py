@@ -13,7 +13,7 @@ import torch
 
 from lm_core.adapters import as_causal_lm
 from lm_core.adapters.loading import load_causal_lm, lora
-from lm_core.checkpoints.checkpoint import list_checkpoints
+from lm_core.checkpoints.checkpoint import list_checkpoints, save_checkpoint
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import command_parser, preset_name
@@ -610,3 +610,18 @@ def test_a_tracker_that_cannot_finish_does_not_fail_a_finished_run(tmp_path):
     session.accelerator.log = lambda *_, **__: None
     with pytest.warns(UserWarning, match="tracker offline raised ConnectionError: no route"):
         assert train(session)[0] == "finished"
+
+
+def test_a_run_stopped_at_once_says_where_the_same_command_begins(tmp_path, capsys):
+    def work(*, checkpoint_dir: str) -> int:
+        if steps:
+            save_checkpoint(tmp_path / "checkpoints", steps, model=torch.nn.Linear(1, 1))
+        raise KeyboardInterrupt
+
+    parser = command_parser("lm", "description", {"work": work}, package="lm_core")
+    for steps, advice in (  # noqa: B007 - read by the command
+        (0, "There is no checkpoint yet, so the same command starts over:"),
+        (3, "The run resumes from its newest checkpoint:"),
+    ):
+        assert run_command(parser, ["work", "--checkpoint_dir", str(tmp_path)]) == 130
+        assert f"Stopped at once. {advice}\n" in capsys.readouterr().err

@@ -17,8 +17,8 @@ class TextCorpus:
             files, a data set on the hub as organisation/name, or bytes:FILE for a file's raw bytes.
         field: column of the text, in formats with columns.
         tokenizer: tokenizer to use: "bytes", a folder with a Hugging Face tokenizer, or organisation/name on the hub.
-        validation_data: held-out text, from the same kinds of source; null holds out a fraction of ``data``.
-        validation_fraction: fraction of ``data`` held out for validation, without ``validation_data``.
+        validation_data: held-out data, from the same kinds of source; null holds out a fraction of the data.
+        validation_fraction: fraction of the data held out for validation.
         cache_dir: folder that caches the tokenised corpus, memory-mapped; null keeps the corpus in memory.
     """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_core
+from lm_core.checkpoints.checkpoint import list_checkpoints
 from lm_core.distributed import barrier, end_process_group, rank
 from lm_core.training.run_directory import Result, write_summary
 from lm_core.training.session import TrainingResult
@@ -53,8 +54,14 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
         print(f"{parser.prog} {chosen.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        words = command_line(parser.prog)
-        print(f"\nStopped at once. A run resumes from its newest checkpoint:\n  {words}", file=sys.stderr)
+        folder = chosen[chosen.command].get("checkpoint_dir")
+        if folder is None:
+            advice = "To start again:"
+        elif list_checkpoints(Path(folder) / "checkpoints"):
+            advice = "The run resumes from its newest checkpoint:"
+        else:
+            advice = "There is no checkpoint yet, so the same command starts over:"
+        print(f"\nStopped at once. {advice}\n  {command_line(parser.prog)}", file=sys.stderr)
         return INTERRUPTED
     finally:
         end_process_group()

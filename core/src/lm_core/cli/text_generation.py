@@ -59,7 +59,7 @@ class TextGeneration(SamplingFlags):
     Args:
         max_new_tokens: maximum number of new tokens; an end token ends a text earlier.
         num_samples: number of continuations.
-        seed: random seed of the draws.
+        seed: random seed.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
         progress: shows a progress bar.

@@ -20,7 +20,7 @@ class RunSettings:
         max_grad_norm: bound of the gradients' global norm; null only measures it.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
         compile: compiles the loss (torch.compile).
-        seed: random seed of weights, data order and dropout.
+        seed: random seed.
         device: auto takes CUDA, then MPS, then the CPU.
         checkpoint_every: updates between checkpoints; the last update always has one.
         keep_checkpoints: newest checkpoints that are kept; null for all.

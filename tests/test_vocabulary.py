@@ -89,6 +89,8 @@ EVERY_TRAIN = EVERY_RUN | {"--batch_size", "--learning_rate", "--validate_every"
 EVERY_SAMPLER = {"--min_p", "--repetition_penalty", "--seed", "--temperature", "--top_k", "--top_p"}
 # A composition's models have roles, and each brings its own tokenizer.
 OTHER_FLAGS = {"calm-pytorch train": {"--model", "--tokenizer"}}
+# Flags whose help depends on the command.
+OTHER_WORDS = {"--checkpoint_dir", "--data", "--model", "--seed", "--tokenizer", "--validation_data"}
 SAME_DEFAULT = {"--device": "auto", "--resume": "auto", "--seed": 0, "--keep_checkpoints": 2, "--compile": False}
 
 
@@ -173,7 +175,7 @@ def test_a_flag_is_explained_in_the_same_words(parsers: dict[str, Any]) -> None:
     words = defaultdict(set)
     for parser in parsers.values():
         for flag, action in actions_of(parser).items():
-            if flag in (EVERY_RUN | EVERY_SAMPLER) - {"--checkpoint_dir", "--data", "--model", "--tokenizer"}:
+            if flag in (EVERY_RUN | EVERY_SAMPLER) - OTHER_WORDS:
                 words[flag].add(" ".join(str(action.help).split()))
     assert {flag: texts for flag, texts in words.items() if len(texts) > 1} == {}
 

@@ -92,7 +92,7 @@ with tempfile.TemporaryDirectory() as folder:
     CoCaTrainer(
         model=model,
         data=train,
-        held_out=held_out["a known name in a new drawing"],
+        validation_data=held_out["a known name in a new drawing"],
         preprocessing=preprocessing,
         checkpoint_dir=folder,
         settings=settings,

@@ -198,7 +198,7 @@ def batches(size, **settings):
         (lambda: two_pictures(captions=(("x",), ())), r"captions that are not empty, got \[\] for b"),
         (lambda: two_pictures(captions=(("x",),)), "captions must be given for each of 2 images, got 1"),
         (lambda: two_pictures(labels=(0, 1), class_names=("one",)), r"labels must be in \[0, 1\)"),
-        (lambda: two_pictures().split(1.0), r"held_out must be in \(0, 1\), got 1.0"),
+        (lambda: two_pictures().split(1.0), r"validation_fraction must be in \(0, 1\), got 1.0"),
         (lambda: batches(3), "batch_size must be at most the number of images, 2, got 3"),
         (lambda: batches(2, world_size=3), "batch_size must be at least the number of processes, 3, got 2"),
         (lambda: save_grid("grid.png", [], [], []), "at least one, got 0, 0 and 0"),

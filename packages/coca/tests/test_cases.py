@@ -151,7 +151,7 @@ def test_a_tiff_of_unknown_range_is_named_as_unreadable(values, dtype, other, tm
 
 
 def test_a_picture_that_needs_another_program_is_not_decoded(tmp_path):
-    """Pillow starts Ghostscript for EPS, whatever the file's suffix is."""
+    """Pillow recognises EPS by its content, not by the suffix, and starts Ghostscript for it."""
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
     (tmp_path / "a.txt").write_text("a", "utf-8")
 
@@ -774,7 +774,7 @@ def test_an_encoder_stored_in_bfloat16_is_trained_in_float32(frozen, precision, 
     CoCaTrainer(
         model=model,
         data=data,
-        held_out=data,
+        validation_data=data,
         preprocessing=ImagePreprocessing(image_size=8, channels=1),
         checkpoint_dir=tmp_path / "run",
         settings=TrainingSettings(max_steps=3, batch_size=4, learning_rate=1e-5, device="cpu", precision=precision),

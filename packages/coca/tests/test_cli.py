@@ -80,7 +80,7 @@ def test_a_run_names_and_counts_unreadable_images(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
 
     assert [name.split(":")[0] for name in record["settings"]["unreadable_images"]] == ["7.png"]
-    assert record["settings"]["images"] + record["settings"]["held_out_images"] == 39
+    assert record["settings"]["images"] + record["settings"]["validation_images"] == 39
     assert rows[-1]["unreadable_images"] == 1
 
 

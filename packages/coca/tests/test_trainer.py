@@ -80,7 +80,7 @@ def tiny_trainer(folder, settings=TINY, resume="auto", trackers=(), **changes):
     return CoCaTrainer(
         model=model,
         data=data,
-        held_out=held_out,
+        validation_data=held_out,
         preprocessing=PREPROCESSING,
         checkpoint_dir=folder,
         settings=settings,

@@ -171,7 +171,7 @@ def train(
     trainer = CoCaTrainer(
         model=coca,
         data=train_data,
-        held_out=held_out,
+        validation_data=held_out,
         preprocessing=preprocessing,
         tokenizer=text_tokenizer,
         checkpoint_dir=checkpoint_dir,

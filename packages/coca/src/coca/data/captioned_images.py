@@ -87,20 +87,20 @@ class CaptionedImages:
             checksums=tuple(self.checksums[index] for index in kept) if self.checksums else (),
         )
 
-    def split(self, held_out: float, seed: int = 0) -> "tuple[CaptionedImages, CaptionedImages]":
+    def split(self, validation_fraction: float, seed: int = 0) -> "tuple[CaptionedImages, CaptionedImages]":
         """Images to train on and images held out, drawn by ``seed``.
 
         Args:
-            held_out: fraction of the images to hold out, at least one image.
+            validation_fraction: fraction of the images to hold out, at least one image.
             seed: seed of the draw.
 
         Raises:
-            ValueError: ``held_out`` is not in (0, 1), or there are fewer than two images.
+            ValueError: ``validation_fraction`` is not in (0, 1), or there are fewer than two images.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be in (0, 1), got {held_out}")
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
         if len(self) < 2:
             raise ValueError("a split needs at least two images, got one")
         order = np.random.default_rng(seed).permutation(len(self)).tolist()
-        count = min(len(self) - 1, max(1, round(held_out * len(self))))
+        count = min(len(self) - 1, max(1, round(validation_fraction * len(self))))
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))

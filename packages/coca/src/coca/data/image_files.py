@@ -2,7 +2,7 @@
 
 | source with captions | content |
 |---|---|
-| ``*.csv``, ``*.tsv``, ``*.jsonl`` | columns ``image`` (a path relative to the table), ``caption``, maybe ``label`` |
+| ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` | columns ``image`` (path next to the table), ``caption``, maybe ``label`` |
 | a folder | its ``captions`` (.csv, .tsv, .jsonl) or ``metadata`` (.csv, .jsonl), else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
 | a folder of tars, ``a-{000..127}.tar``, ``*.tar``, a list | all of them |
@@ -148,7 +148,7 @@ def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) ->
         raise ValueError("not an image in a format that is read") from None
     except OSError:
         raise
-    except Exception as error:  # whatever Pillow's decoders raise for damaged files, and for those that fill the memory
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged or too large files
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
@@ -292,11 +292,11 @@ def _entries_of(source: Path, columns: _Columns) -> Iterator[_Entry]:
             return _entries([path for path in _files_of(source) if path.suffix.lower() == ".tar"], columns)
         return _folder(source)
     suffix = source.suffix.lower()
-    if suffix in (".csv", ".tsv", ".jsonl"):
+    if suffix in (".csv", ".tsv", ".json", ".jsonl"):
         return _table(source, columns)
     if suffix == ".tar":
         return _tar(source, columns)
-    raise ValueError(f"source must be a folder, a .csv, .tsv, .jsonl or .tar file, got {source}")
+    raise ValueError(f"source must be a folder, a .csv, .tsv, .json, .jsonl or .tar file, got {source}")
 
 
 def _folder(folder: Path) -> Iterator[_Entry]:

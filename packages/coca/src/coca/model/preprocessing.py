@@ -165,7 +165,7 @@ def _orientation(picture: Any) -> Any:
     """The orientation in a picture's EXIF or XMP metadata; None without one that can be read."""
     try:
         return picture.getexif().get(0x0112)
-    except Exception:  # whatever Pillow's parsers raise for damaged metadata, whose pixels are whole
+    except Exception:  # Pillow's parsers raise many kinds for damaged metadata; the pixels are whole
         return None
 
 

@@ -71,7 +71,7 @@ class CoCaTrainer:
     Args:
         model: model to train, in place; moved to the device.
         data: images to train on.
-        held_out: images to validate on.
+        validation_data: held-out images.
         preprocessing: normalisation of the pixels; stored with the checkpoints.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
         tokenizer: caption tokenizer, stored with the checkpoints; bytes by default.
@@ -91,7 +91,7 @@ class CoCaTrainer:
         *,
         model: CoCa,
         data: CaptionedImages,
-        held_out: CaptionedImages,
+        validation_data: CaptionedImages,
         preprocessing: ImagePreprocessing,
         checkpoint_dir: str | Path,
         tokenizer: Any = None,
@@ -105,7 +105,7 @@ class CoCaTrainer:
         if model.img_encoder is None:
             raise ValueError("model must have an img_encoder to be trained on images, got img_encoder=None")
         self.data = data
-        self.held_out = held_out
+        self.validation_data = validation_data
         self.preprocessing = preprocessing
         self.session = TrainingSession(
             type(self).__name__,
@@ -147,7 +147,7 @@ class CoCaTrainer:
             record={
                 "model": arguments,
                 "images": len(data),
-                "held_out_images": len(held_out),
+                "validation_images": len(validation_data),
                 "unreadable_images": list(data.unreadable),
             },
             curves=CURVES,
@@ -196,9 +196,9 @@ class CoCaTrainer:
         captions = None if self.session.step >= settings.max_steps else settings.validation_captions
         with autocast(settings.precision, self.device):
             metrics = evaluate(
-                self.model, self.held_out, *inputs, max_length=length, max_new_tokens=length, captions=captions
+                self.model, self.validation_data, *inputs, max_length=length, max_new_tokens=length, captions=captions
             )
-            (sample,) = caption_images(self.model, self.held_out.select([0]), *inputs, max_new_tokens=length)
+            (sample,) = caption_images(self.model, self.validation_data.select([0]), *inputs, max_new_tokens=length)
         values = {f"validation_{name}": value for name, value in metrics.items()}
         return {**values, "sample_caption": sample, "unreadable_images": len(self.data.unreadable)}
 
@@ -207,7 +207,7 @@ class CoCaTrainer:
         return draw_grid(
             self.session.folder.path / "grid.png",
             self.model,
-            self.held_out,
+            self.validation_data,
             self.tokenizer,
             self.preprocessing,
             max_length=self.settings.max_length,

@@ -424,13 +424,20 @@ def download(repository: str, revision: str | None = None) -> Path:
     """The local snapshot of a model on the Hugging Face hub: configuration, safetensors and tokenizer.
 
     Raises:
+        FileNotFoundError: the hub has no such model, or cannot be reached.
         ImportError: the extra ``hub`` is not installed.
     """
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", f"{TOKENIZER_FOLDER}/*"]
     ignored = ["original/*", "consolidated*"]  # the same weights again, in another layout
-    return Path(
-        _hub().snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
-    )
+    hub = _hub()
+    try:
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
+    except (OSError, ValueError) as error:  # raised for unknown names and without a network
+        raise FileNotFoundError(
+            f"there is no folder {repository}, and the hub gives no model of this name: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _folder_of(source: str | Path, revision: str | None) -> Path:

@@ -664,7 +664,7 @@ def test_the_seed_covers_adapters(model_folder):
 
     states = []
     for place in ("one", "two"):
-        torch.manual_seed(len(states) + 5)  # whatever was drawn before
+        torch.manual_seed(len(states) + 5)  # other draws before
         assert main(["grpo", *RUN, "--group_size", "4", "--checkpoint_dir", place, "--seed", "3"]) == 0
         newest = latest_checkpoint(model_folder / place / "checkpoints")
         states.append(load_file(newest / "adapter_model.safetensors"))
@@ -737,3 +737,29 @@ def test_documents_are_scored_alone_by_models_that_cannot_pack_them(make_hugging
         count += ids.shape[1] - 1
     assert result.tokens == count
     assert result.loss == pytest.approx(nats / count, abs=1e-5)
+
+
+def test_the_command_trains_a_reward_model_of_hugging_face_that_peft_opens_and_ppo_uses(model_folder, capsys):
+    import peft
+    import transformers
+
+    rows = [{"prompt": "ab", "chosen": "aaaa" + "b" * (n % 3), "rejected": "b" * (2 + n % 4)} for n in range(40)]
+    (model_folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["reward", "--model", "hf", "--data", "pairs.jsonl", "--checkpoint_dir", "reward", "--device", "cpu"]
+    more = ["--max_steps", "30", "--learning_rate", "1e-2", "--micro_batch_size", "5", "--lora_r", "4"]
+    assert main([*words, *more]) == 0
+    assert "36 pairs for training, 4 held out" in capsys.readouterr().out
+    summary = json.loads((model_folder / "reward" / "summary.json").read_text())
+    assert summary["results"][0]["after"] >= 0.75
+    newest = latest_checkpoint(model_folder / "reward" / "checkpoints")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained("hf", num_labels=1)
+    model = peft.PeftModel.from_pretrained(base, newest).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("hf")
+    scores = [model(**tokenizer("ab" + text, return_tensors="pt")).logits.item() for text in ("aaaab", "bbb")]
+    assert scores[0] > scores[1]
+    again = ["--max_steps", "30", "--learning_rate", "1e-2", "--micro_batch_size", "5", "--lora_r", "4"]
+    assert main([*words, *again]) == 0
+    assert "already complete" in capsys.readouterr().out
+    run = ["ppo", *RUN, "--checkpoint_dir", "run"]
+    run[run.index("--reward") + 1] = "reward"
+    assert main(run) == 0

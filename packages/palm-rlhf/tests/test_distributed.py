@@ -38,6 +38,7 @@ from palm_rlhf.pretrain.trainer import PretrainTrainer
 from palm_rlhf.pretrain.config import TrainingSettings
 from palm_rlhf.reward.model import RewardModel
 from palm_rlhf.reward.trainer import RewardModelTrainer
+from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.trainer import GRPOTrainer, RLHFTrainer
 
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
@@ -116,7 +117,7 @@ for kind in (RLHFTrainer, GRPOTrainer):
     learner = kind(palm=palm(), prompt_token_ids=prompts, reward=reward, actor_lr=1e-2, epochs=2,
                    minibatch_size=5, device="cpu", **more)
     learner.actor_critic.double()
-    result = learner.train(num_episodes=48, update_timesteps=16, max_batch_size=8, max_new_tokens=6, eos_token=3)
+    result = learner.train(num_episodes=48, update_timesteps=16, max_new_tokens=6, eos_token=3)
     saved[kind.__name__] = torch.cat([p.detach().flatten() for p in learner.actor_parameters])
     saved[kind.__name__ + " reward"] = torch.tensor([row["reward"] for row in result.metrics])
     saved[kind.__name__ + " ratio"] = torch.tensor([row["ratio_max"] for row in result.metrics])
@@ -124,6 +125,17 @@ pairs = [{"prompt": [k % 13], "chosen": [2, 4, k % 6], "rejected": [1, 3]} for k
 model = RewardModel(palm(), dropout=0.0).double()
 RewardModelTrainer(reward_model=model, pairs=pairs, max_steps=5, batch_size=5, device="cpu").train()
 saved["reward model"] = torch.cat([p.detach().flatten() for p in model.trainable_parameters()])
+
+# The reward trainer has seeded each process by its rank: scopes that the user makes now differ, until training begins.
+policy = ActorCritic(model.palm)
+drawn = torch.cat([p.detach().flatten() for p in policy.actor_parameters()])
+RLHFTrainer(policy, model, prompt_token_ids=prompts, device="cpu").train(8, update_timesteps=8, max_new_tokens=4)
+trained = torch.cat([p.detach().flatten() for p in [*policy.actor_parameters(), *policy.critic_parameters()]])
+if processes > 1:
+    for name, tensor in (("drawn", drawn), ("trained", trained)):
+        parts = [torch.empty_like(tensor) for _ in range(processes)]
+        dist.all_gather(parts, tensor)
+        outcome[name] = [bool(torch.equal(part, parts[0])) for part in parts[1:]]
 if not dist.is_initialized() or dist.get_rank() == 0:
     torch.save(outcome, folder / "outcome.pt")
 """
@@ -181,6 +193,11 @@ def test_two_processes_make_the_updates_of_one(outcomes):
         torch.testing.assert_close(
             two[name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_replicas_that_begin_different_are_made_equal(outcomes):
+    assert outcomes[2][1]["drawn"] == [False]
+    assert outcomes[2][1]["trained"] == [True]
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(outcomes, tmp_path, capsys):

@@ -22,6 +22,7 @@ from lm_core.data.epochs import permutation
 from lm_core.data.rows import load_rows
 from lm_core.tokenizers import Tokenizer, load_tokenizer
 from palm_rlhf.model.palm import PaLM
+from palm_rlhf.reward.classifier import is_classifier, load_classifier
 
 QUICKSTART = "runs/palm-quickstart"
 REWARD = "runs/palm-reward"
@@ -59,7 +60,7 @@ def open_policy(
         dtype: dtype of a Hugging Face model's weights; "auto" keeps the stored one.
     """
     folder = checkpoint_folder(model)
-    network = load_causal_lm(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    network = load_causal_lm(folder, dtype=torch_dtype(dtype))
     encoder = load_tokenizer(tokenizer or folder)
     if isinstance(network, PaLM) and scope is not None and scope in network.finetune_modules:
         return OpenedPolicy(network, encoder, {"finetune_scope": scope}, f"{folder}, trained policy (scope {scope!r})")
@@ -68,8 +69,13 @@ def open_policy(
     return OpenedPolicy(network, encoder, {}, str(folder))
 
 
+def torch_dtype(name: DType) -> torch.dtype | None:
+    """The dtype of this name; None for "auto"."""
+    return None if name == "auto" else getattr(torch, name)
+
+
 def find_reward(reward: str) -> tuple[Any, Path | None]:
-    """A reward, and the folder of its ``RewardModel``; None for a ``module:function``."""
+    """A reward, and the folder of its ``RewardModel``; None for a classifier and for a ``module:function``."""
     from palm_rlhf.reward.model import RewardModel
 
     if ":" in reward and not Path(reward).exists():
@@ -78,8 +84,13 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
             sys.path.insert(0, os.getcwd())
         return reward, None
     folder = checkpoint_folder(reward)
-    if read_json(folder / CONFIG_FILE).get("class") != "RewardModel":
-        raise ValueError(f"reward must be the folder of a RewardModel or module:function, got {reward}")
+    if is_classifier(folder):
+        return load_classifier(folder), None
+    if not (folder / CONFIG_FILE).is_file() or read_json(folder / CONFIG_FILE).get("class") != "RewardModel":
+        raise ValueError(
+            "reward must be the folder of a RewardModel or of a Hugging Face classifier, or module:function, got "
+            f"{reward}"
+        )
     return RewardModel.from_pretrained(folder), folder
 
 

@@ -24,6 +24,7 @@ from lm_core.training.session import TrainingResult, TrainingSession, adamw
 from palm_rlhf.data.preferences import Labelled, Preference, load_preferences
 from palm_rlhf.data.prompts import as_tokenizer
 from palm_rlhf.data.rollouts import joined
+from palm_rlhf.reward.classifier import Classifier
 from palm_rlhf.reward.losses import bradley_terry_loss
 from palm_rlhf.reward.model import RewardModel
 
@@ -35,6 +36,7 @@ class RewardSettings(CommonSettings):
 
     Args:
         batch_size: examples per update, over all processes.
+        micro_batch_size: examples per backward pass, on each process; by default the process's share of an update.
         validation_fraction: fraction of the data held out for validation.
         normalize: standardizes rewards learned from pairs after the last update: mean 0 over held-out chosen responses,
             standard deviation 1 over all held-out responses. Rewards learned from labels keep their scale.
@@ -42,6 +44,7 @@ class RewardSettings(CommonSettings):
 
     max_steps: int = 200
     batch_size: int = 16
+    micro_batch_size: int | None = None
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     beta2: float = 0.999
@@ -52,7 +55,7 @@ class RewardSettings(CommonSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts("batch_size")
+        self.check_counts("batch_size", "micro_batch_size")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
 
@@ -75,7 +78,7 @@ class RewardModelTrainer:
     """Trains a reward model.
 
     Args:
-        reward_model: model to train, in place: its scope, head and embeddings.
+        reward_model: model to train, in place: a ``RewardModel`` (its scope, head and embeddings) or a ``Classifier``.
         pairs: pairs or labelled responses; see ``load_preferences``.
         validation_pairs: held-out examples; by default ``validation_fraction`` of ``pairs``, drawn with a fixed seed.
         tokenizer: tokenizer of texts; stored in checkpoints.
@@ -95,7 +98,7 @@ class RewardModelTrainer:
     def __init__(
         self,
         *,
-        reward_model: RewardModel,
+        reward_model: RewardModel | Classifier,
         pairs: Any,
         validation_pairs: Any = None,
         tokenizer: Any = None,
@@ -139,13 +142,17 @@ class RewardModelTrainer:
         self.model = reward_model.to(self.device)
         self.precision = settings.precision
         self._outputs = self.session.compiled(self._scores)
-        self.normalize = settings.normalize and isinstance(examples[0], Preference)
+        standardizable = isinstance(reward_model, RewardModel) and isinstance(examples[0], Preference)
+        self.normalize = settings.normalize and standardizable
         self.batch_size = min(settings.batch_size, len(examples))
         self.order = UpdateOrder(
             len(examples), batch_size=self.batch_size, seed=settings.seed, rank=rank(), world_size=world_size()
         )
+        files = reward_model.session_arguments() if isinstance(reward_model, Classifier) else {}
+        frozen = {"frozen": reward_model.frozen_hash()} if isinstance(reward_model, Classifier) else {}
         self.session.register(
             model=reward_model,
+            **files,
             optimizer=lambda: adamw(reward_model, settings, parameters=reward_model.trainable_parameters()),
             gradients="sum",
             identity={
@@ -153,6 +160,7 @@ class RewardModelTrainer:
                 "batch_size": settings.batch_size,
                 "examples": _fingerprint(examples),
                 "held_out": _fingerprint(held_out),
+                **frozen,
             },
             tokenizer=tokenizer,
             validate=self._validate,
@@ -169,8 +177,9 @@ class RewardModelTrainer:
         with self.session.run() as session:
             for step in session.steps():
                 (rows,) = self.order.micro_batches(step)
-                if rows:
-                    session.backward(self._loss([self.examples[row] for row in rows]))
+                size = self.settings.micro_batch_size or max(1, len(rows))
+                for start in range(0, len(rows), size):
+                    session.backward(self._loss([self.examples[row] for row in rows[start : start + size]]))
                 session.log(session.optimizer_step())
         return session.result(
             RewardResult,
@@ -188,6 +197,7 @@ class RewardModelTrainer:
         scaled = self.normalize and self.session.step == self.settings.max_steps
         first, second = self._predictions(self.held_out)
         if scaled and float(deviation := torch.cat((first, second)).double().std()) > 0:
+            assert isinstance(self.model, RewardModel)
             self.model.standardize(mean=float(first.double().mean()), deviation=float(deviation))
         return {"validation_accuracy": _accuracy(type(self.held_out[0]), first, second)}
 
@@ -221,7 +231,8 @@ class RewardModelTrainer:
             responses = [example.response for example in examples]
         ids, prompt_lengths, lengths = (tensor.to(self.device) for tensor in joined(prompts, responses))
         with autocast(self.precision, self.device):
-            outputs = self._outputs(are_pairs, ids, prompt_lengths, lengths).to(self.model.head.weight.dtype)
+            outputs = self._outputs(are_pairs, ids, prompt_lengths, lengths)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if are_pairs:
             chosen, rejected = outputs.chunk(2)
             return chosen, rejected
@@ -251,11 +262,12 @@ def _accuracy(kind: type, first: Tensor, second: Tensor) -> float:
     return float(1 - (first - second).square().mean() / second.var(correction=0).clamp(min=1e-12))
 
 
-def _check(example: Preference | Labelled, model: RewardModel) -> None:
+def _check(example: Preference | Labelled, model: RewardModel | Classifier) -> None:
+    size = model.palm.num_tokens if isinstance(model, RewardModel) else model.num_tokens
     if isinstance(example, Preference):
-        check_ids(torch.cat((example.prompt, example.chosen, example.rejected)), model.palm.num_tokens, "pairs")
+        check_ids(torch.cat((example.prompt, example.chosen, example.rejected)), size, "pairs")
         return
-    check_ids(torch.cat((example.prompt, example.response)), model.palm.num_tokens, "pairs")
+    check_ids(torch.cat((example.prompt, example.response)), size, "pairs")
     bins = model.num_binned_output
     if bins and (example.label != int(example.label) or not 0 <= example.label < bins):
         raise ValueError(f"labels must be bins in [0, {bins}), got {example.label}")

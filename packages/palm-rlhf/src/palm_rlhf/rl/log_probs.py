@@ -30,7 +30,7 @@ class PolicyOutput:
     Attributes:
         log_probs: log-probabilities under the sampled distribution.
         unfiltered: log-probabilities under the distribution before filters.
-        entropy: entropies of the unfiltered distributions, in nats; None unless asked for.
+        entropy: entropies of the unfiltered distributions, in nats; None unless requested.
         values: expected return before each token; None without a critic.
         value_logits: ``(b, n - 1, k)`` outputs of a binned critic, else None.
         bins: bins of ``value_logits``, else None.

@@ -5,7 +5,7 @@ a Hugging Face model). The reference is the policy as it was given: the base wit
 adapter that the policy came with. Without LoRA the network itself is trained and the reference is a frozen copy of the
 initial weights; a critic with LoRA then adapts that frozen copy.
 
-Learning switches dropout off unless it was asked for (``actor_dropout``, ``critic_dropout``, or the dropout of an
+Learning switches dropout off unless it was requested (``actor_dropout``, ``critic_dropout``, or the dropout of an
 adapter that the policy came with): with dropout, the probability ratio before the first update is not 1. Gradient
 checkpointing alone changes nothing.
 
@@ -193,7 +193,7 @@ class ActorCritic(nn.Module):
 
     @contextlib.contextmanager
     def learning(self) -> Iterator[None]:
-        """Evaluation mode but for gradient checkpointing and the dropout that was asked for; restored on exit."""
+        """Evaluation mode but for gradient checkpointing and the requested dropout; restored on exit."""
         modes = {module: module.training for module in self.modules()}
         # blocks that are recomputed must be in training mode, and some of them apply a dropout of their own
         blocks = [module for module in modes if getattr(module, "gradient_checkpointing", False)]

@@ -10,23 +10,17 @@ Critic, value head and a copied reference adapter are in the trainer's state. Fr
 never stored, but hashed: a run resumes on the same ones only.
 """
 
-import copy
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import Checkpoint
-from lm_core.checkpoints.manifest import CheckpointError, write_json
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.weights import load_weights
+from palm_rlhf.model.adapter_files import ADAPTER_WEIGHTS, hash_of, read_adapter, write_adapter
 from palm_rlhf.rl.policy import ActorCritic
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_FILE = "base_model.json"
 
 
 class PolicyFiles:
@@ -64,12 +58,7 @@ class PolicyFiles:
         if not self._frozen or self._hash is not None:
             return self._hash
         tensors = self.policy.state_dict()
-        digest = hashlib.sha256()
-        for name in self._frozen:
-            tensor = tensors[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-        self._hash = digest.hexdigest()
+        self._hash = hash_of({name: tensors[name] for name in self._frozen})
         return self._hash
 
     # the trainer's state
@@ -100,27 +89,14 @@ class PolicyFiles:
             if getattr(self.model, "generation_config", None) is not None:
                 self.model.generation_config.save_pretrained(folder)
             return
-        from peft import get_peft_model_state_dict
-
-        state = get_peft_model_state_dict(self.model, adapter_name=self.scope, save_embedding_layers=False)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        config = copy.deepcopy(self.model.peft_config[self.scope])
-        config.inference_mode = True
-        base = str(config.base_model_name_or_path or "")
-        if base and Path(base).is_dir():
-            config.base_model_name_or_path = base = str(Path(base).resolve())
-        config.save_pretrained(folder)
-        write_json(folder / BASE_FILE, {"base_model_name_or_path": base, "sha256": self.frozen_hash()})
+        write_adapter(folder, self.model, self.scope, base_hash=self.frozen_hash())
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.model_state or {}
-        file = checkpoint.path / ADAPTER_WEIGHTS
         if self.scope is None and not any(name.startswith("model.model.") for name in state):
             load_weights(self.model, state, where=str(checkpoint.path))
-        elif file.is_file():
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(self.model, load_file(file), adapter_name=self.scope)
+        elif (checkpoint.path / ADAPTER_WEIGHTS).is_file():
+            assert self.scope is not None
+            read_adapter(checkpoint.path, self.model, self.scope)
         else:  # a checkpoint of an earlier version, with the whole network
             load_weights(self.policy.actor, state, where=str(checkpoint.path))

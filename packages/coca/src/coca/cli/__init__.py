@@ -15,11 +15,12 @@ from lm_core.cli.parser import Command, Group, command_parser
 TRAIN = """Trains a CoCa on images with captions, by default on handwritten digits (under 90 s on two CPU cores).
 
   coca train                                               the quickstart, into runs/coca-quickstart
-  coca train --data photos/captions.csv --tokenizer openai/clip-vit-base-patch32 --checkpoint_dir runs/photos
-  torchrun --nproc_per_node 8 -m coca train --data "cc12m/{00000..01242}.tar" --preset base --batch_size 4096 \\
-      --tokenizer openai/clip-vit-base-patch32 --max_steps 100000 --compile --checkpoint_dir runs/cc12m
-  coca train --data photos.tar --encoder google/vit-base-patch16-224-in21k --freeze_encoder --max_steps 20000
-  coca train --model runs/photos --data more.tar --max_steps 2000 --checkpoint_dir runs/more
+  coca train --data coco/captions.csv --tokenizer openai/clip-vit-base-patch32 --checkpoint_dir runs/coco
+  coca train --data coco/captions.csv --tokenizer openai/clip-vit-base-patch32 --max_steps 20000 \\
+      --encoder openai/clip-vit-base-patch32 --freeze_encoder --checkpoint_dir runs/frozen
+  torchrun --nproc_per_node 8 -m coca train --data "cc3m/{00000..00331}.tar" --preset base --batch_size 4096 \\
+      --tokenizer openai/clip-vit-base-patch32 --max_steps 20000 --compile --checkpoint_dir runs/cc3m
+  coca train --model runs/cc3m --data coco/captions.csv --max_steps 2000 --checkpoint_dir runs/tuned
   coca train --print_config > run.yaml; coca train --config run.yaml --seed 1
 
 A preset has the sizes of a new model and the settings that fit them: quickstart without data, else small, or base,

@@ -116,7 +116,7 @@ def embed(
     else:
         files = ImageFiles(images or [], preprocessing)
         names, latents = _encoded(coca, files)
-    target = Path(output)
+    target = Path(output).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as stream:
         np.savez(stream, latents=latents.cpu().numpy(), names=np.array(names))

@@ -21,6 +21,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -105,12 +106,12 @@ def load_images(
         raise ValueError(f"source must hold at least one image with a caption, got none in {source}")
     # Decode every image once, to find those that cannot be read.
     good, checksums, unreadable = [], [], []
-    for entry in tqdm(entries, desc="check images", unit="image", disable=not progress):
-        try:
-            checksums.append(zlib.crc32(read_pixels(entry.data, preprocessing).tobytes()))
+    for entry, checked in zip(entries, _checked(entries, preprocessing, progress), strict=True):
+        if isinstance(checked, int):
             good.append(entry)
-        except (OSError, ValueError) as error:
-            unreadable.append(f"{entry.name}: {error}")
+            checksums.append(checked)
+        else:
+            unreadable.append(f"{entry.name}: {checked}")
     if len(unreadable) > max_unreadable * len(entries):
         raise ValueError(
             f"{len(unreadable)} of {len(entries)} images in {source} cannot be read, more than max_unreadable = "
@@ -130,6 +131,23 @@ def load_images(
         unreadable=tuple(unreadable),
         checksums=tuple(checksums),
     )
+
+
+def _checked(entries: Sequence[_Entry], preprocessing: ImagePreprocessing, progress: bool) -> Iterator[int | Exception]:
+    """The checksum of each image's pixels, or the reason why it cannot be read."""
+
+    def check(entry: _Entry) -> int | Exception:
+        try:
+            return zlib.crc32(read_pixels(entry.data, preprocessing).tobytes())
+        except (OSError, ValueError) as error:
+            return error
+
+    # threads, since Pillow decodes without Python's lock; a part at a time, to hold few results that wait
+    with ThreadPoolExecutor() as pool, tqdm(total=len(entries), desc="check images", disable=not progress) as bar:
+        for start in range(0, len(entries), 1024):
+            for result in pool.map(check, entries[start : start + 1024]):
+                bar.update()
+                yield result
 
 
 def read_pixels(read: Callable[[], bytes], preprocessing: ImagePreprocessing) -> Pixels:

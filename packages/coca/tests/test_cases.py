@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from coca import CoCa, ImagePreprocessing, retrieval_metrics
+from coca import CoCa, ImagePreprocessing, VisionTransformer, retrieval_metrics
 from coca.cli import main
 from coca.data.captioned_images import CaptionedImages
 from coca.data.image_files import ImageFiles, load_images
@@ -122,6 +123,8 @@ def test_the_crop_equals_that_of_the_whole_resized_picture(size):
         ([0.0, 32896.0, 65535.0], np.float32, [0, 128, 255]),
         ([0, 32896, 65535], np.uint16, [0, 128, 255]),
         ([0, 257, 514], np.uint16, [0, 1, 2]),
+        ([-1e-7, 0.5, 1.0000001], np.float32, [0, 128, 255]),
+        ([0.0, 1.0, 2.0], np.float32, [0, 1, 2]),
         ([0, 100, 255], np.int32, [0, 100, 255]),
         ([0, 32896, 65535], np.int32, [0, 128, 255]),
     ],
@@ -135,7 +138,9 @@ def test_a_tiff_of_more_than_eight_bits_is_scaled(values, dtype, shades, tmp_pat
     assert pixels[0].tolist() == [shades] * 3
 
 
-@pytest.mark.parametrize(("values", "dtype"), [([-1.0], np.float32), ([1e6], np.float32), ([70_000], np.int32)])
+@pytest.mark.parametrize(
+    ("values", "dtype"), [([-1.0], np.float32), ([1e6], np.float32), ([3.5], np.float32), ([70_000], np.int32)]
+)
 @pytest.mark.parametrize("other", [0.5, np.nan])
 def test_a_tiff_of_unknown_range_is_named_as_unreadable(values, dtype, other, tmp_path):
     values = [*values, other] if dtype == np.float32 else values
@@ -147,7 +152,7 @@ def test_a_tiff_of_unknown_range_is_named_as_unreadable(values, dtype, other, tm
     data = load_images(tmp_path, GREY, max_unreadable=0.5)
 
     assert data.names == ("good.png",)
-    assert "values in [0, 65535]" in data.unreadable[0]
+    assert "values of a known range" in data.unreadable[0]
 
 
 def test_a_picture_that_needs_another_program_is_not_decoded(tmp_path):
@@ -242,6 +247,7 @@ def test_captions_that_a_program_quoted_are_read_as_it_wrote_them(pictures, suff
         ("x.csv", b"image,caption\n,red\n", r"x\.csv, line 2, has an empty image"),
         ("x.jsonl", b'{"image": "a.png", "caption": "  "}\n', r"x\.jsonl, line 1, has an empty caption"),
         ("x.jsonl", b'{"image": "a.png", "caption": "\\ud800"}\n', r"x\.jsonl, line 1, has a lone surrogate"),
+        ("x.csv", "image,caption\na.png,red\n".encode("utf-16-le"), r"x\.csv"),
         ("x.jsonl", b'["a.png", "red"]\n', r"x\.jsonl, line 1, must be a row with columns, got list"),
     ],
 )
@@ -669,6 +675,39 @@ def test_a_huge_encoder_is_refused_before_it_is_built(tampered):
 
     with pytest.raises(CheckpointError):
         CoCa.from_pretrained(tampered(huge))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            ("dim", 2**24),
+            ("num_img_queries", 2**40),
+            ("unimodal_depth", 10**7),
+            ("dim_head", 2**38),
+            ("ff_mult", 10**9),
+        ),
+        *(("dim_latents", 2**40), ("num_tokens", 2**50), ("multimodal_depth", -1), ("heads", "8"), ("pooling", "none")),
+        *(("vit image_size", 2**20), ("vit depth", 10**7), ("vit dim", 2**24), ("vit channels", 2**40)),
+    ],
+)
+def test_hostile_sizes_are_refused_before_anything_is_allocated(name, value, tmp_path):
+    vit = VisionTransformer(image_size=8, patch_size=4, dim=8, depth=1, dim_head=4, heads=2)
+    sizes = {"dim": 8, "num_tokens": 9, "unimodal_depth": 1, "multimodal_depth": 1, "dim_head": 4, "heads": 2}
+    folder = CoCa(**sizes, num_img_queries=2, img_encoder=vit).save_pretrained(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    arguments = config["arguments"]
+    if name.startswith("vit "):
+        arguments, name = arguments["img_encoder"]["$module"]["config"]["arguments"], name.removeprefix("vit ")
+    assert name in arguments
+    arguments[name] = value
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    write_manifest(folder)
+
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        CoCa.from_pretrained(folder)
+    assert time.perf_counter() - started < 20
 
 
 @pytest.mark.parametrize(

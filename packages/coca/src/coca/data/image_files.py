@@ -429,6 +429,8 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"{where} must have a caption or a list of captions, got {value!r}")
+    if any("\0" in text for text in texts):
+        raise ValueError(f"{where} has zero bytes in its caption, as UTF-16 without a byte order mark: {value!r}")
     if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
         raise ValueError(f"{where} has a lone surrogate in its caption, which is no character: {value!r}")
     return tuple(text.strip() for text in texts)

@@ -174,13 +174,19 @@ def _eight_bits(picture: Any) -> NDArray[np.uint8]:
 
     A picture of 16 bits has the range of its type. In one of 32 bits (integers or floats) the largest value decides:
     floats up to 1 are scaled by 255, values up to 255 stay, and those up to 65,535 are taken as 16 bits.
+
+    Raises:
+        ValueError: the range cannot be told from the values, such as floats up to 3.5, negative or infinite ones.
     """
     values = np.asarray(picture).astype(np.float64)
     least, most = float(values.min()), float(values.max())
-    if not (least >= 0 and most <= 65535):  # also false for NaN
-        raise ValueError(f"a picture of mode {picture.mode} must have values in [0, 65535], got {least:g} to {most:g}")
+    if picture.mode == "F" and least >= -0.01 and most <= 1.01:  # with the errors of arithmetic
+        return (values * 255).round().clip(0, 255).astype(np.uint8)
+    is_small = picture.mode == "F" and most < 16 and bool((values != values.round()).any())
+    if is_small or not (least >= 0 and most <= 65535):  # also for NaN
+        raise ValueError(
+            f"a picture of mode {picture.mode} must have values of a known range, got {least:g} to {most:g}"
+        )
     if picture.mode.startswith("I;16") or picture.format == "PNG" or most > 255:
         values /= 257
-    elif picture.mode == "F" and most <= 1:
-        values *= 255
     return values.round().astype(np.uint8)

@@ -51,7 +51,7 @@ PARTS = [
     (
         lambda: attend(q, kv, kv, mask=q),
         TypeError,
-        "mask must be boolean (True where a query may look), got torch.float32",
+        "mask must be boolean (True where a query attends), got torch.float32",
     ),
     (
         lambda: attend(q, kv, kv, mask=true[:, :5]),
@@ -125,7 +125,7 @@ PROMPTS = [
     (-IDS, {}, ValueError, "prompt must hold token ids in [0, 9), got -6"),
     (IDS + 3, {}, ValueError, "prompt must hold token ids in [0, 9), got 9"),
     (IDS, {"mask": IDS > 0, **lengths(1, 2)}, ValueError, "give mask or prompt_lengths, not both"),
-    (list(IDS), {"mask": IDS > 0}, ValueError, "mask and prompt_lengths go with a tensor"),
+    (list(IDS), {"mask": IDS > 0}, ValueError, "mask and prompt_lengths are for a tensor of prompts"),
     (IDS, {"mask": IDS}, TypeError, "mask must be boolean (True at real tokens), got dtype torch.int64"),
     (IDS, {"mask": IDS[:, :2] > 0}, ValueError, "mask must have the prompt's shape (2, 3), got (2, 2)"),
     (IDS, {"mask": IDS < 4}, ValueError, "row 1 is empty"),

@@ -625,3 +625,9 @@ def test_a_run_stopped_at_once_says_where_the_same_command_begins(tmp_path, caps
     ):
         assert run_command(parser, ["work", "--checkpoint_dir", str(tmp_path)]) == 130
         assert f"Stopped at once. {advice}\n" in capsys.readouterr().err
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path):
+    tiny_llama(tie_word_embeddings=False).model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"policy .* holds no whole LlamaForCausalLM, it lacks lm_head.weight"):
+        load_causal_lm(tmp_path, name="policy")

@@ -466,7 +466,11 @@ def _lines(path: Path, text: str) -> Path:
     ("call", "error", "message"),
     [
         (lambda p: optimizer_groups(Model(), weight_decay=-0.1), ValueError, r"not be negative, got -0\.1"),
-        (lambda p: optimizer_groups(Model(), no_decay=("gain",)), ValueError, r"no_decay must be out of .* \['gain'\]"),
+        (
+            lambda p: optimizer_groups(Model(), no_decay=("gain",)),
+            ValueError,
+            r"no_decay must contain only .* \['gain'\]",
+        ),
         (lambda p: optimizer_groups(Model().requires_grad_(False)), ValueError, "got a Model with none"),
         (lambda p: learning_rate_scale(-1), ValueError, "must not be negative, got -1 and 0"),
         (lambda p: learning_rate_scale(0, final_scale=2.0, total_steps=3), ValueError, r"in \[0, 1\], got 2\.0"),
@@ -501,7 +505,7 @@ def _lines(path: Path, text: str) -> Path:
         (lambda p: pick_device("gpu"), ValueError, "cuda:N or mps, got 'gpu'"),
         (lambda p: pick_device("cpu:1"), ValueError, "got 'cpu:1'"),
         (lambda p: pick_device("cuda:x"), ValueError, "got 'cuda:x'"),
-        (lambda p: pick_precision("fp16", "cpu"), ValueError, "fp16 is not for the CPU"),
+        (lambda p: pick_precision("fp16", "cpu"), ValueError, "fp16 is not supported on the CPU"),
         (lambda p: pick_precision("fp8", "cpu"), TypeError, "precision"),
         (lambda p: RunDirectory(_lines(p, "x")).__enter__(), FileExistsError, "must be a folder, got the file"),
         (lambda p: RunDirectory(p, resume="maybe"), TypeError, "resume"),

@@ -129,7 +129,7 @@ SETTINGS = {
     "settings next to config": ({"config": FineTunerSettings()}, "with config, settings must be passed in it"),
     "steps given twice": ({"max_steps": 6}, "max_steps and num_train_steps are one argument"),
     "warmup given twice": ({"warmup": 0.1, "warmup_steps": 3}, "warmup and warmup_steps are one argument"),
-    "warmup too long": ({"warmup": 1.5}, r"warmup must be a part of the updates in \[0, 1\)"),
+    "warmup too long": ({"warmup": 1.5}, r"warmup must be a fraction of the updates in \[0, 1\)"),
     "rate 0": ({"learning_rate": 0.0}, "learning_rate"),
     "decay negative": ({"weight_decay": -1.0}, "weight_decay"),
     "warmup negative": ({"warmup_steps": -1}, "warmup_steps"),

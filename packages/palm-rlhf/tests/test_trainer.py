@@ -333,7 +333,7 @@ def test_a_tracker_of_accelerate_is_started_and_finished(trainer_of, tmp_path):
         ({"validate_every": 0}, "validate_every must be at least 1, got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
-        ({"warmup": 1.0}, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
+        ({"warmup": 1.0}, r"warmup must be a fraction of the updates in \[0, 1\), got 1.0"),
         ({"final_learning_rate": 2}, r"final_learning_rate must be in \[0, 1\], got 2"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),

@@ -104,7 +104,7 @@ SETTINGS = [
     ({"max_steps": 0}, r"max_steps must be at least 1, got 0"),
     ({"top_p": 1.5}, r"top_p must be a number in \[0, 1\], got 1.5"),
     ({"repetition_penalty": 0.0}, r"repetition_penalty must be a finite number above 0"),
-    ({"warmup": 1.0}, r"warmup must be a part of the updates in \[0, 1\), got 1.0"),
+    ({"warmup": 1.0}, r"warmup must be a fraction of the updates in \[0, 1\), got 1.0"),
     (
         {"gradient_accumulation": 2, "grad_accum_steps": 4},
         r"are one argument, got \{'gradient_accumulation': 2, 'grad_",

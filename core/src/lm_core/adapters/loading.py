@@ -72,10 +72,23 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
         raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
     keyword = "dtype" if TorchVersion(transformers.__version__) >= "4.56" else "torch_dtype"
     arguments[keyword] = "auto" if dtype is None else dtype
+    loading: dict[str, Any] = {}
     try:
-        loaded: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+        if "is_trainable" in arguments:
+            model = cls.from_pretrained(place, trust_remote_code=False, **arguments)
+        else:
+            model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers raises all that its parsers, files and the network raise
         raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
+    # transformers fills missing weights with random numbers
+    if missing := sorted(loading.get("missing_keys", ())):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(
+            f"{name} {place!r} holds no whole {type(model).__name__}, it lacks {', '.join(missing[:5])}{more}"
+        )
+    loaded: nn.Module = model
     return loaded
 
 

@@ -193,7 +193,9 @@ def prompt_rows(prompt: Any, mask: Tensor | None = None, prompt_lengths: Tensor 
         raise ValueError("give mask or prompt_lengths, not both")
     if isinstance(prompt, (list, tuple)):
         if mask is not None or prompt_lengths is not None:
-            raise ValueError("a list of prompts has lengths of its own: mask and prompt_lengths go with a tensor")
+            raise ValueError(
+                "mask and prompt_lengths are for a tensor of prompts; a list of prompts has its own lengths"
+            )
         rows = list(prompt)
     else:
         rows = _unpadded_rows(prompt, mask, prompt_lengths)

@@ -90,7 +90,7 @@ def _broadcast_heads(t: Tensor, repeats: int) -> Tensor:
 
 def _four_dimensional(mask: Tensor, b: int, h: int, i: int, j: int) -> Tensor:
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean (True where a query may look), got {mask.dtype}")
+        raise TypeError(f"mask must be boolean (True where a query attends), got {mask.dtype}")
     full = mask
     if mask.ndim == 2:
         full = rearrange(mask, "b j -> b 1 1 j")

@@ -71,9 +71,11 @@ def pick_precision(precision: Precision, device: torch.device | str) -> torch.dt
     if precision == "auto":
         return torch.bfloat16 if has_bfloat16 else torch.float32
     if precision == "fp16" and target.type == "cpu":
-        raise ValueError("precision fp16 is not for the CPU, got device 'cpu'; use bf16 or fp32")
+        raise ValueError("precision fp16 is not supported on the CPU, got device 'cpu'; use bf16 or fp32")
     if precision == "bf16" and target.type == "cuda" and not has_bfloat16:
-        raise ValueError(f"precision bf16 needs a GPU that has it, got {torch.cuda.get_device_name(target)}; use fp16")
+        raise ValueError(
+            f"precision bf16 needs a GPU with bfloat16 support, got {torch.cuda.get_device_name(target)}; use fp16"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -96,7 +96,7 @@ class CommonSettings(RunSettings):
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
+            raise ValueError(f"warmup must be a fraction of the updates in [0, 1), got {self.warmup}")
 
     @property
     def warmup_steps(self) -> int:

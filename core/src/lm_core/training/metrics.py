@@ -126,7 +126,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for tracker in self.trackers:
             try:
                 tracker.log(row, step=step)
-            except Exception as error:  # whatever a tracker or its server raises must not end a run
+            except Exception as error:  # an error of a tracker or its server must not end a run
                 self._warn(
                     f"tracker {type(tracker).__name__} raised {type(error).__name__}: {error}; the run continues"
                 )

@@ -57,7 +57,7 @@ def optimizer_groups(
         raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
     unknown = sorted(set(no_decay) - set(NO_DECAY))
     if unknown:
-        raise ValueError(f"no_decay must be out of {NO_DECAY}, got {unknown}")
+        raise ValueError(f"no_decay must contain only {NO_DECAY}, got {unknown}")
     wanted = None if parameters is None else {id(parameter) for parameter in parameters}
     kinds: dict[int, set[str]] = {}
     for owner in model.modules():

@@ -367,7 +367,7 @@ class TrainingSession:
         """
         goal = self.max_steps if until is None else until
         if goal is None:
-            raise ValueError("until must be given to a session without max_steps, got None")
+            raise ValueError("until is required in a session without max_steps, got None")
         if ends and self.step == 0:
             self.validate()
         while self.step < goal and self.outcome == "finished":

@@ -115,7 +115,7 @@ class SelfPlaySettings(RunSettings, SamplingFlags):
                 f"end_learning_rate must be in [0, learning_rate = {self.learning_rate}], got {self.end_learning_rate}"
             )
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a part of the updates in [0, 1), got {self.warmup}")
+            raise ValueError(f"warmup must be a fraction of the updates in [0, 1), got {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {self.weight_decay}")
         if not 0 <= self.ref_model_ema_decay <= 1:

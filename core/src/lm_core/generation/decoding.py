@@ -63,9 +63,7 @@ class Decoder:
         self._min_length = n + min_new_tokens
         self._kwargs = model_kwargs
         # Decided once: later the number of rows may happen to equal another size.
-        self._row_kwargs = {
-            name for name, value in model_kwargs.items() if isinstance(value, Tensor) and value.shape[:1] == (b,)
-        }
+        self._row_kwargs = {name for name, value in model_kwargs.items() if _rows_of(value) == b}
         # ids and mask, allocated for all tokens to come
         self._length = n
         self._ids = F.pad(ids, (0, max_new_tokens))
@@ -161,7 +159,7 @@ class Decoder:
         if self._cache is not None:
             self._cache.reorder(index)
         self._kwargs = {
-            name: value[index] if name in self._row_kwargs else value for name, value in self._kwargs.items()
+            name: _selected(value, index) if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
 
 
@@ -171,6 +169,17 @@ def _cache_reaches(model: Any, mask: Tensor | None, n: int, total: int) -> bool:
     if limit is None or total <= limit:
         return True
     return (n if mask is None else int(mask.sum(dim=1).min())) > limit
+
+
+def _rows_of(value: Any) -> int | None:
+    """First size of a tensor, or ``batch_size`` of an object with ``selected(rows)``, such as memories."""
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim else None
+    return getattr(value, "batch_size", None) if hasattr(value, "selected") else None
+
+
+def _selected(value: Any, index: Tensor) -> Any:
+    return value[index] if isinstance(value, Tensor) else value.selected(index.tolist())
 
 
 def distinct_rows(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

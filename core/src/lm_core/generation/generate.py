@@ -76,7 +76,8 @@ def generate(
         use_cache: False recomputes the whole sequence for each token.
         progress: shows a progress bar.
         **model_kwargs: arguments of the model, passed with the prompt (without a cache in every call). A tensor whose
-            first size is the number of prompts has an entry for each of them.
+            first size is the number of prompts has an entry for each of them, and so has an object whose ``batch_size``
+            is that number, with ``selected(rows)``.
 
     Raises:
         ValueError: an argument is out of range, prompt and new tokens exceed the model's ``max_length``, or the logits

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from lm_core import generate
+from lm_core import beam_search, generate
 from lm_core.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from lm_core.checkpoints.manifest import write_manifest
 from lm_core.losses.losses import token_log_probs
@@ -62,6 +62,29 @@ def test_a_given_memory_is_read_and_not_changed_by_scores_and_by_generation_with
     scores = token_log_probs(model, torch.cat((prompt, cached.tokens), dim=1), knn_memories=memories)
     torch.testing.assert_close(scores[:, 4:].float(), cached.log_probs, atol=1e-6, rtol=0)
     assert memories.sizes == [[10]]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_equal_prompts_with_a_memory_each_are_continued_as_each_alone(tiny_model, use_cache):
+    model, prompt = tiny_model(), torch.tensor([[1, 2]])
+    memories = model.create_knn_memories(batch_size=3)
+    memories[0].add(torch.nn.functional.normalize(kv(10, rows=3, dim=8), dim=-1).double())
+    settings = {"max_new_tokens": 20, "temperature": 0.0, "use_cache": use_cache}
+    free = generate(model, prompt.repeat(3, 1), knn_memories=memories, **settings).tokens.tolist()
+    ends = [{row.index(token) if token in row else 20 for row in free} for token in range(20)]
+    settings["eos_id"] = next(token for token in range(20) if len(ends[token]) > 1)
+    together = generate(model, prompt.repeat(3, 1), knn_memories=memories, **settings)
+    assert len(set(together.lengths.tolist())) > 1  # finished rows leave the batch
+    beams = beam_search(model, prompt.repeat(3, 1), beams=2, max_new_tokens=6, knn_memories=memories)
+    for row in range(3):
+        with memories.at_batch_indices([row]) as own:
+            alone = generate(model, prompt, knn_memories=own, **settings)
+            length = int(alone.lengths[0])
+            assert int(together.lengths[row]) == length
+            torch.testing.assert_close(together.log_probs[row, :length], alone.log_probs[0], atol=1e-6, rtol=0)
+            assert torch.equal(
+                beams.tokens[row], beam_search(model, prompt, beams=2, max_new_tokens=6, knn_memories=own).tokens[0]
+            )
 
 
 def test_gradients_of_a_long_text_are_those_of_its_segments(tiny_model, read_in_segments):

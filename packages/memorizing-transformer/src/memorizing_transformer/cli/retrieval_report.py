@@ -29,7 +29,7 @@ text-align: left; vertical-align: top }"""
 
 def gain_by_position(on: Evaluation, off: Evaluation) -> list[str]:
     """Lines of a table of bits per token with memory and without, by position in the document."""
-    lines = ["position in document: bits a token without memory - with memory = gain"]
+    lines = ["bits per token by position in the document: without memory - with memory = gain"]
     for (first, count, with_memory), (_, _, without) in zip(on.by_position, off.by_position, strict=True):
         a, b = without / math.log(2), with_memory / math.log(2)
         lines.append(f"from {first:6,}: {a:.4f} - {b:.4f} = {a - b:+.4f}   ({count:,} tokens)")

@@ -79,7 +79,8 @@ class DocumentStreams(Iterator[Segment]):
         self.rows = batch_size * world_size
         if len(documents) < self.rows:
             raise ValueError(
-                f"the corpus must have a document for each of {self.rows} rows, got {len(documents)} documents"
+                f"data must have a document for each of {self.rows} rows, got {len(documents)} documents; "
+                f"batch_size (now {batch_size} on each of {world_size} processes) must be lower"
             )
         self.documents = documents
         self.segment_length = segment_length

@@ -161,15 +161,19 @@ BATCHES = [
     ((IDS, IDS, torch.tensor([0])), r"prompt_len must be at least 1, got 0"),
     ((IDS, IDS, torch.tensor([4])), r"must have answer tokens after every prompt, rows \[0\] have none"),
     ((IDS + 20, IDS, torch.tensor([2])), r"generated_seq must hold token ids in \[0, 12\), got 24"),
-    ((IDS, IDS, torch.tensor([2]), MASK[:, :2]), r"generated_seq_mask must be boolean \(1, 4\)"),
-    ((IDS, IDS, torch.tensor([2]), None, MASK.long()), r"real_seq_mask must be boolean"),
+    ((IDS, IDS, torch.tensor([2]), MASK[:, :2]), r"generated_seq_mask must have shape \(1, 4\), got \(1, 2\)"),
     ((IDS, IDS, torch.tensor([2]), MASK, MASK), r"generated_seq_mask must be None where pad_id marks padding"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BATCHES)
-def test_a_batch_is_refused_by_name(make_model, arguments, message):
-    with pytest.raises(ValueError, match=message):
+BATCHES_OF_OTHER_TYPES = [
+    ((IDS, IDS, torch.tensor([2]), None, MASK.long()), r"real_seq_mask must be boolean, got dtype torch.int64"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message", "error"), typed(BATCHES, BATCHES_OF_OTHER_TYPES))
+def test_a_batch_is_refused_by_name(make_model, arguments, message, error):
+    with pytest.raises(error, match=message):
         SPIN(make_model(), pad_id=-1 if "pad_id" in message else None)(*arguments)
 
 
@@ -216,10 +220,10 @@ def test_a_trainers_argument_is_refused_before_anything_is_written(make_model, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spin_kwargs": {"λ": 1.0}}, r"spin_kwargs must be None where model is a SPIN already"),
-        ({"ref_model_ema_decay": 0.9}, r"ref_model_ema_decay must be that of the SPIN that is given, got 0.9"),
-        ({"lambda_": 2.0}, r"lambda_ must be that of the SPIN that is given, got 2.0"),
-        ({"reduction": "mean"}, r"reduction must be that of the SPIN"),
+        ({"spin_kwargs": {"λ": 1.0}}, r"spin_kwargs must be None if model is a SPIN already"),
+        ({"ref_model_ema_decay": 0.9}, r"ref_model_ema_decay must match the SPIN that is passed as model, got 0.9"),
+        ({"lambda_": 2.0}, r"lambda_ must match the SPIN that is passed as model, got 2.0"),
+        ({"reduction": "mean"}, r"reduction must match the SPIN"),
     ],
 )
 def test_settings_that_a_given_spin_would_ignore_are_refused(make_model, make_rows, tmp_path, changes, message):

@@ -152,7 +152,7 @@ def as_sft_dataset(
     if ends and whole and not any(example.response[-1] in ends for example in whole):
         raise ValueError(
             f"{name} must have answers that end with eos_id {' or '.join(map(str, ends))}, none does: the opponent "
-            "ends its own with it, so the player would learn nothing but to leave it out"
+            "ends its own with it, so the policy would only learn to leave it out"
         )
     return SFTDataset(examples, dropped, reason)
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lm_core.checks import check_mask
 from lm_core.losses.losses import hidden_log_probs, token_log_probs
 from lm_core.nn.masking import positions_from_mask, right_pad
 from lm_core.training.accelerator import Precision, autocast
@@ -51,6 +52,7 @@ def response_mask(
     """
     if mask is None:
         mask = torch.ones_like(ids, dtype=torch.bool)
+    check_mask(mask, "mask", ids.shape)
     answer = mask & (positions_from_mask(mask) >= rearrange(prompt_lengths, "b -> b 1"))
     if eos_id is None:
         return answer
@@ -75,6 +77,9 @@ def response_log_probs(
     Returns:
         Shape (b,), in nats, float32 or float64.
     """
+    check_mask(answer, "answer", ids.shape)
+    if mask is not None:
+        check_mask(mask, "mask", ids.shape)
     arguments: dict[str, Any] = {} if mask is None else {"mask": mask}
     weight = getattr(model, "output_weight", None)
     if isinstance(weight, Tensor) and callable(getattr(model, "hidden", None)):

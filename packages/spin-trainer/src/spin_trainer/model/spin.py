@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.checks import check_above_zero, check_ids, typed
+from lm_core.checks import check_above_zero, check_ids, check_mask, typed
 from lm_core.tokenizers import end_ids
 from lm_core.training.accelerator import Precision
 from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
@@ -167,7 +167,8 @@ class SPIN(nn.Module):
             real_seq_mask: True at real tokens; not together with ``pad_id``.
 
         Raises:
-            ValueError: shapes, masks, ids or prompt lengths are invalid, or a row has no answer tokens.
+            ValueError: shapes, ids or prompt lengths are invalid, or a row has no answer tokens.
+            TypeError: a mask is not boolean.
         """
         generated = self._checked(generated_seq, prompt_len, generated_seq_mask, "generated_seq")
         real = self._checked(real_seq, prompt_len, real_seq_mask, "real_seq")
@@ -244,9 +245,9 @@ class SPIN(nn.Module):
             raise ValueError(f"prompt_len must have shape {tuple(seq.shape[:1])}, got {tuple(prompt_len.shape)}")
         if mask is not None and self.pad_id is not None:
             raise ValueError(f"{name}_mask must be None where pad_id marks padding, got both (pad_id {self.pad_id})")
-        if mask is not None and (mask.shape != seq.shape or mask.dtype != torch.bool):
-            raise ValueError(f"{name}_mask must be boolean {tuple(seq.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-        if mask is None:
+        if mask is not None:
+            check_mask(mask, f"{name}_mask", seq.shape)
+        else:
             mask = self._real_tokens(seq, name)
         ids = seq.long().masked_fill(~mask, 0)
         answer = response_mask(ids, prompt_len, mask, self.eos_ids or None)

@@ -28,7 +28,7 @@ def make_spin(
     shared = {name: getattr(settings, name) for name in ("lambda_", "loss", "reduction", "ref_model_ema_decay")}
     if isinstance(model, SPIN):
         if spin_kwargs:
-            raise ValueError(f"spin_kwargs must be None where model is a SPIN already, got {dict(spin_kwargs)}")
+            raise ValueError(f"spin_kwargs must be None if model is a SPIN already, got {dict(spin_kwargs)}")
         matches = {
             "ref_model_ema_decay": (settings.ref_model_ema_decay < 1) == isinstance(model.ref_model, MovingReference)
         }
@@ -36,7 +36,7 @@ def make_spin(
             matches[name] = shared[name] in (getattr(SelfPlaySettings, name), getattr(model, name))
         for name, value in shared.items():
             if not matches[name]:
-                raise ValueError(f"{name} must be that of the SPIN that is given, got {value!r}")
+                raise ValueError(f"{name} must match the SPIN that is passed as model, got {value!r}")
         return model
     arguments: dict[str, Any] = {**shared, "pad_id": pad_id, "eos_id": tuple(eos_ids), **(spin_kwargs or {})}
     if arguments["ref_model_ema_decay"] != settings.ref_model_ema_decay:

@@ -11,6 +11,7 @@ import torch
 from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.weights import read_weights
 from lm_core.tokenizers import ByteTokenizer
+from lm_core.training.metrics import read_metrics
 from spin_trainer import SPIN, as_sft_dataset
 from spin_trainer.cli import main
 
@@ -390,3 +391,28 @@ def test_every_weight_of_a_bfloat16_model_learns_at_the_rates_of_fine_tuning(
     # of embeddings, the rows of tokens that occur
     changed = [(weight != before[name]).float().mean().item() for name, weight in after.items() if "embed" not in name]
     assert min(changed) > 0.99
+
+
+def half_frozen(model):
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("part", [lambda model: model, half_frozen], ids=["all weights", "half of them"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"precompute_reference": False}, {"opponent": "policy"}, {"ref_model_ema_decay": 0.9}],
+    ids=["stored reference", "live reference", "live opponent", "moving reference"],
+)
+def test_a_bfloat16_model_and_its_reference_train_in_float32(train, tmp_path, llama_model, part, settings):
+    model = part(llama_model().bfloat16())
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    train(model=model, learning_rate=1e-6, end_learning_rate=1e-6, **settings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    exported = read_weights(tmp_path / "run" / "iterations" / "iteration-1" / "model.safetensors")
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert {name: exported[name].dtype for name in exported} == {name: stored[name] for name in exported}
+    assert losses[0] == pytest.approx(math.log(2), abs=2e-3)

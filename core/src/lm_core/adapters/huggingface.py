@@ -214,7 +214,7 @@ class HuggingFaceLM(Adapter):
             return False
         logits = self._whole(ids, None, {}, hidden=False)
         hidden = self._whole(ids, None, {}, hidden=True)
-        return hidden.shape[-1] == head.in_features and _equal(F.linear(hidden, head.weight), logits)
+        return hidden.shape[-1] == head.in_features and _equal(F.linear(hidden, head.weight.to(hidden.dtype)), logits)
 
     def _reason_not_to_cache(self) -> str | None:
         if self._changes_input:

@@ -33,7 +33,7 @@ STATE = {
 }
 
 
-class Net(PretrainedMixin):
+class Small(PretrainedMixin):
     """Model with a folder that belongs to the machine, not to the checkpoint."""
 
     local_arguments = frozenset({"folder"})
@@ -45,7 +45,7 @@ class Net(PretrainedMixin):
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(depth))
 
 
-class Around(PretrainedMixin):
+class Wrapped(PretrainedMixin):
     """Model that contains another module."""
 
     def __init__(self, *, encoder: nn.Module) -> None:
@@ -91,7 +91,7 @@ def test_a_state_of_format_1_is_still_read():
         pytest.skip("this torch cannot read files of torch.save safely")
     loaded = load_checkpoint(FORMAT_1)
     assert loaded.step == 3
-    assert loaded.model_state.keys() == Net(dim=2).state_dict().keys()
+    assert loaded.model_state.keys() == Small(dim=2).state_dict().keys()
     assert loaded.trainer_state["cursor"] == 7
     assert torch.equal(loaded.trainer_state["moments"], torch.arange(3.0))
 
@@ -127,10 +127,10 @@ def test_a_manifest_whose_entries_were_changed_is_refused(tmp_path, field):
 
 
 def rewritten(folder: Path, **changes: object) -> Path:
-    """A saved ``Net(dim=2)`` whose config.json was changed and whose manifest agrees, as a stranger would write it."""
+    """A saved ``Small(dim=2)`` whose config.json was changed and whose manifest agrees, as strangers write it."""
     from lm_core.checkpoints.manifest import write_manifest
 
-    Net(dim=2).save_pretrained(folder)
+    Small(dim=2).save_pretrained(folder)
     config = read_json(folder / "config.json")
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
     (folder / "manifest.json").unlink()
@@ -149,20 +149,20 @@ def nested(depth: int) -> object:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": "2"}, "config.json has arguments that Net refuses: .*dim"),
+        ({"dim": "2"}, "config.json has arguments that Small refuses: .*dim"),
         ({"dim": {"$dict": 5}}, "config.json has a wrong value for dim"),
         ({"dim": {"$float": "x"}}, "config.json has a wrong value for dim"),
-        ({"dim": 2, "size": 3}, "config.json has arguments that Net lacks: size"),
+        ({"dim": 2, "size": 3}, "config.json has arguments that Small lacks: size"),
         ({"dim": 2, "depth": 10**9}, "depth must be at most 10000, got 1000000000"),
         ({"dim": 2**50}, r"arguments\['dim'\] must be at most"),
-        ({"dim": 2**20}, "describes a Net of 1,099,512,676,352 weights and holds 6"),
+        ({"dim": 2**20}, "describes a Small of 1,099,512,676,352 weights and holds 6"),
         ({"dim": nested(40)}, "is nested too deeply"),
         ({"dim": {"$path": "/etc"}}, "names the path '/etc'; paths are not read from it"),
     ],
 )
 def test_a_hostile_configuration_is_refused_by_file_and_field_before_anything_is_built(tmp_path, arguments, message):
     with pytest.raises(CheckpointError, match=message):
-        Net.from_pretrained(rewritten(tmp_path / "m", arguments=arguments))
+        Small.from_pretrained(rewritten(tmp_path / "m", arguments=arguments))
 
 
 @pytest.mark.plain
@@ -174,12 +174,12 @@ def test_a_configuration_nested_beyond_the_interpreter_is_refused_by_file(tmp_pa
 
 
 def test_a_folder_of_this_machine_is_neither_stored_nor_read(tmp_path):
-    Net(dim=2, folder="/var/here").save_pretrained(tmp_path / "a")
+    Small(dim=2, folder="/var/here").save_pretrained(tmp_path / "a")
     assert "/var/here" not in (tmp_path / "a" / "config.json").read_text()
-    assert Net.from_pretrained(tmp_path / "a").folder is None
-    assert Net.from_pretrained(tmp_path / "a", folder="x").folder == "x"
-    config = Net(dim=2).config
-    assert Net.from_config({**config, "arguments": {**config["arguments"], "folder": "/etc"}}).folder is None
+    assert Small.from_pretrained(tmp_path / "a").folder is None
+    assert Small.from_pretrained(tmp_path / "a", folder="x").folder == "x"
+    config = Small(dim=2).config
+    assert Small.from_config({**config, "arguments": {**config["arguments"], "folder": "/etc"}}).folder is None
 
 
 @pytest.mark.plain
@@ -235,8 +235,8 @@ def test_a_model_is_saved_where_a_person_means(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     inode = here.stat().st_ino
     for path in (".", tmp_path / "link", "~/models/a"):
-        Net(dim=2).save_pretrained(path)
-        assert isinstance(Net.from_pretrained(path), Net)
+        Small(dim=2).save_pretrained(path)
+        assert isinstance(Small.from_pretrained(path), Small)
     assert here.stat().st_ino == inode  # the current folder stays the same one
     assert (tmp_path / "link").is_symlink()
     assert (linked / "config.json").is_file()
@@ -250,7 +250,7 @@ def test_a_failed_save_into_an_empty_folder_leaves_it_empty(tmp_path, monkeypatc
     )
     inode = tmp_path.stat().st_ino
     with pytest.raises(OSError, match="full"):
-        Net(dim=2).save_pretrained(tmp_path)
+        Small(dim=2).save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert tmp_path.stat().st_ino == inode
 
@@ -258,12 +258,12 @@ def test_a_failed_save_into_an_empty_folder_leaves_it_empty(tmp_path, monkeypatc
 def test_files_have_the_permissions_that_the_umask_allows(tmp_path):
     (tmp_path / "any").touch()
     expected = stat.S_IMODE((tmp_path / "any").stat().st_mode)
-    path = save_checkpoint(tmp_path / "run", 1, model=Net(dim=2))
+    path = save_checkpoint(tmp_path / "run", 1, model=Small(dim=2))
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {expected}
 
 
 def test_a_run_a_checkpoint_and_a_saved_folder_lead_to_the_model(tmp_path):
-    path = save_checkpoint(tmp_path / "run" / "checkpoints", 1, model=Net(dim=2))
+    path = save_checkpoint(tmp_path / "run" / "checkpoints", 1, model=Small(dim=2))
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints", path):
         assert checkpoint_folder(source) == path
     with pytest.raises(FileNotFoundError, match="none"):
@@ -275,16 +275,16 @@ def test_a_run_a_checkpoint_and_a_saved_folder_lead_to_the_model(tmp_path):
 
 @pytest.mark.plain
 def test_a_wrapped_model_is_saved_and_loaded_as_the_model_itself(tmp_path):
-    model = Net(dim=2, depth=2)
+    model = Small(dim=2, depth=2)
     compiled = torch.compile(model, backend="eager")
-    partly = Net(dim=2, depth=2)
+    partly = Small(dim=2, depth=2)
     partly.load_state_dict(model.state_dict())
     partly.layers[1] = torch.compile(partly.layers[1], backend="eager")
     for name, wrapped in {"compiled": compiled, "parallel": nn.DataParallel(model), "partly": partly}.items():
         path = save_checkpoint(tmp_path / name, 1, model=wrapped)
-        loaded = Net.from_pretrained(path)
+        loaded = Small.from_pretrained(path)
         assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
-    load_checkpoint(tmp_path / "compiled", model=torch.compile(Net(dim=2, depth=2), backend="eager"))
+    load_checkpoint(tmp_path / "compiled", model=torch.compile(Small(dim=2, depth=2), backend="eager"))
 
 
 def test_further_files_of_a_checkpoint_are_covered_by_its_manifest(tmp_path):

@@ -204,7 +204,7 @@ def with_template(tokenizer, header, opening=""):
 
 @pytest.mark.parametrize("answer", ["\n\n1 3", " 1 3", "1 3"])
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
-def test_a_chats_answer_is_whole_whatever_it_begins_with(chat_tokenizer, answer, opening):
+def test_a_chats_answer_is_whole_with_any_beginning(chat_tokenizer, answer, opening):
     tokenizer = with_template(chat_tokenizer, "\n", opening)
     (row,) = as_sft_dataset(
         [{"messages": [CHAT[0], {**CHAT[1], "content": answer}]}], max_seq_len=64, tokenizer=tokenizer
@@ -318,6 +318,18 @@ def test_a_runs_seed_covers_the_adapters(command, tmp_path):
 
     assert all(torch.equal(again[name], value) for name, value in one.items())
     assert any((other[name] - value).abs().max() > 0.01 for name, value in one.items() if "lora_A" in name)
+
+
+def test_a_home_folder_is_expanded_also_where_no_shell_does_it(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert command("unused", "--checkpoint_dir", "~/run", "--max_steps=1") == 0
+    words = ["generate", "~/run/iterations/iteration-1", "valid.jsonl", "~/answers.jsonl", "--max_seq_len=40"]
+    assert main([*words, "--device=cpu"]) == 0
+
+    assert (tmp_path / "home" / "run" / "checkpoints").is_dir()
+    assert (tmp_path / "home" / "answers.jsonl").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_run_continues_the_adapters_of_its_models_folder_or_refuses_new_ones(command, tmp_path, capsys):

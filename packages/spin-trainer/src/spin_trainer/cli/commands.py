@@ -94,13 +94,14 @@ def generate(model: str, data: str, output: str, *, answering: Answering, overlo
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    target = Path(output).expanduser()
     # tokenizer, model and dataset
     encoder, policy = answering.open_tokenizer(model), answering.open_model(model, "model")
     ends = end_ids(encoder, policy)
     dataset = answering.read(data, encoder, ends, overlong)
     rows = IterationData(
         dataset=dataset,
-        root=Path(output).with_suffix(".rows"),
+        root=target.with_suffix(".rows"),
         sampling=answering.sampling(ends),
         split="generate",
         iteration=0,
@@ -117,7 +118,7 @@ def generate(model: str, data: str, output: str, *, answering: Answering, overlo
         }
         for example, answer in zip(dataset, rows.answers, strict=True)
     ]
-    write_file(Path(output), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     summary = ", ".join(f"{name} {value:.3f}" for name, value in rows.summary().items())
     print(f"wrote {output}: {len(lines)} rows, {summary}")
     return 0

@@ -57,6 +57,7 @@ def train(
         raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
     if model is None and (lora_r is not None or tokenizer is not None):
         raise ValueError(f"lora_r and tokenizer need a model, got {lora_r} and {tokenizer!r} for the quickstart's")
+    checkpoint_dir = str(Path(checkpoint_dir).expanduser())  # a shell expands no ~ of a YAML file
     start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # sets rank and world size
     run: dict[str, Any] = {"resume": resume, "trackers": trackers or ()}
     # without a model: the quickstart

@@ -145,7 +145,7 @@ class SPINTrainer:
         self.tokenizer = tokenizer
         self.pad_id = pad_id
         folder = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
-        self.checkpoint_folder = Path("./spin-checkpoints" if folder is None else folder)
+        self.checkpoint_folder = Path("./spin-checkpoints" if folder is None else folder).expanduser()
         if eos_id is None:
             eos_id = model.eos_ids if isinstance(model, SPIN) else end_ids(tokenizer, model)
         self.eos_ids = eos_tuple(eos_id)

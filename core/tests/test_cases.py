@@ -28,11 +28,13 @@ from lm_core.tokenizers import (
     continuation_text,
     end_ids,
     full_text,
+    load_tokenizer,
     prompt_ids,
 )
 from lm_core.training.config import CommonSettings
 from lm_core.training.metrics import read_metrics
 from lm_core.training.precision import float32_masters
+from lm_core.training.run_directory import RunDirectory
 from lm_core.training.session import TrainingSession, adamw
 
 # of peft, about renamed attributes of transformers and Mamba's kernels
@@ -398,6 +400,7 @@ import json, os, signal, sys, torch, torch.distributed as dist
 from torch import nn
 from lm_core.distributed import all_gather, rank
 from lm_core.training.config import CommonSettings
+from lm_core.training.run_directory import RunDirectory
 from lm_core.training.session import TrainingSession, adamw
 
 settings = CommonSettings(max_steps=6, validate_every=99, checkpoint_every=99, device="cpu")
@@ -631,3 +634,15 @@ def test_a_folder_without_all_weights_is_refused(tmp_path):
     tiny_llama(tie_word_embeddings=False).model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"policy .* holds no whole LlamaForCausalLM, it lacks lm_head.weight"):
         load_causal_lm(tmp_path, name="policy")
+
+
+def test_a_tilde_in_a_path_of_a_file_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sentencepiece(CAT).save_pretrained(tmp_path / "tokenizer")
+    assert load_tokenizer("~/tokenizer").encode("the cat") == [4, 5]
+    assert train(linear_session("~/runs/a")) == ("finished", ["step-4"])
+    run = RunDirectory("~/runs/b")
+    with run:
+        assert run.path == tmp_path / "runs" / "b"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "tokenizer"]

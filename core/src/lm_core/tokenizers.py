@@ -385,7 +385,7 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
     """
     if source == "bytes":
         return ByteTokenizer()
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         if (folder / "tokenizer").is_dir():
             folder = folder / "tokenizer"

@@ -57,7 +57,7 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
         folder = chosen[chosen.command].get("checkpoint_dir")
         if folder is None:
             advice = "To start again:"
-        elif list_checkpoints(Path(folder) / "checkpoints"):
+        elif list_checkpoints(Path(folder).expanduser() / "checkpoints"):
             advice = "The run resumes from its newest checkpoint:"
         else:
             advice = "There is no checkpoint yet, so the same command starts over:"
@@ -111,7 +111,7 @@ def report_run(
         report("", "already complete; pass a new --checkpoint_dir to start over")
     for label, text in lines:
         report(label, text)
-    folder = Path(checkpoint_dir)
+    folder = Path(checkpoint_dir).expanduser()
     report("checkpoint", folder / "checkpoints" / f"step-{run.step}")
     report("metrics", folder / "metrics.jsonl")
     report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")

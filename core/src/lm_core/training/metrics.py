@@ -82,7 +82,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for tracker in trackers:
             if not callable(getattr(tracker, "log", None)):
                 raise TypeError(f"trackers must have log(values, step=...), got {type(tracker).__name__}")
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).expanduser()
         self.is_main = is_main
         self.trackers = list(trackers)
         self.progress = progress

@@ -98,7 +98,7 @@ class RunDirectory:
         settings: Mapping[str, Any] | None = None,
         packages: Sequence[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.checkpoints = self.path / "checkpoints"
         self.metrics_path = self.path / "metrics.jsonl"
         self.curves_path = self.path / "curves.png"

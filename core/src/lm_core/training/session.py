@@ -166,7 +166,7 @@ class TrainingSession:
     ) -> None:
         self.trainer = trainer
         self.config = config
-        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self.packages = tuple(packages)
         self._resume: bool | Literal["auto"] = resume
         self._tracker_names = [tracker for tracker in trackers if isinstance(tracker, str)]

@@ -163,6 +163,19 @@ def test_messages_are_read_as_transformers_reads_them(chat_tokenizer, message):
     assert prompt.ids.tolist() == expected
 
 
+def test_a_template_takes_arguments_of_its_own(chat_tokenizer, chat_model):
+    import copy
+
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = TEMPLATE + "{% if thinking %}b{% endif %}"
+    trainer = RLHFTrainer(
+        chat_model(), lengths_of, prompts=[CHAT], tokenizer=tokenizer, device="cpu", template_kwargs={"thinking": True}
+    )
+    expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True, thinking=True)
+    assert trainer.prompts[0].ids.tolist() == expected["input_ids"]
+    assert trainer.prompts[0].text.endswith("<|assistant|>b")
+
+
 def test_the_row_that_cannot_be_tokenised_is_named(chat_tokenizer):
     from lm_core.tokenizers import HuggingFaceTokenizer
 
@@ -185,6 +198,11 @@ def test_a_path_of_prompts_is_read_and_what_cannot_be_read_is_refused(tmp_path, 
         make_palm(num_tokens=259), prompt_token_ids=None, prompts_path=str(tmp_path / "p.txt"), tokenizer=tokenizer
     )
     assert [prompt.text for prompt in ppo.prompts] == ["ab\fc", "d\u2028e"]
+    for source in ({"prompts": str(tmp_path / "p.txt")}, {"prompts_path": [str(tmp_path / "p.txt")] * 2}):
+        more = trainer(make_palm(num_tokens=259), prompt_token_ids=None, tokenizer=tokenizer, **source)
+        assert {prompt.text for prompt in more.prompts} == {"ab\fc", "d\u2028e"}
+    (text,) = load_prompts("see p.txt", tokenizer=tokenizer)
+    assert text.text == "see p.txt"
     (tmp_path / "p.pdf").write_bytes(b"%PDF")
     for name, error in (("p.pdf", ValueError), ("missing.txt", FileNotFoundError)):
         with pytest.raises(error, match=name):
@@ -346,8 +364,9 @@ def test_gradient_checkpointing_leaves_the_ratio_at_exactly_one(kind, make_huggi
         assert any(getattr(m, "gradient_checkpointing", False) and m.training for m in trainer.actor_critic.modules())
 
 
-def test_all_weights_of_a_bfloat16_model_are_trained_as_float32(make_hugging_face):
-    model = make_hugging_face().to(torch.bfloat16)
+@pytest.mark.parametrize("kind", ["llama", "palm"])
+def test_all_weights_of_a_bfloat16_model_are_trained_as_float32(kind, make_hugging_face, make_palm):
+    model = (make_hugging_face() if kind == "llama" else make_palm()).to(torch.bfloat16)
     before = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
     trainer = train_briefly(model, GRPOTrainer, actor_lora=False, actor_lr=1e-5, kl_div_loss_weight=0.1)
     assert {parameter.dtype for parameter in trainer.actor_parameters} == {torch.float32}
@@ -763,3 +782,17 @@ def test_the_command_trains_a_reward_model_of_hugging_face_that_peft_opens_and_p
     run = ["ppo", *RUN, "--checkpoint_dir", "run"]
     run[run.index("--reward") + 1] = "reward"
     assert main(run) == 0
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("name", "value"), [("lora_r", 10**7), ("finetune_scopes", [str(n) for n in range(2000)])])
+def test_scopes_of_a_hostile_file_are_bounded_before_they_are_built(tmp_path, name, value):
+    from lm_core.checkpoints.manifest import write_manifest
+
+    PaLM(dim=16, num_tokens=32, depth=1, dim_head=8, heads=2, finetune_scopes=["a"]).save_pretrained(tmp_path / "p")
+    config = json.loads((tmp_path / "p" / "config.json").read_text())
+    config["arguments"][name] = value
+    (tmp_path / "p" / "config.json").write_text(json.dumps(config))
+    write_manifest(tmp_path / "p")
+    with pytest.raises(CheckpointError, match=f"{name} must be at most 1024"):
+        PaLM.from_pretrained(tmp_path / "p")

@@ -14,7 +14,6 @@ from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
 from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, DType, find_prompts, find_reward, open_policy
-from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -67,6 +66,7 @@ def train_policy(
     validation_data: str | None = None,
     validation_fraction: float = 0.05,
     tokenizer: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
     dtype: DType = "auto",
     lora_r: int | None = None,
     checkpoint_dir: str = "runs/palm-ppo",
@@ -85,6 +85,7 @@ def train_policy(
         model: policy to start from: a PaLM's folder or run, a Hugging Face model or adapter (folder, or
             organisation/name on the hub); by default the base of the reward model, which both then share.
         data: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
+        template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
         dtype: dtype of a Hugging Face model's frozen weights; auto keeps the stored one.
         lora_r: rank of the actor's and the critic's adapter, where these have no flag of their own.
     """
@@ -111,6 +112,7 @@ def train_policy(
         config=config,
         prompts=prompts,
         tokenizer=encoder,
+        template_kwargs=template_kwargs,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         trackers=trackers or (),
@@ -126,7 +128,7 @@ def train_policy(
     results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
         # compare actor and reference on held-out prompts
-        chosen = load_prompts(held_out, tokenizer=trainer.tokenizer)[:VALIDATION_PROMPTS]
+        chosen = trainer.load_prompts(held_out)[:VALIDATION_PROMPTS]
         comparison = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
         lines += [
             (

@@ -5,6 +5,7 @@ so a resumed run needs only that number.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,16 @@ from torch import Tensor
 
 from lm_core.checks import check_ids
 from lm_core.data.conversations import prompt_of_chat
-from lm_core.data.rows import load_rows
+from lm_core.data.rows import SUFFIXES, load_rows
+from lm_core.data.text_files import COMPRESSED
 from lm_core.generation.decoding import prompt_rows
+from lm_core.tokenizers import HuggingFaceTokenizer, full_text, prompt_ids
 from lm_core.tokenizers import as_tokenizer as as_known_tokenizer
-from lm_core.tokenizers import full_text, prompt_ids
 
+# a word without spaces that ends like a file, such as "prompts.jsonl" or "data/train.txt.gz"
+_FILE_NAME = re.compile(
+    rf"\S+({'|'.join(re.escape(suffix) for suffix in SUFFIXES)})({'|'.join(map(re.escape, COMPRESSED))})?"
+)
 PROMPT_COLUMNS = ("prompt", "messages", "text", "query")
 
 
@@ -41,15 +47,18 @@ class Prompt:
     messages: Sequence[Mapping[str, Any]] | None = None
 
 
-def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
+def load_prompts(
+    source: Any, *, tokenizer: Any = None, template_kwargs: Mapping[str, Any] | None = None
+) -> list[Prompt]:
     """Prompts of any of the accepted forms.
 
     Args:
         source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
             and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
-            ids; a ``Path`` (or the name of a ``.jsonl`` or ``.json`` file) of any source of ``lm_core.data.rows``
+            ids; a ``Path`` (or a name that ends like a file of these formats) of any source of ``lm_core.data.rows``
             with such rows, where a text file has one prompt per line; a Hugging Face dataset of rows.
         tokenizer: tokenizer of texts and chats; see ``as_tokenizer``.
+        template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
 
     Raises:
         ValueError: there is no prompt, one is empty, or text or chat comes without a tokenizer for it.
@@ -58,7 +67,7 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
     """
     if isinstance(source, Tensor):
         return [Prompt(row.long().cpu(), _decoded(row, tokenizer)) for row in prompt_rows(source)]
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".jsonl", ".json"))):
+    if isinstance(source, Path) or (isinstance(source, str) and _FILE_NAME.fullmatch(source)):
         source = load_rows(source, text_rows="line", name="prompts_path")
     if tokenizer is not None and not hasattr(tokenizer, "encode"):
         texts = [source] if isinstance(source, str) else source
@@ -66,7 +75,7 @@ def load_prompts(source: Any, *, tokenizer: Any = None) -> list[Prompt]:
             return load_prompts(tokenizer(list(texts)))
         tokenizer = None
     rows = [source] if isinstance(source, str) else load_rows(source, name="prompts")
-    prompts = [_prompt(row, index, tokenizer) for index, row in enumerate(rows)]
+    prompts = [_prompt(row, index, tokenizer, template_kwargs) for index, row in enumerate(rows)]
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     return prompts
@@ -79,8 +88,13 @@ def as_tokenizer(tokenizer: Any) -> Any:
         TypeError: it is none of these.
     """
     is_function = callable(tokenizer) and not hasattr(tokenizer, "encode")
-    has_both = hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode") and not hasattr(tokenizer, "eos_token_id")
-    return tokenizer if tokenizer is None or is_function or has_both else as_known_tokenizer(tokenizer)
+    has_both = hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")
+    of_transformers = hasattr(tokenizer, "eos_token_id") or hasattr(tokenizer, "tokenizer")
+    if isinstance(tokenizer, str | Path) or (of_transformers and not isinstance(tokenizer, HuggingFaceTokenizer)):
+        return as_known_tokenizer(tokenizer)
+    if tokenizer is not None and not is_function and not has_both:
+        raise TypeError(f"tokenizer must have encode and decode, got {type(tokenizer).__name__}")
+    return tokenizer
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int | None) -> None:
@@ -99,7 +113,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
+def _prompt(entry: Any, index: int, tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> Prompt:
     columns: dict[str, Any] = {}
     if isinstance(entry, Prompt):
         return entry
@@ -120,7 +134,8 @@ def _prompt(entry: Any, index: int, tokenizer: Any) -> Prompt:
     elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
         if getattr(tokenizer, "apply_chat_template", None) is None:
             raise ValueError(f"prompts[{index}] is a chat, which needs a tokenizer with apply_chat_template")
-        ids, messages = torch.tensor(prompt_of_chat(tokenizer, entry, where=f"prompts[{index}]")), entry
+        chat = prompt_of_chat(tokenizer, entry, template_kwargs=template_kwargs, where=f"prompts[{index}]")
+        ids, messages = torch.tensor(chat), entry
         text = full_text(tokenizer, ids)
     else:
         if isinstance(entry, Sequence) and all(type(value) is int for value in entry):

@@ -7,7 +7,7 @@ Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checkpoints.weights import load_state_file
 from lm_core.checks import check_ids, check_positive, check_probability, typed
@@ -43,6 +44,9 @@ from palm_rlhf.model.lora import (
     target_dims,
     target_weights,
 )
+
+# Greatest rank (or the model's features, if more) and number of scopes in a checkpoint.
+_MOST_LORA = 1024
 
 
 class PaLM(PretrainedMixin):
@@ -490,6 +494,22 @@ class PaLM(PretrainedMixin):
             raise ValueError(f"finetune scope {scope!r} not found; there are {list(self.finetune_modules)}")
         modules: LoRAScope = self.finetune_modules[scope]  # type: ignore[assignment]
         return modules
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Also bounds LoRA scopes, which are built before the file's weights are compared with the model's.
+
+        Raises:
+            CheckpointError: an argument is out of bounds; the message names it.
+        """
+        super().check_arguments(arguments)
+        dim = arguments.get("dim")
+        widest = max(_MOST_LORA, dim if isinstance(dim, int) else 0)
+        scopes, r = arguments.get("finetune_scopes", ()), arguments.get("lora_r", 0)
+        if isinstance(r, int) and r > widest:
+            raise CheckpointError(f"lora_r must be at most {widest}, got {r}")
+        if isinstance(scopes, list | tuple) and len(scopes) > _MOST_LORA:
+            raise CheckpointError(f"finetune_scopes must be at most {_MOST_LORA}, got {len(scopes)}")
 
     def config_state(self) -> dict[str, Any]:
         """The scopes and their settings, for checkpoints; their weights are in the state dict."""

@@ -112,6 +112,9 @@ class RewardModelTrainer:
         self.settings = settings = replace(settings or RewardSettings(), **options)
         tokenizer = as_tokenizer(tokenizer)
         examples = load_preferences(pairs, tokenizer=tokenizer)
+        held_out = [] if validation_pairs is None else load_preferences(validation_pairs, tokenizer=tokenizer)
+        for example in [*examples, *held_out]:
+            _check(example, reward_model)
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
@@ -123,10 +126,6 @@ class RewardModelTrainer:
                     "(--validation_data) or a larger validation_fraction"
                 )
             held_out, examples = ([examples[row] for row in sorted(rows)] for rows in (order[:count], order[count:]))
-        else:
-            held_out = load_preferences(validation_pairs, tokenizer=tokenizer)
-        for example in [*examples, *held_out]:
-            _check(example, reward_model)
         self.examples = examples
         self.held_out = held_out
         # device, order of examples, and what the session trains and checkpoints

@@ -8,6 +8,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from lm_core.checks import either
@@ -93,5 +94,7 @@ def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:
 
 
 def _rows_of(path: Any) -> Any:
-    """The rows of a file, folder or hub data set; a text file has one prompt per line."""
+    """The rows of a file, folder or hub data set, or of several; a text file has one prompt per line."""
+    if isinstance(path, list | tuple) and all(isinstance(part, str | Path) for part in path):
+        return [row for part in path for row in _rows_of(part)]
     return None if path is None else load_rows(path, text_rows="line", name="prompts_path")

@@ -50,7 +50,7 @@ class ActorCritic(nn.Module):
     Args:
         palm: a ``PaLM``; a Hugging Face causal language model or a ``PeftModel`` of one, whose active adapter is then
             the actor and continues training; or any model that ``lm_core.adapters.as_causal_lm`` accepts (without
-            LoRA). Trained weights of a Hugging Face model become float32.
+            LoRA). Trained weights become float32.
         critic_palm: separate network of the critic; by default the policy's.
         pooled_values: predicts one value per response, from its prompt, instead of one per token.
         actor_lora: trains an adapter instead of the whole network.
@@ -120,7 +120,7 @@ class ActorCritic(nn.Module):
         if gradient_checkpointing:
             for network in (actor, other):
                 _recompute_blocks(network)
-        if not actor_lora and not isinstance(actor, PaLM):
+        if not actor_lora:
             float32_masters(actor)  # before the copy, so that policy and reference are equal at first
         self.reference = None if actor_lora else copy.deepcopy(actor).requires_grad_(False).eval()
         self.critic = None

@@ -8,8 +8,9 @@ and of counters, so a run that is killed and resumed ends bit for bit like an un
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -84,6 +85,7 @@ class RLHFTrainer:
         prompts: texts, chats, rows, a dataset, or token ids (alias ``prompts_path``, ``prompt_token_ids``); see
             ``palm_rlhf.data.prompts.load_prompts``. None where rollouts are passed to ``step``.
         tokenizer: tokenizer with ``encode`` and ``decode``, Hugging Face's, or its folder or name; needed for texts.
+        template_kwargs: further arguments of the chat template of prompts, such as ``enable_thinking``.
         checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
         resume: "auto" resumes if there is a checkpoint, True demands one, False demands a fresh folder.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
@@ -106,6 +108,7 @@ class RLHFTrainer:
         config: RLConfig | None = None,
         prompts: Any = None,
         tokenizer: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         checkpoint_dir: str | Path | None = None,
         resume: bool | Literal["auto"] = "auto",
         trackers: Sequence[Any] = (),
@@ -122,8 +125,9 @@ class RLHFTrainer:
             raise ValueError(f"epochs must be 1 with {type(objective).__name__}, got {self.epochs}")
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.prompts: list[Prompt] = []
+        self.load_prompts = partial(load_prompts, tokenizer=tokenizer, template_kwargs=template_kwargs)
         if prompts is not None:
-            self.prompts = load_prompts(prompts, tokenizer=tokenizer)
+            self.prompts = self.load_prompts(prompts)
             check_prompts(self.prompts, getattr(policy, "num_tokens", None))
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
@@ -142,7 +146,7 @@ class RLHFTrainer:
         self.checkpoint_dir = self.session.checkpoint_dir
         if not isinstance(policy, ActorCritic):
             # the seed covers new adapters, which are then equal in all processes
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(config.seed)
                 policy = ActorCritic(policy, **policy_options, with_critic=objective.needs_values)
         elif objective.needs_values and policy.value_head is None:
@@ -240,7 +244,7 @@ class RLHFTrainer:
             seed: seed of the draws; the trainer's by default. A draw is a function of the seed, the prompt and the
                 number of earlier draws for it in this call.
         """
-        chosen = self.prompts if prompts is None else load_prompts(prompts, tokenizer=self.tokenizer)
+        chosen = self.prompts if prompts is None else self.load_prompts(prompts)
         check_prompts(chosen, self.actor_critic.vocab_size)
         seed = self.config.seed if seed is None else seed
         earlier: Counter[str] = Counter()
@@ -297,7 +301,7 @@ class RLHFTrainer:
     ) -> tuple[Tensor, float]:
         """The response with the highest reward among ``num_samples``: its ids without the prompt, and that reward."""
         check_positive(num_samples, "num_samples")
-        prompts = load_prompts([prompt], tokenizer=self.tokenizer) * num_samples
+        prompts = self.load_prompts([prompt]) * num_samples
         device = None if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
         rollout = self.rollout(prompts, sampling=sampling, seed=seed)

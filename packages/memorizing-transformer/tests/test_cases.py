@@ -15,8 +15,10 @@ import torch
 from lm_core import beam_search, generate
 from lm_core.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from lm_core.checkpoints.manifest import write_manifest
+from lm_core.data.documents import tokenise
 from lm_core.losses.losses import token_log_probs
 from memorizing_transformer import KNNMemory, KNNMemoryList, MemorizingTransformer, XLMemories, retrofit
+from memorizing_transformer.training.evaluation import evaluate
 
 PROMPTS = [3, 12, 19]
 
@@ -522,3 +524,12 @@ def test_a_wrapped_model_is_saved_as_the_model_itself(tmp_path, tiny_model, wrap
     folder = save_checkpoint(tmp_path, 3, model=wrap(model))
     again = MemorizingTransformer.from_pretrained(folder)
     torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_is_evaluated_as_the_model_itself(tiny_model, wrap):
+    model, documents = tiny_model(clear_memories_on_eos_token_id=19), tokenise([[1, 2, 3] * 9, [4, 5] * 9])
+    reading = {"eos_id": 19, "segment_length": 8}
+    assert evaluate(wrap(model), documents, **reading) == evaluate(model, documents, **reading)
+    with pytest.raises(TypeError, match="model must be a MemorizingTransformer, got Linear"):
+        evaluate(torch.nn.Linear(2, 2), documents, **reading)

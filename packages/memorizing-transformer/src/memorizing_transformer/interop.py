@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checks import typed
+from lm_core.tokenizers import as_tokenizer
 from memorizing_transformer.model.transformer import MemorizingTransformer
 
 _SIMPLE = {
@@ -120,4 +121,5 @@ def convert_checkpoint(
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{old} must hold a state dict")
     model = from_memorizing_transformers_pytorch(state, dim_head=dim_head)
-    return model.save_pretrained(directory, overwrite=overwrite, tokenizer=tokenizer)
+    encoder = None if tokenizer is None else as_tokenizer(tokenizer)
+    return model.save_pretrained(directory, overwrite=overwrite, tokenizer=encoder)

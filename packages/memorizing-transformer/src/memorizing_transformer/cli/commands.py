@@ -139,6 +139,5 @@ def convert(
     """
     from memorizing_transformer.interop import convert_checkpoint
 
-    encoder = None if tokenizer is None else load_tokenizer(tokenizer)
-    print(f"wrote {convert_checkpoint(old, directory, dim_head=dim_head, overwrite=overwrite, tokenizer=encoder)}")
+    print(f"wrote {convert_checkpoint(old, directory, dim_head=dim_head, overwrite=overwrite, tokenizer=tokenizer)}")
     return 0

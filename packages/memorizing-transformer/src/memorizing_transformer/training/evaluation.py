@@ -10,9 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from lm_core.causal_lm import eval_mode
+from lm_core.checkpoints.weights import unwrapped
 from lm_core.checks import typed
 from lm_core.data.documents import Documents
 from lm_core.data.packing import IGNORE_INDEX
@@ -47,7 +49,7 @@ class Evaluation:
 @typed
 @torch.no_grad()
 def evaluate(
-    model: MemorizingTransformer,
+    model: nn.Module,
     documents: Documents,
     *,
     eos_id: int,
@@ -64,7 +66,8 @@ def evaluate(
     With several processes all call it: each reads its share of the documents, and all get the same result.
 
     Args:
-        model: the model; it must clear its memories at ``eos_id``.
+        model: a ``MemorizingTransformer``, which may be compiled or wrapped for several processes; it must clear its
+            memories at ``eos_id``.
         documents: the text, in the model's token ids.
         eos_id: token after every document.
         segment_length: tokens in a segment.
@@ -77,7 +80,11 @@ def evaluate(
 
     Raises:
         ValueError: the model does not clear its memories at ``eos_id``, or the ranges are not ascending from 0.
+        TypeError: the model is no ``MemorizingTransformer``.
     """
+    model = unwrapped(model)
+    if not isinstance(model, MemorizingTransformer):
+        raise TypeError(f"model must be a MemorizingTransformer, got {type(model).__name__}")
     if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
         raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
     if model.eos_id != eos_id:

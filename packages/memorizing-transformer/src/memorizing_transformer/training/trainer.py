@@ -25,7 +25,7 @@ from lm_core.checks import check_ids, typed
 from lm_core.data.corpora import Corpus
 from lm_core.data.packing import bits_per_byte
 from lm_core.distributed import loss_normalizer, rank, world_size
-from lm_core.tokenizers import ByteTokenizer, Tokenizer
+from lm_core.tokenizers import ByteTokenizer, Tokenizer, as_tokenizer
 from lm_core.training.accelerator import Precision, autocast
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
@@ -116,7 +116,8 @@ class MemoryTrainer:
         model: model to train in place; it is moved to the device.
         corpus: documents in the ids of ``tokenizer``; see ``lm_core.data.corpora``.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
-        tokenizer: tokenizer with the id that ends documents, saved with the checkpoints; bytes by default.
+        tokenizer: tokenizer with the id that ends documents, or its folder or name; saved with the checkpoints. Bytes by
+            default.
         settings: training settings.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
@@ -140,7 +141,7 @@ class MemoryTrainer:
         trackers: Sequence[Any] = (),
     ) -> None:
         self.settings = settings = TrainingSettings() if settings is None else settings
-        self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else as_tokenizer(tokenizer)
         check_vocabulary(self.tokenizer, model.num_tokens)
         eos_id = self.tokenizer.eos_id
         if eos_id is None or model.eos_id != eos_id:

@@ -116,8 +116,8 @@ class MemoryTrainer:
         model: model to train in place; it is moved to the device.
         corpus: documents in the ids of ``tokenizer``; see ``lm_core.data.corpora``.
         checkpoint_dir: folder of the run; see ``lm_core.training.run_directory.RunDirectory``.
-        tokenizer: tokenizer with the id that ends documents, or its folder or name; saved with the checkpoints. Bytes by
-            default.
+        tokenizer: tokenizer with the id that ends documents, or its folder or name; saved with the checkpoints. The
+            default reads bytes.
         settings: training settings.
         resume: "auto" resumes if the folder has a checkpoint, True demands one, False demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.

@@ -264,6 +264,8 @@ def test_a_run_starts_from_a_model_with_its_sizes_and_weights(printed, run, digi
     source = ["--model", run, "--data", digit_files, "--device", "cpu", "--batch_size", "8", "--checkpoint_dir"]
     settings = settings_of(list(map(str, [*source, tmp_path / "next"])), capsys)
     assert (settings["dim"], settings["heads"], settings["image_size"], settings["learning_rate"]) == (16, 2, 8, 1e-5)
+    # not the folder of the run that it starts from, which would be resumed
+    assert settings_of(["--model", str(run)], capsys)["checkpoint_dir"] == "runs/coca-tuned"
 
     out = printed("train", *source, tmp_path / "next", "--max_steps", "1", "--warmup", "0", "--learning_rate", "1e-9")
 

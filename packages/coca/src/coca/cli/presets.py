@@ -87,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # open_clip's rate for fine-tuning coca_ViT-L-14 on captions (its README, "Fine tuning CoCa")
-FINE_TUNING = {"learning_rate": 1e-5}
+FINE_TUNING = {"learning_rate": 1e-5, "checkpoint_dir": "runs/coca-tuned"}
 
 
 def presets(chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,18 @@
 """The command, on a tiny corpus."""
 
+import inspect
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from memorizing_transformer.cli import main
+from memorizing_transformer import MemorizingTransformer
+from memorizing_transformer.cli import build_parser, main
+from memorizing_transformer.cli.presets import PRESETS
+from memorizing_transformer.training.config import TrainingSettings
+
+ARGUMENTS = inspect.signature(MemorizingTransformer).parameters
 
 TINY = ["--dim", "16", "--depth", "2", "--heads", "2", "--dim_head", "8", "--max_knn_memories", "64"]
 TINY += ["--xl_max_memories", "8", "--segment_length", "16", "--batch_size", "2", "--device", "cpu"]
@@ -56,6 +64,56 @@ def test_a_run_is_retrofitted_from_another(run, capsys):
     assert "opened" not in train("without", "--gate", "sigmoid", "--use_memory", "false")
     assert "opened to a half" in train("retrofitted", "--model", str(run / "without"))
     assert "opened" not in train("longer", "--model", str(run / "retrofitted"))
+
+
+def chosen(*flags):
+    return build_parser().parse(["train", *flags])["train"].as_dict()
+
+
+@pytest.mark.plain
+def test_own_data_gets_a_real_size_and_flags_win_over_presets():
+    assert {**PRESETS["quickstart"], "preset": "quickstart", "memorizing_layers": 2}.items() <= chosen().items()
+    small = chosen("--data", "books/")
+    assert (small["preset"], small["dim"], small["learning_rate"], small["memorizing_layers"]) == (
+        "small",
+        768,
+        6e-4,
+        9,
+    )
+    assert small["max_steps"] == TrainingSettings().max_steps
+    paper = chosen("--data", "books/", "--preset", "paper", "--heads", "4", "--depth", "8")
+    assert (paper["gate"], paper["dim_head"], paper["heads"], paper["memorizing_layers"]) == ("sigmoid", 128, 4, 6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_model(name):
+    arguments = {key: value for key, value in chosen("--preset", name).items() if key in ARGUMENTS}
+    with torch.device("meta"):
+        model = MemorizingTransformer(num_tokens=259, **arguments)
+    millions = sum(parameter.numel() for parameter in model.layers.parameters()) / 1e6
+    sizes = {"quickstart": (0.5, 0.7), "small": (60, 90), "base": (200, 320), "large": (900, 1300), "paper": (130, 160)}
+    assert sizes[name][0] < millions < sizes[name][1]
+
+
+def test_a_model_brings_its_sizes_and_tokenizer_and_flags_win_over_them(run):
+    model = chosen("--model", str(run / "run"), "--max_knn_memories", "99")
+    assert (model["preset"], model["dim"], model["max_knn_memories"], model["learning_rate"]) == (None, 16, 99, 1e-4)
+    assert Path(model["tokenizer"]).name == "step-8"
+
+
+def test_a_memory_is_added_to_a_model_without_one_and_other_sizes_are_refused(run, capsys):
+    def train(folder, *more):
+        command = ["train", "--data", str(run / "texts"), "--checkpoint_dir", str(run / folder), "--device", "cpu"]
+        return main([*command, "--batch_size", "2", "--max_steps", "1", "--sample_tokens", "0", *more])
+
+    assert train("plain", *TINY, "--memorizing_layers", "[]") == 0
+    capsys.readouterr()
+    assert train("added", "--model", str(run / "plain"), "--memorizing_layers", "2") == 0
+    assert "memory in layer(s) [2]" in capsys.readouterr().out
+    assert train("wider", "--model", str(run / "plain"), "--dim", "24") == 1
+    assert "cannot take other values of dim" in capsys.readouterr().err
+    assert train("preset", "--model", str(run / "plain"), "--preset", "base") == 1
+    assert "preset base is for a new model" in capsys.readouterr().err
 
 
 @pytest.mark.plain

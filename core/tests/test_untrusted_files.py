@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lm_core import PretrainedMixin
@@ -258,7 +259,11 @@ def test_a_failed_save_into_an_empty_folder_leaves_it_empty(tmp_path, monkeypatc
 def test_files_have_the_permissions_that_the_umask_allows(tmp_path):
     (tmp_path / "any").touch()
     expected = stat.S_IMODE((tmp_path / "any").stat().st_mode)
-    path = save_checkpoint(tmp_path / "run", 1, model=Small(dim=2))
+
+    def add(folder):
+        save_file({"a": torch.ones(1)}, folder / "adapter.safetensors")
+
+    path = save_checkpoint(tmp_path / "run", 1, model=Small(dim=2), assets=add)
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {expected}
 
 

@@ -57,6 +57,7 @@ def new_directory(target: Path, last: str = "manifest.json") -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        share_as_umask_allows(*(entry for entry in temporary.rglob("*") if entry.is_file()))
         fsync_tree(temporary)
         if exists:
             if others := [entry.name for entry in target.iterdir() if entry != temporary]:
@@ -77,12 +78,14 @@ def real_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
-def share_as_umask_allows(file: Path) -> None:
-    """Gives a file the permissions of any new file; safetensors writes files that only their owner can read."""
-    probe = temporary_sibling(file)
-    probe.touch()
-    file.chmod(probe.stat().st_mode & 0o777)
-    probe.unlink()
+def share_as_umask_allows(*files: Path) -> None:
+    """Gives files the permissions of any new file; safetensors writes files that only their owner can read."""
+    for file in files:
+        if file.stat().st_mode & 0o077 == 0:
+            probe = temporary_sibling(file)
+            probe.touch()
+            file.chmod(probe.stat().st_mode & 0o777)
+            probe.unlink()
 
 
 def remove_directory(directory: Path) -> None:

@@ -94,8 +94,7 @@ def train(
     )
     report("model", f"{model}, {stored}, of which {weights.trained / 1e6:.2f} train in float32")
     rows = trainer.train_dataset
-    left_out = "" if rows.reason is None else f", such as: {rows.reason}"
-    report("data", f"{data}: {len(rows)} rows, {rows.dropped} left out{left_out}")
+    report("data", f"{data}: {len(rows)} rows, {rows.dropped} left out")
     length = f"{settings.iterations} iteration(s), {trainer.planned_updates} updates"
     report("run", f"{checkpoint_dir}, {length}, {trainer.device}, {world_size()} process(es)")
     return _report(trainer.train(), checkpoint_dir, trainer.planned_updates)

@@ -3,13 +3,14 @@
 Accepted rows: ``(sequence, prompt_len)`` pairs of ids; ``(prompt, answer)`` texts; dicts with the columns ``prompt``
 and ``response`` (or ``completion``, ``answer``); dicts with ``messages``, the last of which is the answer. A chat is
 formatted by the tokenizer's own template; the text that it adds in front of an answer belongs to the prompt, so
-generation and training see the same text.
+generation and training see the same text. A warning counts rows in which no prompt leads to the answer.
 
 A truncated answer gets no EOS: the model must not learn that the answer ends there.
 """
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,14 +47,12 @@ class SFTDataset(Sequence[Example]):
 
     Args:
         examples: the examples.
-        dropped: number of rows left out, for a prompt too long or because they cannot be split.
-        reason: reason for leaving out the first of them that cannot be split.
+        dropped: number of rows left out, for a prompt too long or a chat template without a border of the answer.
     """
 
-    def __init__(self, examples: Sequence[Example], dropped: int = 0, reason: str | None = None) -> None:
+    def __init__(self, examples: Sequence[Example], dropped: int = 0) -> None:
         self.examples = list(examples)
         self.dropped = dropped
-        self.reason = reason
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -72,7 +71,7 @@ class SFTDataset(Sequence[Example]):
             raise ValueError(f"validation_fraction {fraction} of {len(self)} rows leaves one part empty")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         parts = (sorted(order[count:]), sorted(order[:count]))
-        train, held_out = (SFTDataset([self[row] for row in rows], self.dropped, self.reason) for rows in parts)
+        train, held_out = (SFTDataset([self[row] for row in rows], self.dropped) for rows in parts)
         return train, held_out
 
     @functools.cached_property
@@ -147,6 +146,8 @@ def as_sft_dataset(
     if not examples:
         left_out = f"{dropped} left out" + (f", such as: {reason}" if reason else " with a prompt too long")
         raise ValueError(f"{name} must hold at least one row, got none ({left_out})")
+    if reason is not None:
+        warnings.warn(f"{name}: {dropped} of {dropped + len(examples)} rows left out, such as: {reason}", stacklevel=2)
     # without EOS in any complete answer the policy would never learn to stop
     whole = [example for example in examples if not example.truncated]
     if ends and whole and not any(example.response[-1] in ends for example in whole):
@@ -154,7 +155,7 @@ def as_sft_dataset(
             f"{name} must have answers that end with eos_id {' or '.join(map(str, ends))}, none does: the opponent "
             "ends its own with it, so the policy would only learn to leave it out"
         )
-    return SFTDataset(examples, dropped, reason)
+    return SFTDataset(examples, dropped)
 
 
 @dataclass(frozen=True)

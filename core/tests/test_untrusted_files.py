@@ -15,6 +15,7 @@ from lm_core.checkpoints import tensor_files
 from lm_core.checkpoints.checkpoint import (
     CheckpointError,
     checkpoint_folder,
+    latest_checkpoint,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -238,10 +239,12 @@ def test_a_model_is_saved_where_a_person_means(tmp_path, monkeypatch):
     for path in (".", tmp_path / "link", "~/models/a"):
         Small(dim=2).save_pretrained(path)
         assert isinstance(Small.from_pretrained(path), Small)
+    save_checkpoint("~/run", 1, model=Small(dim=2))
+    assert load_checkpoint("~/run").path == latest_checkpoint("~/run") == home / "run" / "step-1"
     assert here.stat().st_ino == inode  # the current folder stays the same one
     assert (tmp_path / "link").is_symlink()
     assert (linked / "config.json").is_file()
-    assert sorted(path.name for path in home.iterdir()) == ["models"]
+    assert sorted(path.name for path in home.iterdir()) == ["models", "run"]
     assert sorted(path.name for path in here.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
 
 

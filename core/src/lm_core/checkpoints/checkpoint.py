@@ -108,7 +108,7 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
 
     Those without a readable manifest come last, since their age is unknown.
     """
-    folder = Path(directory)
+    folder = Path(directory).expanduser()
     if not folder.is_dir():
         return []
     checkpoints = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
@@ -277,7 +277,7 @@ def load_checkpoint(directory: str | Path, *, model: nn.Module | None = None, st
         CheckpointError: it is damaged, was written by another number of processes, or does not fit the model; the
             message names files, classes and keys.
     """
-    path: Path = on_main_process(lambda: _choose(Path(directory), step))
+    path: Path = on_main_process(lambda: _choose(Path(directory).expanduser(), step))
     manifest = read_manifest(path)
     files = manifest["files"]
     suffix = ".pt" if f"{TRAINER_STATE}.pt" in files else ".safetensors"

@@ -2,7 +2,7 @@
 
 Reads the sources of ``lm_core.data.rows``; tokenises with bytes by default or with anything that has ``encode``; caches
 the result on disk, memory-mapped, on request. ``Documents`` holds token ids without any separator;
-``lm_core.data.packing`` adds EOS when it fills rows.
+``lm_core.data.packing`` adds EOS when it fills rows. A tokenizer that puts BOS before a text puts it before a document.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_leftovers
 from lm_core.data.rows import WholeFile, data_fingerprint, iterate_rows
-from lm_core.tokenizers import ByteTokenizer
+from lm_core.tokenizers import ByteTokenizer, prompt_ids
 
-CACHE_FORMAT_VERSION = 1
+CACHE_FORMAT_VERSION = 2  # 1 had no BOS
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -122,7 +122,7 @@ def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsigned
         text = document if isinstance(document, str) else document.decode("utf-8", errors="replace")
         if surrogate := _SURROGATE.search(text):
             raise ValueError(f"a document holds the lone surrogate {surrogate[0]!r}, which only bytes can encode")
-        ids = tokenizer.encode(text)
+        ids = prompt_ids(tokenizer, text)
     values = np.asarray(ids, dtype=np.int64)
     if len(values) and (int(values.min()) < 0 or int(values.max()) >= limit):
         raise ValueError(f"token ids must be in [0, {limit}), got {int(values.min())} to {int(values.max())}")

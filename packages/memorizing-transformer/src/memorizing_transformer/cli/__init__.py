@@ -26,7 +26,7 @@ Without arguments, it trains a small model on Python's standard library (about t
   memorizing-transformer train --model runs/books --data more/ --max_knn_memories 65536 --checkpoint_dir runs/more
   memorizing-transformer train --print_config > run.yaml; memorizing-transformer train --config run.yaml --seed 1
 
-Flags win over the YAML file, which wins over the defaults. After Ctrl-C or a kill, the same command resumes."""
+Flags win over the YAML file, which wins over the preset. After Ctrl-C or a kill, the same command resumes."""
 
 
 COMMANDS: dict[str, Command | Callable[..., int]] = {

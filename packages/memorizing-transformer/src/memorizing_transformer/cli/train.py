@@ -39,8 +39,8 @@ def train(
         text: training text.
         architecture: arguments of ``MemorizingTransformer``.
         settings: training settings.
-        preset: sizes and the learning rate that fits them; a flag next to it wins. By default quickstart without data
-            and model, and small with own data.
+        preset: sizes of the model and the learning rate that fits them, with the memory in the layer three quarters up;
+            a flag next to it wins. By default quickstart without data and model, and small with own data.
         model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained, or a name on the hub,
             with the initial weights, sizes and tokenizer. Sigmoid gates that were never trained start at a half; a
             model without memorizing layers gets those of memorizing_layers.
@@ -121,7 +121,7 @@ def _initial_model(source: str, architecture: dict[str, Any]) -> MemorizingTrans
 def _show_retrieval(
     model: MemorizingTransformer, documents: Documents, encoder: Any, new_tokens: int, folder: Path
 ) -> None:
-    """Continues a held-out document of some 6,000 tokens, and writes a page of the retrieved tokens."""
+    """Continues a held-out document of about 6,000 tokens, and writes a page of the retrieved tokens."""
     lengths = [abs(int(length) - 6000) for length in documents.lengths]
     document = torch.from_numpy(documents[lengths.index(min(lengths))].astype("int64"))[:6000]
     prompt = document[: -min(200, len(document) // 2)].to(model.device)

@@ -74,23 +74,24 @@ class MemorizingTransformer(PretrainedMixin):
         memorizing_layers: layers with a memory, counted from 1; the middle one by default.
         max_knn_memories: capacity of a row's memory in tokens.
         num_retrieved_memories: memories retrieved for each query of each head.
-        clear_memories_on_sos_token_id: token that begins a document.
-        clear_memories_on_eos_token_id: token that ends a document.
-        knn_memories_directory: folder for memory-mapped memories; None keeps them on the model's device.
-        shift_knn_memories_down: shift of the memories, see the module.
-        pad_id: padding token, neither seen nor predicted; None for none.
+        clear_memories_on_sos_token_id: token that begins a document, where the row's memory is emptied.
+        clear_memories_on_eos_token_id: token that ends a document, where the row's memory is emptied.
+        knn_memories_directory: folder for memory-mapped memories, which otherwise are on the model's device.
+        shift_knn_memories_down: how many memorizing layers farther up the searched memory is; 0 is the layer's own.
+        pad_id: padding token, neither seen nor predicted.
         xl_max_memories: tokens in the XL window; 0 for none.
         xl_memory_layers: layers with an XL window, counted from 1; all by default.
-        shift_xl_memories_down: shift of the XL windows, see the module.
+        shift_xl_memories_down: how many XL layers farther up the window is that a layer reads; 0 is its own.
         knn_memory_multiprocessing: accepted for compatibility, without effect.
         gate: "softmax" over local and retrieved keys together, or the paper's "sigmoid".
-        gate_output: whether memorizing layers have a plain attention too, followed by the one to the memory with a
-            tanh gate that starts at 0: for retrofitting (see ``retrofit``).
+        gate_output: whether memorizing layers keep their plain attention, followed by one to the memory whose tanh gate
+            starts at 0, as ``retrofit`` makes them.
         multi_head_keys: whether each head has its own keys and values.
-        knn_backend: "exact" search, or "faiss".
+        knn_backend: "exact" search, or an index of "faiss".
         knn_storage: number format of the memory.
-        knn_index: factory string of faiss.
-        segment_length: tokens in a segment in generation; in training, every call is one segment.
+        knn_index: factory string of faiss, such as "HNSW32".
+        segment_length: tokens that generation and the command ``train`` read at once, before they enter the memory; a
+            call of the model itself reads one segment of any length.
         cross_entropy_ignore_index: label that is ignored in the loss.
 
     Raises:

@@ -6,8 +6,11 @@ The references are transformers' own tokenizers and generation, csv and json, an
 import copy
 import io
 import json
+import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -418,3 +421,33 @@ def test_the_default_filter_gives_way_to_common_keywords(model_of, compose, ids)
         assert torch.equal(calm.generate(ids(2, 4), 9, **options), greedy)
     with pytest.raises(TypeError):
         CALM(calm.anchor_llm, AugmentParams(calm.augment_llms[0])).generate(ids(2, 4), 9, top_q=1)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("quickstart", [False, True])
+def test_of_two_processes_one_writes_and_prints(folders, tmp_path, quickstart):
+    flags = ["--checkpoint_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "2", "--device", "cpu"]
+    if quickstart:
+        flags += ["--augment_steps", "1", "--anchor_steps", "1"]
+    else:
+        chosen = {"anchor": folders / "anchor", "augments": folders / "augment", "data": folders / "texts"}
+        flags += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "calm_pytorch", "train", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count("metrics     ") == 1
+    assert done.stdout.count("parameters, reads") == (0 if quickstart else 1)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_what_cannot_be_compiled_is_refused_by_name(folders, capsys):
+    assert main(["train", "--compile", "--anchor", str(folders / "anchor")]) == 1
+    assert "compile must be false for a composition" in capsys.readouterr().err

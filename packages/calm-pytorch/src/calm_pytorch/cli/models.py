@@ -49,6 +49,8 @@ class Models:
         mode: "shared": augments read the anchor's own text (same tokenizer); "prompt": the piece of text before it, or
             the prompt; null takes that of the adapter, or else shared.
         connect_every: layers between connections; null takes the connections of the adapter, or else 4.
+        norm_context: normalises the states that are read, as pretrained models need it; null takes the choice of the
+            adapter, or else true.
         device: auto takes CUDA, then MPS, then the CPU.
     """
 
@@ -56,6 +58,7 @@ class Models:
     augments: list[str] | None = None
     mode: Literal["prompt", "shared"] | None = None
     connect_every: int | None = None
+    norm_context: bool | None = None
     device: str = "auto"
 
     def load(self, adapter: str | None = None, tokenizer: str | None = None) -> Composition:
@@ -110,7 +113,10 @@ class Models:
                     f"augment {place} must have the anchor's tokenizer in mode shared, got another one; use mode prompt"
                 )
             readers += [] if reads_along else [own if differs else None]
-        calm = CALM(load_causal_lm(source, name="anchor"), params, attn_kwargs=stored.get("attn_kwargs"))
+        options = dict(stored.get("attn_kwargs", {"norm_context": True}))
+        if self.norm_context is not None:
+            options["norm_context"] = self.norm_context
+        calm = CALM(load_causal_lm(source, name="anchor"), params, attn_kwargs=options)
         calm.to(pick_device(self.device))
         if trained is not None:
             calm.load_adapter(trained)

@@ -57,21 +57,27 @@ def train(
     # models and data; the connections are part of what the seed decides
     seed_everything(settings.seed)
     loaded = composition.load()
-    print_main(_dtypes(loaded.calm))
-    print_main(loaded.calm.describe())
     texts, held_out = _documents(data, validation_data, validation_fraction, field)
-    examples = _examples(texts, loaded, sequence_length, "training")
+    examples = _examples(texts, loaded, sequence_length)
+    valid_examples = _examples(held_out, loaded, sequence_length) if held_out else None
     trainer = FineTuner(
         loaded.calm,
         config=settings,
         dataset=examples,
-        valid_dataset=_examples(held_out, loaded, sequence_length, "validation") if held_out else None,
+        valid_dataset=valid_examples,
         collate_fn=examples.collate,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         trackers=trackers or (),
         cache_augment_states=not any(augment.shared_sequence for augment in loaded.calm.augments),
     )
+    # the processes are connected now: one prints
+    print_main(_dtypes(loaded.calm))
+    print_main(loaded.calm.describe())
+    for what, part in (("training", examples), ("validation", valid_examples)):
+        if part is not None:
+            skipped = f", {part.left_out} left out (too short, or nothing to learn)" if part.left_out else ""
+            report(what, f"{part.documents} documents in {len(part)} rows of up to {sequence_length} tokens{skipped}")
     run = trainer.train()
     adapter = Path(checkpoint_dir) / "adapter"
     if not trainer.is_main:
@@ -105,11 +111,8 @@ def _documents(data: str, validation_data: str | None, fraction: float, field: s
     return parts
 
 
-def _examples(documents: list[Any], loaded: Composition, length: int, what: str) -> TextExamples:
-    examples = TextExamples(documents, loaded.tokenizer, length, readers=loaded.readers, pad_id=loaded.calm.pad_id)
-    skipped = f", {examples.left_out} left out (too short, or nothing to learn)" if examples.left_out else ""
-    report(what, f"{len(documents)} documents in {len(examples)} rows of up to {length} tokens{skipped}")
-    return examples
+def _examples(documents: list[Any], loaded: Composition, length: int) -> TextExamples:
+    return TextExamples(documents, loaded.tokenizer, length, readers=loaded.readers, pad_id=loaded.calm.pad_id)
 
 
 def _dtypes(calm: Any) -> str:

@@ -113,6 +113,9 @@ class CrossAttentionBlock(nn.Module):
         dim_context: features of the augment.
         linear_project_context: projects the context to the anchor's width first, as the paper does.
         pre_rmsnorm: normalises the queries' side.
+        norm_context: normalises the context, without parameters. Pretrained models have states a thousand times the
+            usual size at the first token (arXiv 2402.17762), which dominate a context that is not normalised: training
+            with SmolLM2 then diverges even at a learning rate of 1e-4, and with it learns at 1e-3.
         attention_options: options of x-transformers' ``Attention``; the output starts at zero and heads are gated.
 
     Raises:
@@ -128,6 +131,7 @@ class CrossAttentionBlock(nn.Module):
         dim_context: int,
         linear_project_context: bool = True,
         pre_rmsnorm: bool = True,
+        norm_context: bool = False,
         **attention_options: Any,
     ) -> None:
         super().__init__()
@@ -143,6 +147,7 @@ class CrossAttentionBlock(nn.Module):
                 check_positive(options[name], name)
         self.dim = dim
         self.dim_context = dim_context
+        self.norm_context = norm_context
         self.pre_rmsnorm: nn.Module = RMSNorm(dim) if pre_rmsnorm else nn.Identity()
         self.context_proj = nn.Linear(dim_context, dim) if linear_project_context else None
         try:
@@ -157,6 +162,8 @@ class CrossAttentionBlock(nn.Module):
     def context(self, hidden: Float[Tensor, "b m c"]) -> Context:
         """Keys and values ``(b, h, m, e)`` of an augment's hidden states, for ``forward``."""
         states = hidden.to(self._dtype(hidden))
+        if self.norm_context:
+            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
         if self.context_proj is not None:
             states = self.context_proj(states)
         if isinstance(self.attn, ContextAttention):

@@ -101,7 +101,8 @@ class TextExamples:
         pad_id: fills shorter pieces of a batch.
 
     Attributes:
-        left_out: number of documents without an example: too short, or chats in which nothing counts.
+        documents: number of documents.
+        left_out: number of those without an example: too short, or chats in which nothing counts.
         fingerprint: hash of the examples.
 
     Raises:
@@ -118,11 +119,12 @@ class TextExamples:
         pad_id: int = -1,
     ) -> None:
         self.pad_id = pad_id
-        self.left_out = 0
+        self.documents = self.left_out = 0
         # ids, which of them count, and ids of each prompt
         self.examples: list[tuple[list[int], list[bool], list[list[int]]]] = []
         for where, document in documents:
             ids, counted = _ids_of(document, tokenizer, where)
+            self.documents += 1
             before = len(self.examples)
             for start in range(min(length, len(ids) // 2) if readers else 0, len(ids), length):
                 piece = slice(start, start + length)

@@ -15,9 +15,10 @@ import sys
 import pytest
 import torch
 
-from calm_pytorch import CALM, AugmentParams, FineTuner
+from calm_pytorch import CALM, AugmentParams, CrossAttentionBlock, FineTuner
 from calm_pytorch.cli import main
 from calm_pytorch.cli.models import Models
+from calm_pytorch.model.adapter_files import read_adapter
 from calm_pytorch.training.data import TextExamples, read_documents
 from lm_core.tokenizers import load_tokenizer
 
@@ -203,6 +204,20 @@ def test_a_short_run_reaches_its_learning_rate(model_of, compose, tmp_path):
     trainer()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["learning_rate"] for row in rows] == pytest.approx([5e-4] + [1e-3] * 19)
+
+
+def test_the_command_normalises_states_as_pretrained_models_need_it(folders, train):
+    wiring = read_adapter(train("run") / "adapter")
+    assert wiring["attn_kwargs"]["norm_context"] is True
+    assert read_adapter(train("plain", "--norm_context", "false") / "adapter")["attn_kwargs"]["norm_context"] is False
+    block = CrossAttentionBlock(dim=16, dim_context=24, norm_context=True, zero_init_output=False)
+    plain = CrossAttentionBlock(dim=16, dim_context=24, zero_init_output=False)
+    plain.load_state_dict(block.state_dict())
+    hidden = torch.randn(2, 5, 24)
+    hidden[:, 0] *= 1000  # the first token of pretrained models
+    normed = hidden / hidden.square().mean(dim=-1, keepdim=True).sqrt()
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(block(x, hidden), plain(x, normed))
 
 
 def test_chats_are_trained_on_by_template_and_the_answers_count(folders, train, tmp_path, capsys):

@@ -55,6 +55,24 @@ def test_several_files_a_glob_and_a_folder_are_read_in_order_without_hidden_file
     assert load_rows([tmp_path / "b.jsonl", tmp_path / "a.jsonl"]) == expected[::-1]
 
 
+def test_a_pattern_leaves_out_hidden_files_and_counts_other_formats(tmp_path):
+    for name in ("a.txt", "b/c.txt", "__MACOSX/d.txt", "__pycache__/e.pyc", "picture.png", ".ipynb_checkpoints/f.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(name)
+    assert [row["text"] for row in load_rows(str(tmp_path / "**" / "*.txt"))] == ["a.txt", "b/c.txt"]
+    with pytest.warns(UserWarning, match=r"1 file\(s\) passed over: .*picture.png"):
+        assert [row["text"] for row in load_rows(str(tmp_path / "*"))] == ["a.txt", "b/c.txt"]
+    with pytest.raises(ValueError, match=r"\.png is not read"):
+        load_rows(str(tmp_path / "*.png"))
+
+
+def test_frames_and_tables_are_read_as_rows():
+    rows = [{"prompt": "a", "margin": 0.5}, {"prompt": "b", "margin": None}]
+    assert load_rows(pytest.importorskip("pyarrow").Table.from_pylist(rows)) == rows
+    assert load_rows(pytest.importorskip("pandas").DataFrame(rows)) == rows
+
+
 def test_files_passed_over_are_counted_and_named(tmp_path):
     for name in ("a.txt", "picture.png", "notes.docx"):
         (tmp_path / name).write_bytes(b"text")
@@ -75,7 +93,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(suffix, tmp_path):
         suffix
     ]
     path = tmp_path / f"a.{suffix}"
-    for encoding in ("utf-8-sig", "utf-16") if suffix != "jsonl" else ("utf-8-sig",):
+    for encoding in ("utf-8-sig", "utf-16"):
         path.write_text(content, encoding=encoding)
         assert load_rows(path) == [{"text": "Zürich"}]
 
@@ -193,6 +211,7 @@ def test_a_last_line_cut_short_by_a_kill_is_left_out_on_request(tmp_path):
             ValueError,
             "a.jsonl, line 1, is not read: its JSON is nested too",
         ),
+        ("a.jsonl", '{"a": "naïve"}'.encode("latin-1"), ValueError, "a.jsonl, line 1, is not UTF-8 .*iconv -f LATIN1"),
         ("a.txt", "naïve".encode("latin-1"), ValueError, r"a.txt is not UTF-8 \(byte 2: .*iconv -f LATIN1"),
         ("a.csv", "a\nnaïve".encode("latin-1"), ValueError, "a.csv is not UTF-8"),
         ("a.csv", b"a,b\n1,2,3\n", ValueError, "a.csv, line 2, has 3 fields, the header 2"),

@@ -106,7 +106,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST_FILE
     manifest = read_json(path)
     check_format(manifest.get("format_version"), path)
-    if manifest["format_version"] > 1 and manifest.get(CHECKSUM) != _checksum(manifest):
+    if (manifest["format_version"] > 1 or CHECKSUM in manifest) and manifest.get(CHECKSUM) != _checksum(manifest):
         raise CheckpointError(f"{path} is damaged: its entries differ from what was written")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):

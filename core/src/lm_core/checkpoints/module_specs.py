@@ -56,6 +56,8 @@ _NOT_READ = re.compile(
 _WORD = re.compile(r"[A-Za-z0-9_ .-]{0,64}")
 _TIMM_ARCHITECTURE = re.compile(r"[a-z0-9_]{1,100}")
 _DEEPEST, _LONGEST, _LARGEST = 32, 100_000, 2**40
+_MOST_LAYERS = 1000
+_COUNTS_LAYERS = re.compile("depth|layer|block|stage")
 _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 
 
@@ -198,6 +200,9 @@ def check_values(values: Any, where: str, depth: int = 0) -> None:
         raise CheckpointError(f"{where} must have at most {_LONGEST} entries, got {len(values)}")
     if isinstance(values, dict | list):
         for key, entry in values.items() if isinstance(values, dict) else enumerate(values):
+            for count in entry if isinstance(entry, list) else [entry]:
+                if _COUNTS_LAYERS.search(str(key)) and type(count) is int and count > _MOST_LAYERS:
+                    raise CheckpointError(f"{key} must be at most {_MOST_LAYERS}, got {count}")
             check_values(entry, f"{where}[{key!r}]", depth + 1)
 
 

@@ -47,8 +47,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FOLDER = "tokenizer"
 
-MOST_LAYERS = 10_000
-
 M = TypeVar("M", bound="PretrainedMixin")
 
 
@@ -140,7 +138,7 @@ class PretrainedMixin(nn.Module):
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
         """Rejects constructor arguments of a file that would exhaust memory or time, before anything is built.
 
-        By default no number may exceed 2^40 and no model have more than 10,000 layers; a subclass adds its own bounds.
+        By default no number may exceed 2^40 and no model have more than 1,000 layers; a subclass adds its own bounds.
 
         Args:
             arguments: constructor arguments by name, as they are stored.
@@ -149,9 +147,6 @@ class PretrainedMixin(nn.Module):
             CheckpointError: an argument is out of bounds; the message names it.
         """
         check_values(dict(arguments), "arguments")
-        for name, value in arguments.items():
-            if ("depth" in name or "layers" in name) and isinstance(value, int) and value > MOST_LAYERS:
-                raise CheckpointError(f"{name} must be at most {MOST_LAYERS}, got {value}")
 
     def upgrade_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stored weights under their current names; a subclass overrides it to read those of earlier versions."""
@@ -204,7 +199,14 @@ class PretrainedMixin(nn.Module):
                 if overrides:
                     raise
                 raise CheckpointError(f"{CONFIG_FILE} has arguments that {cls.__name__} refuses: {error}") from error
-        model.apply_config_state(config.get("state", {}))
+        state = config.get("state", {})
+        check_values(state, "state")
+        try:
+            model.apply_config_state(state)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{CONFIG_FILE} has a wrong state for {cls.__name__}: {error!r}") from error
         return model
 
     @typed
@@ -329,7 +331,9 @@ def _check_sizes(
     try:
         with torch.device("meta"):
             skeleton = cls.from_config(config, **overrides)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
+        if "overflow" in str(error):
+            raise CheckpointError(f"{where} describes a {cls.__name__} beyond any memory: {error}") from error
         return  # a constructor that reads values of tensors
     described = sum(parameter.numel() for parameter in skeleton.parameters())
     stored = sum(tensor.numel() for tensor in state.values())

@@ -19,6 +19,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_leftovers
+from lm_core.checkpoints.manifest import CheckpointError, verify_manifest, write_manifest
 from lm_core.data.rows import WholeFile, data_fingerprint, iterate_rows
 from lm_core.tokenizers import ByteTokenizer, prompt_ids
 
@@ -210,7 +211,7 @@ def load_documents(
     try:
         if cache_dir is None:
             return tokenise(texts, tokenizer=tokenizer)
-        directory = Path(cache_dir) / _cache_key(source, tokenizer, field)
+        directory = Path(cache_dir).expanduser() / _cache_key(source, tokenizer, field)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):
             if not (directory / "meta.json").is_file():
@@ -244,12 +245,15 @@ def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder)
         np.save(temporary / "lengths.npy", np.array([lengths, sizes], dtype=np.int64))
         meta = {"format_version": CACHE_FORMAT_VERSION, "dtype": ids.dtype.name, "tokens": sum(lengths)}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        write_manifest(temporary)
 
 
 def _read_cache(directory: Path) -> Documents:
+    try:
+        verify_manifest(directory)
+    except CheckpointError as error:
+        raise ValueError(f"the corpus cache is damaged ({error}); remove the folder to have it built again") from error
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     ids = np.memmap(directory / "ids.bin", dtype=np.dtype(meta["dtype"]), mode="r")
     lengths, sizes = np.load(directory / "lengths.npy", allow_pickle=False)
-    if len(ids) != meta["tokens"] or int(lengths.sum()) != meta["tokens"]:
-        raise ValueError(f"the corpus cache {directory} is damaged; remove the folder to have it built again")
     return _documents(ids, lengths, sizes)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from lm_core.data.text_files import open_bytes
+from lm_core.data.text_files import CONVERT, open_bytes, utf8_lines
 
 
 def read_json_lines(
@@ -23,7 +23,7 @@ def read_json_lines(
         ValueError: a line is not JSON or not an object; the message has its number.
     """
     with open_bytes(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(utf8_lines(stream, path), start=1):
             if not line.strip():
                 continue
             if torn_end and not line.endswith(b"\n"):
@@ -42,6 +42,8 @@ def parsed_json(content: str | bytes, where: str) -> Any:
     """
     try:
         return json.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error.reason}); {CONVERT}") from None
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     except RecursionError:

@@ -11,7 +11,7 @@
 | a folder, a glob, a list of ``Path`` | all their files, sorted |
 | ``"org/name"``, ``"org/name:config"`` | a data set of the hub (extra ``datasets``) |
 | a Hugging Face ``Dataset``, a sequence, an iterable | its entries, unchanged |
-| a mapping of columns, lists of one length | its rows |
+| a mapping of columns (lists of one length), a pandas or polars frame, a pyarrow table | its rows |
 
 Text formats may be compressed (``.gz``, ``.bz2``, ``.xz``) and are UTF-8, or UTF-16 with a byte order mark. A file of
 another format is rejected with a way to convert it; in a folder it is skipped, and a warning counts and names the
@@ -19,6 +19,7 @@ skipped files.
 """
 
 import glob
+import itertools
 import os
 import re
 import warnings
@@ -99,6 +100,11 @@ def iterate_rows(
         return (row for part in source for row in iterate_rows(part, text_rows=text_rows, split=split, name=name))
     if isinstance(getattr(source, "column_names", None), dict):
         raise ValueError(f"{name} must be one split of the dataset, got a dict of {sorted(source)}")
+    for method in ("to_pylist", "to_dicts"):  # of a pyarrow table, of a polars frame
+        if callable(getattr(source, method, None)):
+            return _numbered(getattr(source, method)(), name)
+    if hasattr(source, "iloc"):  # a pandas frame, whose missing values are NaN
+        return _numbered(source.astype(object).where(source.notna(), None).to_dict("records"), name)
     if isinstance(source, Mapping):
         return _numbered(_rows_of_columns(source, name), name)
     return _numbered(source, name)
@@ -128,18 +134,28 @@ def source_files(source: str | os.PathLike[str], name: str = "source") -> list[P
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not matches:
             raise FileNotFoundError(f"{name}: no file matches {path}")
-        return [file for match in matches for file in source_files(match, name)]
+        fixed = Path(*itertools.takewhile(lambda part: not any(mark in part for mark in "*?["), path.parts))
+        files = [file for match in matches for file in (sorted(match.rglob("*")) if match.is_dir() else [match])]
+        files = [file for file in dict.fromkeys(files) if file.is_file() and not is_hidden(file.relative_to(fixed))]
+        # a pattern that asks for a suffix means it
+        return files if path.suffix and "*" not in path.suffix else _known(files, path, name)
     _existing(path, name)
     if path.is_file():
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and not is_hidden(file.relative_to(path))]
+    return _known(files, path, name)
+
+
+def _known(files: list[Path], path: Path, name: str) -> list[Path]:
+    """The files of known formats; a warning counts and names the others."""
     known = [file for file in files if _suffix(file) in SUFFIXES]
     if not known:
-        raise ValueError(f"{name}: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{name}: {path} holds no file ending in {', '.join(SUFFIXES)}")
     if len(known) < len(files):
-        others = [file.relative_to(path).as_posix() for file in files if _suffix(file) not in SUFFIXES]
+        others = [str(file) for file in files if _suffix(file) not in SUFFIXES]
+        others = [os.path.relpath(file, path) if path.is_dir() else file for file in others]
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        warnings.warn(f"{path}: {len(others)} file(s) passed over: {', '.join(others[:5])}{more}", stacklevel=2)
+        warnings.warn(f"{path}: {len(others)} file(s) passed over: {', '.join(others[:5])}{more}", stacklevel=3)
     return known
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 _MODULES: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 COMPRESSED = tuple(_MODULES)
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+CONVERT = "convert it, for instance with iconv -f LATIN1 -t UTF-8"
 # the longest field; the default of 131,072 characters is shorter than some documents
 csv.field_size_limit(2**31 - 1)
 
@@ -67,10 +68,19 @@ def decoded_text(content: bytes, where: object) -> str:
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is not {encoding.removesuffix('-sig').upper()} (byte {error.start}: {error.reason}); "
-            "convert it, for instance with iconv -f LATIN1 -t UTF-8"
-        ) from None
+        name = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"{where} is not {name} (byte {error.start}: {error.reason}); {CONVERT}") from None
+
+
+def utf8_lines(stream: BinaryIO, where: object) -> Iterator[bytes]:
+    """Lines of a file in UTF-8, converted if it begins with the byte order mark of UTF-16."""
+    first = stream.readline()
+    if first.startswith(_UTF16_MARKS):
+        text = decoded_text(first + stream.read(), where)
+        yield from io.BytesIO(text.encode())
+    else:
+        yield first
+        yield from stream
 
 
 def lines_of(text: str) -> list[str]:

@@ -252,6 +252,28 @@ def test_code_of_a_folder_is_never_run_and_never_asked_about(folders, tmp_path, 
     assert not (tmp_path / "ran").exists()
 
 
+def test_an_augment_whose_config_names_files_of_its_own_is_refused(folders, tmp_path, capsys):
+    config = {"model_type": "timm_wrapper", "architecture": "resnet18", "model_args": {"checkpoint_path": "evil.pkl"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = [str(folders / "anchor"), "--augments", str(tmp_path), "--mode", "prompt"]
+    assert main(["describe", *arguments]) == 1
+    assert "augments must be models of text" in capsys.readouterr().err
+
+
+def test_rows_of_mixed_tables_are_read_and_wrong_ones_named(folders, tmp_path):
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    rows = [{"text": None, "messages": chat}, {"text": "w1 w2", "messages": None}]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [document for _, document in read_documents(tmp_path / "mixed.jsonl")] == [chat, "w1 w2"]
+    for wrong, message in (
+        ({"text": "\ud800"}, "line 2.*surrogate"),
+        ({"prompt": "w1"}, "'text' is missing in .*line 2"),
+    ):
+        (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[1], wrong)))
+        with pytest.raises(ValueError, match=message):
+            TextExamples(read_documents(tmp_path / "wrong.jsonl"), load_tokenizer(folders / "anchor"), 8)
+
+
 # ---------------------------------------------------------------------------------------------- memory and composition
 
 
@@ -324,6 +346,32 @@ def test_an_adapter_that_cannot_be_replaced_is_still_there(model_of, compose, id
             assert (tmp_path / "adapter" / "adapter.safetensors").read_bytes() == before
     compose(model_of("llama"), model_of("gpt2", seed=1)).load_adapter(tmp_path / "adapter")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["adapter", "adapter.safetensors"]
+
+
+def test_an_adapter_of_a_compiled_part_is_that_of_the_part(model_of, compose, tmp_path):
+    calm = compose(model_of("llama"), model_of("gpt2", seed=1), trained=True)
+    calm.save_adapter(tmp_path / "plain")
+    calm.cross_attns = torch.compile(calm.cross_attns)
+    calm.save_adapter(tmp_path / "compiled")
+    files = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("plain", "compiled")]
+    assert files[0] == files[1]
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(folders, monkeypatch, tmp_path, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FineTuner, "train", stop)
+    flags = [
+        "--anchor",
+        str(folders / "anchor"),
+        "--augments",
+        str(folders / "augment"),
+        "--data",
+        str(folders / "texts"),
+    ]
+    assert main(["train", *flags, "--checkpoint_dir", str(tmp_path / "run"), "--device", "cpu"]) == 130
+    assert "There is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_an_adapter_names_its_models_in_any_working_directory(folders, train, monkeypatch, tmp_path, capsys):

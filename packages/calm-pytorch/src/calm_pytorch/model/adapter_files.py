@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import new_directory, new_file, share_as_umask_allows
 from lm_core.checkpoints.manifest import MANIFEST_FILE, CheckpointError, verify_manifest
-from lm_core.checkpoints.weights import load_weights, read_weights
+from lm_core.checkpoints.weights import load_weights, read_weights, unwrapped
 
 ADAPTER_FILE = "adapter.safetensors"
 METADATA_KEY = "calm_pytorch"
@@ -50,7 +50,8 @@ def save_adapter(
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not (overwrite and (target / ADAPTER_FILE).is_file()):
         raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
-    state: dict[str, Tensor] = {n: t.detach().cpu().contiguous() for n, t in cross_attns.state_dict().items()}
+    named = unwrapped(cross_attns).state_dict().items()
+    state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
     stored = {"format_version": 2, **wiring, "models": dict(models)}
     metadata = {METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
     if not occupied:
@@ -112,7 +113,7 @@ def load_adapter(cross_attns: nn.Module, wiring: Mapping[str, Any], directory: s
     hashed = stored.pop("sha256", None)  # none in the first format, which has a manifest
     if hashed is not None and hashed != _digest(state, stored):
         raise CheckpointError(f"{Path(directory) / ADAPTER_FILE} is damaged: it has another hash")
-    load_weights(cross_attns, state, where=str(directory))
+    load_weights(unwrapped(cross_attns), state, where=str(directory))
 
 
 def _digest(state: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str:

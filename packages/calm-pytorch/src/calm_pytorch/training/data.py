@@ -159,13 +159,15 @@ class TextExamples:
 
 def _ids_of(document: Any, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
     """Ids of a text or chat, and which of them count in the loss."""
-    if isinstance(document, str):
-        ids = prompt_ids(tokenizer, document)
-        return ids, [True] * len(ids)
     try:
-        return assistant_mask(tokenizer, document, where=where)
+        if not isinstance(document, str):
+            return assistant_mask(tokenizer, document, where=where)
+        ids = prompt_ids(tokenizer, document)
     except NoBorderError:
         return [], []  # counted among those left out
+    except ValueError as error:
+        raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from error
+    return ids, [True] * len(ids)
 
 
 def read_documents(source: Any, *, field: str = "text") -> list[tuple[str, Any]]:
@@ -182,10 +184,11 @@ def read_documents(source: Any, *, field: str = "text") -> list[tuple[str, Any]]
     for where, row in iterate_rows(source, name="data"):
         document = row
         if isinstance(row, dict):
-            column = "text" if isinstance(row, WholeFile) else field if field in row else "messages"
-            if column not in row:
-                raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(row)} and no 'messages'")
-            document = row[column]
+            present = {name: value for name, value in row.items() if value is not None}
+            column = "text" if isinstance(row, WholeFile) else field if field in present else "messages"
+            if column not in present:
+                raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(present)}, no 'messages'")
+            document = present[column]
         if isinstance(document, bytes):
             document = document.decode(errors="replace")
         is_chat = isinstance(document, list) and all(isinstance(message, dict) for message in document)

@@ -1,5 +1,6 @@
 """``coca train``: builds data, image encoder, model and trainer from flags."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,12 @@ def train(
         coca = _started_from(folder, sizes, images)
         preprocessing = preprocessing_of(coca, folder)
 
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+
     def load(path: str | None) -> CaptionedImages:
         if path is None or path == "digits":
             return handwritten_digits()
-        return load_images(path, preprocessing, progress=True, **reading)
+        return load_images(path, preprocessing, progress=is_first, **reading)
 
     if validation_data is None:
         train_data, held_out = load(data).split(validation_fraction)

@@ -122,9 +122,10 @@ def test_the_crop_equals_that_of_the_whole_resized_picture(size):
         ([0.0, 100.4, 255.0], np.float32, [0, 100, 255]),
         ([0.0, 32896.0, 65535.0], np.float32, [0, 128, 255]),
         ([0, 32896, 65535], np.uint16, [0, 128, 255]),
-        ([0, 257, 514], np.uint16, [0, 1, 2]),
+        ([0, 257, 25700], np.uint16, [0, 1, 100]),
         ([-1e-7, 0.5, 1.0000001], np.float32, [0, 128, 255]),
-        ([0.0, 1.0, 2.0], np.float32, [0, 1, 2]),
+        ([0, 1, 1], np.int32, [0, 255, 255]),
+        ([0.0, 1.0, 20.0], np.float32, [0, 1, 20]),
         ([0, 100, 255], np.int32, [0, 100, 255]),
         ([0, 32896, 65535], np.int32, [0, 128, 255]),
     ],
@@ -139,7 +140,8 @@ def test_a_tiff_of_more_than_eight_bits_is_scaled(values, dtype, shades, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("values", "dtype"), [([-1.0], np.float32), ([1e6], np.float32), ([3.5], np.float32), ([70_000], np.int32)]
+    ("values", "dtype"),
+    [([-1.0], np.float32), ([1e6], np.float32), ([3.5], np.float32), ([70_000], np.int32), ([5], np.int32)],
 )
 @pytest.mark.parametrize("other", [0.5, np.nan])
 def test_a_tiff_of_unknown_range_is_named_as_unreadable(values, dtype, other, tmp_path):
@@ -153,6 +155,21 @@ def test_a_tiff_of_unknown_range_is_named_as_unreadable(values, dtype, other, tm
 
     assert data.names == ("good.png",)
     assert "values of a known range" in data.unreadable[0]
+
+
+@pytest.mark.parametrize("tag", [258, 281])  # BitsPerSample, MaxSampleValue
+def test_a_tiff_of_twelve_bits_has_the_range_that_it_declares(tag):
+    picture = Image.fromarray(np.full((4, 4), 2048, np.uint16))
+    picture.tag_v2 = {tag: (12,) if tag == 258 else 4095}
+
+    assert set(GREY.pixels(picture).flatten().tolist()) == {128}
+
+
+def test_dark_pictures_of_sixteen_bits_are_read_with_a_warning():
+    with pytest.warns(UserWarning, match="values below 4,096 only are read as dark"):
+        pixels = GREY.pixels(Image.fromarray(np.full((4, 4), 4095, np.uint16)))
+
+    assert set(pixels.flatten().tolist()) == {16}
 
 
 def test_a_picture_that_needs_another_program_is_not_decoded(tmp_path):
@@ -309,7 +326,6 @@ TARS = {
         {"p.1.png": ("one",), "p.2.png": ("two",)},
     ),
     "webdataset's key": ({"p.image.png": IMAGE, "p.txt": "a cat"}, {"p.image.png": ("a cat",)}),
-    "a further picture": ({"p.png": IMAGE, "p.txt": "a cat", "p.depth.png": IMAGE}, {"p.png": ("a cat",)}),
     "metadata": ({"p.png": IMAGE, "p.txt": "a cat", "p.json": '{"width": 4}'}, {"p.png": ("a cat",)}),
     "a list as metadata": ({"p.png": IMAGE, "p.txt": "a cat", "p.json": "[1, 2]"}, {"p.png": ("a cat",)}),
     "img2dataset": (
@@ -335,9 +351,26 @@ def test_samples_of_a_tar_are_read(kind, tmp_path):
     }
 
 
+def test_what_is_not_read_of_tars_is_counted(tmp_path):
+    members = {"p.png": IMAGE, "p.txt": "a cat", "p.depth.png": IMAGE, "q.svg": "?", "q.txt": "a dog", "r.json": "{}"}
+    write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "y.tar.gz").write_bytes(b"?")
+
+    with pytest.warns(UserWarning, match="passed over") as warned:
+        data = load_images(tmp_path, GREY)
+
+    assert data.names == ("p.png",)
+    texts = [str(warning.message) for warning in warned]
+    assert [text.split(": ", 1)[1] for text in texts] == [
+        "1 file(s) passed over: y.tar.gz",
+        "2 file(s) passed over: p.depth.png, q.svg",
+    ]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        ({"p.png": IMAGE, "p.json": "[" * 100_000}, r"x\.tar, member p\.json, is not JSON"),
         ({"p.png": IMAGE, "p.json": "{oops"}, r"x\.tar, member p\.json, is not JSON"),
         ({"p.png": IMAGE, "p.json": "{oops", "p.txt": "a"}, r"x\.tar, member p\.json, is not JSON"),
         ({"p.png": IMAGE, "p.json": '["a"]'}, r"x\.tar, member p\.json, must be a JSON object, got list"),

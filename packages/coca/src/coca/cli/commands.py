@@ -39,7 +39,7 @@ class Captioning(SamplingFlags):
     """Caption generation: greedy, sampled, or by beam search.
 
     Args:
-        beams: width of the beam search; 1 for greedy decoding or sampling.
+        beams: width of the beam search, which needs temperature 0; 1 for greedy decoding or sampling.
         length_penalty: exponent of the length that divides the log-probability of a beam; larger favours long captions.
         min_new_tokens: minimum number of generated tokens.
         num_samples: captions of an image, for a temperature above 0.
@@ -70,6 +70,8 @@ def caption(
     """Prints a caption for each image.
 
     Args:
+        model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
+            organisation/name on the hub.
         images: files or folders of images.
         settings: settings of the generation.
         prefix: text that every caption begins with; "-" reads standard input, "@FILE" a file.
@@ -103,6 +105,8 @@ def embed(
     """Writes L2-normalised latents of images or texts to a .npz: arrays "latents" and "names".
 
     Args:
+        model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
+            organisation/name on the hub.
         output: .npz file to write.
         images: files or folders of images.
         texts: captions to embed instead of images.
@@ -136,6 +140,8 @@ def zero_shot(
     """Prints the most likely classes of each image, with their probabilities.
 
     Args:
+        model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
+            organisation/name on the hub.
         images: files or folders of images.
         classes: class names to choose among.
         templates: captions with one {} for a class name, as "a photo of a {}".
@@ -165,7 +171,9 @@ def retrieve(
     """Finds images by text, or measures recall on images with captions.
 
     Args:
-        images: files or folders of images; with --captions sources that coca train reads (or digits).
+        model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
+            organisation/name on the hub.
+        images: files or folders of images; with --captions, sources of images with captions as for coca train --data.
         reading: arguments of ``load_images``, for --captions.
         text: queries for which the nearest images are printed.
         captions: measures losses, recall and classification on images with captions instead.

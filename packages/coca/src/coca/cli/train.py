@@ -47,7 +47,7 @@ class EncoderSettings:
         freeze_encoder: trains everything but the encoder.
         image_size: pixels to resize and crop a side to; 0 takes 8 for the digits, the encoder's own size, else 224.
         channels: channels of the images, 1 (grey) or 3 (RGB); 0 takes 1 for the digits, 3 for others.
-        patch_size: patch size of the ViT; 0 takes a quarter or (from 56 pixels) a fourteenth of image_size.
+        patch_size: patch size of the ViT; 0 takes image_size / 14 from 56 pixels on (16 for 224), image_size / 4 below.
         vit_dim: features of a token of the ViT.
         vit_depth: blocks of the ViT.
         vit_heads: query heads of the ViT.

@@ -82,7 +82,7 @@ def load_images(
         image_column: column of a table with the path of an image; null takes image, file_name or filepath.
         caption_column: column of a table, or key of a JSON object, with a caption; null takes caption, text or title.
         label_column: column or key with the class of an image; if all images have one, held-out ones are classified.
-        templates: captions with one {} for a class name.
+        templates: templates of zero-shot classification, captions with one {} for the class name.
         max_unreadable: largest fraction of images that may be unreadable; they are named and counted.
         progress: shows a progress bar.
 
@@ -239,11 +239,16 @@ def _images_of(folder: Path) -> list[Path]:
     """The images of a folder; a warning counts files that are neither images nor texts."""
     files = _files_of(folder)
     others = [path for path in files if path.suffix.lower() not in SUFFIXES | _TEXTS]
-    if others:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in others[:5])
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        warnings.warn(f"{folder}: {len(others)} file(s) passed over: {names}{more}", stacklevel=2)
+    _warn_of_others(folder, others)
     return [path for path in files if path.suffix.lower() in SUFFIXES]
+
+
+def _warn_of_others(source: Path, paths: Sequence[Path]) -> None:
+    """Warns of files in a folder, or members of a tar, that are not read: their number and the first names."""
+    if paths:
+        names = [(path.relative_to(source) if source in path.parents else path).as_posix() for path in paths[:5]]
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        warnings.warn(f"{source}: {len(paths)} file(s) passed over: {', '.join(names)}{more}", stacklevel=2)
 
 
 def _sources(source: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -305,9 +310,11 @@ def _entries_of(source: Path, columns: _Columns) -> Iterator[_Entry]:
         table = next((source / name for name in TABLES if (source / name).is_file()), None)
         if table is not None:
             return _table(table, columns)
-        suffixes = {path.suffix.lower() for path in _files_of(source)}
-        if ".tar" in suffixes and not suffixes & SUFFIXES:
-            return _entries([path for path in _files_of(source) if path.suffix.lower() == ".tar"], columns)
+        files = _files_of(source)
+        tars = [path for path in files if path.suffix.lower() == ".tar"]
+        if tars and not any(path.suffix.lower() in SUFFIXES for path in files):
+            _warn_of_others(source, [path for path in files if path.suffix.lower() not in _TEXTS | {".tar"}])
+            return _entries(tars, columns)
         return _folder(source)
     suffix = source.suffix.lower()
     if suffix in (".csv", ".tsv", ".json", ".jsonl"):
@@ -371,18 +378,24 @@ def _tar(path: Path, columns: _Columns) -> Iterator[_Entry]:
     groups: dict[str, list[str]] = {}
     for stem in stems:
         groups.setdefault(_key(stem), []).append(stem)
+    others = []
     for stem, image in images.items():
         if image is None:
+            if all(images[other] is None for other in groups[_key(stem)]):
+                # a sample whose picture, if it has one, is of a format that is not read
+                others += [Path(member.name) for suffix, member in stems[stem].items() if suffix not in _TEXTS | {""}]
             continue
         texts = stems[stem]
         if not {".txt", ".json"} & set(texts):
             group = groups[_key(stem)]
             if any(images[other] and {".txt", ".json"} & set(stems[other]) for other in group):
-                continue  # a further picture of a key that has its image with a caption
+                others.append(Path(stem + image))  # a further picture of a key that has its image with a caption
+                continue
             texts = {suffix: member for other in group for suffix, member in stems[other].items()}
             if sum(images[other] is not None for other in group) > 1 or not {".txt", ".json"} & set(texts):
                 raise ValueError(f"{path} must have a caption, {stem}.txt or {stem}.json, next to {stem}{image}")
         yield _Entry(stem + image, *_described(path, texts, columns), partial(_member, path, stems[stem][image]))
+    _warn_of_others(path, others)
 
 
 def _key(stem: str) -> str:
@@ -401,7 +414,7 @@ def _described(
         where = f"{path}, member {members['.json'].name},"
         try:
             content = json.loads(decoded_text(_member(path, members[".json"]), where))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
     metadata = content if isinstance(content, Mapping) else {}
     if ".txt" in members:

@@ -5,6 +5,7 @@ Legend: c channels.
 
 import json
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,21 +173,38 @@ def _orientation(picture: Any) -> Any:
 def _eight_bits(picture: Any) -> NDArray[np.uint8]:
     """Values of more than eight bits, scaled to 0 to 255; Pillow would clip them at 255.
 
-    A picture of 16 bits has the range of its type. In one of 32 bits (integers or floats) the largest value decides:
-    floats up to 1 are scaled by 255, values up to 255 stay, and those up to 65,535 are taken as 16 bits.
+    A picture of 16 bits has the range that its file declares (TIFF's MaxSampleValue or BitsPerSample), or that of its
+    type. In one of 32 bits (integers or floats) the largest value decides: values up to 1 are scaled by 255, those up
+    to 255 stay, and those up to 65,535 are taken as 16 bits.
 
     Raises:
-        ValueError: the range cannot be told from the values, such as floats up to 3.5, negative or infinite ones.
+        ValueError: the values do not show their range: up to 2 to 15, above 65,535, negative, or not finite.
     """
     values = np.asarray(picture).astype(np.float64)
     least, most = float(values.min()), float(values.max())
-    if picture.mode == "F" and least >= -0.01 and most <= 1.01:  # with the errors of arithmetic
-        return (values * 255).round().clip(0, 255).astype(np.uint8)
-    is_small = picture.mode == "F" and most < 16 and bool((values != values.round()).any())
-    if is_small or not (least >= 0 and most <= 65535):  # also for NaN
+    if picture.mode.startswith("I;16") or picture.format == "PNG":
+        top = _declared_top(picture)
+        if most < 4096 and top == 65535:
+            warnings.warn(
+                "16-bit pictures with values below 4,096 only are read as dark ones; scale data of 12 bits beforehand",
+                stacklevel=2,
+            )
+    elif least >= -0.01 and most <= 1.01:  # with the errors of arithmetic
+        top = 1
+    elif least < 0 or not 16 <= most <= 65535:  # also for NaN
         raise ValueError(
             f"a picture of mode {picture.mode} must have values of a known range, got {least:g} to {most:g}"
         )
-    if picture.mode.startswith("I;16") or picture.format == "PNG" or most > 255:
-        values /= 257
-    return values.round().astype(np.uint8)
+    else:
+        top = 255 if most <= 255 else 65535
+    return (values * (255 / top)).round().clip(0, 255).astype(np.uint8)
+
+
+def _declared_top(picture: Any) -> int:
+    """The largest value of a 16-bit picture according to its TIFF tags, or 65,535."""
+    tags = getattr(picture, "tag_v2", {})
+    (top,) = np.atleast_1d(tags.get(281, 0))[:1]  # MaxSampleValue
+    (bits,) = np.atleast_1d(tags.get(258, 16))[:1]  # BitsPerSample
+    if 255 < top <= 65535:
+        return int(top)
+    return int(2**bits - 1) if 8 < bits < 16 else 65535

@@ -263,12 +263,23 @@ def checksum(t: Tensor) -> Tensor:
 def data_parallel(module: nn.Module, device: torch.device, **options: Any) -> nn.Module:
     """``module``, which is on ``device``, in a ``DistributedDataParallel`` with further ``options``.
 
-    A loss need not touch every parameter (``find_unused_parameters``). Call ``release`` when training ends.
+    A loss need not touch every parameter (``find_unused_parameters``), except under reentrant gradient checkpointing,
+    whose inner backward DDP would count as a second one. Call ``release`` when training ends.
     """
     from torch.nn.parallel import DistributedDataParallel
 
-    options = {"find_unused_parameters": True, **options}
+    options = {"find_unused_parameters": not _checkpoints_reentrantly(module), **options}
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """True for a transformers model with ``gradient_checkpointing_enable({"use_reentrant": True})``."""
+    functions = (
+        getattr(part, "_gradient_checkpointing_func", None)
+        for part in module.modules()
+        if getattr(part, "gradient_checkpointing", False)
+    )
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 def release(wrapper: nn.Module) -> None:

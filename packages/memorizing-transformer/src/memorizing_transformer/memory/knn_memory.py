@@ -59,7 +59,7 @@ class Retrieved:
 
 
 class KNNMemory:
-    """Memory of ``num_indices`` batch rows; a copy or pickle of it is in memory, also that of one in files.
+    """Memory of ``num_indices`` batch rows. Copies and pickles are in memory, also those of a memory in files.
 
     Args:
         dim: features of a key, and of a value.

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lm_core import PretrainedMixin
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints import tensor_files
 from lm_core.checkpoints.checkpoint import (
     CheckpointError,
@@ -227,6 +228,22 @@ def test_of_a_stored_transformers_configuration_only_harmless_fields_are_used():
     assert "weights.pkl" not in str(rebuilt.config.to_dict())
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "evil.pkl"}}, "checkpoint_path 'evil.pkl'"),
+        ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "'hf-hub:evil/model' names another source"),
+        ({"model_type": "llama", "vocab_size": 10**8, "hidden_size": 64}, "vocab_size 100000000 times 64 is more than"),
+        ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000"),
+    ],
+)
+def test_a_foreign_folder_that_leads_elsewhere_is_refused_before_transformers_reads_it(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
+        load_causal_lm(tmp_path)
+
+
 # ---------------------------------------------------------------- folders as people have them
 
 
@@ -294,6 +311,10 @@ def test_a_wrapped_model_is_saved_and_loaded_as_the_model_itself(tmp_path):
         path = save_checkpoint(tmp_path / name, 1, model=wrapped)
         loaded = Small.from_pretrained(path)
         assert equal(dict(loaded.state_dict()), dict(model.state_dict()))
+    again = Small(dim=2, depth=2)
+    again.layers[1] = torch.compile(again.layers[1], backend="eager")
+    load_checkpoint(tmp_path / "partly", model=again)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
     load_checkpoint(tmp_path / "compiled", model=torch.compile(Small(dim=2, depth=2), backend="eager"))
 
 

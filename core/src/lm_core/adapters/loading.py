@@ -10,7 +10,7 @@ from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
-from lm_core.checkpoints.module_specs import registered_class
+from lm_core.checkpoints.module_specs import check_foreign_folder, registered_class
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checks import typed
 from lm_core.tokenizers import HUB_ID
@@ -32,7 +32,8 @@ def load_causal_lm(
         dtype: dtype of the weights; None keeps the stored one.
 
     Raises:
-        CheckpointError: the folder was written by a package that is not installed, or is damaged.
+        CheckpointError: the folder was written by a package that is not installed, is damaged, or would make
+            transformers open other files.
         FileNotFoundError: ``source`` is neither a folder with a model nor a hub name.
         ValueError: the folder holds no causal language model.
         ImportError: transformers or peft is needed and not installed.
@@ -59,6 +60,8 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
     try:
         import transformers
 
+        if Path(place).is_dir():
+            check_foreign_folder(Path(place))
         cls: Any = transformers.AutoModelForCausalLM
         arguments: dict[str, Any] = {}
         if _has_adapter(place):

@@ -19,6 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lm_core.checkpoints.manifest import CheckpointError, json_value
+from lm_core.checkpoints.manifest import CheckpointError, json_value, read_json
 
 ENTRY_POINTS = "lm_core.models"
 # vision encoders of transformers that are built from their own configuration alone
@@ -57,6 +58,8 @@ _WORD = re.compile(r"[A-Za-z0-9_ .-]{0,64}")
 _TIMM_ARCHITECTURE = re.compile(r"[a-z0-9_]{1,100}")
 _DEEPEST, _LONGEST, _LARGEST = 32, 100_000, 2**40
 _MOST_LAYERS = 1000
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+_HEIGHTS = (*_WIDTHS, "vocab_size", "intermediate_size", "n_inner", "ffn_dim", "d_ff")
 _COUNTS_LAYERS = re.compile("depth|layer|block|stage")
 _registered: "WeakValueDictionary[str, type]" = WeakValueDictionary()
 
@@ -212,7 +215,44 @@ def _is_rebuilt(name: Any) -> bool:
         return True
     from transformers.models.auto import modeling_auto
 
-    return name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return name in causal and not str(name).endswith("ForConditionalGeneration")  # with encoders of other libraries
+
+
+def check_foreign_folder(folder: Path) -> None:
+    """Rejects a Hugging Face folder whose config.json would make transformers open other files or exhaust memory.
+
+    Raises:
+        CheckpointError: the file names a checkpoint of timm or a source on a hub, or describes far more weights than
+            the folder holds; the message has file and field.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        return
+    content = read_json(config)
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    try:
+        check_values(content, "config")
+        _check_foreign(content, 8 * stored + 2**24)
+    except CheckpointError as error:
+        raise CheckpointError(f"{config}: {error}") from None
+
+
+def _check_foreign(content: Any, largest: int) -> None:
+    if isinstance(content, list):
+        for entry in content:
+            _check_foreign(entry, largest)
+    if isinstance(content, str) and content.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise CheckpointError(f"{content!r} names another source of weights, which is not opened")
+    if not isinstance(content, dict):
+        return
+    width = max((int(content[name]) for name in _WIDTHS if type(content.get(name)) is int), default=1)
+    for name, entry in content.items():
+        if name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay") and entry:
+            raise CheckpointError(f"{name} {entry!r} names another source of weights, which is not opened")
+        if name in _HEIGHTS and type(entry) is int and entry * width > largest:
+            raise CheckpointError(f"{name} {entry} times {width} is more than the weights in the folder")
+        _check_foreign(entry, largest)
 
 
 def _fields_of(config_class: Any, settings: Any) -> dict[str, Any]:

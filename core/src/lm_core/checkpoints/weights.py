@@ -171,7 +171,10 @@ def load_weights(
     upgrade = getattr(model, "upgrade_state", None)  # of a ``PretrainedMixin``
     if callable(upgrade):
         state = upgrade(state)
-    current = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    # names without those of compiled submodules, as they are stored
+    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}
+    held = zip(names, model.state_dict().values(), strict=True)
+    current = {name: value for name, value in held if isinstance(value, Tensor)}
     # names that tied weights have in the model, of which the file needs only one
     tied = _tied(current)
     present: dict[str, str] = {}
@@ -199,6 +202,7 @@ def load_weights(
     if problems:
         raise CheckpointError(f"{where} does not fit {type(model).__name__}: {'; '.join(problems)}")
     full = {name: state[name] if name in state else state[present[tied[name]]] for name in current}
+    full = {names[name]: value for name, value in full.items()}
     if dtypes == "stored":
         _adopt_dtypes(model, full)
     model.load_state_dict(full, strict=False)  # checked above; extra state, which is not stored, may be missing

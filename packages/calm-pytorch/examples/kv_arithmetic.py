@@ -20,5 +20,5 @@ for learner in ("composition", "random-augment", "low-rank"):
     print(
         f"{learner}: held-out keys {result.held_out:.1%}, trained keys {result.trained_keys:.1%}, "
         f"anchor alone {result.anchor_alone:.1%}, numbers {result.numbers_before:.1%} -> {result.numbers_after:.1%}, "
-        f"{result.learned:,} parameters learned, {result.seconds:.0f} s"
+        f"{result.learned:,} parameters learned, {result.seconds or 0:.0f} s"
     )

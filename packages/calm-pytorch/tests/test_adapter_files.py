@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from calm_pytorch import AugmentParams
-from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.manifest import CheckpointError, write_manifest
 
 
 @pytest.fixture
@@ -77,3 +78,17 @@ def test_an_adapter_is_replaced_only_when_asked(saved):
     (folder.parent / "other" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="new or empty"):
         calm.save_adapter(folder.parent / "other", overwrite=True)
+
+
+def test_an_adapter_of_the_first_format_loads_and_is_replaced_by_the_second(saved, model_of, compose):
+    calm, folder = saved
+    state = {name: value.contiguous() for name, value in learned(calm).items()}
+    stored = json.dumps({"format_version": 1, **calm.wiring})
+    save_file(state, folder / "adapter.safetensors", metadata={"format": "pt", "calm_pytorch": stored})
+    write_manifest(folder)
+    fresh = compose(model_of("llama"), model_of("gpt2", seed=1))
+    fresh.load_adapter(folder)
+    assert all(torch.equal(value, state[name]) for name, value in learned(fresh).items())
+    fresh.save_adapter(folder, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["adapter.safetensors"]
+    fresh.load_adapter(folder)

@@ -4,6 +4,7 @@ Three baselines run the same way: the anchor alone, a composition with an augmen
 the anchor with as many parameters as the composition learns.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -286,10 +287,12 @@ def run_quickstart(
     over_keys = round(settings.batch_size * settings.keys_share)
     with session.run():
         for _ in session.steps():
+            started = time.monotonic()
             over_numbers_now = draw(settings.batch_size - over_keys)
             rows = torch.cat((draw(over_keys, known), over_numbers_now))
             session.backward(session.module(rows))
-            session.log(session.optimizer_step())
+            values = session.optimizer_step()
+            session.log(values, expressions_per_second=round(len(rows) / (time.monotonic() - started)))
     right, right_trained, right_numbers = (
         accuracy(learner.model, rows, **learner.arguments(rows)) for rows in (over_held_out, over_known, over_numbers)
     )

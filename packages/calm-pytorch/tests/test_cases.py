@@ -357,6 +357,18 @@ def test_an_adapter_of_a_compiled_part_is_that_of_the_part(model_of, compose, tm
     assert files[0] == files[1]
 
 
+def test_a_tilde_is_the_home_of_the_user(folders, train, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train("run", "--checkpoint_dir", "~/mine")
+    short = ["--augment_steps", "1", "--anchor_steps", "1", "--max_steps", "1", "--batch_size", "2", "--device", "cpu"]
+    assert main(["train", *short, "--checkpoint_dir", "~/quick"]) == 0
+    for name in ("mine", "quick"):
+        assert (tmp_path / name / "adapter" / "adapter.safetensors").is_file()
+        assert (tmp_path / name / "summary.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_run_without_a_checkpoint_says_that_it_starts_over(folders, monkeypatch, tmp_path, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

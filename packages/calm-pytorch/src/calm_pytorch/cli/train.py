@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal
 
 from calm_pytorch.cli.models import Composition, Models
@@ -79,14 +78,14 @@ def train(
             skipped = f", {part.left_out} left out (too short, or nothing to learn)" if part.left_out else ""
             report(what, f"{part.documents} documents in {len(part)} rows of up to {sequence_length} tokens{skipped}")
     run = trainer.train()
-    adapter = Path(checkpoint_dir) / "adapter"
+    adapter = trainer.checkpoint_path / "adapter"
     if not trainer.is_main:
         return report_run("calm-pytorch", run, checkpoint_dir, max_steps=settings.max_steps)
     loaded.calm.save_adapter(adapter, overwrite=True, models=loaded.models)
     # the report
     name, key = ("held-out loss", "validation_loss") if held_out else ("training loss", "loss")
     # a resumed run appends to the same file, so the first row dates from before any update
-    rows = [row[key] for row in read_metrics(Path(checkpoint_dir) / "metrics.jsonl") if key in row]
+    rows = [row[key] for row in read_metrics(trainer.checkpoint_path / "metrics.jsonl") if key in row]
     return report_run(
         "calm-pytorch",
         run,

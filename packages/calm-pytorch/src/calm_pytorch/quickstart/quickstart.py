@@ -245,7 +245,7 @@ def run_quickstart(
     Raises:
         FileNotFoundError, FileExistsError, CheckpointError: the folder does not suit ``resume`` or the settings.
     """
-    task, target = KeyValueTask(seed=settings.seed), Path(folder)
+    task, target = KeyValueTask(seed=settings.seed), Path(folder).expanduser()
     known, held_out = task.split
     session = TrainingSession(
         "Quickstart",

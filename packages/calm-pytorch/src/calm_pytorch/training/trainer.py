@@ -122,7 +122,7 @@ class FineTuner:
         log_with = (accelerate_kwargs or {}).get("log_with") or []
         self.checkpoint_path = Path(
             either(None, checkpoint_dir=checkpoint_dir, checkpoint_path=checkpoint_path) or "./checkpoints"
-        )
+        ).expanduser()
         self.session = TrainingSession(
             type(self).__name__,
             config=config,

@@ -167,7 +167,7 @@ def two_ends(hugging_face_folder):
 def test_every_end_token_of_the_model_ends_an_answer(two_ends, tmp_path, train, rows_of):
     data = {f"{name}_sft_dataset": tmp_path / f"{name}.jsonl" for name in ("train", "valid")}
     changes = {"max_seq_len": 60, "eos_id": None, "temperature": 1.5, "top_p": None}
-    trainer, _ = train(model=str(two_ends), tokenizer=str(two_ends), **data, **changes)
+    trainer, _ = train(model=two_ends, **data, **changes)
     answers = [row["tokens"] for row in rows_of(tmp_path / "run", "answers-train")]
 
     assert set(trainer.eos_ids) == set(trainer.model.eos_ids) == {2, 3}

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lm_core.adapters.loading import load_causal_lm
+from lm_core.checkpoints.checkpoint import checkpoint_folder as folder_of_model
 from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import either, typed
 from lm_core.cli.text_generation import SamplingFlags
@@ -26,7 +27,7 @@ from lm_core.data.epochs import UpdateOrder, seed_of
 from lm_core.distributed import rank, world_size
 from lm_core.generation.sampling import top_p
 from lm_core.rng import seed_everything
-from lm_core.tokenizers import as_tokenizer, end_ids
+from lm_core.tokenizers import as_tokenizer, end_ids, load_tokenizer
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession
 from spin_trainer.data.iteration_data import Interrupted, IterationData, Pair
@@ -82,7 +83,7 @@ class SPINTrainer:
     Args:
         model: a ``SPIN``, or anything that ``lm_core.adapters.as_causal_lm`` accepts: transformers models with or
             without peft, x-transformers, PaLM, any module from ids to logits. Trained in place, moved to the device.
-            A folder or hub name is loaded by ``lm_core.adapters.loading.load_causal_lm``.
+            A folder or hub name is loaded by ``lm_core.adapters.loading.load_causal_lm``, with its tokenizer.
         train_sft_dataset: prompts with human answers; see ``spin_trainer.data.sft_data``.
         valid_sft_dataset: held-out prompts with human answers.
         tokenizer: tokenizer of texts and chats, saved with the exported policies: a transformers tokenizer, a folder or
@@ -140,6 +141,9 @@ class SPINTrainer:
         if config is not None and settings:
             raise ValueError(f"pass config or single settings, not both; got config and {sorted(settings)}")
         if isinstance(model, str | Path):
+            if tokenizer is None:
+                with contextlib.suppress(FileNotFoundError, ValueError):  # models of token ids have none
+                    tokenizer = load_tokenizer(folder_of_model(model))
             model = load_causal_lm(model)
         tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
         self.tokenizer = tokenizer

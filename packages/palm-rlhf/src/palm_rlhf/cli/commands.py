@@ -18,7 +18,7 @@ from palm_rlhf.pretrain.evaluation import evaluate
 def generate(
     model: str, prompt: str, *, settings: TextGeneration, scope: str | None = "actor", dtype: DType = "auto"
 ) -> int:
-    """Continues a prompt and prints it; a trained policy by its policy.
+    """Continues a prompt and prints it; for a run of reinforcement learning with its trained policy.
 
     Args:
         settings: length and sampling of the continuation.
@@ -47,7 +47,7 @@ def evaluate_model(
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
-    """Prints the loss of a model on text, in bits per byte; of a trained policy, that of the policy.
+    """Prints the loss of a model, or of a run's trained policy, on text in bits per byte.
 
     Args:
         data: "stdlib" for the held-out part of Python's library, or any other source of text, scored whole.

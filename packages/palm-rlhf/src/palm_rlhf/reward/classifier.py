@@ -18,7 +18,7 @@ from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
-from palm_rlhf.model.adapter_files import hash_of, read_adapter, write_adapter
+from palm_rlhf.model.adapter_files import hash_of, quiet_peft, read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"
@@ -122,7 +122,8 @@ def new_classifier(
 
         config = lora_config(model, r=lora_r, alpha=lora_r, dropout=dropout, targets=lora_targets)
         config.task_type = "SEQ_CLS"
-        model = get_peft_model(model, config, adapter_name=_ADAPTER)
+        with quiet_peft():
+            model = get_peft_model(model, config, adapter_name=_ADAPTER)
     return Classifier(model, pad_id=pad_id)
 
 
@@ -137,10 +138,17 @@ def is_classifier(folder: Path) -> bool:
 def load_classifier(folder: Path) -> ClassifierReward:
     """The reward of a folder of ``is_classifier``, with the tokenizer in it."""
     if (folder / _ADAPTER_CONFIG).is_file():
+        import transformers
         from peft import PeftModel
 
         base = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
-        model = PeftModel.from_pretrained(_open(Path(base), None), str(folder))
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # the base lacks the head, which the adapter brings
+        try:
+            with quiet_peft():
+                model = PeftModel.from_pretrained(_open(Path(base), None), str(folder))
+        finally:
+            transformers.logging.set_verbosity(verbosity)
     else:
         model = _open(folder, None)
     tokenizer = load_tokenizer(folder).tokenizer  # type: ignore[union-attr]

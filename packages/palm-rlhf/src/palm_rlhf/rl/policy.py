@@ -19,7 +19,6 @@ Legend: b batch, n sequence, m = n - 1, v vocabulary, k bins.
 import contextlib
 import copy
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
 from lm_core.training.precision import float32_masters
+from palm_rlhf.model.adapter_files import quiet_peft
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.rl.log_probs import PolicyOutput, SampledBy, hidden_scores, logit_scores
@@ -450,7 +450,7 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
             raise ValueError(f"palm has peft adapters in its layers ({', '.join(names)}): pass its PeftModel instead")
         training = network.training
         config = lora_config(network.model, r=r, alpha=r, dropout=dropout, targets=targets)
-        with _quiet():
+        with quiet_peft():
             network.model = get_peft_model(network.model, config, adapter_name=scope)
         network.train(training)
     else:
@@ -460,20 +460,11 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
             config = lora_config(model.get_base_model(), r=r, alpha=r, dropout=dropout, targets=targets)
         else:  # peft takes adapters of one type only
             config = copy.deepcopy(model.peft_config[active])
-        with _quiet():
+        with quiet_peft():
             model.add_adapter(scope, config)
         model.set_adapter(active)
         _require_gradients(_trained(network, active))
     _require_gradients(_trained(network, scope))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides peft's warnings about an attribute of transformers 5 and about GPT-2's transposed weights."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        yield
 
 
 def _copied_adapter(network: Any, scope: str) -> str | None:
@@ -492,7 +483,7 @@ def _copied_adapter(network: Any, scope: str) -> str | None:
         config = copy.deepcopy(model.peft_config[scope])
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # others, such as PiSSA, change the base
-        with torch.random.fork_rng(devices=[]), _quiet():  # the initial weights are replaced
+        with torch.random.fork_rng(devices=[]), quiet_peft():  # the initial weights are replaced
             model.add_adapter(copied, config)
         state = get_peft_model_state_dict(model, adapter_name=scope, save_embedding_layers=False)
         set_peft_model_state_dict(model, state, adapter_name=copied)

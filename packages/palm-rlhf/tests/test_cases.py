@@ -176,7 +176,29 @@ def test_a_template_takes_arguments_of_its_own(chat_tokenizer, chat_model):
     assert trainer.prompts[0].text.endswith("<|assistant|>b")
 
 
-def test_the_row_that_cannot_be_tokenised_is_named(chat_tokenizer):
+def test_pairs_of_chats_end_with_the_turn_and_those_without_a_border_are_counted(chat_tokenizer):
+    import copy
+
+    from lm_core.tokenizers import HuggingFaceTokenizer
+
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "</s>\n")
+    row = {"prompt": CHAT, "chosen": "a", "rejected": [{"role": "assistant", "content": "bb"}]}
+    (pair,) = load_preferences([row], tokenizer=HuggingFaceTokenizer(tokenizer))
+    assert pair.chosen.tolist() == [*tokenizer("a", add_special_tokens=False)["input_ids"], 1]
+    assert pair.rejected[-1] == 1
+    # the prompt opens a thought that the finished answer does not have
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] if m['content'] != 'lost' else 'other' }}|{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    lost = [{"role": "assistant", "content": "lost"}]
+    with pytest.warns(UserWarning, match=r"1 of 2 pairs dropped, the first pairs\[1\]"):
+        pairs = load_preferences([row, {**row, "chosen": lost}], tokenizer=HuggingFaceTokenizer(tokenizer))
+    assert len(pairs) == 1
+
+
+def test_the_row_that_cannot_be_tokenised_is_named(chat_tokenizer, tmp_path):
     from lm_core.tokenizers import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(chat_tokenizer)
@@ -186,6 +208,14 @@ def test_the_row_that_cannot_be_tokenised_is_named(chat_tokenizer):
         load_preferences([{"prompt": "a", "chosen": "b", "rejected": "\ud800"}], tokenizer=tokenizer)
     with pytest.raises((ValueError, TypeError), match=r"prompts\[1\]"):
         load_prompts([CHAT, [{"role": "user"}]], tokenizer=tokenizer)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2.*surrogate"):
+        load_prompts(tmp_path / "rows.jsonl", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 must have prompt"):
+        load_preferences(str(tmp_path / "rows.jsonl"), tokenizer=tokenizer)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_text('{"prompt": "ab"}\n')
+    assert [prompt.text for prompt in load_prompts(str(tmp_path / "folder"), tokenizer=tokenizer)] == ["ab"]
 
 
 # -------------------------------------------------------------------------------------------------- files and rows
@@ -255,6 +285,8 @@ def test_pairs_are_read_in_the_forms_of_public_data_sets():
             {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"},
             r"\[0\] must have a number in 'margin'",
         ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": math.nan}, r"\[0\] must have a number in 'margin'"),
+        ({"prompt": "a", "response": "b", "label": math.inf}, r"\[0\] must have a number in 'label'"),
         ({"prompt": "a", "chosen": {"x": 1}, "rejected": "c"}, r"pairs\[0\] must have token ids or text in 'chosen'"),
         ({"chosen": "b", "rejected": "c"}, r"pairs\[0\] has no prompt"),
     ],
@@ -318,6 +350,21 @@ def test_every_parameter_of_an_adapter_is_trained(make_hugging_face):
         assert not still, name
 
 
+def test_ppo_trains_an_adapter_with_whole_modules_and_all_weights_need_a_merged_model(make_hugging_face):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(make_hugging_face(), config)
+    trainer = train_briefly(model, actor_lr=1e-2)
+    actor, critic = ({id(p) for p in group} for group in (trainer.actor_parameters, trainer.critic_parameters))
+    assert not actor & critic
+    assert id(model.base_model.model.lm_head.modules_to_save["default"].weight) in actor
+    with pytest.raises(
+        ValueError, match=r"actor_lora=False trains all weights, but palm has adapters \(default, critic"
+    ):
+        ActorCritic(model, actor_lora=False)
+
+
 def test_an_adapter_that_trains_biases_of_the_base_is_refused(make_hugging_face):
     import peft
 
@@ -365,10 +412,11 @@ def test_gradient_checkpointing_leaves_the_ratio_at_exactly_one(kind, make_huggi
 
 
 @pytest.mark.parametrize("kind", ["llama", "palm"])
-def test_all_weights_of_a_bfloat16_model_are_trained_as_float32(kind, make_hugging_face, make_palm):
+def test_all_weights_of_a_bfloat16_model_are_trained_as_float32(kind, make_hugging_face, make_palm, capsys):
     model = (make_hugging_face() if kind == "llama" else make_palm()).to(torch.bfloat16)
     before = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
     trainer = train_briefly(model, GRPOTrainer, actor_lora=False, actor_lr=1e-5, kl_div_loss_weight=0.1)
+    assert "weights stored in bfloat16, trained in float32" in capsys.readouterr().out
     assert {parameter.dtype for parameter in trainer.actor_parameters} == {torch.float32}
     changed = [
         (parameter != before[name]).float().mean().item()

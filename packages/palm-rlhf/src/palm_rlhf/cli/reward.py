@@ -32,6 +32,7 @@ def reward(
     data: str = "stdlib",
     validation_data: str | None = None,
     tokenizer: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
     dtype: DType = "auto",
     lora_targets: list[str] | None = None,
     gradient_checkpointing: bool = False,
@@ -49,6 +50,7 @@ def reward(
             hub), which becomes a sequence classifier; by default the quickstart of train.
         data: "stdlib", or rows (a file, a folder, a glob) with prompt, chosen, rejected (and margin), or with prompt,
             response, label.
+        template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
         dtype: dtype of a Hugging Face model's frozen weights; auto keeps the stored one.
         lora_targets: names of the layers of a Hugging Face model that get an adapter; all linear layers by default.
         gradient_checkpointing: recomputes blocks in the backward to save memory.
@@ -69,6 +71,7 @@ def reward(
         pairs=pairs,
         validation_pairs=held_out,
         tokenizer=encoder,
+        template_kwargs=template_kwargs,
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         trackers=trackers or (),

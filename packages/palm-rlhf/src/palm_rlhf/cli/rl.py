@@ -104,7 +104,7 @@ def train_policy(
         network, encoder, origin = opened.model, opened.tokenizer, opened.description
     for name in ("actor_lora_r", "critic_lora_r"):
         policy[name] = lora_r if policy[name] is None else policy[name]
-    prompts, held_out = find_prompts(data, validation_data, validation_fraction, encoder)
+    prompts, held_out = find_prompts(data, validation_data, validation_fraction, encoder, template_kwargs)
     trainer = RLHFTrainer(
         network,
         scores,
@@ -128,7 +128,7 @@ def train_policy(
     results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
         # compare actor and reference on held-out prompts
-        chosen = trainer.load_prompts(held_out)[:VALIDATION_PROMPTS]
+        chosen = held_out[:VALIDATION_PROMPTS]
         comparison = evaluate_policy(trainer, chosen, trainer.sampling(**sampling), seed=config.seed)
         lines += [
             (

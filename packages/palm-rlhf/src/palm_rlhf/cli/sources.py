@@ -5,6 +5,7 @@ Without arguments each command uses the output of the previous one: ``train``, t
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,8 @@ from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checks import check_probability
 from lm_core.data.corpora import load_corpus
 from lm_core.data.epochs import permutation
-from lm_core.data.rows import load_rows
 from lm_core.tokenizers import Tokenizer, load_tokenizer
+from palm_rlhf.data.prompts import Prompt, PromptFiles, load_prompts
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.reward.classifier import is_classifier, load_classifier
 
@@ -94,15 +95,22 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
     return RewardModel.from_pretrained(folder), folder
 
 
-def find_prompts(data: str, validation_data: str | None, fraction: float, encoder: Any) -> tuple[Any, Any]:
+def find_prompts(
+    data: str,
+    validation_data: str | None,
+    fraction: float,
+    encoder: Any,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn from and held-out prompts: from other documents, or a fraction of the rows.
 
     Raises:
-        ValueError: ``fraction`` is outside [0, 1).
+        ValueError: ``fraction`` is outside [0, 1), or a row cannot be read.
     """
-    prompts = _prompts(data, encoder, "train", count=512, seed=2)
+    prompts = _prompts(data, encoder, template_kwargs, "train", count=512, seed=2)
     if validation_data is not None or data == "stdlib":
-        return prompts, _prompts(validation_data or data, encoder, "validation", count=VALIDATION_PROMPTS, seed=3)
+        other = validation_data or data
+        return prompts, _prompts(other, encoder, template_kwargs, "validation", count=VALIDATION_PROMPTS, seed=3)
     check_probability(fraction, "validation_fraction")
     if len(prompts) < 2 or not fraction:
         return prompts, prompts  # nothing to hold out
@@ -111,10 +119,19 @@ def find_prompts(data: str, validation_data: str | None, fraction: float, encode
     return [prompts[row] for row in sorted(order[count:])], [prompts[row] for row in sorted(order[:count])]
 
 
-def _prompts(data: str, encoder: Any, side: Literal["train", "validation"], *, count: int, seed: int) -> Any:
+def _prompts(
+    data: str,
+    encoder: Any,
+    template_kwargs: Mapping[str, Any] | None,
+    side: Literal["train", "validation"],
+    *,
+    count: int,
+    seed: int,
+) -> list[Prompt]:
     from palm_rlhf.data.corrupted_pairs import document_prompts
 
+    source: Any = PromptFiles((data,), name="data")
     if data == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)
-        return document_prompts(getattr(corpus, side), count=count, seed=seed)
-    return load_rows(data, text_rows="line", name="data")
+        source = document_prompts(getattr(corpus, side), count=count, seed=seed)
+    return load_prompts(source, tokenizer=encoder, template_kwargs=template_kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm_core.checks import check_ids
 from lm_core.data.conversations import prompt_of_chat
-from lm_core.data.rows import SUFFIXES, load_rows
+from lm_core.data.rows import SUFFIXES, iterate_rows, load_rows
 from lm_core.data.text_files import COMPRESSED
 from lm_core.generation.decoding import prompt_rows
 from lm_core.tokenizers import HuggingFaceTokenizer, full_text, prompt_ids
@@ -47,6 +47,25 @@ class Prompt:
     messages: Sequence[Mapping[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class PromptFiles:
+    """Sources of prompts in files: paths, folders, globs or names on the hub; a text file has one prompt per line.
+
+    ``name`` is the argument's name in errors.
+    """
+
+    sources: tuple[str | Path, ...]
+    name: str = "prompts_path"
+
+    def rows(self) -> list[tuple[str, Any]]:
+        """All rows with their locations, such as "p.jsonl, line 2,"."""
+        return [
+            (where.rstrip(","), row)
+            for source in self.sources
+            for where, row in iterate_rows(source, text_rows="line", name=self.name)
+        ]
+
+
 def load_prompts(
     source: Any, *, tokenizer: Any = None, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[Prompt]:
@@ -55,8 +74,8 @@ def load_prompts(
     Args:
         source: ids ``(b, n)``, a list of 1-D tensors or of lists of ids; texts; chats (lists of messages with "role"
             and "content"); rows (mappings) with a column "prompt" (or "messages", "text", "query") of text, chat or
-            ids; a ``Path`` (or a name that ends like a file of these formats) of any source of ``lm_core.data.rows``
-            with such rows, where a text file has one prompt per line; a Hugging Face dataset of rows.
+            ids; a Hugging Face dataset of rows; ``PromptFiles``, a ``Path``, an existing path, or a name that ends like
+            a file of these formats, of any source of ``lm_core.data.rows`` with such rows.
         tokenizer: tokenizer of texts and chats; see ``as_tokenizer``.
         template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
 
@@ -67,18 +86,31 @@ def load_prompts(
     """
     if isinstance(source, Tensor):
         return [Prompt(row.long().cpu(), _decoded(row, tokenizer)) for row in prompt_rows(source)]
-    if isinstance(source, Path) or (isinstance(source, str) and _FILE_NAME.fullmatch(source)):
-        source = load_rows(source, text_rows="line", name="prompts_path")
+    if isinstance(source, Path) or (isinstance(source, str) and _is_path(source)):
+        source = PromptFiles((source,))
+    if isinstance(source, PromptFiles):
+        rows = source.rows()
+        if tokenizer is not None and not hasattr(tokenizer, "encode"):
+            source = [row.get("text", row.get("prompt")) for _, row in rows]
     if tokenizer is not None and not hasattr(tokenizer, "encode"):
         texts = [source] if isinstance(source, str) else source
         if texts and all(isinstance(text, str) for text in texts):
             return load_prompts(tokenizer(list(texts)))
         tokenizer = None
-    rows = [source] if isinstance(source, str) else load_rows(source, name="prompts")
-    prompts = [_prompt(row, index, tokenizer, template_kwargs) for index, row in enumerate(rows)]
+    if not isinstance(source, PromptFiles):
+        entries = [source] if isinstance(source, str) else load_rows(source, name="prompts")
+        rows = [(f"prompts[{index}]", entry) for index, entry in enumerate(entries)]
+    prompts = [_prompt(row, where, tokenizer, template_kwargs) for where, row in rows]
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     return prompts
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return _FILE_NAME.fullmatch(text) is not None or Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, or with a zero byte
+        return False
 
 
 def as_tokenizer(tokenizer: Any) -> Any:
@@ -113,38 +145,38 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _prompt(entry: Any, index: int, tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> Prompt:
+def _prompt(entry: Any, where: str, tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> Prompt:
     columns: dict[str, Any] = {}
     if isinstance(entry, Prompt):
         return entry
     if isinstance(entry, Mapping):
         column = next((name for name in PROMPT_COLUMNS if entry.get(name) is not None), None)
         if column is None:
-            raise ValueError(f"prompts[{index}] must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
+            raise ValueError(f"{where} must have a column out of {PROMPT_COLUMNS}, got {sorted(entry)}")
         columns = {str(name): value for name, value in entry.items() if name != column}
         entry = entry[column]
     messages, text = None, None
     if isinstance(entry, str):
         if tokenizer is None:
-            raise ValueError(f"prompts[{index}] is text, which needs a tokenizer, got tokenizer=None")
+            raise ValueError(f"{where} is text, which needs a tokenizer, got tokenizer=None")
         try:
             ids, text = torch.tensor(prompt_ids(tokenizer, entry), dtype=torch.long), entry
         except ValueError as error:  # a lone surrogate
-            raise ValueError(f"prompts[{index}]: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     elif isinstance(entry, Sequence) and entry and isinstance(entry[0], Mapping):
         if getattr(tokenizer, "apply_chat_template", None) is None:
-            raise ValueError(f"prompts[{index}] is a chat, which needs a tokenizer with apply_chat_template")
-        chat = prompt_of_chat(tokenizer, entry, template_kwargs=template_kwargs, where=f"prompts[{index}]")
+            raise ValueError(f"{where} is a chat, which needs a tokenizer with apply_chat_template")
+        chat = prompt_of_chat(tokenizer, entry, template_kwargs=template_kwargs, where=where)
         ids, messages = torch.tensor(chat), entry
         text = full_text(tokenizer, ids)
     else:
         if isinstance(entry, Sequence) and all(type(value) is int for value in entry):
             entry = torch.tensor(list(entry), dtype=torch.long)
         if not isinstance(entry, Tensor) or entry.ndim != 1 or entry.is_floating_point() or entry.dtype == torch.bool:
-            raise TypeError(f"prompts[{index}] must be token ids, a text or a chat, got {entry!r}"[:200])
+            raise TypeError(f"{where} must be token ids, a text or a chat, got {entry!r}"[:200])
         ids, text = entry.long().cpu(), _decoded(entry, tokenizer)
     if ids.numel() == 0:
-        raise ValueError(f"prompts[{index}] must hold at least one token, it is empty")
+        raise ValueError(f"{where} must hold at least one token, it is empty")
     return Prompt(ids, text, columns, messages)
 
 

@@ -5,8 +5,9 @@ Processes share each minibatch and sum their gradients, so an update is the same
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,7 @@ class RewardModelTrainer:
         pairs: pairs or labelled responses; see ``load_preferences``.
         validation_pairs: held-out examples; by default ``validation_fraction`` of ``pairs``, drawn with a fixed seed.
         tokenizer: tokenizer of texts; stored in checkpoints.
+        template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         checkpoint_dir: folder of the run; None writes nothing.
         resume: auto resumes if the folder has a checkpoint, true demands one, false demands a folder without a run.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
@@ -102,6 +104,7 @@ class RewardModelTrainer:
         pairs: Any,
         validation_pairs: Any = None,
         tokenizer: Any = None,
+        template_kwargs: Mapping[str, Any] | None = None,
         checkpoint_dir: str | Path | None = None,
         resume: bool | Literal["auto"] = "auto",
         trackers: Sequence[Any] = (),
@@ -111,8 +114,9 @@ class RewardModelTrainer:
         # training and held-out examples
         self.settings = settings = replace(settings or RewardSettings(), **options)
         tokenizer = as_tokenizer(tokenizer)
-        examples = load_preferences(pairs, tokenizer=tokenizer)
-        held_out = [] if validation_pairs is None else load_preferences(validation_pairs, tokenizer=tokenizer)
+        load = partial(load_preferences, tokenizer=tokenizer, template_kwargs=template_kwargs)
+        examples = load(pairs)
+        held_out = [] if validation_pairs is None else load(validation_pairs)
         for example in [*examples, *held_out]:
             _check(example, reward_model)
         if validation_pairs is None:

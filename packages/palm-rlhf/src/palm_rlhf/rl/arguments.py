@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_core.checks import either
-from lm_core.data.rows import load_rows
+from palm_rlhf.data.prompts import PromptFiles
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -47,7 +47,7 @@ def sort_arguments(
     prompts = only_one(
         allow_none=True,
         prompts=prompts,
-        prompts_path=_rows_of(options.pop("prompts_path", None)),
+        prompts_path=_prompt_files(options.pop("prompts_path", None)),
         prompt_token_ids=options.pop("prompt_token_ids", None),
     )
     # the objective: a name, a class or an instance
@@ -93,8 +93,9 @@ def only_one(*, allow_none: bool = False, **arguments: Any) -> Any:
     return arguments[present[0]] if present else None
 
 
-def _rows_of(path: Any) -> Any:
-    """The rows of a file, folder or hub data set, or of several; a text file has one prompt per line."""
-    if isinstance(path, list | tuple) and all(isinstance(part, str | Path) for part in path):
-        return [row for part in path for row in _rows_of(part)]
-    return None if path is None else load_rows(path, text_rows="line", name="prompts_path")
+def _prompt_files(path: Any) -> PromptFiles | None:
+    """Prompts of one path or of several."""
+    paths = path if isinstance(path, list | tuple) else (path,)
+    if path is not None and not all(isinstance(part, str | Path) for part in paths):
+        raise TypeError(f"prompts_path must be a path or several, got {path!r}"[:200])
+    return None if path is None else PromptFiles(tuple(paths))

@@ -34,7 +34,6 @@ from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
-from lm_core.training.precision import float32_masters
 from palm_rlhf.model.adapter_files import quiet_peft
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
@@ -120,9 +119,7 @@ class ActorCritic(nn.Module):
         if gradient_checkpointing:
             for network in (actor, other):
                 _recompute_blocks(network)
-        if not actor_lora:
-            float32_masters(actor)  # before the copy, so that policy and reference are equal at first
-        self.reference = None if actor_lora else copy.deepcopy(actor).requires_grad_(False).eval()
+        self.reference = None if actor_lora else _frozen_copy(actor)
         self.critic = None
         if with_critic:
             shared = actor if self.reference is None else self.reference
@@ -346,10 +343,25 @@ def _language_model(x: Any, name: str) -> Any:
     return network
 
 
+def _frozen_copy(network: Any) -> Any:
+    """A copy that computes as the network will once its half precision weights are trained as float32."""
+    copied = copy.deepcopy(network).requires_grad_(False).eval()
+    for parameter in copied.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return copied
+
+
 def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: bool, with_critic: bool) -> None:
     for name, lora, network in (("actor_lora", actor_lora, actor), ("critic_lora", critic_lora, critic)):
         if lora and not isinstance(network, PaLM) and not _is_hugging_face(network):
             raise ValueError(f"{name} needs a PaLM or a Hugging Face model, got {type(network.model).__name__}")
+    if not actor_lora and _has_adapters(actor):
+        names = ", ".join(actor.model.peft_config)
+        raise ValueError(
+            f"actor_lora=False trains all weights, but palm has adapters ({names}): merge them first "
+            "(model.merge_and_unload()), or train them with actor_lora=True"
+        )
     if not with_critic:
         return
     actor_size, critic_size = _vocab_size(actor), _vocab_size(critic)
@@ -458,6 +470,9 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
         active = model.active_adapter
         if model.peft_config[active].peft_type == "LORA":
             config = lora_config(model.get_base_model(), r=r, alpha=r, dropout=dropout, targets=targets)
+            if targets is None:  # not the layers that another adapter trains whole
+                whole = ["original_module", *(f"modules_to_save.{name}" for name in model.peft_config)]
+                config.exclude_modules = [*(config.exclude_modules or ()), *whole]
         else:  # peft takes adapters of one type only
             config = copy.deepcopy(model.peft_config[active])
         with quiet_peft():

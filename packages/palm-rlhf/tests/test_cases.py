@@ -360,7 +360,7 @@ def test_ppo_trains_an_adapter_with_whole_modules_and_all_weights_need_a_merged_
     assert not actor & critic
     assert id(model.base_model.model.lm_head.modules_to_save["default"].weight) in actor
     with pytest.raises(
-        ValueError, match=r"actor_lora=False trains all weights, but palm has adapters \(default, critic"
+        ValueError, match=r"actor_lora=False trains all weights, but palm has adapters \(default, reference, critic"
     ):
         ActorCritic(model, actor_lora=False)
 

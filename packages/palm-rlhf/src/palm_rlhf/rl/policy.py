@@ -470,7 +470,8 @@ def _add_adapter(network: Any, scope: str, r: int | None, dropout: float, target
         active = model.active_adapter
         if model.peft_config[active].peft_type == "LORA":
             config = lora_config(model.get_base_model(), r=r, alpha=r, dropout=dropout, targets=targets)
-            if targets is None:  # not the layers that another adapter trains whole
+            copies = any(name.endswith(".original_module") for name, _ in model.named_modules())
+            if targets is None and copies:  # not the layers that another adapter trains whole
                 whole = ["original_module", *(f"modules_to_save.{name}" for name in model.peft_config)]
                 config.exclude_modules = [*(config.exclude_modules or ()), *whole]
         else:  # peft takes adapters of one type only

@@ -18,6 +18,7 @@ from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import command_parser, preset_name
 from lm_core.cli.text_generation import SamplingFlags, TextGeneration, read_prompt
+from lm_core.distributed import data_parallel, release
 from lm_core.generation.beam_search import beam_search
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import filters_of
@@ -646,3 +647,22 @@ def test_a_tilde_in_a_path_of_a_file_is_the_home_folder(tmp_path, monkeypatch):
     with run:
         assert run.path == tmp_path / "runs" / "b"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "tokenizer"]
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed in transformers 5
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_reentrant_checkpointing_trains_under_data_parallelism(reentrant):
+    model = tiny_llama(num_hidden_layers=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = data_parallel(model, torch.device("cpu"))
+        for _ in range(2):
+            wrapped(input_ids=torch.ones(2, 4).long(), use_cache=False).logits.sum().backward()
+        release(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for p in model.parameters())

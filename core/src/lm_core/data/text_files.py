@@ -72,7 +72,7 @@ def decoded_text(content: bytes, where: object) -> str:
         raise ValueError(f"{where} is not {name} (byte {error.start}: {error.reason}); {CONVERT}") from None
 
 
-def utf8_lines(stream: BinaryIO, where: object) -> Iterator[bytes]:
+def utf8_lines(stream: Any, where: object) -> Iterator[bytes]:
     """Lines of a file in UTF-8, converted if it begins with the byte order mark of UTF-16."""
     first = stream.readline()
     if first.startswith(_UTF16_MARKS):

@@ -56,9 +56,11 @@ def check_mask(mask: Tensor, name: str, shape: Sequence[int]) -> None:
     """Checks a mask that is True at what counts: integers would be taken as indices or be inverted bitwise.
 
     Raises:
-        TypeError: the dtype is not boolean.
+        TypeError: it is no tensor, or the dtype is not boolean.
         ValueError: the shape is another one.
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a boolean tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got dtype {mask.dtype}; mask.bool() converts it")
     if mask.shape != tuple(shape):

@@ -315,6 +315,7 @@ DAMAGES = {
     "another shape": lambda state: {**state, "kv": [part[..., :3] for part in state["kv"]]},
     "no tensors": lambda state: {**state, "kv": [1, 2]},
     "kv missing": lambda state: {name: value for name, value in state.items() if name != "kv"},
+    "a version of true": lambda state: {**state, "format_version": True},
     "first missing": lambda state: {name: value for name, value in state.items() if name != "first"},
     "first negative": with_first([-1, 0]),
     "first too great": with_first([2**70, 0]),
@@ -401,6 +402,13 @@ def window_with(mask):
 def test_a_mask_that_is_not_boolean_is_refused(tiny_model, call, dtype):
     with pytest.raises(TypeError, match="bool"):
         call(tiny_model(xl_max_memories=8), torch.zeros(2, 8, dtype=torch.long), torch.ones(2, 8, dtype=dtype))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", ["forward", "hidden", "read", "cache", "add"])
+def test_a_mask_that_is_no_tensor_is_refused(tiny_model, name):
+    with pytest.raises(TypeError, match="mask must be a boolean tensor, got list"):
+        MASKED_CALLS[name](tiny_model(), torch.zeros(2, 8, dtype=torch.long), [[True] * 8] * 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- processes

@@ -127,7 +127,7 @@ def test_a_memory_on_disk_finds_what_one_in_memory_finds(tmp_path):
     disk.close()
 
 
-def test_a_damaged_header_copy_is_passed_over(tmp_path):
+def test_a_damaged_header_copy_is_named_and_the_other_is_used(tmp_path):
     memory = KNNMemory(1, 8, 1, tmp_path / "memory")
     for _ in range(3):
         memory.add(torch.ones(1, 1, 2, 1))
@@ -138,7 +138,8 @@ def test_a_damaged_header_copy_is_passed_over(tmp_path):
     newest = 3 % 2
     content[newest * half + 10] ^= 255
     header.write_bytes(content)
-    again = KNNMemory(1, 8, 1, tmp_path / "memory")
+    with pytest.warns(UserWarning, match="one of two copies of the counts"):
+        again = KNNMemory(1, 8, 1, tmp_path / "memory")
     assert again.sizes == [2]
     again.close()
     header.write_bytes(bytes(len(content)))

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice, pairwise
 from unittest.mock import Mock
 
@@ -225,6 +226,15 @@ def test_another_run_is_not_resumed_by_mistake(tmp_path, changes, message):
     trained(tmp_path / "run", max_steps=3)
     with pytest.raises(ValueError, match=message):
         trained(tmp_path / "run", **changes)
+
+
+def test_a_run_is_not_resumed_with_other_held_out_documents(tmp_path):
+    trained(tmp_path / "run", max_steps=3)
+    documents = corpus()
+    other = replace(documents, validation=tokenise(["other text"]))
+    run = {"checkpoint_dir": tmp_path / "run", "settings": settings()}
+    with pytest.raises(ValueError, match="validation_data is"):
+        MemoryTrainer(model=model(attn_dropout=0.1), corpus=other, **run).train()
 
 
 RANKS = """

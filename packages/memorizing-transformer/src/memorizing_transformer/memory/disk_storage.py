@@ -9,6 +9,8 @@ them. So at any instant the header counts only complete tokens: a prefix of what
 Space on the disk is allocated before anything is written: on a full disk ``append`` raises ``OSError`` and changes
 nothing. Without that, writing to a mapped page that has no block would end the process by SIGBUS.
 
+Tokens carry no checksum: a damaged disk block of ``data.bin`` is not found. Files of ``KNNMemory.save`` have one.
+
 A kill of the process loses nothing that was committed, since the system keeps the pages. To survive a power failure
 too, call ``sync`` (one flush of the whole folder).
 """
@@ -16,6 +18,7 @@ too, call ``sync`` (one flush of the whole folder).
 import errno
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +94,7 @@ class DiskStorage(RingStorage):
             self._create(meta)
         stored = read_json(self.directory / META_FILE)
         for name, value in meta.items():
-            if stored.get(name) != value:
+            if stored.get(name) != value or type(stored.get(name)) is not type(value):  # True equals 1
                 raise ValueError(f"{self.directory} holds a memory with {name} = {stored.get(name)!r}, not {value!r}")
         for name, size in self._sizes().items():
             found = (self.directory / name).stat().st_size if (self.directory / name).is_file() else 0
@@ -145,15 +148,21 @@ class DiskStorage(RingStorage):
         size, path = len(self._encoded(0)), self.directory / HEADER_FILE
         os.lseek(self._header, 0, os.SEEK_SET)
         content = os.read(self._header, 2 * size)
-        newest = -1
+        newest, damaged = -1, 0
         for copy in (content[:size], content[size:]):
             if len(copy) != size or struct.unpack("<I", copy[-4:])[0] != zlib.crc32(copy[:-4]):
+                damaged += 1
                 continue
             generation, *counts = struct.unpack(f"<q{2 * self.rows}q", copy[:-4])
             if generation > newest:
                 newest, self.first, self.written = generation, list(counts[::2]), list(counts[1::2])
         if newest < 0:
             raise ValueError(f"{path} is damaged: neither copy of the counts is intact")
+        if damaged:
+            warnings.warn(
+                f"one of two copies of the counts in {path} is damaged, so the other is used (older at worst)",
+                stacklevel=5,
+            )
         for first, written in zip(self.first, self.written, strict=True):
             if not 0 <= first <= written <= first + self.capacity:
                 raise ValueError(f"{path} is damaged: a row of {self.capacity} tokens has {first} to {written}")

@@ -334,7 +334,7 @@ class KNNMemory:
         expected = {"format_version": STATE_VERSION, "heads": self.heads}
         expected |= {name: getattr(self.store, name) for name in ("storage", "dim", "capacity")}
         for name, value in expected.items():
-            if state.get(name) != value:
+            if state.get(name) != value or type(state.get(name)) is not type(value):  # True equals 1
                 raise ValueError(f"the memory was saved with {name} = {state.get(name)!r}, not {value!r}")
         self.store.check_state(state)
         counts = list(zip(state["first"], map(len, state["kv"]), strict=True))

@@ -180,7 +180,7 @@ class MemoryTrainer:
             optimizer=lambda: adamw(model, settings),
             rank_state={"streams": self.streams, "remembered": self._remembered},
             architecture={name: value for name, value in arguments.items() if name not in _FREE},
-            identity={"use_memory": self.use_memory},
+            identity={"use_memory": self.use_memory, "validation_data": corpus.validation.fingerprint},
             tokenizer=self.tokenizer,
             validate=self._validate,
             record={"model": arguments, "corpus_fingerprint": corpus.fingerprint},

@@ -160,7 +160,7 @@ class DiskStorage(RingStorage):
             raise ValueError(f"{path} is damaged: neither copy of the counts is intact")
         if damaged:
             warnings.warn(
-                f"one of two copies of the counts in {path} is damaged, so the other is used (older at worst)",
+                f"one of two copies of the counts in {path} is damaged; the other may lack the newest tokens",
                 stacklevel=5,
             )
         for first, written in zip(self.first, self.written, strict=True):

@@ -483,6 +483,40 @@ def test_a_reward_function_takes_trls_forms(chat_tokenizer):
         as_reward(needs_more)(rollout)
 
 
+def test_a_reward_function_may_take_completion_ids_alone(chat_tokenizer):
+    (prompt,) = load_prompts(["ab"], tokenizer=ByteTokenizer())
+    rollout = rollout_of([prompt], [torch.tensor([97, 98, 99])], texts=["abc"])
+    assert as_reward(lambda completion_ids, **columns: [len(ids) for ids in completion_ids])(rollout).tolist() == [3.0]
+
+
+def test_a_response_of_a_sentencepiece_model_keeps_its_space(make_palm, trainer):
+    class Pieces:
+        """Token 0 is " sat", 1 "the", others "x"; a text drops its first space, as SentencePiece does."""
+
+        vocab_size, eos_id, pad_id = 13, None, 0
+
+        def encode(self, text):
+            return [1]
+
+        def decode(self, ids):
+            return "".join({0: " sat", 1: "the"}.get(int(id_), "x") for id_ in ids).removeprefix(" ")
+
+    def only_sat(logits):
+        return logits.masked_fill(torch.arange(logits.shape[1]) != 0, -torch.inf)
+
+    seen = []
+
+    def reward(prompts, completions):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(completions)
+
+    ppo = trainer(make_palm(), reward=reward, prompt_token_ids=None, prompts=["the"], tokenizer=Pieces())
+    rollout = ppo.rollout(sampling=ppo.sampling(max_new_tokens=3, stop_strings=[" sat sat"], filters=[only_sat]))
+    ppo.score(rollout)
+    assert seen == [("the", " sat sat")]
+    assert int(rollout.lengths[0] - rollout.prompt_lengths[0]) == 2
+
+
 def test_a_classifier_scores_the_text_of_the_template_and_cuts_it_on_the_left(chat_tokenizer):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -500,6 +534,15 @@ def test_a_classifier_scores_the_text_of_the_template_and_cuts_it_on_the_left(ch
     with pytest.warns(UserWarning, match="1 of 2 texts exceed the reward's limit"):
         scores = reward(rollout)
     assert reward.truncated == 1
+    plain = rollout_of(
+        load_prompts(["b"], tokenizer=HuggingFaceTokenizer(chat_tokenizer)), [torch.tensor([10])], texts=["a"]
+    )
+    mixed = rollout_of(
+        [*load_prompts(["b"], tokenizer=HuggingFaceTokenizer(chat_tokenizer)), prompts[0]],
+        [torch.tensor([10]), torch.tensor([10])],
+        texts=["a", "a"],
+    )
+    torch.testing.assert_close(reward(mixed)[:1], reward(plain))
     assert chat_tokenizer.truncation_side == "right"
     expected = []
     for chat, text in zip((CHAT, long), "ab", strict=True):

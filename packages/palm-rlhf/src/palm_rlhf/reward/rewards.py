@@ -10,7 +10,7 @@
 | ``"module:function"`` | as the function that it names |
 
 A text callable returns a number or None for each response; with None, its term is left out. As in TRL it may have a
-parameter ``completion_ids``, and a prompt that is a chat is passed as its messages, its completion as
+parameter ``completion_ids`` (also alone), and a prompt that is a chat is passed as its messages, its completion as
 ``[{"role": "assistant", "content": text}]``.
 """
 
@@ -88,25 +88,28 @@ class ClassifierReward:
     def __call__(self, rollout: Rollout) -> Tensor:
         """Scores of prompt and response as one text."""
         chats = rollout.messages or [None] * len(rollout)
-        rows = zip(*_texts(rollout), chats, strict=True)
-        texts = [self._text(*row) for row in rows]
+        texts = [self._text(*row) for row in zip(*_texts(rollout), chats, strict=True)]
         device = next(self.model.parameters()).device
-        scores, too_long = [], 0
+        scores, too_long, limit = torch.zeros(len(texts), device=device), 0, self._limit()
         with eval_mode(self.model), self._truncation_on_the_left():
-            for first in range(0, len(texts), self.batch_size):
-                part = slice(first, first + self.batch_size)
-                # a template has written the special tokens already
-                settings: dict[str, Any] = {"add_special_tokens": False} if any(chats[part]) else {}
-                if (limit := self._limit()) is not None:
-                    settings["max_length"] = limit
-                    ids = self.tokenizer(texts[part], **{**settings, "max_length": None})["input_ids"]
-                    too_long += sum(len(row) > limit for row in ids)
-                batch = self.tokenizer(texts[part], padding=True, truncation=True, return_tensors="pt", **settings)
-                scores.append(self.model(**batch.to(device)).logits[:, 0].float())
+            # a template has written the special tokens of a chat already
+            kinds: tuple[tuple[bool, dict[str, Any]], ...] = ((False, {}), (True, {"add_special_tokens": False}))
+            for is_chat, settings in kinds:
+                rows = [row for row, chat in enumerate(chats) if (chat is not None) == is_chat]
+                for first in range(0, len(rows), self.batch_size):
+                    chosen = rows[first : first + self.batch_size]
+                    part = [texts[row] for row in chosen]
+                    bounds = {} if limit is None else {"max_length": limit}
+                    if limit is not None:
+                        too_long += sum(len(ids) > limit for ids in self.tokenizer(part, **settings)["input_ids"])
+                    batch = self.tokenizer(
+                        part, padding=True, truncation=True, return_tensors="pt", **settings, **bounds
+                    )
+                    scores[chosen] = self.model(**batch.to(device)).logits[:, 0].float()
         if too_long:
             self.truncated += too_long
             warnings.warn(f"{too_long} of {len(texts)} texts exceed the reward's limit, cut on the left", stacklevel=2)
-        return torch.cat(scores)
+        return scores
 
     def _text(self, prompt: str, completion: str, messages: Any) -> str:
         if messages is None or not getattr(self.tokenizer, "chat_template", None):
@@ -116,10 +119,12 @@ class ClassifierReward:
 
     def _limit(self) -> int | None:
         """Maximum number of tokens; None if tokenizer and model define none."""
-        limits = (
-            getattr(self.tokenizer, "model_max_length", None),
-            getattr(self.model.config, "max_position_embeddings", None),
-        )
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        for name, module in self.model.named_modules():
+            if positions is not None and name.endswith("position_embeddings") and hasattr(module, "padding_idx"):
+                # RoBERTa and related models count positions from after the padding id
+                positions = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        limits = (getattr(self.tokenizer, "model_max_length", None), positions)
         known = [limit for limit in limits if limit is not None and limit < _UNLIMITED]
         return min(known) if known and hasattr(self.tokenizer, "model_max_length") else None
 
@@ -137,14 +142,14 @@ class ClassifierReward:
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A function of texts if it has a parameter ``completions``, else of padded ids; see the module's table."""
+    """A function of texts by the names of its parameters, else of padded ids; see the module's table."""
 
     function: Callable[..., Any]
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Rewards of the function, NaN where it returns None."""
         parameters = _parameters(self.function)
-        if "completions" not in parameters:
+        if not {"completions", "completion_ids", "prompts"} & set(parameters):
             more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
             values = self.function(rollout.ids, rollout.prompt_lengths, **more)
             return _as_scores(values, len(rollout), self.function)

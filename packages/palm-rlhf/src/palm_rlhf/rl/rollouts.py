@@ -18,7 +18,7 @@ from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_above_zero, check_positive, typed
 from lm_core.generation.decoding import Filter
 from lm_core.generation.sampling import filters_of
-from lm_core.tokenizers import full_text
+from lm_core.tokenizers import continuation_text, full_text
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.data.rollouts import Rollout, rollout_of
 from palm_rlhf.rl.log_probs import pack_kept
@@ -144,11 +144,11 @@ def draw_rollout(
         tokens = result.tokens[row, :length].tolist()
         if settings.max_seq_len is not None and length > settings.max_seq_len - prompt.ids.shape[0]:
             tokens, finished[row] = tokens[: settings.max_seq_len - prompt.ids.shape[0]], False
-        stop = _stop_at(tokens, settings.stop_strings, tokenizer)
+        stop = _stop_at(tokens, settings.stop_strings, tokenizer, prompt.ids.tolist())
         if stop is not None:
             tokens, finished[row] = tokens[:stop], True
         responses.append(torch.tensor(tokens, dtype=torch.long))
-        texts.append("" if tokenizer is None else tokenizer.decode(tokens))
+        texts.append("" if tokenizer is None else continuation_text(tokenizer, prompt.ids.tolist(), tokens))
     rollout = rollout_of(
         prompts,
         responses,
@@ -189,9 +189,17 @@ class _KeptSets:
         return whole[:, : n - 1]
 
 
-def _stop_at(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any) -> int | None:
+def _stop_at(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any, prompt: list[int]) -> int | None:
     """Number of tokens up to the one that completes a stop string, which may be a special token."""
-    if not stop_strings or not any(stop in full_text(tokenizer, tokens) for stop in stop_strings):
+    if not stop_strings:
         return None
-    lengths = range(1, len(tokens) + 1)
-    return next(n for n in lengths if any(stop in full_text(tokenizer, tokens[:n]) for stop in stop_strings))
+    before = full_text(tokenizer, prompt)
+
+    def stops(length: int) -> bool:
+        whole = full_text(tokenizer, [*prompt, *tokens[:length]])
+        text = whole[len(before) :] if whole.startswith(before) else full_text(tokenizer, tokens[:length])
+        return any(stop in text for stop in stop_strings)
+
+    if not stops(len(tokens)):
+        return None
+    return next(length for length in range(1, len(tokens) + 1) if stops(length))

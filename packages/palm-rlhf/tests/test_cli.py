@@ -297,7 +297,7 @@ def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
         (["eval", "RUN", "--max_tokens=0"], "max_tokens must be at least 1, got 0"),
         (["eval", "FOLDER"], "model must be a folder with a model"),
         (["convert", "nowhere.pt", "new"], "there is no file nowhere.pt"),
-        (["convert", "FILE", "new"], "was refused and nothing in it was run"),
+        (["convert", "FILE", "new"], "is damaged or is no file of tensors"),
     ],
 )
 def test_bad_input_is_answered_by_name_with_status_1(words, message, run, text, tmp_path, capsys, monkeypatch):

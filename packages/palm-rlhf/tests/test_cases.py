@@ -876,7 +876,9 @@ def test_the_command_trains_a_reward_model_of_hugging_face_that_peft_opens_and_p
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize(("name", "value"), [("lora_r", 10**7), ("finetune_scopes", [str(n) for n in range(2000)])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("lora_r", 10**7), ("finetune_scopes", {"$tuple": [str(n) for n in range(2000)]})]
+)
 def test_scopes_of_a_hostile_file_are_bounded_before_they_are_built(tmp_path, name, value):
     from lm_core.checkpoints.manifest import write_manifest
 

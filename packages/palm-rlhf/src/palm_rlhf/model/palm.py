@@ -508,8 +508,7 @@ class PaLM(PretrainedMixin):
         scopes, r = arguments.get("finetune_scopes", ()), arguments.get("lora_r", 0)
         if isinstance(r, int) and r > widest:
             raise CheckpointError(f"lora_r must be at most {widest}, got {r}")
-        if isinstance(scopes, list | tuple) and len(scopes) > _MOST_LORA:
-            raise CheckpointError(f"finetune_scopes must be at most {_MOST_LORA}, got {len(scopes)}")
+        _check_number_of_scopes(next(iter(scopes.values()), ()) if isinstance(scopes, Mapping) else scopes)
 
     def config_state(self) -> dict[str, Any]:
         """The scopes and their settings, for checkpoints; their weights are in the state dict."""
@@ -521,6 +520,7 @@ class PaLM(PretrainedMixin):
         """Replaces the scopes by those of ``config_state``; their weights are loaded afterwards."""
         if "finetune_scopes" not in state:
             return
+        _check_number_of_scopes(state["finetune_scopes"])
         for scope in list(self.finetune_modules):
             self.remove_finetune_params(scope)
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
@@ -620,3 +620,8 @@ class PaLM(PretrainedMixin):
         except IndexError:
             check_ids(x, self.num_tokens, "x")
             raise
+
+
+def _check_number_of_scopes(scopes: Any) -> None:
+    if isinstance(scopes, list | tuple) and len(scopes) > _MOST_LORA:
+        raise CheckpointError(f"finetune_scopes must be at most {_MOST_LORA}, got {len(scopes)}")

@@ -5,6 +5,7 @@ The folder of a checkpoint opens in transformers and peft, so that other program
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lm_core.adapters.loading import lora_config
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
+from lm_core.checkpoints.module_specs import check_foreign_folder
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
@@ -165,9 +167,11 @@ def _open(folder: Path, dtype: torch.dtype | None) -> Any:
     except ImportError as error:
         raise ImportError("Hugging Face models need transformers: pip install transformers peft") from error
     source = str(folder)
+    if folder.is_dir():
+        check_foreign_folder(folder)
     local = {"local_files_only": True} if folder.is_dir() else {}
     settings: dict[str, Any] = {"num_labels": 1, "trust_remote_code": False, **local}
     try:
         return AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype or "auto", **settings)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, UnpicklingError) as error:
         raise ValueError(f"model {source!r} could not be loaded as a sequence classifier: {error}") from error

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -766,6 +767,19 @@ def test_an_encoder_that_is_built_from_other_files_is_refused(changes, tmp_path)
         load_encoder(str(tmp_path / "vit"))
 
 
+def test_an_encoder_larger_than_its_weights_is_refused(tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text("utf-8"))
+    huge = {**config, "hidden_size": 2**17, "intermediate_size": 2**20}
+    (tmp_path / "vit" / "config.json").write_text(json.dumps(huge), "utf-8")
+
+    with pytest.raises(ValueError, match="holds no vision model"):
+        load_encoder(str(tmp_path / "vit"))
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_the_vision_half_of_a_hugging_face_model_is_taken_and_stored(kind, tmp_path):
     import transformers
@@ -805,11 +819,18 @@ def test_a_timm_model_in_transformers_form_is_taken_and_stored(tmp_path):
     torch.testing.assert_close(again.encode_image(images), model.eval().encode_image(images))
 
 
-@pytest.mark.parametrize("size", [10**9, 0, "8"])
-def test_a_size_in_preprocess_json_is_bounded(size, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("image_size", size) for size in (10**9, 0, "8", 1.5, True, math.nan)),
+        ("channels", True),
+        ("mean", [math.nan]),
+    ],
+)
+def test_values_of_preprocess_json_are_checked(name, value, tmp_path):
     GREY.save(tmp_path)
     content = json.loads((tmp_path / "preprocess.json").read_text("utf-8"))
-    (tmp_path / "preprocess.json").write_text(json.dumps({**content, "image_size": size}), "utf-8")
+    (tmp_path / "preprocess.json").write_text(json.dumps({**content, name: value}), "utf-8")
 
     with pytest.raises(ValueError, match=r"preprocess\.json is not an image preprocessing file"):
         ImagePreprocessing.load_if_present(tmp_path)

@@ -15,12 +15,15 @@ Legend: b batch, m tokens, d feature.
 
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from lm_core.checkpoints.module_specs import check_foreign_folder
 
 # A timm model of several stages has its last width in num_features, its first in embed_dim.
 _WIDTHS = ("dim", "num_features", "embed_dim", "hidden_size")
@@ -152,6 +155,8 @@ def load_encoder(source: str) -> nn.Module:
         raise ImportError(f"the encoder {source} needs transformers: pip install transformers") from error
     try:
         _check_sources(source, PretrainedConfig.get_config_dict(source)[0])
+        if Path(source).is_dir():
+            check_foreign_folder(Path(source))
         model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers passes on the errors of its parsers and of the network
         raise ValueError(f"encoder {source!r} holds no vision model that could be loaded: {error}") from error

@@ -45,6 +45,7 @@ class ImagePreprocessing:
 
     Raises:
         ValueError: a size or standard deviation is not positive, or the number of channels does not fit.
+        TypeError: a size or the number of channels is no integer.
     """
 
     image_size: int
@@ -53,6 +54,10 @@ class ImagePreprocessing:
     std: tuple[float, ...] = (0.5,)
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "channels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         check_positive(self.image_size, "image_size")
         if self.image_size > _LARGEST:  # a file from elsewhere may name any size
             raise ValueError(f"image_size must be at most {_LARGEST}, got {self.image_size}")

@@ -244,6 +244,14 @@ def test_a_foreign_folder_that_leads_elsewhere_is_refused_before_transformers_re
         load_causal_lm(tmp_path)
 
 
+@pytest.mark.plain
+def test_weights_in_a_bare_pickle_are_refused_before_transformers_reads_them(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is damaged or is no file of torch\.save"):
+        load_causal_lm(tmp_path)
+
+
 # ---------------------------------------------------------------- folders as people have them
 
 

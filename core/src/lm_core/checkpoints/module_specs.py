@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from lm_core.checkpoints.manifest import CheckpointError, json_value, read_json
+from lm_core.checkpoints.tensor_files import check_archive
 
 ENTRY_POINTS = "lm_core.models"
 # vision encoders of transformers that are built from their own configuration alone
@@ -224,8 +225,12 @@ def check_foreign_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: the file names a checkpoint of timm or a source on a hub, or describes far more weights than
-            the folder holds; the message has file and field.
+            the folder holds; the message has file and field. Or the weights are files of ``torch.save`` that are not
+            safe to read.
     """
+    if not any(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.bin")):
+            check_archive(file)
     config = folder / "config.json"
     if not config.is_file():
         return

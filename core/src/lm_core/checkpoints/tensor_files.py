@@ -134,7 +134,7 @@ def load_tensors(path: str | Path, *, map_location: Any = "cpu") -> Any:
         FileNotFoundError: there is no such file.
         CheckpointError: the file is damaged, or holds objects other than tensors, numbers and containers.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with file.open("rb") as stream:
@@ -165,7 +165,12 @@ def _load_safetensors(path: Path, map_location: Any) -> Any:
         raise CheckpointError(f"{path} is damaged or is no file of tensors: {error}") from error
 
 
-def _load_archive(path: Path, map_location: Any) -> Any:
+def check_archive(path: Path) -> None:
+    """Rejects a file that ``torch.load`` should not be called for.
+
+    Raises:
+        CheckpointError: it is no plain zip archive of ``torch.save``, or this torch is not safe with one.
+    """
     if torch_version() < SAFE_TORCH:
         raise CheckpointError(
             f"{path} is a file of torch.save, which torch {torch.__version__} cannot read safely (CVE-2026-24747); "
@@ -174,11 +179,16 @@ def _load_archive(path: Path, map_location: Any) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
-        if "data.pkl" not in names or "constants.pkl" in names or any(name.startswith("code/") for name in names):
-            raise CheckpointError(f"{path} is no plain archive of torch.save; nothing was run")
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or is no file of torch.save: {error}") from error
+    if "data.pkl" not in names or "constants.pkl" in names or any(name.startswith("code/") for name in names):
+        raise CheckpointError(f"{path} is no plain archive of torch.save; nothing was run")
+
+
+def _load_archive(path: Path, map_location: Any) -> Any:
+    check_archive(path)
+    try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except CheckpointError:
-        raise
     except pickle.UnpicklingError as error:
         # torch's own message suggests weights_only=False, which would execute a malicious file
         match = re.search(r"unsupported (?:global|class|operand):? [\w. ]+", str(error), re.IGNORECASE)

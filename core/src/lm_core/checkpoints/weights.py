@@ -37,7 +37,7 @@ def read_state_file(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is a folder, damaged, or holds anything other than named tensors.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.is_dir():
         raise CheckpointError(f"{file} is a folder; open it with from_pretrained")
     if not file.is_file():

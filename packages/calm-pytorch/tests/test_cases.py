@@ -397,6 +397,9 @@ def test_an_adapter_names_its_models_in_any_working_directory(folders, train, mo
     # settings that contradict the adapter are refused
     assert main(["describe", str(run), "--mode", "shared", "--augments", str(folders / "augment")]) == 1
     assert "shared_sequence is [True], but was [False]" in capsys.readouterr().err
+    two = ["--augments", str(folders / "other"), str(folders / "augment")]
+    assert main(["describe", str(run), *two, "--mode", "prompt"]) == 1
+    assert "is an adapter of another wiring: connections is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bias", ["alibi_pos_bias", "rel_pos_bias", "rotary_pos_emb"])

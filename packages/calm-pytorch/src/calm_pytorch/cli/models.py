@@ -88,11 +88,11 @@ class Models:
                 raise ValueError(f"{name} must be given, got none{where}")
         # the wiring: chosen, or as it was trained
         places = [_source(name, "augments") for name in names["augments"]]
-        shared = [self.mode == "shared"] * len(places)
-        if self.mode is None:
-            shared = stored.get("shared_sequence", [True] * len(places))
-        connections = stored.get("connections", []) if self.connect_every is None else []
-        connections = connections if len(connections) == len(places) else [None] * len(places)
+        fits = len(stored.get("connections", ())) == len(places)  # or loading the adapter names the difference
+        shared = [self.mode != "prompt"] * len(places)
+        if self.mode is None and fits:
+            shared = stored["shared_sequence"]
+        connections = stored["connections"] if self.connect_every is None and fits else [None] * len(places)
         params = [
             AugmentParams(
                 load_causal_lm(place, name="augments") if reads_along else _load_reader(place),

@@ -382,7 +382,8 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_over(folders, monkeypatc
         "--data",
         str(folders / "texts"),
     ]
-    assert main(["train", *flags, "--checkpoint_dir", str(tmp_path / "run"), "--device", "cpu"]) == 130
+    flags += ["--batch_size", "2", "--checkpoint_dir", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(["train", *flags]) == 130
     assert "There is no checkpoint yet" in capsys.readouterr().err
 
 
@@ -452,15 +453,15 @@ def test_kept_states_are_the_same_bits_when_a_run_resumes(model_of, compose, tmp
 
 
 def test_a_run_of_other_data_of_the_same_size_is_refused(model_of, compose, tmp_path):
-    def tuner(first):
+    def tuner(changed=None):
         calm = compose(model_of("llama"), model_of("gpt2", seed=1))
-        data = [{"seq": torch.arange(6) + first, "prompt": torch.arange(4)} for _ in range(4)]
+        data = [{"seq": torch.arange(6) + (index == changed), "prompt": torch.arange(4)} for index in range(300)]
         return FineTuner(calm, max_steps=2, batch_size=2, dataset=data, checkpoint_dir=tmp_path)
 
-    tuner(0)()
+    tuner()()
     with pytest.raises(ValueError, match="another run: data is"):
-        tuner(1)()
-    tuner(0)()
+        tuner(changed=131)()
+    tuner()()
 
 
 def test_the_quickstart_resumes_where_it_was_interrupted(tmp_path, capsys):

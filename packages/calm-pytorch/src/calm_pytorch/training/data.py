@@ -14,8 +14,8 @@ from lm_core.data.conversations import NoBorderError, assistant_mask
 from lm_core.data.rows import WholeFile, iterate_rows
 from lm_core.tokenizers import prompt_ids
 
-# Examples of a dataset that are hashed, evenly spaced.
-_HASHED = 64
+# Maximum number of examples that are hashed, evenly spaced, of a dataset that may have to read files.
+_HASHED = 2000
 
 
 class Batches:
@@ -66,16 +66,18 @@ class Batches:
 
 
 def fingerprint_of(dataset: Any) -> str:
-    """A hash by which a resumed run knows its data: the dataset's ``fingerprint``, or one of some of its examples.
+    """A hash by which a resumed run knows its data: the dataset's ``fingerprint``, or one of its examples.
 
-    Examples that differ each time they are read are left out.
+    All of a list are hashed, and 2,000 evenly spaced ones of any other dataset; examples that differ each time they are
+    read are left out.
     """
     known = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
     if isinstance(known, str | int):
         return str(known)
     count = len(dataset)
     digest = hashlib.sha256(str(count).encode())
-    for index in sorted({place * count // _HASHED for place in range(_HASHED)}):
+    hashed = count if isinstance(dataset, list | tuple) else min(count, _HASHED)
+    for index in (place * count // hashed for place in range(hashed)):
         first, again = (_bytes_of(dataset[index]) for _ in range(2))
         digest.update(first if first == again else b"")
     return digest.hexdigest()[:16]

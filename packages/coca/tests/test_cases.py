@@ -259,7 +259,7 @@ def test_captions_that_a_program_quoted_are_read_as_it_wrote_them(pictures, suff
     [
         ("x.csv", b"image,caption\na.png,red\nb.png,a dog, running\n", r"x\.csv, line 3, has 3 fields, the header 2"),
         ("x.csv", b"image,caption\na.png,caf\xe9\n", r"x\.csv is not UTF-8 .*iconv"),
-        ("x.jsonl", b'{"image": "a.png", "caption": "caf\xe9"}\n', r"x\.jsonl, line 1, .*utf-8"),
+        ("x.jsonl", b'{"image": "a.png", "caption": "caf\xe9"}\n', r"x\.jsonl.*(?:utf|UTF)-8"),
         ("x.csv", b"image,caption\na.png,\n", r"x\.csv, line 2, has an empty caption"),
         ("x.csv", b"image,caption\na.png\n", r"x\.csv, line 2, has an empty caption"),
         ("x.csv", b"image,caption\n,red\n", r"x\.csv, line 2, has an empty image"),

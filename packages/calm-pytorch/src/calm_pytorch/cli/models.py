@@ -130,7 +130,7 @@ def _source(name: str, argument: str) -> Path:
     try:
         return checkpoint_folder(name)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{argument}: {error}") from error
+        raise FileNotFoundError(str(error).replace("model must", f"{argument} must", 1)) from error
 
 
 def _kept(name: str) -> str:

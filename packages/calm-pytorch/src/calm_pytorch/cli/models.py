@@ -87,6 +87,7 @@ class Models:
                 where = "" if trained is None else f", and {trained} does not name any"
                 raise ValueError(f"{name} must be given, got none{where}")
         # the wiring: chosen, or as it was trained
+        source = _source(names["anchor"], "anchor")
         places = [_source(name, "augments") for name in names["augments"]]
         fits = len(stored.get("connections", ())) == len(places)  # or loading the adapter names the difference
         shared = [self.mode != "prompt"] * len(places)
@@ -103,7 +104,6 @@ class Models:
             for place, reads_along, pairs in zip(places, shared, connections, strict=True)
         ]
         # the models
-        source = _source(names["anchor"], "anchor")
         encoder = load_tokenizer(tokenizer or source)
         readers: list[Tokenizer | None] = []
         for place, reads_along in zip(places, shared, strict=True):

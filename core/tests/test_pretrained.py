@@ -424,6 +424,7 @@ def test_an_entry_point_imports_no_other_package_than_the_one_it_is_named_for(tm
     assert "antigravity" not in sys.modules
 
 
+@pytest.mark.archives
 def test_a_state_dict_file_passes_through_the_layout_registered_for_its_model(tmp_path):
     class Layer(nn.Linear):
         pass

@@ -99,6 +99,7 @@ def test_a_state_of_format_1_is_still_read():
     assert torch.equal(loaded.trainer_state["moments"], torch.arange(3.0))
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 def test_a_torch_that_cannot_read_archives_safely_refuses_them(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(1)}, tmp_path / "old.pt")
@@ -108,6 +109,7 @@ def test_a_torch_that_cannot_read_archives_safely_refuses_them(tmp_path, monkeyp
         load_tensors(tmp_path / "old.pt")
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 def test_archives_of_code_and_bare_pickles_are_refused_before_torch_reads_them(tmp_path, monkeypatch):
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), str(tmp_path / "code.pt"))
@@ -244,6 +246,7 @@ def test_a_foreign_folder_that_leads_elsewhere_is_refused_before_transformers_re
         load_causal_lm(tmp_path)
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 def test_weights_in_a_bare_pickle_are_refused_before_transformers_reads_them(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))

@@ -49,6 +49,7 @@ def test_logits_with_the_original_weights_are_the_original_logits(golden, compos
     assert torch.allclose(logits, tensors["logits"], atol=1e-5)
 
 
+@pytest.mark.archives
 @pytest.mark.parametrize("packed", [False, True], ids=["state dict", "trainer's package"])
 def test_weights_are_read_from_files(golden, composed, tmp_path, packed):
     learned = part(golden[0], "learned")

@@ -214,6 +214,7 @@ def test_the_parts_refuse_what_they_cannot_do(call, message, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.archives
 def test_a_file_that_runs_code_is_not_run(tmp_path):
     class Trap:
         def __reduce__(self):

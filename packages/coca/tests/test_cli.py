@@ -180,6 +180,7 @@ def test_training_takes_a_tokenizer_whose_eos_is_its_padding(printed, digit_file
     assert set(caption.split()) <= set(words)
 
 
+@pytest.mark.archives
 def test_an_originals_file_is_converted(printed, tmp_path):
     golden = json.loads((Path(__file__).parent / "golden" / "original.json").read_text("utf-8"))
     state = {name: torch.randn(shape) for name, shape in golden["shapes"].items() if "inv_freq" not in name}

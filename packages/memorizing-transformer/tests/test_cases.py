@@ -362,6 +362,7 @@ def test_a_folder_with_one_damaged_layer_changes_no_layer(tmp_path, tiny_model):
     assert other.sizes == [[8], [8]]
 
 
+@pytest.mark.archives
 def test_files_of_an_earlier_version_are_read(tmp_path):
     memory, again = KNNMemoryList([KNNMemory(4, 8, 2)]), KNNMemoryList([KNNMemory(4, 8, 2)])
     memory[0].add(kv(5, rows=2))

@@ -29,6 +29,7 @@ def test_a_first_segment_has_the_originals_logits(golden):
     assert memories.sizes == [[20, 20]]
 
 
+@pytest.mark.archives
 def test_a_file_is_converted_to_a_folder(golden, tmp_path):
     torch.save(golden["state"], tmp_path / "old.pt")
     convert_checkpoint(tmp_path / "old.pt", tmp_path / "new", dim_head=8)

@@ -250,6 +250,7 @@ def test_eval_scores_the_held_out_part_of_the_library_by_default(run, capsys):
     assert capsys.readouterr().out.startswith(f"{expected.bits_per_byte:.4f} bits/byte")
 
 
+@pytest.mark.archives
 @torch.no_grad()
 def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
     state, values = golden["causal"]
@@ -267,6 +268,7 @@ def test_convert_writes_a_folder_that_generate_opens(golden, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 @pytest.mark.parametrize(
     ("words", "message"),

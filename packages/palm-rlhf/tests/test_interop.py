@@ -171,6 +171,7 @@ def fitting_palm(**changes):
     return PaLM(**{**sizes, "finetune_scopes": ("actor",), **changes})
 
 
+@pytest.mark.archives
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -188,6 +189,7 @@ def test_a_file_of_the_original_loads_into_a_palm_where_it_is(assert_same, golde
     assert_same(logits.cpu(), values["logits-actor"])
 
 
+@pytest.mark.archives
 @torch.no_grad()
 def test_loading_folds_the_scale_of_the_model_that_loads(assert_same, golden, tmp_path):
     state, values = golden["qk_rmsnorm"]
@@ -197,6 +199,7 @@ def test_loading_folds_the_scale_of_the_model_that_loads(assert_same, golden, tm
     assert_same(palm(values["ids"]), values["logits"])
 
 
+@pytest.mark.archives
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_our_own_state_dict_loads_in_the_dtype_of_the_model(tmp_path, dtype):
     source, target = fitting_palm(), fitting_palm().to(dtype)
@@ -252,6 +255,7 @@ def test_a_file_that_is_damaged_or_no_state_dict_is_refused_by_name(tmp_path, na
         fitting_palm().load(tmp_path / name)
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -275,6 +279,7 @@ def test_a_file_of_another_architecture_is_refused_and_changes_nothing(golden, t
     assert all(torch.equal(value, before[name]) for name, value in palm.state_dict().items())
 
 
+@pytest.mark.archives
 @torch.no_grad()
 def test_a_converted_folder_opens_with_its_scopes(assert_same, golden, tmp_path):
     state, values = golden["causal"]
@@ -286,6 +291,7 @@ def test_a_converted_folder_opens_with_its_scopes(assert_same, golden, tmp_path)
     assert_same(palm(values["ids"], finetune_scope="actor"), values["logits-actor"])
 
 
+@pytest.mark.archives
 @pytest.mark.plain
 def test_converting_does_not_write_over_a_folder_unasked(golden, tmp_path):
     torch.save(golden["reward"][0], tmp_path / "old.pt")

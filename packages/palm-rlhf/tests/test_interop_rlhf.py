@@ -48,6 +48,7 @@ def test_actor_and_critic_of_the_original_share_one_base_where_their_bases_are_e
     assert apart.critic is not apart.actor
 
 
+@pytest.mark.archives
 @torch.no_grad()
 def test_converting_a_reward_model_file_gives_a_folder_that_opens_as_one(assert_same, golden, tmp_path):
     state, values = golden["reward_scalar"]

@@ -8,6 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from spin_trainer import SFTDataset
@@ -25,6 +26,7 @@ def test_a_decoder_of_0_1_0_gives_its_logits():
     torch.testing.assert_close(logits, torch.tensor(expected["logits"], dtype=torch.float64), rtol=0, atol=1e-9)
 
 
+@pytest.mark.archives
 def test_a_run_of_0_1_0_resumes_in_its_training_phase(train, tmp_path):
     shutil.copytree(RUN, tmp_path / "run")
     rows = [Example((a, b, 10), (min(a, b), max(a, b), 11)) for a, b in ((1, 2), (4, 3), (5, 5), (9, 0))]

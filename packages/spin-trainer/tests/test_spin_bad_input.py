@@ -241,6 +241,7 @@ def test_a_run_of_other_data_or_settings_is_not_resumed(train, make_rows):
         train(train_sft_dataset=make_rows(12, seed=9), temperature=0.5, iterations=2)
 
 
+@pytest.mark.archives
 def test_a_run_whose_answers_are_gone_is_refused(train, tmp_path, stop_at):
     with pytest.raises(SystemExit):
         train(checkpoint_every=1, trackers=[stop_at(2)])
@@ -283,6 +284,7 @@ def test_prompts_that_leave_no_room_are_refused(make_model):
         answer_prompts(make_model(), [(1, 2, 3)], Sampling(max_seq_len=3), 0)
 
 
+@pytest.mark.archives
 def test_other_files_and_models_are_refused(tmp_path, make_model):
     torch.save({"model": {"weight": torch.ones(1)}}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"is no SPIN checkpoint"):

@@ -279,6 +279,7 @@ def test_the_loss_of_a_batch_with_live_answers_is_differentiable(make_model, mak
     assert trainer.model.policy_model.embedding.weight.grad.abs().sum().item() > 0
 
 
+@pytest.mark.archives
 def test_a_policy_is_read_from_the_originals_checkpoint(make_model, tmp_path):
     from spin_trainer import load_original_checkpoint
 

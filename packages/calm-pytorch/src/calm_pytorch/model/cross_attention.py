@@ -115,7 +115,7 @@ class CrossAttentionBlock(nn.Module):
         pre_rmsnorm: normalises the queries' side.
         norm_context: normalises the context, without parameters. Pretrained models have states a thousand times the
             usual size at the first token (arXiv 2402.17762), which dominate a context that is not normalised: training
-            with SmolLM2 then diverges even at a learning rate of 1e-4, and with it learns at 1e-3.
+            with SmolLM2 then jumps to a loss above 11 after one update at 1e-4, and with it learns at 1e-3.
         attention_options: options of x-transformers' ``Attention``; the output starts at zero and heads are gated.
 
     Raises:

@@ -12,8 +12,9 @@ projected and normalised on use, so that a layer can also use the keys of anothe
 Legend: b batch, h heads, g key heads, i queries, m past keys, j local keys, k retrieved keys, d feature of a head.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lm_core.checks import check_mask, check_positive, check_probability, typed
 from lm_core.nn.norms import l2norm
@@ -33,6 +35,20 @@ Gate = Literal["softmax", "sigmoid"]
 # Initial value of the sigmoid gate (not in the paper): the memory is an eighth of the output. Starting at a half, a
 # model that cannot match contexts yet learned more slowly with a memory than without.
 GATE_START = -2.0
+
+
+def outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a method at which compiled graphs break, as ``torch.compiler.disable`` does.
+
+    That one imports the compiler at once, which takes longer than the rest of this package.
+    """
+    disabled = _disable_dynamo(method)
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else method(*args, **kwargs)
+
+    return run
 
 
 class MemorizingAttention(nn.Module):
@@ -93,7 +109,7 @@ class MemorizingAttention(nn.Module):
             self._records = before
 
     # the memory's sizes change with every segment, and each would be compiled again
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def forward(
         self,
         x: Float[Tensor, "b i dim"],

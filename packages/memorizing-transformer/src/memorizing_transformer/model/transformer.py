@@ -32,7 +32,7 @@ from memorizing_transformer.memory.knn_memory import Backend
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.memory.ring_storage import StorageFormat
 from memorizing_transformer.model.generation_cache import MemoryCache
-from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, packed, whole_number
+from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, outside_graphs, packed, whole_number
 from memorizing_transformer.model.layers import Layers
 from memorizing_transformer.model.segment import (
     Documents,
@@ -411,7 +411,7 @@ class MemorizingTransformer(PretrainedMixin):
         memories = knn_memories if add_knn_memory else None
         return features, self._remember(kept, past, mask=new_mask, documents=documents, memories=memories)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @outside_graphs
     def _remember(self, kept: Sequence[Tensor], past: Past, **segment: Any) -> XLMemories | None:
         """Extends the memories by a segment; returns the new XL memories, None without a window."""
         windows, window_mask = remember(self.layers.places(), kept, past, window=self.xl_max_memories, **segment)

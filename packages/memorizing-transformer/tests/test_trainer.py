@@ -198,6 +198,7 @@ def test_training_learns_and_draws_curves(tmp_path):
     assert result.curves.is_file()
 
 
+@pytest.mark.plain
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # dynamo's own, at a graph break

@@ -189,7 +189,7 @@ def _eight_bits(picture: Any) -> NDArray[np.uint8]:
     least, most = float(values.min()), float(values.max())
     if picture.mode.startswith("I;16") or picture.format == "PNG":
         top = _declared_top(picture)
-        if most < 4096 and top == 65535:
+        if 0 < most < 4096 and top == 65535:
             warnings.warn(
                 "16-bit pictures with values below 4,096 only are read as dark ones; scale data of 12 bits beforehand",
                 stacklevel=2,

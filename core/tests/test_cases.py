@@ -666,3 +666,15 @@ def test_reentrant_checkpointing_trains_under_data_parallelism(reentrant):
     finally:
         torch.distributed.destroy_process_group()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_tokenizer_folder_that_names_itself_or_is_nested_too_deeply_is_refused(tmp_path):
+    config = tmp_path / "adapter_config.json"
+    for content in (json.dumps({"base_model_name_or_path": str(tmp_path)}), "{}", "[" * 100_000):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            load_tokenizer(tmp_path)
+    config.unlink()
+    (tmp_path / "byte_tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a byte tokenizer's file"):
+        load_tokenizer(tmp_path)

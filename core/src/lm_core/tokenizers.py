@@ -237,7 +237,7 @@ class ByteTokenizer:
         path = Path(directory) / BYTE_TOKENIZER_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a byte tokenizer's file: {error}") from error
         if content != _BYTE_TOKENIZER:
             raise ValueError(f"{path} must hold {_BYTE_TOKENIZER}, got {content}")
@@ -393,8 +393,7 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
             return ByteTokenizer.from_pretrained(folder)
         if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
             if (folder / "adapter_config.json").is_file():  # of peft: the tokenizer is that of the base model
-                base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-                return load_tokenizer(str(base.get("base_model_name_or_path")))
+                return load_tokenizer(_base_of(folder))
             raise ValueError(
                 f"source must be a folder with a tokenizer, got {folder} without {BYTE_TOKENIZER_FILE}, "
                 "tokenizer_config.json or tokenizer.json"
@@ -403,6 +402,18 @@ def load_tokenizer(source: str | Path) -> ByteTokenizer | HuggingFaceTokenizer:
     if HUB_ID.fullmatch(str(source)) and not folder.exists():
         return HuggingFaceTokenizer(_auto_tokenizer(str(source), local=False))
     raise FileNotFoundError(f'source must be "bytes", a folder with a tokenizer, or organisation/name, got {source!r}')
+
+
+def _base_of(folder: Path) -> str:
+    """The base model that a folder of peft names, which is no adapter itself."""
+    path = folder / "adapter_config.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} names no base model: {error!r}") from error
+    if not isinstance(base, str) or (Path(base).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(f"{path} must name a base model that is no adapter, got {base!r}")
+    return base
 
 
 def _auto_tokenizer(name: str, *, local: bool) -> Any:

@@ -767,6 +767,23 @@ def test_an_encoder_that_is_built_from_other_files_is_refused(changes, tmp_path)
         load_encoder(str(tmp_path / "vit"))
 
 
+def test_an_encoder_that_lacks_weights_is_refused_unless_they_are_the_poolers(tmp_path):
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    body = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(body, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_encoder(str(tmp_path))
+    body.popitem()
+    save_file(body, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ValueError, match="holds no whole ViTModel"):
+        load_encoder(str(tmp_path))
+
+
 def test_an_encoder_larger_than_its_weights_is_refused(tmp_path):
     import transformers
 

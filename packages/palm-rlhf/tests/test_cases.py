@@ -889,3 +889,25 @@ def test_scopes_of_a_hostile_file_are_bounded_before_they_are_built(tmp_path, na
     write_manifest(tmp_path / "p")
     with pytest.raises(CheckpointError, match=f"{name} must be at most 1024"):
         PaLM.from_pretrained(tmp_path / "p")
+
+
+def test_a_classifier_that_lacks_weights_is_no_reward(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from palm_rlhf.reward.classifier import load_classifier
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes))
+    base.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"reward .* holds no whole LlamaForSequenceClassification, it lacks score"):
+        load_classifier(tmp_path)
+
+
+def test_a_run_resumes_with_its_own_held_out_text_only(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 2000)
+    data, folder = str(tmp_path / "a.txt"), str(tmp_path / "run")
+    run = ["train", "--data", data, "--checkpoint_dir", folder, "--sample_tokens", "0"]
+    sizes = ["--preset", "quickstart", "--dim", "16", "--depth", "1", "--heads", "1", "--sequence_length", "32"]
+    assert main([*run, *sizes, "--validation_data", str(tmp_path / "b.txt"), "--max_steps", "1"]) == 0
+    assert main([*run, *sizes, "--validation_data", str(tmp_path / "c.txt"), "--max_steps", "2"]) == 1
+    assert "validation_data" in capsys.readouterr().err

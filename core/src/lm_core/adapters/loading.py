@@ -1,5 +1,6 @@
 """Causal language models from folders or the hub, and LoRA adapters on them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,24 +76,38 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
         raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
     keyword = "dtype" if TorchVersion(transformers.__version__) >= "4.56" else "torch_dtype"
     arguments[keyword] = "auto" if dtype is None else dtype
-    loading: dict[str, Any] = {}
     try:
         if "is_trainable" in arguments:
-            model = cls.from_pretrained(place, trust_remote_code=False, **arguments)
-        else:
-            model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
+            adapted: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
+            return adapted
+        return whole_model(cls, place, name=name, **arguments)
     except ImportError:
         raise
     except Exception as error:  # transformers raises all that its parsers, files and the network raise
         raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
-    # transformers fills missing weights with random numbers
-    if missing := sorted(loading.get("missing_keys", ())):
+
+
+def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **arguments: Any) -> nn.Module:
+    """``cls.from_pretrained`` of a folder that has all weights; transformers fills missing ones with random numbers.
+
+    Args:
+        cls: a class of transformers.
+        place: folder or name on the hub.
+        name: argument name in error messages.
+        optional: pattern of weights that may be missing, because nothing reads them.
+        **arguments: arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: weights are missing; the message names them.
+    """
+    model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
+    if missing := sorted(key for key in loading["missing_keys"] if not re.search(optional, key)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
             f"{name} {place!r} holds no whole {type(model).__name__}, it lacks {', '.join(missing[:5])}{more}"
         )
-    loaded: nn.Module = model
-    return loaded
+    whole: nn.Module = model
+    return whole
 
 
 def _has_adapter(place: str) -> bool:

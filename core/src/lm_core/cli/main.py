@@ -8,6 +8,7 @@
 | 130 | Ctrl-C; a run has saved a checkpoint, from which the same command resumes |
 """
 
+import importlib.util
 import shlex
 import sys
 import traceback
@@ -114,13 +115,19 @@ def report_run(
     folder = Path(checkpoint_dir).expanduser()
     report("checkpoint", folder / "checkpoints" / f"step-{run.step}")
     report("metrics", folder / "metrics.jsonl")
-    report("curves", run.curves or "not drawn: pip install matplotlib, then run the same command again")
+    report("curves", run.curves or _why_not_drawn())
     if complete and results and rank() == 0:
         write_summary(folder, list(results), steps=run.step, seconds=run.seconds if trained else None)
     if not complete:
         asked = "" if max_steps is None else f" of {max_steps}"
         print_main(f"\nStopped ({run.outcome}) after {run.step}{asked} updates. To resume:\n  {command_line(program)}")
     return INTERRUPTED if run.outcome == "interrupted" else 0
+
+
+def _why_not_drawn() -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        return "not drawn: pip install matplotlib, then run the same command again"
+    return "not drawn: they need two rows of metrics"
 
 
 def _print_warning(message: Any, *_: Any, **__: Any) -> None:

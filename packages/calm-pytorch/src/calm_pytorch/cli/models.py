@@ -10,7 +10,7 @@ from torch import nn
 from calm_pytorch.model.adapter_files import ADAPTER_FILE, read_adapter
 from calm_pytorch.model.augment import AugmentParams
 from calm_pytorch.model.calm import CALM
-from lm_core.adapters.loading import load_causal_lm
+from lm_core.adapters.loading import load_causal_lm, whole_model
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checks import typed
@@ -155,12 +155,11 @@ def _load_reader(folder: Path) -> nn.Module:
         raise ValueError(f"augments must be models of text, got {str(folder)!r} of type {config['model_type']!r}")
     from transformers import AutoModel
 
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True, "torch_dtype": "auto"}
+    options: dict[str, Any] = {"local_files_only": True, "torch_dtype": "auto"}
     try:
-        model: nn.Module = AutoModel.from_pretrained(folder, **options)
+        return whole_model(AutoModel, str(folder), name="augments", optional="pooler", **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"augments {str(folder)!r} could not be loaded by transformers: {error}") from error
-    return model
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -42,8 +42,6 @@ def save_adapter(
         FileExistsError: there is something that may not be replaced.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     target = Path(directory).expanduser()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"directory must be a folder, got the file {target}")
@@ -56,14 +54,24 @@ def save_adapter(
     metadata = {METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
     if not occupied:
         with new_directory(target) as temporary:
-            save_file(state, temporary / ADAPTER_FILE, metadata=metadata)
+            _write(state, temporary / ADAPTER_FILE, metadata)
             share_as_umask_allows(temporary / ADAPTER_FILE)
         return target
     with new_file(target / ADAPTER_FILE) as file:
-        save_file(state, file, metadata=metadata)
+        _write(state, file, metadata)
         share_as_umask_allows(file)
         (target / MANIFEST_FILE).unlink(missing_ok=True)  # of the first format, which would not fit the new file
     return target
+
+
+def _write(state: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"could not write {file}: {error}") from error
 
 
 def read_adapter(directory: str | Path) -> dict[str, Any]:

@@ -172,7 +172,11 @@ class FineTuner:
             objective=self.objective,
             optimizer=lambda: (self.optimizer, schedule),
             architecture=calm.wiring,
-            identity={**self.order.fingerprint(), "data": fingerprint_of(dataset)},
+            identity={
+                **self.order.fingerprint(),
+                "data": fingerprint_of(dataset),
+                "validation_data": None if valid_dataset is None else fingerprint_of(valid_dataset),
+            },
             model_config={"wiring": calm.wiring},
             validate=None if valid_dataset is None else self._validate,
             record={"warmup_steps": schedule.settings["warmup_steps"], "wiring": calm.wiring},

@@ -23,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lm_core.adapters.loading import whole_model
 from lm_core.checkpoints.module_specs import check_foreign_folder
 
 # A timm model of several stages has its last width in num_features, its first in embed_dim.
@@ -157,7 +158,7 @@ def load_encoder(source: str) -> nn.Module:
         _check_sources(source, PretrainedConfig.get_config_dict(source)[0])
         if Path(source).is_dir():
             check_foreign_folder(Path(source))
-        model: Any = AutoModel.from_pretrained(source, trust_remote_code=False)
+        model: Any = whole_model(AutoModel, source, name="encoder", optional="pooler")
     except Exception as error:  # transformers passes on the errors of its parsers and of the network
         raise ValueError(f"encoder {source!r} holds no vision model that could be loaded: {error}") from error
     # the inner timm model declares its width, and a checkpoint can name its architecture

@@ -123,6 +123,7 @@ class PretrainTrainer:
             blocks=model.blocks if settings.fsdp else None,
             state={"batches": self.batches},
             architecture={name: arguments[name] for name in ARCHITECTURE},
+            identity={"validation_data": corpus.validation.fingerprint},
             tokenizer=self.tokenizer,
             validate=self._validate,
             record={"model": arguments},

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_core.adapters.loading import lora_config
+from lm_core.adapters.loading import lora_config, whole_model
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.module_specs import check_foreign_folder
@@ -152,7 +152,7 @@ def load_classifier(folder: Path) -> ClassifierReward:
         finally:
             transformers.logging.set_verbosity(verbosity)
     else:
-        model = _open(folder, None)
+        model = _open(folder, None, whole=True)
     tokenizer = load_tokenizer(folder).tokenizer  # type: ignore[union-attr]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -161,7 +161,7 @@ def load_classifier(folder: Path) -> ClassifierReward:
     return ClassifierReward(model.eval(), tokenizer)
 
 
-def _open(folder: Path, dtype: torch.dtype | None) -> Any:
+def _open(folder: Path, dtype: torch.dtype | None, *, whole: bool = False) -> Any:
     try:
         from transformers import AutoModelForSequenceClassification
     except ImportError as error:
@@ -170,8 +170,11 @@ def _open(folder: Path, dtype: torch.dtype | None) -> Any:
     if folder.is_dir():
         check_foreign_folder(folder)
     local = {"local_files_only": True} if folder.is_dir() else {}
-    settings: dict[str, Any] = {"num_labels": 1, "trust_remote_code": False, **local}
+    settings: dict[str, Any] = {"num_labels": 1, **local}
     try:
+        if whole:
+            return whole_model(AutoModelForSequenceClassification, source, name="reward", dtype="auto", **settings)
+        settings["trust_remote_code"] = False
         return AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype or "auto", **settings)
     except (OSError, ValueError, KeyError, UnpicklingError) as error:
         raise ValueError(f"model {source!r} could not be loaded as a sequence classifier: {error}") from error

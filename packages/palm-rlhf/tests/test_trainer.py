@@ -400,7 +400,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name_and_changes_nothing(t
         (tiny_palm(torch.float64), {}, CheckpointError, "dtypes that differ"),
         (tiny_palm(), {"seed": 1}, ValueError, "seed is 1, but was 0"),
         (tiny_palm(), {"sequence_length": 25}, ValueError, "sequence_length is 25, but was 24"),
-        (tiny_palm(), {"documents": other}, ValueError, "cannot resume the data order"),
+        (tiny_palm(), {"documents": other}, ValueError, "is of another run: validation_data"),
     ]
     for palm, changes, error, message in cases:
         nn.init.constant_(palm.norm.gamma, 7.0)

@@ -8,7 +8,7 @@
 | 130 | Ctrl-C; a run has saved a checkpoint, from which the same command resumes |
 """
 
-import importlib.util
+import importlib
 import shlex
 import sys
 import traceback
@@ -125,7 +125,9 @@ def report_run(
 
 
 def _why_not_drawn() -> str:
-    if importlib.util.find_spec("matplotlib") is None:
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ImportError:
         return "not drawn: pip install matplotlib, then run the same command again"
     return "not drawn: they need two rows of metrics"
 

@@ -13,8 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-PACKAGE_INDEX = "https://pypi.org/simple/"
+from pip._internal.models.index import PyPI  # pip's default; poetry and uv must be told the same index
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -44,7 +43,7 @@ def run(tmp_path: Path) -> Callable[..., None]:
     """`run(*words)` runs a command in an empty folder, against the index that pip is configured for."""
     pip = [sys.executable, "-m", "pip"]
     chosen = subprocess.run([*pip, "config", "get", "global.index-url"], capture_output=True, text=True, check=False)
-    index = chosen.stdout.strip() or PACKAGE_INDEX
+    index = chosen.stdout.strip() or PyPI.simple_url
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environ |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "UV_DEFAULT_INDEX": index}
 

@@ -172,9 +172,9 @@ def load_weights(
     if callable(upgrade):
         state = upgrade(state)
     # names without those of compiled submodules, as they are stored
-    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}
-    held = zip(names, model.state_dict().values(), strict=True)
-    current = {name: value for name, value in held if isinstance(value, Tensor)}
+    held = model.state_dict()
+    names = {name.replace("_orig_mod.", ""): name for name in held}
+    current = {name: held[inner] for name, inner in names.items() if isinstance(held[inner], Tensor)}
     # names that tied weights have in the model, of which the file needs only one
     tied = _tied(current)
     present: dict[str, str] = {}

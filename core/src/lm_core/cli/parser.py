@@ -33,7 +33,6 @@ _NEAR = 0.6
 _SHORT_USAGE = 12
 # Help of arguments that many commands share, for those without an entry in their docstring.
 _COMMON_HELP = {
-    "checkpoint": "folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained.",
     "checkpoint_dir": "folder of the run.",
     "compile": "compiles the loss (torch.compile).",
     "data": "training data: files, folders or globs, or organisation/name on the hub.",

@@ -20,8 +20,8 @@ _MODULES: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 COMPRESSED = tuple(_MODULES)
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 CONVERT = "convert it, for instance with iconv -f LATIN1 -t UTF-8"
-# the longest field; the default of 131,072 characters is shorter than some documents
-csv.field_size_limit(2**31 - 1)
+# csv's default of 131,072 characters is shorter than some documents
+_LONGEST_FIELD = 2**31 - 1
 
 
 @contextlib.contextmanager
@@ -117,12 +117,14 @@ def table_rows(file: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]
 
 def _csv_lines(text: str, file: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    before = csv.field_size_limit(_LONGEST_FIELD)  # of the process, so it is restored before anything is yielded
     try:
-        for fields in reader:
-            if fields:
-                yield reader.line_num, fields
+        lines = [(reader.line_num, fields) for fields in reader if fields]
     except csv.Error as error:
         raise ValueError(f"{file}, line {reader.line_num}, is no CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
+    yield from lines
 
 
 def _tsv_lines(text: str, file: Path) -> Iterator[tuple[int, list[str]]]:

@@ -55,7 +55,7 @@ def open_policy(
     """A language model as it was trained: a policy of ``ppo`` or ``grpo`` with its LoRA scope.
 
     Args:
-        model: folder of ours, of a run, of a Hugging Face model or adapter; or organisation/name on the hub.
+        model: folder of a PaLM, of a run, of a Hugging Face model or adapter; or organisation/name on the hub.
         tokenizer: tokenizer to use instead of the model's.
         scope: LoRA scope of a PaLM, used if it has one of this name; None for the base alone.
         dtype: dtype of a Hugging Face model's weights; "auto" keeps the stored one.

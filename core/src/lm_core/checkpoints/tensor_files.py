@@ -11,7 +11,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ def save_tensors(path: Path, state: Any, where: str = "state") -> None:
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_encoded(plain(state, where), tensors, set()))
     try:
-        save_file(tensors, path, metadata={"structure": structure, "sha256": _digest(structure, tensors)})
+        save_file(
+            tensors, path, metadata={"structure": structure, "sha256": hash_of(sorted(tensors.items()), structure)}
+        )
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
     share_as_umask_allows(path)
@@ -113,10 +115,11 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: _decoded(entry, tensors) for key, entry in content}
 
 
-def _digest(structure: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(structure.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+def hash_of(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """SHA-256 over ``text`` and over names, dtypes, shapes and values of tensors, in the order given."""
+    digest = hashlib.sha256(text.encode())
+    for name, value in tensors:
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -150,7 +153,7 @@ def _load_safetensors(path: Path, map_location: Any) -> Any:
             metadata = content.metadata() or {}
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         structure = metadata["structure"]
-        if metadata["sha256"] != _digest(structure, tensors):
+        if metadata["sha256"] != hash_of(sorted(tensors.items()), structure):
             raise CheckpointError(f"{path} is damaged: its content differs from what was written")
         placed = {name: tensor.to(map_location) for name, tensor in tensors.items()}
         return _decoded(json.loads(structure), placed)

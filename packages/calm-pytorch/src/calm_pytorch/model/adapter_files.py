@@ -4,17 +4,16 @@ Loading is strict: an adapter of another wiring, or of models of other widths, i
 One file holds everything, so that replacing it leaves the old adapter or the new one, whole.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import new_directory, new_file, share_as_umask_allows
 from lm_core.checkpoints.manifest import MANIFEST_FILE, CheckpointError, verify_manifest
+from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights, read_weights, unwrapped
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -125,8 +124,4 @@ def load_adapter(cross_attns: nn.Module, wiring: Mapping[str, Any], directory: s
 
 
 def _digest(state: Mapping[str, Tensor], stored: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_of(sorted(state.items()), json.dumps(stored, sort_keys=True))

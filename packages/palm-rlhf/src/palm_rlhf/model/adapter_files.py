@@ -2,14 +2,10 @@
 
 import contextlib
 import copy
-import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lm_core.checkpoints.manifest import write_json
 from lm_core.checkpoints.weights import read_weights, save_weights
@@ -47,13 +43,3 @@ def read_adapter(folder: Path, model: Any, adapter: str) -> None:
     from peft import set_peft_model_state_dict
 
     set_peft_model_state_dict(model, read_weights(folder / ADAPTER_WEIGHTS), adapter_name=adapter)
-
-
-def hash_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in tensors.items():
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,10 +17,11 @@ from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.module_specs import check_foreign_folder
 from lm_core.checkpoints.pretrained import CONFIG_FILE
+from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
-from palm_rlhf.model.adapter_files import hash_of, quiet_peft, read_adapter, write_adapter
+from palm_rlhf.model.adapter_files import quiet_peft, read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"
@@ -72,7 +73,7 @@ class Classifier(nn.Module):
     def frozen_hash(self) -> str | None:
         """SHA-256 of the weights that are not trained, and so not stored; None if all are trained."""
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        return hash_of(frozen) if frozen else None
+        return hash_of(frozen.items()) if frozen else None
 
     def session_arguments(self) -> dict[str, Any]:
         """Arguments of ``TrainingSession.register`` for the model's files."""

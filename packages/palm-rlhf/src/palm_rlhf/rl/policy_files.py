@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
-from palm_rlhf.model.adapter_files import ADAPTER_WEIGHTS, hash_of, read_adapter, write_adapter
+from palm_rlhf.model.adapter_files import ADAPTER_WEIGHTS, read_adapter, write_adapter
 from palm_rlhf.rl.policy import ActorCritic
 
 
@@ -58,7 +59,7 @@ class PolicyFiles:
         if not self._frozen or self._hash is not None:
             return self._hash
         tensors = self.policy.state_dict()
-        self._hash = hash_of({name: tensors[name] for name in self._frozen})
+        self._hash = hash_of((name, tensors[name]) for name in self._frozen)
         return self._hash
 
     # the trainer's state

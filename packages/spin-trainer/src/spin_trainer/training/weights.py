@@ -4,7 +4,6 @@ Of a partly frozen model (LoRA) a checkpoint holds the trained parameters and a 
 weights are unsharded: FSDP's shards are gathered one tensor at a time, so every process must call these functions.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lm_core.checkpoints.atomic_io import new_directory, remove_directory, share
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json, write_manifest
 from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin
+from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights, save_weights
 from lm_core.distributed import rank
 from lm_core.tokenizers import HuggingFaceTokenizer
@@ -202,11 +202,6 @@ def fingerprint_of_weights(model: nn.Module, *, trainable: bool | None = None) -
         model: the policy, sharded or not.
         trainable: True takes only tensors that require gradients, False only those that do not, None all.
     """
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if trainable is not None and tensor.requires_grad is not trainable:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        content = whole(tensor.detach()).cpu().contiguous().flatten()
-        digest.update(content.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    named = (*model.named_parameters(), *model.named_buffers())
+    chosen = ((name, tensor) for name, tensor in named if trainable is None or tensor.requires_grad is trainable)
+    return hash_of((name, whole(tensor.detach())) for name, tensor in chosen)

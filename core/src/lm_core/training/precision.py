@@ -22,7 +22,7 @@ class Precisions:
     """Dtypes of a model's weights, as stored and as trained; printed as one line.
 
     Attributes:
-        stored_dtype: dtype of most weights before training.
+        stored_dtype: dtype of the promoted weights before training; without any, of most weights.
         trained: number of trained parameters.
         total: number of all parameters.
         promoted: parameters that became float32, with their stored dtypes.
@@ -64,11 +64,12 @@ def float32_masters(*models: nn.Module) -> Precisions:
         *models: model, and further modules trained with it.
     """
     parameters = {id(p): p for model in models for p in model.parameters() if p.is_floating_point()}
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in parameters.values():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
     promoted = {id(p): (p, p.dtype) for p in trained if p.dtype in HALF}
+    # not of a float32 copy that is not trained, such as a reference
+    counted: dict[torch.dtype, int] = {}
+    for parameter in [p for p, _ in promoted.values()] or parameters.values():
+        counted[parameter.dtype] = counted.get(parameter.dtype, 0) + parameter.numel()
     for parameter, _ in promoted.values():
         parameter.data = parameter.data.float()
     frozen_half = any(not p.requires_grad and p.dtype in HALF for p in parameters.values())
@@ -77,9 +78,9 @@ def float32_masters(*models: nn.Module) -> Precisions:
         for model in models:
             _cast_between_layers(model, stored_dtypes)
     return Precisions(
-        stored_dtype=max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32),
+        stored_dtype=max(counted, key=lambda dtype: counted[dtype], default=torch.float32),
         trained=sum(parameter.numel() for parameter in trained),
-        total=sum(sizes.values()),
+        total=sum(parameter.numel() for parameter in parameters.values()),
         promoted=tuple(promoted.values()),
     )
 

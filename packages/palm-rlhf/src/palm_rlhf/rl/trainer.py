@@ -189,11 +189,6 @@ class RLHFTrainer:
             curves=CURVES,
             shown=("reward", "kl"),
         )
-        # a reference of all weights is float32 already, which hides the stored dtype from the session's line
-        precisions = self.session.precisions
-        if policy.reference is not None and precisions.promoted and rank() == 0:
-            stored = replace(precisions, stored_dtype=precisions.promoted[0][1])
-            print(f"{'precision':<12}{stored}", flush=True)
 
     @property
     def updates(self) -> int:

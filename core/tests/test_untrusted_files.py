@@ -236,6 +236,11 @@ def test_of_a_stored_transformers_configuration_only_harmless_fields_are_used():
     [
         ({"model_type": "timm_wrapper", "model_args": {"checkpoint_path": "evil.pkl"}}, "checkpoint_path 'evil.pkl'"),
         ({"vision_config": {"architecture": "hf-hub:evil/model"}}, "'hf-hub:evil/model' names another source"),
+        (
+            {"model_type": "timm_wrapper", "architecture": "HF-HUB:evil/model"},
+            "'HF-HUB:evil/model' names another source",
+        ),
+        ({"model_type": "detr", "backbone": "someone/something"}, "backbone 'someone/something' names another source"),
         ({"model_type": "llama", "vocab_size": 10**8, "hidden_size": 64}, "vocab_size 100000000 times 64 is more than"),
         ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1000"),
     ],
@@ -244,6 +249,17 @@ def test_a_foreign_folder_that_leads_elsewhere_is_refused_before_transformers_re
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"config.json: .*{message}"):
         load_causal_lm(tmp_path)
+
+
+@pytest.mark.plain
+def test_an_adapter_whose_base_leads_elsewhere_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_args": {"checkpoint_path": "evil.pkl"}}))
+    settings = peft.LoraConfig(base_model_name_or_path=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    settings.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"checkpoint_path 'evil\.pkl' names another source"):
+        load_causal_lm(tmp_path / "adapter")
 
 
 @pytest.mark.archives

@@ -10,8 +10,8 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checkpoints.manifest import read_json
-from lm_core.checkpoints.module_specs import check_foreign_folder, registered_class
+from lm_core.checkpoints.manifest import CheckpointError, read_json
+from lm_core.checkpoints.module_specs import check_foreign_folder, check_sources, registered_class
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checks import typed
 from lm_core.tokenizers import HUB_ID
@@ -61,12 +61,10 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
     try:
         import transformers
 
-        if Path(place).is_dir():
-            check_foreign_folder(Path(place))
         cls: Any = transformers.AutoModelForCausalLM
         arguments: dict[str, Any] = {}
         if _has_adapter(place):
-            from peft import AutoPeftModelForCausalLM
+            from peft import AutoPeftModelForCausalLM, PeftConfig
 
             cls = AutoPeftModelForCausalLM
             arguments["is_trainable"] = True
@@ -78,17 +76,34 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
     arguments[keyword] = "auto" if dtype is None else dtype
     try:
         if "is_trainable" in arguments:
+            check_foreign(str(PeftConfig.from_pretrained(place).base_model_name_or_path))
             adapted: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
             return adapted
         return whole_model(cls, place, name=name, **arguments)
-    except ImportError:
+    except (ImportError, CheckpointError):
         raise
     except Exception as error:  # transformers raises all that its parsers, files and the network raise
         raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
 
 
+def check_foreign(place: str) -> None:
+    """Rejects a folder or hub name whose configuration makes transformers open other sources.
+
+    Raises:
+        CheckpointError: as for ``check_foreign_folder`` and ``check_sources``.
+    """
+    if Path(place).is_dir():
+        check_foreign_folder(Path(place))
+    else:
+        from transformers import PretrainedConfig
+
+        check_sources(PretrainedConfig.get_config_dict(place)[0])
+
+
 def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **arguments: Any) -> nn.Module:
-    """``cls.from_pretrained`` of a folder that has all weights; transformers fills missing ones with random numbers.
+    """``cls.from_pretrained`` of a folder that has all weights and names no others (``check_foreign``).
+
+    transformers fills missing weights with random numbers.
 
     Args:
         cls: a class of transformers.
@@ -98,8 +113,9 @@ def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **ar
         **arguments: arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: weights are missing; the message names them.
+        ValueError: weights are missing, or the configuration leads elsewhere; the message names them.
     """
+    check_foreign(place)
     model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
     if missing := sorted(key for key in loading["missing_keys"] if not re.search(optional, key)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

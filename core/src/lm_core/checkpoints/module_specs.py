@@ -59,6 +59,8 @@ _WORD = re.compile(r"[A-Za-z0-9_ .-]{0,64}")
 _TIMM_ARCHITECTURE = re.compile(r"[a-z0-9_]{1,100}")
 _DEEPEST, _LONGEST, _LARGEST = 32, 100_000, 2**40
 _MOST_LAYERS = 1000
+_NAME_SOURCES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "model_args"}
+_NAME_SOURCES |= {"architecture", "backbone", "backbone_kwargs", "use_pretrained_backbone"}
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 _HEIGHTS = (*_WIDTHS, "vocab_size", "intermediate_size", "n_inner", "ffn_dim", "d_ff")
 _COUNTS_LAYERS = re.compile("depth|layer|block|stage")
@@ -237,27 +239,39 @@ def check_foreign_folder(folder: Path) -> None:
     content = read_json(config)
     stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     try:
+        check_sources(content)
         check_values(content, "config")
-        _check_foreign(content, 8 * stored + 2**24)
+        _check_sizes(content, 8 * stored + 2**24)
     except CheckpointError as error:
         raise CheckpointError(f"{config}: {error}") from None
 
 
-def _check_foreign(content: Any, largest: int) -> None:
-    if isinstance(content, list):
-        for entry in content:
-            _check_foreign(entry, largest)
-    if isinstance(content, str) and content.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        raise CheckpointError(f"{content!r} names another source of weights, which is not opened")
-    if not isinstance(content, dict):
-        return
-    width = max((int(content[name]) for name in _WIDTHS if type(content.get(name)) is int), default=1)
-    for name, entry in content.items():
-        if name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay") and entry:
-            raise CheckpointError(f"{name} {entry!r} names another source of weights, which is not opened")
-        if name in _HEIGHTS and type(entry) is int and entry * width > largest:
-            raise CheckpointError(f"{name} {entry} times {width} is more than the weights in the folder")
-        _check_foreign(entry, largest)
+def check_sources(config: Any) -> None:
+    """Rejects a Hugging Face configuration that makes transformers build a model from another place than its own.
+
+    transformers passes such entries to timm, which reads pickles (``checkpoint_path``), other folders and the hub.
+
+    Raises:
+        CheckpointError: the message names the entry.
+    """
+    for entry in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
+        check_sources(entry)
+    if isinstance(config, str) and config.lower().startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        raise CheckpointError(f"{config!r} names another source of weights, which is not opened")
+    if isinstance(config, dict):
+        for name in sorted(_NAME_SOURCES & set(config)):
+            if config[name] and not (name == "architecture" and re.fullmatch(r"[\w.]*", str(config[name]))):
+                raise CheckpointError(f"{name} {config[name]!r} names another source of weights, which is not opened")
+
+
+def _check_sizes(content: Any, largest: int) -> None:
+    for entry in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _check_sizes(entry, largest)
+    if isinstance(content, dict):
+        width = max((int(content[name]) for name in _WIDTHS if type(content.get(name)) is int), default=1)
+        for name in _HEIGHTS:
+            if type(content.get(name)) is int and content[name] * width > largest:
+                raise CheckpointError(f"{name} {content[name]} times {width} is more than the weights in the folder")
 
 
 def _fields_of(config_class: Any, settings: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Command-line flags of a composition, and how it is loaded."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -150,8 +149,7 @@ def _load_reader(folder: Path) -> nn.Module:
     architectures = config.get("architectures") or []
     if "model_type" not in config or any(str(name).endswith(_CAUSAL) for name in architectures):
         return load_causal_lm(folder, name="augments")
-    if "vocab_size" not in config or any(word in json.dumps(config) for word in ("timm", "backbone")):
-        # models of images can name files and folders outside of their own, which transformers would read
+    if "vocab_size" not in config:
         raise ValueError(f"augments must be models of text, got {str(folder)!r} of type {config['model_type']!r}")
     from transformers import AutoModel
 

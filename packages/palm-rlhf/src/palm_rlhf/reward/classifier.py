@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_core.adapters.loading import lora_config, whole_model
+from lm_core.adapters.loading import check_foreign, lora_config, whole_model
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
-from lm_core.checkpoints.module_specs import check_foreign_folder
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
@@ -168,13 +167,12 @@ def _open(folder: Path, dtype: torch.dtype | None, *, whole: bool = False) -> An
     except ImportError as error:
         raise ImportError("Hugging Face models need transformers: pip install transformers peft") from error
     source = str(folder)
-    if folder.is_dir():
-        check_foreign_folder(folder)
     local = {"local_files_only": True} if folder.is_dir() else {}
     settings: dict[str, Any] = {"num_labels": 1, **local}
     try:
         if whole:
             return whole_model(AutoModelForSequenceClassification, source, name="reward", dtype="auto", **settings)
+        check_foreign(source)
         settings["trust_remote_code"] = False
         return AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype or "auto", **settings)
     except (OSError, ValueError, KeyError, UnpicklingError) as error:

@@ -1,6 +1,7 @@
 """Tiny models of every kind that can be composed, and what the tests compare them by."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -15,6 +16,23 @@ def pytest_collection_modifyitems(items):
     if marked and os.environ.get("REQUIRE_CUDA") != "1" and not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device is visible"))
+
+
+class StopAt:
+    """A tracker that presses Ctrl-C when an update's metrics arrive."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, values, step):
+        if step == self.step and "loss" in values:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(scope="session")
+def stop_at():
+    """`stop_at(step)` is a tracker that interrupts a run after this update."""
+    return StopAt
 
 
 class PlainBlock(nn.Module):

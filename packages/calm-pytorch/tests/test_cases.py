@@ -8,7 +8,6 @@ import io
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 
@@ -421,18 +420,7 @@ def test_prompts_of_different_lengths_are_continued_as_without_a_cache(model_of,
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
-class StopAt:
-    """A tracker that presses Ctrl-C when an update's metrics arrive."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def log(self, values, step):
-        if step == self.step and "loss" in values:
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_kept_states_are_the_same_bits_when_a_run_resumes(model_of, compose, tmp_path):
+def test_kept_states_are_the_same_bits_when_a_run_resumes(model_of, compose, stop_at, tmp_path):
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 9, 5, 12, 4, 7, 10, 6, 11, 8, 5, 9]
     data = [{"seq": torch.randint(0, 40, (7,), generator=generator), "prompt": torch.full((12,), -1)} for _ in lengths]
@@ -447,7 +435,7 @@ def test_kept_states_are_the_same_bits_when_a_run_resumes(model_of, compose, tmp
 
     whole = run("whole")
     for step in (2, 5, 7):
-        run("parts", [StopAt(step)])
+        run("parts", [stop_at(step)])
     resumed = run("parts")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from x_transformers import Decoder, TransformerWrapper
 
+from lm_core.checkpoints.tensor_files import save_tensors
 from calm_pytorch import CALM, AugmentParams, FineTuner
 
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
@@ -58,7 +59,7 @@ parts = run("parts", 6)
 learned = whole.calm.cross_attns.state_dict()
 assert all(torch.equal(value, learned[name]) for name, value in parts.calm.cross_attns.state_dict().items())
 if not dist.is_initialized() or dist.get_rank() == 0:
-    torch.save({"learned": learned, "validation": whole.session.last_validation}, folder / "outcome.pt")
+    save_tensors(folder / "outcome.safetensors", {"learned": learned, "validation": whole.session.last_validation})
 """
 
 
@@ -86,7 +87,7 @@ def test_two_processes_train_to_the_weights_of_one_and_resume_bit_for_bit(tmp_pa
             check=False,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-        outcomes.append(load_tensors(folder / "outcome.pt"))
+        outcomes.append(load_tensors(folder / "outcome.safetensors"))
     one, two = outcomes
     assert max(float((one["learned"][name] - value).abs().max()) for name, value in two["learned"].items()) < 1e-10
     assert one["validation"] == pytest.approx(two["validation"], rel=1e-6)

@@ -1,7 +1,6 @@
 """Training through its public entry point: one update however it is spread, resumed bit for bit."""
 
 import json
-import signal
 import time
 
 import pytest
@@ -68,17 +67,6 @@ def rows_of(trainer):
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
-class StopAt:
-    """A tracker that presses Ctrl-C when an update's metrics arrive."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def log(self, values, step):
-        if step == self.step and "loss" in values:
-            signal.raise_signal(signal.SIGINT)
-
-
 def greatest_difference(one, other):
     return max(float((value - other[name]).abs().max()) for name, value in one.items())
 
@@ -143,12 +131,12 @@ def test_a_scheduler_class_steps_once_an_update_under_the_warmup(tune):
 
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "scheduler"])
-def test_a_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit(tune, scheduled):
+def test_a_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit(tune, stop_at, scheduled):
     extra = {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR, "scheduler_kwargs": {"T_max": 6}}
     settings = {"dtype": torch.float32, "dropout": 0.2, **(extra if scheduled else {})}
     whole = tune("whole", **settings)
     whole()
-    stopped = tune("parts", trackers=[StopAt(3)], **settings).train()
+    stopped = tune("parts", trackers=[stop_at(3)], **settings).train()
     assert (stopped.step, stopped.outcome) == (3, "interrupted")
     resumed = tune("parts", **settings)
     resumed()

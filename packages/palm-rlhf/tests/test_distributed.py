@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.torch_version import TorchVersion
 
+from lm_core.checkpoints.tensor_files import save_tensors
 from lm_core.data.corpora import split_documents
 from lm_core.data.documents import tokenise
 from palm_rlhf import PaLM
@@ -137,7 +138,7 @@ if processes > 1:
         dist.all_gather(parts, tensor)
         outcome[name] = [bool(torch.equal(part, parts[0])) for part in parts[1:]]
 if not dist.is_initialized() or dist.get_rank() == 0:
-    torch.save(outcome, folder / "outcome.pt")
+    save_tensors(folder / "outcome.safetensors", outcome)
 """
 
 
@@ -148,7 +149,7 @@ def outcomes(tmp_path_factory, run_worker):
     for processes, folder in folders.items():
         done = run_worker(WORKER, folder, processes, processes=processes)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {processes: (folder, load_tensors(folder / "outcome.pt")) for processes, folder in folders.items()}
+    return {processes: (folder, load_tensors(folder / "outcome.safetensors")) for processes, folder in folders.items()}
 
 
 def greatest_difference(state, reference):

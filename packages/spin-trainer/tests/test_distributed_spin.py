@@ -30,6 +30,7 @@ from torch.torch_version import TorchVersion
 
 import conftest
 import lm_core.training.session
+from lm_core.checkpoints.tensor_files import save_tensors
 from spin_trainer import SPINTrainer
 from spin_trainer.interop import with_lora
 
@@ -106,7 +107,7 @@ if processes == 2 and TorchVersion(torch.__version__) >= "2.7":
     except Exception as error:
         outcome["refused"] = str(error)
 if not dist.is_initialized() or dist.get_rank() == 0:
-    torch.save(outcome, folder / "outcome.pt")
+    save_tensors(folder / "outcome.safetensors", outcome)
 """
 
 
@@ -118,7 +119,7 @@ def outcomes(tmp_path_factory, run_python):
         folder = tmp_path_factory.mktemp(f"processes-{processes}")
         (folder / "worker.py").write_text(WORKER)
         run_python(folder / "worker.py", folder, processes, processes=processes)
-        results[processes] = folder, load_tensors(folder / "outcome.pt")
+        results[processes] = folder, load_tensors(folder / "outcome.safetensors")
     return results
 
 

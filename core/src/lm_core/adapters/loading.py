@@ -1,7 +1,9 @@
 """Causal language models from folders or the hub, and LoRA adapters on them."""
 
+import contextlib
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,8 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
     try:
         if "is_trainable" in arguments:
             check_foreign(str(PeftConfig.from_pretrained(place).base_model_name_or_path))
-            adapted: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
+            with quiet_peft():
+                adapted: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
             return adapted
         return whole_model(cls, place, name=name, **arguments)
     except (ImportError, CheckpointError):
@@ -135,6 +138,14 @@ def _has_adapter(place: str) -> bool:
     return find_adapter_config_file(place) is not None
 
 
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hides peft's use of an attribute that transformers 5 renamed, which is no concern of the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
 def lora(
     model: nn.Module,
     *,
@@ -163,7 +174,8 @@ def lora(
     config = lora_config(model, r=r, alpha=alpha, dropout=dropout, targets=targets)
     from peft import get_peft_model
 
-    adapted: nn.Module = get_peft_model(model, config)
+    with quiet_peft():
+        adapted: nn.Module = get_peft_model(model, config)
     return adapted
 
 

@@ -1,9 +1,6 @@
 """Adapters of peft in checkpoints: the adapter in peft's form, and name and hash of its frozen base."""
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,6 @@ from lm_core.checkpoints.weights import read_weights, save_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
-
-
-@contextlib.contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Hides peft's warnings about an attribute of transformers 5 and about GPT-2's transposed weights."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        yield
 
 
 def write_adapter(folder: Path, model: Any, adapter: str, *, base_hash: str | None) -> None:

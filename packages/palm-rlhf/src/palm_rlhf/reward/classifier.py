@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_core.adapters.loading import check_foreign, lora_config, whole_model
+from lm_core.adapters.loading import check_foreign, lora_config, quiet_peft, whole_model
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE
@@ -20,7 +20,7 @@ from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
-from palm_rlhf.model.adapter_files import quiet_peft, read_adapter, write_adapter
+from palm_rlhf.model.adapter_files import read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"

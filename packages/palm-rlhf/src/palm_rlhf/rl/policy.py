@@ -28,13 +28,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
-from lm_core.adapters.loading import lora_config
+from lm_core.adapters.loading import lora_config, quiet_peft
 from lm_core.causal_lm import Generation, eval_mode
 from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean
 from lm_core.training.accelerator import Precision, autocast, pick_precision
-from palm_rlhf.model.adapter_files import quiet_peft
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.rl.log_probs import PolicyOutput, SampledBy, hidden_scores, logit_scores

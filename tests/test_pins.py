@@ -71,7 +71,7 @@ def test_the_line_for_pip_installs_the_pinned_commit(
 ) -> None:
     words = [sys.executable, "-m", *line_of("pip")]
     # the two lines resolve together, without a look at the index for either
-    run(*words, "--dry-run", "--report", "report.json")
+    run(*words, "--dry-run", "--ignore-installed", "--report", "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     pinned = {entry["metadata"]["name"]: entry["download_info"] for entry in report["install"]}
     assert {name: pinned[name]["vcs_info"]["commit_id"] for name in ("lm-core", "palm-rlhf")} == {

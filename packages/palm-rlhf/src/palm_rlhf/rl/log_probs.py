@@ -8,7 +8,7 @@ is between the distributions without penalty and filters, which is why both are 
 Legend: b batch, m positions, r response tokens, d feature, v vocabulary, k bytes of a packed kept set.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,24 +51,27 @@ class SampledBy:
     Attributes:
         kept: ``(r, k)`` packed kept sets of a filtered draw; None without filters.
         repetition_penalty: penalty of tokens that occurred before.
-        ids: ``(r, n)`` the sequence of each token.
-        before: ``(r, n)`` True at the tokens before it.
+        ids: ``(b, n)`` all sequences.
+        row: ``(r,)`` the sequence of each token.
+        position: ``(r,)`` the last position before it.
     """
 
     kept: Tensor | None
     repetition_penalty: float
     ids: Tensor
-    before: Tensor
+    row: Tensor
+    position: Tensor
 
     def rows(self, start: int, stop: int) -> "SampledBy":
         """A slice of the tokens."""
         kept = None if self.kept is None else self.kept[start:stop]
-        return SampledBy(kept, self.repetition_penalty, self.ids[start:stop], self.before[start:stop])
+        return replace(self, kept=kept, row=self.row[start:stop], position=self.position[start:stop])
 
     def log_probs(self, logits: Float[Tensor, "r v"], labels: Tensor, temperature: float) -> Float[Tensor, " r"]:
         """Log-probabilities of labels under the sampled distribution, from raw logits."""
         if self.repetition_penalty != 1.0:
-            logits = apply_repetition_penalty(logits, self.ids, self.repetition_penalty, self.before)
+            before = torch.arange(self.ids.shape[1], device=self.ids.device) <= self.position[:, None]
+            logits = apply_repetition_penalty(logits, self.ids[self.row], self.repetition_penalty, before)
         logits = logits / temperature
         if self.kept is not None:
             logits = logits.masked_fill(~unpack_kept(self.kept, logits.shape[-1]), -torch.inf)

@@ -259,8 +259,8 @@ class ActorCritic(nn.Module):
         sampled = None
         if kept is not None or repetition_penalty != 1.0:
             row, position = response_mask.nonzero(as_tuple=True)
-            before = torch.arange(ids.shape[1], device=ids.device) <= position[:, None]
-            sampled = SampledBy(None if kept is None else kept[response_mask], repetition_penalty, ids[row], before)
+            packed = None if kept is None else kept[response_mask]
+            sampled = SampledBy(packed, repetition_penalty, ids, row, position)
         with self.as_role(role, mask) as (network, arguments):
             weight = getattr(network, "output_weight", None)
             if isinstance(weight, Tensor) and hasattr(network, "hidden"):

@@ -161,8 +161,8 @@ def sample(
 
 
 def _open(model: str, **settings: Any) -> OpenedPolicy:
-    """``open_policy``, which says on standard error if the model is a trained policy."""
+    """``open_policy``, which names a trained policy on standard error."""
     policy = open_policy(model, **settings)
-    if "trained" in policy.description:
+    if policy.arguments or hasattr(policy.model, "peft_config"):
         print(f"model: {policy.description}", file=sys.stderr)
     return policy

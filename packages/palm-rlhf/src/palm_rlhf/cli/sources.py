@@ -19,7 +19,7 @@ from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checks import check_probability
 from lm_core.data.corpora import load_corpus
-from lm_core.data.epochs import permutation
+from lm_core.data.epochs import held_out_split
 from lm_core.tokenizers import Tokenizer, load_tokenizer
 from palm_rlhf.data.prompts import Prompt, PromptFiles, load_prompts
 from palm_rlhf.model.palm import PaLM
@@ -107,16 +107,14 @@ def find_prompts(
     Raises:
         ValueError: ``fraction`` is outside [0, 1), or a row cannot be read.
     """
+    check_probability(fraction, "validation_fraction")
     prompts = _prompts(data, encoder, template_kwargs, "train", count=512, seed=2)
     if validation_data is not None or data == "stdlib":
         other = validation_data or data
         return prompts, _prompts(other, encoder, template_kwargs, "validation", count=VALIDATION_PROMPTS, seed=3)
-    check_probability(fraction, "validation_fraction")
     if len(prompts) < 2 or not fraction:
         return prompts, prompts  # nothing to hold out
-    order = permutation(len(prompts), 0, "validation").tolist()
-    count = max(1, int(fraction * len(prompts)))
-    return [prompts[row] for row in sorted(order[count:])], [prompts[row] for row in sorted(order[:count])]
+    return held_out_split(prompts, max(1, int(fraction * len(prompts))), 0, "validation")
 
 
 def _prompts(
@@ -130,7 +128,7 @@ def _prompts(
 ) -> list[Prompt]:
     from palm_rlhf.data.corrupted_pairs import document_prompts
 
-    source: Any = PromptFiles((data,), name="data")
+    source: Any = PromptFiles((data,), name="data" if side == "train" else "validation_data")
     if data == "stdlib":
         corpus = load_corpus("stdlib", tokenizer=encoder)
         source = document_prompts(getattr(corpus, side), count=count, seed=seed)

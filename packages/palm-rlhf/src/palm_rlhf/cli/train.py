@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checkpoints.manifest import CheckpointError, read_json
+from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import report, report_run
@@ -131,7 +131,7 @@ def _presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes and settings of the preset, or the sizes of the model that training starts from."""
     name = preset_name(chosen, "data", "model")
     values = {"preset": name, **PRESETS[name]}
-    with contextlib.suppress(OSError, ValueError, CheckpointError):  # the command itself raises these
+    with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # the command itself raises these
         if chosen["model"] is not None:
             folder = checkpoint_folder(chosen["model"])
             stored = read_json(folder / CONFIG_FILE)["arguments"]

@@ -74,19 +74,27 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
             arguments["local_files_only"] = True
     except ImportError as error:
         raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
-    keyword = "dtype" if TorchVersion(transformers.__version__) >= "4.56" else "torch_dtype"
-    arguments[keyword] = "auto" if dtype is None else dtype
+    if "is_trainable" not in arguments:
+        return whole_model(cls, place, name=name, **dtype_argument(dtype), **arguments)
     try:
-        if "is_trainable" in arguments:
-            check_foreign(str(PeftConfig.from_pretrained(place).base_model_name_or_path))
-            with quiet_peft():
-                adapted: nn.Module = cls.from_pretrained(place, trust_remote_code=False, **arguments)
-            return adapted
-        return whole_model(cls, place, name=name, **arguments)
+        check_foreign(str(PeftConfig.from_pretrained(place).base_model_name_or_path))
+        with quiet_peft():
+            adapted: nn.Module = cls.from_pretrained(
+                place, trust_remote_code=False, **dtype_argument(dtype), **arguments
+            )
+        return adapted
     except (ImportError, CheckpointError):
         raise
     except Exception as error:  # transformers raises all that its parsers, files and the network raise
         raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
+
+
+def dtype_argument(dtype: torch.dtype | None) -> dict[str, Any]:
+    """The argument of ``from_pretrained`` for a dtype, None for the stored one; transformers 4.56 renamed it."""
+    import transformers
+
+    keyword = "dtype" if TorchVersion(transformers.__version__) >= "4.56" else "torch_dtype"
+    return {keyword: "auto" if dtype is None else dtype}
 
 
 def check_foreign(place: str) -> None:
@@ -116,10 +124,16 @@ def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **ar
         **arguments: arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: weights are missing, or the configuration leads elsewhere; the message names them.
+        CheckpointError: the configuration leads elsewhere; the message names the entry.
+        ValueError: weights are missing, or transformers cannot load the folder.
     """
-    check_foreign(place)
-    model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
+    try:
+        check_foreign(place)
+        model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
+    except (ImportError, CheckpointError):
+        raise
+    except Exception as error:  # transformers raises all that its parsers, files and the network raise
+        raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
     if missing := sorted(key for key in loading["missing_keys"] if not re.search(optional, key)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(

@@ -5,14 +5,16 @@ any number of processes.
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lm_core.checks import check_positive
+
+T = TypeVar("T")
 
 
 def seed_of(*key: int | str) -> int:
@@ -23,6 +25,12 @@ def seed_of(*key: int | str) -> int:
 def permutation(count: int, *key: int | str) -> NDArray[np.int64]:
     """A permutation of ``range(count)`` that is determined by ``key``, such as seed and epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*key))).numpy()
+
+
+def held_out_split(rows: Sequence[T], count: int, *key: int | str) -> tuple[list[T], list[T]]:
+    """Rows to learn from and ``count`` held-out rows, drawn by ``key``, each in their order."""
+    order = permutation(len(rows), *key).tolist()
+    return [rows[index] for index in sorted(order[count:])], [rows[index] for index in sorted(order[:count])]
 
 
 class EpochOrder:

@@ -158,6 +158,8 @@ def sample(
     pad_id: int = -1,
     eos_id: int | Sequence[int] | None = None,
     output_keep_prompt: bool = False,
+    *,
+    filters: Sequence[Filter] = (),
     **kwargs: Any,
 ) -> Int[Tensor, "b n"]:
     """Samples continuations up to a TOTAL length ``seq_len`` of prompt and answer, for prompts of different lengths.
@@ -169,6 +171,7 @@ def sample(
         filter_kwargs: keyword arguments of the filter, ``thres=0.9`` by default.
         pad_id: token after the end of a row.
         output_keep_prompt: True returns rows that begin with their prompt.
+        filters: further filters, after ``filter_fn``.
         model, temperature, eos_id, **kwargs: as in ``generate``.
 
     Returns:
@@ -181,10 +184,9 @@ def sample(
     longest = max(row.shape[0] for row in rows)
     if longest >= seq_len:
         raise ValueError(f"seq_len must exceed the longest prompt ({longest} tokens), got {seq_len}")
-    filters: tuple[Filter, ...] = ()
     if filter_fn is not None:
         settings = {"thres": 0.9} if filter_kwargs is None else filter_kwargs
-        filters = (lambda logits: filter_fn(logits, **settings),)
+        filters = (lambda logits: filter_fn(logits, **settings), *filters)
     # The shortest prompt may be continued further than the longest; each row is cut at `seq_len` afterwards.
     shortest = min(row.shape[0] for row in rows)
     result = generate(

@@ -9,7 +9,7 @@ from torch import nn
 from calm_pytorch.model.adapter_files import ADAPTER_FILE, read_adapter
 from calm_pytorch.model.augment import AugmentParams
 from calm_pytorch.model.calm import CALM
-from lm_core.adapters.loading import load_causal_lm, whole_model
+from lm_core.adapters.loading import dtype_argument, load_causal_lm, whole_model
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checks import typed
@@ -98,7 +98,7 @@ class Models:
                 load_causal_lm(place, name="augments") if reads_along else _load_reader(place),
                 shared_sequence=reads_along,
                 connections=pairs,
-                connect_every_num_layers=self.connect_every or 4,
+                connect_every_num_layers=4 if self.connect_every is None else self.connect_every,
             )
             for place, reads_along, pairs in zip(places, shared, connections, strict=True)
         ]
@@ -153,11 +153,8 @@ def _load_reader(folder: Path) -> nn.Module:
         raise ValueError(f"augments must be models of text, got {str(folder)!r} of type {config['model_type']!r}")
     from transformers import AutoModel
 
-    options: dict[str, Any] = {"local_files_only": True, "torch_dtype": "auto"}
-    try:
-        return whole_model(AutoModel, str(folder), name="augments", optional="pooler", **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"augments {str(folder)!r} could not be loaded by transformers: {error}") from error
+    options = {"local_files_only": True, **dtype_argument(None)}
+    return whole_model(AutoModel, str(folder), name="augments", optional="pooler", **options)
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -1,7 +1,5 @@
 """The command ``train``: a composition of two or more models, or the quickstart."""
 
-import random
-from dataclasses import fields
 from typing import Any, Literal
 
 from calm_pytorch.cli.models import Composition, Models
@@ -9,8 +7,9 @@ from calm_pytorch.quickstart.quickstart import QuickstartSettings, run_quickstar
 from calm_pytorch.training.data import TextExamples, read_documents
 from calm_pytorch.training.settings import FineTunerSettings
 from calm_pytorch.training.trainer import FineTuner
-from lm_core.checks import check_positive
+from lm_core.checks import check_positive, check_probability
 from lm_core.cli.main import print_main, report, report_run
+from lm_core.data.epochs import held_out_split
 from lm_core.rng import seed_everything
 from lm_core.training.metrics import read_metrics
 from lm_core.training.run_directory import Result
@@ -46,8 +45,8 @@ def train(
     """
     if composition.anchor is None:
         return _quickstart(quickstart, checkpoint_dir, resume, trackers or [])
-    own = [entry.name for entry in fields(quickstart) if entry.name not in {part.name for part in fields(settings)}]
-    changed = [name for name in own if getattr(quickstart, name) != getattr(QuickstartSettings(), name)]
+    defaults = QuickstartSettings().task
+    changed = [name for name, value in quickstart.task.items() if value != defaults[name]]
     if changed:
         raise ValueError(f"{', '.join(changed)} must not be given with an anchor: they are settings of the quickstart")
     if data is None:
@@ -98,16 +97,11 @@ def train(
 
 def _documents(data: str, validation_data: str | None, fraction: float, field: str) -> tuple[list[Any], list[Any]]:
     """Documents for training and those held out."""
-    if not 0 <= fraction < 1:
-        raise ValueError(f"validation_fraction must be in [0, 1), got {fraction}")
+    check_probability(fraction, "validation_fraction")
     documents = read_documents(data, field=field)
     if validation_data is not None:
         return documents, read_documents(validation_data, field=field)
-    held_out = set(random.Random(0).sample(range(len(documents)), round(fraction * len(documents))))
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    for index, document in enumerate(documents):
-        parts[index in held_out].append(document)
-    return parts
+    return held_out_split(documents, round(fraction * len(documents)), 0, "validation")
 
 
 def _examples(documents: list[Any], loaded: Composition, length: int) -> TextExamples:

@@ -12,7 +12,6 @@ Legend: b batch, n sequence, m prompt positions, v vocabulary.
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -359,13 +358,8 @@ class CALM(nn.Module):
             ValueError: as ``forward`` and ``lm_core.sample``.
         """
         rows, inputs = self._generation_inputs(prompt, prompt_mask, anchor_prompt)
-        if filters:
-
-            def filter_fn(logits: Tensor) -> Tensor:
-                return reduce(lambda kept, own: own(kept), filters, logits)
-
-            filter_kwargs = {}
-        elif filter_fn is top_p and filter_kwargs is None and kwargs.keys() & {"top_k", "top_p", "min_p"}:
+        is_default = filter_fn is top_p and filter_kwargs is None
+        if filters or (is_default and kwargs.keys() & {"top_k", "top_p", "min_p"}):
             filter_fn = None
         return sample(
             self.as_causal_lm(),
@@ -374,6 +368,7 @@ class CALM(nn.Module):
             temperature=temperature,
             filter_fn=filter_fn,
             filter_kwargs=filter_kwargs,
+            filters=filters,
             pad_id=self.pad_id if pad_id is None else pad_id,
             eos_id=eos_id,
             output_keep_prompt=output_keep_prompt,

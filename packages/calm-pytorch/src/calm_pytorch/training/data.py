@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_flatten
 
 from calm_pytorch.training.state_cache import StateCache
+from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.data.conversations import NoBorderError, assistant_mask
 from lm_core.data.rows import WholeFile, iterate_rows
 from lm_core.tokenizers import prompt_ids
@@ -84,8 +86,17 @@ def fingerprint_of(dataset: Any) -> str:
 
 
 def _bytes_of(example: Any) -> bytes:
-    leaves = tree_flatten(example)[0]
-    return repr([leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]).encode()
+    """Hash of tensors, arrays, numbers and texts; of other objects, whose repr is no value, only the type counts."""
+    tensors, others = [], []
+    for index, leaf in enumerate(tree_flatten(example)[0]):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+            leaf = torch.as_tensor(leaf)
+        if isinstance(leaf, Tensor):
+            tensors.append((str(index), leaf))
+        else:
+            plain = isinstance(leaf, str | bytes | bool | int | float | np.generic | None)
+            others.append(leaf if plain else type(leaf))
+    return hash_of(tensors, repr(others)).encode()
 
 
 class TextExamples:
@@ -138,7 +149,10 @@ class TextExamples:
             self.left_out += len(self.examples) == before
         if not self.examples:
             raise ValueError(f"data must hold a text of at least {3 if readers else 2} tokens, got none")
-        self.fingerprint = hashlib.sha256(repr(self.examples).encode()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr(example).encode())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lm_core.adapters.loading import check_foreign, lora_config, quiet_peft, whole_model
+from lm_core.adapters.loading import ADAPTER_FILE, check_foreign, dtype_argument, lora_config, quiet_peft, whole_model
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE
@@ -24,7 +24,6 @@ from palm_rlhf.model.adapter_files import read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Classifier(nn.Module):
@@ -41,6 +40,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.model = model
         self.pad_id = pad_id
+        self._frozen_hash: str | None = None
         model.config.pad_token_id = pad_id
 
     @property
@@ -72,7 +72,9 @@ class Classifier(nn.Module):
     def frozen_hash(self) -> str | None:
         """SHA-256 of the weights that are not trained, and so not stored; None if all are trained."""
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        return hash_of(frozen.items()) if frozen else None
+        if frozen and self._frozen_hash is None:
+            self._frozen_hash = hash_of(frozen.items())
+        return self._frozen_hash
 
     def session_arguments(self) -> dict[str, Any]:
         """Arguments of ``TrainingSession.register`` for the model's files."""
@@ -131,19 +133,19 @@ def new_classifier(
 
 def is_classifier(folder: Path) -> bool:
     """True for the folder of a Hugging Face sequence classifier, or of a peft adapter of one."""
-    if (folder / _ADAPTER_CONFIG).is_file():
-        return read_json(folder / _ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+    if (folder / ADAPTER_FILE).is_file():
+        return read_json(folder / ADAPTER_FILE).get("task_type") == "SEQ_CLS"
     stored = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     return any(str(name).endswith("ForSequenceClassification") for name in stored.get("architectures") or ())
 
 
 def load_classifier(folder: Path) -> ClassifierReward:
     """The reward of a folder of ``is_classifier``, with the tokenizer in it."""
-    if (folder / _ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_FILE).is_file():
         import transformers
         from peft import PeftModel
 
-        base = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
+        base = read_json(folder / ADAPTER_FILE)["base_model_name_or_path"]
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # the base lacks the head, which the adapter brings
         try:
@@ -168,12 +170,11 @@ def _open(folder: Path, dtype: torch.dtype | None, *, whole: bool = False) -> An
         raise ImportError("Hugging Face models need transformers: pip install transformers peft") from error
     source = str(folder)
     local = {"local_files_only": True} if folder.is_dir() else {}
-    settings: dict[str, Any] = {"num_labels": 1, **local}
+    settings: dict[str, Any] = {"num_labels": 1, **local, **dtype_argument(dtype)}
+    if whole:
+        return whole_model(AutoModelForSequenceClassification, source, name="reward", **settings)
+    check_foreign(source)
     try:
-        if whole:
-            return whole_model(AutoModelForSequenceClassification, source, name="reward", dtype="auto", **settings)
-        check_foreign(source)
-        settings["trust_remote_code"] = False
-        return AutoModelForSequenceClassification.from_pretrained(source, dtype=dtype or "auto", **settings)
+        return AutoModelForSequenceClassification.from_pretrained(source, trust_remote_code=False, **settings)
     except (OSError, ValueError, KeyError, UnpicklingError) as error:
         raise ValueError(f"model {source!r} could not be loaded as a sequence classifier: {error}") from error

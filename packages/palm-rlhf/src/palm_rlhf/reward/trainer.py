@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, typed
-from lm_core.data.epochs import UpdateOrder
+from lm_core.data.epochs import UpdateOrder, held_out_split
 from lm_core.distributed import rank, world_size
 from lm_core.training.accelerator import autocast
 from lm_core.training.config import CommonSettings
@@ -121,7 +121,6 @@ class RewardModelTrainer:
             _check(example, reward_model)
         if validation_pairs is None:
             # drawn, not every tenth: rows often alternate between labels
-            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
             count = int(len(examples) * settings.validation_fraction)
             if not count:
                 raise ValueError(
@@ -129,7 +128,7 @@ class RewardModelTrainer:
                     f"{settings.validation_fraction} of them, got {len(examples)}; pass validation_pairs "
                     "(--validation_data) or a larger validation_fraction"
                 )
-            held_out, examples = ([examples[row] for row in sorted(rows)] for rows in (order[:count], order[count:]))
+            examples, held_out = held_out_split(examples, count, 0, "validation")
         self.examples = examples
         self.held_out = held_out
         # device, order of examples, and what the session trains and checkpoints

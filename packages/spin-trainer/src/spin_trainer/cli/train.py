@@ -55,8 +55,17 @@ def train(
         raise ValueError(f"model must be given together with data, got data {data!r} and no model")
     if model is not None and data is None:
         raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
-    if model is None and (lora_r is not None or tokenizer is not None):
-        raise ValueError(f"lora_r and tokenizer need a model, got {lora_r} and {tokenizer!r} for the quickstart's")
+    needs_model = {
+        "tokenizer": tokenizer,
+        "template_kwargs": template_kwargs,
+        "dtype": dtype,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout or None,
+        "lora_targets": lora_targets,
+    }
+    if model is None and (chosen := [name for name, value in needs_model.items() if value is not None]):
+        raise ValueError(f"{' and '.join(chosen)} need a model, got none: the quickstart has its own")
     checkpoint_dir = str(Path(checkpoint_dir).expanduser())  # a shell expands no ~ of a YAML file
     start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # sets rank and world size
     run: dict[str, Any] = {"resume": resume, "trackers": trackers or ()}

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 
 from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids
+from lm_core.data.epochs import held_out_split
 from lm_core.data.rows import iterate_rows
+from lm_core.generation.decoding import as_eos_ids
 from lm_core.tokenizers import as_tokenizer, prompt_ids
-from spin_trainer.model.response_scores import eos_tuple
 
 ANSWER_COLUMNS = ("response", "completion", "answer")
 Overlong = Literal["error", "drop"]
@@ -69,10 +70,8 @@ class SFTDataset(Sequence[Example]):
         count = round(len(self) * fraction)
         if not 0 < count < len(self):
             raise ValueError(f"validation_fraction {fraction} of {len(self)} rows leaves one part empty")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        parts = (sorted(order[count:]), sorted(order[:count]))
-        train, held_out = (SFTDataset([self[row] for row in rows], self.dropped) for rows in parts)
-        return train, held_out
+        train, held_out = held_out_split(self, count, seed, "validation")
+        return SFTDataset(train, self.dropped), SFTDataset(held_out, self.dropped)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -116,7 +115,7 @@ def as_sft_dataset(
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
-    ends = eos_tuple(tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id)
+    ends = as_eos_ids(tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id)
     reader = _RowReader(tokenizer, ends, pad_id, template_kwargs or {})
     # encode, check and truncate each row
     examples: list[Example] = []

@@ -21,11 +21,6 @@ from lm_core.nn.masking import positions_from_mask, right_pad
 from lm_core.training.accelerator import Precision, autocast
 
 
-def eos_tuple(eos_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids of end tokens that are given as one id, several or None."""
-    return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id or ())
-
-
 def prompt_mask_from_len(lengths: Int[Tensor, " b"], seq: Int[Tensor, "b n"]) -> Bool[Tensor, "b n"]:
     """Mask that is True at the first ``lengths`` positions of each row of ``seq``."""
     return torch.arange(seq.shape[-1], device=seq.device) < rearrange(lengths, "... -> ... 1")

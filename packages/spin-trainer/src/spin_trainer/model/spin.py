@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lm_core.adapters import as_causal_lm
 from lm_core.checks import check_above_zero, check_ids, check_mask, typed
+from lm_core.generation.decoding import as_eos_ids
 from lm_core.tokenizers import end_ids
 from lm_core.training.accelerator import Precision
 from spin_trainer.model.losses import LOSS_NAMES, LossName, self_play_losses, self_play_margins
 from spin_trainer.model.reference import FrozenReference, MovingReference
-from spin_trainer.model.response_scores import ResponseScores, eos_tuple, response_log_probs, response_mask
+from spin_trainer.model.response_scores import ResponseScores, response_log_probs, response_mask
 
 Reduction = Literal["sum", "mean"]
 
@@ -103,7 +104,7 @@ class SPIN(nn.Module):
         self.policy_model = model
         # not a submodule: its parameters are those of policy_model
         object.__setattr__(self, "policy", as_causal_lm(model))
-        self.eos_ids = end_ids(model=self.policy) if eos_id is None else eos_tuple(eos_id)
+        self.eos_ids = end_ids(model=self.policy) if eos_id is None else as_eos_ids(eos_id)
         self._reference_arguments = (ref_model_ema_decay, dict(ema_kwargs or {}))
         self.reset_reference()
 

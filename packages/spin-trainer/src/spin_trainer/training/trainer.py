@@ -25,6 +25,7 @@ from lm_core.checks import either, typed
 from lm_core.cli.text_generation import SamplingFlags
 from lm_core.data.epochs import UpdateOrder, seed_of
 from lm_core.distributed import rank, world_size
+from lm_core.generation.decoding import as_eos_ids
 from lm_core.generation.sampling import top_p
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import as_tokenizer, end_ids, load_tokenizer
@@ -36,7 +37,6 @@ from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.model.activation_checkpointing import recomputed_activations
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.reference import FrozenReference
-from spin_trainer.model.response_scores import eos_tuple
 from spin_trainer.model.spin import SPIN
 from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin
 from spin_trainer.training.config import SelfPlaySettings, value_of
@@ -152,7 +152,7 @@ class SPINTrainer:
         self.checkpoint_folder = Path("./spin-checkpoints" if folder is None else folder).expanduser()
         if eos_id is None:
             eos_id = model.eos_ids if isinstance(model, SPIN) else end_ids(tokenizer, model)
-        self.eos_ids = eos_tuple(eos_id)
+        self.eos_ids = as_eos_ids(eos_id)
         # datasets, and the sampling of answers to their prompts
         read: Any = partial(
             as_sft_dataset,

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from coca import CoCa, ImagePreprocessing
+from coca import CoCa, ImagePreprocessing, VisionTransformer
 from coca.cli import main
 from coca.data.digits import CLASS_NAMES, handwritten_digits
 from coca.data.image_files import load_images
@@ -307,3 +307,13 @@ def test_captions_are_sampled_with_all_filters(printed, run, digit_files, tmp_pa
     assert all(line.split("\t")[1].startswith("the") for line in lines)
     assert printed(*command).splitlines() == lines
     assert main(["caption", str(run), str(digit_files / "3.png"), "--num_samples", "2"]) == 1
+
+
+def test_images_are_encoded_once_for_all_their_captions(printed, run, digit_files, monkeypatch):
+    rows = []
+    forward = VisionTransformer.forward
+    monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: rows.append(len(x)) or forward(self, x))
+
+    printed("caption", run, digit_files / "3.png", digit_files / "4.png", "--num_samples", 5, "--temperature", 1)
+
+    assert rows == [2]

@@ -108,16 +108,17 @@ class Command:
         return self.function(**{name: arguments[name] for name in names if name not in built}, **built)
 
 
-def preset_name(chosen: Mapping[str, Any], *own: str) -> str:
+def preset_name(chosen: Mapping[str, Any], *own: str, builtin: str = "stdlib") -> str:
     """The preset of a run: the chosen one, or "quickstart" without own data or model, or else "small".
 
     Args:
         chosen: arguments, as ``Command.presets`` receives them.
-        *own: names of the arguments of which none is set in a quickstart; "stdlib" counts as not set.
+        *own: names of the arguments of which none is set in a quickstart.
+        builtin: name of the built-in data, which counts as not set.
     """
     if chosen.get("preset") is not None:
         return str(chosen["preset"])
-    return "small" if any(chosen.get(name) not in (None, "stdlib") for name in own) else "quickstart"
+    return "small" if any(chosen.get(name) not in (None, builtin) for name in own) else "quickstart"
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]

@@ -85,9 +85,9 @@ def caption(
     arguments = {name: value for name, value in vars(settings).items() if name not in ("num_samples", "seed")}
     generator = torch.Generator(coca.device).manual_seed(settings.seed)
     for paths, batch in files.batches(BATCH):
-        repeated = batch.repeat_interleave(settings.num_samples, dim=0).to(coca.device)
+        repeated = _image_tokens(coca, batch).repeat_interleave(settings.num_samples, dim=0)
         ids = torch.tensor(before) if before else None
-        tokens = coca.generate(repeated, prefix=ids, generator=generator, **arguments)
+        tokens = coca.generate(image_tokens=repeated, prefix=ids, generator=generator, **arguments)
         for index, row in enumerate(tokens.tolist()):
             path = paths[index // settings.num_samples]
             print(f"{path}\t{text}{decoded(row, tokenizer, coca.eos_id, before)}")
@@ -234,7 +234,16 @@ def _load(model: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:
     """Model, tokenizer and preprocessing of a folder."""
     folder = checkpoint_folder(model)
     coca = CoCa.from_pretrained(folder).to(pick_device(device)).eval()
+    if coca.img_encoder is None:
+        raise ValueError(f"model must have an image encoder, {folder} has none")
     return coca, load_tokenizer(folder), preprocessing_of(coca, folder)
+
+
+@torch.no_grad()
+def _image_tokens(model: CoCa, images: Tensor) -> Tensor:
+    """The encoder's output, from which several captions of an image are generated."""
+    assert model.img_encoder is not None
+    return model.img_encoder(images.to(model.device))
 
 
 def _encoded(model: CoCa, files: ImageFiles) -> tuple[list[str], Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
+from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.cli.parser import preset_name
 
 Preset = Literal["quickstart", "small", "base", "large", "2b"]
@@ -95,7 +96,7 @@ def presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
     if chosen["model"] is not None:
         settings = {**FINE_TUNING, **settings_of(chosen["model"])}
         return {name: value for name, value in settings.items() if name in chosen}
-    name = preset_name({**chosen, "data": None if chosen["data"] == "digits" else chosen["data"]}, "data")
+    name = preset_name(chosen, "data", builtin="digits")
     preset = {"preset": name, **PRESETS[name]}
     if chosen["encoder"] is not None:
         preset.pop("image_size", None)  # the encoder has its own
@@ -106,7 +107,7 @@ def settings_of(model: str) -> dict[str, Any]:
     """Sizes and image settings of a stored model, by flag; empty if they cannot be read, which ``train`` reports."""
     try:
         folder = checkpoint_folder(model)
-        arguments = dict(read_json(folder / "config.json")["arguments"])
+        arguments = dict(read_json(folder / CONFIG_FILE)["arguments"])
         preprocessing = ImagePreprocessing.load_if_present(folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError):
         return {}

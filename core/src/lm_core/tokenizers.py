@@ -167,6 +167,16 @@ def check_messages(messages: Any, where: str = "messages") -> list[dict[str, Any
     return checked
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Raises ``ValueError`` for half of a surrogate pair, which JSON files hold and only bytes can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} must be valid Unicode, got the lone surrogate {text[error.start]!r} at position {error.start}"
+        ) from error
+
+
 def message_text(message: Message) -> str:
     """The text of a message: its content, or the text parts of it, one after the other."""
     content = message.get("content") or ""
@@ -308,12 +318,7 @@ class HuggingFaceTokenizer:
         return ids[1:] if doubled else ids
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text must be valid Unicode, got the lone surrogate {text[error.start]!r} at position {error.start}"
-            ) from error
+        check_unicode(text, "text")
         # verbose=False: no warning for every corpus document that is longer than the model's context
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 

@@ -9,7 +9,7 @@ compared by ids.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_core.tokenizers import check_messages, message_text
+from lm_core.tokenizers import check_messages, check_unicode, message_text
 
 __all__ = ["NoBorderError", "assistant_mask", "check_messages", "conversation_ids", "prompt_of_chat"]
 
@@ -127,6 +127,7 @@ def _text(
     """The conversation as text; None for a tokenizer that writes ids only."""
     if hasattr(tokenizer, "chat_text"):
         text: str = tokenizer.chat_text(messages, add_generation_prompt, where=where, **(template_kwargs or {}))
+        check_unicode(text, where)
         return text
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ValueError(f"{where} is a chat, but {type(tokenizer).__name__} has no apply_chat_template")

@@ -72,17 +72,25 @@ def chosen(*flags):
 
 @pytest.mark.plain
 def test_own_data_gets_a_real_size_and_flags_win_over_presets():
-    assert {**PRESETS["quickstart"], "preset": "quickstart", "memorizing_layers": 2}.items() <= chosen().items()
+    assert {**PRESETS["quickstart"], "preset": "quickstart"}.items() <= chosen().items()
     small = chosen("--data", "books/")
-    assert (small["preset"], small["dim"], small["learning_rate"], small["memorizing_layers"]) == (
-        "small",
-        768,
-        6e-4,
-        9,
-    )
+    assert (small["preset"], small["dim"], small["learning_rate"]) == ("small", 768, 6e-4)
     assert small["max_steps"] == TrainingSettings().max_steps
     paper = chosen("--data", "books/", "--preset", "paper", "--heads", "4", "--depth", "8")
-    assert (paper["gate"], paper["dim_head"], paper["heads"], paper["memorizing_layers"]) == ("sigmoid", 128, 4, 6)
+    assert (paper["gate"], paper["dim_head"], paper["heads"], paper["depth"]) == ("sigmoid", 128, 4, 8)
+
+
+def test_the_memory_is_three_quarters_up_also_at_a_depth_equal_to_the_default(run, capsys):
+    def layers(*flags):
+        command = ["train", "--data", str(run / "texts"), "--device", "cpu", "--batch_size", "2", "--max_steps", "1"]
+        sizes = ["--dim", "16", "--heads", "2", "--dim_head", "8", "--segment_length", "16", "--sample_tokens", "0"]
+        folder = run / "-".join(("depth", *flags)).replace("--", "")
+        assert main([*command, *sizes, "--checkpoint_dir", str(folder), *flags]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if "memory in layer(s)" in line)
+
+    assert "layer(s) [9]" in layers("--preset", "base", "--depth", "12")
+    assert "layer(s) [3]" in layers("--preset", "base", "--depth", "4")
+    assert "layer(s) [4]" in layers("--preset", "base", "--depth", "4", "--memorizing_layers", "4")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -147,6 +147,77 @@ def test_a_damaged_header_copy_is_named_and_the_other_is_used(tmp_path):
         KNNMemory(1, 8, 1, tmp_path / "memory")
 
 
+def flipped(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+READERS = {
+    "search": lambda memory, row: memory.retrieve(torch.ones(3, 1, memory.dim), 2),
+    "state": lambda memory, row: memory.state_dict(),
+    "copy": lambda memory, row: memory.selected([row]),
+    "tokens": lambda memory, row: memory.store.tokens(row),
+}
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dim", [1, 3, 8])
+def test_every_flipped_bit_of_a_token_is_found_when_its_row_is_read(tmp_path, storage, dim):
+    folder = tmp_path / "memory"
+    memory = KNNMemory(dim, 6, 3, folder, storage=storage)
+    memory.add(torch.randn(3, 8, 2, dim))  # wraps
+    memory.close()
+    generator = np.random.default_rng(0)
+    names = ["data.bin", "checksums.bin"] + (["scales.bin"] if storage == "int8" else [])
+    for number, name in enumerate(4 * names):
+        bits = 8 * (folder / name).stat().st_size
+        bit = int(generator.integers(bits))
+        damaged, others = 3 * bit // bits, {0, 1, 2} - {3 * bit // bits}
+        flipped(folder / name, bit)
+        memory = KNNMemory(dim, 6, 3, folder, storage=storage)
+        for row in others:
+            memory.store.tokens(row)
+        with pytest.raises(ValueError, match=f"is damaged: 1 of 6 tokens of row {damaged} differ"):
+            list(READERS.values())[number % len(READERS)](memory, damaged)
+        memory.close()
+        flipped(folder / name, bit)
+    with closing(KNNMemory(dim, 6, 3, folder, storage=storage)) as memory:
+        for read in READERS.values():
+            read(memory, 1)
+
+
+def test_a_row_that_is_damaged_can_be_cleared_and_filled_again(tmp_path):
+    memory = KNNMemory(2, 6, 1, tmp_path / "memory")
+    memory.add(torch.ones(1, 4, 2, 2))
+    memory.close()
+    flipped(tmp_path / "memory" / "data.bin", 3)
+    with closing(KNNMemory(2, 6, 1, tmp_path / "memory")) as memory:
+        with pytest.raises(ValueError, match="is damaged"):
+            memory.retrieve(torch.ones(1, 1, 2), 1)
+        memory.clear()
+        memory.add(torch.ones(1, 2, 2, 2))
+        assert int(memory.retrieve(torch.ones(1, 1, 2), 4).mask.sum()) == 2
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_memory_of_the_format_without_checksums_opens_and_gets_them(tmp_path, storage):
+    folder = tmp_path / "memory"
+    memory = KNNMemory(4, 6, 2, folder, storage=storage)
+    memory.add(torch.randn(2, 8, 2, 4))
+    expected = memory.store.tokens(1)
+    memory.close()
+    (folder / "checksums.bin").unlink()
+    meta = (folder / "memory.json").read_text().replace('"format_version": 2', '"format_version": 1')
+    (folder / "memory.json").write_text(meta)
+    for _ in range(2):
+        with closing(KNNMemory(4, 6, 2, folder, storage=storage)) as memory:
+            assert torch.equal(memory.store.tokens(1), expected)
+    flipped(folder / "data.bin", 3)
+    with closing(KNNMemory(4, 6, 2, folder, storage=storage)) as memory, pytest.raises(ValueError, match="damaged"):
+        memory.store.tokens(0)
+
+
 HOLDER = """
 import sys, time
 from memorizing_transformer.memory.directory import MemoryDirectory

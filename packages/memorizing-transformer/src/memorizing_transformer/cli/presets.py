@@ -49,9 +49,7 @@ def train_presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of a run: those of its preset, or with ``model`` the sizes and the tokenizer of that model."""
     if chosen["model"] is None:
         name = preset_name(chosen, "data")
-        depth = PRESETS[name]["depth"] if chosen["depth"] == REQUIRED["depth"] else chosen["depth"]
-        # three quarters up, as the paper's ninth of twelve
-        return {"preset": name, **PRESETS[name], "memorizing_layers": max(1, 3 * depth // 4)}
+        return {"preset": name, **PRESETS[name]}
     try:
         folder = checkpoint_folder(chosen["model"])
     except (OSError, ValueError, ImportError):

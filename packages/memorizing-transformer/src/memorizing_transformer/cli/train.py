@@ -54,6 +54,9 @@ def train(
     encoder, data = text.load()
     seed_everything(settings.seed)
     if model is None:
+        if architecture["memorizing_layers"] is None:
+            # three quarters up, as the paper's ninth of twelve
+            architecture = {**architecture, "memorizing_layers": max(1, 3 * architecture["depth"] // 4)}
         ends: dict[str, Any] = {"clear_memories_on_eos_token_id": encoder.eos_id}
         memorizing = MemorizingTransformer(num_tokens=encoder.vocab_size, **ends, **architecture)
     else:
@@ -107,13 +110,14 @@ def train(
 def _initial_model(source: str, architecture: dict[str, Any]) -> MemorizingTransformer:
     """The stored model; arguments that differ from its own replace them, and may add memorizing layers."""
     folder = checkpoint_folder(source)
-    model = MemorizingTransformer.from_pretrained(folder)
     stored = stored_arguments(folder)
     changed = {name: value for name, value in architecture.items() if json_value(value) != stored.get(name)}
-    if changed.get("memorizing_layers") and not model.memorizing_layers:
-        return retrofit(model, **changed)
+    if not stored or not changed:
+        return MemorizingTransformer.from_pretrained(folder)
+    if changed.get("memorizing_layers") and stored.get("memorizing_layers") == []:
+        return retrofit(MemorizingTransformer.from_pretrained(folder), **changed)
     try:
-        return MemorizingTransformer.from_pretrained(folder, **changed) if changed else model
+        return MemorizingTransformer.from_pretrained(folder, **changed)
     except CheckpointError as error:
         raise ValueError(f"model {source} cannot take other values of {', '.join(changed)}: {error}") from error
 

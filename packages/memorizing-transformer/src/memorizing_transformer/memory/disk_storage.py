@@ -1,21 +1,25 @@
 """Ring buffers in memory-mapped files that stay readable after a kill at any instant.
 
-A folder holds ``memory.json`` (shape and format), ``data.bin`` and for int8 ``scales.bin`` (sparse: blocks take space
-once their row grows into them), and ``header.bin`` with two copies of every row's counts. The counts are written AFTER
-the data they count, alternately to the first and the second copy, each with a generation number and a checksum; a
-reader takes the newest intact one. Before slots of a full ring are overwritten, a header first drops the tokens in
-them. So at any instant the header counts only complete tokens: a prefix of what was added.
+A folder holds ``memory.json`` (shape and format), ``data.bin``, for int8 ``scales.bin``, ``checksums.bin`` (sparse:
+blocks take space once their row grows into them), and ``header.bin`` with two copies of every row's counts. The counts
+are written AFTER the data they count, alternately to the first and the second copy, each with a generation number and a
+checksum; a reader takes the newest intact one. Before slots of a full ring are overwritten, a header first drops the
+tokens in them. So at any instant the header counts only complete tokens: a prefix of what was added.
 
 Space on the disk is allocated before anything is written: on a full disk ``append`` raises ``OSError`` and changes
 nothing. Without that, writing to a mapped page that has no block would end the process by SIGBUS.
 
-Tokens carry no checksum: a damaged disk block of ``data.bin`` is not found. Files of ``KNNMemory.save`` have one.
+Every token has a checksum of 8 bytes, written before the token is counted. A row is compared with its checksums when it
+is first read after opening: a search, copy or save of a row with damaged tokens raises ``ValueError``. A change within
+one word of 8 bytes of a token, such as a flipped bit, is always found, any other with a probability of 1 - 2^-63.
+Opening reads no tokens. Damage to the files after that first read is found when they are next opened.
 
 A kill of the process loses nothing that was committed, since the system keeps the pages. To survive a power failure
 too, call ``sync`` (one flush of the whole folder).
 """
 
 import errno
+import hashlib
 import os
 import struct
 import warnings
@@ -27,15 +31,18 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lm_core.checkpoints.atomic_io import fsync_tree, new_directory
-from lm_core.checkpoints.manifest import read_json, write_json
+from lm_core.checkpoints.atomic_io import fsync_tree, new_directory, write_file
+from lm_core.checkpoints.manifest import read_json, to_json, write_json
 from memorizing_transformer.memory.ring_storage import SMALLEST_GROWTH, RingStorage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums
 META_FILE, DATA_FILE, SCALES_FILE, HEADER_FILE = "memory.json", "data.bin", "scales.bin", "header.bin"
+CHECKSUMS_FILE = "checksums.bin"
 LOCK_FILE = ".lock"
+CHECKED_AT_ONCE = 16384  # tokens
 _NUMPY = {"float32": np.float32, "bfloat16": np.int16, "int8": np.int8}
 
 
@@ -57,6 +64,12 @@ class DiskStorage(RingStorage):
         self.directory = Path(directory).expanduser()
         self._header = -1
         self._generation = 0
+        # factors of the checksums: odd, so that no change of a single word cancels
+        words = 2 * dim * np.dtype(_NUMPY[storage]).itemsize // _word(dim, storage).itemsize
+        factors = hashlib.shake_256(b"memorizing-transformer").digest(8 * (words + 2))
+        self._factors = np.frombuffer(factors, dtype="<u8") | np.uint64(1)
+        # rows whose tokens have been compared with their checksums
+        self._verified: set[int] = set()
         super().__init__(rows=rows, capacity=capacity, dim=dim, storage=storage, device=torch.device("cpu"))
         self._lock = FileLock(self.directory / LOCK_FILE)
         try:
@@ -66,7 +79,9 @@ class DiskStorage(RingStorage):
         self._header = os.open(self.directory / HEADER_FILE, os.O_RDWR | getattr(os, "O_BINARY", 0))
         try:
             self._read_header()
-        except ValueError:
+            if self._version == 1:
+                self._add_checksums()
+        except (ValueError, OSError):
             self.close()
             raise
         # per row: slots that have blocks on the disk
@@ -82,6 +97,7 @@ class DiskStorage(RingStorage):
             self._header = -1
             self._lock.release()
         self.data, self.scales = torch.empty(0), None
+        self._checksums = np.empty((0, 0), dtype=np.uint64)
 
     def sync(self) -> None:
         """Flushes everything to the disk, so that it survives a power failure."""
@@ -93,6 +109,11 @@ class DiskStorage(RingStorage):
         if not (self.directory / META_FILE).is_file():
             self._create(meta)
         stored = read_json(self.directory / META_FILE)
+        self._version = stored.get("format_version")
+        if self._version == 1 and type(self._version) is int:
+            with (self.directory / CHECKSUMS_FILE).open("wb") as stream:
+                stream.truncate(self._sizes()[CHECKSUMS_FILE])
+            stored["format_version"] = FORMAT_VERSION
         for name, value in meta.items():
             if stored.get(name) != value or type(stored.get(name)) is not type(value):  # True equals 1
                 raise ValueError(f"{self.directory} holds a memory with {name} = {stored.get(name)!r}, not {value!r}")
@@ -101,6 +122,7 @@ class DiskStorage(RingStorage):
             if found != size:  # numpy would extend a shorter file with zeros
                 raise ValueError(f"{self.directory / name} is damaged: it has {found:,} bytes, not {size:,}")
         shape = (self.rows, self.capacity, 2, self.dim)
+        self._checksums = np.memmap(self.directory / CHECKSUMS_FILE, dtype="<u8", mode="r+", shape=shape[:2])
         mapped = np.memmap(self.directory / DATA_FILE, dtype=_NUMPY[self.storage], mode="r+", shape=shape)
         data = torch.from_numpy(mapped)
         if self.storage == "bfloat16":
@@ -113,7 +135,7 @@ class DiskStorage(RingStorage):
     def _sizes(self) -> dict[str, int]:
         """Bytes of each file of tokens."""
         entries = self.rows * self.capacity * 2
-        sizes = {DATA_FILE: entries * self.dim * np.dtype(_NUMPY[self.storage]).itemsize}
+        sizes = {DATA_FILE: entries * self.dim * np.dtype(_NUMPY[self.storage]).itemsize, CHECKSUMS_FILE: entries * 4}
         return {**sizes, SCALES_FILE: entries * 2} if self.storage == "int8" else sizes
 
     def _create(self, meta: dict[str, object]) -> None:
@@ -144,6 +166,46 @@ class DiskStorage(RingStorage):
         if self.first != kept:
             self._commit()
 
+    def _after_writing(self, row: int, slots: slice | Tensor) -> None:
+        places = slots if isinstance(slots, slice) else slots.numpy()
+        self._checksums[row, places] = self._checksums_of(row, slots)
+
+    def _checksums_of(self, row: int, slots: slice | Tensor) -> NDArray[np.uint64]:
+        """A weighted sum of each token's words modulo 2^64; not 0 for a token of zeros."""
+        numbers = self.data[row, slots].view(torch.uint8).numpy().reshape(-1, 2 * self.dim * self.data.itemsize)
+        words = numbers.view(_word(self.dim, self.storage))
+        sums = self._factors[-1] + np.einsum("nw,w->n", words, self._factors[:-2], dtype=np.uint64, casting="safe")
+        if self.scales is not None:
+            both = self.scales[row, slots].view(torch.uint8).numpy().reshape(-1, 4).view("<u4")[:, 0]
+            sums += both * self._factors[-2]
+        return sums
+
+    def _before_reading(self, row: int) -> None:
+        if row in self._verified:
+            return
+        damaged = []
+        for start, stop in self.ranges(row):
+            for low in range(start, stop, CHECKED_AT_ONCE):
+                some = slice(low, min(low + CHECKED_AT_ONCE, stop))
+                differs = self._checksums_of(row, some) != self._checksums[row, some]
+                damaged += (low + differs.nonzero()[0]).tolist()
+        if damaged:
+            raise ValueError(
+                f"{self.directory / DATA_FILE} is damaged: {len(damaged)} of {self.size(row)} tokens of row {row} "
+                f"differ from what was written, the first in slot {damaged[0]}; clear the row to continue without it"
+            )
+        self._verified.add(row)
+
+    def _add_checksums(self) -> None:
+        """Adds the checksums that a folder of format 1 lacks, of the tokens as they are."""
+        path = self.directory / CHECKSUMS_FILE
+        for row in range(self.rows):
+            for start, stop in self.ranges(row):
+                _allocate_blocks(path, 8 * (row * self.capacity + start), 8 * (stop - start))
+                self._after_writing(row, slice(start, stop))
+        meta = read_json(self.directory / META_FILE)
+        write_file(self.directory / META_FILE, to_json({**meta, "format_version": FORMAT_VERSION}))
+
     def _read_header(self) -> None:
         size, path = len(self._encoded(0)), self.directory / HEADER_FILE
         os.lseek(self._header, 0, os.SEEK_SET)
@@ -169,16 +231,22 @@ class DiskStorage(RingStorage):
         self._generation = newest
 
     def _make_room(self, written: Mapping[int, int]) -> None:
-        slot = self.data[0, 0].nbytes, 0 if self.scales is None else self.scales[0, 0].nbytes
+        # bytes of a slot in each file
+        slot = {name: size // (self.rows * self.capacity) for name, size in self._sizes().items()}
         for row, count in written.items():
             start, stop = self._allocated[row], min(count, self.capacity)
             if stop <= start:
                 continue
             stop = min(self.capacity, max(stop, start + SMALLEST_GROWTH))
-            for name, size in zip((DATA_FILE, SCALES_FILE), slot, strict=True):
-                if size:
-                    _allocate_blocks(self.directory / name, (row * self.capacity + start) * size, (stop - start) * size)
+            for name, size in slot.items():
+                _allocate_blocks(self.directory / name, (row * self.capacity + start) * size, (stop - start) * size)
             self._allocated[row] = stop
+
+
+def _word(dim: int, storage: str) -> np.dtype[Any]:
+    """The widest unsigned integer of which a token is a whole number."""
+    size = 2 * dim * np.dtype(_NUMPY[storage]).itemsize
+    return np.dtype(f"<u{next(width for width in (8, 4, 2) if size % width == 0)}")
 
 
 def _in_memory(attributes: dict[str, Any]) -> RingStorage:

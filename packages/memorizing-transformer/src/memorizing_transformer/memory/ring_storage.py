@@ -105,10 +105,17 @@ class RingStorage:
             self.data[row, start : start + count] = new[done : done + count].to(self.data.dtype)
             if scales is not None and self.scales is not None:
                 self.scales[row, start : start + count] = scales[done : done + count]
+            self._after_writing(row, slice(start, start + count))
             start, done = 0, done + count
 
     def _before_writing(self, after: dict[int, tuple[int, int]]) -> None:
         """Called before slots are overwritten; storage on disk first drops their tokens from its header."""
+
+    def _after_writing(self, row: int, slots: slice | Tensor) -> None:
+        """Called when slots have been written, before they are counted; storage on disk writes their checksums."""
+
+    def _before_reading(self, row: int) -> None:
+        """Called before tokens of a row are read; storage on disk compares them with their checksums once."""
 
     def _commit(self) -> None:
         """Called once the data match the counts; storage on disk writes them to its header."""
@@ -132,6 +139,7 @@ class RingStorage:
 
     def key_chunks(self, row: int, size: int, dtype: torch.dtype) -> Iterator[tuple[int, Float[Tensor, "n d"]]]:
         """Keys of a row with the slot of the first, ``size`` slots at a time, widened to ``dtype``."""
+        self._before_reading(row)
         for start, stop in self.ranges(row):
             for low in range(start, stop, size):
                 yield low, self._keys(row, slice(low, min(low + size, stop)), dtype)
@@ -161,6 +169,7 @@ class RingStorage:
 
     def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
         """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
+        self._before_reading(row)
         flat, target = slots.reshape(-1), out.view(-1, 2, self.dim)
         if self.data.dtype == out.dtype:
             torch.index_select(self.data[row], 0, flat, out=target)
@@ -183,6 +192,8 @@ class RingStorage:
 
     def selected(self, rows: Sequence[int]) -> "RingStorage":
         """A copy, in memory, whose row ``r`` is row ``rows[r]`` of this one."""
+        for row in set(rows):
+            self._before_reading(row)
         twin = RingStorage(
             rows=len(rows), capacity=self.capacity, dim=self.dim, storage=self.storage, device=self.device
         )
@@ -197,6 +208,7 @@ class RingStorage:
         """The stored tokens, oldest first, as tensors (on the CPU) and numbers."""
         kv, scales = [], []
         for row in range(self.rows):
+            self._before_reading(row)
             slots = self.slots(row)
             kv.append(self.data[row].index_select(0, slots).cpu())
             if self.scales is not None:
@@ -241,5 +253,6 @@ class RingStorage:
             self.data[row].index_copy_(0, slots, kv[row].to(self.device))
             if self.scales is not None:
                 self.scales[row].index_copy_(0, slots, scales[row].to(self.device))
+            self._after_writing(row, slots)
         self.first, self.written = list(firsts), written
         self._commit()

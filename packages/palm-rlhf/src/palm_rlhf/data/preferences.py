@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lm_core.data.conversations import NoBorderError, conversation_ids
+from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids
 from lm_core.data.rows import iterate_rows, load_rows
 from lm_core.tokenizers import end_ids, prompt_ids
 
@@ -107,6 +107,10 @@ def _example(row: Any, where: str, tokenizer: Any, template_kwargs: Mapping[str,
 def _with_explicit_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The row with the common beginning of its two responses as its prompt: whole messages, or text up to a word."""
     chosen, rejected = row["chosen"], row["rejected"]
+    if not any(isinstance(chosen, kind) and isinstance(rejected, kind) for kind in (str, list | tuple, Tensor)):
+        raise ValueError(
+            f"{where} must have two texts or two lists in chosen and rejected, got {chosen!r:.60} and {rejected!r:.60}"
+        )
     pairs = enumerate(zip(chosen, rejected, strict=False))
     border = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)) - 1)
     if isinstance(chosen, str):  # a blank belongs to the word after it, as in most vocabularies
@@ -128,7 +132,7 @@ def _ids(
         chats = [
             conversation_ids(
                 tokenizer,
-                [*row["prompt"], *_messages(row[name])],
+                [*row["prompt"], *_messages(row[name], f"{where}, {name!r}")],
                 answer=len(row["prompt"]),
                 template_kwargs=template_kwargs,
                 where=f"{where}, {name!r}",
@@ -168,9 +172,9 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
-def _messages(value: Any) -> Any:
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     """A response to a chat as messages."""
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    return check_messages([{"role": "assistant", "content": value}] if isinstance(value, str) else value, where)
 
 
 def _number(row: Mapping[str, Any], name: str, where: str) -> float:

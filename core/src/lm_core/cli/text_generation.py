@@ -135,12 +135,18 @@ def open_prompt(
     """
     folder = checkpoint_folder(model)
     encoder = load_tokenizer(tokenizer or folder)
-    text = read_prompt(prompt)
-    ids = torch.tensor(prompt_ids(encoder, text), dtype=torch.long)
-    if len(ids) == 0:
-        raise ValueError(f"prompt must hold at least one token, got {text!r}")
+    text, ids = tokenised_prompt(prompt, encoder)
     target = pick_device(device)
     return OpenedPrompt(loader(folder).to(target).eval(), encoder, text, ids.to(target))
+
+
+def tokenised_prompt(prompt: str, tokenizer: Tokenizer) -> tuple[str, Tensor]:
+    """Text and ids of a command's prompt; errors are those of ``open_prompt``."""
+    text = read_prompt(prompt)
+    ids = torch.tensor(prompt_ids(tokenizer, text), dtype=torch.long)
+    if len(ids) == 0:
+        raise ValueError(f"prompt must hold at least one token, got {text!r}")
+    return text, ids
 
 
 def print_texts(opened: OpenedPrompt, settings: TextGeneration, **model_kwargs: Any) -> None:

@@ -6,7 +6,14 @@ from typing import Any, Literal
 import torch
 
 from lm_core.checks import check_positive
-from lm_core.cli.text_generation import SamplingFlags, TextGeneration, open_prompt, print_texts, read_prompt
+from lm_core.cli.text_generation import (
+    OpenedPrompt,
+    SamplingFlags,
+    TextGeneration,
+    print_texts,
+    read_prompt,
+    tokenised_prompt,
+)
 from lm_core.data.corpora import held_out_documents
 from lm_core.generation.generate import generate as generate_tokens
 from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
@@ -26,9 +33,9 @@ def generate(
         dtype: dtype of a Hugging Face model's weights; auto keeps the stored one.
     """
     policy = _open(model, tokenizer=settings.tokenizer, scope=scope, dtype=dtype)
-    opened = open_prompt(
-        model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=lambda _: policy.model
-    )
+    text, ids = tokenised_prompt(prompt, policy.tokenizer)
+    target = pick_device(settings.device)
+    opened = OpenedPrompt(policy.model.to(target).eval(), policy.tokenizer, text, ids.to(target))
     print_texts(opened, settings, **policy.arguments)
     return 0
 

@@ -21,7 +21,7 @@ from palm_rlhf.data.preferences import load_preferences
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.data.rollouts import rollout_of
 from palm_rlhf.reward.model import RewardModel
-from palm_rlhf.reward.rewards import ClassifierReward, as_reward
+from palm_rlhf.reward.rewards import ClassifierReward, as_reward, reward_identity
 from palm_rlhf.reward.trainer import RewardModelTrainer
 from palm_rlhf.rl.advantages import group_advantages, leave_one_out_advantages, whiten
 from palm_rlhf.rl.policy import ActorCritic
@@ -911,3 +911,109 @@ def test_a_run_resumes_with_its_own_held_out_text_only(tmp_path, capsys):
     assert main([*run, *sizes, "--validation_data", str(tmp_path / "b.txt"), "--max_steps", "1"]) == 0
     assert main([*run, *sizes, "--validation_data", str(tmp_path / "c.txt"), "--max_steps", "2"]) == 1
     assert "validation_data" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- the reward and adapters of a run
+
+
+def _length(ids, prompt_lengths):
+    return prompt_lengths.float()
+
+
+def _negative_length(ids, prompt_lengths):
+    return -prompt_lengths.float()
+
+
+def test_a_run_resumed_with_another_reward_is_refused_by_name(make_palm, trainer, tmp_path):
+    def run(reward, **changes):
+        made = trainer(make_palm(), GRPOTrainer, reward=reward, checkpoint_dir=tmp_path / "run", **changes)
+        return made.train(num_episodes=8, update_timesteps=8, max_new_tokens=2)
+
+    run(_length)
+    run(_length)
+    for other in (_negative_length, [(2.0, _length)], RewardModel(make_palm())):
+        with pytest.raises(CheckpointError, match=r"is of another run: reward is .*, but was .*:_length \(source"):
+            run(other)
+
+
+def test_rewards_are_told_apart_by_their_weights_source_and_arguments(make_palm, trained):
+    def identity(reward):
+        return reward_identity(as_reward(reward))
+
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(scale))
+
+        def forward(self, ids, prompt_lengths):
+            return self.scale * prompt_lengths
+
+    def scaled(ids, prompt_lengths, *, scale):
+        return scale * prompt_lengths.float()
+
+    model = RewardModel(make_palm())
+    distinct = [
+        model,
+        trained(RewardModel(make_palm())),
+        _length,
+        _negative_length,
+        partial(scaled, scale=1.0),
+        partial(scaled, scale=2.0),
+        Scaled(1.0),
+        Scaled(2.0),
+        [(0.5, _length), _negative_length],
+        [_length, (0.5, _negative_length)],
+        max,
+    ]
+    identities = [identity(reward) for reward in distinct]
+    assert len(set(identities)) == len(distinct)
+    assert identities == [identity(reward) for reward in distinct]
+    assert identity(RewardModel.from_config(model.config)) != identity(model)
+    assert reward_identity(None) is None
+
+
+def test_several_active_adapters_are_refused_by_name(make_hugging_face):
+    import peft
+
+    def adapted():
+        model = peft.get_peft_model(make_hugging_face(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        return model
+
+    model = adapted()
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="one active adapter, got default, other"):
+        ActorCritic(model)
+    with pytest.raises(ValueError, match="one active adapter, got default, other"):
+        ActorCritic(make_hugging_face(), model)
+    assert ActorCritic(adapted()).scopes["actor"] == "default"
+
+
+def test_an_adapter_of_the_critics_own_network_continues_training(make_hugging_face, moved):
+    import peft
+
+    def critic():
+        torch.manual_seed(3)
+        return peft.get_peft_model(
+            make_hugging_face(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "mine"
+        )
+
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.ones(1, 4, dtype=torch.bool)
+    policy = ActorCritic(make_hugging_face(), critic())
+    assert policy.scopes["critic"] == "mine"
+    names = [n for n, p in policy.named_parameters() if any(p is q for q in policy.critic_parameters())]
+    assert all(".mine." in name or name.startswith("value_head") for name in names)
+    with torch.no_grad():
+        policy.value_head.weight.fill_(1.0)
+    # the values are those of the adapted network
+    states = critic().base_model.model.model(ids)[0]
+    expected = states[:, :-1] @ torch.ones(states.shape[-1])
+    torch.testing.assert_close(policy.values(policy.value_logits(ids, mask, mask[:, 1:])), expected)
+    with pytest.raises(
+        ValueError, match=r"critic_lora=False trains all weights, but critic_palm has adapters \(mine\)"
+    ):
+        ActorCritic(make_hugging_face(), critic(), critic_lora=False)
+    with pytest.raises(ValueError, match=r"critic_lora=False trains all weights, but palm has adapters \(mine\)"):
+        ActorCritic(critic(), critic_lora=False)
+    shared = critic()
+    assert ActorCritic(shared, shared).scopes == {"actor": "mine", "critic": "critic", "reference": "reference"}

@@ -151,6 +151,33 @@ def test_stop_strings_end_a_response_with_the_token_that_completes_them(make_pal
     assert rollout.finished.tolist() == [True, True]
 
 
+def test_a_stop_string_in_a_long_response_takes_few_decodes(make_palm):
+    class Counting(ByteTokenizer):
+        decodes = 0
+
+        def decode(self, ids):
+            Counting.decodes += len(ids) > 400
+            return "".join("ab"[int(i) == 7] for i in ids)
+
+    policy = ActorCritic(make_palm(num_tokens=259), with_critic=False)
+
+    class Script:
+        """Token 7 at step 450 only, token 3 elsewhere."""
+
+        step = -1
+
+        def __call__(self, logits):
+            self.step += 1
+            token = torch.tensor([7 if self.step == 450 else 3])
+            return torch.full_like(logits, -torch.inf).index_fill(1, token, 0)
+
+    prompts = load_prompts([torch.tensor([1, 2, 3])])
+    settings = SamplingSettings(max_new_tokens=460, stop_strings=("ab",), filters=[Script()])
+    rollout = draw_rollout(policy, prompts, settings, tokenizer=Counting())
+    assert int(rollout.lengths[0]) == 3 + 451
+    assert Counting.decodes < 20
+
+
 def test_a_real_token_zero_is_no_padding(make_palm):
     """The original stripped every id equal to the pad value."""
     prompts = load_prompts([torch.tensor([0, 0, 4])])

@@ -16,6 +16,8 @@ parameter ``completion_ids`` (also alone), and a prompt that is a chat is passed
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import importlib
 import inspect
 import warnings
@@ -29,6 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lm_core.causal_lm import eval_mode
+from lm_core.checkpoints.tensor_files import hash_of
 from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.model import RewardModel
 
@@ -207,6 +210,32 @@ def as_reward(reward: Any) -> Reward:
     if callable(reward):
         return FunctionReward(reward)
     raise TypeError(f"reward must be a RewardModel, a callable, or a list of these, got {type(reward).__name__}")
+
+
+def reward_identity(reward: Reward | None) -> str | None:
+    """A description that tells one reward from another, to recognise the reward of a run.
+
+    Models are known by their weights, functions by name, arguments of ``functools.partial`` and source. What a function
+    calls or reads is not followed.
+    """
+    if reward is None:
+        return None
+    if isinstance(reward, WeightedRewards):
+        return " + ".join(f"{weight:g} * {reward_identity(term)}" for weight, term in reward.terms)
+    function = reward.function if isinstance(reward, FunctionReward) else getattr(reward, "model", reward)
+    if isinstance(function, nn.Module):
+        return f"{type(function).__name__} (weights {hash_of(function.state_dict().items())[:12]})"
+    arguments = ""
+    while isinstance(function, functools.partial):
+        arguments += f", {function.args} {sorted(function.keywords.items())}"
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    try:
+        source = inspect.getsource(named)
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        source = ""
+    digest = hashlib.sha256((source + arguments).encode("utf-8", "replace")).hexdigest()[:12]
+    return f"{named.__module__}:{named.__qualname__} (source {digest})"
 
 
 def check_scores(scores: Any, count: int) -> Float[Tensor, " b"]:

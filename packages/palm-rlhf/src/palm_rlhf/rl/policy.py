@@ -49,7 +49,8 @@ class ActorCritic(nn.Module):
         palm: a ``PaLM``; a Hugging Face causal language model or a ``PeftModel`` of one, whose active adapter is then
             the actor and continues training; or any model that ``lm_core.adapters.as_causal_lm`` accepts (without
             LoRA). Trained weights become float32.
-        critic_palm: separate network of the critic; by default the policy's.
+        critic_palm: separate network of the critic, whose active adapter, if any, continues training; by default the
+            policy's.
         pooled_values: predicts one value per response, from its prompt, instead of one per token.
         actor_lora: trains an adapter instead of the whole network.
         critic_lora: trains an adapter for the critic instead of a copy of the network.
@@ -72,8 +73,9 @@ class ActorCritic(nn.Module):
 
     Raises:
         ValueError: LoRA for a network that is neither a PaLM nor Hugging Face's, one scope for both roles, another rank
-            than that of the existing scope, an adapter that cannot be trained, a policy that is not causal, a critic
-            without hidden states, or a precision that the device does not support.
+            than that of the existing scope, an adapter that cannot be trained, several active adapters, adapters on a
+            network that trains all its weights, a policy that is not causal, a critic without hidden states, or a
+            precision that the device does not support.
     """
 
     @typed
@@ -137,7 +139,8 @@ class ActorCritic(nn.Module):
             if network is None:
                 continue
             if with_lora:
-                existing = _existing_adapter(network, scope, adopt=role == "actor")
+                has_own_network = role == "actor" or (other is not None and not _is_same(network, actor))
+                existing = _existing_adapter(network, scope, adopt=has_own_network)
                 if existing is None:
                     _add_adapter(network, scope, r, dropout, lora_targets)
                 elif r is not None and r != (found := _rank(network, existing)):
@@ -355,11 +358,12 @@ def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: b
     for name, lora, network in (("actor_lora", actor_lora, actor), ("critic_lora", critic_lora, critic)):
         if lora and not isinstance(network, PaLM) and not _is_hugging_face(network):
             raise ValueError(f"{name} needs a PaLM or a Hugging Face model, got {type(network.model).__name__}")
-    if not actor_lora and _has_adapters(actor):
-        names = ", ".join(actor.model.peft_config)
+        if lora or not _has_adapters(network) or (name == "critic_lora" and not with_critic):
+            continue
+        names = ", ".join(network.model.peft_config)
         raise ValueError(
-            f"actor_lora=False trains all weights, but palm has adapters ({names}): merge them first "
-            "(model.merge_and_unload()), or train them with actor_lora=True"
+            f"{name}=False trains all weights, but {'palm' if network is actor else 'critic_palm'} has adapters "
+            f"({names}): merge them first (model.merge_and_unload()), or train them with {name}=True"
         )
     if not with_critic:
         return
@@ -373,6 +377,11 @@ def _check_networks(actor: Any, critic: Any, *, actor_lora: bool, critic_lora: b
 def _vocab_size(network: Any) -> int | None:
     size: int | None = network.num_tokens if isinstance(network, PaLM) else getattr(network, "vocab_size", None)
     return size
+
+
+def _is_same(network: Any, other: Any) -> bool:
+    """True for one network, also in two adapters of ``lm_core``."""
+    return getattr(network, "model", network) is getattr(other, "model", other)
 
 
 def _is_hugging_face(network: Any) -> bool:
@@ -428,6 +437,12 @@ def _existing_adapter(network: Any, scope: str, *, adopt: bool) -> str | None:
     if isinstance(network, PaLM):
         return scope if scope in network.finetune_modules else None
     adapters = network.model.peft_config if _has_adapters(network) else {}
+    active = list(getattr(network.model, "active_adapters", ())) if adapters else []
+    if len(active) > 1:
+        raise ValueError(
+            f"a policy or critic must have one active adapter, got {', '.join(active)}; choose one "
+            "(model.set_adapter(name)) or make one of them (model.add_weighted_adapter)"
+        )
     name = scope if scope in adapters else str(network.model.active_adapter) if adapters and adopt else None
     if name is not None:
         if adopt:

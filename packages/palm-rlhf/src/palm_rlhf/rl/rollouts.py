@@ -5,6 +5,7 @@ Where sampling was filtered, the kept set of each step is stored as packed bits,
 Legend: b batch, r rows still generating, v vocabulary, k bytes of a packed kept set.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -202,4 +203,4 @@ def _stop_at(tokens: list[int], stop_strings: Sequence[str], tokenizer: Any, pro
 
     if not stops(len(tokens)):
         return None
-    return next(length for length in range(1, len(tokens) + 1) if stops(length))
+    return 1 + bisect.bisect_left(range(1, len(tokens)), True, key=stops)

@@ -26,7 +26,7 @@ from lm_core.training.metrics import MetricsLog
 from lm_core.training.session import TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, fingerprint, load_prompts
 from palm_rlhf.data.rollouts import Rollout
-from palm_rlhf.reward.rewards import as_reward, check_scores
+from palm_rlhf.reward.rewards import as_reward, check_scores, reward_identity
 from palm_rlhf.rl.arguments import sort_arguments
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import (
@@ -132,6 +132,7 @@ class RLHFTrainer:
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
         self.reward = None if reward is None else as_reward(reward)
+        identity_of_reward = reward_identity(self.reward)  # before a base that it shares with the policy gets adapters
         # policy, moved to the device of the session
         self.kl = objective.kl_coefficient()
         self.session = TrainingSession(
@@ -181,6 +182,7 @@ class RLHFTrainer:
                 "group_size": objective.group_size,
                 "minibatch_size": config.minibatch_size,
                 "prompts": fingerprint(self.prompts),
+                "reward": identity_of_reward,
                 "frozen": files.frozen_hash(),
             },
             **files.session_arguments(),

@@ -162,3 +162,73 @@ def test_rows_can_be_reordered_before_anything_was_written(rows):
     cache.reorder(torch.zeros(rows, dtype=torch.long))
     new = entries(torch.Generator().manual_seed(0), rows, 3)
     assert torch.equal(write(cache, new), new)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 3),
+    prompt=st.integers(1, 4),
+    steps=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4) | st.none(), max_size=6),
+)
+def test_a_static_cache_holds_what_a_growing_one_does_and_zeros_after_it(seed, rows, prompt, steps):
+    generator, capacity = torch.Generator().manual_seed(seed), 12
+    growing = KVCache(layers=LAYERS, batch_size=rows, max_length=2)
+    static = KVCache(layers=LAYERS, batch_size=rows, max_length=capacity, static=True)
+    new = entries(generator, rows, prompt)
+    assert torch.equal(write(static, new), write(growing, new))
+    static.begin_steps()
+    for step in steps:
+        if step is not None:
+            index = torch.tensor(step) % growing.batch_size
+            growing.reorder(index)
+            static.reorder(index)
+            continue
+        new = entries(generator, growing.batch_size, 1)
+        expected, got = write(growing, new), write(static, new)
+        assert torch.equal(got[:, : expected.shape[1]], expected)
+        assert not got[:, expected.shape[1] :].any()
+        assert (static.length, static.past) == (growing.length, capacity - 1)
+
+
+def test_static_steps_and_reordering_of_as_many_rows_leave_the_memory_in_place():
+    cache = KVCache(layers=LAYERS, batch_size=2, max_length=8, static=True)
+    generator = torch.Generator().manual_seed(0)
+    write(cache, entries(generator, 2, 3))
+    cache.begin_steps()
+    position = cache.position
+    places = {cache.update(layer, *keys_and_values(entries(generator, 2, 1)))[0].data_ptr() for layer in range(LAYERS)}
+    cache.advance(1)
+    cache.reorder(torch.tensor([1, 1]))
+    assert {
+        cache.update(layer, *keys_and_values(entries(generator, 2, 1)))[0].data_ptr() for layer in range(LAYERS)
+    } == places
+    assert len(places) == LAYERS
+    assert cache.position is position
+
+
+def test_values_of_a_failed_prompt_do_not_stay_in_a_static_cache():
+    cache = KVCache(layers=1, batch_size=1, max_length=6, static=True)
+    nan = torch.full((1, 1, 5, 2), torch.nan)
+    cache.update(0, nan, nan)  # then the forward fails
+    cache.update(0, torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+    cache.advance(2)
+    cache.begin_steps()
+    keys, _ = cache.update(0, torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2))
+    assert keys.sum() == 6
+
+
+def test_a_static_cache_refuses_what_would_change_its_shapes():
+    cache = KVCache(layers=1, batch_size=1, max_length=4, static=True)
+    token = torch.ones(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="must read its prompt"):
+        cache.begin_steps()
+    with pytest.raises(ValueError, match="4 positions is full, got 5"):
+        cache.update(0, token.expand(1, 1, 5, 2), token.expand(1, 1, 5, 2))
+    cache.update(0, token, token)
+    cache.advance(1)
+    cache.begin_steps()
+    with pytest.raises(ValueError, match="one token a row, got 2"):
+        cache.update(0, token.expand(1, 1, 2, 2), token.expand(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="without static=True"):
+        KVCache(layers=1, batch_size=1, max_length=4).begin_steps()

@@ -26,6 +26,7 @@ def attend(
     causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
+    every_query_sees_a_key: bool = False,
 ) -> Float[Tensor, "b h i e"]:
     """Scaled dot-product attention (arXiv 1706.03762, equation 1; shared key heads arXiv 1911.02150).
 
@@ -37,6 +38,7 @@ def attend(
         causal: queries are the last ``i`` of the ``j`` positions and attend to no later key.
         dropout: probability with which an attention weight is dropped.
         scale: factor of the scores, ``d ** -0.5`` by default.
+        every_query_sees_a_key: True asserts that the mask leaves each query a key, so that this is not checked.
 
     Raises:
         ValueError: head counts do not divide, there are more queries than keys under ``causal``, or the mask has
@@ -57,8 +59,8 @@ def attend(
         triangle = torch.ones(i, j, dtype=torch.bool, device=q.device).tril(j - i)
         mask = triangle if mask is None else mask & triangle
         causal = False
-    if mask is None:
-        return _sdpa(q, k, v, None, causal, dropout, scale)
+    if mask is None or every_query_sees_a_key:
+        return _sdpa(q, k, v, mask, causal, dropout, scale)
     # A row without any visible key attends to all of them, which avoids NaN, and is zeroed afterwards.
     visible = mask.any(dim=-1, keepdim=True)
     out = _sdpa(q, k, v, mask | ~visible, False, dropout, scale)
@@ -127,17 +129,26 @@ class Attention(nn.Module):
         *,
         mask: Bool[Tensor, "..."] | None = None,
         xpos: tuple[XPosBlock, ...] | None = None,
+        every_query_sees_a_key: bool = False,
     ) -> Float[Tensor, "b h i e"]:
         """``attend``; with ``xpos`` (``RotaryEmbedding.xpos_blocks``) block by block, scaling queries and keys.
 
         ``xpos`` is for causal attention: a block does not attend to keys after it.
         """
         dropout = self.dropout if self.training else 0.0
-        if xpos is None:
-            return attend(q, k, v, mask=mask, causal=self.causal, dropout=dropout, scale=self.scale)
-        if len(xpos) == 1:
-            q, k = _scaled(q, xpos[0].query_scale), _scaled(k, xpos[0].key_scale)
-            return attend(q, k, v, mask=mask, causal=True, dropout=dropout, scale=self.scale)
+        if xpos is None or len(xpos) == 1:
+            if xpos is not None:
+                q, k = _scaled(q, xpos[0].query_scale), _scaled(k, xpos[0].key_scale)
+            return attend(
+                q,
+                k,
+                v,
+                mask=mask,
+                causal=self.causal or xpos is not None,
+                dropout=dropout,
+                scale=self.scale,
+                every_query_sees_a_key=every_query_sees_a_key,
+            )
         if mask is not None:
             mask = _four_dimensional(mask, q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
         outputs = []

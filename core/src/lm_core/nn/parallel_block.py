@@ -34,11 +34,13 @@ class Positions:
         rotation: cosine and signed sine from ``RotaryEmbedding``; None leaves queries and keys unrotated.
         xpos: scales from ``RotaryEmbedding.xpos_blocks``.
         mask: True at keys that may be attended to, in a form that ``lm_core.nn.attention.attend`` takes.
+        every_query_sees_a_key: True if no row of ``mask`` is empty, which need not be checked then.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
     xpos: tuple[XPosBlock, ...] | None = None
     mask: Tensor | None = None
+    every_query_sees_a_key: bool = False
 
     @classmethod
     def of(
@@ -46,34 +48,46 @@ class Positions:
         rotary: RotaryEmbedding,
         x: Float[Tensor, "b n dim"],
         *,
-        past: int = 0,
+        cache: KVCache | None = None,
         mask: Bool[Tensor, "b total"] | None = None,
     ) -> "Positions":
-        """Positions of ``x``, which follow ``past`` cached ones.
+        """Positions of ``x``, which follow those of ``cache``.
 
         Args:
             rotary: source of the angles, and of the scales under xPos.
             x: residual stream, which sets length, device and dtype.
-            past: cached positions.
-            mask: True at real tokens of cached and new positions; padding does not count as a position.
+            cache: earlier positions; static or not.
+            mask: True at real tokens of cached and new positions, ``total = cache.past + n``; padding does not count
+                as a position.
         """
+        past = 0 if cache is None else cache.past
+        position = None if cache is None else cache.position
         total = past + x.shape[1]
-        rotation: tuple[Tensor, Tensor]
-        if mask is None:
+        rotation: tuple[Tensor, Tensor] | None = None
+        if mask is None and position is None:
             rotation = rotary.at_range(past, total, device=x.device, dtype=x.dtype)
+            if not rotary.use_xpos:
+                return cls(rotation)
+        key_positions = torch.arange(total, device=x.device) if mask is None else positions_from_mask(mask)
+        if position is None:
+            query_positions, visible = key_positions[..., past:], mask
         else:
-            key_positions = positions_from_mask(mask)
-            cos, sin = rotary(key_positions[:, past:], x.dtype)
-            rotation = (rearrange(cos, "b n d -> b 1 n d"), rearrange(sin, "b n d -> b 1 n d"))
+            # A static step reads the whole capacity, of which the positions up to this one count.
+            written = torch.arange(total, device=x.device) <= position
+            visible = written.expand(x.shape[0], -1) if mask is None else mask & written
+            query_positions = key_positions.index_select(-1, position.view(1))
+            # At most the query's position: the scales of unwritten keys could overflow.
+            key_positions = torch.minimum(key_positions, query_positions)
+        if rotation is None:
+            cos, sin = rotary(query_positions, x.dtype)
+            rotation = (rearrange(cos, "... n d -> ... 1 n d"), rearrange(sin, "... n d -> ... 1 n d"))
         xpos = None
         if rotary.use_xpos:
-            if mask is None:
-                key_positions = torch.arange(total, device=x.device)
             # Under autocast queries and keys are narrower than the residual stream.
             narrow = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if narrow else x.dtype
-            xpos = rotary.xpos_blocks(key_positions[..., past:], key_positions, dtype=dtype)
-        return cls(rotation, xpos, mask)
+            xpos = rotary.xpos_blocks(query_positions, key_positions, dtype=dtype)
+        return cls(rotation, xpos, visible, every_query_sees_a_key=position is not None)
 
 
 class Adapters(Protocol):
@@ -175,7 +189,14 @@ class ParallelBlock(nn.Module):
         q, k = qk.split_with_sizes((self.heads, self.kv_heads), 1)
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        attended = self.attention(q, k, v, mask=positions.mask, xpos=positions.xpos)
+        attended = self.attention(
+            q,
+            k,
+            v,
+            mask=positions.mask,
+            xpos=positions.xpos,
+            every_query_sees_a_key=positions.every_query_sees_a_key,
+        )
 
         # both outputs in one product
         attended = attended.transpose(1, 2).reshape(b, n, self.attn_dim)

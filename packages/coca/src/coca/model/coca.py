@@ -354,10 +354,10 @@ class CoCa(PretrainedMixin):
 
     # ----------------------------------------------------------------------- captions, and the CausalLM protocol
 
-    def init_cache(self, batch_size: int, max_length: int) -> CoCaCache:
-        """An empty cache for ``batch_size`` captions of up to ``max_length`` tokens."""
+    def init_cache(self, batch_size: int, max_length: int, *, static: bool = False) -> CoCaCache:
+        """An empty cache for ``batch_size`` captions of up to ``max_length`` tokens; see ``KVCache`` for ``static``."""
         layers = len(self.unimodal_layers) + len(self.multimodal_layers)
-        return CoCaCache(layers=layers, batch_size=batch_size, max_length=max_length)
+        return CoCaCache(layers=layers, batch_size=batch_size, max_length=max_length, static=static)
 
     def hidden(
         self,
@@ -383,7 +383,7 @@ class CoCa(PretrainedMixin):
         """
         if text.dtype.is_floating_point or text.ndim != 2 or 0 in text.shape:
             raise ValueError(f"text must be integer ids (b, n), got {text.dtype} of shape {tuple(text.shape)}")
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.past
         if mask is not None:
             check_mask(mask, "mask", (text.shape[0], past + text.shape[1]))
         elif cache is not None and cache.masked:
@@ -391,7 +391,7 @@ class CoCa(PretrainedMixin):
         if cache is not None and past == 0:
             cache.image = {}  # a forward that failed may have left keys and values
         x = self.token_emb(text)
-        positions = Positions.of(self.rotary, x, past=past, mask=mask)
+        positions = Positions.of(self.rotary, x, cache=cache, mask=mask)
         x = self._decode(self.unimodal_layers, x, positions, cache=cache)
         x = self._multimodal(x, pooled, positions, cache)
         if cache is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lm_core.nn.attention import attend
 from lm_core.nn.feedforward import split_swiglu
-from lm_core.nn.kv_cache import KVCache
+from lm_core.nn.kv_cache import KVCache, selected_rows
 from lm_core.nn.norms import LayerNorm
 from lm_core.nn.parallel_block import ParallelBlock, Positions, joint_output
 
@@ -23,8 +23,8 @@ from lm_core.nn.parallel_block import ParallelBlock, Positions, joint_output
 class CoCaCache(KVCache):
     """Keys and values of the text (without CLS) in every layer, and of the image in the multimodal ones."""
 
-    def __init__(self, *, layers: int, batch_size: int, max_length: int) -> None:
-        super().__init__(layers=layers, batch_size=batch_size, max_length=max_length)
+    def __init__(self, *, layers: int, batch_size: int, max_length: int, static: bool = False) -> None:
+        super().__init__(layers=layers, batch_size=batch_size, max_length=max_length, static=static)
         # Layer index to keys and values; empty before the first forward.
         self.image: dict[int, tuple[Tensor, Tensor]] = {}
         self._image_of_row = torch.arange(batch_size)
@@ -37,7 +37,11 @@ class CoCaCache(KVCache):
             before, self._image_of_row = self._image_of_row, self._image_of_row[index]
             if torch.equal(before, self._image_of_row):
                 return
-        self.image = {layer: (keys[index], values[index]) for layer, (keys, values) in self.image.items()}
+        in_place = self.position is not None
+        self.image = {
+            layer: (selected_rows(keys, index, in_place=in_place), selected_rows(values, index, in_place=in_place))
+            for layer, (keys, values) in self.image.items()
+        }
 
 
 class CrossAttention(nn.Module):

@@ -6,7 +6,7 @@ Generation passes both with the prompt only; later steps take them from the cach
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lm_core.nn.kv_cache import KVCache
+from lm_core.nn.kv_cache import KVCache, selected_rows
 from palm_rlhf.model.inputs import is_same_everywhere
 
 
@@ -34,8 +34,13 @@ class PaLMCache(KVCache):
             raise ValueError(f"cache was filled with finetune_scope {self.finetune_scope!r}, got {wanted}")
         return self.finetune_scope, self.extra_embed if extra_embed is None else extra_embed
 
+    def begin_steps(self) -> None:
+        """Makes every later forward a static step; the extra embedding is copied, since rows change in place."""
+        super().begin_steps()
+        self.extra_embed = None if self.extra_embed is None else self.extra_embed.clone()
+
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
         super().reorder(index)
         if self.extra_embed is not None and self.extra_embed.ndim == 3 and self.extra_embed.shape[0] > 1:
-            self.extra_embed = self.extra_embed[index]
+            self.extra_embed = selected_rows(self.extra_embed, index, in_place=self.position is not None)

@@ -23,7 +23,7 @@ def check_inputs(
         raise ValueError("a cache needs a causal model, got causal=False")
     if cache is not None and cache.batch_size != x.shape[0]:
         raise ValueError(f"cache holds {cache.batch_size} rows, got a batch of {x.shape[0]}")
-    past = 0 if cache is None else cache.length
+    past = 0 if cache is None else cache.past
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be boolean (True at real tokens), got dtype {mask.dtype}")

@@ -210,7 +210,7 @@ class PaLM(PretrainedMixin):
         check_inputs(x, mask=mask, cache=cache, document_ids=document_ids, causal=self.causal)
         check_extra_embed(extra_embed, (*x.shape, self.dim))
         # LoRA scope and extra embedding: given, or those of the cache
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.past
         scope = None if disable_lora else finetune_scope
         if cache is not None and past > 0:
             scope, extra_embed = cache.recalled(scope, disable_lora, extra_embed)
@@ -225,7 +225,7 @@ class PaLM(PretrainedMixin):
         h = self._embed(x, call)
         if extra_embed is not None:
             h = h + extra_embed.to(h.dtype)
-        positions = Positions.of(self.rotary, h, past=past, mask=mask)
+        positions = Positions.of(self.rotary, h, cache=cache, mask=mask)
         if document_ids is not None:
             same = rearrange(document_ids, "b i -> b 1 i 1") == rearrange(document_ids, "b j -> b 1 1 j")
             visible = same if mask is None else same & rearrange(mask, "b j -> b 1 1 j")
@@ -293,15 +293,20 @@ class PaLM(PretrainedMixin):
         logits = F.linear(features, self.output_weight.detach() if frozen else self.output_weight)
         return (logits, features) if return_logits_with_embedding else logits
 
-    def init_cache(self, batch_size: int, max_length: int) -> PaLMCache:
+    def init_cache(self, batch_size: int, max_length: int, *, static: bool = False) -> PaLMCache:
         """An empty cache for ``batch_size`` rows with room for ``max_length`` tokens.
+
+        Args:
+            batch_size: batch rows.
+            max_length: positions to allocate memory for.
+            static: True for a cache of fixed capacity; see ``lm_core.nn.kv_cache.KVCache``.
 
         Raises:
             ValueError: the model is not causal.
         """
         if not self.causal:
             raise ValueError("a cache needs a causal model, got causal=False")
-        return PaLMCache(layers=self.depth, batch_size=batch_size, max_length=max_length)
+        return PaLMCache(layers=self.depth, batch_size=batch_size, max_length=max_length, static=static)
 
     # ------------------------------------------------------------- generation
 

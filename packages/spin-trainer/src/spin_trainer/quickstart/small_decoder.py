@@ -64,9 +64,9 @@ class SmallDecoder(PretrainedMixin):
         """Weight of the output layer, tied to the embedding."""
         return self.embedding.weight
 
-    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+    def init_cache(self, batch_size: int, max_length: int, *, static: bool = False) -> KVCache:
         """Creates an empty cache for ``forward`` and ``hidden``."""
-        return KVCache(layers=self.depth, batch_size=batch_size, max_length=max_length)
+        return KVCache(layers=self.depth, batch_size=batch_size, max_length=max_length, static=static)
 
     def hidden(
         self,
@@ -77,13 +77,13 @@ class SmallDecoder(PretrainedMixin):
         **_: Any,
     ) -> Float[Tensor, "b n d"]:
         """Final hidden states of ``ids``."""
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.past
         if mask is not None:
             ids = ids * mask[:, past:]
         if ids.device.type == "cpu":
             check_ids(ids, self.vocab_size, "ids")
         x = self.embedding(ids)
-        positions = Positions.of(self.rotary, x, past=past, mask=mask)
+        positions = Positions.of(self.rotary, x, cache=cache, mask=mask)
         for layer, block in enumerate(self.blocks):
             x = block(x, positions, cache=cache, layer=layer)
         if cache is not None:

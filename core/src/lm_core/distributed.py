@@ -212,11 +212,15 @@ class _AllGather(torch.autograd.Function):
         return total.split(ctx.sizes)[dist.get_rank(ctx.group)], None, None
 
 
-def make_replicas_equal(model: nn.Module) -> None:
+def make_replicas_equal(model: nn.Module, device: torch.device) -> None:
     """Gives every process rank 0's parameters; every process calls it.
 
     Trainable ones are sent, since adapters may have been made before seeding; of the frozen ones, which usually come
     from the same file, only those whose checksums differ.
+
+    Args:
+        model: the model, on any device.
+        device: training device, over which one parameter at a time is sent.
 
     Raises:
         ValueError: the processes have other names, shapes or dtypes of parameters.
@@ -231,19 +235,19 @@ def make_replicas_equal(model: nn.Module) -> None:
         raise ValueError(f"every process must have the same parameters as rank 0, got others: {differing[:8]}")
     for parameter in parameters.values():
         if parameter.requires_grad:
-            _send(parameter)
-    checksums = torch.stack([checksum(value) for value in parameters.values()])
+            _send(parameter, device)
+    checksums = torch.stack([checksum(value).to(device) for value in parameters.values()])
     expected = checksums.clone()
     dist.broadcast(expected, src=0)
     differs = all_reduce_sum((checksums != expected).any(dim=1).long())
     for value, count in zip(parameters.values(), differs.tolist(), strict=True):
         if count:
-            _send(value)
+            _send(value, device)
 
 
-def _send(parameter: Tensor) -> None:
+def _send(parameter: Tensor, device: torch.device) -> None:
     """Broadcasts a tensor of rank 0, in place."""
-    value = parameter.detach().contiguous()
+    value = parameter.detach().to(device).contiguous()
     dist.broadcast(value, src=0)
     parameter.data.copy_(value)
 

@@ -19,7 +19,8 @@ class RunSettings:
         max_seconds: time limit in seconds, after which the run saves a checkpoint to resume from and stops.
         max_grad_norm: bound of the gradients' global norm; null only measures it.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        compile: compiles the loss (torch.compile).
+        compile: compiles the model block by block (torch.compile).
+        fsdp: shards weights, gradients and optimizer state over the processes (FSDP).
         seed: random seed.
         device: auto takes CUDA, then MPS, then the CPU.
         checkpoint_every: updates between checkpoints; the last update always has one.
@@ -34,6 +35,7 @@ class RunSettings:
     max_grad_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    fsdp: bool = False
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int | None = 200

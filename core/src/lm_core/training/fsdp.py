@@ -2,11 +2,15 @@
 
 Uses ``torch.distributed``'s ``fully_shard``: each block is gathered for its own forward and backward. Checkpoints hold
 FULL state dicts, so that one process can open them with ``from_pretrained``.
+
+Gathering follows the forwards of modules: within the forward of the sharded module (the objective), the weights outside
+of its blocks are whole, and those of a block within the block's forward. Work that reads weights elsewhere, or that
+processes do at their own pace, such as generation, needs ``gathered``.
 """
 
+import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,24 +32,78 @@ def check_shardable(device: torch.device) -> None:
         raise ValueError(f"fsdp=True on the CPU needs torch 2.7 or newer, got {torch.__version__}")
 
 
-def shard(module: nn.Module, blocks: Iterator[nn.Module]) -> None:
-    """Shards a module over all processes, in place.
+def shard(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Shards a module over all processes, in place, and moves it to the device one block at a time.
+
+    Parameters become DTensors, except scalars, which cannot be sharded: the caller averages their gradients.
 
     Args:
-        module: module called in training; its parameters become DTensors.
+        module: module called in training, on any device.
         blocks: submodules that are gathered one at a time.
+        device: training device.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    options: dict[str, Any] = {"mesh": init_device_mesh(device.type, (world_size(),))}
+    if scalars:
+        options["ignored_params"] = scalars
     for parameter in module.parameters():
         # a model of another library may store weights transposed, and only contiguous ones can be sharded
         parameter.data = parameter.data.contiguous()
-    from torch.distributed.fsdp import fully_shard
-
     for block in blocks:
-        fully_shard(block)
-    fully_shard(module)
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    for parameter in scalars:
+        parameter.data = parameter.data.to(device)
+    # FSDP takes the first module that runs for its root, and refuses another one later
+    with torch.no_grad(), quiet():
+        module.forward = lambda: None
+        module()
+        del module.forward
+    module.reshard()  # type: ignore[operator]
 
 
-@contextmanager
+def is_sharded(model: nn.Module) -> bool:
+    """True if parameters are sharded over processes and not gathered now."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, for which every process must call this; any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Context in which every process holds all weights and can use the model alone; every process must enter it.
+
+    For generation, and for evaluation on one process: nothing is trained in it, and changes of weights are lost.
+
+    Args:
+        module: module that ``shard`` sharded; any other is left as it is.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not is_sharded(module):
+        yield
+        return
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        with quiet():
+            yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not module, recurse=False)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences FSDP's warning about in-place changes of a block's output, which the models here never make."""
     with warnings.catch_warnings():
@@ -65,7 +123,8 @@ def full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Loads each rank's shard of a full optimizer state, which every rank has read."""
-    _states().set_optimizer_state_dict(model, optimizer, dict(state), options=_options())
+    # not strict: a parameter that the loss does not touch has no state
+    _states().set_optimizer_state_dict(model, optimizer, dict(state), options=_options(strict=False))
 
 
 def _states() -> Any:
@@ -74,5 +133,5 @@ def _states() -> Any:
     return state_dict
 
 
-def _options() -> Any:
-    return _states().StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _options(*, strict: bool = True) -> Any:
+    return _states().StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)

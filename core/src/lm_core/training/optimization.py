@@ -71,8 +71,17 @@ def optimizer_groups(
         (others if kinds[id(parameter)] & set(no_decay) else decayed).append(parameter)
     if not decayed and not others:
         raise ValueError(f"model must have trainable parameters, got a {type(model).__name__} with none")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups = ((decayed, weight_decay), (others, 0.0))
+    # AdamW updates a group at once, which must be all sharded (FSDP) or all whole
+    return [{"params": part, "weight_decay": decay} for group, decay in groups for part in _by_sharding(group) if part]
+
+
+def _by_sharding(tensors: Iterable[Tensor]) -> tuple[list[Any], list[Any]]:
+    """The sharded tensors (FSDP), and the others."""
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for tensor in tensors:
+        parts[not hasattr(tensor, "full_tensor")].append(tensor)
+    return parts
 
 
 @typed
@@ -215,9 +224,21 @@ def clip_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Te
     """
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}")
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), math.inf if max_norm is None else max_norm)
-    full = getattr(norm, "full_tensor", None)  # sharded gradients give a sharded norm
-    return norm if full is None else full()
+    bound = math.inf if max_norm is None else max_norm
+    sharded, others = _by_sharding(parameters)
+    if not sharded or all(parameter.grad is None for parameter in others):
+        norm = torch.nn.utils.clip_grad_norm_([*sharded, *others], bound)
+        full = getattr(norm, "full_tensor", None)  # sharded gradients give a sharded norm
+        return norm if full is None else full()
+    # some of each: scalars are not sharded
+    parts = [clip_global_norm(part, None) for part in (sharded, others)]
+    norm = torch.linalg.vector_norm(torch.stack(parts))
+    scale = (bound / (norm + 1e-6)).clamp(max=1.0)
+    for parameter in [*sharded, *others]:
+        if parameter.grad is not None:
+            local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+            local.mul_(scale)
+    return norm
 
 
 @dataclass

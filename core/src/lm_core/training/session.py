@@ -7,7 +7,7 @@ SIGTERM, the wrapping for several processes, and the release of all of these at 
     class Trainer:
         def __init__(self, model, data, checkpoint_dir, settings):
             self.session = TrainingSession("Trainer", config=settings, checkpoint_dir=checkpoint_dir)
-            self.objective = Loss(model.to(self.session.device))
+            self.objective = Loss(self.session.place(model))
             self.batches = Batches(data, rank=rank(), world_size=world_size())
             self.session.register(
                 model=model,
@@ -37,12 +37,14 @@ import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lm_core.checkpoints.checkpoint import Checkpoint, load_checkpoint, on_main_process, save_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
@@ -71,6 +73,7 @@ from lm_core.training.accelerator import (
     pick_precision,
     start_accelerator,
 )
+from lm_core.training.blocks import blocks_of, compiled_blocks
 from lm_core.training.config import CommonSettings, RunSettings
 from lm_core.training.metrics import MetricsLog, plot_curves, progress_bar, read_series
 from lm_core.training.optimization import LearningRateSchedule, NonFiniteGuard, finish_update, optimizer_groups
@@ -80,7 +83,7 @@ from lm_core.training.run_directory import RunDirectory
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time"]
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R", bound="TrainingResult")
 
 
@@ -181,6 +184,8 @@ class TrainingSession:
                 self.device, tracker_names=self._tracker_names, folder=self.checkpoint_dir or "."
             )
         self.accelerator = accelerator
+        if config.fsdp:
+            sharding.check_shardable(self.device)
         if is_distributed():
             end_process_group_at_exit()  # not earlier: later sessions of this process use the group too
         # counters and results
@@ -199,6 +204,14 @@ class TrainingSession:
         self._loss: Tensor | None = None
 
     # ------------------------------------------------------------------------------------ model and optimizer
+
+    def place(self, module: M) -> M:
+        """Moves a module to train to the device; with ``fsdp``, ``run`` moves it block by block as it shards them."""
+        return module if self.config.fsdp else module.to(self.device)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Context in which every process holds all weights and uses the model alone; see ``lm_core.training.fsdp``."""
+        return sharding.gathered(self.objective)
 
     def register(
         self,
@@ -229,13 +242,14 @@ class TrainingSession:
         Trained weights stored in half precision become float32 (``lm_core.training.precision``), which is printed.
 
         Args:
-            model: model on the device, which checkpoints hold.
+            model: model that checkpoints hold, on the device or from ``place``.
             objective: module the loop calls (``module``), in training mode within ``run``; by default the model.
             optimizer: function that makes optimizer and schedule, once the module is sharded; None if the trainer has
                 its own, or calls ``use_optimizer``.
             gradients: "average" over processes, by DDP or FSDP; "sum" adds them up in ``optimizer_step``, for
                 objectives that DDP cannot wrap.
-            blocks: function that returns the submodules FSDP gathers one at a time; None does not shard.
+            blocks: function that returns the submodules that ``fsdp`` gathers one at a time and ``compile`` compiles
+                one by one; by default ``lm_core.training.blocks.blocks_of`` the objective.
             state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. Their
                 ``check_state(state)``, if any, all run before the first ``load_state_dict``.
             rank_state: state objects that differ between processes.
@@ -258,8 +272,6 @@ class TrainingSession:
         """
         if self.config.compile:
             check_compilable(self.device)
-        if blocks is not None:
-            sharding.check_shardable(self.device)
         self.model = model
         self.objective = model if objective is None else objective
         self.precisions = float32_masters(self.objective, model)
@@ -267,7 +279,7 @@ class TrainingSession:
             print(f"{'precision':<12}{self.precisions}", flush=True)
         self._make_optimizer = optimizer
         self._gradients = gradients
-        self._blocks = blocks
+        self._blocks = blocks or (lambda: blocks_of(self.objective))
         self._state = dict(state or {})
         self._rank_state = dict(rank_state or {})
         self._architecture = dict(architecture or {})
@@ -293,7 +305,7 @@ class TrainingSession:
             return
         # the learning rate and decay are those of this run
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        if self._blocks is not None:
+        if self.config.fsdp:
             sharding.load_full_optimizer_state(self.objective, optimizer, stored[0])
         else:
             optimizer.load_state_dict(stored[0])
@@ -337,16 +349,17 @@ class TrainingSession:
             self._first_step = self.step
             self._started = time.monotonic()
             # wrap for several processes, then train
-            stack.callback(self._release)
-            self.module = self._compiled
-            if self._gradients == "average" and self._blocks is None and world_size() > 1:
+            stack.callback(setattr, self, "module", None)
+            self.module = self._objective_to_call(stack)
+            if self._gradients == "average" and not self.config.fsdp and world_size() > 1:
                 handler = getattr(self.accelerator, "ddp_handler", None)
                 options = {} if handler is None else handler.to_kwargs()
-                self.module = data_parallel(self._compiled, self.device, **options)
+                self.module = data_parallel(self.module, self.device, **options)
+                stack.callback(release, self.module)
                 # of DDP, for a model whose every parameter is used
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            if self._blocks is not None:
+            if self.config.fsdp:
                 stack.enter_context(sharding.quiet())
             self._open_metrics(stack)
             self.interrupt = stack.enter_context(InterruptHandler())
@@ -381,17 +394,23 @@ class TrainingSession:
                 self.validate()
                 self.save()
 
-    def compiled(self, function: F) -> F:
-        """``function`` compiled if the settings ask for it, for a loss that does not go through ``module``."""
-        return torch.compile(function) if self.config.compile else function  # type: ignore[return-value]
+    def _objective_to_call(self, stack: contextlib.ExitStack) -> Any:
+        """The objective; with ``compile``, its blocks are compiled until ``stack`` closes, or all of it without any."""
+        if not self.config.compile:
+            return self.objective
+        blocks = list(self._blocks())
+        if not blocks:
+            return torch.compile(self.objective)
+        stack.enter_context(compiled_blocks(blocks))
+        return self.objective
 
     def micro_batches(self, batches: Sequence[T]) -> Iterator[T]:
         """The micro-batches of one update; processes exchange gradients in the backward of the last one only."""
         for index, batch in enumerate(batches, start=1):
             last = index == len(batches)
-            if self._blocks is not None:
+            if self.config.fsdp:
                 self.objective.set_requires_gradient_sync(last)  # type: ignore[operator]
-            wrapped = self.module is not self._compiled and hasattr(self.module, "no_sync")
+            wrapped = isinstance(self.module, DistributedDataParallel)
             with self.module.no_sync() if wrapped and not last else contextlib.nullcontext():
                 yield batch
 
@@ -401,7 +420,8 @@ class TrainingSession:
         DDP and FSDP average gradients over processes: each passes its summed loss divided by
         ``lm_core.distributed.loss_normalizer``. With ``gradients="sum"``, each passes its share of the loss.
         """
-        loss.backward()
+        # FSDP averages
+        (loss * world_size() if self.config.fsdp and self._gradients == "sum" else loss).backward()
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         part = loss.detach().to(dtype)
         if self._gradients == "average":
@@ -418,7 +438,9 @@ class TrainingSession:
             RuntimeError: too many updates in a row were skipped.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if self._gradients == "sum":
+        if self.config.fsdp:
+            self._average_unsharded(parameters)
+        elif self._gradients == "sum":
             all_reduce_gradients(parameters)
         loss = all_reduce_sum(torch.zeros((), device=self.device) if self._loss is None else self._loss)
         self._loss = None
@@ -433,6 +455,15 @@ class TrainingSession:
         )
         self.step += 1
         return {"loss": float(loss), **values}
+
+    @staticmethod
+    def _average_unsharded(parameters: Sequence[nn.Parameter]) -> None:
+        """Averages the gradients of scalars, which FSDP leaves out."""
+        unsharded = [parameter for parameter in parameters if not hasattr(parameter, "full_tensor")]
+        all_reduce_gradients(unsharded)
+        for parameter in unsharded:
+            assert parameter.grad is not None
+            parameter.grad /= world_size()
 
     def end_update(self, *, last: bool = False) -> None:
         """Updates the bar, handles stop requests, validates and saves when due; ``steps`` calls it.
@@ -508,7 +539,7 @@ class TrainingSession:
         weights: Any = self.model
         if self._save_weights is not None:
             weights = self._save_weights()
-        elif self._blocks is not None:
+        elif self.config.fsdp:
             weights = sharding.full_weights(self.model)
         config = self._model_config() if callable(self._model_config) else self._model_config
         if config is None and isinstance(self.model, PretrainedMixin):
@@ -547,12 +578,12 @@ class TrainingSession:
         self._prepare(load_checkpoint(directory))
 
     def _full_identity(self) -> dict[str, Any]:
-        return {"seed": self.config.seed, "fsdp": self._blocks is not None, **self._identity()}
+        return {"seed": self.config.seed, "fsdp": self.config.fsdp, **self._identity()}
 
     def _optimizer_state(self) -> Any:
         if self.optimizer is None:
             return None
-        if self._blocks is not None:
+        if self.config.fsdp:
             return sharding.full_optimizer_state(self.objective, self.optimizer)
         return self.optimizer.state_dict()
 
@@ -563,11 +594,9 @@ class TrainingSession:
                 checkpoint = replace(checkpoint, trainer_state=dict(self._upgrade(checkpoint)))
             self._check_resumable(checkpoint)
             self._restore(checkpoint)
-        make_replicas_equal(nn.ModuleList([self.model, self.objective]))
-        if self._blocks is not None:
-            sharding.shard(self.objective, iter(self._blocks()))
-        # only training runs often enough to be worth compiling: validation calls the objective uncompiled
-        self._compiled: Any = self.compiled(self.objective)
+        make_replicas_equal(nn.ModuleList([self.model, self.objective]), self.device)
+        if self.config.fsdp:
+            sharding.shard(self.objective, self._blocks(), self.device)
         if self._make_optimizer is not None:
             self.use_optimizer(*self._make_optimizer())
         if checkpoint is None:
@@ -625,12 +654,6 @@ class TrainingSession:
         return [(self._state, checkpoint.trainer_state["state"]), (self._rank_state, checkpoint.rng.get("state", {}))]
 
     # ----------------------------------------------------------------------------------------- start and end
-
-    def _release(self) -> None:
-        """Releases the wrapper's process group, which may end at any time after the run."""
-        if self.module is not None and self.module is not self._compiled:
-            release(self.module)
-        self.module = None
 
     def _finish_trackers(self) -> None:
         for tracker in self.accelerator.trackers:

@@ -15,14 +15,12 @@ class TrainingSettings(CommonSettings):
         sequence_length: tokens per row.
         batch_size: rows per micro-batch, on each process.
         gradient_accumulation: micro-batches per update.
-        fsdp: shards weights and optimizer state over the processes.
         validation_tokens: tokens of held-out text that are scored; null for all.
     """
 
     sequence_length: int = 256
     batch_size: int = 4
     gradient_accumulation: int = 1
-    fsdp: bool = False
     validate_every: int = 250
     validation_tokens: int | None = 32_768
     checkpoint_every: int = 250

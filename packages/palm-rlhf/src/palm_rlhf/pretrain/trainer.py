@@ -112,7 +112,7 @@ class PretrainTrainer:
         self.validation_batches = ValidationBatches(
             documents=corpus.validation, max_tokens=settings.validation_tokens, **packing
         )
-        self.model = model.to(self.device)
+        self.model = self.session.place(model)
         self.objective = NextTokenLoss(model, precision=settings.precision)
         # what the session trains, checkpoints and records
         arguments = model.config["arguments"]
@@ -120,7 +120,6 @@ class PretrainTrainer:
             model=model,
             objective=self.objective,
             optimizer=lambda: adamw(model, settings),
-            blocks=model.blocks if settings.fsdp else None,
             state={"batches": self.batches},
             architecture={name: arguments[name] for name in ARCHITECTURE},
             identity={"validation_data": corpus.validation.fingerprint},

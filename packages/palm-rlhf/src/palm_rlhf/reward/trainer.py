@@ -143,7 +143,6 @@ class RewardModelTrainer:
         self.device = self.session.device
         self.model = reward_model.to(self.device)
         self.precision = settings.precision
-        self._outputs = self.session.compiled(self._scores)
         standardizable = isinstance(reward_model, RewardModel) and isinstance(examples[0], Preference)
         self.normalize = settings.normalize and standardizable
         self.batch_size = min(settings.batch_size, len(examples))
@@ -233,7 +232,7 @@ class RewardModelTrainer:
             responses = [example.response for example in examples]
         ids, prompt_lengths, lengths = (tensor.to(self.device) for tensor in joined(prompts, responses))
         with autocast(self.precision, self.device):
-            outputs = self._outputs(are_pairs, ids, prompt_lengths, lengths)
+            outputs = self._scores(are_pairs, ids, prompt_lengths, lengths)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if are_pairs:
             chosen, rejected = outputs.chunk(2)

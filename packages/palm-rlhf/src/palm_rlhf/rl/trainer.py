@@ -154,7 +154,6 @@ class RLHFTrainer:
             raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
         self.actor_critic = policy.to(self.device)
         policy.precision = config.precision
-        policy.states_of = self.session.compiled(policy.states_of)
         if self.prompts:
             check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):

@@ -58,7 +58,6 @@ class SelfPlaySettings(RunSettings, SamplingFlags):
         validate_every: updates between validations; both ends of an iteration are always validated.
         early_stop_patience: iterations without better held-out likelihood before stopping at the best; null for never.
         gradient_checkpointing: whether a transformers model computes activations again in the backward, to save memory.
-        fsdp: whether to shard weights and optimizer state over processes; needs a frozen, precomputed reference.
 
     Raises:
         ValueError: a value is out of range.
@@ -95,7 +94,6 @@ class SelfPlaySettings(RunSettings, SamplingFlags):
     early_stop_patience: int | None = None
     checkpoint_every: int | None = None
     gradient_checkpointing: bool = False
-    fsdp: bool = False
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)

@@ -41,7 +41,6 @@ from spin_trainer.model.spin import SPIN
 from spin_trainer.training.checks import check_accelerator, check_datasets, make_spin
 from spin_trainer.training.config import SelfPlaySettings, value_of
 from spin_trainer.training.pairs import PairComparison, PairMetrics
-from spin_trainer.training.parallel import blocks_of, whole_weights
 from spin_trainer.training.state import BestIteration, RunState, upgraded
 from spin_trainer.training.weights import (
     export_policy,
@@ -202,7 +201,7 @@ class SPINTrainer:
             accelerator=check_accelerator(accelerator, accelerate_kwargs, self.settings.device),
         )
         self.device = self.session.device
-        self.model.to(self.device)
+        self.session.place(self.model)
         self.state = RunState()
         self.best = BestIteration(self.checkpoint_folder / "best", self.settings.early_stop_patience)
         self.pairs = PairComparison(self.model, self.settings, self.sampling)
@@ -216,7 +215,6 @@ class SPINTrainer:
         self.session.register(
             model=policy,
             objective=self.pairs.scores,
-            blocks=(lambda: blocks_of(policy)) if self.settings.fsdp else None,
             state={
                 "run": SavedValue(lambda: asdict(self.state), lambda state: vars(self.state).update(state)),
                 "best": SavedValue(lambda: {"history": self.best.history}, lambda state: vars(self.best).update(state)),
@@ -364,7 +362,7 @@ class SPINTrainer:
         if self.valid_dataset is not None:
             splits.append(stored(dataset=self.valid_dataset, split="valid", iteration=t, weights=state.opponent))
             self._valid = splits[-1]
-        with contextlib.nullcontext() if opponent is None else whole_weights(self.pairs.scores):
+        with contextlib.nullcontext() if opponent is None else self.session.gathered():
             for split in splits:
                 split.complete(opponent, lambda: self.session.stop_requested, scores=not settings.live_reference)
         return splits[0]
@@ -454,7 +452,7 @@ class SPINTrainer:
 
     def _validate(self) -> dict[str, float]:
         assert self._valid is not None
-        with whole_weights(self.pairs.scores):
+        with self.session.gathered():
             return {f"validation_{name}": value for name, value in self.pairs.validate(self._valid).items()}
 
     def _validate_iteration(self) -> None:

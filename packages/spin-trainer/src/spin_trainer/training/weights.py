@@ -19,17 +19,12 @@ from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights, save_weights
 from lm_core.distributed import rank
 from lm_core.tokenizers import HuggingFaceTokenizer
+from lm_core.training.fsdp import is_sharded, whole
 
 
 def is_partly_frozen(model: nn.Module) -> bool:
     """True if some parameters do not require gradients."""
     return any(not parameter.requires_grad for parameter in model.parameters())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Gathers a sharded tensor, which every process must call; returns any other tensor as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def stored_weights(
@@ -81,11 +76,6 @@ def load_stored_weights(model: nn.Module, state: Mapping[str, Tensor], where: st
 
             value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
         tensor.copy_(value)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """True if the parameters are sharded over processes (FSDP)."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def replace_folder(

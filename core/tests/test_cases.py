@@ -421,12 +421,19 @@ session = TrainingSession("Trainer", config=settings, checkpoint_dir=folder)
 assert dist.get_world_size() == 2
 model = Objective()
 session.register(model=model, optimizer=lambda: adamw(model, settings), gradients=gradients)
+def draw():
+    if session.step == 3 and rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return True
+
 with session.run():
     for step in session.steps():
         if action == "terminate" and step == 2:
             dist.barrier()
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
+        if action == "draw" and session.interruptible(draw) is None:
+            break
         module = session.module if gradients == "average" else model
         session.backward(module(torch.randn(2, 4)))
         session.log(session.optimizer_step())
@@ -446,6 +453,7 @@ if rank() == 0:
         ("average", "train", ["finished", 6]),
         ("sum", "train", ["finished", 6]),
         ("sum", "terminate", ["interrupted", 3]),
+        ("average", "draw", ["interrupted", 3]),
     ],
 )
 def test_two_processes_train_one_model_whatever_they_began_with(tmp_path, gradients, action, outcome):
@@ -457,6 +465,7 @@ def test_two_processes_train_one_model_whatever_they_began_with(tmp_path, gradie
         launcher + arguments, capture_output=True, text=True, env=environment, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 of 4 trained tensors have no gradient in the first update: unused.weight, unused.bias\n" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == [*outcome, [f"step-{outcome[1]}"]]
 
 

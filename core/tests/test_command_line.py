@@ -76,6 +76,24 @@ def test_ctrl_c_ends_with_130_and_prints_how_to_resume(capsys, monkeypatch):
     assert command_line("lm") == "lm work 'a b'"
 
 
+def test_a_run_of_torchrun_is_resumed_by_torchrun(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["/somewhere/palm_rlhf/__main__.py", "train", "--data", "a b"])
+    assert command_line("palm-rlhf") == "torchrun --nnodes 2 --nproc_per_node 2 -m palm_rlhf train --data 'a b'"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["/bin/palm-rlhf", "train"])
+    assert command_line("palm-rlhf") == "torchrun --nproc_per_node 2 /bin/palm-rlhf train"
+
+
+def test_a_signal_is_the_exit_status(capsys):
+    fields = {"first_step": 0, "step": 3, "seconds": 1.0, "checkpoints": None, "curves": None}
+    for number in (2, 10, 15):
+        assert (
+            report_run("lm", TrainingResult(outcome="interrupted", signal=number, **fields), "runs/a") == 128 + number
+        )
+
+
 @pytest.mark.parametrize(("outcome", "status"), [("finished", 0), ("interrupted", 130), ("out of time", 0)])
 def test_a_run_that_did_not_finish_prints_how_to_resume(capsys, outcome, status):
     result = TrainingResult(outcome=outcome, first_step=0, step=3, seconds=1.0, checkpoints=None, curves=None)

@@ -243,8 +243,9 @@ def decide_alike(rank):
     assert guard.allows(2, 1.0)
     assert guard.state_dict() == {"skipped": 1, "consecutive": 0}
     assert not interrupt.should_stop()
-    interrupt.requested = rank == 1
+    interrupt.received = 15 * (rank == 1)
     assert interrupt.should_stop()
+    assert interrupt.received == 15
 
 statuses = [both(save_and_load), both(main_rank_fails), both(decide_alike)]
 with RunDirectory(folder / "locked"):

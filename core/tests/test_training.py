@@ -423,12 +423,41 @@ def test_the_first_interrupt_asks_and_the_second_raises(capfd):
     assert capfd.readouterr().err.count("saving a checkpoint") == 1
 
 
-@pytest.mark.parametrize(("number", "grace"), [(signal.SIGTERM, {"grace": 0.0}), (signal.SIGINT, {})])
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize(("number", "grace"), [*((number, {"grace": 0.0}) for number in SIGNALS), (signal.SIGINT, {})])
 def test_terminations_and_a_ctrl_c_that_the_launcher_repeats_at_once_are_one_request(number, grace):
     with InterruptHandler(**grace) as interrupt:
         for _ in range(2):
             signal.raise_signal(number)
-            assert interrupt.requested
+            assert interrupt.received == number
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with InterruptHandler() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_signal_abandons_work_that_can_be_redone_even_past_its_exception_handlers():
+    def work():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the work continued")
+        except Exception:
+            return "handled"
+
+    with InterruptHandler() as interrupt:
+        assert interrupt.abandonable(lambda: 3) == 3
+        assert interrupt.abandonable(work) is None
+        assert interrupt.received == signal.SIGTERM
+        assert interrupt.abandonable(lambda: 3) is None  # requested before
 
 
 def test_outside_the_main_thread_nothing_is_handled():

@@ -15,6 +15,7 @@ from lm_core.training.metrics import read_metrics
 from lm_core.training.run_directory import RunDirectory
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession, adamw, draw_curves
 
+POSIX = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="a signal of POSIX systems")
 TINY = CommonSettings(
     max_steps=6, learning_rate=0.1, validate_every=3, checkpoint_every=2, keep_checkpoints=None, device="cpu"
 )
@@ -65,8 +66,8 @@ class At:
             self.action()
 
 
-def interrupt():
-    signal.raise_signal(signal.SIGINT)
+def interrupt(number=signal.SIGINT):
+    signal.raise_signal(number)
 
 
 def die():
@@ -99,6 +100,74 @@ def test_a_run_that_was_stopped_or_died_ends_as_the_uninterrupted_one_bit_for_bi
     assert resumed.session.first_validation == whole.session.first_validation
     moments = [one.session.optimizer.state_dict()["state"][0]["exp_avg"] for one in (whole, resumed)]
     assert torch.equal(*moments)
+
+
+SIGNALS = ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=POSIX), pytest.param("SIGUSR1", marks=POSIX)]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_stops_with_a_checkpoint_and_its_number(tmp_path, name):
+    number = getattr(signal, name)
+    result = Trainer(tmp_path, trackers=[At(1, lambda: interrupt(number))]).train()
+    assert (result.outcome, result.step, result.signal) == ("interrupted", 1, number)
+    assert [path.name for path in list_checkpoints(result.checkpoints)] == ["step-1"]
+
+
+class Drawing(Trainer):
+    """Draws from all generators before each update; a signal comes in the draw of update ``at``."""
+
+    at = None
+
+    def draw(self):
+        noise = torch.rand(())
+        if self.session.step == self.at:
+            signal.raise_signal(signal.SIGTERM)
+        return noise
+
+    def train(self):
+        with self.session.run() as session:
+            for _ in session.steps():
+                noise = session.interruptible(self.draw)
+                if noise is None:
+                    break
+                session.backward(session.module(torch.full((4, 2), float(noise))).square().mean())
+                session.log(session.optimizer_step())
+        return session.result(TrainingResult)
+
+
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_draw_is_abandoned_at_once_and_drawn_again_by_the_resumed_run(tmp_path, at):
+    whole, parts, resumed = Drawing(None), Drawing(tmp_path), Drawing(tmp_path)
+    whole.train()
+    parts.at = at
+    result = parts.train()
+    assert (result.outcome, result.step, result.signal) == ("interrupted", at, signal.SIGTERM)
+    assert [path.name for path in list_checkpoints(result.checkpoints)][-1] == f"step-{at}"
+    assert resumed.train().outcome == "finished"
+    assert equal(whole.model, resumed.model)
+
+
+def test_an_interrupted_run_leaves_a_due_validation_to_the_resumed_one(tmp_path):
+    validations = []
+
+    def validate():
+        validations.append(1)
+        return {"validation_loss": 1.0}
+
+    assert Trainer(tmp_path, trackers=[At(3, interrupt)], validate=validate).train().step == 3
+    assert len(validations) == 1  # before training
+    Trainer(tmp_path, validate=validate).train()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" not in row] == [0, 3, 6]
+
+
+def test_parameters_without_a_gradient_are_named_once(capsys):
+    trainer = Trainer(None)
+    trainer.model.add_module("extra", nn.Identity())
+    trainer.model.extra.weight = nn.Parameter(torch.ones(1))
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert printed.count("unused") == 1
+    assert "unused      1 of 5 trained tensors have no gradient in the first update: extra.weight\n" in printed
 
 
 def test_the_same_session_continues_where_it_stopped_and_without_a_folder(tmp_path):

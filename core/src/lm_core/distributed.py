@@ -111,11 +111,17 @@ def loss_normalizer(labels: float | int, device: torch.device) -> tuple[float, T
 
 def any_rank(flag: bool) -> bool:
     """True on every rank if ``flag`` is True on any, for joint decisions such as stopping or skipping an update."""
+    return bool(all_reduce_max(int(flag)))
+
+
+def all_reduce_max(value: int) -> int:
+    """The largest ``value`` of all ranks."""
     if _alone(None):
-        return flag
+        return value
     # an NCCL-only group reduces GPU tensors only
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)))
+    largest = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def broadcast_object(value: T, source: int = 0, group: Group = None) -> T:

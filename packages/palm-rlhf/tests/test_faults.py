@@ -202,7 +202,9 @@ def test_a_policy_killed_at_random_moments_loses_at_most_the_work_since_its_chec
 # ----------------------------------------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=["ctrl-c", "terminate", "warning"]
+)
 def test_an_interrupt_saves_a_checkpoint_and_prints_how_to_resume(train, text, tmp_path, number):
     folder, flags = tmp_path / "stopped", ["--max_steps=100", "--checkpoint_every=1000"]
     arguments = ["train", "--data", str(text), "--checkpoint_dir", str(folder), *FLAGS, *flags]
@@ -217,8 +219,8 @@ def test_an_interrupt_saves_a_checkpoint_and_prints_how_to_resume(train, text, t
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
 
-    assert process.returncode == 130, errors
-    assert "Stopping after this update and saving a checkpoint" in errors
+    assert process.returncode == 128 + number, errors
+    assert f"{number.name}: stopping after this update and saving a checkpoint" in errors
     (saved,) = list_checkpoints(folder / "checkpoints")
     assert f"Stopped (interrupted) after {saved.name.split('-')[1]} of 100 updates" in printed
     assert shlex.join(["palm-rlhf", *arguments]) in printed

@@ -5,11 +5,13 @@
 | 0 | done |
 | 1 | wrong input, explained in one line on standard error |
 | 2 | wrong flags (``lm_core.cli.parser``) |
-| 130 | Ctrl-C; a run has saved a checkpoint, from which the same command resumes |
+| 128 + N | stopped by signal N (Ctrl-C is 2); a run has saved a checkpoint, from which the same command resumes |
 """
 
 import importlib
+import os
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -26,7 +28,7 @@ from lm_core.training.session import TrainingResult
 if TYPE_CHECKING:
     from lm_core.cli.parser import CommandParser
 
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> int:
@@ -69,8 +71,15 @@ def run_command(parser: "CommandParser", argv: Sequence[str] | None = None) -> i
 
 
 def command_line(program: str) -> str:
-    """The shell command that starts this run again."""
-    return shlex.join([program, *sys.argv[1:]])
+    """The shell command that starts this run again, with torchrun if that started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join([program, *sys.argv[1:]])
+    local, total = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = ["--nnodes", str(total // local)] if total > local else []
+    # of ``python -m package`` the first word is a file in the package
+    start = Path(sys.argv[0])
+    script = ["-m", start.parent.name] if start.name == "__main__.py" else [sys.argv[0]]
+    return shlex.join(["torchrun", *nodes, "--nproc_per_node", str(local), *script, *sys.argv[1:]])
 
 
 def print_main(*words: object) -> None:
@@ -121,7 +130,7 @@ def report_run(
     if not complete:
         asked = "" if max_steps is None else f" of {max_steps}"
         print_main(f"\nStopped ({run.outcome}) after {run.step}{asked} updates. To resume:\n  {command_line(program)}")
-    return INTERRUPTED if run.outcome == "interrupted" else 0
+    return 128 + (run.signal or signal.SIGINT) if run.outcome == "interrupted" else 0
 
 
 def _why_not_drawn() -> str:

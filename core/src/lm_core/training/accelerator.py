@@ -1,4 +1,4 @@
-"""Device, precision, processes and Ctrl-C of a training run.
+"""Device, precision, processes and signals of a training run.
 
 Processes are started by torchrun. ``start_accelerator`` rejects launchers that would silently do something else:
 ``accelerate launch --cpu --num_processes 2`` runs one process, ``accelerate``'s FSDP plugin becomes DDP on a CPU, and a
@@ -11,17 +11,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.torch_version import TorchVersion
 
 from lm_core.checks import typed
-from lm_core.distributed import any_rank
+from lm_core.distributed import all_reduce_max
+
+T = TypeVar("T")
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -147,44 +149,77 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     return accelerator
 
 
+class WorkAbandoned(BaseException):
+    """Raised by a stop request in work that ``InterruptHandler.abandonable`` runs, past handlers of ``Exception``."""
+
+
 @dataclass(eq=False)
 class InterruptHandler:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current update; a second Ctrl-C stops at once.
+    """Turns the first signal to stop into a request to stop after the current update; a second Ctrl-C stops at once.
 
-    A launcher forwards the signal that its processes have already received from the terminal or the scheduler, so
-    repeats within ``grace`` seconds, and any further SIGTERM, count as the same request.
+    The signals are Ctrl-C (SIGINT), SIGTERM, SIGHUP and SIGUSR1, which SLURM can send before the time limit. A launcher
+    forwards the signal that its processes have already received from the terminal or the scheduler, so repeats within
+    ``grace`` seconds, and all further signals but Ctrl-C, count as the same request.
 
-    Outside the main thread, where Python delivers no signals, it does nothing.
+    A SIGHUP that this process ignores (``nohup``) stays ignored. Outside the main thread, where Python delivers no
+    signals, nothing is handled.
 
     Args:
         grace: seconds after the first signal during which further ones are ignored.
+
+    Attributes:
+        received: number of the signal that requested the stop; 0 before.
     """
 
     grace: float = 1.0 if "TORCHELASTIC_RUN_ID" not in os.environ else 5.0
 
     def __post_init__(self) -> None:
-        self.requested = False
+        self.received = 0
         self._requested_at = 0.0
+        self._abandons = False
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """True once this process was asked to stop."""
+        return self.received != 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             if number == signal.SIGINT and time.monotonic() - self._requested_at > self.grace:
                 raise KeyboardInterrupt
             return
-        self.requested = True
+        self.received = number
         self._requested_at = time.monotonic()
+        when = "now" if self._abandons else "after this update"
+        message = f"\n{signal.Signals(number).name}: stopping {when} and saving a checkpoint; Ctrl-C stops at once.\n"
         # os.write: the signal may have interrupted a print
-        message = b"\nStopping after this update and saving a checkpoint; press Ctrl-C again to stop at once.\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message)
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+        if self._abandons:
+            raise WorkAbandoned
 
     def should_stop(self) -> bool:
-        """True if any process received a stop signal; all processes must call it together."""
-        return any_rank(self.requested)
+        """True if any process received a signal to stop, which all then have; all processes must call it together."""
+        self.received = all_reduce_max(self.received)
+        return self.requested
+
+    def abandonable(self, work: Callable[[], T]) -> T | None:
+        """The result of ``work``, which a request to stop ends by an exception; None if there was one."""
+        try:
+            try:
+                self._abandons = True
+                return None if self.requested else work()
+            finally:
+                self._abandons = False
+        except WorkAbandoned:
+            return None
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            for handled in (signal.SIGINT, signal.SIGTERM):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                handled = getattr(signal, name, None)  # Windows has the first two
+                if handled is None or (name == "SIGHUP" and signal.getsignal(handled) is signal.SIG_IGN):
+                    continue
                 self._previous[handled] = signal.signal(handled, self._handle)
         return self
 

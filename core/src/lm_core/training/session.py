@@ -2,7 +2,7 @@
 
 A session owns the run's folder and its lock, resuming and its checks, seeds, progress bar, metrics, trackers, curves,
 validation and checkpoints on schedule, the time limit, the guard against losses that are not finite, Ctrl-C and
-SIGTERM, the wrapping for several processes, and the release of all of these at the end::
+other signals to stop, the wrapping for several processes, and the release of all of these at the end::
 
     class Trainer:
         def __init__(self, model, data, checkpoint_dir, settings):
@@ -92,13 +92,14 @@ class TrainingResult:
     """Outcome of a run.
 
     Attributes:
-        outcome: "finished", "stopped early" (no improvement), "interrupted" (Ctrl-C or SIGTERM) or "out of time"
+        outcome: "finished", "stopped early" (no improvement), "interrupted" (by a signal) or "out of time"
             (``max_seconds``).
         first_step: updates done before this call.
         step: updates done.
         seconds: duration of this call; None if the run was already finished.
         checkpoints: folder of the checkpoints, the newest of which is of ``step``; None for a run without a folder.
         curves: plot of the metrics; None without a folder or matplotlib, or with nothing to draw.
+        signal: number of the signal that interrupted the run; None if none did.
     """
 
     outcome: Outcome
@@ -107,6 +108,7 @@ class TrainingResult:
     seconds: float | None
     checkpoints: Path | None
     curves: Path | None
+    signal: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,8 @@ class TrainingSession:
         self.last_validation: dict[str, Any] = {}
         self.folder: RunDirectory | None = None
         self._prepared = False
+        self._validation_is_due = False
+        self._saved_step: int | None = None
         self._stored_optimizer: tuple[Any, Any] | None = None
         self._loss: Tensor | None = None
 
@@ -381,7 +385,7 @@ class TrainingSession:
         goal = self.max_steps if until is None else until
         if goal is None:
             raise ValueError("until is required in a session without max_steps, got None")
-        if ends and self.step == 0:
+        if self._validation_is_due or (ends and self.step == 0):
             self.validate()
         while self.step < goal and self.outcome == "finished":
             done = self.step
@@ -438,6 +442,8 @@ class TrainingSession:
             RuntimeError: too many updates in a row were skipped.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if self.step == self._first_step:
+            self._print_unused(parameters)
         if self.config.fsdp:
             self._average_unsharded(parameters)
         elif self._gradients == "sum":
@@ -455,6 +461,17 @@ class TrainingSession:
         )
         self.step += 1
         return {"loss": float(loss), **values}
+
+    def _print_unused(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Names the parameters that have no gradient on any process after the first backward."""
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], device=self.device)
+        used = all_reduce_sum(used.int()).bool()
+        names = {id(p): name for module in (self.objective, self.model) for name, p in module.named_parameters()}
+        unused = [names.get(id(p), "?") for p, is_used in zip(parameters, used.tolist(), strict=True) if not is_used]
+        if unused and rank() == 0:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            counts = f"{len(unused)} of {len(parameters)} trained tensors have no gradient in the first update"
+            print(f"{'unused':<12}{counts}: {', '.join(unused[:5])}{more}", flush=True)
 
     @staticmethod
     def _average_unsharded(parameters: Sequence[nn.Parameter]) -> None:
@@ -477,9 +494,11 @@ class TrainingSession:
         late = limit is not None and broadcast_object(time.monotonic() - self._started > limit)
         if last:
             return
-        self.outcome = "interrupted" if interrupted else "out of time" if late else "finished"
-        if self.outcome == "out of time" or _is_due(self.step, getattr(self.config, "validate_every", None)):
+        self._validation_is_due = late or _is_due(self.step, getattr(self.config, "validate_every", None))
+        if self._validation_is_due and not interrupted:  # an interrupted run validates when it is resumed
             self.validate()
+            interrupted = self.interrupt.should_stop()
+        self.outcome = "interrupted" if interrupted else "out of time" if late else "finished"
         if self.outcome != "finished" or _is_due(self.step, self.config.checkpoint_every):
             self.save()
 
@@ -488,6 +507,26 @@ class TrainingSession:
         """True if this process received a stop signal, for work between updates that may end at any point."""
         return self.interrupt.requested
 
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """The result of long work between updates, such as drawing responses; None once the run is interrupted.
+
+        A signal to stop abandons the work at once, wherever it is: it must leave nothing half changed, and hold no
+        collectives. If any process was asked to stop, all save a checkpoint of the state before the work, the
+        ``outcome`` is "interrupted", and the caller leaves its loop.
+
+        Args:
+            work: function of this process's share; every process calls it.
+        """
+        random_states = capture_rng()
+        result = self.interrupt.abandonable(work)
+        if not self.interrupt.should_stop():
+            return result
+        restore_rng(random_states)
+        self.outcome = "interrupted"
+        if self._saved_step != self.step:
+            self.save()
+        return None
+
     def log(self, values: Mapping[str, Any] | None = None, **more: Any) -> None:
         """Writes a row of metrics at ``step``; see ``MetricsLog.log``."""
         self.metrics.log(self.step, values, **more)
@@ -495,10 +534,12 @@ class TrainingSession:
     def validate(self) -> dict[str, Any]:
         """Validates and logs; returns the metrics."""
         if self._validate is None:
+            self._validation_is_due = False
             return {}
         values = dict(self._validate())
         if values:
             self.log(values)
+        self._validation_is_due = False
         self.last_validation = values
         if not self.first_validation:
             self.first_validation = values
@@ -513,6 +554,7 @@ class TrainingSession:
             "seconds": None if self.step == self._first_step else round(self._seconds, 1),
             "checkpoints": None if self.folder is None else self.folder.checkpoints,
             "curves": self._curves_path,
+            "signal": self.interrupt.received if self.outcome == "interrupted" else None,
         }
         return kind(**{**common, **values})
 
@@ -533,6 +575,7 @@ class TrainingSession:
                 return None
             directory = self.folder.checkpoints
             self.metrics.sync()
+            self._saved_step = self.step
         if not self._prepared:
             self._prepare(None)
         # weights and config.json
@@ -556,7 +599,7 @@ class TrainingSession:
                 "optimizer": self._optimizer_state(),
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "guard": self.guard.state_dict(),
-                "validation": [self.first_validation, self.last_validation],
+                "validation": [self.first_validation, self.last_validation, self._validation_is_due],
                 "state": {name: part.state_dict() for name, part in self._state.items()},
             },
             # state of a single process is stored next to its random states
@@ -645,9 +688,11 @@ class TrainingSession:
         self.guard.load_state_dict(state["guard"])
         self.first_validation = state["validation"][0]
         self.last_validation = state["validation"][1]
+        self._validation_is_due = True in state["validation"][2:]
         if state["optimizer"] is not None:
             self._stored_optimizer = state["optimizer"], state["schedule"]
         self.step = checkpoint.step
+        self._saved_step = checkpoint.step
 
     def _parts(self, checkpoint: Checkpoint) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Objects with a state, and their states in ``checkpoint``."""

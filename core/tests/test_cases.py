@@ -396,6 +396,12 @@ def test_one_process_of_several_is_refused(monkeypatch):
         linear_session(None)
 
 
+def test_tasks_of_srun_that_are_runs_of_their_own_are_named(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.warns(UserWarning, match="srun started 4 tasks, each of which is a run of its own; start one torchrun"):
+        linear_session(None)
+
+
 PROCESSES = """
 import json, os, signal, sys, torch, torch.distributed as dist
 from torch import nn

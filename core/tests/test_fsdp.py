@@ -9,12 +9,10 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.tensor_files import load_tensors
 from lm_core.checkpoints.weights import read_weights
-from lm_core.training.blocks import blocks_of, compiled_blocks
 from lm_core.training.config import CommonSettings
 from lm_core.training.session import TrainingSession
 
@@ -38,6 +36,7 @@ from lm_core.checkpoints.tensor_files import save_tensors
 from lm_core.distributed import loss_normalizer, rank, world_size
 from lm_core.losses.losses import linear_cross_entropy, token_log_probs
 from lm_core.training.accelerator import autocast
+from lm_core.training.blocks import blocks_of
 from lm_core.training.config import CommonSettings
 from lm_core.training.session import TrainingResult, TrainingSession, adamw
 
@@ -103,7 +102,10 @@ def train(name, checkpointing=False, gradients="average", stop=None, dtype=torch
     if dtype == torch.bfloat16:
         model.gain.requires_grad_(False)
     loss = Loss(model, precision)
-    session.register(model=model, objective=loss, optimizer=lambda: adamw(model, config), gradients=gradients)
+    session.register(
+        model=model, objective=loss, optimizer=lambda: adamw(model, config), gradients=gradients,
+        blocks=lambda: blocks_of(model),
+    )
     with session.run():
         for step in session.steps():
             rows = slice(rank(), None, world_size())
@@ -124,13 +126,20 @@ class Stop:
         if step == self.step and "loss" in values and rank() == 0:
             signal.raise_signal(signal.SIGINT)
 
-losses, kinds = {}, {}
+losses = {}
 plain = train("plain")[1]
 with torch.no_grad():
     outcome = {"weights": plain.state_dict(), "logits": plain(PROMPT), "scores": token_log_probs(plain, PROMPT)}
 train("half", dtype=torch.bfloat16, precision="bf16")
 if processes > 1:
     assert dist.get_world_size() == processes
+    try:
+        refusing = TrainingSession("Trainer", config=replace(settings, fsdp=True), checkpoint_dir=None)
+        refusing.register(model=Model())
+    except ValueError as error:
+        assert str(error) == "Trainer does not support fsdp=True"
+    else:
+        raise AssertionError("registered")
     session, model = train("sharded", fsdp=True)
     parameter = model.layers[0].inner.weight
     assert type(parameter).__name__ == "DTensor" and parameter.to_local().numel() * 2 == parameter.numel()
@@ -217,73 +226,3 @@ def test_sharding_on_one_process_is_rejected_by_name():
     settings = CommonSettings(fsdp=True, device="cpu")
     with pytest.raises(ValueError, match=r"fsdp=True needs several processes, got one; start them with torchrun"):
         TrainingSession("Trainer", config=settings, checkpoint_dir=None)
-
-
-class Library(nn.Module):
-    """A model in the manner of transformers."""
-
-    _no_split_modules = ["Layer"]  # noqa: RUF012
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(3, 2)
-        self.h = nn.ModuleList([nn.Linear(2, 2), Layer(), Layer()])
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.parts = nn.ModuleList([nn.Linear(2, 2)])
-
-    def forward(self, x):
-        return self.parts[0](x).sin()
-
-
-class Own(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(1, 1), nn.ReLU()]), nn.Linear(1, 1)])
-
-    def blocks(self):
-        return iter([self.layers[1]])
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-        self.head = nn.Linear(2, 2)
-        self.head.weight = self.layers[1].weight
-
-
-def test_blocks_are_found_in_models_of_any_library():
-    library, own, tied = Library(), Own(), Tied()
-    assert blocks_of(library) == [library.h[1], library.h[2]]
-    assert blocks_of(own) == [own.layers[1]]
-    assert blocks_of(tied) == [tied.layers[0]]  # the other block's weight is used outside of it
-    both = nn.ModuleDict({"a": own, "b": library})
-    assert blocks_of(both) == [own.layers[1], library.h[1], library.h[2]]
-    own.blocks = None
-    assert blocks_of(own) == [*own.layers[0], own.layers[1]]
-    vision = nn.Module()
-    vision.blocks = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    assert blocks_of(vision) == list(vision.blocks)
-    assert blocks_of(nn.Linear(1, 1)) == []
-
-
-def test_compiled_blocks_run_eagerly_in_evaluation_mode_and_are_restored(monkeypatch):
-    calls = []
-
-    def compile_(function):
-        return lambda *args: calls.append(1) or function(*args)
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    layer, x = Layer(), torch.ones(1, 2)
-    expected = layer(x)
-    with compiled_blocks([layer]):
-        assert torch.equal(layer(x), expected)
-        layer.eval()
-        assert torch.equal(layer(x), expected)
-    layer.train()
-    assert torch.equal(layer(x), expected)
-    assert (len(calls), "forward" in vars(layer)) == (1, False)

@@ -126,7 +126,6 @@ def test_switches_need_no_value_and_words_may_be_joined_by_dashes():
         (["generate", "folder", "prompt", "--temprature=1"], "the nearest known one is --temperature"),
         (["convert", "old.pt"], "directory"),
         (["eval", "folder", "--dta=x"], "the nearest known one is --data"),
-        (["ppo", "--fsdp"], "unknown argument --fsdp"),
         ([], "train,generate,eval,convert"),
         (
             ["train", "--config", "learning-rate: 0.1\n"],

@@ -1,6 +1,7 @@
 """Device, precision, processes and signals of a training run.
 
-Processes are started by torchrun. ``start_accelerator`` rejects launchers that would silently do something else:
+Processes are started by torchrun, or by ``accelerate launch --multi_gpu``, which sets the same environment.
+``start_accelerator`` rejects launchers that would silently do something else:
 ``accelerate launch --cpu --num_processes 2`` runs one process, ``accelerate``'s FSDP plugin becomes DDP on a CPU, and a
 launcher's gradient accumulation divides losses again.
 """
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +120,11 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     for variable, name in _REFUSED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             raise ValueError(
-                f"{name} is not supported: start with torchrun (DDP), with fsdp=True where the trainer has it; "
-                f"got {variable}={os.environ[variable]}"
+                f"{name} is not supported: start with torchrun (DDP), with fsdp=True to shard the weights; got "
+                f"{variable}={os.environ[variable]}"
             )
-    # accelerate launch sets the first for every run, the second for several processes
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-    if launched and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "accelerate launch was asked for several processes and started one, as it does on a CPU; start with "
-            "torchrun --nproc_per_node N"
-        )
+    if "WORLD_SIZE" not in os.environ:
+        _check_single(device)
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin
@@ -147,6 +144,30 @@ def start_accelerator(device: torch.device, *, tracker_names: Sequence[str] = ()
     if accelerator.num_processes != started:
         raise RuntimeError(f"{started} processes were started, but accelerate sees {accelerator.num_processes}")
     return accelerator
+
+
+def _check_single(device: torch.device) -> None:
+    """Rejects a single process, or warns of it, where a launcher was meant to start several."""
+    # accelerate launch sets the first for every run, the second for several processes
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one, as it does on a CPU; start with "
+            "torchrun --nproc_per_node N"
+        )
+    if launched and device.type == "cuda" and torch.cuda.device_count() > 1:
+        warnings.warn(
+            f"accelerate launch started one process, which trains on one of {torch.cuda.device_count()} GPUs; pass "
+            "--multi_gpu, or start with torchrun --nproc_per_node N",
+            stacklevel=4,
+        )
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
+        warnings.warn(
+            f"srun started {tasks} tasks, each of which is a run of its own; start one torchrun a node: "
+            "srun --ntasks-per-node=1 torchrun --nproc_per_node N",
+            stacklevel=4,
+        )
 
 
 class WorkAbandoned(BaseException):

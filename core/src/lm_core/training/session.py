@@ -153,7 +153,7 @@ class TrainingSession:
 
     Raises:
         ValueError: the device or the precision is not available, a tracker is unknown, or the launcher would do
-            something else.
+            something else; or the device, torch or the number of processes cannot shard.
         TypeError: a tracker has no ``log``.
     """
 
@@ -253,7 +253,8 @@ class TrainingSession:
             gradients: "average" over processes, by DDP or FSDP; "sum" adds them up in ``optimizer_step``, for
                 objectives that DDP cannot wrap.
             blocks: function that returns the submodules that ``fsdp`` gathers one at a time and ``compile`` compiles
-                one by one; by default ``lm_core.training.blocks.blocks_of`` the objective.
+                one by one, such as ``blocks_of`` the model. By default ``fsdp`` is refused, and the blocks of the
+                objective are compiled.
             state: objects with ``state_dict`` and ``load_state_dict`` that the next update depends on. Their
                 ``check_state(state)``, if any, all run before the first ``load_state_dict``.
             rank_state: state objects that differ between processes.
@@ -272,8 +273,10 @@ class TrainingSession:
             shown: names of the metrics that the progress bar shows.
 
         Raises:
-            ValueError: the device or torch cannot shard or compile.
+            ValueError: the trainer does not shard, or the device or torch cannot compile.
         """
+        if self.config.fsdp and blocks is None:
+            raise ValueError(f"{self.trainer} does not support fsdp=True")
         if self.config.compile:
             check_compilable(self.device)
         self.model = model

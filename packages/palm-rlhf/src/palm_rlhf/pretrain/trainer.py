@@ -120,6 +120,7 @@ class PretrainTrainer:
             model=model,
             objective=self.objective,
             optimizer=lambda: adamw(model, settings),
+            blocks=model.blocks,
             state={"batches": self.batches},
             architecture={name: arguments[name] for name in ARCHITECTURE},
             identity={"validation_data": corpus.validation.fingerprint},

@@ -29,6 +29,7 @@ from lm_core.generation.decoding import as_eos_ids
 from lm_core.generation.sampling import top_p
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import as_tokenizer, end_ids, load_tokenizer
+from lm_core.training.blocks import blocks_of
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import SavedValue, TrainingResult, TrainingSession
 from spin_trainer.data.iteration_data import Interrupted, IterationData, Pair
@@ -215,6 +216,7 @@ class SPINTrainer:
         self.session.register(
             model=policy,
             objective=self.pairs.scores,
+            blocks=lambda: blocks_of(policy),
             state={
                 "run": SavedValue(lambda: asdict(self.state), lambda state: vars(self.state).update(state)),
                 "best": SavedValue(lambda: {"history": self.best.history}, lambda state: vars(self.best).update(state)),

@@ -14,12 +14,16 @@ from palm_rlhf.rl.policy import ActorCritic
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, rollout_of
 
 
-@pytest.fixture
-def example():
-    """Two sums, the first with the right answer."""
+def two_sums():
     sums = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}]
     rollout = rollout_of(load_prompts(sums, tokenizer=ByteTokenizer()), [torch.tensor([52]), torch.tensor([51, 50])])
     return replace(rollout, texts=["4", "32"])
+
+
+@pytest.fixture
+def example():
+    """Two sums, the first with the right answer."""
+    return two_sums()
 
 
 def exact(prompts, completions, answer):
@@ -152,14 +156,14 @@ def test_a_hugging_face_classifier_scores_with_its_own_tokenizer(example):
     ("values", "message"),
     [
         (torch.zeros(3), r"must return shape \(2,\)"),
-        (torch.zeros(2, 1), r"must return shape \(2,\)"),
+        (torch.zeros(2, 1), r"must return shape \(2,\) or \(2, 6\)"),
         (torch.tensor([0.0, math.nan]), "rewards must be finite, got nan for response 1"),
         ([math.inf, 0.0], "rewards must be finite, got inf for response 0"),
     ],
 )
 def test_wrong_rewards_are_named(values, message):
     with pytest.raises(ValueError, match=message):
-        check_scores(values, 2)
+        check_scores(values, two_sums())
 
 
 def test_prompts_of_every_form_have_the_same_ids(tmp_path):

@@ -161,7 +161,7 @@ def sample(
     # rank them by their rewards
     scorer, _ = find_reward(reward)
     rollout = rollout_of([parsed] * num_samples, responses, finished=result.finished.tolist(), texts=texts)
-    scores = check_scores(as_reward(scorer)(rollout), num_samples).tolist()
+    scores = rollout.totals(check_scores(as_reward(scorer)(rollout), rollout)).tolist()
     for score, response in sorted(zip(scores, texts, strict=True), reverse=True):
         print(f"--- reward {score:.3f}\n{text + response}")
     return 0

@@ -29,6 +29,8 @@ class Rollout:
         temperature: sampling temperature.
         repetition_penalty: penalty of tokens already in the text, by which the logits were changed.
         kept: ``(b, n - 1, k)`` packed kept sets of a filtered draw.
+        engine_log_probs: ``(b, n - 1)`` log-probs of the responses by the engine that sampled them, if that is not the
+            policy; 0 outside responses.
         texts: responses as text; None without a tokenizer.
         prompt_texts: prompts as text.
         messages: prompts that are chats, as messages; None for the others.
@@ -42,6 +44,7 @@ class Rollout:
     temperature: float = 1.0
     repetition_penalty: float = 1.0
     kept: Tensor | None = None
+    engine_log_probs: Float[Tensor, "b m"] | None = None
     texts: list[str] | None = None
     prompt_texts: list[str | None] | None = None
     messages: list[Sequence[Mapping[str, Any]] | None] | None = None
@@ -61,12 +64,19 @@ class Rollout:
         position = torch.arange(1, self.ids.shape[1], device=self.ids.device)
         return (position >= self.prompt_lengths[:, None]) & (position < self.lengths[:, None])
 
-    def samples(self, scores: Float[Tensor, " b"], number: int) -> list[dict[str, Any]]:
+    def totals(self, scores: Float[Tensor, "*shape"]) -> Float[Tensor, " b"]:
+        """Rewards of responses: ``scores`` ``(b,)``, or the sum of ``(b, n)`` over the tokens of each response."""
+        if scores.ndim == 1:
+            return scores
+        return scores[:, 1:].where(self.response_mask.to(scores.device), 0).sum(dim=1)
+
+    def samples(self, scores: Float[Tensor, "*shape"], number: int) -> list[dict[str, Any]]:
         """Up to ``number`` responses with prompts and scores, for a log; token ids without a tokenizer.
 
         They are evenly spaced over the rows, so that groups of responses to one prompt show several prompts.
         """
         chosen = []
+        scores = self.totals(scores)
         count = min(max(number, 0), len(self))
         for row in (index * len(self) // count for index in range(count)):
             ids = self.ids[row, int(self.prompt_lengths[row]) : int(self.lengths[row])].tolist()
@@ -97,6 +107,7 @@ def rollout_of(
     pad_id: int = 0,
     temperature: float = 1.0,
     texts: list[str] | None = None,
+    log_probs: Sequence[Tensor] | None = None,
 ) -> Rollout:
     """A rollout of responses that another program generated, such as an inference engine.
 
@@ -106,18 +117,22 @@ def rollout_of(
         finished: True for responses that ended by EOS or a stop string; all by default.
         pad_id: id that fills rows after their end.
         temperature: sampling temperature.
-        texts: responses as text.
+        texts: responses as text; a trainer with a tokenizer decodes the ids where a reward needs texts.
+        log_probs: 1-D log-probs of each response's tokens as the other program sampled them (temperature and filters
+            included); trainers correct for their difference from the policy's by importance weights.
 
     Raises:
-        ValueError: the numbers differ, or a response is empty.
+        ValueError: the numbers differ, a response is empty, or a log-prob is not a finite number of at most 0.
     """
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(f"responses must be one for each of {len(prompts)} prompts, got {len(responses)}")
     for row, response in enumerate(responses):
         if response.ndim != 1 or response.shape[0] == 0:
             raise ValueError(f"responses[{row}] must be 1-D with at least one token, got shape {tuple(response.shape)}")
+    if log_probs is not None:
+        _check_log_probs(log_probs, responses)
     ids, prompt_lengths, lengths = joined([p.ids.cpu() for p in prompts], [r.long().cpu() for r in responses], pad_id)
-    return Rollout(
+    rollout = Rollout(
         ids=ids,
         prompt_lengths=prompt_lengths,
         lengths=lengths,
@@ -128,6 +143,25 @@ def rollout_of(
         messages=[prompt.messages for prompt in prompts],
         columns=[prompt.columns for prompt in prompts],
     )
+    if log_probs is None:
+        return rollout
+    mask = rollout.response_mask
+    flat = torch.cat([row.detach().to("cpu", torch.float32) for row in log_probs])
+    return replace(rollout, engine_log_probs=torch.zeros(mask.shape).masked_scatter(mask, flat))
+
+
+def _check_log_probs(log_probs: Sequence[Tensor], responses: Sequence[Tensor]) -> None:
+    if len(log_probs) != len(responses):
+        raise ValueError(f"log_probs must be one row for each of {len(responses)} responses, got {len(log_probs)}")
+    for row, (values, response) in enumerate(zip(log_probs, responses, strict=True)):
+        if values.shape != response.shape or not values.is_floating_point():
+            raise ValueError(
+                f"log_probs[{row}] must hold one number for each of {response.shape[0]} tokens, got "
+                f"{values.dtype} of shape {tuple(values.shape)}"
+            )
+        # rounding of an engine may exceed 0
+        if not bool(torch.isfinite(values).all()) or float(values.max()) > 1e-3:
+            raise ValueError(f"log_probs[{row}] must be finite and at most 0, got {values.tolist()}"[:200])
 
 
 def joined(

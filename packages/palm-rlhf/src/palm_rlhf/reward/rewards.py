@@ -155,7 +155,7 @@ class FunctionReward:
         if not {"completions", "completion_ids", "prompts"} & set(parameters):
             more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
             values = self.function(rollout.ids, rollout.prompt_lengths, **more)
-            return _as_scores(values, len(rollout), self.function)
+            return _as_scores(values, rollout, self.function)
         arguments = _text_arguments(rollout)
         required = [name for name, parameter in parameters.items() if _is_required(parameter)]
         if missing := [name for name in required if name not in arguments]:
@@ -171,7 +171,7 @@ class FunctionReward:
                 values = pool.submit(asyncio.run, _awaited(values)).result()
         if not isinstance(values, Tensor):
             values = [float("nan") if value is None else value for value in values]
-        return _as_scores(values, len(rollout), self.function)
+        return _as_scores(values, rollout, self.function)
 
 
 @dataclass(frozen=True)
@@ -238,21 +238,23 @@ def reward_identity(reward: Reward | None) -> str | None:
     return f"{named.__module__}:{named.__qualname__} (source {digest})"
 
 
-def check_scores(scores: Any, count: int) -> Float[Tensor, " b"]:
-    """One finite number for each response, in float32.
+def check_scores(scores: Any, rollout: Rollout) -> Float[Tensor, "*shape"]:
+    """One finite number for each response ``(b,)`` or for each of its tokens ``(b, n)``, in float32.
 
     Raises:
         TypeError: it is not a tensor of numbers.
         ValueError: it has another shape, or a score is NaN or infinite (all terms of a response were None).
     """
-    scores = _as_scores(scores, count, "reward")
-    wrong = (~torch.isfinite(scores)).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(f"rewards must be finite, got {scores[wrong[0]].item()} for response {wrong[0]}")
+    scores = _as_scores(scores, rollout, "reward")
+    wrong = (~torch.isfinite(scores)).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"rewards must be finite, got {scores[tuple(wrong[0])].item()} for response {int(wrong[0, 0])}"
+        )
     return scores
 
 
-def _as_scores(values: Any, count: int, source: Any) -> Tensor:
+def _as_scores(values: Any, rollout: Rollout, source: Any) -> Tensor:
     name = source if isinstance(source, str) else _name(source)
     try:
         scores = torch.as_tensor(values).detach()
@@ -260,8 +262,9 @@ def _as_scores(values: Any, count: int, source: Any) -> Tensor:
         raise TypeError(f"{name} must return one number for each response, got {type(values).__name__}") from error
     if scores.is_complex():
         raise TypeError(f"{name} must return real numbers, got dtype {scores.dtype}")
-    if scores.shape != (count,):
-        raise ValueError(f"{name} must return shape ({count},), one number a response, got {tuple(scores.shape)}")
+    if scores.shape not in (rollout.ids.shape[:1], rollout.ids.shape):
+        shapes = f"({len(rollout)},) or {tuple(rollout.ids.shape)}"
+        raise ValueError(f"{name} must return shape {shapes}, by response or by token, got {tuple(scores.shape)}")
     return scores.float()
 
 

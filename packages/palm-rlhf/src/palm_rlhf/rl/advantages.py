@@ -114,7 +114,7 @@ def group_advantages(
     scores: Float[Tensor, " b"],
     *,
     group_size: int,
-    scale: Literal["group", "batch", "none"] = "group",
+    scale: Literal["group", "batch", "mean", "none"] = "group",
     epsilon: float = 1e-4,
 ) -> Float[Tensor, " b"]:
     """GRPO (arXiv 2402.03300, section 4.1.2): each response's score minus the mean of its group.
@@ -122,14 +122,21 @@ def group_advantages(
     Args:
         scores: rewards of responses, grouped by prompt.
         group_size: responses per prompt, at least 2.
-        scale: divides by the group's standard deviation (the paper), by that of all scores, or not at all (Dr. GRPO,
-            arXiv 2503.20783: the division favours prompts that are nearly always or nearly never solved).
+        scale: divides by the group's standard deviation (the paper), by that of all scores, by the group's mean score
+            (MaxRL; 0 where that is 0), or not at all (Dr. GRPO, arXiv 2503.20783: the division favours prompts that are
+            nearly always or nearly never solved).
         epsilon: added to the deviation, which bounds advantages where scores hardly differ; equal scores give 0.
 
     Raises:
-        ValueError: ``group_size`` is below 2 or does not divide the number of scores.
+        ValueError: ``group_size`` is below 2 or does not divide the number of scores, or a score is negative at scale
+            "mean".
     """
     groups = _groups(scores, group_size)
+    if scale == "mean":
+        if bool((scores < 0).any()):
+            raise ValueError(f'rewards must be at least 0 at scale_rewards "mean", got {scores.min().item()}')
+        means = groups.mean(dim=1, keepdim=True)
+        return ((groups - means) / means).where(means > 0, 0).reshape(-1)
     # the mean of equal scores may differ from them by rounding, that of zeros does not
     groups = groups - groups[:, :1]
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -138,6 +145,19 @@ def group_advantages(
     elif scale == "batch":
         centred = centred / ((scores - scores[0]).std() + epsilon)
     return centred.reshape(-1)
+
+
+def zero_variance_groups(scores: Float[Tensor, " b"], *, group_size: int) -> Bool[Tensor, " g"]:
+    """True for groups whose responses all have one score, from which comparisons learn nothing."""
+    groups = _groups(scores, group_size)
+    return (groups == groups[:, :1]).all(dim=1)
+
+
+def entropy_shaped(
+    advantages: Float[Tensor, "b t"], entropy: Float[Tensor, "b t"], *, weight: float, bound: float
+) -> Float[Tensor, "b t"]:
+    """``A + min(weight * H, |A| / bound)`` without gradient through the entropy H (arXiv 2506.14758)."""
+    return advantages + torch.minimum(weight * entropy.detach(), advantages.abs() / bound)
 
 
 def _groups(scores: Tensor, group_size: int) -> Tensor:

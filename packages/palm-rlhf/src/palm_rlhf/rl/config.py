@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lm_core.checks import typed
 from lm_core.training.config import RunSettings
+from palm_rlhf.rl.importance import ImportanceCorrection
 
 
 @typed
@@ -23,6 +24,9 @@ class RLConfig(RunSettings):
         epochs: passes over the responses of a phase; by default the objective's (4 for PPO, 1 for the others).
         pad_id: id that fills rows after their end.
         samples_logged: responses per phase that are written to samples.jsonl.
+        importance_correction: weights of responses that another engine sampled, by its log-probs: "token" or "sequence"
+            for truncated importance weights, "_mask" for those that drop ratios above the cap, "none" for 1.
+        importance_cap: largest importance weight.
     """
 
     actor_lr: float = 1e-4
@@ -36,11 +40,13 @@ class RLConfig(RunSettings):
     pad_id: int = 0
     checkpoint_every: int | None = 50
     samples_logged: int = 4
+    importance_correction: ImportanceCorrection = "token"
+    importance_cap: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts("minibatch_size", "micro_batch_size", "epochs")
-        self.check_above_zero("actor_lr", "critic_lr")
+        self.check_above_zero("actor_lr", "critic_lr", "importance_cap")
         for name in ("actor_wd", "critic_wd"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")

@@ -30,11 +30,14 @@ class Experience(Rollout):
     """A rollout with the inputs of its updates. Per-token fields are 0 outside responses.
 
     Attributes:
-        scores: reward of each response.
+        scores: reward of each response, which is the sum of its token rewards if there are any.
+        token_scores: rewards of tokens, for rewards that return them.
         log_probs: log-probs under the policy that drew the tokens, with its temperature and filters; None where the
             only update is made by that same policy.
         unfiltered: log-probs under the distribution before filters.
         reference: unfiltered log-probs of the reference; None without a KL weight.
+        importance: importance weights of responses that another engine sampled; None for the policy's own.
+        prompt_features: mean state of the reference over each prompt; None without a network that reads it.
         values: expected return before each token; None without a critic.
         token_rewards: reward of each token: KL penalty, plus the score at the last token.
         advantages: advantage of each token.
@@ -42,9 +45,12 @@ class Experience(Rollout):
     """
 
     scores: Float[Tensor, " b"]
+    token_scores: Float[Tensor, "b m"] | None = None
     log_probs: Float[Tensor, "b m"] | None = None
     unfiltered: Float[Tensor, "b m"] | None = None
     reference: Float[Tensor, "b m"] | None = None
+    importance: Float[Tensor, "b m"] | None = None
+    prompt_features: Float[Tensor, "b 1 d"] | None = None
     values: Float[Tensor, "b m"] | None = None
     token_rewards: Float[Tensor, "b m"] | None = None
     advantages: Float[Tensor, "b m"] | None = None
@@ -52,9 +58,14 @@ class Experience(Rollout):
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, scores: Tensor) -> "Experience":
-        """Experience of a rollout and its rewards, without log-probs and values."""
+        """Experience of a rollout and its rewards ``(b,)`` or ``(b, n)``, without log-probs and values."""
         texts: dict[str, Any] = {"texts": None, "prompt_texts": None, "messages": None, "columns": []}
-        return cls(**{**vars(rollout), **texts}, scores=scores.to(rollout.ids.device))
+        scores = scores.to(rollout.ids.device)
+        tokens = None
+        if scores.ndim == 2:
+            tokens = scores[:, 1:].where(rollout.response_mask, 0)
+            scores = rollout.totals(scores)
+        return cls(**{**vars(rollout), **texts}, scores=scores, token_scores=tokens)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Experience":
@@ -146,6 +157,18 @@ def _with_scores(experience: Experience, parts: Iterable[tuple[Tensor, dict[str,
 
 
 @torch.no_grad()
+def prompt_features(policy: ActorCritic, experience: Experience, *, batch_size: int) -> Float[Tensor, "b 1 d"]:
+    """Mean state of the reference over each prompt."""
+    width = int(experience.prompt_lengths.max())
+    ids, lengths = experience.ids[:, :width], experience.prompt_lengths
+    with eval_mode(policy):
+        parts = [
+            policy.prompt_features(*part) for part in zip(ids.split(batch_size), lengths.split(batch_size), strict=True)
+        ]
+    return torch.cat(parts)[:, None]
+
+
+@torch.no_grad()
 def _scores(policy: ActorCritic, part: Experience, wanted: Collection[Scored]) -> dict[str, Tensor]:
     """Log-probs and values by the forward of training, so that the ratio is 1 before the first update."""
     inputs = (part.ids, part.mask, part.response_mask)
@@ -166,11 +189,15 @@ def token_rewards(
 ) -> Float[Tensor, "b m"]:
     """Reward of each token: minus the weighted KL (None for no KL), plus the score at the last token of a response.
 
-    ``missing_eos_penalty`` is subtracted from the score of a response without EOS or stop string.
+    Scores of tokens stay where they are. ``missing_eos_penalty`` is subtracted at the last token of a response without
+    EOS or stop string.
     """
     mask = experience.response_mask
-    scores = experience.scores - missing_eos_penalty * (~experience.finished).to(experience.scores)
+    scores = experience.scores if experience.token_scores is None else torch.zeros_like(experience.scores)
+    scores = scores - missing_eos_penalty * (~experience.finished).to(experience.scores)
     rewards = scores.new_zeros(mask.shape) if kl is None else (-kl_weight * kl).where(mask, 0)
+    if experience.token_scores is not None:
+        rewards = rewards + experience.token_scores.to(rewards)
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
     return rewards.scatter_add(1, last, scores.to(rewards)[:, None])
 

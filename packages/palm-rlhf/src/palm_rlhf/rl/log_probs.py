@@ -34,6 +34,7 @@ class PolicyOutput:
         values: expected return before each token; None without a critic.
         value_logits: ``(b, n - 1, k)`` outputs of a binned critic, else None.
         bins: bins of ``value_logits``, else None.
+        network: ``(b,)`` outputs of the objective's network; None without one.
     """
 
     log_probs: Float[Tensor, "b m"]
@@ -42,6 +43,7 @@ class PolicyOutput:
     values: Float[Tensor, "b m"] | None = None
     value_logits: Float[Tensor, "b m k"] | None = None
     bins: ValueBins | None = None
+    network: Float[Tensor, " b"] | None = None
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,11 @@ def clipped_surrogate(
     *,
     eps_clip: float = 0.2,
     eps_clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Surrogate:
     """``-min(ratio * A, clip(ratio, 1 - eps_clip, 1 + eps_clip_high) * A)`` (arXiv 1707.06347, equation 7).
+
+    With ``dual_clip``, at least ``dual_clip * A`` where A < 0 (arXiv 1912.09729, equation 5).
 
     Args:
         log_probs: log-probs under the current policy.
@@ -42,12 +45,25 @@ def clipped_surrogate(
         advantages: advantages of the tokens.
         eps_clip: bound of the ratio below 1, at ``1 - eps_clip``.
         eps_clip_high: bound of the ratio above 1, at ``1 + eps_clip_high``; ``eps_clip`` by default.
+        dual_clip: largest ratio that multiplies a negative advantage; None for no limit.
     """
     high = eps_clip if eps_clip_high is None else eps_clip_high
-    ratio = (log_probs - (log_probs if old_log_probs is None else old_log_probs).detach()).exp()
+    ratio = probability_ratio(log_probs, old_log_probs)
     plain = ratio * advantages
     bounded = ratio.clamp(1 - eps_clip, 1 + high) * advantages
-    return Surrogate(-torch.minimum(plain, bounded), ratio, bounded < plain)
+    least, clipped = torch.minimum(plain, bounded), bounded < plain
+    if dual_clip is not None:
+        floor = dual_clip * advantages
+        too_low = (advantages < 0) & (least < floor)
+        least, clipped = floor.where(too_low, least), clipped | too_low
+    return Surrogate(-least, ratio, clipped)
+
+
+def probability_ratio(
+    log_probs: Float[Tensor, "*shape"], old_log_probs: Float[Tensor, "*shape"] | None
+) -> Float[Tensor, "*shape"]:
+    """Ratio of the current probability and the one when tokens were drawn; 1 with its gradient for None."""
+    return (log_probs - (log_probs if old_log_probs is None else old_log_probs).detach()).exp()
 
 
 @typed

@@ -32,7 +32,7 @@ from lm_core.adapters.loading import lora_config, quiet_peft
 from lm_core.causal_lm import Generation, eval_mode
 from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.generate import generate
-from lm_core.nn.masking import masked_mean
+from lm_core.nn.masking import masked_mean, prompt_mask_from_lengths
 from lm_core.training.accelerator import Precision, autocast, pick_precision
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
@@ -186,6 +186,18 @@ class ActorCritic(nn.Module):
         return _vocab_size(self.actor)
 
     @property
+    def feature_size(self) -> int:
+        """Size of the reference's states.
+
+        Raises:
+            ValueError: the network gives no states before its output layer.
+        """
+        network = self.reference or self.actor
+        if not hasattr(network, "hidden") and not hasattr(network, "states"):
+            raise ValueError(f"policy must give hidden states for this objective, got {type(network).__name__}")
+        return _state_size(network)
+
+    @property
     def max_length(self) -> int | None:
         """Maximum length of a sequence; None if the network has no limit."""
         return getattr(self.actor, "max_length", None)
@@ -293,6 +305,12 @@ class ActorCritic(nn.Module):
             prompt = positions <= response_mask.int().argmax(dim=1, keepdim=True)
             hidden = masked_mean(hidden, prompt, dim=1, keepdim=True).expand_as(hidden)
         return self.value_head(hidden)
+
+    def prompt_features(self, ids: Int[Tensor, "b n"], prompt_lengths: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """Mean state of the reference over each prompt, in float32."""
+        mask = prompt_mask_from_lengths(prompt_lengths, ids.shape[1])
+        with self.as_role("reference", mask) as (network, arguments):
+            return masked_mean(self.states_of(network, ids, arguments).float(), mask, dim=1)
 
     def values(self, logits: Float[Tensor, "b m k"]) -> Float[Tensor, "b m"]:
         """Values from the head's output."""

@@ -19,9 +19,12 @@ Sums = dict[str, float]
 class Phase:
     """Passes over one batch of responses.
 
+    ``unit`` consecutive responses always stay in one minibatch: 1, or a group whose loss depends on all of it.
+
     Attributes:
         number: phases completed before this one.
         updates: optimizer updates of the whole run.
+        redrawn: groups of the whole run that were drawn in place of others.
         epoch: completed passes over the current experience.
         cursor: rows of the current pass that have been used.
         experience: current experience; None before responses are drawn.
@@ -29,13 +32,15 @@ class Phase:
         sums: measurements of its updates; see ``PolicyUpdate``.
     """
 
-    def __init__(self, *, seed: int, epochs: int, minibatch_size: int, device: torch.device) -> None:
+    def __init__(self, *, seed: int, epochs: int, minibatch_size: int, device: torch.device, unit: int = 1) -> None:
         self.seed = seed
         self.epochs = epochs
         self.minibatch_size = minibatch_size
         self.device = device
+        self.unit = unit
         self.number = 0
         self.updates = 0
+        self.redrawn = 0
         self.epoch = 0
         self.cursor = 0
         self.experience: Experience | None = None
@@ -79,7 +84,8 @@ class Phase:
         return self.updates_of(count) == 1
 
     def _order(self, count: int, epoch: int) -> Tensor:
-        return torch.from_numpy(permutation(count, self.seed, "minibatches", self.number, epoch))
+        units = torch.from_numpy(permutation(count // self.unit, self.seed, "minibatches", self.number, epoch))
+        return (units[:, None] * self.unit + torch.arange(self.unit)).flatten()
 
     def advance(self, sums: Mapping[str, float]) -> None:
         """Counts an update on ``rows()`` with its measurements."""
@@ -103,7 +109,7 @@ class Phase:
     def state_dict(self) -> dict[str, Any]:
         """Counters, experience and measurements, for a checkpoint."""
         return {
-            "counters": [self.number, self.updates, self.epoch, self.cursor],
+            "counters": [self.number, self.updates, self.epoch, self.cursor, self.redrawn],
             "experience": {} if self.experience is None else self.experience.state_dict(),
             "metrics": self.metrics,
             "sums": self.sums,
@@ -111,7 +117,8 @@ class Phase:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes from ``state``."""
-        self.number, self.updates, self.epoch, self.cursor = state["counters"]
+        # earlier checkpoints have no number of redrawn groups
+        self.number, self.updates, self.epoch, self.cursor, self.redrawn = [*state["counters"], 0][:5]
         self.metrics = dict(state["metrics"])
         self.sums = dict(state["sums"])
         self.experience = Experience.from_state(state["experience"]).to(self.device) if state["experience"] else None

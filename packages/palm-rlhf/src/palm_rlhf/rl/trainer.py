@@ -27,17 +27,21 @@ from lm_core.training.session import TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, fingerprint, load_prompts
 from palm_rlhf.data.rollouts import Rollout
 from palm_rlhf.reward.rewards import as_reward, check_scores, reward_identity
+from palm_rlhf.rl.advantages import zero_variance_groups
 from palm_rlhf.rl.arguments import sort_arguments
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import (
     Experience,
     Scored,
+    all_gathered,
     concatenated,
     experience_metrics,
     gathered,
+    prompt_features,
     score_experience,
     token_rewards,
 )
+from palm_rlhf.rl.importance import importance_weights, mismatch_metrics
 from palm_rlhf.rl.kl import kl_estimate
 from palm_rlhf.rl.objectives import GRPO, PPO, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -123,6 +127,13 @@ class RLHFTrainer:
         self.epochs = config.epochs or objective.epochs
         if not objective.uses_ratio and self.epochs > 1:
             raise ValueError(f"epochs must be 1 with {type(objective).__name__}, got {self.epochs}")
+        unit = objective.group_size if objective.couples_responses else 1
+        for name in ("minibatch_size", "micro_batch_size"):
+            if (getattr(config, name) or unit) % unit:
+                raise ValueError(
+                    f"{name} must be a multiple of group_size {unit} with {type(objective).__name__}, got "
+                    f"{getattr(config, name)}"
+                )
         self.tokenizer = tokenizer = as_tokenizer(tokenizer)
         self.prompts: list[Prompt] = []
         self.load_prompts = partial(load_prompts, tokenizer=tokenizer, template_kwargs=template_kwargs)
@@ -153,6 +164,7 @@ class RLHFTrainer:
         elif objective.needs_values and policy.value_head is None:
             raise ValueError(f"policy must have a critic for {type(objective).__name__}, got with_critic=False")
         self.actor_critic = policy.to(self.device)
+        network = self._network()
         policy.precision = config.precision
         if self.prompts:
             check_prompts(self.prompts, policy.vocab_size)
@@ -160,12 +172,16 @@ class RLHFTrainer:
             reward_model.to(self.device)
         # order of prompts, updates, and what the session checkpoints
         self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
-        self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard)
+        self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard, network=network)
         self.actor_parameters = self.update.actor_parameters
         self.critic_parameters = self.update.critic_parameters
         self.optimizer = self.update.optimizer
         self.phase = Phase(
-            seed=config.seed, epochs=self.epochs, minibatch_size=config.minibatch_size, device=self.device
+            seed=config.seed,
+            epochs=self.epochs,
+            minibatch_size=config.minibatch_size,
+            device=self.device,
+            unit=unit,
         )
         name = type(objective).__name__
         files = PolicyFiles(policy)
@@ -174,7 +190,12 @@ class RLHFTrainer:
             objective=policy,
             optimizer=lambda: (self.update.optimizer, None),
             gradients="sum",
-            state={"phase": self.phase, "kl": self.kl, "extra": files},
+            state={
+                "phase": self.phase,
+                "kl": self.kl,
+                "extra": files,
+                **({} if self.update.network is None else {"network": self.update.network}),
+            },
             # the stored experience depends on these; other settings, such as learning rates, may change on resume
             identity={
                 "objective": name,
@@ -190,6 +211,16 @@ class RLHFTrainer:
             curves=CURVES,
             shown=("reward", "kl"),
         )
+
+    def _network(self) -> tuple[nn.Module, float] | None:
+        """The objective's network of prompt features on the device, from the seed, and its learning rate."""
+        if self.objective.network(1) is None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            made = self.objective.network(self.actor_critic.feature_size)
+        assert made is not None
+        return made[0].to(self.device), made[1]
 
     @property
     def updates(self) -> int:
@@ -261,14 +292,14 @@ class RLHFTrainer:
         return draw_rollout(self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generators)
 
     def score(self, rollout: Rollout) -> Tensor:
-        """Rewards ``(b,)`` of a rollout.
+        """Rewards ``(b,)`` of a rollout, or ``(b, n)`` of its tokens where the reward returns those.
 
         Raises:
             ValueError: there is no reward, or it returned another shape, NaN or infinity.
         """
         if self.reward is None:
             raise ValueError("reward must be given to the trainer, or rewards to step, got reward=None")
-        return check_scores(self.reward(rollout), len(rollout))
+        return check_scores(self.reward(rollout), rollout)
 
     @typed
     @torch.no_grad()
@@ -306,7 +337,9 @@ class RLHFTrainer:
         device = None if generator is None else generator.device
         seed = int(torch.randint(2**31, (), generator=generator, device=device))
         rollout = self.rollout(prompts, sampling=sampling, seed=seed)
-        scores = self.score(rollout) if num_samples > 1 or self.reward is not None else torch.zeros(1)
+        scores = torch.zeros(1)
+        if num_samples > 1 or self.reward is not None:
+            scores = rollout.totals(self.score(rollout))
         best = int(scores.argmax())
         return rollout.ids[best, int(rollout.prompt_lengths[best]) : int(rollout.lengths[best])], float(scores[best])
 
@@ -317,14 +350,37 @@ class RLHFTrainer:
         if count < world_size():
             raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
         group_size = self.objective.group_size
-        first = self.phase.number * (count // group_size)
+        groups = count // group_size
+        first = self.phase.number * groups + self.phase.redrawn
+        experience, samples, seconds = self._draw_groups(sampling, first, groups, batch_size)
+        # dynamic sampling: groups of equal rewards are replaced by responses to the next prompts
+        for _ in range(self.objective.dynamic_sampling):
+            equal = zero_variance_groups(experience.scores, group_size=group_size)
+            missing = int(equal.sum())
+            if not missing:
+                break
+            first += groups
+            groups = missing
+            more, _, more_seconds = self._draw_groups(sampling, first, missing, batch_size)
+            seconds = {name: value + more_seconds[name] for name, value in seconds.items()}
+            self.phase.redrawn += missing
+            kept = (~equal).repeat_interleave(group_size).nonzero()[:, 0]
+            parts = [experience.rows(kept)] if kept.numel() else []
+            experience = concatenated([*parts, more], pad_id=sampling.pad_id)
+        return experience, samples, seconds
+
+    def _draw_groups(
+        self, sampling: SamplingSettings, first: int, count: int, batch_size: int
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float]]:
+        """Responses to ``count`` prompts from position ``first`` of the order on, as ``_draw`` returns them."""
+        group_size = self.objective.group_size
         # a draw is a function of seed, prompt and number of the draw, so not of the number of processes
         draws = [
             (index, seed_of(self.config.seed, "responses", index, epoch * group_size + response))
-            for epoch, index in (self.order.at(first + position) for position in range(count // group_size))
+            for epoch, index in (self.order.at(first + position) for position in range(count))
             for response in range(group_size)
         ]
-        local = draws[count * rank() // world_size() : count * (rank() + 1) // world_size()]
+        local = draws[len(draws) * rank() // world_size() : len(draws) * (rank() + 1) // world_size()]
         parts: list[Experience] = []
         samples: list[dict[str, Any]] = []
         seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
@@ -336,7 +392,9 @@ class RLHFTrainer:
                 scores = self.score(rollout)
             parts.append(Experience.from_rollout(rollout, scores))
             samples += rollout.samples(scores, self.config.samples_logged - len(samples))
-        return gathered(concatenated(parts, pad_id=sampling.pad_id), pad_id=sampling.pad_id), samples, seconds
+        if world_size() > 1:
+            parts = [part.to(self.device) for part in all_gathered([part.to("cpu") for part in parts])]
+        return concatenated(parts, pad_id=sampling.pad_id), samples, seconds
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -351,7 +409,8 @@ class RLHFTrainer:
 
         Args:
             rollout: result of ``rollout``, or of ``rollout_of`` for responses of another program.
-            rewards: rewards ``(b,)`` of the responses; by default those of the trainer's reward.
+            rewards: rewards ``(b,)`` of the responses or ``(b, n)`` of their tokens; by default those of the trainer's
+                reward.
 
         Returns:
             The metrics of this phase.
@@ -359,7 +418,7 @@ class RLHFTrainer:
         Raises:
             ValueError: wrong shape, NaN, ids out of range, or a number of rows that is not whole groups.
         """
-        scores = self.score(rollout) if rewards is None else check_scores(rewards, len(rollout))
+        scores = self.score(rollout) if rewards is None else check_scores(rewards, rollout)
         if self.actor_critic.vocab_size is not None:
             check_ids(rollout.ids, self.actor_critic.vocab_size, "rollout")
         if len(rollout) % self.objective.group_size:
@@ -376,9 +435,11 @@ class RLHFTrainer:
         wanted: set[Scored] = set()
         if penalized or (objective.uses_ratio and not self.phase.learns_once(len(experience))):
             wanted.add("log_probs")
+        if experience.engine_log_probs is not None:
+            wanted.add("log_probs")
         if objective.needs_values:
             wanted.add("values")
-        if self.kl.value:
+        if self.kl.value or objective.needs_reference:
             wanted.add("reference")
         # in the micro-batches of the first pass, so that the ratio is exactly 1 before the first update
         if wanted:
@@ -396,7 +457,27 @@ class RLHFTrainer:
         experience = replace(experience, token_rewards=rewards)
         advantages, returns = objective.advantages(experience)
         experience = replace(experience, advantages=advantages, returns=returns)
-        self.phase.begin(experience, experience_metrics(experience))
+        metrics = experience_metrics(experience)
+        if objective.compares_responses:
+            equal = zero_variance_groups(experience.scores, group_size=objective.group_size)
+            metrics["zero_variance_groups"] = float(equal.float().mean())
+        if experience.engine_log_probs is not None:
+            assert experience.log_probs is not None
+            engine = experience.engine_log_probs.to(experience.log_probs)
+            metrics |= mismatch_metrics(experience.log_probs, engine, experience.response_mask)
+            weights = importance_weights(
+                experience.log_probs,
+                engine,
+                experience.response_mask,
+                correction=self.config.importance_correction,
+                cap=self.config.importance_cap,
+            )
+            experience = replace(experience, importance=weights)
+        if self.update.network is not None:
+            size = self.config.micro_batch_size or self.config.minibatch_size
+            features = prompt_features(self.actor_critic, experience, batch_size=size)
+            experience = replace(experience, prompt_features=features)
+        self.phase.begin(experience, metrics)
 
     def _next_update(self) -> None:
         """One optimizer update on the next minibatch."""

@@ -6,13 +6,15 @@ several models has parameters without a gradient.)
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_core.distributed import all_reduce_gradients, rank, world_size
 from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
+from palm_rlhf.rl.advantages import entropy_shaped
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import Experience, all_gathered
 from palm_rlhf.rl.kl import KLCoefficient, kl_estimate
@@ -26,14 +28,25 @@ class PolicyUpdate:
     """Optimizer updates of a policy."""
 
     def __init__(
-        self, policy: ActorCritic, objective: Objective, config: RLConfig, *, kl: KLCoefficient, guard: NonFiniteGuard
+        self,
+        policy: ActorCritic,
+        objective: Objective,
+        config: RLConfig,
+        *,
+        kl: KLCoefficient,
+        guard: NonFiniteGuard,
+        network: tuple[nn.Module, float] | None = None,
     ) -> None:
         self.policy = policy
         self.objective = objective
         self.config = config
         self.kl = kl
+        self.network: nn.Module | None = None if network is None else network[0]
+        self.network_lr = 0.0 if network is None else network[1]
+        self.unit = objective.group_size if objective.couples_responses else 1
         self.actor_parameters = policy.actor_parameters()
         self.critic_parameters = policy.critic_parameters()
+        self.network_parameters = [] if self.network is None else list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self._groups(), betas=config.betas)
         self.guard = guard
 
@@ -47,12 +60,9 @@ class PolicyUpdate:
             RuntimeError: losses were not finite in too many updates in a row.
         """
         sums = self._accumulate(experience, rows.to(experience.ids.device))
-        all_reduce_gradients([*self.actor_parameters, *self.critic_parameters])
-        norms = [
-            clip_global_norm(group, self.config.max_grad_norm)
-            for group in (self.actor_parameters, self.critic_parameters)
-            if group
-        ]
+        groups = [group for group in (self.actor_parameters, self.critic_parameters, self.network_parameters) if group]
+        all_reduce_gradients([parameter for group in groups for parameter in group])
+        norms = [clip_global_norm(group, self.config.max_grad_norm) for group in groups]
         total = combined(*all_gathered([{name: float(value) for name, value in sums.items()}]))
         norm = torch.stack([part.float() for part in norms]).sum()
         if self.guard.allows(number, torch.tensor(total["loss"]), norm):
@@ -63,9 +73,10 @@ class PolicyUpdate:
     def _accumulate(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
         """Gradients of this process's share of the rows, a micro-batch at a time."""
         objective = self.objective
-        weights = token_weights(
-            experience.response_mask[rows], objective.aggregation, max_new_tokens=objective.constant_length
-        )
+        mask = experience.response_mask[rows]
+        if objective.mask_truncated:
+            mask = mask & experience.finished[rows, None]
+        weights = token_weights(mask, objective.aggregation, max_new_tokens=objective.constant_length)
         sums: dict[str, Tensor] = {}
         with self.policy.learning():
             for part in self.micro_batches(torch.arange(rows.shape[0], device=rows.device)):
@@ -78,8 +89,11 @@ class PolicyUpdate:
 
     def micro_batches(self, rows: Tensor) -> Sequence[Tensor]:
         """This process's share of a minibatch, a micro-batch at a time; empty if there are too few rows."""
-        share = rows[rank() :: world_size()]
-        return share.split(self.config.micro_batch_size or max(1, share.shape[0])) if share.shape[0] else ()
+        units = rows.reshape(-1, self.unit)[rank() :: world_size()]
+        if not units.shape[0]:
+            return ()
+        size = units.shape[0] if self.config.micro_batch_size is None else self.config.micro_batch_size // self.unit
+        return [part.flatten() for part in units.split(size)]
 
     def loss(self, batch: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of some rows as their share of the minibatch's, and sums for the metrics."""
@@ -88,8 +102,22 @@ class PolicyUpdate:
         assert output.entropy is not None
         # loss of the policy, entropy bonus and KL
         weights = weights[:, : mask.shape[1]].to(output.log_probs)
+        if self.network is not None:
+            assert batch.prompt_features is not None
+            output = replace(output, network=self.network(batch.prompt_features[:, 0]))
+        if objective.entropy_advantage:
+            assert batch.advantages is not None
+            shaped = entropy_shaped(
+                batch.advantages,
+                output.entropy.to(batch.advantages),
+                weight=objective.entropy_advantage,
+                bound=objective.entropy_advantage_bound,
+            )
+            batch = replace(batch, advantages=shaped.where(mask, 0))
         terms = objective.token_loss(output, batch)
-        policy_loss = (terms.policy * weights).sum()
+        # responses of another engine have importance weights
+        sampled = weights if batch.importance is None else weights * batch.importance.to(weights)
+        policy_loss = (terms.policy * sampled).sum()
         loss = policy_loss
         if objective.beta_s:
             loss = loss - objective.beta_s * (output.entropy * weights).sum()
@@ -134,6 +162,8 @@ class PolicyUpdate:
             if parameters:
                 split = optimizer_groups(self.policy, weight_decay=decay, parameters=parameters)
                 groups += [{**group, "lr": rate} for group in split]
+        if self.network is not None:
+            groups.append({"params": self.network_parameters, "lr": self.network_lr, "weight_decay": 0.0})
         return groups
 
 

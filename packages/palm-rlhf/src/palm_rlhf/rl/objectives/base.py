@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_core.checks import check_above_zero, check_positive, typed
 from palm_rlhf.rl.experience import Experience
@@ -53,6 +53,12 @@ class Objective(ABC):
             the sum by ``constant_length`` times the number of responses.
         constant_length: divisor of the aggregation "constant", such as the maximum length of a response.
         missing_eos_penalty: penalty on the reward of a response without EOS or stop string.
+        mask_truncated: leaves responses without EOS or stop string out of the loss; they still count in a baseline.
+        entropy_advantage: weight of the token's entropy in its advantage, ``A + min(weight * H, |A| / bound)`` without
+            gradient through H (arXiv 2506.14758); 0 adds nothing.
+        entropy_advantage_bound: ``bound`` in that formula; above 1, the sign of an advantage never changes.
+        dynamic_sampling: rounds in which groups of equal rewards are replaced by responses to further prompts
+            (arXiv 2503.14476, section 3.2); groups that are still equal after them stay.
 
     Raises:
         ValueError: a value is out of range.
@@ -69,6 +75,10 @@ class Objective(ABC):
     aggregation: Aggregation = "token"
     constant_length: int | None = None
     missing_eos_penalty: float = 0.0
+    mask_truncated: bool = False
+    entropy_advantage: float = 0.0
+    entropy_advantage_bound: float = 2.0
+    dynamic_sampling: int = 0
 
     #: a critic is trained
     needs_values: ClassVar[bool] = False
@@ -76,6 +86,14 @@ class Objective(ABC):
     uses_ratio: ClassVar[bool] = True
     #: responses to one prompt are compared with each other
     compares_responses: ClassVar[bool] = False
+    #: the loss of a response depends on the others to its prompt, so minibatches and micro-batches hold whole groups
+    couples_responses: ClassVar[bool] = False
+    #: log-probs of the reference enter the loss, also at KL weight 0
+    needs_reference: ClassVar[bool] = False
+    #: the loss of a token is proportional to its advantage
+    weighs_by_advantage: ClassVar[bool] = True
+    #: losses are per response, repeated over its tokens, so only the aggregation "sequence" averages them
+    per_response: ClassVar[bool] = False
     #: default number of passes over the responses of a phase
     epochs: ClassVar[int] = 1
 
@@ -91,6 +109,18 @@ class Objective(ABC):
             check_positive(self.constant_length, "constant_length")
         elif self.aggregation == "constant":
             raise ValueError('aggregation "constant" needs constant_length, got None')
+        name = type(self).__name__
+        if self.per_response and self.aggregation != "sequence":
+            raise ValueError(f'aggregation must be "sequence" for {name}, got {self.aggregation!r}')
+        self._check_range(math.inf, "entropy_advantage")
+        if self.entropy_advantage and not self.weighs_by_advantage:
+            raise ValueError(f"entropy_advantage must be 0 for {name}, got {self.entropy_advantage}")
+        if not 1 < self.entropy_advantage_bound < math.inf:
+            raise ValueError(f"entropy_advantage_bound must be above 1, got {self.entropy_advantage_bound}")
+        if self.dynamic_sampling < 0:
+            raise ValueError(f"dynamic_sampling must be at least 0, got {self.dynamic_sampling}")
+        if self.dynamic_sampling and not self.compares_responses:
+            raise ValueError(f"dynamic_sampling must be 0 for {name}, which compares no responses")
 
     @abstractmethod
     def advantages(self, experience: Experience) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"] | None]:
@@ -104,6 +134,13 @@ class Objective(ABC):
             scores: outputs of the current policy.
             batch: rows of an experience with advantages.
         """
+
+    def network(self, features: int) -> tuple[nn.Module, float] | None:
+        """A network of prompt features ``(b, features)`` and its learning rate; None if there is none.
+
+        It is trained with the policy; its outputs are ``PolicyOutput.network``.
+        """
+        return None
 
     def kl_coefficient(self) -> KLCoefficient:
         """A new weight of the KL, fixed or adaptive."""
@@ -124,16 +161,20 @@ class ClippedObjective(Objective):
     Args:
         eps_clip: distance from 1 at which the probability ratio is clipped.
         eps_clip_high: distance above 1, if different (arXiv 2503.14476, "clip-higher"); null for ``eps_clip``.
+        dual_clip: largest ratio that multiplies a negative advantage (arXiv 1912.09729, equation 5); null for no limit.
     """
 
     eps_clip: float = 0.2
     eps_clip_high: float | None = None
+    dual_clip: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.eps_clip < 1:
             raise ValueError(f"eps_clip must be in (0, 1), got {self.eps_clip}")
         check_above_zero(self.eps_clip_high, "eps_clip_high")
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
 
     def token_loss(self, scores: PolicyOutput, batch: Experience) -> TokenLoss:
         """Minus the clipped surrogate of each token."""
@@ -145,5 +186,6 @@ class ClippedObjective(Objective):
                 batch.advantages,
                 eps_clip=self.eps_clip,
                 eps_clip_high=self.eps_clip_high,
+                dual_clip=self.dual_clip,
             )
         )

@@ -303,7 +303,7 @@ COMMANDS = [
     (["train", "--data", "x.jsonl"], r"model must be given together with data"),
     (["train", "--model", "nowhere"], r"data must be given together with a model"),
     (["train", "--model", "nowhere", "--data", "x.jsonl"], r"nowhere"),
-    (["train", "--lora_r=4"], r"lora_r and tokenizer need a model"),
+    (["train", "--lora_r=4"], r"lora_r need a model"),
     (["train", "--temperature=-1"], r"temperature must be a finite number of at least 0"),
     (["generate", "a", "b.jsonl", "out.csv"], r"output must be a .jsonl file"),
     (["eval", "./nowhere"], r"model must be a folder"),

@@ -9,9 +9,18 @@ compared by ids.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lm_core.tokenizers import check_messages, check_unicode, message_text
 
-__all__ = ["NoBorderError", "assistant_mask", "check_messages", "conversation_ids", "prompt_of_chat"]
+__all__ = [
+    "NoBorderError",
+    "assistant_mask",
+    "check_messages",
+    "conversation_ids",
+    "prompt_of_chat",
+    "with_explicit_prompt",
+]
 
 
 class NoBorderError(ValueError):
@@ -115,6 +124,28 @@ def assistant_mask(
     encoded = tokenizer.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     mask = [any(first <= start < last for first, last in spans) for start, _ in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), mask
+
+
+def with_explicit_prompt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row of preference data whose prompt is the common beginning of ``chosen`` and ``rejected``.
+
+    That beginning is whole messages, whole token ids, or text up to a word.
+
+    Raises:
+        ValueError: the two are of different kinds, or have no common beginning.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not any(isinstance(chosen, kind) and isinstance(rejected, kind) for kind in (str, list | tuple, Tensor)):
+        raise ValueError(
+            f"{where} must have two texts or two lists in chosen and rejected, got {chosen!r:.60} and {rejected!r:.60}"
+        )
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    border = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)) - 1)
+    if isinstance(chosen, str):  # a blank belongs to the word after it, as in most vocabularies
+        border = max(chosen.rfind(" ", 0, border), chosen.rfind("\n", 0, border) + 1)
+    if border <= 0:
+        raise ValueError(f"{where} has no prompt, and chosen and rejected have no common beginning")
+    return {**row, "prompt": chosen[:border], "chosen": chosen[border:], "rejected": rejected[border:]}
 
 
 def _text(

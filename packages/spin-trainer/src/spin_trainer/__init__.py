@@ -23,7 +23,8 @@ from spin_trainer.model.response_scores import (
 )
 from spin_trainer.model.spin import SPIN, Comparison
 from spin_trainer.training.config import SelfPlaySettings
-from spin_trainer.training.trainer import SPINResult, SPINTrainer
+from spin_trainer.training.pair_trainer import SPINResult
+from spin_trainer.training.trainer import SPINTrainer
 
 __all__ = [
     "SPIN",

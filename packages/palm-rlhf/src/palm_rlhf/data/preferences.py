@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids
+from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids, with_explicit_prompt
 from lm_core.data.rows import iterate_rows, load_rows
 from lm_core.tokenizers import end_ids, prompt_ids
 
@@ -91,7 +91,7 @@ def _example(row: Any, where: str, tokenizer: Any, template_kwargs: Mapping[str,
     if "completion" in row and "response" not in row:
         row["response"] = row["completion"]
     if "prompt" not in row and {"chosen", "rejected"} <= set(row):
-        row = _with_explicit_prompt(row, where)
+        row = with_explicit_prompt(row, where)
     responses = next((names for names in (("chosen", "rejected"), ("response",)) if set(names) <= set(row)), ())
     if "prompt" not in row or not responses or (responses == ("response",) and "label" not in row):
         raise ValueError(
@@ -102,22 +102,6 @@ def _example(row: Any, where: str, tokenizer: Any, template_kwargs: Mapping[str,
         return Labelled(prompt, encoded[0], _number(row, "label", where))
     margin = _number(row, "margin", where) if "margin" in row else 0.0
     return Preference(prompt=prompt, chosen=encoded[0], rejected=encoded[1], margin=margin)
-
-
-def _with_explicit_prompt(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row with the common beginning of its two responses as its prompt: whole messages, or text up to a word."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not any(isinstance(chosen, kind) and isinstance(rejected, kind) for kind in (str, list | tuple, Tensor)):
-        raise ValueError(
-            f"{where} must have two texts or two lists in chosen and rejected, got {chosen!r:.60} and {rejected!r:.60}"
-        )
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    border = next((at for at, (a, b) in pairs if a != b), min(len(chosen), len(rejected)) - 1)
-    if isinstance(chosen, str):  # a blank belongs to the word after it, as in most vocabularies
-        border = max(chosen.rfind(" ", 0, border), chosen.rfind("\n", 0, border) + 1)
-    if border <= 0:
-        raise ValueError(f"{where} has no prompt, and chosen and rejected have no common beginning")
-    return {**row, "prompt": chosen[:border], "chosen": chosen[border:], "rejected": rejected[border:]}
 
 
 def _ids(

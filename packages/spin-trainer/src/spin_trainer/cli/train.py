@@ -15,7 +15,8 @@ from lm_core.training.run_directory import Result
 from spin_trainer.cli.commands import Dtype, dtype_of
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
-from spin_trainer.training.trainer import SPINResult, SPINTrainer
+from spin_trainer.training.pair_trainer import SPINResult
+from spin_trainer.training.trainer import SPINTrainer
 
 
 def train(

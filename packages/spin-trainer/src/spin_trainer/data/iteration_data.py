@@ -1,7 +1,8 @@
 """Data of one iteration: the opponent's answers to a dataset, and its log-probabilities of all answers.
 
 The policy computes both at the beginning of the iteration, when it IS the opponent (it was just promoted). So a second
-model is needed neither then nor, with both on disk, while the policy trains.
+model is needed neither then nor, with both on disk, while the policy trains. Answers may also be given: those of
+another engine, or the rejected ones of preference data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ class IterationData:
         iteration: index of the iteration, from 0.
         weights: fingerprint of the opponent's weights.
         previous: data of the previous iteration, whose answers are mixed in.
+        answers: an answer to each example, instead of those that the opponent generates.
         score_batch_size: rows per batch of log-probabilities.
     """
 
@@ -60,6 +62,7 @@ class IterationData:
         iteration: int,
         weights: str,
         previous: "IterationData | None" = None,
+        answers: Sequence[Answer] | None = None,
         score_batch_size: int = 16,
     ) -> None:
         self.dataset = dataset
@@ -72,18 +75,23 @@ class IterationData:
         prompts = fingerprint_of({"prompts": [list(example.prompt) for example in dataset]})
         description = {"format_version": 1, "weights": weights, "prompts": prompts, **sampling.description()}
         description |= {"iteration": iteration, "split": split}
-        self.answer_store = RowStore(root, f"answers-{split}-{iteration}", description, rank=rank())
+        self.answer_store: RowStore | None = None
+        if answers is None:
+            self.answer_store = RowStore(root, f"answers-{split}-{iteration}", description, rank=rank())
+            self.answers_fingerprint = self.answer_store.fingerprint
+        else:
+            self.answers_fingerprint = fingerprint_of({"answers": [[*answer.tokens] for answer in answers]})
         scores = {
             "format_version": 1,
             "weights": weights,
             "dataset": dataset.fingerprint,
-            "answers": self.answer_store.fingerprint,
-            "previous": None if previous is None else previous.answer_store.fingerprint,
+            "answers": self.answers_fingerprint,
+            "previous": None if previous is None else previous.answers_fingerprint,
             "batch_size": score_batch_size,
             "precision": sampling.precision,
         }
         self.score_store = RowStore(root, f"scores-{split}-{iteration}", scores, rank=rank())
-        self.answers: list[Answer] = []
+        self.answers: list[Answer] = list(answers or ())
         # each example with the opponent's answer, and with that of the previous iteration
         kinds = (False,) if previous is None else (False, True)
         self.pairs = [Pair(row, previous=kind) for kind in kinds for row in range(len(dataset))]
@@ -101,11 +109,12 @@ class IterationData:
             FileNotFoundError: rows are missing and ``model`` is None.
         """
         with eval_mode(model):
-            lengths = [len(example.prompt) for example in self.dataset]
-            batches = batches_by_length(lengths, self.sampling.batch_size)
-            self._fill(self.answer_store, "answers", batches, self._answer, model, stop)
-            rows = sorted(self.answer_store.rows.items())
-            self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in rows]
+            if self.answer_store is not None:
+                lengths = [len(example.prompt) for example in self.dataset]
+                batches = batches_by_length(lengths, self.sampling.batch_size)
+                self._fill(self.answer_store, "answers", batches, self._answer, model, stop)
+                rows = sorted(self.answer_store.rows.items())
+                self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in rows]
             if scores:
                 totals = [
                     len(example.prompt) + max(len(example.response), len(answer.tokens))

@@ -11,7 +11,7 @@ A truncated answer gets no EOS: the model must not learn that the answer ends th
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,6 +41,11 @@ class Example:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     truncated: bool = False
+
+    @property
+    def all_answers(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of every answer of the row."""
+        return (self.response,)
 
 
 class SFTDataset(Sequence[Example]):
@@ -78,7 +83,7 @@ class SFTDataset(Sequence[Example]):
         """SHA-256 of all token ids, in order."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(repr((example.prompt, example.response)).encode())
+            digest.update(repr((example.prompt, *example.all_answers)).encode())
         return digest.hexdigest()
 
 
@@ -112,25 +117,66 @@ def as_sft_dataset(
     """
     if isinstance(source, SFTDataset):
         return source
+    reader = RowReader.of(tokenizer, eos_id, pad_id, template_kwargs)
+    rows, dropped = read_rows(
+        source,
+        lambda row, where: _one_answer(reader.encoded(row, where)),
+        max_seq_len=max_seq_len,
+        overlong=overlong,
+        name=name,
+    )
+    examples = [Example(row.prompt, *row.answers[0]) for row in rows]
+    check_answers_end(examples, reader.ends, name)
+    return SFTDataset(examples, dropped)
+
+
+def _one_answer(encoded: tuple[list[int], list[int]]) -> tuple[list[int], list[list[int]]]:
+    prompt, answer = encoded
+    return prompt, [answer]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of a row that fits: its prompt, and its answers with whether each was truncated."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[tuple[int, ...], bool], ...]
+    where: str
+    row: Any
+
+
+def read_rows(
+    source: Any,
+    encode: Callable[[Any, str], tuple[list[int], list[list[int]]]],
+    *,
+    max_seq_len: int,
+    overlong: Overlong,
+    name: str,
+) -> tuple[list[EncodedRow], int]:
+    """Encodes, checks and truncates the rows of a source; returns them and the number of rows left out.
+
+    Args:
+        source: see ``as_sft_dataset``.
+        encode: returns prompt and answers of a row, whose place for errors is the second argument.
+        max_seq_len: see ``as_sft_dataset``.
+        overlong: see ``as_sft_dataset``.
+        name: see ``as_sft_dataset``.
+    """
     if max_seq_len < 2:
         raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
-    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
-    ends = as_eos_ids(tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id)
-    reader = _RowReader(tokenizer, ends, pad_id, template_kwargs or {})
-    # encode, check and truncate each row
-    examples: list[Example] = []
+    rows: list[EncodedRow] = []
     dropped = 0
     reason: str | None = None
     for where, row in iterate_rows(source, name=name):
         try:
-            prompt, response = reader.encoded(row, where)
+            prompt, answers = encode(row, where)
         except NoBorderError as error:
             reason = reason or str(error)
             dropped += 1
             continue
         if not prompt:
             raise ValueError(f"{where} must have a prompt of at least one token, got none")
-        if not response:
+        if not all(answers):
             raise ValueError(f"{where} must have an answer of at least one token after its prompt, got none")
         if len(prompt) >= max_seq_len:
             if overlong == "error":
@@ -141,30 +187,73 @@ def as_sft_dataset(
             dropped += 1
             continue
         room = max_seq_len - len(prompt)
-        examples.append(Example(tuple(prompt), tuple(response[:room]), len(response) > room))
-    if not examples:
+        cut = tuple((tuple(answer[:room]), len(answer) > room) for answer in answers)
+        rows.append(EncodedRow(tuple(prompt), cut, where, row))
+    if not rows:
         left_out = f"{dropped} left out" + (f", such as: {reason}" if reason else " with a prompt too long")
         raise ValueError(f"{name} must hold at least one row, got none ({left_out})")
     if reason is not None:
-        warnings.warn(f"{name}: {dropped} of {dropped + len(examples)} rows left out, such as: {reason}", stacklevel=2)
-    # without EOS in any complete answer the policy would never learn to stop
+        warnings.warn(f"{name}: {dropped} of {dropped + len(rows)} rows left out, such as: {reason}", stacklevel=3)
+    return rows, dropped
+
+
+def check_answers_end(examples: Sequence[Example], ends: Sequence[int], name: str) -> None:
+    """Raises ``ValueError`` if no complete answer ends with an end token: the policy would never learn to stop."""
     whole = [example for example in examples if not example.truncated]
     if ends and whole and not any(example.response[-1] in ends for example in whole):
         raise ValueError(
-            f"{name} must have answers that end with eos_id {' or '.join(map(str, ends))}, none does: the opponent "
-            "ends its own with it, so the policy would only learn to leave it out"
+            f"{name} must have answers that end with eos_id {' or '.join(map(str, ends))}, none does: the policy ends "
+            "its own with it, so it would only learn to leave it out"
         )
-    return SFTDataset(examples, dropped)
+
+
+def training_and_validation(
+    read: Callable[..., SFTDataset], sources: Mapping[str, Any], *, fraction: float, seed: int
+) -> tuple[SFTDataset, SFTDataset | None]:
+    """Reads training and held-out data; without the latter, a fraction of the former may be held out.
+
+    Args:
+        read: reads a source, as ``read(source, name=name)``.
+        sources: the source of the training data and the source of the held-out data or None, by argument name.
+        fraction: fraction to hold out, 0 for none.
+        seed: seed of the rows that are held out.
+
+    Raises:
+        ValueError: both held-out data and a fraction are given; see also ``as_sft_dataset``.
+    """
+    (train_name, train_source), (valid_name, valid_source) = sources.items()
+    train = read(train_source, name=train_name)
+    valid = None if valid_source is None else read(valid_source, name=valid_name)
+    if fraction > 0:
+        if valid is not None:
+            raise ValueError(
+                f"pass validation data or validation_fraction, not both; got a {valid_name} and {fraction}"
+            )
+        return train.split(fraction, seed=seed)
+    return train, valid
 
 
 @dataclass(frozen=True)
-class _RowReader:
+class RowReader:
     """Splits rows into the token ids of prompt and answer."""
 
     tokenizer: Any
     ends: tuple[int, ...]
     pad_id: int | None
     template_kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        eos_id: int | Sequence[int] | None,
+        pad_id: int | None,
+        template_kwargs: Mapping[str, Any] | None,
+    ) -> "RowReader":
+        """A reader from the arguments of ``as_sft_dataset``."""
+        tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
+        ends = as_eos_ids(tokenizer.eos_id if eos_id is None and tokenizer is not None else eos_id)
+        return cls(tokenizer, ends, pad_id, template_kwargs or {})
 
     def encoded(self, row: Any, where: str) -> tuple[list[int], list[int]]:
         """Prompt and answer of a row; ``where`` names it in errors."""
@@ -173,7 +262,7 @@ class _RowReader:
             empty = sorted(name for name, value in row.items() if value is None)
             row = {name: value for name, value in row.items() if value is not None}
             if "messages" in row:
-                return self._chat(row["messages"], where)
+                return self.chat(row["messages"], where)
             answers = [row[column] for column in ANSWER_COLUMNS if column in row]
             if "prompt" not in row or not answers:
                 raise ValueError(
@@ -183,18 +272,18 @@ class _RowReader:
             prompt, answer = row["prompt"], answers[0]
             if _is_list(prompt):
                 reply = answer if _is_list(answer) and answer else [{"role": "assistant", "content": answer}]
-                return self._chat([*prompt, *reply], where)
+                return self.chat([*prompt, *reply], where)
             return self._text(prompt, answer, where)
         if _is_list(row) and len(row) == 2:
             if isinstance(row[0], str):
                 return self._text(row[0], row[1], where)
-            return self._ids(row[0], row[1], where)
+            return self.ids(row[0], row[1], where)
         raise TypeError(
             f"{where} must be (sequence, prompt_len), (prompt, answer) or a dict, "
             f"got {type(row).__name__} {str(row)[:60]!r}"
         )
 
-    def _ids(self, sequence: Any, prompt_len: Any, where: str) -> tuple[list[int], list[int]]:
+    def ids(self, sequence: Any, prompt_len: Any, where: str) -> tuple[list[int], list[int]]:
         try:
             ids = torch.as_tensor(sequence)
             length = int(prompt_len)
@@ -227,7 +316,7 @@ class _RowReader:
             end = self.tokenizer.eos_id if self.tokenizer.eos_id in ends else ends[0]
             return ids, [*response, end] if answer else []
 
-    def _chat(self, messages: Any, where: str) -> tuple[list[int], list[int]]:
+    def chat(self, messages: Any, where: str) -> tuple[list[int], list[int]]:
         ends = self._ends(where)
         checked = check_messages(messages, where)
         if len(checked) < 2 or checked[-1]["role"] != "assistant":

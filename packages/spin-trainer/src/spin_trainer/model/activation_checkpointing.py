@@ -6,17 +6,23 @@ from contextlib import contextmanager
 from torch import nn
 
 
-@contextmanager
-def recomputed_activations(model: nn.Module) -> Iterator[None]:
-    """Context manager in which ``model`` recomputes its activations; one that already does stays as it is.
+def check_recomputable(model: nn.Module) -> str:
+    """The word in the names of the model's methods that switch checkpointing on, "activation" or "gradient".
 
     Raises:
-        TypeError: the model has no method to switch this on.
+        TypeError: the model has no such method.
     """
     # transformers 5 has renamed the methods
     kind = next((kind for kind in ("activation", "gradient") if hasattr(model, f"{kind}_checkpointing_enable")), None)
     if kind is None:
         raise TypeError(f"gradient_checkpointing needs a transformers model, got {type(model).__name__}")
+    return kind
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Context manager in which ``model`` recomputes its activations; one that already does stays as it is."""
+    kind = check_recomputable(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         yield
         return

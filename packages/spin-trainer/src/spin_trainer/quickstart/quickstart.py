@@ -24,7 +24,8 @@ from spin_trainer.quickstart.small_decoder import SmallDecoder
 from spin_trainer.quickstart.supervised import fine_tune
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.evaluation import Evaluation, evaluate, win_rate_over
-from spin_trainer.training.trainer import SPINResult, SPINTrainer
+from spin_trainer.training.pair_trainer import SPINResult
+from spin_trainer.training.trainer import SPINTrainer
 
 MODEL = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16}
 # Defaults of the command's quickstart; flags and a YAML file override them.

@@ -45,37 +45,30 @@ def make_spin(
 
 
 def check_datasets(
-    spin: SPIN,
-    settings: SelfPlaySettings,
-    train: SFTDataset,
-    valid: SFTDataset | None,
-    eos_ids: Sequence[int],
+    policy: Any, max_seq_len: int, datasets: Mapping[str, SFTDataset | None], eos_ids: Sequence[int]
 ) -> None:
     """Checks that ids are in the vocabulary and that ``max_seq_len`` suits model and data.
 
     Raises:
-        ValueError: they do not; or ``early_stop_patience`` is set without held-out data.
+        ValueError: they do not; the message names dataset and row.
     """
     # limits of the model
-    policy = spin.policy
     vocabulary = getattr(policy, "vocab_size", None)
     weight = getattr(policy, "output_weight", None)
     if vocabulary is None and isinstance(weight, torch.Tensor):
         vocabulary = weight.shape[0]
     limit = getattr(policy, "max_length", None)
-    if limit is not None and settings.max_seq_len > limit:
-        raise ValueError(f"max_seq_len must be at most the model's {limit}, got {settings.max_seq_len}")
+    if limit is not None and max_seq_len > limit:
+        raise ValueError(f"max_seq_len must be at most the model's {limit}, got {max_seq_len}")
     # every row, then EOS
-    for name, dataset in (("train_sft_dataset", train), ("valid_sft_dataset", valid)):
+    for name, dataset in datasets.items():
         for row, example in enumerate(dataset or ()):
-            if len(example.prompt) + len(example.response) > settings.max_seq_len:
-                raise ValueError(f"row {row} of {name} must fit into max_seq_len {settings.max_seq_len}")
+            if len(example.prompt) + len(example.response) > max_seq_len:
+                raise ValueError(f"row {row} of {name} must fit into max_seq_len {max_seq_len}")
             if vocabulary is not None:
                 check_ids(torch.tensor((*example.prompt, *example.response)), vocabulary, f"row {row} of {name}")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
-    if settings.early_stop_patience is not None and valid is None:
-        raise ValueError(f"early_stop_patience needs a valid_sft_dataset, got {settings.early_stop_patience} and None")
 
 
 def check_accelerator(accelerator: Any, accelerate_kwargs: Mapping[str, Any] | None, device: str) -> Any:

@@ -1,6 +1,6 @@
-"""Pairs of a human and a generated answer: comparison by policy and reference, metrics, validation."""
+"""Pairs of a better (human) and a worse (generated) answer: comparison by policy and reference, metrics, validation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from lm_core.causal_lm import eval_mode
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from spin_trainer.data.iteration_data import IterationData, Pair
-from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, batches_by_length
+from spin_trainer.data.opponent_answers import Answer, batches_by_length
 from spin_trainer.data.sft_data import Example
 from spin_trainer.model.response_scores import ResponseScores, collate
-from spin_trainer.model.spin import SPIN, Comparison
-from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.model.spin import Comparison
 
 # Metrics averaged over pairs; log-probabilities are those of whole answers, in nats.
 PER_PAIR = (
@@ -55,13 +54,23 @@ class PairMetrics:
 
 
 class PairComparison:
-    """Compares human answers with the opponent's; ``sampling`` is for an opponent that answers live."""
+    """Compares better answers with worse ones.
 
-    def __init__(self, spin: SPIN, settings: SelfPlaySettings, sampling: Sampling) -> None:
-        self.spin = spin
-        self.settings = settings
-        self.sampling = sampling
-        self.scores = ResponseScores(spin.policy, precision=settings.precision)
+    Args:
+        scores: log-probabilities of answers under the policy.
+        comparison: loss of a batch from its log-probabilities; see ``SPIN.comparison``.
+        reference: reference log-probabilities, computed live; arguments as for ``response_log_probs``.
+    """
+
+    def __init__(
+        self,
+        scores: ResponseScores,
+        comparison: Callable[[Tensor, Tensor, Tensor], Comparison],
+        reference: Callable[..., Tensor] | None = None,
+    ) -> None:
+        self.scores = scores
+        self.comparison = comparison
+        self.reference = reference
 
     def compare(
         self,
@@ -74,47 +83,41 @@ class PairComparison:
         """Loss, margin and log-probabilities of each pair, from one forward of the policy.
 
         Args:
-            examples: prompts with human answers.
-            answers: answers of the opponent.
-            reference: reference log-probabilities of human and of generated answers; computed here if None.
+            examples: prompts with the better answers.
+            answers: the worse answers.
+            reference: reference log-probabilities of better and of worse answers; computed live if None.
             scores: module to call instead of the plain ``ResponseScores``, such as its DDP wrapper.
         """
         prompts = [example.prompt for example in examples]
         both = [*(example.response for example in examples), *(answer.tokens for answer in answers)]
-        ids, answer, mask = collate([*prompts, *prompts], both, self.spin.device)
+        device = next(self.scores.parameters()).device
+        ids, answer, mask = collate([*prompts, *prompts], both, device)
         if reference is None:
+            assert self.reference is not None
             # before the policy's forward: a frozen reference runs in the policy's module
-            reference_scores = self.spin.reference_log_probs(ids, answer, mask, precision=self.settings.precision)
+            reference_scores = self.reference(ids, answer, mask)
         policy = (self.scores if scores is None else scores)(ids, answer, mask)
         if reference is not None:
             reference_scores = torch.tensor([*reference[0], *reference[1]], dtype=policy.dtype, device=policy.device)
-        return self.spin.comparison(policy, reference_scores, answer)
-
-    def of_pairs(
-        self, data: IterationData, pairs: Sequence[Pair], answers: Sequence[Answer], scores: nn.Module | None = None
-    ) -> Comparison:
-        """``compare`` for pairs of an iteration, with stored reference log-probabilities unless they are live."""
-        reference = None if self.settings.live_reference else data.reference(pairs)
-        return self.compare([data.dataset[pair.row] for pair in pairs], answers, reference, scores=scores)
-
-    def live_answers(self, prompts: Sequence[Sequence[int]], seed: int) -> list[Answer]:
-        """Answers that the opponent generates now, drawn with ``seed``."""
-        if self.settings.opponent == "policy":
-            return answer_prompts(self.spin.policy, prompts, self.sampling, seed)
-        with self.spin.ref_model.model() as reference:
-            return answer_prompts(reference, prompts, self.sampling, seed)
+        return self.comparison(policy, reference_scores, answer)
 
     @torch.no_grad()
-    def validate(self, data: IterationData) -> dict[str, float]:
+    def validate(
+        self,
+        data: IterationData,
+        compared: Callable[[IterationData, list[Pair], list[Answer]], Comparison],
+        batch_size: int,
+    ) -> dict[str, float]:
         """Metrics of all held-out pairs; each process takes its share of the batches."""
-        metrics = PairMetrics(self.spin.device)
+        device = next(self.scores.parameters()).device
+        metrics = PairMetrics(device)
         lengths = [len(example.prompt) + len(example.response) for example in data.dataset]
-        with eval_mode(self.spin.policy):
-            for index, rows in enumerate(batches_by_length(lengths, self.settings.batch_size)):
+        with eval_mode(self.scores):
+            for index, rows in enumerate(batches_by_length(lengths, batch_size)):
                 if index % world_size() == rank():
                     pairs = [Pair(row) for row in rows]
                     answers = [data.answer(pair) for pair in pairs]
-                    weights = torch.ones(len(rows), device=self.spin.device)
-                    comparison = self.of_pairs(data, pairs, answers)
+                    weights = torch.ones(len(rows), device=device)
+                    comparison = compared(data, pairs, answers)
                     metrics.add(comparison, [data.dataset[row] for row in rows], answers, weights)
         return metrics.means()

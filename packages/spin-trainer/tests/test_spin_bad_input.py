@@ -11,7 +11,18 @@ import torch
 
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.tokenizers import ByteTokenizer, HuggingFaceTokenizer
-from spin_trainer import SPIN, SelfPlaySettings, SPINTrainer, as_sft_dataset, load_original_checkpoint, set_dropout_
+from spin_trainer import (
+    SPIN,
+    DPOSettings,
+    DPOTrainer,
+    SelfPlaySettings,
+    SFTTrainer,
+    SPINTrainer,
+    as_preference_dataset,
+    as_sft_dataset,
+    load_original_checkpoint,
+    set_dropout_,
+)
 from spin_trainer.cli import main
 from spin_trainer.data.opponent_answers import Sampling, answer_prompts
 from spin_trainer.data.row_store import RowStore
@@ -177,6 +188,111 @@ def test_a_batch_is_refused_by_name(make_model, arguments, message, error):
         SPIN(make_model(), pad_id=-1 if "pad_id" in message else None)(*arguments)
 
 
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+PREFERENCES = [
+    (
+        [{"prompt": "a", "chosen": "b"}],
+        {},
+        r"row 0.*columns 'prompt', 'chosen' and 'rejected', got \['chosen', 'prompt'\]",
+    ),
+    ([{**PAIR, "rejected": None}], {}, r"got \['chosen', 'prompt'\]"),
+    ([{**PAIR, "rejected": ""}], {}, r"an answer of at least one token after its prompt, got none"),
+    ([{**PAIR, "prompt": ""}], {}, r"a prompt of at least one token"),
+    ([{"chosen": "b", "rejected": "c"}], {}, r"has no prompt, and chosen and rejected have no common beginning"),
+    ([{**PAIR, "prompt": "a" * 20}], {}, r"leave room for an answer below max_seq_len 8"),
+    ([{**PAIR, "prompt": "a" * 20}], {"overlong": "drop"}, r"at least one row, got none \(1 left out"),
+    ([PAIR], {"tokenizer": None}, r"a tokenizer is needed, got tokenizer=None"),
+    ([{"prompt": [1], "chosen": [2], "rejected": [3]}], {}, r"answers that end with eos_id \d+, none does"),
+    ([{"prompt": [1], "chosen": [-2], "rejected": [3]}], {}, r"ids of at least 0"),
+    ([], {}, r"at least one row, got none"),
+    ([PAIR], {"max_seq_len": 1}, r"max_seq_len must be at least 2, got 1"),
+]
+PREFERENCES_OF_OTHER_TYPES = [
+    (["a"], {}, r"columns 'prompt', 'chosen' and 'rejected', got str 'a'"),
+    ([{**PAIR, "chosen": 3}], {}, r"texts as prompt and answer, got str, int"),
+    ([{"prompt": [1], "chosen": "b", "rejected": [3]}], {}, r"so chosen must be token ids too, got 'b'"),
+    (as_sft_dataset([([1, 2], 1)], max_seq_len=4), {}, r"must hold preferences, got an SFTDataset without"),
+]
+
+
+@pytest.mark.parametrize(("source", "changes", "message", "error"), typed(PREFERENCES, PREFERENCES_OF_OTHER_TYPES))
+def test_preferences_are_refused_by_row(source, changes, message, error):
+    with pytest.raises(error, match=message):
+        as_preference_dataset(source, **{"max_seq_len": 8, "tokenizer": BYTES, **changes})
+
+
+LOSSES = [
+    ({"beta": 0.0}, r"beta must be a finite number above 0, got 0"),
+    ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    ({"loss": "hinge", "label_smoothing": 0.1}, r"goes with loss sigmoid or robust, got 0.1 and 'hinge'"),
+    ({"simpo_margin": 0.5}, r"simpo_margin goes with loss 'simpo', got 0.5 and 'sigmoid'"),
+    ({"loss": "simpo", "simpo_margin": -1.0}, r"simpo_margin must be a finite number of at least 0, got -1"),
+    ({"micro_batch_size": 0}, r"micro_batch_size must be at least 1, got 0"),
+    ({"end_learning_rate": 1.0}, r"end_learning_rate must be in \[0, learning_rate"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message", "error"), typed(LOSSES, [({"loss": "dpo"}, r"dpo")]))
+def test_a_setting_of_dpo_is_refused_by_name(changes, message, error):
+    with pytest.raises(error, match=message):
+        DPOSettings(**{"max_seq_len": 8, **changes})
+
+
+FINE_TUNING = [
+    ({"max_seq_len": 3}, r"room for an answer below max_seq_len 3"),
+    ({"eos_id": 12}, r"end with eos_id 12"),
+    (
+        {"train_dataset": [{"prompt": [1, 2], "chosen": [15, 11], "rejected": [3, 11]}]},
+        r"row 0 of train_dataset .*in \[0, 12\)",
+    ),
+    (
+        {"train_dataset": [{"prompt": [1, 2], "chosen": [3, 11], "rejected": [15, 11]}]},
+        r"row 0 of train_dataset .*in \[0, 12\)",
+    ),
+    ({"validation_fraction": 0.5, "valid_dataset": "same"}, r"pass validation data or validation_fraction, not both"),
+    ({"validation_fraction": 0.01}, r"validation_fraction 0.01 of 4 rows leaves one part empty"),
+    ({"reference_model": 3, "loss": "orpo"}, r"reference_model must be None, since loss 'orpo' has no reference"),
+    ({"fsdp": True}, r"fsdp=True needs several processes, got one"),
+]
+FINE_TUNING_OF_OTHER_TYPES = [
+    ({"reference_model": lambda ids: ids}, r"reference_model must be a module, got function"),
+    ({"gradient_checkpointing": True}, r"gradient_checkpointing needs a transformers model, got SmallDecoder"),
+    ({"lambda_": 0.1}, r"lambda_"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message", "error"), typed(FINE_TUNING, FINE_TUNING_OF_OTHER_TYPES))
+def test_an_argument_of_dpo_is_refused_before_anything_is_written(make_model, tmp_path, changes, message, error):
+    rows = [{"prompt": [1, 2, 10], "chosen": [1, 2, 11], "rejected": [2, 1, 11]}] * 4
+    model = make_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    if changes.get("valid_dataset") == "same":
+        changes = {**changes, "valid_dataset": rows}
+    arguments = {"train_dataset": rows, "max_seq_len": 10, "eos_id": 11, "device": "cpu", **changes}
+    with pytest.raises(error, match=message):
+        DPOTrainer(model, checkpoint_dir=tmp_path / "run", **arguments)
+
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [SPINTrainer, SFTTrainer])
+def test_activation_checkpointing_of_other_models_is_refused_before_anything_is_written(
+    kind, make_model, make_rows, tmp_path
+):
+    names = {SPINTrainer: "train_sft_dataset", SFTTrainer: "train_dataset"}
+    with pytest.raises(TypeError, match=r"gradient_checkpointing needs a transformers model, got SmallDecoder"):
+        kind(
+            make_model(),
+            **{names[kind]: make_rows(4)},
+            max_seq_len=10,
+            eos_id=11,
+            checkpoint_dir=tmp_path / "run",
+            gradient_checkpointing=True,
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_released_reference_is_named(make_model):
     spin = SPIN(make_model())
     spin.ref_model.release()
@@ -303,7 +419,12 @@ COMMANDS = [
     (["train", "--data", "x.jsonl"], r"model must be given together with data"),
     (["train", "--model", "nowhere"], r"data must be given together with a model"),
     (["train", "--model", "nowhere", "--data", "x.jsonl"], r"nowhere"),
-    (["train", "--lora_r=4"], r"lora_r need a model"),
+    (["dpo"], r"model must be given together with data, got data None and no model"),
+    (["dpo", "--model", "nowhere"], r"data must be given together with a model"),
+    (["dpo", "--model", "nowhere", "--data", "x.jsonl", "--loss=ipo", "--simpo_margin=1"], r"goes with loss 'simpo'"),
+    (["sft", "--data", "x.jsonl"], r"model must be given together with data"),
+    (["sft", "--model", "nowhere", "--data", "x.jsonl"], r"nowhere"),
+    (["train", "--lora_r=4"], r"model is required with lora_r"),
     (["train", "--temperature=-1"], r"temperature must be a finite number of at least 0"),
     (["generate", "a", "b.jsonl", "out.csv"], r"output must be a .jsonl file"),
     (["eval", "./nowhere"], r"model must be a folder"),

@@ -10,10 +10,12 @@
 0.6931
 """
 
+from spin_trainer.data.preference_data import Preference, as_preference_dataset
 from spin_trainer.data.sft_data import Example, SFTDataset, as_sft_dataset
 from spin_trainer.interop import load_original_checkpoint
 from spin_trainer.model.dropout import dropout_of, set_dropout_
 from spin_trainer.model.losses import self_play_losses, self_play_margins, win_rate
+from spin_trainer.model.preference_losses import PreferenceLoss
 from spin_trainer.model.reference import FrozenReference, MovingReference
 from spin_trainer.model.response_scores import (
     log_prob_from_model_and_seq,
@@ -23,19 +25,30 @@ from spin_trainer.model.response_scores import (
 )
 from spin_trainer.model.spin import SPIN, Comparison
 from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.dpo import DPOSettings, DPOTrainer
 from spin_trainer.training.pair_trainer import SPINResult
+from spin_trainer.training.policy_trainer import FineTuningResult
+from spin_trainer.training.sft import SFTSettings, SFTTrainer
 from spin_trainer.training.trainer import SPINTrainer
 
 __all__ = [
     "SPIN",
     "Comparison",
+    "DPOSettings",
+    "DPOTrainer",
     "Example",
+    "FineTuningResult",
     "FrozenReference",
     "MovingReference",
+    "Preference",
+    "PreferenceLoss",
     "SFTDataset",
+    "SFTSettings",
+    "SFTTrainer",
     "SPINResult",
     "SPINTrainer",
     "SelfPlaySettings",
+    "as_preference_dataset",
     "as_sft_dataset",
     "dropout_of",
     "load_original_checkpoint",

@@ -1,4 +1,4 @@
-"""Command line ``spin-trainer`` with the commands ``train``, ``generate`` and ``eval``."""
+"""Command line ``spin-trainer`` with the commands ``train``, ``dpo``, ``sft``, ``generate`` and ``eval``."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,9 +6,11 @@ from functools import partial
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, Group, command_parser
 from spin_trainer.cli.commands import Answering, evaluate_model, generate
-from spin_trainer.cli.train import train
+from spin_trainer.cli.train import PolicyRun, dpo, sft, train
 from spin_trainer.quickstart.quickstart import DEFAULTS
 from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.dpo import DPOSettings
+from spin_trainer.training.sft import SFTSettings
 
 TRAIN = """Fine-tunes a language model by self-play; without --model, runs the quickstart (2 minutes on two CPU cores).
 
@@ -20,18 +22,49 @@ TRAIN = """Fine-tunes a language model by self-play; without --model, runs the q
 Flags override the YAML file, which overrides the defaults; those of the quickstart are its own.
 Ctrl-C saves a checkpoint; the same command resumes from it, as it does after a kill."""
 
+DPO = """Trains a language model on pairs of a chosen and a rejected answer (DPO and its successors).
+
+  spin-trainer dpo --model FOLDER --data pairs.jsonl --max_seq_len 1024 --lora_r 16 --learning_rate 5e-6
+  spin-trainer dpo --model FOLDER --data pairs.jsonl --loss simpo --beta 2 --simpo_margin 1
+
+Rows have the columns prompt, chosen and rejected, as texts or messages. The reference is the model at the start, or
+--reference_model; its log-probabilities are computed once."""
+
+SFT = """Fine-tunes a language model on prompts with answers; only answer tokens count.
+
+  spin-trainer sft --model FOLDER --data sft.jsonl --max_seq_len 1024 --lora_r 16 --learning_rate 2e-4"""
+
+
+def _groups(settings: type, folder: str) -> dict[str, Group]:
+    """Flags of a training command: the run, and its settings."""
+    return {
+        "run": Group(PolicyRun, defaults={"checkpoint_dir": folder}),
+        "settings": Group(settings, defaults={"max_seq_len": Answering.max_seq_len}),
+    }
+
+
 COMMANDS: dict[str, Command | Callable[..., int]] = {
     "train": Command(
         train,
-        {"settings": Group(SelfPlaySettings, defaults={"max_seq_len": Answering.max_seq_len})},
+        _groups(SelfPlaySettings, "runs/spin"),
         TRAIN,
         lambda chosen: {**DEFAULTS, "checkpoint_dir": "runs/spin-quickstart"} if chosen["model"] is None else {},
+    ),
+    "dpo": Command(
+        dpo,
+        _groups(DPOSettings, "runs/dpo"),
+        DPO,
+    ),
+    "sft": Command(
+        sft,
+        _groups(SFTSettings, "runs/sft"),
+        SFT,
     ),
     "generate": Command(generate, {"answering": Group(Answering)}),
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),
 }
 
-_DESCRIPTION = "Self-play fine-tuning (SPIN) of causal language models: train, generate answers, evaluate."
+_DESCRIPTION = "Fine-tuning of causal language models: self-play (SPIN), preferences (DPO), supervised; evaluation."
 build_parser = partial(command_parser, "spin-trainer", _DESCRIPTION, COMMANDS, package="spin_trainer")
 
 

@@ -1,11 +1,14 @@
-"""The command ``train``: self-play fine-tuning of a model on a dataset, or the quickstart."""
+"""The commands that train: ``train`` (self-play, or the quickstart), ``dpo`` and ``sft``."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.adapters.loading import load_causal_lm, lora
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checks import typed
 from lm_core.cli.main import print_main, report, report_run
 from lm_core.distributed import world_size
 from lm_core.rng import seed_everything
@@ -15,102 +18,207 @@ from lm_core.training.run_directory import Result
 from spin_trainer.cli.commands import Dtype, dtype_of
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
+from spin_trainer.training.dpo import DPOSettings, DPOTrainer
 from spin_trainer.training.pair_trainer import SPINResult
+from spin_trainer.training.policy_trainer import FineTuningResult, PolicyTrainer
+from spin_trainer.training.sft import SFTSettings, SFTTrainer
 from spin_trainer.training.trainer import SPINTrainer
 
 
-def train(
-    *,
-    settings: SelfPlaySettings,
-    model: str | None = None,
-    data: str | None = None,
-    validation_data: str | None = None,
-    tokenizer: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
-    dtype: Dtype | None = None,
-    lora_r: int | None = None,
-    lora_alpha: int | None = None,
-    lora_dropout: float = 0.0,
-    lora_targets: list[str] | None = None,
-    overlong: Literal["error", "drop"] = "error",
-    checkpoint_dir: str = "runs/spin",
-    resume: bool | Literal["auto"] = "auto",
-    trackers: list[str] | None = None,
-) -> int:
-    """Fine-tunes a model by self-play.
+@typed
+@dataclass(frozen=True, kw_only=True)
+class PolicyRun:
+    """Model, data and folder of a run.
 
     Args:
-        settings: settings of self-play.
-        model: model to fine-tune: a folder, or organisation/name on the hub; null runs the quickstart.
-        data: rows with prompt and response, or with messages: a file, folder, glob or data set on the hub.
+        model: model to fine-tune: a folder, or organisation/name on the hub.
+        data: training rows: a file, folder, glob or data set on the hub.
         template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
         dtype: dtype of the loaded weights; null keeps the stored one. Trained weights are float32 in any case.
         lora_r: rank of LoRA adapters; null trains all weights.
         lora_alpha: scale of the adapters times their rank; null is twice the rank.
-        lora_dropout: dropout probability before the adapters; above 0 the loss no longer begins at exactly ln 2.
+        lora_dropout: dropout probability before the adapters.
         lora_targets: names of the linear layers that get an adapter; null is all but the output layer.
         overlong: handling of prompts that leave no room for an answer: error, or drop the row.
-        checkpoint_dir: folder of the run, for answers, checkpoints, exported policies, metrics.jsonl and curves.png.
+        checkpoint_dir: folder of the run, for checkpoints, exported policies, metrics.jsonl and curves.png.
     """
-    if model is None and (data is not None or validation_data is not None):
-        raise ValueError(f"model must be given together with data, got data {data!r} and no model")
-    if model is not None and data is None:
-        raise ValueError(f"data must be given together with a model, got model {model!r} and no data")
-    needs_model = {
-        "tokenizer": tokenizer,
-        "template_kwargs": template_kwargs,
-        "dtype": dtype,
-        "lora_r": lora_r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout or None,
-        "lora_targets": lora_targets,
-    }
-    if model is None and (chosen := [name for name, value in needs_model.items() if value is not None]):
-        raise ValueError(f"{' and '.join(chosen)} need a model, got none: the quickstart has its own")
-    checkpoint_dir = str(Path(checkpoint_dir).expanduser())  # a shell expands no ~ of a YAML file
-    start_accelerator(pick_device(settings.device), folder=checkpoint_dir)  # sets rank and world size
-    run: dict[str, Any] = {"resume": resume, "trackers": trackers or ()}
-    # without a model: the quickstart
-    if model is None:
-        report("downloads", "nothing; about two minutes on two CPU cores")
-        result, table = quickstart(settings, Path(checkpoint_dir), **run)
-        if table:
-            lines = "\n".join(table_lines(table)) + "\n"
-            print_main(f"\n{lines}")
-            write_file(Path(checkpoint_dir) / "table.md", lines)
-            print_main("On a toy this small more supervised training wins; self-play learns from the same data.")
-        return _report(result, checkpoint_dir)
-    # tokenizer, model and trainer
-    seed_everything(settings.seed)
-    encoder = load_tokenizer(tokenizer or checkpoint_folder(model))
-    policy = load_causal_lm(model, dtype=dtype_of(dtype))
-    if lora_r is not None:
-        policy = lora(policy, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets)
+
+    model: str | None = None
+    data: str | None = None
+    validation_data: str | None = None
+    tokenizer: str | None = None
+    template_kwargs: dict[str, Any] | None = None
+    dtype: Dtype | None = None
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    lora_targets: list[str] | None = None
+    overlong: Literal["error", "drop"] = "error"
+    checkpoint_dir: str
+    resume: bool | Literal["auto"] = "auto"
+    trackers: list[str] | None = None
+
+    @property
+    def folder(self) -> str:
+        """``checkpoint_dir`` with an expanded ~, which no shell expands in a YAML file."""
+        return str(Path(self.checkpoint_dir).expanduser())
+
+    def required(self, device: str) -> tuple[str, str]:
+        """Model and data of a run that needs both; connects the processes.
+
+        Raises:
+            ValueError: one of them is missing.
+        """
+        if self.model is None:
+            raise ValueError(f"model must be given together with data, got data {self.data!r} and no model")
+        if self.data is None:
+            raise ValueError(f"data must be given together with a model, got model {self.model!r} and no data")
+        start_accelerator(pick_device(device), folder=self.folder)  # sets rank and world size
+        return self.model, self.data
+
+    def policy(self, model: str, seed: int) -> Any:
+        """The model, with new LoRA adapters if these were chosen."""
+        seed_everything(seed)
+        policy = load_causal_lm(model, dtype=dtype_of(self.dtype))
+        if self.lora_r is None:
+            return policy
+        return lora(policy, r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_targets)
+
+    def trainer_arguments(self, model: str) -> dict[str, Any]:
+        """Arguments that the trainers have in common."""
+        return {
+            "tokenizer": load_tokenizer(self.tokenizer or checkpoint_folder(model)),
+            "template_kwargs": self.template_kwargs,
+            "overlong": self.overlong,
+            "checkpoint_dir": self.folder,
+            "resume": self.resume,
+            "trackers": self.trackers or (),
+        }
+
+
+def train(*, run: PolicyRun, settings: SelfPlaySettings) -> int:
+    """Fine-tunes a model by self-play.
+
+    Args:
+        run: model, data and folder.
+        settings: settings of self-play.
+    """
+    if run.model is None and run.data is None and run.validation_data is None:
+        return _quickstart(run, settings)
+    model, data = run.required(settings.device)
+    arguments = run.trainer_arguments(model)
     trainer = SPINTrainer(
-        policy,
+        run.policy(model, settings.seed),
         train_sft_dataset=data,
-        valid_sft_dataset=validation_data,
-        tokenizer=encoder,
-        template_kwargs=template_kwargs,
-        overlong=overlong,
-        checkpoint_dir=checkpoint_dir,
+        valid_sft_dataset=run.validation_data,
         config=settings,
-        **run,
+        **arguments,
     )
-    # a summary in front of the run
+    _report_start(trainer, trainer.train_dataset, run, f"{settings.iterations} iteration(s), ")
+    return _report_iterations(trainer.train(), run.folder, trainer.planned_updates)
+
+
+def _quickstart(run: PolicyRun, settings: SelfPlaySettings) -> int:
+    needs_model = {
+        "tokenizer": run.tokenizer,
+        "template_kwargs": run.template_kwargs,
+        "dtype": run.dtype,
+        "lora_r": run.lora_r,
+        "lora_alpha": run.lora_alpha,
+        "lora_dropout": run.lora_dropout or None,
+        "lora_targets": run.lora_targets,
+    }
+    if chosen := [name for name, value in needs_model.items() if value is not None]:
+        raise ValueError(f"model is required with {' and '.join(chosen)}, got none: the quickstart has its own")
+    start_accelerator(pick_device(settings.device), folder=run.folder)
+    report("downloads", "nothing; about two minutes on two CPU cores")
+    result, table = quickstart(settings, Path(run.folder), resume=run.resume, trackers=run.trackers or ())
+    if table:
+        lines = "\n".join(table_lines(table)) + "\n"
+        print_main(f"\n{lines}")
+        write_file(Path(run.folder) / "table.md", lines)
+        print_main("On a toy this small more supervised training wins; self-play learns from the same data.")
+    return _report_iterations(result, run.folder)
+
+
+def dpo(*, run: PolicyRun, settings: DPOSettings, reference_model: str | None = None) -> int:
+    """Trains a model on pairs of a chosen and a rejected answer.
+
+    Args:
+        run: model, data and folder.
+        settings: settings of preference optimisation.
+        reference_model: reference: a folder, or organisation/name on the hub; null is the model at the start.
+    """
+    model, data = run.required(settings.device)
+    arguments = run.trainer_arguments(model)
+    trainer = DPOTrainer(
+        run.policy(model, settings.seed),
+        train_dataset=data,
+        valid_dataset=run.validation_data,
+        reference_model=reference_model,
+        config=settings,
+        **arguments,
+    )
+    _report_start(trainer, trainer.train_dataset, run)
+    shown = {"margin": "held-out margin", "accuracy": "held-out accuracy", "loss": "held-out loss"}
+    return _report_fine_tuning(trainer.train(), run, trainer.planned_updates, shown)
+
+
+def sft(*, run: PolicyRun, settings: SFTSettings) -> int:
+    """Fine-tunes a model on prompts with answers, by the likelihood of the answers.
+
+    Args:
+        run: model, data and folder.
+        settings: settings of supervised fine-tuning.
+    """
+    model, data = run.required(settings.device)
+    arguments = run.trainer_arguments(model)
+    trainer = SFTTrainer(
+        run.policy(model, settings.seed),
+        train_dataset=data,
+        valid_dataset=run.validation_data,
+        config=settings,
+        **arguments,
+    )
+    _report_start(trainer, trainer.train_dataset, run)
+    shown = {"loss": "held-out loss, nats/token", "nll": "held-out NLL/answer, nats"}
+    return _report_fine_tuning(trainer.train(), run, trainer.planned_updates, shown)
+
+
+def _report_start(trainer: PolicyTrainer, rows: Any, run: PolicyRun, length: str = "") -> None:
+    """Prints a summary in front of a run."""
     weights = trainer.session.precisions
     stored = (
         f"{weights.total / 1e6:.2f} million parameters stored in {str(weights.stored_dtype).removeprefix('torch.')}"
     )
-    report("model", f"{model}, {stored}, of which {weights.trained / 1e6:.2f} train in float32")
-    rows = trainer.train_dataset
-    report("data", f"{data}: {len(rows)} rows, {rows.dropped} left out")
-    length = f"{settings.iterations} iteration(s), {trainer.planned_updates} updates"
-    report("run", f"{checkpoint_dir}, {length}, {trainer.device}, {world_size()} process(es)")
-    return _report(trainer.train(), checkpoint_dir, trainer.planned_updates)
+    report("model", f"{run.model}, {stored}, of which {weights.trained / 1e6:.2f} train in float32")
+    report("data", f"{run.data}: {len(rows)} rows, {rows.dropped} left out")
+    updates = "" if trainer.session.max_steps is None else f"{trainer.session.max_steps} updates, "
+    report("run", f"{run.folder}, {length}{updates}{trainer.device}, {world_size()} process(es)")
 
 
-def _report(result: SPINResult, folder: str, max_steps: int | None = None) -> int:
+def _report_fine_tuning(
+    result: FineTuningResult,
+    run: PolicyRun,
+    updates: int | None,
+    shown: Mapping[str, str],
+) -> int:
+    """Prints held-out metrics before and after, and the folder of the policy."""
+    before, after = result.first_validation, result.last_validation
+    results = [
+        Result(label, after[f"validation_{name}"], before=before[f"validation_{name}"])
+        for name, label in shown.items()
+        if f"validation_{name}" in after
+    ]
+    lines: list[tuple[str, object]] = [
+        ("held out", f"{each.name.removeprefix('held-out ')} {each.before:.4f} -> {each.after:.4f}") for each in results
+    ]
+    lines.append(("policy", result.policy_folder or f"not exported, {result.outcome}"))
+    return report_run("spin-trainer", result, run.folder, max_steps=updates, lines=lines, results=results)
+
+
+def _report_iterations(result: SPINResult, folder: str, max_steps: int | None = None) -> int:
+    """Prints the held-out metrics of each iteration, and the folder of the policies."""
     lines: list[tuple[str, object]] = [
         (
             "held out",

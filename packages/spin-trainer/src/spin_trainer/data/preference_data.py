@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm_core.data.conversations import with_explicit_prompt
@@ -20,12 +20,17 @@ from spin_trainer.data.sft_data import Example, Overlong, RowReader, SFTDataset,
 class Preference(Example):
     """One prompt with its chosen answer, ``response``, and the rejected one."""
 
-    rejected: Answer = Answer((), False)
+    rejected: Answer = field(kw_only=True)
 
     @property
     def all_answers(self) -> tuple[tuple[int, ...], ...]:
         """Token ids of both answers."""
         return self.response, self.rejected.tokens
+
+
+def rejected_answers(dataset: SFTDataset) -> list[Answer]:
+    """The rejected answer of every ``Preference`` of a dataset."""
+    return [example.rejected for example in dataset.examples if isinstance(example, Preference)]
 
 
 def as_preference_dataset(
@@ -106,4 +111,4 @@ def _is_ids(value: Any) -> bool:
 def _ids(value: Any, name: str, where: str) -> Sequence[int]:
     if not _is_ids(value):
         raise TypeError(f"{where} has a prompt of token ids, so {name} must be token ids too, got {str(value)[:60]!r}")
-    return value  # type: ignore[no-any-return]
+    return value

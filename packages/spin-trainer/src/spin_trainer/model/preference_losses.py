@@ -11,7 +11,7 @@ p_ref(y|x)``, ``h = r(w) - r(l)``, answer lengths |w| and |l|, beta b and label 
 | ``hinge`` | ``max(0, 1 - b h)`` | SLiC, arXiv 2305.10425 |
 | ``ipo`` | ``(r(w) / |w| - r(l) / |l| - 1 / (2 b))^2`` | arXiv 2310.12036 eq. 17 |
 | ``simpo`` | ``-log sigmoid(b (log p(w) / |w| - log p(l) / |l|) - margin)`` | arXiv 2405.14734 eq. 6 |
-| ``orpo`` | ``-log p(w) / |w| - b log sigmoid(logit P(w) - logit P(l))``, ``P(y) = p(y)^(1 / |y|)`` | arXiv 2403.07691 |
+| ``orpo`` | ``-log P(w) - b log sigmoid(logit P(w) - logit P(l))`` with ``P(y) = p(y)^(1/|y|)`` | arXiv 2403.07691 |
 
 The log-ratios of ``ipo`` are means over an answer's tokens, as its authors do it; eq. 17 has no lengths. The likelihood
 in ``orpo`` is that of the chosen answer alone; some implementations add the prompt's.

@@ -1,10 +1,12 @@
 """Checks of a trainer's arguments, made before any state changes."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lm_core.adapters import as_causal_lm
 from lm_core.checks import check_ids
 from lm_core.training.accelerator import pick_device
 from spin_trainer.data.sft_data import SFTDataset
@@ -63,10 +65,11 @@ def check_datasets(
     # every row, then EOS
     for name, dataset in datasets.items():
         for row, example in enumerate(dataset or ()):
-            if len(example.prompt) + len(example.response) > max_seq_len:
+            if len(example.prompt) + max(map(len, example.all_answers)) > max_seq_len:
                 raise ValueError(f"row {row} of {name} must fit into max_seq_len {max_seq_len}")
             if vocabulary is not None:
-                check_ids(torch.tensor((*example.prompt, *example.response)), vocabulary, f"row {row} of {name}")
+                ids = torch.tensor([*example.prompt, *itertools.chain(*example.all_answers)])
+                check_ids(ids, vocabulary, f"row {row} of {name}")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
 
@@ -100,3 +103,17 @@ def check_accelerator(accelerator: Any, accelerate_kwargs: Mapping[str, Any] | N
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(f"{kind} in accelerate is refused: start with torchrun, with fsdp=True to shard the weights")
     return accelerator
+
+
+def check_policy(model: Any, name: str) -> Any:
+    """``model`` as a ``CausalLM``; ``name`` is that of the argument.
+
+    Raises:
+        TypeError: it is not a module.
+        ValueError: it is the policy, "model", and none of its parameters trains.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{name} must be a module, got {type(model).__name__}")
+    if name == "model" and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{name} must have trainable parameters, got a {type(model).__name__} with none")
+    return as_causal_lm(model)

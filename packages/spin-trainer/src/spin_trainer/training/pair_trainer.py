@@ -122,6 +122,10 @@ class PairTrainer(PolicyTrainer):
         """Pairs of the iteration, for training and held out, made now or read from disk; every process calls it."""
         raise NotImplementedError
 
+    def _reference_policy(self) -> Any:
+        """The ``CausalLM`` that answers and scores at the beginning of an iteration."""
+        return self.policy
+
     def _pairs_of(self, iteration: int) -> int | None:
         """Number of pairs of an iteration; None if it is not known beforehand."""
         raise NotImplementedError
@@ -210,7 +214,7 @@ class PairTrainer(PolicyTrainer):
 
     def _complete(self, splits: Sequence[IterationData | None]) -> None:
         """Computes the rows of these data that are not on disk yet, with the policy as long as it is the reference."""
-        policy = self.policy if self.state.update == 0 else None
+        policy = self._reference_policy() if self.state.update == 0 else None
         with whole_weights(self.scores, needed=policy is not None):
             for split in splits:
                 if split is not None:

@@ -1,7 +1,9 @@
 """Base of the trainers: a policy in a training session, its optimizer, its batches, its checkpoints and exports."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import rank, world_size
 from lm_core.tokenizers import as_tokenizer, load_tokenizer
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
-from lm_core.training.session import TrainingSession
+from lm_core.training.session import TrainingResult, TrainingSession
 from spin_trainer.model.activation_checkpointing import check_recomputable, recomputed_activations
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.response_scores import ResponseScores
@@ -31,6 +33,21 @@ from spin_trainer.training.weights import (
     stored_weights,
     write_native_files,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningResult(TrainingResult):
+    """Result of a run of ``DPOTrainer`` or ``SFTTrainer``; see also ``lm_core.training.session.TrainingResult``.
+
+    Attributes:
+        first_validation: held-out metrics before training; empty without held-out data.
+        last_validation: the newest held-out metrics.
+        policy_folder: folder of the trained policy in the format of its own library; None until the run is complete.
+    """
+
+    first_validation: dict[str, float]
+    last_validation: dict[str, float]
+    policy_folder: Path | None
 
 
 class PolicyTrainer:
@@ -148,15 +165,21 @@ class PolicyTrainer:
             world_size=world_size(),
         )
 
-    def _micro_batches(self, order: UpdateOrder, update: int) -> list[list[int]]:
-        """This rank's rows of each backward pass of an update: equally many lists on every rank, some may be empty."""
+    def _micro_batches(self, order: UpdateOrder, update: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+        """This rank's rows of each backward pass of an update: equally many lists on every rank, some may be empty.
+
+        With ``lengths``, rows of similar length share a pass, longest first, so that little is padded.
+        """
         total, size = len(order.indices(update)), self.settings.rows_per_pass
         passes = []
         for index, rows in enumerate(order.micro_batches(update)):
             batch = min(order.micro_batch_size, total - index * order.micro_batch_size)
             largest_share = -(-batch // world_size())
             passes += [rows[start : start + size] for start in range(0, largest_share, size)]
-        return passes
+        if lengths is None:
+            return passes
+        left = iter(sorted(itertools.chain(*passes), key=lambda row: (-lengths[row], row)))
+        return [list(itertools.islice(left, len(rows))) for rows in passes]
 
     def _optimizer(
         self, updates: int, learning_rate: float, decay_steps: int | None = None

@@ -28,6 +28,7 @@ from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.dpo import DPOSettings, DPOTrainer
 from spin_trainer.training.pair_trainer import SPINResult
 from spin_trainer.training.policy_trainer import FineTuningResult
+from spin_trainer.training.self_reward import SelfRewardingSettings, SelfRewardingTrainer
 from spin_trainer.training.sft import SFTSettings, SFTTrainer
 from spin_trainer.training.trainer import SPINTrainer
 
@@ -48,6 +49,8 @@ __all__ = [
     "SPINResult",
     "SPINTrainer",
     "SelfPlaySettings",
+    "SelfRewardingSettings",
+    "SelfRewardingTrainer",
     "as_preference_dataset",
     "as_sft_dataset",
     "dropout_of",

@@ -1,15 +1,16 @@
-"""Command line ``spin-trainer`` with the commands ``train``, ``dpo``, ``sft``, ``generate`` and ``eval``."""
+"""Command line ``spin-trainer`` with its commands."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, Group, command_parser
-from spin_trainer.cli.commands import Answering, evaluate_model, generate
-from spin_trainer.cli.train import PolicyRun, dpo, sft, train
+from spin_trainer.cli.commands import Answering, evaluate_model, generate, prompts
+from spin_trainer.cli.train import PolicyRun, dpo, self_reward, sft, train
 from spin_trainer.quickstart.quickstart import DEFAULTS
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.dpo import DPOSettings
+from spin_trainer.training.self_reward import SelfRewardingSettings
 from spin_trainer.training.sft import SFTSettings
 
 TRAIN = """Fine-tunes a language model by self-play; without --model, runs the quickstart (2 minutes on two CPU cores).
@@ -33,6 +34,14 @@ Rows have the columns prompt, chosen and rejected, as texts or messages. The ref
 SFT = """Fine-tunes a language model on prompts with answers; only answer tokens count.
 
   spin-trainer sft --model FOLDER --data sft.jsonl --max_seq_len 1024 --lora_r 16 --learning_rate 2e-4"""
+
+SELF_REWARD = """Fine-tunes a language model on the best and the worst of its own answers (self-rewarding).
+
+  spin-trainer self-reward --model FOLDER --data prompts.jsonl --max_seq_len 1024 --iterations 2 --lora_r 16
+  spin-trainer self-reward --model FOLDER --data prompts.jsonl --reward module:function
+
+Several answers to each prompt are drawn and rated by the model itself, or scored by a function in TRL's form; best and
+worst are a pair for a preference loss. Rows have a prompt or messages; answers in them are left out."""
 
 
 def _groups(settings: type, folder: str) -> dict[str, Group]:
@@ -60,6 +69,8 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
         _groups(SFTSettings, "runs/sft"),
         SFT,
     ),
+    "self-reward": Command(self_reward, _groups(SelfRewardingSettings, "runs/self-reward"), SELF_REWARD),
+    "prompts": Command(prompts, {"answering": Group(Answering)}),
     "generate": Command(generate, {"answering": Group(Answering)}),
     "eval": Command(evaluate_model, {"answering": Group(Answering)}),
 }

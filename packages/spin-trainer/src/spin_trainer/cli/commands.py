@@ -15,8 +15,10 @@ from lm_core.checks import typed
 from lm_core.cli.text_generation import SamplingFlags
 from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device
+from spin_trainer.data.given_answers import prompt_rows
 from spin_trainer.data.iteration_data import IterationData
 from spin_trainer.data.opponent_answers import Sampling
+from spin_trainer.data.prompt_data import as_prompt_dataset
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset
 from spin_trainer.quickstart import sorting_task
 from spin_trainer.quickstart.quickstart import quickstart_data
@@ -121,6 +123,34 @@ def generate(model: str, data: str, output: str, *, answering: Answering, overlo
     write_file(target, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     summary = ", ".join(f"{name} {value:.3f}" for name, value in rows.summary().items())
     print(f"wrote {output}: {len(lines)} rows, {summary}")
+    return 0
+
+
+def prompts(model: str, data: str, output: str, *, answering: Answering, overlong: Overlong = "error") -> int:
+    """Writes the prompts of a dataset as text and token ids, for answers that another engine makes (--answers).
+
+    Args:
+        model: model whose tokenizer writes the prompts: a folder, or organisation/name on the hub.
+        data: rows with prompt and response, with messages, or with prompts alone.
+        output: .jsonl file to write.
+        answering: settings, of which tokenizer, template_kwargs and max_seq_len matter.
+        overlong: handling of prompts that leave no room for an answer: error, or drop the row.
+    """
+    if not output.endswith(".jsonl"):
+        raise ValueError(f"output must be a .jsonl file, got {output!r}")
+    tokenizer = answering.open_tokenizer(model)
+    dataset = as_prompt_dataset(
+        data,
+        max_seq_len=answering.max_seq_len,
+        tokenizer=tokenizer,
+        template_kwargs=answering.template_kwargs,
+        overlong=overlong,
+        name="data",
+    )
+    rows = prompt_rows(dataset, tokenizer)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    write_file(Path(output).expanduser(), "".join(f"{line}\n" for line in lines))
+    print(f"wrote {output}: {len(rows)} prompts, {dataset.dropped} rows left out")
     return 0
 
 

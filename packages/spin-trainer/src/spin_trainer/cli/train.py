@@ -1,5 +1,6 @@
-"""The commands that train: ``train`` (self-play, or the quickstart), ``dpo`` and ``sft``."""
+"""The commands that train: ``train`` (self-play, or the quickstart), ``dpo``, ``sft`` and ``self-reward``."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from lm_core.training.run_directory import Result
 from spin_trainer.cli.commands import Dtype, dtype_of
+from spin_trainer.data.opponent_answers import Engine
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
 from spin_trainer.training.dpo import DPOSettings, DPOTrainer
 from spin_trainer.training.pair_trainer import SPINResult
 from spin_trainer.training.policy_trainer import FineTuningResult, PolicyTrainer
+from spin_trainer.training.self_reward import SelfRewardingSettings, SelfRewardingTrainer
 from spin_trainer.training.sft import SFTSettings, SFTTrainer
 from spin_trainer.training.trainer import SPINTrainer
 
@@ -96,12 +99,23 @@ class PolicyRun:
         }
 
 
-def train(*, run: PolicyRun, settings: SelfPlaySettings) -> int:
+def train(
+    *,
+    run: PolicyRun,
+    settings: SelfPlaySettings,
+    answers: str | None = None,
+    engine: Engine = "lm_core",
+    engine_arguments: dict[str, Any] | None = None,
+) -> int:
     """Fine-tunes a model by self-play.
 
     Args:
         run: model, data and folder.
         settings: settings of self-play.
+        answers: answers of the model at the start that another engine made, one row for each of the data; see
+            ``spin-trainer prompts``.
+        engine: engine that generates answers: lm_core, or vllm, for models of transformers on one process.
+        engine_arguments: further arguments of vllm.LLM in JSON, such as '{"gpu_memory_utilization": 0.4}'.
     """
     if run.model is None and run.data is None and run.validation_data is None:
         return _quickstart(run, settings)
@@ -111,6 +125,9 @@ def train(*, run: PolicyRun, settings: SelfPlaySettings) -> int:
         run.policy(model, settings.seed),
         train_sft_dataset=data,
         valid_sft_dataset=run.validation_data,
+        answers=answers,
+        engine=engine,
+        engine_arguments=engine_arguments,
         config=settings,
         **arguments,
     )
@@ -183,6 +200,61 @@ def sft(*, run: PolicyRun, settings: SFTSettings) -> int:
     _report_start(trainer, trainer.train_dataset, run)
     shown = {"loss": "held-out loss, nats/token", "nll": "held-out NLL/answer, nats"}
     return _report_fine_tuning(trainer.train(), run, trainer.planned_updates, shown)
+
+
+def self_reward(
+    *,
+    run: PolicyRun,
+    settings: SelfRewardingSettings,
+    reward: str | None = None,
+    answers: str | None = None,
+    engine: Engine = "lm_core",
+    engine_arguments: dict[str, Any] | None = None,
+) -> int:
+    """Fine-tunes a model on the best and the worst of its answers to each prompt, by its own ratings or by a reward.
+
+    Args:
+        run: model, data and folder.
+        settings: settings of self-rewarding.
+        reward: function module:function that scores answers, instead of the model's ratings.
+        answers: candidates of the model at the start that another engine made, one row with a list for each of the
+            data; see ``spin-trainer prompts``.
+        engine: engine that generates answers: lm_core, or vllm, for models of transformers on one process.
+        engine_arguments: further arguments of vllm.LLM in JSON, such as '{"gpu_memory_utilization": 0.4}'.
+    """
+    function = None if reward is None else _imported(reward)
+    model, data = run.required(settings.device)
+    arguments = run.trainer_arguments(model)
+    trainer = SelfRewardingTrainer(
+        run.policy(model, settings.seed),
+        train_dataset=data,
+        valid_dataset=run.validation_data,
+        reward=function,
+        answers=answers,
+        engine=engine,
+        engine_arguments=engine_arguments,
+        config=settings,
+        **arguments,
+    )
+    _report_start(trainer, trainer.train_dataset, run, f"{settings.iterations} iteration(s), ")
+    result = trainer.train()
+    lines: list[tuple[str, object]] = [
+        ("held out", f"score {metrics['score']:.3f} ({f'iteration {index - 1}' if index else 'before'})")
+        for index, metrics in enumerate(result.history)
+    ]
+    lines.append(("policies", f"{result.iterations_folder} ({result.outcome} after {result.iterations} iterations)"))
+    scores = [metrics["score"] for metrics in result.history]
+    results = [Result("held-out score", scores[-1], before=scores[0], better="higher")] if scores else []
+    return report_run("spin-trainer", result, run.folder, lines=lines, results=results)
+
+
+def _imported(name: str) -> Any:
+    """The function that ``module:function`` names."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"reward must be module:function, got {name!r}: {error}") from error
 
 
 def _report_start(trainer: PolicyTrainer, rows: Any, run: PolicyRun, length: str = "") -> None:

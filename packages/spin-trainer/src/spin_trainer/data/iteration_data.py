@@ -37,6 +37,11 @@ class Pair:
     previous: bool = False
 
 
+def answers_fingerprint(answers: Sequence[Answer]) -> str:
+    """SHA-256 of the token ids of given answers."""
+    return fingerprint_of({"answers": [[*answer.tokens] for answer in answers]})
+
+
 class IterationData:
     """Answers and reference log-probabilities of one dataset in one iteration.
 
@@ -80,7 +85,7 @@ class IterationData:
             self.answer_store = RowStore(root, f"answers-{split}-{iteration}", description, rank=rank())
             self.answers_fingerprint = self.answer_store.fingerprint
         else:
-            self.answers_fingerprint = fingerprint_of({"answers": [[*answer.tokens] for answer in answers]})
+            self.answers_fingerprint = answers_fingerprint(answers)
         scores = {
             "format_version": 1,
             "weights": weights,
@@ -96,13 +101,16 @@ class IterationData:
         kinds = (False,) if previous is None else (False, True)
         self.pairs = [Pair(row, previous=kind) for kind in kinds for row in range(len(dataset))]
 
-    def complete(self, model: Any, stop: Callable[[], bool] = lambda: False, *, scores: bool = True) -> None:
+    def complete(
+        self, model: Any, stop: Callable[[], bool] = lambda: False, *, scores: bool = True, engine: Any = None
+    ) -> None:
         """Computes the rows that are not on disk yet; every process must call it.
 
         Args:
             model: the opponent, a ``CausalLM``; None after the policy's first update, when all rows must be on disk.
             stop: called between batches; True interrupts.
             scores: whether log-probabilities are needed.
+            engine: engine that answers instead of the model.
 
         Raises:
             Interrupted: ``stop`` returned True before all rows were complete.
@@ -112,7 +120,9 @@ class IterationData:
             if self.answer_store is not None:
                 lengths = [len(example.prompt) for example in self.dataset]
                 batches = batches_by_length(lengths, self.sampling.batch_size)
-                self._fill(self.answer_store, "answers", batches, self._answer, model, stop)
+                self._fill(
+                    self.answer_store, "answers", batches, self._answer, model if engine is None else engine, stop
+                )
                 rows = sorted(self.answer_store.rows.items())
                 self.answers = [Answer(tuple(row["tokens"]), row["finished"]) for _, row in rows]
             if scores:

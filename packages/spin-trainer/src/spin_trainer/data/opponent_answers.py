@@ -7,7 +7,7 @@ data, batch size, seed and iteration alone: resumed runs and runs on any number 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from lm_core.generation.sampling import top_p as nucleus
 from lm_core.training.accelerator import Precision, autocast
 from spin_trainer.data.row_store import name_of_function
 from spin_trainer.model.response_scores import ResponseScores, collate
+
+Engine = Literal["lm_core", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Sampling(SamplingFlags):
         batch_size: prompts per batch; the sampled tokens depend on it.
         seed: sampling seed.
         precision: precision of matrix products.
+        engine: engine that generates: "lm_core", or "vllm".
     """
 
     max_seq_len: int
@@ -44,6 +47,7 @@ class Sampling(SamplingFlags):
     batch_size: int = 16
     seed: int = 0
     precision: Precision = "fp32"
+    engine: Engine = "lm_core"
 
     def description(self) -> dict[str, Any]:
         """The settings as JSON values, for a fingerprint."""
@@ -53,7 +57,7 @@ class Sampling(SamplingFlags):
         # as version 0.1.0 wrote them, so that its runs resume; newer settings only where they are set
         described["filter"] = None if self.top_p is None else name_of_function(nucleus)
         described["filter_kwargs"] = repr([] if self.top_p is None else [("thres", self.top_p)])
-        newer = {"max_new_tokens": None, "top_k": None, "min_p": None, "repetition_penalty": 1.0}
+        newer = {"max_new_tokens": None, "top_k": None, "min_p": None, "repetition_penalty": 1.0, "engine": "lm_core"}
         described |= {name: getattr(self, name) for name, off in newer.items() if getattr(self, name) != off}
         if self.own_filters:
             described["own_filters"] = [name_of_function(function) for function in self.own_filters]
@@ -82,7 +86,7 @@ class Answer:
 
 
 def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Answer]:
-    """Samples an answer of a ``CausalLM`` to each prompt, up to ``max_seq_len`` tokens with the prompt.
+    """Samples an answer of a ``CausalLM`` or an engine to each prompt, up to ``max_seq_len`` tokens with the prompt.
 
     Raises:
         ValueError: a prompt leaves no room for an answer; see also ``lm_core.generation.generate.generate``.
@@ -104,18 +108,22 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
             answers |= dict(zip(part, part_answers, strict=True))
         return [answers[row] for row in range(len(prompts))]
     # generate all rows up to that room, then cut each where its own prompt leaves less
-    device = next(model.parameters()).device
-    with autocast(sampling.precision, device):
-        generation = generate(
-            model,
-            [torch.tensor(prompt) for prompt in prompts],
-            max_new_tokens=room,
-            temperature=sampling.temperature,
-            filters=(*sampling.filters(), *sampling.own_filters),
-            repetition_penalty=sampling.repetition_penalty,
-            eos_id=sampling.eos_id,
-            generator=torch.Generator(device).manual_seed(seed),
-        )
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    common: dict[str, Any] = {
+        "max_new_tokens": room,
+        "temperature": sampling.temperature,
+        "repetition_penalty": sampling.repetition_penalty,
+        "eos_id": sampling.eos_id,
+    }
+    if sampling.engine != "lm_core":
+        kinds = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
+        generation = model.generate(ids, **common, **kinds, kept=False, generator=torch.Generator().manual_seed(seed))
+    else:
+        device = next(model.parameters()).device
+        filters = (*sampling.filters(), *sampling.own_filters)
+        with autocast(sampling.precision, device):
+            generator = torch.Generator(device).manual_seed(seed)
+            generation = generate(model, ids, **common, filters=filters, generator=generator)
     rows = zip(generation.tokens.tolist(), generation.lengths.tolist(), generation.finished.tolist(), strict=True)
     return [
         Answer(tuple(tokens[: min(length, room)]), finished and length <= room)

@@ -309,7 +309,7 @@ class RowReader:
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise TypeError(f"{where} must have texts as prompt and answer, got {_kinds(prompt, answer)}")
         ends = self._ends(where)
-        with _named(where):
+        with naming(where):
             ids, whole = prompt_ids(self.tokenizer, prompt), prompt_ids(self.tokenizer, prompt + answer)
             # alone, an answer may be encoded with a space before it
             response = whole[len(ids) :] if whole[: len(ids)] == ids else self.tokenizer.encode(answer)
@@ -352,7 +352,7 @@ def _kinds(*parts: Any) -> str:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def naming(where: str) -> Iterator[None]:
     """Context in which the tokenizer's refusal of a text (a lone surrogate) names the row."""
     try:
         yield

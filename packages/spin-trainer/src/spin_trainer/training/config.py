@@ -46,7 +46,6 @@ class FineTuningSettings(RunSettings):
         validation_fraction: fraction of the data held out for validation.
         validate_every: updates between validations; there is always one before and one after training.
         gradient_checkpointing: whether a transformers model computes activations again in the backward, to save memory.
-        fsdp: whether to shard weights and optimizer state over processes.
 
     Raises:
         ValueError: a value is out of range.
@@ -67,7 +66,6 @@ class FineTuningSettings(RunSettings):
     validation_fraction: float = 0.0
     validate_every: int = 100
     gradient_checkpointing: bool = False
-    fsdp: bool = False
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
@@ -140,7 +138,6 @@ class SelfPlaySettings(FineTuningSettings, SamplingFlags):
         generation_batch_size: prompts per generation batch; null is twice the batch size.
         validate_every: updates between validations; both ends of an iteration are always validated.
         early_stop_patience: iterations without better held-out likelihood before stopping at the best; null for never.
-        fsdp: whether to shard weights and optimizer state over processes; needs a frozen, precomputed reference.
 
     Raises:
         ValueError: a value is out of range.

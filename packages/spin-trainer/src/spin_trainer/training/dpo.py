@@ -34,6 +34,9 @@ NAMES = {
 }
 
 
+CURVES = ("loss", "margin", "accuracy", "chosen_log_prob", "rejected_log_prob", "grad_norm")
+
+
 @typed
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(FineTuningSettings, PreferenceLoss):
@@ -153,6 +156,7 @@ class DPOTrainer(PairTrainer):
                 "reference_model": self._reference_weights,
                 "loss": [getattr(loss, field.name) for field in fields(loss)],
             },
+            curves=CURVES,
             validate=None if self.valid_dataset is None else self._validate,
             shown=("loss", "accuracy"),
         )

@@ -6,6 +6,8 @@ selects) share. At the beginning of an iteration the policy is the reference: it
 phase and resumed ends with the weights of an uninterrupted one, bit for bit (``lm_core.training.session``).
 """
 
+import contextlib
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,15 +22,15 @@ from lm_core.distributed import rank, world_size
 from lm_core.rng import seed_everything
 from lm_core.training.session import SavedValue, TrainingResult
 from spin_trainer.data.iteration_data import Interrupted, IterationData, Pair
-from spin_trainer.data.opponent_answers import Answer
+from spin_trainer.data.opponent_answers import Answer, Engine
 from spin_trainer.model.spin import Comparison
 from spin_trainer.training.config import FineTuningSettings
 from spin_trainer.training.pairs import PairComparison, PairMetrics
-from spin_trainer.training.parallel import whole_weights
 from spin_trainer.training.policy_trainer import PolicyTrainer
 from spin_trainer.training.state import BestIteration, RunState
 from spin_trainer.training.weights import fingerprint_of_weights
 
+# Metrics that curves.png shows of a self-play run.
 SHOWN = ("loss", "nll", "margin", "win_rate", "real_log_prob", "generated_log_prob", "generated_length", "grad_norm")
 
 
@@ -69,7 +71,9 @@ class PairTrainer(PolicyTrainer):
         needs_reference: False for a loss without reference.
         iterations: rounds of pairs, training and promotion.
         patience: iterations without better held-out likelihood before stopping at the best; None never stops.
+        selected_by: held-out metric by which an iteration is the best; see ``BestIteration``.
         names: names of metrics in the log, by the name in ``PairMetrics``.
+        engine: engine that generates answers instead of the policy; see ``started_engine``.
         common: further arguments of ``PolicyTrainer``.
     """
 
@@ -84,7 +88,9 @@ class PairTrainer(PolicyTrainer):
         needs_reference: bool = True,
         iterations: int = 1,
         patience: int | None = None,
+        selected_by: str = "nll",
         names: Mapping[str, str] | None = None,
+        engine: Any = None,
         **common: Any,
     ) -> None:
         super().__init__(policy_model, policy, settings, **common)
@@ -95,15 +101,20 @@ class PairTrainer(PolicyTrainer):
         self.live_reference = reference is not None
         self.pairs = PairComparison(self.scores, comparison, reference)
         self.state = RunState()
-        self.best = BestIteration(self.run_folder / "best", patience)
+        self.best = BestIteration(self.run_folder / "best", patience, metric=selected_by)
         self.names = dict(names or {})
+        self.engine = engine
         self._valid: IterationData | None = None
 
     def _register_pairs(
-        self, *, identity: Callable[[], Mapping[str, Any]], state: Mapping[str, Any] | None = None, **arguments: Any
+        self,
+        *,
+        identity: Callable[[], Mapping[str, Any]],
+        curves: Sequence[str],
+        state: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> None:
         """Registers the run with the session; subclasses call it last in their constructor."""
-        shown = [self.names.get(name, name) for name in SHOWN]
         self._register(
             identity=identity,
             state={
@@ -112,7 +123,7 @@ class PairTrainer(PolicyTrainer):
                 **(state or {}),
             },
             max_steps=self.planned_updates,
-            curves=[name for each in shown for name in (each, f"validation_{each}")],
+            curves=[name for each in curves for name in (each, f"validation_{each}")],
             **arguments,
         )
 
@@ -204,6 +215,8 @@ class PairTrainer(PolicyTrainer):
                     self._promote(overwrite)
             if session.outcome in ("finished", "stopped early"):
                 self.best.put_back(self.policy_model)
+                if self.engine is not None:
+                    self.engine.close()
         return session.result(
             SPINResult,
             iterations=state.iteration,
@@ -212,14 +225,24 @@ class PairTrainer(PolicyTrainer):
             iterations_folder=self.run_folder / "iterations",
         )
 
-    def _complete(self, splits: Sequence[IterationData | None]) -> None:
-        """Computes the rows of these data that are not on disk yet, with the policy as long as it is the reference."""
+    def _complete(self, splits: Sequence[IterationData | None], *, scores: bool = True) -> None:
+        """Computes the rows of these data that are not on disk yet, with the policy as long as it is the reference.
+
+        With ``scores=False`` answers alone.
+        """
         policy = self._reference_policy() if self.state.update == 0 else None
-        with whole_weights(self.scores, needed=policy is not None):
+        engine = None if policy is None or self.engine is None else self._answering()
+        with contextlib.nullcontext() if policy is None else self.session.gathered():
             for split in splits:
                 if split is not None:
-                    scores = self.needs_reference and not self.live_reference
-                    split.complete(policy, lambda: self.session.stop_requested, scores=scores)
+                    scored = scores and self.needs_reference and not self.live_reference
+                    split.complete(policy, lambda: self.session.stop_requested, scores=scored, engine=engine)
+
+    def _answering(self) -> Any:
+        """What generates answers: the policy, or the engine with the policy's current weights."""
+        if self.engine is not None:
+            self.engine.update_weights(self.policy)
+        return self.policy if self.engine is None else self.engine
 
     def _begin_training(self, updates: int) -> None:
         """Begins an iteration's training: seeds, first validation, new optimizer."""
@@ -281,7 +304,7 @@ class PairTrainer(PolicyTrainer):
     def _validate(self) -> dict[str, float]:
         if self._valid is None:
             return {}
-        with whole_weights(self.scores):
+        with self.session.gathered():
             metrics = self.pairs.validate(self._valid, self._compared, self.settings.rows_per_pass)
         return {f"validation_{name}": value for name, value in self._named(metrics).items()}
 
@@ -290,3 +313,28 @@ class PairTrainer(PolicyTrainer):
         metrics = {name.removeprefix("validation_"): value for name, value in self.session.validate().items()}
         if metrics:
             self.best.add(metrics, self.policy_model)
+
+
+def started_engine(
+    engine: Engine, model: Any, tokenizer: Any, *, max_length: int, arguments: Mapping[str, Any] | None
+) -> Any:
+    """The engine of answers of this name, with the architecture of ``model``; None for "lm_core".
+
+    Args:
+        engine: name of the engine.
+        model: the policy, a model of transformers.
+        tokenizer: its tokenizer.
+        max_length: longest prompt with its answer, in tokens.
+        arguments: further arguments of ``lm_core.engines.vllm.VLLMEngine``.
+
+    Raises:
+        ValueError: arguments for "lm_core", or several processes.
+        ImportError, TypeError: see ``VLLMEngine``.
+    """
+    if engine == "lm_core":
+        if arguments:
+            raise ValueError(f"engine_arguments go with engine 'vllm', got {dict(arguments)} and 'lm_core'")
+        return None
+    engines: Any = importlib.import_module("lm_core.engines.vllm")
+    settings = {"max_model_len": max_length, **(arguments or {})}
+    return engines.VLLMEngine(model, tokenizer=tokenizer, requirement="spin-trainer[vllm]", **settings)

@@ -17,6 +17,7 @@ from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import rank, world_size
 from lm_core.tokenizers import as_tokenizer, load_tokenizer
+from lm_core.training.blocks import blocks_of
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import TrainingResult, TrainingSession
 from spin_trainer.model.activation_checkpointing import check_recomputable, recomputed_activations
@@ -24,7 +25,6 @@ from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.response_scores import ResponseScores
 from spin_trainer.training.checks import check_accelerator
 from spin_trainer.training.config import FineTuningSettings
-from spin_trainer.training.parallel import blocks_of
 from spin_trainer.training.weights import (
     export_policy,
     fingerprint_of_weights,
@@ -110,13 +110,13 @@ class PolicyTrainer:
 
     def _register(self, *, identity: Callable[[], Mapping[str, Any]], **arguments: Any) -> None:
         """Registers the policy with the session; ``arguments`` are further ones of ``TrainingSession.register``."""
-        policy, settings = self.policy_model.to(self.device), self.settings
+        policy, settings = self.session.place(self.policy_model), self.settings
         # of a partly frozen policy (LoRA) a checkpoint stores the trained parameters alone
         whole = isinstance(policy, PretrainedMixin) and not is_partly_frozen(policy) and not settings.fsdp
         self.session.register(
             model=policy,
             objective=self.scores,
-            blocks=(lambda: blocks_of(policy)) if settings.fsdp else None,
+            blocks=lambda: blocks_of(policy),
             identity=lambda: {
                 "frozen_weights": self._frozen_weights(),
                 "batch": settings.batch_size * settings.gradient_accumulation * world_size(),

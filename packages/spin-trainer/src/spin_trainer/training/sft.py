@@ -20,7 +20,6 @@ from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset, tra
 from spin_trainer.model.response_scores import collate
 from spin_trainer.training.checks import check_datasets, check_policy
 from spin_trainer.training.config import FineTuningSettings
-from spin_trainer.training.parallel import whole_weights
 from spin_trainer.training.policy_trainer import FineTuningResult, PolicyTrainer, opened
 
 
@@ -176,7 +175,7 @@ class SFTTrainer(PolicyTrainer):
         assert dataset is not None
         sums = torch.zeros(3, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         lengths = [len(example.prompt) + len(example.response) for example in dataset]
-        with whole_weights(self.scores), eval_mode(self.scores):
+        with self.session.gathered(), eval_mode(self.scores):
             for index, rows in enumerate(batches_by_length(lengths, self.settings.rows_per_pass)):
                 if index % world_size() == rank():
                     tokens = sum(len(dataset[row].response) for row in rows)

@@ -35,17 +35,20 @@ class BestIteration:
     Args:
         folder: folder for the best weights.
         patience: iterations without a better likelihood before stopping; None never stops and stores no weights.
+        metric: metric that compares iterations, the smaller the better; with "-" in front, the larger the better.
     """
 
-    def __init__(self, folder: Path, patience: int | None) -> None:
+    def __init__(self, folder: Path, patience: int | None, *, metric: str = "nll") -> None:
         self.folder = folder
         self.patience = patience
+        self.metric = metric
         self.history: list[dict[str, float]] = []
 
     @property
     def number(self) -> int | None:
-        """Entry with the best likelihood; None while the history is empty."""
-        losses = [entry["nll"] for entry in self.history]
+        """Entry with the best metric; None while the history is empty."""
+        sign, name = (-1, self.metric[1:]) if self.metric.startswith("-") else (1, self.metric)
+        losses = [sign * entry[name] for entry in self.history]
         return losses.index(min(losses)) if losses else None
 
     @property

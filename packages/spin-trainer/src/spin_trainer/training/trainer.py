@@ -20,14 +20,15 @@ from lm_core.generation.decoding import as_eos_ids
 from lm_core.generation.sampling import top_p
 from lm_core.tokenizers import end_ids
 from lm_core.training.session import SavedValue
-from spin_trainer.data.iteration_data import IterationData, Pair
-from spin_trainer.data.opponent_answers import Answer, Sampling, answer_prompts, original_filter
+from spin_trainer.data.given_answers import read_answers
+from spin_trainer.data.iteration_data import IterationData, Pair, answers_fingerprint
+from spin_trainer.data.opponent_answers import Answer, Engine, Sampling, answer_prompts, original_filter
 from spin_trainer.data.sft_data import Overlong, SFTDataset, as_sft_dataset, training_and_validation
 from spin_trainer.model.reference import FrozenReference
 from spin_trainer.model.spin import SPIN
 from spin_trainer.training.checks import check_datasets, make_spin
 from spin_trainer.training.config import SelfPlaySettings, value_of
-from spin_trainer.training.pair_trainer import PairTrainer, SPINResult
+from spin_trainer.training.pair_trainer import SHOWN, PairTrainer, SPINResult, started_engine
 from spin_trainer.training.pairs import PairComparison
 from spin_trainer.training.policy_trainer import opened
 from spin_trainer.training.state import upgraded
@@ -42,6 +43,10 @@ class SPINTrainer(PairTrainer):
             A folder or hub name is loaded by ``lm_core.adapters.loading.load_causal_lm``, with its tokenizer.
         train_sft_dataset: prompts with human answers; see ``spin_trainer.data.sft_data``.
         valid_sft_dataset: held-out prompts with human answers.
+        answers: the opponent's answers to the training prompts, made elsewhere, for the only iteration; see
+            ``spin_trainer.data.given_answers``.
+        engine: engine that generates answers: "lm_core", or "vllm" (extra ``vllm``) for transformers models.
+        engine_arguments: further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``.
         tokenizer: tokenizer of texts and chats, saved with the exported policies: a transformers tokenizer, a folder or
             hub name, or an object with the protocol of ``lm_core.tokenizers``.
         accelerator: ``accelerate.Accelerator`` to use instead of a new one.
@@ -74,6 +79,9 @@ class SPINTrainer(PairTrainer):
         *,
         train_sft_dataset: Any,
         valid_sft_dataset: Any = None,
+        answers: Any = None,
+        engine: Engine = "lm_core",
+        engine_arguments: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         accelerator: Any = None,
         accelerate_kwargs: Mapping[str, Any] | None = None,
@@ -94,6 +102,17 @@ class SPINTrainer(PairTrainer):
         **settings: Any,
     ) -> None:
         self.settings: SelfPlaySettings = SelfPlaySettings.of(settings, config)
+        if answers is not None and (self.settings.iterations > 1 or self.settings.opponent == "policy"):
+            raise ValueError(
+                "answers are those of the model at the start, so iterations must be 1 and opponent 'reference', got "
+                f"{self.settings.iterations} and {self.settings.opponent!r}"
+            )
+        if engine != "lm_core" and (self.settings.live_reference or filters or filter_fn not in (top_p, None)):
+            raise ValueError(
+                f"engine {engine!r} needs a frozen, precomputed reference, and no filters of your own, got opponent "
+                f"{self.settings.opponent!r}, precompute_reference {self.settings.precompute_reference}, "
+                f"ref_model_ema_decay {self.settings.ref_model_ema_decay} and filters {[*filters, filter_fn]}"
+            )
         model, tokenizer = opened(model, tokenizer)
         self.pad_id = pad_id
         folder = either(None, checkpoint_dir=checkpoint_dir, checkpoint_folder=checkpoint_folder)
@@ -117,6 +136,15 @@ class SPINTrainer(PairTrainer):
             fraction=self.settings.validation_fraction,
             seed=self.settings.seed,
         )
+        self.given: list[Answer] | None = None
+        if answers is not None:
+            self.given = read_answers(
+                answers,
+                self.train_dataset,
+                max_seq_len=self.settings.max_seq_len,
+                tokenizer=tokenizer,
+                eos_ids=self.eos_ids,
+            )
         chosen = {field.name: getattr(self.settings, field.name) for field in fields(SamplingFlags)}
         changed = original_filter(filter_fn, filter_kwargs)
         self.sampling = Sampling(
@@ -127,6 +155,7 @@ class SPINTrainer(PairTrainer):
             batch_size=self.settings.generation_batch_size or 2 * self.settings.batch_size,
             seed=self.settings.seed,
             precision=self.settings.precision,
+            engine=engine,
         )
         # policy and reference
         self.model: SPIN = make_spin(model, self.settings, spin_kwargs, pad_id, self.eos_ids)
@@ -147,6 +176,13 @@ class SPINTrainer(PairTrainer):
             needs_reference=not self.settings.reference_free,
             iterations=self.settings.iterations,
             patience=self.settings.early_stop_patience,
+            engine=started_engine(
+                engine,
+                self.model.policy_model,
+                tokenizer,
+                max_length=self.settings.max_seq_len,
+                arguments=engine_arguments,
+            ),
             tokenizer=tokenizer,
             checkpoint_dir=Path("./spin-checkpoints" if folder is None else folder).expanduser(),
             resume=resume,
@@ -155,7 +191,7 @@ class SPINTrainer(PairTrainer):
             accelerate_kwargs=accelerate_kwargs,
             adam_kwargs=adam_kwargs,
         )
-        self.model.to(self.device)
+        self.session.place(self.model)
         self._live_pairs = PairComparison(self.scores, self.model.comparison, live)
         self._base_lambda = self.model.lambda_
         self._register_pairs(
@@ -171,7 +207,9 @@ class SPINTrainer(PairTrainer):
                 "valid_sft_dataset": None if self.valid_dataset is None else self.valid_dataset.fingerprint,
                 "opponent_kind": self.settings.opponent,
                 "sampling": repr(sorted(self.sampling.description().items())),
+                **({} if self.given is None else {"answers": answers_fingerprint(self.given)}),
             },
+            curves=SHOWN,
             upgrade=upgraded,
             validate=None if self.valid_dataset is None else self._validate,
             shown=("iteration", "loss", "win_rate"),
@@ -232,7 +270,7 @@ class SPINTrainer(PairTrainer):
         if self._mixes and t > 0:
             previous = of_train(iteration=t - 1, weights=str(state.previous_opponent))
             previous.complete(None, scores=False)
-        train = of_train(iteration=t, weights=state.opponent, previous=previous)
+        train = of_train(iteration=t, weights=state.opponent, previous=previous, answers=self.given)
         valid = None
         if self.valid_dataset is not None:
             valid = stored(dataset=self.valid_dataset, split="valid", iteration=t, weights=state.opponent)

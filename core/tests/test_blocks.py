@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lm_core.training.blocks import blocks_of, compiled_blocks
+from lm_core.training.blocks import blocks_of, compiled_blocks, enable_gradient_checkpointing
 
 
 class Library(nn.Module):
@@ -61,7 +61,7 @@ def test_blocks_are_found_in_models_of_any_library():
     assert blocks_of(nn.Linear(1, 1)) == []
 
 
-def test_compiled_blocks_run_eagerly_in_evaluation_mode_and_are_restored(monkeypatch):
+def test_compiled_blocks_run_eagerly_in_evaluation_and_are_restored(monkeypatch):
     calls = []
 
     def compile_(function):
@@ -73,10 +73,45 @@ def test_compiled_blocks_run_eagerly_in_evaluation_mode_and_are_restored(monkeyp
     with compiled_blocks([layer]):
         assert torch.equal(layer(x), expected)
         layer.eval()
-        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x), expected)  # with gradients, as in reinforcement learning
+        with torch.no_grad():
+            assert torch.equal(layer(x), expected)
     layer.train()
     assert torch.equal(layer(x), expected)
-    assert (len(calls), "forward" in vars(layer)) == (1, False)
+    assert (len(calls), "forward" in vars(layer)) == (2, False)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gradient_checkpointing = False
+
+
+class Enabled(nn.Module):
+    """A model in the manner of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Checkpointed()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        self.layer.gradient_checkpointing = gradient_checkpointing_kwargs
+
+    def gradient_checkpointing_disable(self):
+        self.layer.gradient_checkpointing = False
+
+
+def test_gradient_checkpointing_is_enabled_in_any_model_that_has_it_and_restored():
+    own, library = Checkpointed(), Enabled()
+    restore = enable_gradient_checkpointing(nn.ModuleList([own, nn.Linear(1, 1), library]))
+    assert own.gradient_checkpointing is True
+    assert library.layer.gradient_checkpointing == {"use_reentrant": False}
+    enable_gradient_checkpointing(library)()  # enabled before: stays so
+    assert library.layer.gradient_checkpointing == {"use_reentrant": False}
+    restore()
+    assert (own.gradient_checkpointing, library.layer.gradient_checkpointing) == (False, False)
+    with pytest.raises(TypeError, match=r"gradient_checkpointing needs a model of these packages .*, got Linear"):
+        enable_gradient_checkpointing(nn.Linear(1, 1))
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12}

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +19,12 @@ from lm_core.checks import typed
 from lm_core.tokenizers import HUB_ID
 
 ADAPTER_FILE = "adapter_config.json"
+DType = Literal["auto", "float32", "bfloat16", "float16"]  # of a command's flag; auto keeps the stored one
+
+
+def torch_dtype(name: DType) -> torch.dtype | None:
+    """The dtype of this name; None for "auto"."""
+    return None if name == "auto" else getattr(torch, name)
 
 
 @typed

@@ -1,12 +1,14 @@
-"""The repeated blocks of a model: FSDP gathers them one at a time, and ``torch.compile`` compiles each on its own.
+"""The repeated blocks of a model: FSDP gathers them one at a time, ``torch.compile`` compiles each on its own, and
+gradient checkpointing computes each again in the backward.
 
 Regional compilation starts in the time that one block takes, since blocks of one class share the compiled code. Hooks,
 such as those of FSDP, run around the compiled code.
 """
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,9 +61,9 @@ def _owners(module: nn.Module) -> Counter[int]:
 
 @contextlib.contextmanager
 def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Compiles the forward of each block while it is in training mode; restores the forwards on exit.
+    """Compiles the forwards of blocks as far as they train; restores them on exit.
 
-    In evaluation mode, which validation and generation use, shapes vary too much to be worth compiling.
+    In evaluation mode without gradients, as in validation and generation, shapes vary too much to be worth compiling.
     """
     with contextlib.ExitStack() as stack:
         for block in blocks:
@@ -71,7 +73,7 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class _CompiledForward:
-    """The forward of a block, compiled in training mode."""
+    """The forward of a block, compiled in training mode and where gradients are computed."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -79,7 +81,53 @@ class _CompiledForward:
         self.compiled: Any = torch.compile(self.eager)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.compiled if self.block.training else self.eager)(*args, **kwargs)
+        trains = self.block.training or torch.is_grad_enabled()
+        return (self.compiled if trains else self.eager)(*args, **kwargs)
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> Callable[[], None]:
+    """Makes a model compute its blocks again in the backward (arXiv 1604.06174): less memory, a second forward.
+
+    Args:
+        model: a model of these packages or of transformers, also inside peft, an adapter or a loss.
+
+    Returns:
+        A function that restores the model.
+
+    Raises:
+        TypeError: the model has no gradient checkpointing.
+    """
+    restored: list[Callable[[], object]] = []
+    _enable(model, restored)
+    if not restored:
+        raise TypeError(
+            f"gradient_checkpointing needs a model of these packages or of transformers, got {type(model).__name__}"
+        )
+
+    def restore() -> None:
+        for function in restored:
+            function()
+
+    return restore
+
+
+def _enable(module: Any, restored: list[Callable[[], object]]) -> None:
+    """Enables checkpointing in ``module``, or in its submodules, and appends the functions that undo it."""
+    # transformers 5 has renamed the methods
+    kind = next((kind for kind in ("activation", "gradient") if hasattr(module, f"{kind}_checkpointing_enable")), None)
+    if kind is not None:
+        if any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            restored.append(lambda: None)  # it was enabled before, and stays so
+            return
+        # the reentrant variant gives no gradients where the embeddings are frozen, as with LoRA
+        getattr(module, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+        restored.append(getattr(module, f"{kind}_checkpointing_disable"))
+        return
+    if isinstance(enabled := vars(module).get("gradient_checkpointing"), bool):
+        module.gradient_checkpointing = True
+        restored.append(functools.partial(setattr, module, "gradient_checkpointing", enabled))
+    for child in module.children():
+        _enable(child, restored)
 
 
 def _restore_forward(block: nn.Module, forward: Any) -> None:

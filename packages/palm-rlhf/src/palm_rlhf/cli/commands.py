@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from lm_core.adapters.loading import DType
 from lm_core.checks import check_positive
 from lm_core.cli.text_generation import (
     OpenedPrompt,
@@ -18,7 +19,7 @@ from lm_core.data.corpora import held_out_documents
 from lm_core.generation.generate import generate as generate_tokens
 from lm_core.tokenizers import continuation_text, end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device
-from palm_rlhf.cli.sources import DType, OpenedPolicy, find_reward, open_policy
+from palm_rlhf.cli.sources import OpenedPolicy, find_reward, open_policy
 from palm_rlhf.pretrain.evaluation import evaluate
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lm_core.adapters.loading import DType, torch_dtype
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE
@@ -13,7 +14,7 @@ from lm_core.data.corpora import load_corpus
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
-from palm_rlhf.cli.sources import QUICKSTART, REWARD, DType, torch_dtype
+from palm_rlhf.cli.sources import QUICKSTART, REWARD
 from palm_rlhf.data.corrupted_pairs import corrupted_pairs
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.reward.classifier import Classifier, new_classifier

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from lm_core.adapters.loading import DType
 from lm_core.checks import check_positive, typed
 from lm_core.cli.main import report, report_run
 from lm_core.cli.parser import Command, Group, preset_name
@@ -13,7 +14,7 @@ from lm_core.distributed import rank
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
-from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, DType, find_prompts, find_reward, open_policy
+from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, find_prompts, find_reward, open_policy
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from lm_core.adapters.loading import load_causal_lm
+from lm_core.adapters.loading import DType, load_causal_lm, torch_dtype
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checkpoints.manifest import read_json
 from lm_core.checkpoints.pretrained import CONFIG_FILE
@@ -28,8 +27,6 @@ from palm_rlhf.reward.classifier import is_classifier, load_classifier
 QUICKSTART = "runs/palm-quickstart"
 REWARD = "runs/palm-reward"
 VALIDATION_PROMPTS = 128
-
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,6 @@ def open_policy(
     if hasattr(network, "peft_config"):
         return OpenedPolicy(network, encoder, {}, f"{folder}, trained adapter on its base model")
     return OpenedPolicy(network, encoder, {}, str(folder))
-
-
-def torch_dtype(name: DType) -> torch.dtype | None:
-    """The dtype of this name; None for "auto"."""
-    return None if name == "auto" else getattr(torch, name)
 
 
 def find_reward(reward: str) -> tuple[Any, Path | None]:

@@ -20,6 +20,7 @@ from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
+from lm_core.training.blocks import enable_gradient_checkpointing
 from palm_rlhf.model.adapter_files import read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
@@ -119,8 +120,7 @@ def new_classifier(
     """
     model = _open(folder, dtype)
     if gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     if use_lora:
         from peft import get_peft_model
 

@@ -34,6 +34,7 @@ from lm_core.checks import check_positive, check_probability, typed
 from lm_core.generation.generate import generate
 from lm_core.nn.masking import masked_mean, prompt_mask_from_lengths
 from lm_core.training.accelerator import Precision, autocast, pick_precision
+from lm_core.training.blocks import enable_gradient_checkpointing
 from palm_rlhf.model.lora import LoRA
 from palm_rlhf.model.palm import PaLM
 from palm_rlhf.rl.log_probs import PolicyOutput, SampledBy, hidden_scores, logit_scores
@@ -118,8 +119,8 @@ class ActorCritic(nn.Module):
         self.precision = precision
         self.pooled_values = pooled_values
         if gradient_checkpointing:
-            for network in (actor, other):
-                _recompute_blocks(network)
+            for network in filter(None, (actor, other)):
+                enable_gradient_checkpointing(network)
         self.reference = None if actor_lora else _frozen_copy(actor)
         self.critic = None
         if with_critic:
@@ -434,20 +435,6 @@ def _trained(network: Any, scope: str | None) -> list[nn.Parameter]:
         return list(network.parameters())
     # the name is not always inside: IA3's vectors and trained tokens end with it
     return [parameter for name, parameter in network.named_parameters() if scope in name.split(".")]
-
-
-def _recompute_blocks(network: Any) -> None:
-    """Turns gradient checkpointing on."""
-    if isinstance(network, PaLM):
-        network.gradient_checkpointing = True
-    elif network is not None and _is_hugging_face(network):
-        enable = getattr(network.model, "activation_checkpointing_enable", None)  # transformers 5
-        if enable is not None:
-            enable({"use_reentrant": False})
-        else:
-            network.model.gradient_checkpointing_enable({"use_reentrant": False})
-    elif network is not None:
-        raise ValueError(f"gradient_checkpointing needs a PaLM or a Hugging Face model, got {type(network).__name__}")
 
 
 def _existing_adapter(network: Any, scope: str, *, adopt: bool) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from lm_core.adapters import as_causal_lm
 from lm_core.adapters.loading import load_causal_lm, lora
 from lm_core.checkpoints.checkpoint import list_checkpoints, save_checkpoint
+from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import command_parser, preset_name
@@ -650,6 +651,46 @@ def test_a_folder_without_all_weights_is_refused(tmp_path):
     tiny_llama(tie_word_embeddings=False).model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"policy .* holds no whole LlamaForCausalLM, it lacks lm_head.weight"):
         load_causal_lm(tmp_path, name="policy")
+
+
+def test_an_adapter_whose_base_lacks_weights_is_refused(tmp_path):
+    base = tiny_llama(tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "whole")
+    base.model.save_pretrained(tmp_path / "base")  # without the output layer
+    base.config._name_or_path = str(tmp_path / "whole")
+    adapted = lora(base, r=2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    opened = load_causal_lm(tmp_path / "adapter")
+    assert type(opened).__name__ == "PeftModelForCausalLM"
+    ids = torch.arange(6)[None]
+    assert torch.equal(opened.eval()(ids).logits, adapted.eval()(ids).logits)
+    assert any(parameter.requires_grad for parameter in opened.parameters())
+
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "whole"), str(tmp_path / "base")))
+    message = r"the base of policy '.*adapter', '.*base' holds no whole LlamaForCausalLM, it lacks lm_head.weight"
+    with pytest.raises(ValueError, match=message):
+        load_causal_lm(tmp_path / "adapter", name="policy")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Llama", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 150}),
+        ("GPT2", {"n_positions": 10**8}),
+    ],
+)
+def test_a_folder_that_describes_gigabytes_it_does_not_hold_is_refused(tmp_path, kind, sizes):
+    transformers = pytest.importorskip("transformers")
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.GPT2Config(vocab_size=259, **small)
+    model = tiny_llama() if kind == "Llama" else transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    assert isinstance(load_causal_lm(tmp_path), type(model))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **sizes}))
+    with pytest.raises(CheckpointError, match=rf"describes a {kind}\w+ of [\d,]+ weights and holds [\d,]+"):
+        load_causal_lm(tmp_path)
 
 
 def test_a_tilde_in_a_path_of_a_file_is_the_home_folder(tmp_path, monkeypatch):

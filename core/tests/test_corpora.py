@@ -209,3 +209,18 @@ def _file(path: Path, name: str, content: bytes) -> Path:
 def test_bad_input_is_named(call, error, message, tmp_path):
     with pytest.raises(error, match=message):
         call(tmp_path)
+
+
+def test_a_lone_surrogate_is_named_with_file_and_row(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "fine"}\n{"text": "a \\ud800"}\n')
+
+    class Letters:
+        def encode(self, text):
+            return [ord(letter) % 7 for letter in text]
+
+    message = r"rows\.jsonl, line 2: a document holds the lone surrogate '\\ud800'"
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        with pytest.raises(ValueError, match=message):
+            load_documents(file, tokenizer=Letters(), **options)
+    assert load_documents(file).num_tokens == 4 + 5  # bytes hold it

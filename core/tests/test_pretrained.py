@@ -14,7 +14,7 @@ from lm_core.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
 from lm_core.checkpoints.module_specs import decode_argument, encode_argument
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checkpoints.weights import load_state_file, register_layouts
+from lm_core.checkpoints.weights import load_state_file, read_weights, register_layouts
 from lm_core.checks import typed
 from lm_core.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -438,3 +438,35 @@ def test_a_state_dict_file_passes_through_the_layout_registered_for_its_model(tm
         load_state_file(nn.Linear(2, 3), tmp_path / "old.pt")
     with pytest.raises(CheckpointError, match=r"is a folder; open it with Layer\.from_pretrained"):
         load_state_file(target, tmp_path)
+
+
+@pytest.mark.parametrize("failing", range(6))
+def test_an_overwrite_that_fails_leaves_the_old_model_or_the_new(tmp_path, monkeypatch, failing):
+    old, new = Net(dim=3), Net(dim=4)
+    old.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    replace, calls = Path.replace, []
+
+    def failing_replace(path, target):
+        calls.append(path)
+        if len(calls) == failing + 1:
+            raise OSError("no space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", failing_replace)
+    with pytest.raises(OSError, match="no space left"):
+        new.save_pretrained(tmp_path, overwrite=True)
+    monkeypatch.undo()
+    opened = Net.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(opened.parameters(), old.parameters(), strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("config.json", "manifest.json", "model.safetensors", "notes.txt"),
+    ]
+    new.save_pretrained(tmp_path, overwrite=True)
+    assert [p.shape for p in Net.from_pretrained(tmp_path).parameters()] == [p.shape for p in new.parameters()]
+
+
+def test_the_state_of_a_data_parallel_wrapper_is_stored_under_the_names_of_the_model(tmp_path):
+    model = Net(dim=3)
+    path = save_checkpoint(tmp_path, 1, model={f"module.{name}": value for name, value in model.state_dict().items()})
+    assert read_weights(path / "model.safetensors").keys() == model.state_dict().keys()

@@ -52,8 +52,13 @@ def check_ids(ids: Tensor, vocab_size: int, name: str) -> None:
         raise ValueError(f"{name} must hold token ids in [0, {vocab_size}), got {wrong}")
 
 
-def check_mask(mask: Tensor, name: str, shape: Sequence[int]) -> None:
+def check_mask(mask: Tensor, name: str, shape: Sequence[int] | None = None) -> None:
     """Checks a mask that is True at what counts: integers would be taken as indices or be inverted bitwise.
+
+    Args:
+        mask: the mask.
+        name: argument name in error messages.
+        shape: required shape; None for any.
 
     Raises:
         TypeError: it is no tensor, or the dtype is not boolean.
@@ -63,7 +68,7 @@ def check_mask(mask: Tensor, name: str, shape: Sequence[int]) -> None:
         raise TypeError(f"{name} must be a boolean tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got dtype {mask.dtype}; mask.bool() converts it")
-    if mask.shape != tuple(shape):
+    if shape is not None and mask.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(mask.shape)}")
 
 

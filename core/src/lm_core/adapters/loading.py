@@ -1,6 +1,7 @@
 """Causal language models from folders or the hub, and LoRA adapters on them."""
 
 import contextlib
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,24 +71,30 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
         import transformers
 
         cls: Any = transformers.AutoModelForCausalLM
-        arguments: dict[str, Any] = {}
         if _has_adapter(place):
-            from peft import AutoPeftModelForCausalLM, PeftConfig
-
-            cls = AutoPeftModelForCausalLM
-            arguments["is_trainable"] = True
-        elif Path(place).is_dir():
-            arguments["local_files_only"] = True
+            from peft import PeftConfig, PeftModelForCausalLM
     except ImportError as error:
         raise ImportError("Hugging Face models need transformers and peft: pip install transformers peft") from error
-    if "is_trainable" not in arguments:
-        return whole_model(cls, place, name=name, **dtype_argument(dtype), **arguments)
+    arguments = dtype_argument(dtype)
+    if not _has_adapter(place):
+        return whole_model(cls, place, name=name, **arguments)
     try:
-        check_foreign(str(PeftConfig.from_pretrained(place).base_model_name_or_path))
+        adapter = PeftConfig.from_pretrained(place)
+        if adapter.task_type not in (None, "CAUSAL_LM"):
+            raise ValueError(f"it is an adapter for {adapter.task_type}")
+        base: Any = whole_model(
+            cls,
+            str(adapter.base_model_name_or_path),
+            name=f"the base of {name} {place!r},",
+            revision=adapter.revision,
+            **arguments,
+        )
+        with contextlib.suppress(OSError, ValueError):  # there may be no tokenizer
+            tokens = len(transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+            if tokens > base.get_input_embeddings().weight.shape[0]:
+                base.resize_token_embeddings(tokens)  # to those that were added for the adapter
         with quiet_peft():
-            adapted: nn.Module = cls.from_pretrained(
-                place, trust_remote_code=False, **dtype_argument(dtype), **arguments
-            )
+            adapted: nn.Module = PeftModelForCausalLM.from_pretrained(base, place, is_trainable=True)
         return adapted
     except (ImportError, CheckpointError):
         raise
@@ -133,8 +140,11 @@ def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **ar
         CheckpointError: the configuration leads elsewhere; the message names the entry.
         ValueError: weights are missing, or transformers cannot load the folder.
     """
+    if Path(place).is_dir():
+        arguments["local_files_only"] = True
     try:
         check_foreign(place)
+        _check_described(cls, place)
         model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
     except (ImportError, CheckpointError):
         raise
@@ -147,6 +157,41 @@ def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **ar
         )
     whole: nn.Module = model
     return whole
+
+
+def _check_described(cls: Any, place: str) -> None:
+    """Compares the model of a folder's configuration with the weights in the folder, before that takes memory.
+
+    Raises:
+        CheckpointError: the configuration describes more than eight times the numbers in the files (which may hold
+            eight of them in one, quantised).
+    """
+    files = sorted(Path(place).glob("*.safetensors")) if Path(place).is_dir() else []
+    if not files:
+        return
+    import transformers
+    from safetensors import safe_open
+
+    config_class = getattr(cls, "config_class", None) or transformers.AutoConfig
+    try:
+        config = config_class.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    except (OverflowError, RuntimeError) as error:
+        if "overflow" in str(error):
+            raise CheckpointError(f"{place} describes a model beyond any memory: {error}") from error
+        return  # a constructor that reads values of tensors
+    except Exception:  # from_pretrained raises it again
+        return
+    stored = 0
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            stored += sum(math.prod(content.get_slice(key).get_shape()) for key in content.keys())  # noqa: SIM118
+    described = sum(tensor.numel() for tensor in (*skeleton.parameters(), *skeleton.buffers()))
+    if described > 8 * stored + 2**24:
+        raise CheckpointError(
+            f"{place} describes a {type(skeleton).__name__} of {described:,} weights and holds {stored:,}"
+        )
 
 
 def _has_adapter(place: str) -> bool:

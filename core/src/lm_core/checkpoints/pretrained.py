@@ -11,7 +11,7 @@ State that methods add after construction (adapters, extra heads) goes through `
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -403,17 +403,32 @@ def write_model(
 
 
 def _replace_files(source: Path, target: Path) -> None:
-    """Moves a checkpoint's files over those in ``target``, the manifest last; deletes other files of the old one."""
+    """Moves a checkpoint's files over those of the one in ``target``; after an error the old ones are back."""
     try:
         outdated = set(read_manifest(target)["files"])
     except CheckpointError:
         outdated = set()
-    new = [file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file()]
-    for name in sorted(new, key=lambda name: name.as_posix() == MANIFEST_FILE):
+    new = {file.relative_to(source).as_posix() for file in source.rglob("*") if file.is_file()}
+    old = {name for name in (*outdated, *new) if (target / name).is_file()}
+    with tempfile.TemporaryDirectory(dir=target, prefix=".tmp-") as name:
+        kept = Path(name)
+        try:
+            # the manifest leaves first and arrives last: without it the folder is no checkpoint
+            _move(sorted(old, key=lambda name: name != MANIFEST_FILE), target, kept)
+            _move(sorted(new, key=lambda name: name == MANIFEST_FILE), source, target)
+        except BaseException:
+            for name in new:
+                if (target / name).is_file() and (name not in old or (kept / name).is_file()):
+                    (target / name).unlink()
+            moved = [name for name in old if (kept / name).is_file()]
+            _move(sorted(moved, key=lambda name: name == MANIFEST_FILE), kept, target)
+            raise
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).replace(target / name)
-    for old in outdated - {name.as_posix() for name in new}:
-        (target / old).unlink(missing_ok=True)
 
 
 def _hub() -> Any:

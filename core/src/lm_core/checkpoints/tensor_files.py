@@ -162,10 +162,16 @@ def _load_safetensors(path: Path, map_location: Any) -> Any:
     except Exception as error:  # errors of many types on damaged bytes
         with path.open("rb") as stream:
             if stream.read(2) in _PICKLES:
-                raise CheckpointError(
-                    f"{path} is a bare pickle, which could run code; nothing was run. Save it again with torch.save"
-                ) from error
+                raise _pickle_error(path) from error
         raise CheckpointError(f"{path} is damaged or is no file of tensors: {error}") from error
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a pickle, as torch.save wrote before version 1.6, which could run code; nothing was run. If it is "
+        "yours, convert it: state = torch.load(path, weights_only=True), then safetensors.torch.save_file(state, path) "
+        "or torch.save(state, path)"
+    )
 
 
 def check_archive(path: Path) -> None:
@@ -179,6 +185,9 @@ def check_archive(path: Path) -> None:
             f"{path} is a file of torch.save, which torch {torch.__version__} cannot read safely (CVE-2026-24747); "
             "upgrade torch to 2.10 or later"
         )
+    with path.open("rb") as stream:
+        if stream.read(2) in _PICKLES:
+            raise _pickle_error(path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]

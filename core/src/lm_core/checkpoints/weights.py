@@ -107,6 +107,8 @@ def save_weights(path: Path, model: nn.Module | Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else dict(model)
+    if state and not isinstance(model, nn.Module) and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}  # of DistributedDataParallel
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # compiled submodules
     for name, value in state.items():
         if not isinstance(value, Tensor):

@@ -130,11 +130,16 @@ def _encode(document: Document, tokenizer: Encoder) -> tuple[NDArray[np.unsigned
     return values.astype(dtype), size
 
 
-def _encoded(texts: Iterable[Document], tokenizer: Encoder) -> Iterator[tuple[NDArray[np.unsignedinteger], int]]:
-    """``_encode`` of every document that is not empty; raises ``ValueError`` if all of them are."""
+def _encoded(
+    texts: Iterable[tuple[str, Document]], tokenizer: Encoder
+) -> Iterator[tuple[NDArray[np.unsignedinteger], int]]:
+    """``_encode`` of every document that is not empty; raises ``ValueError`` if all of them are, or naming a place."""
     is_empty = True
-    for text in texts:
-        ids, size = _encode(text, tokenizer)
+    for where, text in texts:
+        try:
+            ids, size = _encode(text, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where.rstrip(',')}: {error}") from error
         if len(ids):
             is_empty = False
             yield ids, size
@@ -153,6 +158,10 @@ def tokenise(texts: Iterable[Document], *, tokenizer: Encoder | None = None) -> 
         ValueError: ``texts`` contain no token.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    return _tokenised(((f"document {index}", text) for index, text in enumerate(texts)), tokenizer)
+
+
+def _tokenised(texts: Iterable[tuple[str, Document]], tokenizer: Encoder) -> Documents:
     pieces, sizes = zip(*_encoded(texts, tokenizer), strict=True)
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     return _documents(np.concatenate(pieces), lengths, np.array(sizes, dtype=np.int64))
@@ -173,7 +182,12 @@ def read_texts(source: Any, *, field: str = "text") -> Iterator[Document]:
         FileNotFoundError, ValueError, TypeError, ImportError: as for ``lm_core.data.rows.load_rows``; also
             ``ValueError`` for a row without ``field``.
     """
-    return (_document_of(row, field, where) for where, row in iterate_rows(source, name="data"))
+    return (document for _, document in _located_texts(source, field))
+
+
+def _located_texts(source: Any, field: str) -> Iterator[tuple[str, Document]]:
+    """Documents with their places."""
+    return ((where, _document_of(row, field, where)) for where, row in iterate_rows(source, name="data"))
 
 
 def _document_of(row: Any, field: str, where: str) -> Document:
@@ -207,10 +221,10 @@ def load_documents(
         FileNotFoundError, ValueError, TypeError: as for ``read_texts``; also ``ValueError`` if there is no token.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
-    texts = read_texts(source, field=field)
+    texts = _located_texts(source, field)
     try:
         if cache_dir is None:
-            return tokenise(texts, tokenizer=tokenizer)
+            return _tokenised(texts, tokenizer)
         directory = Path(cache_dir).expanduser() / _cache_key(source, tokenizer, field)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):
@@ -234,7 +248,7 @@ def _cache_key(source: Any, tokenizer: Encoder, field: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
-def _write_cache(directory: Path, texts: Iterable[Document], tokenizer: Encoder) -> None:
+def _write_cache(directory: Path, texts: Iterable[tuple[str, Document]], tokenizer: Encoder) -> None:
     lengths, sizes = [], []
     with new_directory(directory) as temporary:
         with (temporary / "ids.bin").open("wb") as stream:

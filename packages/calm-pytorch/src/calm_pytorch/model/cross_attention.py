@@ -222,7 +222,7 @@ class CrossAttentionBlock(nn.Module):
     def _library_attention(self, normed: Tensor, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         n, m = normed.shape[1], states.shape[1]
         if mask is not None:
-            check_mask(mask, "mask", mask.shape)
+            check_mask(mask, "mask")
         if mask is not None and mask.ndim == 2:
             mask = rearrange(mask, "b m -> b 1 m")
         if causal:

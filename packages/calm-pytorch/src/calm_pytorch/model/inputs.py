@@ -30,7 +30,7 @@ def each_augment(given: Any, augments: Sequence[Any], name: str, *, shared_too: 
     if name.endswith("mask"):
         for mask in [given] if isinstance(given, Tensor) else given or ():
             if isinstance(mask, Tensor):
-                check_mask(mask, name, mask.shape)
+                check_mask(mask, name)
     if given is None or isinstance(given, Tensor):
         return [given if shared_too or not augment.shared_sequence else None for augment in augments]
     entries = list(given)

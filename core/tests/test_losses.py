@@ -364,6 +364,56 @@ def test_a_gpu_gives_the_loss_of_the_cpu_within_an_eighth_of_the_logits(reductio
         torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
+@pytest.fixture(params=["tiles", "kernels"])
+def implementation(request, monkeypatch):
+    """Computes losses on a GPU in our own tiles, or in Liger-Kernel's."""
+    if request.param == "kernels":
+        pytest.importorskip("liger_kernel")
+    else:
+        monkeypatch.setattr("lm_core.losses.losses._liger_loss", lambda: None)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.1])
+def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_plain_loss(implementation, dtype, ignored):
+    hidden, weight, labels = batch((3, 700), dim=128, vocabulary=5003, dtype=torch.float32, ignored=ignored)
+    hidden, weight, labels = hidden.detach().cuda(), 0.1 * weight.detach().cuda(), labels.cuda()
+    low = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in low]
+    count = max(int((labels != -100).sum()), 1)
+    reference = plain(*exact_inputs, labels, reduction="sum") / count
+    ours = linear_cross_entropy(*low, labels)
+    assert ours.dtype == torch.float32
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}[dtype]  # float32 may use TF32
+    pairs = zip(value_and_gradients(ours, *low), value_and_gradients(reference, *exact_inputs), strict=True)
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=tolerance * max(theirs.abs().max().item(), 1e-9))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_kernels_get_the_labels_that_count_in_the_dtype_of_products(monkeypatch, reduction, autocast):
+    hidden, weight, labels = batch(dtype=torch.float32)
+    expected = value_and_gradients(linear_cross_entropy(hidden, weight, labels, reduction=reduction), hidden, weight)
+    dtypes = []
+
+    def kernel(weight, hidden, labels):  # arguments in the order of Liger-Kernel's loss
+        dtypes.append((weight.dtype, hidden.dtype))
+        return F.cross_entropy((hidden @ weight.T).float(), labels, ignore_index=-100, reduction="sum")
+
+    monkeypatch.setattr("lm_core.losses.losses._has_fused_kernel", lambda *_: True)
+    monkeypatch.setattr("lm_core.losses.losses._liger_loss", lambda: kernel)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+    fused = value_and_gradients(loss, hidden, weight)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    assert dtypes == [(dtype, dtype)]
+    for mine, theirs in zip(fused, expected, strict=True):
+        tolerance = (0.03 if autocast else 1e-6) * theirs.abs().max().item()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
 @pytest.mark.plain
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_caller_takes_the_losses_whole(backend):

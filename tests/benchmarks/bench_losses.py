@@ -2,7 +2,8 @@
 
     python tests/benchmarks/bench_losses.py --vocabulary 32768 131072 --threads 1 --json losses.json
 
-``--variants "linear_cross_entropy none"`` measures losses of single tokens too. Every variant runs in a process of its
+``--variants "linear_cross_entropy none"`` measures losses of single tokens too, ``"torch linear_cross_entropy chunks"``
+torch's own loss. Every variant runs in a process of its
 own, whose peak resident memory above its inputs is what it needed; the variants take turns for several rounds, and the
 fastest time and the largest memory count.
 """
@@ -22,6 +23,8 @@ VARIANTS = {
     "plain cross_entropy": None,
     "linear_cross_entropy": "plain cross_entropy",
     "linear_cross_entropy none": "plain cross_entropy",
+    "torch linear_cross_entropy": "plain cross_entropy",
+    "torch linear_cross_entropy chunks": "plain cross_entropy",
     "plain log_probs": None,
     "hidden_log_probs": "plain log_probs",
 }
@@ -29,11 +32,19 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "plain cross_entropy": lambda hidden, weight, ids: F.cross_entropy((hidden @ weight.T)[0], ids[0]),
     "linear_cross_entropy": linear_cross_entropy,
     "linear_cross_entropy none": lambda *batch: linear_cross_entropy(*batch, reduction="none").mean(),
+    "torch linear_cross_entropy": lambda *batch: _of_torch(*batch, chunks=False),
+    "torch linear_cross_entropy chunks": lambda *batch: _of_torch(*batch, chunks=True),
     "plain log_probs": lambda hidden, weight, ids: (
         (hidden[:, :-1] @ weight.T).log_softmax(dim=-1).gather(-1, ids[:, 1:, None]).mean()
     ),
     "hidden_log_probs": lambda *batch: hidden_log_probs(*batch).mean(),
 }
+
+
+def _of_torch(hidden: Tensor, weight: Tensor, ids: Tensor, *, chunks: bool) -> Tensor:
+    """``F.linear_cross_entropy`` of torch 2.13."""
+    options = torch.nn.LinearCrossEntropyOptions() if chunks else None
+    return F.linear_cross_entropy(hidden[0], weight, ids[0], options=options)
 
 
 def measure_one(variant: str, vocabulary: int, tokens: int, dim: int, repeats: int) -> tuple[float, float]:
@@ -64,7 +75,11 @@ def main() -> None:
         tokens={"type": int, "default": 4096},
         dim={"type": int, "default": 512},
         repeats={"type": int, "default": 1, "help": "steps a process"},
-        variants={"nargs": "+", "choices": VARIANTS, "default": [name for name in VARIANTS if "none" not in name]},
+        variants={
+            "nargs": "+",
+            "choices": VARIANTS,
+            "default": [name for name in VARIANTS if not name.endswith(("none", "chunks")) and "torch" not in name],
+        },
     )
     if options.measure:
         torch.set_num_threads(options.threads[0])

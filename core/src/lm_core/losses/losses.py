@@ -8,9 +8,15 @@ All are computed in tiles of tokens by :mod:`lm_core.losses.output_layer`: extra
 gradients, for sequences of any length. Results are float32, or float64 for float64 input. Under autocast the
 matrix products run in its dtype. Ignored tokens cost nothing on a CPU: they are dropped before the first product.
 
+On CUDA, :func:`linear_cross_entropy` with "mean" or "sum" uses the fused Triton kernels of Liger-Kernel
+(arXiv 2410.10989) where they are installed (the extra ``kernels``); such a loss takes one backward.
+``F.linear_cross_entropy`` of torch 2.13 is another such loss: by default it holds the full logits, and its chunked form
+has no divisor other than the number of labels; BENCHMARKS.md compares.
+
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
+import functools
 import math
 from typing import Any, Literal
 
@@ -25,14 +31,18 @@ from lm_core.nn.norms import statistics_dtype
 # With tiles half as large the products are a few per cent slower; tiles twice as large gain nothing.
 CPU_TILE_BYTES = 64 * 2**20
 ACCELERATOR_TILE_BYTES = 256 * 2**20
+_ACCELERATOR_TOKENS = 256  # a GPU multiplies in blocks of at most as many rows, so tiles are multiples of it
+_IGNORED = -100  # label that the fused kernels ignore
 
 
 def _tile_size(weight: Tensor, chunk_size: int | None) -> int:
     """Tokens in a tile: as many as fit the budget, or a quarter of the memory of the weight's gradient."""
     if chunk_size is None:
         vocabulary, features = weight.shape
-        budget = CPU_TILE_BYTES if weight.device.type == "cpu" else ACCELERATOR_TILE_BYTES
-        return max(budget // (4 * max(vocabulary, 1)), features // 4, 1)
+        on_cpu = weight.device.type == "cpu"
+        budget = CPU_TILE_BYTES if on_cpu else ACCELERATOR_TILE_BYTES
+        size = max(budget // (4 * max(vocabulary, 1)), features // 4, 1)
+        return size if on_cpu else -(-size // _ACCELERATOR_TOKENS) * _ACCELERATOR_TOKENS
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size!r}")
     if chunk_size < 1:
@@ -149,7 +159,8 @@ def linear_cross_entropy(
         ignore_index: label of positions that do not count.
         reduction: "mean" over the positions that count, "sum", or "none". The first two take three matrix products for
             forward and backward together, "none" takes four.
-        chunk_size: tokens scored at a time; None chooses by memory.
+        chunk_size: tokens scored at a time by our own operators; None chooses by memory, and takes the fused kernels
+            where there are any.
         normalizer: divisor of the sum under "mean", in place of the number of positions that count, for instance their
             number over all ranks and accumulation steps; no gradient flows into it. 0 only where no label counts.
 
@@ -176,10 +187,39 @@ def linear_cross_entropy(
         return -log_probs
     # one operator computes the sum and, already in the forward, its gradients
     divisor = _divisor(counted, normalizer)
+    if chunk_size is None and _has_fused_kernel(hidden, weight, dtype):
+        total = _fused_cross_entropy(hidden, weight, labels, counted, dtype)
+        return total / divisor.to(total) if reduction == "mean" else total
     rows, targets, kept = _drop_uncounted(hidden, labels, counted)
     need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     total, _, _ = summed_cross_entropy(rows, weight, targets, kept, tile_size, dtype, need_hidden, need_weight)
     return total / divisor.to(total) if reduction == "mean" else total
+
+
+@functools.cache
+def _liger_loss() -> Any:
+    """Liger-Kernel's summed loss of (weight, hidden, labels), or None where it is not installed."""
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=_IGNORED, reduction="sum", accum_dtype=torch.float32)
+
+
+def _has_fused_kernel(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    if not hidden.is_cuda or hidden.numel() == 0 or dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    # the kernels compute no gradient of the weight unless they compute that of the hidden states
+    return (hidden.requires_grad or not weight.requires_grad) and _liger_loss() is not None
+
+
+def _fused_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, counted: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of the losses of counted tokens, by the fused kernels."""
+    rows = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+    targets = labels.masked_fill(~counted, _IGNORED).reshape(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total: Tensor = _liger_loss()(weight.to(dtype), rows, targets)
+    return total.float()
 
 
 def _divisor(counted: Tensor, normalizer: float | int | Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
+from torch.torch_version import TorchVersion
 
 from lm_core.nn.norms import statistics_dtype
 
@@ -56,9 +57,15 @@ class _Tiles:
         self.weight = weight.to(dtype)
         self.temperature = temperature
         self.statistics = statistics_dtype(dtype)
+        # CUDA writes products of half precision in float32; elsewhere they are rounded and converted
+        is_ampere = (
+            hidden.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) >= (8,)
+        )
+        self.accumulates_wider = dtype != self.statistics and is_ampere and TorchVersion(torch.__version__) >= "2.8"
         tokens = hidden.shape[0]
         count = max(-(-tokens // tile_size), 1)
-        self.tile_size = max(-(-tokens // count), 1)  # tiles of equal size
+        # tiles of equal size on a CPU; a GPU runs fastest on those of round size
+        self.tile_size = max(-(-tokens // count), 1) if hidden.device.type == "cpu" else tile_size
         self.buffer = _new_logits(hidden, min(self.tile_size, tokens), weight.shape[0], self.statistics)
         # gradients; one that is not needed stays empty
         self.need_hidden = need_hidden
@@ -80,6 +87,8 @@ class _Tiles:
         logits = self.buffer[: hidden.shape[0]]
         if hidden.dtype == logits.dtype:
             torch.mm(hidden, self.weight.t(), out=logits)
+        elif self.accumulates_wider:
+            torch.mm(hidden, self.weight.t(), out_dtype=logits.dtype, out=logits)
         else:
             logits.copy_(torch.mm(hidden, self.weight.t()))
         return logits if self.temperature == 1 else logits.div_(self.temperature)
@@ -93,6 +102,9 @@ class _Tiles:
             torch.mm(gradient, self.weight, out=self.hidden_gradient[tile])
         if self.need_weight and gradient.dtype == self.statistics:
             self.weight_gradient.addmm_(gradient.t(), self.hidden[tile])
+        elif self.need_weight and self.accumulates_wider:
+            total, arguments = self.weight_gradient, (gradient.t(), self.hidden[tile])
+            torch.addmm(total, *arguments, out_dtype=total.dtype, out=total)
         elif self.need_weight:
             self.weight_gradient.add_(torch.mm(gradient.t(), self.hidden[tile]))
 

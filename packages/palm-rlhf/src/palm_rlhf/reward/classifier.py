@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from lm_core.adapters.loading import ADAPTER_FILE, check_foreign, dtype_argument, lora_config, quiet_peft, whole_model
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import read_json
+from lm_core.checkpoints.native_files import read_adapter, write_native_files
 from lm_core.checkpoints.pretrained import CONFIG_FILE
 from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.blocks import enable_gradient_checkpointing
-from palm_rlhf.model.adapter_files import read_adapter, write_adapter
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"
@@ -89,10 +89,7 @@ class Classifier(nn.Module):
         return {} if self._has_adapter else self.model.state_dict()
 
     def _write_assets(self, folder: Path) -> None:
-        if self._has_adapter:
-            write_adapter(folder, self.model, _ADAPTER, base_hash=self.frozen_hash())
-        else:
-            self.model.config.save_pretrained(folder)
+        write_native_files(folder, self.model, self.model.state_dict(), adapter=_ADAPTER, base_hash=self.frozen_hash())
 
     def _load(self, checkpoint: Checkpoint) -> None:
         if self._has_adapter:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lm_core.checkpoints.checkpoint import Checkpoint
 from lm_core.checkpoints.manifest import CheckpointError
+from lm_core.checkpoints.native_files import ADAPTER_WEIGHTS, read_adapter, write_native_files
 from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights
-from palm_rlhf.model.adapter_files import ADAPTER_WEIGHTS, read_adapter, write_adapter
 from palm_rlhf.rl.policy import ActorCritic
 
 
@@ -85,12 +85,8 @@ class PolicyFiles:
         return {} if self.scope is not None else self.model.state_dict()
 
     def _write_assets(self, folder: Path) -> None:
-        if self.scope is None:
-            self.model.config.save_pretrained(folder)
-            if getattr(self.model, "generation_config", None) is not None:
-                self.model.generation_config.save_pretrained(folder)
-            return
-        write_adapter(folder, self.model, self.scope, base_hash=self.frozen_hash())
+        state = self.model.state_dict()
+        write_native_files(folder, self.model, state, adapter=self.scope, base_hash=self.frozen_hash())
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.model_state or {}

@@ -269,7 +269,9 @@ def test_an_adapter_whose_base_leads_elsewhere_is_refused(tmp_path):
 def test_weights_in_a_bare_pickle_are_refused_before_transformers_reads_them(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, as torch.save wrote before version 1.6"):
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin is a pickle, as torch.save wrote before version 1.6"
+    ):
         load_causal_lm(tmp_path)
 
 

@@ -78,27 +78,34 @@ def _from_transformers(place: str, name: str, dtype: torch.dtype | None) -> nn.M
     arguments = dtype_argument(dtype)
     if not _has_adapter(place):
         return whole_model(cls, place, name=name, **arguments)
-    try:
+    with _loading(name, place):
         adapter = PeftConfig.from_pretrained(place)
         if adapter.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(f"it is an adapter for {adapter.task_type}")
-        base: Any = whole_model(
-            cls,
-            str(adapter.base_model_name_or_path),
-            name=f"the base of {name} {place!r},",
-            revision=adapter.revision,
-            **arguments,
-        )
-        with contextlib.suppress(OSError, ValueError):  # there may be no tokenizer
-            tokens = len(transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False))
-            if tokens > base.get_input_embeddings().weight.shape[0]:
-                base.resize_token_embeddings(tokens)  # to those that were added for the adapter
-        with quiet_peft():
-            adapted: nn.Module = PeftModelForCausalLM.from_pretrained(base, place, is_trainable=True)
-        return adapted
+    base: Any = whole_model(
+        cls,
+        str(adapter.base_model_name_or_path),
+        name=f"the base of {name} {place!r},",
+        revision=adapter.revision,
+        **arguments,
+    )
+    with contextlib.suppress(OSError, ValueError):  # there may be no tokenizer
+        tokens = len(transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+        if tokens > base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(tokens)  # to those that were added for the adapter
+    with _loading(name, place), quiet_peft():
+        adapted: nn.Module = PeftModelForCausalLM.from_pretrained(base, place, is_trainable=True)
+    return adapted
+
+
+@contextlib.contextmanager
+def _loading(name: str, place: str) -> Iterator[None]:
+    """Turns all that transformers, its parsers, files and the network raise into a ``ValueError`` that names both."""
+    try:
+        yield
     except (ImportError, CheckpointError):
         raise
-    except Exception as error:  # transformers raises all that its parsers, files and the network raise
+    except Exception as error:
         raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
 
 
@@ -142,14 +149,10 @@ def whole_model(cls: Any, place: str, *, name: str, optional: str = "(?!)", **ar
     """
     if Path(place).is_dir():
         arguments["local_files_only"] = True
-    try:
+    with _loading(name, place):
         check_foreign(place)
         _check_described(cls, place)
         model, loading = cls.from_pretrained(place, trust_remote_code=False, output_loading_info=True, **arguments)
-    except (ImportError, CheckpointError):
-        raise
-    except Exception as error:  # transformers raises all that its parsers, files and the network raise
-        raise ValueError(f"{name} {place!r} could not be loaded by transformers: {error}") from error
     if missing := sorted(key for key in loading["missing_keys"] if not re.search(optional, key)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Inference engines of other libraries that draw responses for the trainers."""

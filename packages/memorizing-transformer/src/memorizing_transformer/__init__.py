@@ -13,6 +13,7 @@
 
 from memorizing_transformer.memory.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.augmented import MemoryAugmentedLM
 from memorizing_transformer.model.generation_cache import MemoryCache
 from memorizing_transformer.model.knn_attention import KNNAttention
 from memorizing_transformer.model.segment import XLMemories
@@ -24,6 +25,7 @@ __all__ = [
     "KNNMemory",
     "KNNMemoryList",
     "MemorizingTransformer",
+    "MemoryAugmentedLM",
     "MemoryCache",
     "Retrieved",
     "XLMemories",

@@ -14,8 +14,9 @@ from lm_core.data.corpora import held_out_documents
 from lm_core.distributed import rank
 from lm_core.tokenizers import end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
+from memorizing_transformer.cli.models import open_model
 from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
-from memorizing_transformer.model.transformer import MemorizingTransformer
+from memorizing_transformer.model.memory_reader import MemoryReader
 from memorizing_transformer.training.evaluation import evaluate
 
 
@@ -23,11 +24,12 @@ def generate(model: str, prompt: str, *, settings: TextGeneration) -> int:
     """Continues a prompt of any length, which is read into the memory, and prints prompt and continuation.
 
     Args:
-        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained, or a name on the hub.
+        model: folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a transformers model,
+            or a name on the hub.
         prompt: text to continue; "-" reads standard input, "@FILE" a file.
         settings: sampling settings.
     """
-    print_continuations(model, prompt, settings, loader=MemorizingTransformer.from_pretrained)
+    print_continuations(model, prompt, settings, loader=open_model)
     return 0
 
 
@@ -47,7 +49,8 @@ def evaluate_checkpoint(
     """Prints bits per byte on documents with memory and without, and the memory's gain by position.
 
     Args:
-        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained, or a name on the hub.
+        model: folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a transformers model,
+            or a name on the hub.
         data: "stdlib" for the held-out part of Python's standard library, or a source of ``train``, read completely.
         segment_length: tokens in a segment; the model's by default.
         batch_size: documents read in parallel.
@@ -60,7 +63,7 @@ def evaluate_checkpoint(
     encoder = load_tokenizer(tokenizer or folder)
     documents = held_out_documents(data, tokenizer=encoder, field=field)
     sizes: dict[str, Any] = {} if max_knn_memories is None else {"max_knn_memories": max_knn_memories}
-    memorizing = MemorizingTransformer.from_pretrained(folder, **sizes).to(place)
+    memorizing = open_model(folder, **sizes).to(place)
     if encoder.eos_id is None:
         raise ValueError(f"tokenizer must have an EOS, which ends documents, got {encoder!r}")
     score = partial(
@@ -94,23 +97,27 @@ def inspect_checkpoint(
     """Prints a stored model; with a prompt, continues it and writes a page of the retrieved tokens.
 
     Args:
-        model: folder of a run (its newest checkpoint), of a checkpoint, or of save_pretrained, or a name on the hub.
+        model: folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a transformers model,
+            or a name on the hub.
         settings: sampling settings.
         prompt: a text longer than a segment; "-" reads standard input, "@FILE" a file.
         page: path of the page.
         layer: index among the memorizing layers, counted from 0.
     """
     folder = checkpoint_folder(model)
-    memorizing = MemorizingTransformer.from_pretrained(folder)
+    memorizing = open_model(folder)
     print(f"{folder}: {sum(parameter.numel() for parameter in memorizing.parameters()):,} parameters")
     print(json.dumps(memorizing.config["arguments"], indent=2))
-    for layer_number, attention in zip(memorizing.memorizing_layers, memorizing.memory_attentions(), strict=True):
+    attentions: list[Any] = [*memorizing.memory_attentions()]
+    for layer_number, attention in zip(memorizing.memorizing_layers, attentions, strict=True):
         scales = ", ".join(f"{scale:.1f}" for scale in attention.log_scale.exp().flatten().tolist())
         print(f"layer {layer_number}: temperature of each head {scales}")
+        if isinstance(attention, MemoryReader):
+            weights = ", ".join(f"{weight:.3f}" for weight in attention.openness.flatten().tolist())
+            print(f"layer {layer_number}: weight of the memory in each head {weights}")
     if prompt is None:
         return 0
-    load = MemorizingTransformer.from_pretrained
-    opened = open_prompt(model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=load)
+    opened = open_prompt(model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=open_model)
     generated = retrieved_while_generating(
         opened.model,
         opened.ids,

@@ -1,13 +1,12 @@
 """Presets of the command ``train``: sizes of the model with the learning rate that fits them."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checkpoints.manifest import read_json
-from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER
+from lm_core.checkpoints.pretrained import TOKENIZER_FOLDER
 from lm_core.cli.parser import preset_name
+from memorizing_transformer.cli.models import stored_arguments, stored_class
 
 # Memorizing Transformers (arXiv 2203.08913), section 4: segments and XL windows of 512 tokens. A memory of 8,192 has
 # most of the gain: a perplexity on arXiv of 2.37, and with 65,536 of 2.31.
@@ -43,6 +42,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 REQUIRED = {"dim": 768, "depth": 12}
 # Trained weights continue at a lower rate than new ones begin with.
 CONTINUED_LEARNING_RATE = 1e-4
+# A memory for a transformers model: gates and temperatures, which are few and start far from where they end.
+AUGMENTED = {
+    "learning_rate": 3e-2,
+    "batch_size": 4,
+    "segment_length": 256,
+    "xl_max_memories": 256,
+    "max_knn_memories": 32_768,
+    "max_steps": 200,
+    "validate_every": 100,
+    "validation_documents": 8,
+}
 
 
 def train_presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,15 +64,9 @@ def train_presets(chosen: Mapping[str, Any]) -> dict[str, Any]:
         folder = checkpoint_folder(chosen["model"])
     except (OSError, ValueError, ImportError):
         return {}  # the command itself reports it
+    if stored_class(folder) is None:
+        rate = {"learning_rate": CONTINUED_LEARNING_RATE} if chosen["lora_r"] else {}
+        return {**AUGMENTED, **rate, "tokenizer": str(chosen["model"])}
     sizes = {name: value for name, value in stored_arguments(folder).items() if name in chosen}
     tokenizer = {"tokenizer": str(folder)} if (folder / TOKENIZER_FOLDER).is_dir() else {}
     return {"learning_rate": CONTINUED_LEARNING_RATE, **sizes, **tokenizer}
-
-
-def stored_arguments(folder: Path) -> dict[str, Any]:
-    """Constructor arguments of a stored model; none if they cannot be read."""
-    try:
-        arguments = dict(read_json(folder / CONFIG_FILE)["arguments"])
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return {name: value.get("$tuple") if isinstance(value, dict) else value for name, value in arguments.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.generation.generate import generate
 from lm_core.tokenizers import Tokenizer, continuation_text
+from memorizing_transformer.model.augmented import MemoryAugmentedLM
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.evaluation import Evaluation
 
@@ -51,7 +52,7 @@ class GeneratedToken:
 
 @torch.no_grad()
 def retrieved_while_generating(
-    model: MemorizingTransformer,
+    model: MemorizingTransformer | MemoryAugmentedLM,
     prompt: Int[Tensor, " n"],
     *,
     max_new_tokens: int,

@@ -10,7 +10,7 @@ Legend: b batch, g key heads, s segment_length, m XL window, n new tokens, d fea
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Real
 from torch import Tensor
 
 from memorizing_transformer.memory.memory_list import KNNMemoryList
@@ -118,7 +118,7 @@ class MemoryCache:
         return torch.arange(self.window - 1, -1, -1, device=device) < lengths
 
     def append(
-        self, kept: Sequence[Float[Tensor, "b _ n 2 d"]], mask: Tensor | None, documents: Documents | None
+        self, kept: Sequence[Real[Tensor, "b _ n 2 _"]], mask: Tensor | None, documents: Documents | None
     ) -> None:
         """Adds the keys and values of a piece; full segments move to their rows' windows and memories."""
         n = kept[0].shape[2]

@@ -147,12 +147,12 @@ class MemorizingAttention(nn.Module):
         else:
             mask = retrieved.mask if may_recall is None else retrieved.mask & may_recall[:, None, :, None]
             memory_k, memory_v = retrieved.kv.unbind(dim=-2)
-            distant = _with_own(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
+            distant = einsum_with_own(q, memory_k, "b h i d, b h i k d -> b h i k") * scale
             distant = distant.masked_fill(~mask, torch.finfo(distant.dtype).min)
             far, near = self.dropout(self._weights(distant, local, mask).to(values.dtype)).split(
                 (distant.shape[-1], local.shape[-1]), dim=-1
             )
-            out = near @ values + _with_own(far, memory_v, "b h i k, b h i k d -> b h i d").to(values.dtype)
+            out = near @ values + einsum_with_own(far, memory_v, "b h i k, b h i k d -> b h i d").to(values.dtype)
         out = self.projections.back(out)
         return out if self.output_gate is None else out * self.output_gate.tanh(), stacked(k, v)
 
@@ -232,7 +232,7 @@ def whole_number(value: int | float, name: str) -> int:
     return int(value)
 
 
-def _with_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:
+def einsum_with_own(x: Tensor, retrieved: Tensor, pattern: str) -> Tensor:
     """``einsum`` of queries or weights with the keys or values retrieved for each, on a CPU in the latter's dtype."""
     if x.device.type != "cpu":
         return einsum(x, retrieved, pattern)

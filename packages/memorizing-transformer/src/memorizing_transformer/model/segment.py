@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int, Real
 from torch import Tensor
 
 from lm_core.checks import check_mask
@@ -68,9 +68,9 @@ class Past:
         documents: document of each of those columns; None without boundaries.
     """
 
-    windows: Sequence[Float[Tensor, "b _ m 2 d"]] = ()
+    windows: Sequence[Real[Tensor, "b _ m 2 _"]] = ()
     window_mask: Bool[Tensor, "b m"] | None = None
-    segments: Sequence[Float[Tensor, "b _ f 2 d"]] = ()
+    segments: Sequence[Real[Tensor, "b _ f 2 _"]] = ()
     fill: Int[Tensor, "#b 1"] | None = None
     documents: Int[Tensor, "b f"] | None = None
 
@@ -209,7 +209,7 @@ def _all_true(mask: Tensor | None, b: int, width: int, like: Tensor) -> Tensor:
 
 def remember(
     places: Sequence[Place],
-    kept: Sequence[Float[Tensor, "b _ n 2 d"]],
+    kept: Sequence[Real[Tensor, "b _ n 2 _"]],
     past: Past,
     *,
     mask: Bool[Tensor, "b n"] | None,
@@ -267,7 +267,7 @@ def _remembered(past: Past, mask: Tensor | None, documents: Documents | None, li
 
 
 def _split(
-    kv: Float[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int
+    kv: Real[Tensor, "b g j 2 d"], keep: Bool[Tensor, "b j"] | None, window: int
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """Columns that leave the XL window and columns that stay in it, each with a mask (None: all count).
 

@@ -155,8 +155,8 @@ class MemorizingTransformer(PretrainedMixin):
             if token is not None and not 0 <= token < num_tokens:
                 raise ValueError(f"{name} must be a token in [0, {num_tokens}), got {token}")
         middle, every = max(1, depth // 2), range(1, depth + 1)
-        self.memorizing_layers = _layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
-        self.xl_memory_layers = _layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
+        self.memorizing_layers = layer_numbers(memorizing_layers, depth, "memorizing_layers", default=middle)
+        self.xl_memory_layers = layer_numbers(xl_memory_layers, depth, "xl_memory_layers", default=every)
         if not self.xl_max_memories:
             self.xl_memory_layers = ()
 
@@ -555,7 +555,7 @@ def _with_ones(features: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d1"]:
     return F.pad(features, (0, 1), value=1.0)
 
 
-def _layer_numbers(
+def layer_numbers(
     layers: int | Sequence[int] | None, depth: int, name: str, *, default: int | Sequence[int]
 ) -> tuple[int, ...]:
     """Layer numbers in ascending order; raises ``ValueError`` if one does not exist or repeats."""

@@ -21,6 +21,7 @@ from lm_core.data.packing import IGNORE_INDEX
 from lm_core.distributed import all_reduce_sum, rank, world_size
 from lm_core.training.accelerator import Precision, autocast
 from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.augmented import MemoryAugmentedLM
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.documents import DocumentSegments
@@ -66,8 +67,8 @@ def evaluate(
     With several processes all call it: each reads its share of the documents, and all get the same result.
 
     Args:
-        model: a ``MemorizingTransformer``, which may be compiled or wrapped for several processes; it must clear its
-            memories at ``eos_id``.
+        model: a ``MemorizingTransformer`` or ``MemoryAugmentedLM``, which may be compiled or wrapped for several
+            processes; it must clear its memories at ``eos_id``.
         documents: the text, in the model's token ids.
         eos_id: token after every document.
         segment_length: tokens in a segment.
@@ -80,11 +81,11 @@ def evaluate(
 
     Raises:
         ValueError: the model does not clear its memories at ``eos_id``, or the ranges are not ascending from 0.
-        TypeError: the model is no ``MemorizingTransformer``.
+        TypeError: the model is neither.
     """
     model = unwrapped(model)
-    if not isinstance(model, MemorizingTransformer):
-        raise TypeError(f"model must be a MemorizingTransformer, got {type(model).__name__}")
+    if not isinstance(model, MemorizingTransformer | MemoryAugmentedLM):
+        raise TypeError(f"model must be a MemorizingTransformer or a MemoryAugmentedLM, got {type(model).__name__}")
     if list(ranges) != sorted(set(ranges)) or ranges[0] != 0:
         raise ValueError(f"ranges must ascend from 0, got {list(ranges)}")
     if model.eos_id != eos_id:

@@ -30,6 +30,7 @@ from lm_core.training.accelerator import Precision, autocast
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
 from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.model.augmented import MemoryAugmentedLM
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.config import TrainingSettings
@@ -48,7 +49,7 @@ CURVES = (
 # A memory gains most in long documents: memory_gain_far covers tokens with at least so many before them.
 FAR = 2048
 # Arguments of the model that may differ in a resumed run.
-_FREE = ("attn_dropout", "ff_dropout", "segment_length", "knn_memories_directory")
+_FREE = ("attn_dropout", "ff_dropout", "segment_length", "knn_memories_directory", "memories_directory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class TrainingResult(SessionResult):
 class SegmentLoss(nn.Module):
     """The model with its loss, memories and XL window."""
 
-    def __init__(self, model: MemorizingTransformer, *, precision: Precision) -> None:
+    def __init__(self, model: MemorizingTransformer | MemoryAugmentedLM, *, precision: Precision) -> None:
         super().__init__()
         self.model = model
         self.precision = precision
@@ -110,7 +111,7 @@ class _Remembered:
 
 
 class MemoryTrainer:
-    """Trains a MemorizingTransformer on documents in order, resumably.
+    """Trains a MemorizingTransformer, or the memory of a MemoryAugmentedLM, on documents in order, resumably.
 
     Args:
         model: model to train in place; it is moved to the device.
@@ -132,7 +133,7 @@ class MemoryTrainer:
     def __init__(
         self,
         *,
-        model: MemorizingTransformer,
+        model: MemorizingTransformer | MemoryAugmentedLM,
         corpus: Corpus,
         checkpoint_dir: str | Path,
         tokenizer: Any = None,

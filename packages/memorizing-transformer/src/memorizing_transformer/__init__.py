@@ -11,16 +11,20 @@
 (torch.Size([2, 128, 256]), [[384, 384]])
 """
 
+from memorizing_transformer.memory.datastore import Datastore
 from memorizing_transformer.memory.knn_memory import KNNMemory, Retrieved
 from memorizing_transformer.memory.memory_list import KNNMemoryList
 from memorizing_transformer.model.augmented import MemoryAugmentedLM
 from memorizing_transformer.model.generation_cache import MemoryCache
 from memorizing_transformer.model.knn_attention import KNNAttention
+from memorizing_transformer.model.knn_lm import KNNLM, build_datastore
 from memorizing_transformer.model.segment import XLMemories
 from memorizing_transformer.model.transformer import MemorizingTransformer
 from memorizing_transformer.training.retrofit import open_gates, retrofit
 
 __all__ = [
+    "KNNLM",
+    "Datastore",
     "KNNAttention",
     "KNNMemory",
     "KNNMemoryList",
@@ -29,6 +33,7 @@ __all__ = [
     "MemoryCache",
     "Retrieved",
     "XLMemories",
+    "build_datastore",
     "open_gates",
     "retrofit",
 ]

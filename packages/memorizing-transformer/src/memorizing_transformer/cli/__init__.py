@@ -1,4 +1,4 @@
-"""The command ``memorizing-transformer``: ``train``, ``generate``, ``eval``, ``inspect`` and ``convert``."""
+"""The command ``memorizing-transformer``: train, generate, eval, datastore, inspect and convert."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,7 +7,13 @@ from lm_core.cli.corpus import TextCorpus
 from lm_core.cli.main import run_command
 from lm_core.cli.parser import Command, Group, command_parser
 from lm_core.cli.text_generation import TextGeneration
-from memorizing_transformer.cli.commands import convert, evaluate_checkpoint, generate, inspect_checkpoint
+from memorizing_transformer.cli.commands import (
+    convert,
+    evaluate_checkpoint,
+    generate,
+    inspect_checkpoint,
+    make_datastore,
+)
 from memorizing_transformer.cli.presets import REQUIRED, train_presets
 from memorizing_transformer.cli.train import train
 from memorizing_transformer.model.transformer import MemorizingTransformer
@@ -42,6 +48,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     ),
     "generate": Command(generate, {"settings": Group(TextGeneration)}),
     "eval": evaluate_checkpoint,
+    "datastore": make_datastore,
     "inspect": Command(inspect_checkpoint, {"settings": Group(TextGeneration, skip=("num_samples", "progress"))}),
     "convert": convert,
 }

@@ -7,15 +7,21 @@ import json
 from functools import partial
 from typing import Any, Literal
 
+from lm_core.adapters.loading import load_causal_lm
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checks import check_positive
 from lm_core.cli.main import print_main
 from lm_core.cli.text_generation import TextGeneration, open_prompt, print_continuations
-from lm_core.data.corpora import held_out_documents
+from lm_core.data.corpora import held_out_documents, load_corpus
+from lm_core.data.documents import load_documents
 from lm_core.distributed import rank
 from lm_core.tokenizers import end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from memorizing_transformer.cli.models import open_model
 from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
+from memorizing_transformer.memory.datastore import Datastore
+from memorizing_transformer.memory.ring_storage import StorageFormat
+from memorizing_transformer.model.knn_lm import build_datastore, evaluate_datastore
 from memorizing_transformer.model.memory_reader import MemoryReader
 from memorizing_transformer.training.evaluation import evaluate
 
@@ -43,6 +49,11 @@ def evaluate_checkpoint(
     batch_size: int = 4,
     max_documents: int | None = None,
     max_knn_memories: int | None = None,
+    datastore: str | None = None,
+    neighbours: int = 64,
+    lambda_: float | None = None,
+    temperature: float | None = None,
+    index: str | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
@@ -56,7 +67,28 @@ def evaluate_checkpoint(
         batch_size: documents read in parallel.
         max_documents: number of documents; null for all.
         max_knn_memories: capacity of the memory, instead of the model's.
+        datastore: folder of the command datastore: prints bits per byte with its neighbours and without instead.
+        neighbours: neighbours of each token in the datastore.
+        lambda_: weight of the neighbours; null chooses it on every other document and reports on the others.
+        temperature: divisor of their squared distances; null chooses it in the same way.
+        index: factory string of faiss for the datastore, such as IVF256,Flat; null searches exactly.
     """
+    if datastore is not None:
+        return _evaluate_datastore(
+            model,
+            datastore,
+            data=data,
+            field=field,
+            tokenizer=tokenizer,
+            segment_length=segment_length,
+            batch_size=batch_size,
+            max_documents=max_documents,
+            neighbours=neighbours,
+            lambda_=lambda_,
+            temperature=temperature,
+            index=index,
+            device=device,
+        )
     place = pick_device(device)
     start_accelerator(place)  # connects the processes of torchrun, which share the documents
     folder = checkpoint_folder(model)
@@ -83,6 +115,104 @@ def evaluate_checkpoint(
         off = score(use_memory=False)
         print_main(f"{off.bits_per_byte:.4f} bits/byte without memory")
         print_main("\n".join(gain_by_position(on, off)))
+    return 0
+
+
+def make_datastore(
+    model: str,
+    directory: str,
+    *,
+    data: str = "stdlib",
+    field: str = "text",
+    tokenizer: str | None = None,
+    max_tokens: int | None = None,
+    storage: StorageFormat = "int8",
+    segment_length: int = 512,
+    window: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+) -> int:
+    """Writes the states of a model on training text to a datastore for kNN-LM; an unfinished one is continued.
+
+    Args:
+        model: folder of a run (its newest checkpoint), of a checkpoint, of save_pretrained or of a transformers model,
+            or a name on the hub.
+        directory: new folder, or that of an unfinished datastore.
+        data: "stdlib" for the training part of Python's standard library, or a source of ``train``, read completely.
+        max_tokens: whole documents are taken up to so many tokens; null for all.
+        storage: number format of the states.
+        segment_length: new tokens in a forward.
+        window: tokens before them in the same forward.
+        batch_size: forwards in a batch.
+    """
+    folder = checkpoint_folder(model)
+    encoder = load_tokenizer(tokenizer or folder)
+    if data == "stdlib":
+        documents = load_corpus(data, tokenizer=encoder).train
+    else:
+        documents = load_documents(data, tokenizer=encoder, field=field)
+    if max_tokens is not None:
+        check_positive(max_tokens, "max_tokens")
+        documents = documents[: max(1, int((documents.lengths.cumsum() <= max_tokens).sum()))]
+    language_model = load_causal_lm(folder).to(pick_device(device))
+    made = build_datastore(
+        language_model,
+        documents,
+        directory,
+        storage=storage,
+        segment_length=segment_length,
+        window=window,
+        batch_size=batch_size,
+        tokenizer=encoder,
+        progress=True,
+    )
+    print(f"{directory}: {len(made):,} entries of {made.dim} features, {made.nbytes / 1e6:.1f} MB in {storage}")
+    made.close()
+    return 0
+
+
+def _evaluate_datastore(
+    model: str,
+    folder: str,
+    *,
+    data: str,
+    field: str,
+    tokenizer: str | None,
+    segment_length: int | None,
+    batch_size: int,
+    max_documents: int | None,
+    neighbours: int,
+    lambda_: float | None,
+    temperature: float | None,
+    index: str | None,
+    device: str,
+) -> int:
+    """Prints bits per byte of a model alone and with a datastore."""
+    source = checkpoint_folder(model)
+    encoder = load_tokenizer(tokenizer or source)
+    opened = Datastore(folder, index=index)
+    opened.check(tokenizer=getattr(encoder, "fingerprint", None))
+    documents = held_out_documents(data, tokenizer=encoder, field=field)
+    if max_documents is not None:
+        check_positive(max_documents, "max_documents")
+        documents = documents[:: max(1, len(documents) // max_documents)][:max_documents]
+    result = evaluate_datastore(
+        load_causal_lm(source).to(pick_device(device)),
+        opened,
+        documents,
+        lambda_=lambda_,
+        temperature=temperature,
+        k=neighbours,
+        segment_length=segment_length or int(opened.made_from["segment_length"]),
+        window=int(opened.made_from["window"]),
+        batch_size=batch_size,
+        progress=True,
+    )
+    chosen = "chosen on other documents" if None in (lambda_, temperature) else "given"
+    print(f"{result.without:.4f} bits/byte without the datastore, over {result.tokens:,} tokens")
+    print(f"{result.with_datastore:.4f} bits/byte with it: {result.without - result.with_datastore:+.4f}")
+    print(f"lambda {result.lambda_:g}, temperature {result.temperature:g} ({chosen})")
+    opened.close()
     return 0
 
 

@@ -26,7 +26,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,30 +53,48 @@ class DiskStorage(RingStorage):
 
     Args:
         directory: folder for this memory only, which is locked until ``close``.
-        rows, capacity, dim, storage: as for ``RingStorage``.
+        rows, capacity, dim, storage, parts: as for ``RingStorage``.
+        read_only: opens an existing folder without its lock, so that several processes can read it.
 
     Raises:
         ValueError: the folder has a memory of another shape or format, or a damaged one.
         RuntimeError: another memory uses the folder.
     """
 
-    def __init__(self, directory: str | Path, *, rows: int, capacity: int, dim: int, storage: str) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        rows: int,
+        capacity: int,
+        dim: int,
+        storage: str,
+        parts: int = 2,
+        read_only: bool = False,
+    ) -> None:
         self.directory = Path(directory).expanduser()
+        # pages that are only read are those of the file; nothing else may be written
+        self._mode: Literal["r+", "c"] = "c" if read_only else "r+"
         self._header = -1
         self._generation = 0
         # factors of the checksums: odd, so that no change of a single word cancels
-        words = 2 * dim * np.dtype(_NUMPY[storage]).itemsize // _word(dim, storage).itemsize
+        token = parts * dim * np.dtype(_NUMPY[storage]).itemsize
+        self._word = np.dtype(f"<u{next(width for width in (8, 4, 2, 1) if token % width == 0)}")
+        words = token // self._word.itemsize
         factors = hashlib.shake_256(b"memorizing-transformer").digest(8 * (words + 2))
         self._factors = np.frombuffer(factors, dtype="<u8") | np.uint64(1)
         # rows whose tokens have been compared with their checksums
         self._verified: set[int] = set()
-        super().__init__(rows=rows, capacity=capacity, dim=dim, storage=storage, device=torch.device("cpu"))
+        shape: dict[str, Any] = {"rows": rows, "capacity": capacity, "dim": dim, "storage": storage, "parts": parts}
+        super().__init__(device=torch.device("cpu"), **shape)
         self._lock = FileLock(self.directory / LOCK_FILE)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RuntimeError(f"another memory uses the files in {self.directory}; close it first") from error
-        self._header = os.open(self.directory / HEADER_FILE, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        if not read_only:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise RuntimeError(f"another memory uses the files in {self.directory}; close it first") from error
+        access = os.O_RDONLY if read_only else os.O_RDWR
+        self._header = os.open(self.directory / HEADER_FILE, access | getattr(os, "O_BINARY", 0))
         try:
             self._read_header()
             if self._version == 1:
@@ -105,8 +123,8 @@ class DiskStorage(RingStorage):
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
         meta = {name: getattr(self, name) for name in ("rows", "capacity", "dim", "storage")}
-        meta = {"format_version": FORMAT_VERSION, **meta}
-        if not (self.directory / META_FILE).is_file():
+        meta = {"format_version": FORMAT_VERSION, **meta, **({} if self.parts == 2 else {"parts": self.parts})}
+        if not (self.directory / META_FILE).is_file() and self._mode == "r+":
             self._create(meta)
         stored = read_json(self.directory / META_FILE)
         self._version = stored.get("format_version")
@@ -121,21 +139,22 @@ class DiskStorage(RingStorage):
             found = (self.directory / name).stat().st_size if (self.directory / name).is_file() else 0
             if found != size:  # numpy would extend a shorter file with zeros
                 raise ValueError(f"{self.directory / name} is damaged: it has {found:,} bytes, not {size:,}")
-        shape = (self.rows, self.capacity, 2, self.dim)
-        self._checksums = np.memmap(self.directory / CHECKSUMS_FILE, dtype="<u8", mode="r+", shape=shape[:2])
-        mapped = np.memmap(self.directory / DATA_FILE, dtype=_NUMPY[self.storage], mode="r+", shape=shape)
+        shape = (self.rows, self.capacity, self.parts, self.dim)
+        self._checksums = np.memmap(self.directory / CHECKSUMS_FILE, dtype="<u8", mode=self._mode, shape=shape[:2])
+        mapped = np.memmap(self.directory / DATA_FILE, dtype=_NUMPY[self.storage], mode=self._mode, shape=shape)
         data = torch.from_numpy(mapped)
         if self.storage == "bfloat16":
             data = data.view(torch.bfloat16)
         if self.storage != "int8":
             return data, None
-        scales = np.memmap(self.directory / SCALES_FILE, dtype=np.float16, mode="r+", shape=shape[:-1])
+        scales = np.memmap(self.directory / SCALES_FILE, dtype=np.float16, mode=self._mode, shape=shape[:-1])
         return data, torch.from_numpy(scales)
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of each file of tokens."""
-        entries = self.rows * self.capacity * 2
-        sizes = {DATA_FILE: entries * self.dim * np.dtype(_NUMPY[self.storage]).itemsize, CHECKSUMS_FILE: entries * 4}
+        slots = self.rows * self.capacity
+        entries = slots * self.parts
+        sizes = {DATA_FILE: entries * self.dim * np.dtype(_NUMPY[self.storage]).itemsize, CHECKSUMS_FILE: slots * 8}
         return {**sizes, SCALES_FILE: entries * 2} if self.storage == "int8" else sizes
 
     def _create(self, meta: dict[str, object]) -> None:
@@ -172,12 +191,20 @@ class DiskStorage(RingStorage):
 
     def _checksums_of(self, row: int, slots: slice | Tensor) -> NDArray[np.uint64]:
         """A weighted sum of each token's words modulo 2^64; not 0 for a token of zeros."""
-        numbers = self.data[row, slots].view(torch.uint8).numpy().reshape(-1, 2 * self.dim * self.data.itemsize)
-        words = numbers.view(_word(self.dim, self.storage))
+        numbers = (
+            self.data[row, slots].view(torch.uint8).numpy().reshape(-1, self.parts * self.dim * self.data.itemsize)
+        )
+        words = numbers.view(self._word)
         sums = self._factors[-1] + np.einsum("nw,w->n", words, self._factors[:-2], dtype=np.uint64, casting="safe")
         if self.scales is not None:
-            both = self.scales[row, slots].view(torch.uint8).numpy().reshape(-1, 4).view("<u4")[:, 0]
-            sums += both * self._factors[-2]
+            scales = (
+                self.scales[row, slots]
+                .view(torch.uint8)
+                .numpy()
+                .reshape(-1, 2 * self.parts)
+                .view(f"<u{2 * self.parts}")[:, 0]
+            )
+            sums += scales * self._factors[-2]
         return sums
 
     def _before_reading(self, row: int) -> None:
@@ -241,12 +268,6 @@ class DiskStorage(RingStorage):
             for name, size in slot.items():
                 _allocate_blocks(self.directory / name, (row * self.capacity + start) * size, (stop - start) * size)
             self._allocated[row] = stop
-
-
-def _word(dim: int, storage: str) -> np.dtype[Any]:
-    """The widest unsigned integer of which a token is a whole number."""
-    size = 2 * dim * np.dtype(_NUMPY[storage]).itemsize
-    return np.dtype(f"<u{next(width for width in (8, 4, 2) if size % width == 0)}")
 
 
 def _in_memory(attributes: dict[str, Any]) -> RingStorage:

@@ -70,6 +70,8 @@ def gpu_resources() -> Any:
 class FaissIndex:
     """A faiss index that takes and returns tensors; arguments as for ``KNNMemory`` (``factory`` is its ``index``).
 
+    With ``squared_l2`` scores are squared L2 distances, least first, instead of inner products, greatest first.
+
     Attributes:
         can_skip: whether ``search`` can exclude the oldest keys.
         clusters: number of clusters of an IVF index, which ``train`` must find before ``add``; else 0.
@@ -78,10 +80,13 @@ class FaissIndex:
         ValueError: faiss has no such index, or not for ``device``; or it needs training and is not IVF.
     """
 
-    def __init__(self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device) -> None:
+    def __init__(
+        self, *, dim: int, factory: str, nprobe: int, ef_search: int, device: torch.device, squared_l2: bool = False
+    ) -> None:
         faiss = faiss_module()
         try:
-            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+            metric = faiss.METRIC_L2 if squared_l2 else faiss.METRIC_INNER_PRODUCT
+            index = faiss.index_factory(dim, factory, metric)
         except RuntimeError as error:
             raise ValueError(f"index must be a factory string of faiss, got {factory!r}: {error}") from error
         ivf = faiss.try_extract_index_ivf(index)

@@ -38,12 +38,18 @@ def quantise(kv: Float[Tensor, "*shape d"]) -> tuple[Tensor, Tensor]:
 
 
 class RingStorage:
-    """Ring buffers of ``rows`` rows of up to ``capacity`` tokens, in the memory of one device."""
+    """Ring buffers of ``rows`` rows of up to ``capacity`` tokens, in the memory of one device.
 
-    def __init__(self, *, rows: int, capacity: int, dim: int, storage: str, device: torch.device) -> None:
+    A token has ``parts`` vectors: a key and a value, or a key only.
+    """
+
+    def __init__(
+        self, *, rows: int, capacity: int, dim: int, storage: str, device: torch.device, parts: int = 2
+    ) -> None:
         self.rows = rows
         self.capacity = capacity
         self.dim = dim
+        self.parts = parts
         self.storage = storage
         self.device = device
         # per row: number of tokens added since it was cleared, and the first of them that is still stored
@@ -121,7 +127,7 @@ class RingStorage:
         """Called once the data match the counts; storage on disk writes them to its header."""
 
     def _allocate(self, capacity: int) -> tuple[Tensor, Tensor | None]:
-        shape = (self.rows, capacity, 2, self.dim)
+        shape = (self.rows, capacity, self.parts, self.dim)
         data = torch.empty(shape, dtype=DTYPES[self.storage], device=self.device)
         scales = torch.empty(shape[:-1], dtype=torch.float16, device=self.device) if self.storage == "int8" else None
         return data, scales
@@ -147,7 +153,7 @@ class RingStorage:
     def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
         """Products of each query with the keys in its own slots, on a CPU, in the queries' dtype."""
         if self.data.dtype == queries.dtype:
-            return own_products(queries, self.data[row].view(-1, self.dim), 2 * slots)  # a key and a value in turn
+            return own_products(queries, self.data[row].view(-1, self.dim), self.parts * slots)
         few = max(1, CPU_CHUNK // slots.shape[1])  # queries at a time, so that few keys are widened
         parts = []
         for some, theirs in zip(queries.split(few), slots.split(few), strict=True):
@@ -167,10 +173,10 @@ class RingStorage:
             keys *= chosen(self.scales).to(dtype).unsqueeze(-1)
         return keys
 
-    def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape 2 d"]) -> None:
+    def read(self, row: int, slots: Int[Tensor, "*shape"], *, out: Float[Tensor, "*shape _ d"]) -> None:
         """Writes keys and values of slots to ``out``, contiguous and of any floating dtype."""
         self._before_reading(row)
-        flat, target = slots.reshape(-1), out.view(-1, 2, self.dim)
+        flat, target = slots.reshape(-1), out.view(-1, self.parts, self.dim)
         if self.data.dtype == out.dtype:
             torch.index_select(self.data[row], 0, flat, out=target)
             return
@@ -183,10 +189,10 @@ class RingStorage:
         begin = self.first[row] if first is None else first
         return torch.arange(begin, self.written[row], device=self.device) % self.capacity
 
-    def tokens(self, row: int, first: int | None = None) -> Float[Tensor, "n 2 d"]:
+    def tokens(self, row: int, first: int | None = None) -> Float[Tensor, "n _ d"]:
         """Keys and values of a row's tokens from position ``first`` on (all by default), in order, in float32."""
         slots = self.slots(row, first)
-        out = torch.empty(len(slots), 2, self.dim, device=self.device)
+        out = torch.empty(len(slots), self.parts, self.dim, device=self.device)
         self.read(row, slots, out=out)
         return out
 
@@ -195,7 +201,12 @@ class RingStorage:
         for row in set(rows):
             self._before_reading(row)
         twin = RingStorage(
-            rows=len(rows), capacity=self.capacity, dim=self.dim, storage=self.storage, device=self.device
+            rows=len(rows),
+            capacity=self.capacity,
+            dim=self.dim,
+            storage=self.storage,
+            device=self.device,
+            parts=self.parts,
         )
         used = max((min(self.written[row], self.capacity) for row in rows), default=0)
         index = torch.tensor(rows, device=self.device)
@@ -226,9 +237,9 @@ class RingStorage:
         for row, first in enumerate(firsts):
             if type(first) is not int or not 0 <= first < 2**62:
                 raise ValueError(f"the saved memory is damaged: first[{row}] is {first!r}")
-            self._check_saved(state, row, "kv", (2, self.dim), DTYPES[self.storage])
+            self._check_saved(state, row, "kv", (self.parts, self.dim), DTYPES[self.storage])
             if self.storage == "int8":
-                self._check_saved(state, row, "scales", (2,), torch.float16)
+                self._check_saved(state, row, "scales", (self.parts,), torch.float16)
 
     def _check_saved(
         self, state: dict[str, Any], row: int, name: str, shape: tuple[int, ...], dtype: torch.dtype

@@ -23,6 +23,8 @@ pytestmark = [
 RUNS = """
 import collections, json, os, signal, socket, sys, time
 
+from dataclasses import replace
+
 import accelerate, tqdm, torch, torch.distributed as dist
 import torch.distributed.fsdp, torch.distributed.checkpoint.state_dict
 from torch import nn
@@ -35,11 +37,11 @@ tqdm.tqdm.monitor_interval = 0  # no thread before the fork
 settings = CommonSettings(max_steps=2, validate_every=9, checkpoint_every=9, device="cpu")
 
 def train(ending):
-    session = TrainingSession("Trainer", config=settings, checkpoint_dir=None)
+    config = replace(settings, fsdp=ending == "sharded")
+    session = TrainingSession("Trainer", config=config, checkpoint_dir=None)
     assert dist.get_world_size() == world
     model = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4)])
-    blocks = (lambda: model) if ending == "sharded" else None
-    session.register(model=model, optimizer=lambda: adamw(model, settings), blocks=blocks)
+    session.register(model=model, optimizer=lambda: adamw(model, settings), blocks=lambda: model)
     with session.run():
         for _ in session.steps():
             for rows in session.micro_batches([torch.randn(4, 32), torch.randn(4, 32)]):

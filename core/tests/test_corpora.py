@@ -203,7 +203,7 @@ def _file(path: Path, name: str, content: bytes) -> Path:
         (lambda path: stdlib_corpus(max_documents=1), ValueError, "at least 2.*got 1"),
         (lambda path: stdlib_corpus(max_documents="3"), TypeError, "max_documents"),
         (lambda path: stdlib_corpus(root=path), FileNotFoundError, "sources were not found"),
-        (lambda path: list(read_texts(["a", 2.5])), ValueError, "row 1 of data.*got float"),
+        (lambda path: list(read_texts(["a", 2.5])), ValueError, r"data\[1\].*got float"),
     ],
 )
 def test_bad_input_is_named(call, error, message, tmp_path):

@@ -176,7 +176,7 @@ def test_python_objects_pass_as_they_are():
             return ROWS[index]
 
     assert load_rows(iter(ROWS)) == load_rows(ROWS) == load_rows(Indexed()) == ROWS
-    assert [where for where, _ in iterate_rows(["a"])] == ["row 0 of source"]
+    assert [where for where, _ in iterate_rows(["a"])] == ["source[0]"]
 
 
 def test_a_split_of_a_saved_dictionary_of_datasets_is_chosen(tmp_path):

@@ -218,19 +218,17 @@ def test_rows_without_a_border_are_left_out_and_counted(chat_tokenizer, train):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = "{% if messages[1] %}{{ messages[1]['content'] }}<|end|>{% else %}<|user|>1{% endif %}"
     rows = [{"messages": [CHAT[0], {**CHAT[1], "content": text}]} for text in ("<|user|>1 3", "1 3", "<|user|>1")]
-    with pytest.warns(
-        UserWarning, match=r"1 of 3 rows left out, such as: row 1 of train_sft_dataset: the chat template"
-    ):
+    with pytest.warns(UserWarning, match=r"1 of 3 rows left out, such as: train_sft_dataset\[1\]: the chat template"):
         dataset = as_sft_dataset(rows, max_seq_len=64, tokenizer=tokenizer)
 
     assert (len(dataset), dataset.dropped) == (2, 1)
-    with pytest.raises(ValueError, match=r"at least one row, got none \(1 left out, such as: row 0 of train_sft"):
+    with pytest.raises(ValueError, match=r"at least one row, got none \(1 left out, such as: train_sft"):
         as_sft_dataset(rows[1:2], max_seq_len=64, tokenizer=tokenizer)
 
 
 def test_a_chat_that_the_template_refuses_is_named(chat_tokenizer):
     chat = [{"role": "system", "content": "be brief"}, *CHAT]
-    with pytest.raises(ValueError, match=r"row 1 of train_sft_dataset is refused by the chat template: no system role"):
+    with pytest.raises(ValueError, match=r"train_sft_dataset\[1\] is refused by the chat template: no system role"):
         as_sft_dataset(
             [{"messages": CHAT}, {"messages": chat}], max_seq_len=64, tokenizer=with_template(chat_tokenizer, "")
         )
@@ -262,7 +260,7 @@ def test_datasets_of_every_form_are_read_or_told_apart():
     assert len(as_sft_dataset(chats, max_seq_len=50, tokenizer=ByteTokenizer())) == 1
     with pytest.raises(ValueError, match=r"must be one split of the dataset, got a dict of \['test', 'train'\]"):
         as_sft_dataset(datasets.DatasetDict(train=table, test=table), max_seq_len=20, tokenizer=ByteTokenizer())
-    with pytest.raises(ValueError, match=r"row 1 of train_sft_dataset must have .*None in \['prompt'\]"):
+    with pytest.raises(ValueError, match=r"train_sft_dataset\[1\] must have .*None in \['prompt'\]"):
         as_sft_dataset([rows[0], {**rows[1], "prompt": None}], max_seq_len=20, tokenizer=ByteTokenizer())
 
 

@@ -243,11 +243,11 @@ FINE_TUNING = [
     ({"eos_id": 12}, r"end with eos_id 12"),
     (
         {"train_dataset": [{"prompt": [1, 2], "chosen": [15, 11], "rejected": [3, 11]}]},
-        r"row 0 of train_dataset .*in \[0, 12\)",
+        r"train_dataset\[0\] .*in \[0, 12\)",
     ),
     (
         {"train_dataset": [{"prompt": [1, 2], "chosen": [3, 11], "rejected": [15, 11]}]},
-        r"row 0 of train_dataset .*in \[0, 12\)",
+        r"train_dataset\[0\] .*in \[0, 12\)",
     ),
     ({"validation_fraction": 0.5, "valid_dataset": "same"}, r"pass validation data or validation_fraction, not both"),
     ({"validation_fraction": 0.01}, r"validation_fraction 0.01 of 4 rows leaves one part empty"),
@@ -308,8 +308,8 @@ TRAINERS = [
     ({"accelerate_kwargs": {"mixed_precision": "bf16"}}, r"mixed_precision is precision= here"),
     ({"spin_kwargs": {"ref_model_ema_decay": 0.5}}, r"ref_model_ema_decay is an argument of the trainer"),
     ({"device": "tpu"}, r"device must be auto, cpu, cuda"),
-    ({"train_sft_dataset": [([1, 2, 15, 11], 1)]}, r"row 0 of train_sft_dataset must hold token ids in \[0, 12\)"),
-    ({"valid_sft_dataset": [([1, 2], 2)]}, r"row 0 of valid_sft_dataset must have answer tokens"),
+    ({"train_sft_dataset": [([1, 2, 15, 11], 1)]}, r"train_sft_dataset\[0\] must hold token ids in \[0, 12\)"),
+    ({"valid_sft_dataset": [([1, 2], 2)]}, r"valid_sft_dataset\[0\] must have answer tokens"),
     ({"fsdp": True}, r"fsdp=True needs several processes, got one"),
     (
         {"config": SelfPlaySettings(max_seq_len=8)},

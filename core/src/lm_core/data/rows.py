@@ -174,10 +174,10 @@ def _suffix(path: Path) -> str:
 def _numbered(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
     # torch data sets may lack __iter__
     if not isinstance(rows, Iterable) and hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return ((f"row {index} of {name}", rows[index]) for index in range(len(rows)))
+        return ((f"{name}[{index}]", rows[index]) for index in range(len(rows)))
     if not isinstance(rows, Iterable):
         raise TypeError(f"{name} must be a path, a dataset or an iterable of rows, got {type(rows).__name__}")
-    return ((f"row {index} of {name}", row) for index, row in enumerate(rows))
+    return ((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
 
 def _file_rows(file: Path, text_rows: TextRows) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids, with_explicit_prompt
-from lm_core.data.rows import iterate_rows, load_rows
+from lm_core.data.rows import iterate_rows
 from lm_core.tokenizers import end_ids, prompt_ids
 
 
@@ -58,10 +57,7 @@ def load_preferences(
         ValueError: there are none, a column is missing or empty, or its value cannot be read; row and column are named.
         FileNotFoundError: there is no such file.
     """
-    if isinstance(source, str | Path):
-        rows = [(where.rstrip(","), row) for where, row in iterate_rows(source, name="pairs")]
-    else:
-        rows = [(f"pairs[{index}]", row) for index, row in enumerate(load_rows(source, name="pairs"))]
+    rows = [(where.rstrip(","), row) for where, row in iterate_rows(source, name="pairs")]
     examples: list[Preference | Labelled] = []
     dropped: list[str] = []
     for where, row in rows:

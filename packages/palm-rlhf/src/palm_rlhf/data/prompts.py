@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm_core.checks import check_ids
 from lm_core.data.conversations import prompt_of_chat
-from lm_core.data.rows import SUFFIXES, iterate_rows, load_rows
+from lm_core.data.rows import SUFFIXES, iterate_rows
 from lm_core.data.text_files import COMPRESSED
 from lm_core.generation.decoding import prompt_rows
 from lm_core.tokenizers import HuggingFaceTokenizer, full_text, prompt_ids
@@ -98,8 +98,7 @@ def load_prompts(
             return load_prompts(tokenizer(list(texts)))
         tokenizer = None
     if not isinstance(source, PromptFiles):
-        entries = [source] if isinstance(source, str) else load_rows(source, name="prompts")
-        rows = [(f"prompts[{index}]", entry) for index, entry in enumerate(entries)]
+        rows = list(iterate_rows([source] if isinstance(source, str) else source, name="prompts"))
     prompts = [_prompt(row, where, tokenizer, template_kwargs) for where, row in rows]
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")

@@ -66,10 +66,10 @@ def check_datasets(
     for name, dataset in datasets.items():
         for row, example in enumerate(dataset or ()):
             if len(example.prompt) + max(map(len, example.all_answers)) > max_seq_len:
-                raise ValueError(f"row {row} of {name} must fit into max_seq_len {max_seq_len}")
+                raise ValueError(f"{name}[{row}] must fit into max_seq_len {max_seq_len}")
             if vocabulary is not None:
                 ids = torch.tensor([*example.prompt, *itertools.chain(*example.all_answers)])
-                check_ids(ids, vocabulary, f"row {row} of {name}")
+                check_ids(ids, vocabulary, f"{name}[{row}]")
     if any(eos < 0 or (vocabulary is not None and eos >= vocabulary) for eos in eos_ids):
         raise ValueError(f"eos_id must be in [0, {vocabulary}), got {list(eos_ids)}")
 

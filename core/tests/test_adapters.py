@@ -268,6 +268,32 @@ def test_other_dtypes_decode_incrementally_too(hugging_face, dtype):
     assert adapter(random_ids(1, 3)).dtype == dtype
 
 
+def test_rounding_of_half_precision_is_no_reason_against_a_cache(hugging_face):
+    model = hugging_face("llama").bfloat16()
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(module, arguments, output):
+        noise = torch.randn(output.shape, generator=generator)
+        return output + (0.05 * output.float().std() * noise).to(output.dtype)
+
+    # single logits are then off by a fifth of the spread
+    model.model.norm.register_forward_hook(rounded)
+    assert hasattr(as_causal_lm(model), "init_cache")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cache_that_forgets_a_token_is_found_in_any_precision(hugging_face, dtype):
+    class Forgetful(pytest.importorskip("transformers").GPT2LMHeadModel):
+        def forward(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
+            if past_key_values is not None and past_key_values.get_seq_length():
+                attention_mask = attention_mask.clone()
+                attention_mask[:, 2] = 0
+            return super().forward(input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
+
+    adapter = as_causal_lm(hugging_face("gpt2", Forgetful).to(dtype))
+    assert "its cached logits differ from its uncached ones" in repr(adapter)
+
+
 def test_wrapping_leaves_the_model_and_the_random_state_alone(hugging_face):
     model = hugging_face("gpt2").train()
     model.transformer.h[0].eval()

@@ -11,20 +11,32 @@ from typing import Any
 
 from torch import Tensor
 
-from lm_core.tokenizers import check_messages, check_unicode, message_text
+from lm_core.tokenizers import check_messages, check_unicode, message_text, prompt_ids
 
 __all__ = [
+    "ANSWER_COLUMNS",
     "NoBorderError",
     "assistant_mask",
     "check_messages",
     "conversation_ids",
     "prompt_of_chat",
+    "text_answer_ids",
     "with_explicit_prompt",
 ]
+
+# Names of the column with the answer to a prompt.
+ANSWER_COLUMNS = ("response", "completion", "answer")
 
 
 class NoBorderError(ValueError):
     """The chat template does not write a conversation as its prompt followed by the answer."""
+
+
+def text_answer_ids(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a text and of the answer that follows it, without an end token."""
+    ids, whole = prompt_ids(tokenizer, prompt), prompt_ids(tokenizer, prompt + answer)
+    # alone, an answer may be encoded with a space before it
+    return ids, whole[len(ids) :] if whole[: len(ids)] == ids else list(tokenizer.encode(answer))
 
 
 def prompt_of_chat(

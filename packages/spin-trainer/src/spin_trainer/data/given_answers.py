@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_core.data.conversations import ANSWER_COLUMNS
 from lm_core.data.rows import iterate_rows
 from spin_trainer.data.opponent_answers import Answer
-from spin_trainer.data.sft_data import ANSWER_COLUMNS, SFTDataset
+from spin_trainer.data.sft_data import SFTDataset
 
 TEXT_COLUMNS = (*ANSWER_COLUMNS, "generated")
 

@@ -18,13 +18,18 @@ from typing import Any, Literal
 
 import torch
 
-from lm_core.data.conversations import NoBorderError, check_messages, conversation_ids
+from lm_core.data.conversations import (
+    ANSWER_COLUMNS,
+    NoBorderError,
+    check_messages,
+    conversation_ids,
+    text_answer_ids,
+)
 from lm_core.data.epochs import held_out_split
 from lm_core.data.rows import iterate_rows
 from lm_core.generation.decoding import as_eos_ids
-from lm_core.tokenizers import as_tokenizer, prompt_ids
+from lm_core.tokenizers import as_tokenizer
 
-ANSWER_COLUMNS = ("response", "completion", "answer")
 Overlong = Literal["error", "drop"]
 
 
@@ -310,9 +315,7 @@ class RowReader:
             raise TypeError(f"{where} must have texts as prompt and answer, got {_kinds(prompt, answer)}")
         ends = self._ends(where)
         with naming(where):
-            ids, whole = prompt_ids(self.tokenizer, prompt), prompt_ids(self.tokenizer, prompt + answer)
-            # alone, an answer may be encoded with a space before it
-            response = whole[len(ids) :] if whole[: len(ids)] == ids else self.tokenizer.encode(answer)
+            ids, response = text_answer_ids(self.tokenizer, prompt, answer)
             end = self.tokenizer.eos_id if self.tokenizer.eos_id in ends else ends[0]
             return ids, [*response, end] if answer else []
 

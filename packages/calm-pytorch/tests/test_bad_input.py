@@ -83,9 +83,10 @@ CONSTRUCTION = {
     "heads not divisible": (lambda p: composed(p[1], p[1], attn_kwargs={"heads": 3, "kv_heads": 2}), "attn_kwargs"),
     "encoder shares": (lambda p: composed(p[1], p[2], shared_sequence=True), "BertModel"),
     "image shares": (lambda p: composed(p[1], p[0], shared_sequence=True, input_shape=(3,)), "shared_seq"),
-    "other device": (
-        lambda p: composed(p[1], nn.Linear(2, 2, device="meta"), transformer_blocks=[]),
-        "one device, got cpu, meta",
+    "too many connections": (lambda p: composed(p[1], p[1], num_connections=5), "num_connections must be at most 4"),
+    "connections and their number": (
+        lambda p: composed(p[1], p[1], num_connections=1, connections=[(4, 4)]),
+        "connections or num_connections, not both",
     ),
     "returns no hiddens": (lambda p: composed(p[1], p[0], model_return_hiddens=True), "list of tensors"),
     "block width 0": (lambda p: CrossAttentionBlock(dim=0, dim_context=3), "dim must be at least 1"),

@@ -14,13 +14,14 @@ import sys
 import pytest
 import torch
 
-from calm_pytorch import CALM, AugmentParams, CrossAttentionBlock, FineTuner
+from calm_pytorch import CALM, AugmentParams, CrossAttentionBlock, FineTuner, evaluate
 from calm_pytorch.cli import main
 from calm_pytorch.cli.models import Models
 from calm_pytorch.model.adapter_files import read_adapter
 from calm_pytorch.training.data import TextExamples, read_documents
 from lm_core.tokenizers import load_tokenizer
 
+COMPILE = torch.compile
 WORDS = [f"w{number}" for number in range(36)]
 CHAT = (
     "{% for m in messages %}{{ '<bos> ' if loop.first else '' }}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -235,6 +236,129 @@ def test_chats_are_trained_on_by_template_and_the_answers_count(folders, train, 
     assert "4 documents in 8 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("answers", ["response", "completion", "answer"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_of_a_prompt_with_an_answer_the_answer_counts(folders, tmp_path, answers, chat):
+    row = {"prompt": "w1 w2", answers: "w3 w4"}
+    if chat:
+        row = {"prompt": [{"role": "user", "content": "w1 w2"}], answers: [{"role": "assistant", "content": "w3 w4"}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    tokenizer = load_tokenizer(folders / "anchor")
+    (example,) = TextExamples(read_documents(tmp_path / "pairs.jsonl"), tokenizer, 32)
+    seq, counted, prompts = example
+    words = [tokenizer.tokenizer.convert_ids_to_tokens(id_) for id_ in seq]
+    learned = [word for word, counts in zip(words, counted, strict=True) if counts]
+    assert words[0] == "<bos>"
+    assert learned[-3:] == ["w3", "w4", "<eos>"]
+    assert "w2" not in learned
+    assert prompts == []
+    # an augment reads the prompt in its own ids, next to every piece of the answer
+    other = load_tokenizer(folders / "other")
+    examples = TextExamples(read_documents(tmp_path / "pairs.jsonl"), tokenizer, 4, readers=[None, other])
+    starts = [start for start in range(0, len(seq), 4) if any(counted[start + 1 : start + 4])]
+    assert [piece for piece, _, _ in examples] == [seq[start : start + 4] for start in starts]
+    border = counted.index(True)
+    for _, _, (same, own) in examples:
+        assert same == seq[:border]
+        assert own == [39 - 1, 39 - 2]
+
+
+def test_further_arguments_reach_the_chat_template(folders, train, tmp_path):
+    template = load_tokenizer(folders / "anchor").tokenizer
+    template.chat_template = CHAT.replace("{{ m['role'] }}", "{{ word }}")
+    template.save_pretrained(tmp_path / "worded")
+    chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 4)
+    tokenizer = load_tokenizer(tmp_path / "worded")
+    examples = TextExamples(read_documents(tmp_path / "chats.jsonl"), tokenizer, 32, template_kwargs={"word": "w9"})
+    assert tokenizer.tokenizer.convert_ids_to_tokens(examples[0][0])[:4] == ["<bos>", "w9", "w1", "w2"]
+    train("run", "--template_kwargs", '{"word": "w9"}', data=tmp_path / "chats.jsonl")
+
+
+def test_held_out_texts_are_scored_with_the_composition_and_the_anchor_alone(folders, train, capsys):
+    run = train("run", steps=4)
+    capsys.readouterr()
+    assert main(["eval", str(run), str(folders / "texts"), "--sequence_length", "8", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    models = Models(anchor=str(run), device="cpu").load()
+    examples = TextExamples(read_documents(folders / "texts"), models.tokenizer, 8)
+    scores = evaluate(models.calm, examples, collate_fn=examples.collate, batch_size=4)
+    # one row at a time, from full logits
+    totals, count = torch.zeros(2, dtype=torch.float64), 0
+    for index in range(len(examples)):
+        seq = torch.tensor(examples[index][0])
+        both = (models.calm(seq[None], return_loss=False)[0], models.calm.anchor_llm(seq[None]).logits[0])
+        for place, logits in enumerate(both):
+            log_probs = logits.detach().double().log_softmax(-1)[:-1]
+            totals[place] -= log_probs.gather(1, seq[1:, None]).sum()
+        count += len(seq) - 1
+    assert scores.tokens == count
+    assert [scores.loss, scores.anchor_loss] == pytest.approx((totals / count).tolist(), rel=1e-5)
+    assert scores.loss != scores.anchor_loss
+    assert f"{scores.loss:.4f} nats/token over {count} tokens" in out
+    assert f"{scores.anchor_loss:.4f} nats/token of the anchor alone" in out
+
+
+def test_a_number_of_connections_may_be_chosen(folders, train):
+    assert read_adapter(train("run", "--num_connections", "2") / "adapter")["connections"] == [[[2, 2], [4, 4]]]
+    with pytest.raises(ValueError, match="connect_every or num_connections"):
+        Models(anchor="a", augments=["b"], connect_every=2, num_connections=2).load()
+
+
+def rope_model(limit, seed=0):
+    """A Llama whose rotary frequencies change where a sequence is longer than ``limit``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": limit, "factor": 4.0}
+    scaling |= {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 9.0, 11.0]}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(
+        vocab_size=40, initializer_range=0.5, rope_parameters=scaling, max_position_embeddings=64, **sizes
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "prompt"])
+@pytest.mark.parametrize(("anchor", "augment"), [(8, None), (None, 8), (8, 12)])
+def test_a_row_next_to_a_longer_one_has_the_rotary_frequencies_of_its_own_length(
+    model_of, compose, ids, anchor, augment, shared
+):
+    models = [
+        model_of("llama", seed) if limit is None else rope_model(limit, seed)
+        for seed, limit in enumerate((anchor, augment))
+    ]
+    calm = compose(*models, trained=True, shared=shared)
+    lengths, seq = [5, 8, 9, 13, 20], ids(5, 20)
+    mask = torch.arange(20) < torch.tensor(lengths)[:, None]
+    seq = seq.masked_fill(~mask, -1)
+    prompts = {} if shared else {"prompt": seq.flip(0)}
+    logits = calm(seq, return_loss=False, **prompts)
+    loss = calm(seq, reduction="sum", **prompts)
+    total = 0.0
+    for row, length in enumerate(lengths):
+        own = {} if shared else {"prompt": seq[4 - row, : lengths[4 - row]][None]}
+        alone = calm(seq[row, :length][None], return_loss=False, **own)[0]
+        assert torch.allclose(logits[row, :length], alone, atol=1e-4)
+        total += float(calm(seq[row, :length][None], reduction="sum", **own).detach())
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+    if shared:
+        rows = [seq[row, :length] for row, length in enumerate(lengths)]
+        settings = {"temperature": 0.0, "filter_fn": None, "output_keep_prompt": True}
+        together = calm.generate(seq, 24, **settings)
+        for row, prompt in enumerate(rows):
+            assert torch.equal(together[row], calm.generate(prompt[None], 24, use_cache=False, **settings)[0])
+
+
+def test_the_augment_may_be_on_another_device_than_the_anchor(model_of, compose, ids):
+    # no values on the meta device, but an operation on tensors of two devices is refused there too
+    calm = compose(model_of("x-transformers").to("meta"), model_of("gpt2", seed=1))
+    seq = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    logits = calm(seq, prompt=ids(2, 5), prompt_mask=torch.arange(5) < torch.tensor([[5], [3]]), return_loss=False)
+    assert (logits.device.type, logits.shape) == ("meta", (2, 7, 40))
+    assert {parameter.device.type for parameter in calm.augment_llms.parameters()} == {"cpu"}
+
+
 def test_code_of_a_folder_is_never_run_and_never_asked_about(folders, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "code"
     folder.mkdir()
@@ -267,6 +391,11 @@ def test_rows_of_mixed_tables_are_read_and_wrong_ones_named(folders, tmp_path):
     for wrong, message in (
         ({"text": "\ud800"}, "line 2.*surrogate"),
         ({"prompt": "w1"}, "'text' is missing in .*line 2"),
+        (
+            {"prompt": "w1", "response": 3},
+            "line 2.* must have a prompt and an answer of text or messages, got str and int",
+        ),
+        ({"prompt": [{"role": "user", "content": "w1"}], "response": None}, "'text' is missing in .*line 2"),
     ):
         (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[1], wrong)))
         with pytest.raises(ValueError, match=message):
@@ -492,14 +621,16 @@ def test_the_default_filter_gives_way_to_common_keywords(model_of, compose, ids)
 
 @pytest.mark.distributed
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("quickstart", [False, True])
-def test_of_two_processes_one_writes_and_prints(folders, tmp_path, quickstart):
+@pytest.mark.parametrize("how", ["models", "models, fsdp", "quickstart"])
+def test_of_two_processes_one_writes_and_prints(folders, tmp_path, how):
+    quickstart = how == "quickstart"
     flags = ["--checkpoint_dir", str(tmp_path / "run"), "--max_steps", "2", "--batch_size", "2", "--device", "cpu"]
     if quickstart:
         flags += ["--augment_steps", "1", "--anchor_steps", "1"]
     else:
         chosen = {"anchor": folders / "anchor", "augments": folders / "augment", "data": folders / "texts"}
         flags += [word for name, value in chosen.items() for word in (f"--{name}", str(value))]
+        flags += ["--fsdp", "true", "--sequence_length", "8"] if "fsdp" in how else []
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, "-m", "calm_pytorch", "train", *flags],
@@ -513,8 +644,39 @@ def test_of_two_processes_one_writes_and_prints(folders, tmp_path, quickstart):
     assert done.stdout.count("metrics     ") == 1
     assert done.stdout.count("parameters, reads") == (0 if quickstart else 1)
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+    if not quickstart:  # one process opens what two have written
+        calm = Models(anchor=str(tmp_path / "run"), device="cpu").load().calm
+        assert any(bool(block.attn.to_out.weight.any()) for block in calm.cross_attns[0])
 
 
-def test_what_cannot_be_compiled_is_refused_by_name(folders, capsys):
-    assert main(["train", "--compile", "--anchor", str(folders / "anchor")]) == 1
-    assert "compile must be false for a composition" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["compile", "fsdp"])
+def test_the_quickstart_neither_compiles_nor_shards(capsys, tmp_path, name):
+    assert main(["train", f"--{name}", "true", "--checkpoint_dir", str(tmp_path / "run")]) == 1
+    assert f"{name} must be false in the quickstart" in capsys.readouterr().err
+
+
+# torch hides this warning of its own, unless warnings are errors
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("kind", "checkpointing"), [("llama", True), ("x-transformers", False)])
+def test_a_compiled_anchor_trains_as_the_same_anchor(
+    model_of, compose, ids, tmp_path, monkeypatch, kind, checkpointing
+):
+    compiled = []
+
+    def counted(function, **options):
+        compiled.append(function)
+        return COMPILE(function, backend="aot_eager")  # inductor would take a minute
+
+    monkeypatch.setattr(torch, "compile", counted)
+    rows = [{"seq": row} for row in ids(8, 6)]
+    learned = []
+    for compile_blocks in (False, True):
+        calm = compose(model_of(kind), model_of("gpt2", seed=1), shared=True)
+        settings = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
+        folder = tmp_path / str(compile_blocks)
+        trainer = FineTuner(calm, dataset=rows, checkpoint_dir=folder, compile=compile_blocks, **settings)
+        trainer.train()
+        learned.append(calm.cross_attns.state_dict())
+        assert bool(compiled) == compile_blocks
+    for name, value in learned[0].items():
+        assert torch.allclose(learned[1][name], value, atol=1e-5)

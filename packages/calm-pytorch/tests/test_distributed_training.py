@@ -1,4 +1,7 @@
-"""Two gloo processes, started by torchrun, train to the weights of one process with the same global batch."""
+"""Two gloo processes, started by torchrun, train to the weights of one process with the same global batch.
+
+Each process holds all weights, or all models are sharded (FSDP), the frozen ones too.
+"""
 
 import os
 import socket
@@ -7,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lm_core.checkpoints.tensor_files import load_tensors
 
@@ -24,9 +28,10 @@ import torch.distributed as dist
 from x_transformers import Decoder, TransformerWrapper
 
 from lm_core.checkpoints.tensor_files import save_tensors
+from lm_core.training.fsdp import is_sharded, whole
 from calm_pytorch import CALM, AugmentParams, FineTuner
 
-folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+folder, processes, fsdp = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "fsdp"
 
 def model(seed):
     torch.manual_seed(seed)
@@ -43,23 +48,29 @@ data = [
     for _ in range(16)
 ]
 
-def run(name, steps):
-    calm = CALM(model(0), AugmentParams(model(1), connections=[(1, 1), (2, 2)])).double()
+def run(name, steps, fsdp=fsdp, shared=False):
+    params = AugmentParams(model(1), connections=[(1, 1), (2, 2)], shared_sequence=shared)
+    calm = CALM(model(0), params).double()
+    rows = [{name: value for name, value in row.items() if name != "prompt"} for row in data] if shared else data
     trainer = FineTuner(
-        calm, num_train_steps=steps, learning_rate=1e-2, weight_decay=0.1, batch_size=4 // processes, dataset=data,
-        grad_accum_steps=2, warmup_steps=2, checkpoint_every=3, checkpoint_path=folder / name, valid_dataset=data[:5],
+        calm, num_train_steps=steps, learning_rate=1e-2, weight_decay=0.1, batch_size=4 // processes, dataset=rows,
+        grad_accum_steps=2, warmup_steps=2, checkpoint_every=3, checkpoint_path=folder / name, valid_dataset=rows[:5],
+        fsdp=fsdp, device="cpu",
     )
     trainer()
-    return trainer
+    for part in (calm.anchor_llm, calm.augment_llms, calm.cross_attns):
+        assert is_sharded(part) == fsdp
+    learned = {name: whole(value) for name, value in calm.cross_attns.state_dict().items()}
+    return trainer.session.last_validation, learned
 
-whole = run("whole", 6)
+validation, learned = run("whole", 6)
 assert (dist.get_world_size() if dist.is_initialized() else 1) == processes
 run("parts", 3)
-parts = run("parts", 6)
-learned = whole.calm.cross_attns.state_dict()
-assert all(torch.equal(value, learned[name]) for name, value in parts.calm.cross_attns.state_dict().items())
+_, resumed = run("parts", 6)
+assert all(torch.equal(value, learned[name]) for name, value in resumed.items())
+_, along = run("along", 2, shared=True)
 if not dist.is_initialized() or dist.get_rank() == 0:
-    save_tensors(folder / "outcome.safetensors", {"learned": learned, "validation": whole.session.last_validation})
+    save_tensors(folder / "outcome.safetensors", {"learned": learned, "along": along, "validation": validation})
 """
 
 
@@ -69,7 +80,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_train_to_the_weights_of_one_and_resume_bit_for_bit(tmp_path):
+sharded = pytest.param(
+    "fsdp",
+    marks=pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="FSDP on a CPU needs torch 2.7 or newer"),
+)
+
+
+@pytest.mark.parametrize("how", ["ddp", sharded])
+def test_two_processes_train_to_the_weights_of_one_and_resume_bit_for_bit(tmp_path, how):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     outcomes = []
@@ -77,7 +95,14 @@ def test_two_processes_train_to_the_weights_of_one_and_resume_bit_for_bit(tmp_pa
         folder = tmp_path / str(processes)
         folder.mkdir()
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), str(processes)]
+        command = [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            str(script),
+            str(folder),
+            str(processes),
+            how if processes > 1 else "ddp",
+        ]
         done = subprocess.run(
             command,
             capture_output=True,
@@ -89,5 +114,6 @@ def test_two_processes_train_to_the_weights_of_one_and_resume_bit_for_bit(tmp_pa
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
         outcomes.append(load_tensors(folder / "outcome.safetensors"))
     one, two = outcomes
-    assert max(float((one["learned"][name] - value).abs().max()) for name, value in two["learned"].items()) < 1e-10
+    for part in ("learned", "along"):
+        assert max(float((one[part][name] - value).abs().max()) for name, value in two[part].items()) < 1e-10
     assert one["validation"] == pytest.approx(two["validation"], rel=1e-6)

@@ -21,6 +21,11 @@ def test_for_all_depths_connections_are_valid_even_and_reach_the_last_layers(eve
                 assert max(layers) <= depth
 
 
+def test_a_number_of_connections_is_spread_evenly_up_to_the_last_layers():
+    assert plan_connections(8, 4, num_connections=2) == ((4, 2), (8, 4))
+    assert plan_connections(12, 5, num_connections=5) == ((3, 1), (5, 2), (8, 3), (10, 4), (12, 5))
+
+
 def test_depths_that_the_original_connected_badly():
     assert plan_connections(12, 12) == ((4, 4), (8, 8), (12, 12))
     assert plan_connections(4, 12) == ((2, 4), (3, 8), (4, 12))

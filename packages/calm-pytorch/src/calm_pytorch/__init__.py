@@ -13,6 +13,7 @@ from calm_pytorch.model.composed_lm import AugmentStates, ComposedLM
 from calm_pytorch.model.connections import plan_connections
 from calm_pytorch.model.cross_attention import CrossAttentionBlock
 from calm_pytorch.model.hooks import ExtractHiddensWrapper
+from calm_pytorch.training.evaluation import Evaluation, evaluate
 from calm_pytorch.training.settings import FineTunerSettings
 from calm_pytorch.training.trainer import FineTuner
 
@@ -22,10 +23,12 @@ __all__ = [
     "AugmentStates",
     "ComposedLM",
     "CrossAttentionBlock",
+    "Evaluation",
     "ExtractHiddensWrapper",
     "FineTuner",
     "FineTunerSettings",
     "align_by_offsets",
+    "evaluate",
     "freeze_all_layers_",
     "hugging_face_blocks",
     "plan_connections",

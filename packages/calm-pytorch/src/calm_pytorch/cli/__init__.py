@@ -1,11 +1,11 @@
-"""The command ``calm-pytorch``: ``train``, ``generate`` and ``describe``."""
+"""The command ``calm-pytorch``: ``train``, ``generate``, ``eval`` and ``describe``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from calm_pytorch.cli.commands import describe, generate
+from calm_pytorch.cli.commands import describe, evaluate_composition, generate
 from calm_pytorch.cli.models import Models
 from calm_pytorch.cli.train import train
 from calm_pytorch.quickstart.quickstart import QuickstartSettings
@@ -37,10 +37,11 @@ COMMANDS = {
         _presets,
     ),
     "generate": Command(generate, {"composition": Group(Models), "settings": Group(TextGeneration)}),
+    "eval": Command(evaluate_composition, {"composition": Group(Models)}),
     "describe": Command(describe, {"composition": Group(Models)}),
 }
 
-_DESCRIPTION = "Compose frozen language models: train, generate, describe."
+_DESCRIPTION = "Compose frozen language models: train, generate, eval, describe."
 build_parser = partial(command_parser, "calm-pytorch", _DESCRIPTION, COMMANDS, package="calm_pytorch")
 
 

@@ -49,30 +49,39 @@ class Models:
         mode: "shared": augments read the anchor's own text (same tokenizer); "prompt": the piece of text before it, or
             the prompt; null takes that of the adapter, or else shared.
         connect_every: layers between connections; null takes the connections of the adapter, or else 4.
+        num_connections: number of connections of each augment, instead of the layers between them.
         norm_context: normalises the states that are read, as pretrained models need it; null takes the choice of the
             adapter, or else true.
         device: auto takes CUDA, then MPS, then the CPU.
+        augment_device: device of the augments; null is that of the anchor.
     """
 
     anchor: str | None = None
     augments: list[str] | None = None
     mode: Literal["prompt", "shared"] | None = None
     connect_every: int | None = None
+    num_connections: int | None = None
     norm_context: bool | None = None
     device: str = "auto"
+    augment_device: str | None = None
 
-    def load(self, adapter: str | None = None, tokenizer: str | None = None) -> Composition:
+    def load(self, adapter: str | None = None, tokenizer: str | None = None, *, move: bool = True) -> Composition:
         """The composition, with the learned part of ``adapter`` if there is one.
 
         Args:
             adapter: folder of the learned part, or of its run.
             tokenizer: tokenizer to use instead of the anchor's.
+            move: moves the models to their devices.
 
         Raises:
             FileNotFoundError: a folder is missing.
             CheckpointError: the adapter is damaged or does not fit the models.
             ValueError: there is no augment, the models do not fit, or in mode shared their tokenizers differ.
         """
+        if self.connect_every is not None and self.num_connections is not None:
+            raise ValueError(
+                f"give connect_every or num_connections, not both: {self.connect_every} and {self.num_connections}"
+            )
         trained = _adapter_folder(adapter) if adapter is not None else None
         if adapter is not None and trained is None:
             raise FileNotFoundError(f"adapter must be a folder with {ADAPTER_FILE}, got {adapter}")
@@ -92,13 +101,15 @@ class Models:
         shared = [self.mode != "prompt"] * len(places)
         if self.mode is None and fits:
             shared = stored["shared_sequence"]
-        connections = stored["connections"] if self.connect_every is None and fits else [None] * len(places)
+        plans = self.connect_every is not None or self.num_connections is not None
+        connections = stored["connections"] if fits and not plans else [None] * len(places)
         params = [
             AugmentParams(
                 load_causal_lm(place, name="augments") if reads_along else _load_reader(place),
                 shared_sequence=reads_along,
                 connections=pairs,
                 connect_every_num_layers=4 if self.connect_every is None else self.connect_every,
+                num_connections=self.num_connections,
             )
             for place, reads_along, pairs in zip(places, shared, connections, strict=True)
         ]
@@ -117,7 +128,10 @@ class Models:
         if self.norm_context is not None:
             options["norm_context"] = self.norm_context
         calm = CALM(load_causal_lm(source, name="anchor"), params, attn_kwargs=options)
-        calm.to(pick_device(self.device))
+        if move:
+            calm.to(pick_device(self.device))
+            if self.augment_device is not None:
+                calm.augment_llms.to(pick_device(self.augment_device))
         if trained is not None:
             calm.load_adapter(trained)
         models = {"anchor": _kept(names["anchor"]), "augments": [_kept(name) for name in names["augments"]]}

@@ -22,6 +22,7 @@ def train(
     quickstart: QuickstartSettings,
     data: str | None = None,
     field: str = "text",
+    template_kwargs: dict[str, Any] | None = None,
     sequence_length: int = 256,
     validation_data: str | None = None,
     validation_fraction: float = 0.05,
@@ -36,7 +37,8 @@ def train(
         settings: settings of the run.
         quickstart: settings of the quickstart.
         data: training data: files, folders or globs of text, JSON, tables or arrow files, or organisation/name on the
-            hub. Rows have a text, or ``messages`` of a chat.
+            hub. Rows have a text, ``messages`` of a chat, or a prompt and a response, which alone is learned.
+        template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
         validation_data: held-out data, from the same kinds of source; null holds out a fraction of the data.
         validation_fraction: fraction of the data held out for validation.
 
@@ -54,10 +56,10 @@ def train(
     check_positive(sequence_length, "sequence_length")
     # models and data; the connections are part of what the seed decides
     seed_everything(settings.seed)
-    loaded = composition.load()
+    loaded = composition.load(move=not settings.fsdp)
     texts, held_out = _documents(data, validation_data, validation_fraction, field)
-    examples = _examples(texts, loaded, sequence_length)
-    valid_examples = _examples(held_out, loaded, sequence_length) if held_out else None
+    examples = text_examples(texts, loaded, sequence_length, template_kwargs)
+    valid_examples = text_examples(held_out, loaded, sequence_length, template_kwargs) if held_out else None
     trainer = FineTuner(
         loaded.calm,
         config=settings,
@@ -67,7 +69,7 @@ def train(
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         trackers=trackers or (),
-        cache_augment_states=not any(augment.shared_sequence for augment in loaded.calm.augments),
+        cache_augment_states=not settings.fsdp and not any(a.shared_sequence for a in loaded.calm.augments),
     )
     # the processes are connected now: one prints
     print_main(_dtypes(loaded.calm))
@@ -78,9 +80,11 @@ def train(
             report(what, f"{part.documents} documents in {len(part)} rows of up to {sequence_length} tokens{skipped}")
     run = trainer.train()
     adapter = trainer.checkpoint_path / "adapter"
+    with trainer.session.gathered():
+        if trainer.is_main:
+            loaded.calm.save_adapter(adapter, overwrite=True, models=loaded.models)
     if not trainer.is_main:
         return report_run("calm-pytorch", run, checkpoint_dir, max_steps=settings.max_steps)
-    loaded.calm.save_adapter(adapter, overwrite=True, models=loaded.models)
     # the report
     name, key = ("held-out loss", "validation_loss") if held_out else ("training loss", "loss")
     # a resumed run appends to the same file, so the first row dates from before any update
@@ -104,8 +108,18 @@ def _documents(data: str, validation_data: str | None, fraction: float, field: s
     return held_out_split(documents, round(fraction * len(documents)), 0, "validation")
 
 
-def _examples(documents: list[Any], loaded: Composition, length: int) -> TextExamples:
-    return TextExamples(documents, loaded.tokenizer, length, readers=loaded.readers, pad_id=loaded.calm.pad_id)
+def text_examples(
+    documents: list[Any], loaded: Composition, length: int, template_kwargs: dict[str, Any] | None
+) -> TextExamples:
+    """Results of ``read_documents`` as examples of a composition."""
+    return TextExamples(
+        documents,
+        loaded.tokenizer,
+        length,
+        readers=loaded.readers,
+        pad_id=loaded.calm.pad_id,
+        template_kwargs=template_kwargs,
+    )
 
 
 def _dtypes(calm: Any) -> str:

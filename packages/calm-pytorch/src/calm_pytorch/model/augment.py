@@ -19,7 +19,7 @@ from calm_pytorch.model.blocks import Blocks, BlocksFunction, hidden_widths
 from calm_pytorch.model.connections import Connection, checked_connections, plan_connections
 from calm_pytorch.model.hooks import HiddenPosition
 from lm_core.adapters import as_causal_lm
-from lm_core.adapters.huggingface import undisturbed
+from lm_core.adapters.huggingface import rope_by_length, undisturbed
 from lm_core.adapters.padding import moved_back, with_padding_last
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, check_positive, typed
@@ -31,7 +31,7 @@ class AugmentParams:
     """A model to compose with, and its connections.
 
     Args:
-        model: frozen when composed. Its first argument is the prompt.
+        model: frozen when composed, on any device. Its first argument is the prompt.
         hidden_position: "output" reads states after a block, "input" before it; one for all, or one each.
         transformer_blocks: the blocks, modules or names, in any order; or the name of a container of them.
         extract_blocks_fn: a function from the model to its blocks.
@@ -39,6 +39,7 @@ class AugmentParams:
         input_shape: shape of one prompt without the batch, for a model that reads floating point (images, audio).
         connections: 1-indexed ``(augment_layer, anchor_layer)`` pairs; None plans them (``plan_connections``).
         connect_every_num_layers: distance between planned connections, in layers of the deeper model.
+        num_connections: number of planned connections, instead of their distance.
         mask_kwarg: the argument by which the model takes a mask, True at real tokens.
         shared_sequence: the augment reads the anchor's own growing sequence, causally, instead of a prompt.
     """
@@ -51,6 +52,7 @@ class AugmentParams:
     input_shape: tuple[int, ...] | None = None
     connections: Sequence[Sequence[int]] | None = None
     connect_every_num_layers: int = 4
+    num_connections: int | None = None
     mask_kwarg: str | None = None
     shared_sequence: bool = False
 
@@ -67,6 +69,7 @@ class Augment(nn.Module):
         connections: 1-indexed ``(augment_layer, anchor_layer)`` pairs.
         layers: the augment layers that are read, rising.
         max_length: positions of a shared sequence that the model knows; None without a bound.
+        max_cached_length: as of ``lm_core.adapters.huggingface.HuggingFaceLM``, of a shared sequence.
         decodes: whether its states of a growing sequence can be read from a cache; True where it reads a prompt.
     """
 
@@ -83,6 +86,8 @@ class Augment(nn.Module):
         self._mask_kwarg = params.mask_kwarg if params.mask_kwarg is not None else _known_mask_kwarg(self.model)
         self._is_causal = bool(getattr(getattr(self.model, "attn_layers", None), "causal", False))
         self._vocab_size = vocabulary_of(self.model)
+        # rotary frequencies that the longest row of a call decides
+        self._changes_at = rope_by_length(getattr(self.model, "config", None))[1]
         self._settings = {"use_cache": False} if "use_cache" in _parameters_of(self.model) else {}
         # the layers; None for a model that returns its hidden states itself
         self._blocks: Blocks | None = None
@@ -104,8 +109,12 @@ class Augment(nn.Module):
         # the connections, and the layers they read
         self.connections: tuple[Connection, ...]
         if params.connections is None:
-            self.connections = plan_connections(self.depth, anchor_depth, params.connect_every_num_layers)
+            self.connections = plan_connections(
+                self.depth, anchor_depth, params.connect_every_num_layers, num_connections=params.num_connections
+            )
         else:
+            if params.num_connections is not None:
+                raise ValueError(f"{self.name}: give connections or num_connections, not both")
             where = f"{self.name}: connections"
             self.connections = checked_connections(params.connections, self.depth, anchor_depth, where)
         self.layers = sorted({augment_layer for augment_layer, _ in self.connections})
@@ -113,9 +122,11 @@ class Augment(nn.Module):
         self._language_model: tuple[Any, ...] = ()
         self.decodes = True
         self.max_length: int | None = None
+        self.max_cached_length: int | None = None
         if self.shared_sequence:
             self._language_model = (as_causal_lm(self.model),)
             self.max_length = getattr(self._language_model[0], "max_length", None)
+            self.max_cached_length = getattr(self._language_model[0], "max_cached_length", None)
             with undisturbed(self.model):
                 self._refuse_what_looks_ahead()
                 self.decodes = self._can_cache()
@@ -148,6 +159,8 @@ class Augment(nn.Module):
         Raises:
             ValueError: an id is out of range, a shape does not fit, or a float prompt came without ``input_shape``.
         """
+        device = device_of(self.model)
+        prompt, mask = prompt.to(device), None if mask is None else mask.to(device)
         self._check(prompt, mask)
         with eval_mode(self.model):
             if prompt.is_floating_point():
@@ -156,7 +169,9 @@ class Augment(nn.Module):
             if mask is None or bool(mask.all()):
                 return self._checked(self._read(prompt), None)
             last = with_padding_last(prompt.masked_fill(~mask, 0), mask)
-            if self._mask_kwarg is not None:
+            if self._changes_at is not None and prompt.shape[1] > self._changes_at:
+                hiddens = self._read_by_length(last.ids, last.mask)
+            elif self._mask_kwarg is not None:
                 hiddens = self._read(last.ids, **{self._mask_kwarg: last.mask})
             elif self._is_causal:
                 hiddens = self._read(last.ids)
@@ -231,8 +246,9 @@ class Augment(nn.Module):
             mask: ``(b, cached + n)``, or None.
             cache: what ``init_cache`` returned, or None.
         """
-        model = self._language_model[0]
-        forward = model.hidden if hasattr(model, "hidden") else model
+        model, device = self._language_model[0], device_of(self.model)
+        ids, mask = ids.to(device), None if mask is None else mask.to(device)
+        forward = getattr(model, "hidden", model)
         assert self._blocks is not None
         blocks = self._blocks.layers(self.layers)
         kwargs = {} if cache is None else {"cache": cache}

@@ -39,6 +39,8 @@ from lm_core.losses.losses import linear_cross_entropy
 class CALM(nn.Module):
     """An anchor language model composed with augments.
 
+    The augments may be on other devices than the anchor, with which the connections are.
+
     Args:
         anchor_llm: a Hugging Face causal language model, an x-transformers decoder, or any causal module from ids to
             logits. Its parameters are frozen.
@@ -57,7 +59,7 @@ class CALM(nn.Module):
         gradient_checkpointing: whether the anchor's blocks compute their activations again in the backward pass.
 
     Raises:
-        ValueError: blocks, connections or positions do not fit the models, or models are on different devices.
+        ValueError: blocks, connections or positions do not fit the models.
         TypeError: the anchor is no causal language model, or an argument has another type.
     """
 
@@ -77,14 +79,12 @@ class CALM(nn.Module):
         params = [augment_llms] if isinstance(augment_llms, AugmentParams) else list(augment_llms)
         if not params:
             raise ValueError("augment_llms must hold at least one AugmentParams, got none")
-        devices = [device_of(anchor_llm), *(device_of(entry.model) for entry in params)]
-        if len(set(devices)) > 1:
-            raise ValueError(f"anchor and augments must be on one device, got {', '.join(map(str, devices))}")
+        device = device_of(anchor_llm)
         self.pad_id = pad_id
         self.gradient_checkpointing = False
         # not modules, so that the models are registered once, under their own names
         self._reader = Anchor(
-            anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, devices[0]
+            anchor_llm, anchor_transformer_blocks, anchor_extract_blocks_fn, anchor_hidden_position, device
         )
         dims = self._reader.dims
         depth = len(dims)
@@ -106,7 +106,7 @@ class CALM(nn.Module):
                 for augment_layer, anchor_layer in augment.connections
             )
             for augment in self.augments
-        ).to(devices[0])
+        ).to(device)
         freeze_all_layers_(self.anchor_llm)
         freeze_all_layers_(self.augment_llms)
 
@@ -277,10 +277,11 @@ class CALM(nn.Module):
             if hiddens and hiddens[0].shape[0] != b:
                 raise ValueError(f"{augment.name}: prompt must have {b} rows, as seq has, got {hiddens[0].shape[0]}")
         pairs = self._alignment(alignment, states, b, n)
-        # the anchor reads the augments; its last token has no label
-        inputs, labels = seq, None
-        if return_loss:
-            inputs, labels = seq[:, :-1], labels_of(seq, mask, self.pad_id)
+        # the anchor reads the augments; its last token has no label, but may decide rotary frequencies
+        composed = self.as_causal_lm()
+        inputs, labels = seq, labels_of(seq, mask, self.pad_id) if return_loss else None
+        if return_loss and composed.max_cached_length is None:
+            inputs = seq[:, :-1]
             real = None if real is None else real[:, :-1]
             pairs = [None if pair is None else pair[:, :-1] for pair in pairs]
         with contextlib.ExitStack() as stack:
@@ -289,10 +290,10 @@ class CALM(nn.Module):
             stack.enter_context(unchanged_buffers(self.anchor_llm))
             # with hidden states the loss needs no logits in memory
             through_hidden = labels is not None and hasattr(self.anchor, "hidden")
-            composed = self.as_causal_lm()
             out = composed.read(inputs, mask=real, states=states, alignment=pairs, hidden=through_hidden)
         if labels is None:
             return out
+        out = out[:, : labels.shape[1]]
         if through_hidden:
             weight = self.anchor.output_weight
             total = linear_cross_entropy(out, weight, labels, ignore_index=IGNORED, reduction="sum")
@@ -399,15 +400,16 @@ class CALM(nn.Module):
         real = real_tokens(start, start_mask, self.pad_id)
         rows = list(start) if real is None else [row[keep] for row, keep in zip(start, real, strict=True)]
         inputs: dict[str, Tensor] = {}
+        device = device_of(self.anchor_llm)
         for index, (augment, read, mask) in enumerate(zip(self.augments, prompts, masks, strict=True)):
             if augment.shared_sequence or read is None:
                 continue
             if read.shape[0] != len(rows):
                 raise ValueError(f"{augment.name}: prompt must have {len(rows)} rows, got {read.shape[0]}")
-            inputs[f"prompt_{index}"] = read
+            inputs[f"prompt_{index}"] = read.to(device)
             visible = real_tokens(read, mask, self.pad_id)
             if visible is not None:
-                inputs[f"prompt_mask_{index}"] = visible
+                inputs[f"prompt_mask_{index}"] = visible.to(device)
         return rows, inputs
 
 

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_pytorch.model.anchor import Anchor
-from calm_pytorch.model.augment import Augment
+from calm_pytorch.model.augment import Augment, device_of
 from calm_pytorch.model.blocks import recomputed_parts
 from calm_pytorch.model.cross_attention import Context
 from calm_pytorch.model.hooks import changing, checkpointing, hooks_outside_checkpoints
@@ -37,6 +38,12 @@ class AugmentStates:
 
     hiddens: tuple[tuple[Tensor, ...], ...]
     masks: tuple[Tensor | None, ...]
+
+    def selected(self, rows: Tensor) -> "AugmentStates":
+        """The states of these rows."""
+        hiddens = tuple(tuple(hidden[rows.to(hidden.device)] for hidden in layers) for layers in self.hiddens)
+        masks = tuple(None if mask is None else mask[rows.to(mask.device)] for mask in self.masks)
+        return AugmentStates(hiddens, masks)
 
 
 class Reading(NamedTuple):
@@ -71,6 +78,7 @@ class CALMCache:
         self.static: dict[int, Reading] = {}
         self.growing: dict[int, KVCache] = {}
         self.augments: dict[int, Any] = {}
+        self._devices = [device_of(augment.model) for augment in augments]
         for index, augment in enumerate(augments):
             if augment.shared_sequence:
                 layers = len(augment.connections)
@@ -85,8 +93,10 @@ class CALMCache:
 
     def reorder(self, index: Tensor) -> None:
         """Row ``r`` becomes what row ``index[r]`` was; the batch size may change."""
-        for cache in (self.anchor, *self.augments.values(), *self.growing.values()):
+        for cache in (self.anchor, *self.growing.values()):
             cache.reorder(index)
+        for augment_index, cache in self.augments.items():
+            cache.reorder(index.to(self._devices[augment_index]))
         for augment, reading in self.static.items():
             contexts = tuple((k.index_select(0, index), v.index_select(0, index)) for k, v in reading.contexts)
             mask = None if reading.mask is None else reading.mask.index_select(0, index)
@@ -157,6 +167,18 @@ class ComposedLM(nn.Module):
         limits += [augment.max_length for augment in self.augments if augment.shared_sequence]
         known = [limit for limit in limits if limit is not None]
         return min(known) if known else None
+
+    @property
+    def _rotary_limits(self) -> list[int]:
+        """Lengths at which the anchor, or an augment that shares its sequence, changes its rotary frequencies."""
+        models = (self.anchor, *(augment for augment in self.augments if augment.shared_sequence))
+        limits = {getattr(model, "max_cached_length", None) for model in models}
+        return sorted(limit for limit in limits if limit is not None)
+
+    @property
+    def max_cached_length(self) -> int | None:
+        """As of ``lm_core.adapters.huggingface.HuggingFaceLM``: the smallest of all models."""
+        return next(iter(self._rotary_limits), None)
 
     @property
     def init_cache(self) -> Callable[[int, int], CALMCache]:
@@ -260,16 +282,58 @@ class ComposedLM(nn.Module):
             cache: what ``init_cache`` returned.
             hidden: returns states before the output layer.
         """
-        moved = None
         alignment = [None] * len(self.augments) if alignment is None else alignment
+        limits = self._rotary_limits if cache is None and mask is not None else ()
+        if mask is not None and limits and ids.shape[1] > limits[0]:
+            return self._read_by_rotary_limits(ids, mask, states, alignment, hidden=hidden)
+        return self._read(ids, mask, states, alignment, cache, hidden=hidden)
+
+    def _read_by_rotary_limits(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        states: AugmentStates | None,
+        alignment: Sequence[Tensor | None],
+        *,
+        hidden: bool,
+    ) -> Tensor:
+        """``read`` of rows whose lengths are on the same side of every limit together, without further padding."""
+        last = with_padding_last(ids.masked_fill(~mask, 0), mask)
+        alignment = _in_moved_order(alignment, last.back)
+        lengths = last.mask.sum(dim=1)
+        kinds = lengths.unsqueeze(1) > torch.tensor(self._rotary_limits, device=ids.device)
+        parts, order = [], []
+        for kind in kinds.unique(dim=0):
+            rows = (kinds == kind).all(dim=1).nonzero().squeeze(-1)
+            longest = max(int(lengths[rows].max()), 1)
+            part = self._read(
+                last.ids[rows, :longest],
+                last.mask[rows, :longest],
+                None if states is None else states.selected(rows),
+                [None if pairs is None else pairs[rows, :longest] for pairs in alignment],
+                None,
+                hidden=hidden,
+            )
+            parts.append(F.pad(part, (0, 0, 0, ids.shape[1] - longest)))
+            order.append(rows)
+        return moved_back(torch.cat(parts)[torch.cat(order).argsort()], last)
+
+    def _read(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        states: AugmentStates | None,
+        alignment: Sequence[Tensor | None],
+        cache: CALMCache | None,
+        *,
+        hidden: bool,
+    ) -> Tensor:
+        moved = None
         if mask is not None and (cache is None or cache.length == 0):
             # one layout for anchor and augments: position t of one is position t of the other
             moved = (with_padding_last if cache is None else with_padding_first)(ids.masked_fill(~mask, 0), mask)
             ids, mask = moved.ids, moved.mask
-            order = moved.back.argsort(dim=1).unsqueeze(-1)
-            alignment = [
-                None if pairs is None else pairs.gather(1, order.expand(-1, -1, pairs.shape[-1])) for pairs in alignment
-            ]
+            alignment = _in_moved_order(alignment, moved.back)
         readings = [self._reading(index, ids, mask, states, pairs, cache) for index, pairs in enumerate(alignment)]
         forward: Callable[..., Tensor] = self.anchor.hidden if hidden else self.anchor
         cached = {} if cache is None else {"cache": cache.anchor}
@@ -302,6 +366,7 @@ class ComposedLM(nn.Module):
         if states is None:
             raise ValueError(f"{augment.name} reads a prompt: prompt must be given with the first tokens, got None")
         visible = states.masks[index]
+        visible = None if visible is None else visible.to(ids.device)
         if alignment is not None:
             visible = alignment if visible is None else alignment & visible.unsqueeze(1)
         reading = Reading(self._contexts(index, states.hiddens[index]), visible, False)
@@ -334,3 +399,9 @@ class ComposedLM(nn.Module):
                     stack.enter_context(checkpointing(recomputed_parts(self._reader.model, self._read_from)))
             stack.enter_context(changing(self._blocks.modules, self._blocks.positions, change, where="anchor"))
             yield
+
+
+def _in_moved_order(alignment: Sequence[Tensor | None], back: Tensor) -> list[Tensor | None]:
+    """Rows of ``alignment`` in the order of tokens that ``back`` puts back."""
+    order = back.argsort(dim=1).unsqueeze(-1)
+    return [None if pairs is None else pairs.gather(1, order.expand(-1, -1, pairs.shape[-1])) for pairs in alignment]

@@ -12,7 +12,9 @@ Connection = tuple[int, int]
 
 
 @typed
-def plan_connections(augment_depth: int, anchor_depth: int, every: int = 4) -> tuple[Connection, ...]:
+def plan_connections(
+    augment_depth: int, anchor_depth: int, every: int = 4, *, num_connections: int | None = None
+) -> tuple[Connection, ...]:
     """Connections between two stacks of layers.
 
     There are ``ceil(max(depths) / every)`` of them, but no more than the shallower stack has layers; connection ``i``
@@ -22,17 +24,24 @@ def plan_connections(augment_depth: int, anchor_depth: int, every: int = 4) -> t
         augment_depth: layers of the augment.
         anchor_depth: layers of the anchor.
         every: layers of the deeper stack per connection.
+        num_connections: number of connections, instead of ``every``.
 
     Returns:
         1-indexed ``(augment_layer, anchor_layer)`` pairs, rising in both; the last joins the last layers.
 
     Raises:
-        ValueError: an argument is below 1.
+        ValueError: an argument is below 1, or there are fewer layers than connections.
     """
     check_positive(augment_depth, "augment_depth")
     check_positive(anchor_depth, "anchor_depth")
     check_positive(every, "connect_every_num_layers")
-    count = min(-(-max(augment_depth, anchor_depth) // every), augment_depth, anchor_depth)
+    most = min(augment_depth, anchor_depth)
+    count = min(-(-max(augment_depth, anchor_depth) // every), most)
+    if num_connections is not None:
+        check_positive(num_connections, "num_connections")
+        if num_connections > most:
+            raise ValueError(f"num_connections must be at most {most}, the layers of one model, got {num_connections}")
+        count = num_connections
     return tuple((-(-i * augment_depth // count), -(-i * anchor_depth // count)) for i in range(1, count + 1))
 
 

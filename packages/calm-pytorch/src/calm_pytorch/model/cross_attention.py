@@ -161,7 +161,8 @@ class CrossAttentionBlock(nn.Module):
 
     def context(self, hidden: Float[Tensor, "b m c"]) -> Context:
         """Keys and values ``(b, h, m, e)`` of an augment's hidden states, for ``forward``."""
-        states = hidden.to(self._dtype(hidden))
+        parameter = self._first_parameter(hidden)
+        states = hidden.to(parameter.device, parameter.dtype)
         if self.norm_context:
             states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
         if self.context_proj is not None:
@@ -195,7 +196,7 @@ class CrossAttentionBlock(nn.Module):
             given = "neither" if hidden is None else "both"
             raise ValueError(f"exactly one of hidden and context must be given, got {given}")
         context = self.context(hidden) if context is None else context  # type: ignore[arg-type]
-        normed = self.pre_rmsnorm(x.to(self._dtype(x)))
+        normed = self.pre_rmsnorm(x.to(self._first_parameter(x).dtype))
         if isinstance(self.attn, ContextAttention):
             out = self.attn(normed, context, mask, causal)
         else:
@@ -212,12 +213,13 @@ class CrossAttentionBlock(nn.Module):
         """
         if not isinstance(self.attn, ContextAttention):
             raise ValueError(f"attention weights are known for the options {sorted(CONTEXT_OPTIONS)} only")
-        return self.attn.weights(self.pre_rmsnorm(x.to(self._dtype(x))), context, mask, causal)
+        normed = self.pre_rmsnorm(x.to(self._first_parameter(x).dtype))
+        return self.attn.weights(normed, context, mask, causal)
 
-    def _dtype(self, x: Tensor) -> torch.dtype:
-        """The parameters' dtype, also where some are quantised or wrapped."""
-        gain = getattr(self.pre_rmsnorm, "g", None)
-        return gain.dtype if gain is not None else next((parameter.dtype for parameter in self.parameters()), x.dtype)
+    def _first_parameter(self, x: Tensor) -> Tensor:
+        """A parameter with the dtype and device of all, also where some are quantised or wrapped; ``x`` without any."""
+        gain: Tensor | None = getattr(self.pre_rmsnorm, "g", None)
+        return gain if gain is not None else next(self.parameters(), x)
 
     def _library_attention(self, normed: Tensor, states: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         n, m = normed.shape[1], states.shape[1]

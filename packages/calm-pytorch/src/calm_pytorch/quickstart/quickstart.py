@@ -244,7 +244,11 @@ def run_quickstart(
 
     Raises:
         FileNotFoundError, FileExistsError, CheckpointError: the folder does not suit ``resume`` or the settings.
+        ValueError: with ``compile`` or ``fsdp``.
     """
+    for name in ("compile", "fsdp"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} must be false in the quickstart, whose models are too small for it, got true")
     task, target = KeyValueTask(seed=settings.seed), Path(folder).expanduser()
     known, held_out = task.split
     session = TrainingSession(

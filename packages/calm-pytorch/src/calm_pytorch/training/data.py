@@ -1,7 +1,8 @@
 """Examples as arguments of ``CALM.forward``: batches of any data set, and pieces of texts."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,13 @@ from torch.utils._pytree import tree_flatten
 
 from calm_pytorch.training.state_cache import StateCache
 from lm_core.checkpoints.tensor_files import hash_of
-from lm_core.data.conversations import NoBorderError, assistant_mask
+from lm_core.data.conversations import (
+    ANSWER_COLUMNS,
+    NoBorderError,
+    assistant_mask,
+    conversation_ids,
+    text_answer_ids,
+)
 from lm_core.data.rows import WholeFile, iterate_rows
 from lm_core.tokenizers import prompt_ids
 
@@ -99,11 +106,20 @@ def _bytes_of(example: Any) -> bytes:
     return hash_of(tensors, repr(others)).encode()
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A prompt with its answer, both texts or lists of messages; or messages with an answer that is text."""
+
+    prompt: Any
+    answer: Any
+
+
 class TextExamples:
     """Pieces of texts in the anchor's ids; with static prompts each augment reads the piece before.
 
     The last piece of a text may be shorter. With prompts, a text that is too short for two whole pieces is cut in the
-    middle. Chats become texts by the tokenizer's template, and the assistant's tokens count in the loss.
+    middle. Chats become texts by the tokenizer's template, and the assistant's tokens count in the loss. Of a prompt
+    with an answer only the answer and its end count, and augments that read prompts read that prompt.
 
     Args:
         documents: results of ``read_documents``.
@@ -112,6 +128,7 @@ class TextExamples:
         readers: for each augment that reads a prompt its tokenizer, or None if it takes the anchor's ids; without
             any, examples have no prompt.
         pad_id: fills shorter pieces of a batch.
+        template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
 
     Attributes:
         documents: number of documents.
@@ -130,18 +147,20 @@ class TextExamples:
         *,
         readers: Sequence[Any] = (),
         pad_id: int = -1,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.pad_id = pad_id
         self.documents = self.left_out = 0
         # ids, which of them count, and ids of each prompt
         self.examples: list[tuple[list[int], list[bool], list[list[int]]]] = []
         for where, document in documents:
-            ids, counted = _ids_of(document, tokenizer, where)
+            ids, counted, asked = _ids_of(document, tokenizer, template_kwargs, where)
             self.documents += 1
             before = len(self.examples)
-            for start in range(min(length, len(ids) // 2) if readers else 0, len(ids), length):
+            reads_before = bool(readers) and asked is None
+            for start in range(min(length, len(ids) // 2) if reads_before else 0, len(ids), length):
                 piece = slice(start, start + length)
-                prompt = ids[max(start - length, 0) : start] if readers else []
+                prompt = ids[max(start - length, 0) : start] if asked is None else asked
                 # the first token has no label, and a prompt must have one
                 if any(counted[piece][1:]) and (prompt or not readers):
                     prompts = [prompt if own is None else prompt_ids(own, tokenizer.decode(prompt)) for own in readers]
@@ -173,28 +192,51 @@ class TextExamples:
         return {**batch, "prompt": reads} if reads else batch
 
 
-def _ids_of(document: Any, tokenizer: Any, where: str) -> tuple[list[int], list[bool]]:
-    """Ids of a text or chat, and which of them count in the loss."""
+def _ids_of(
+    document: Any, tokenizer: Any, template_kwargs: Mapping[str, Any] | None, where: str
+) -> tuple[list[int], list[bool], list[int] | None]:
+    """Ids of a document, which of them count in the loss, and those of the prompt of a document with an answer."""
     try:
+        if isinstance(document, Answered):
+            prompt, answer = _answered_ids(document, tokenizer, template_kwargs, where)
+            return [*prompt, *answer], [False] * len(prompt) + [True] * len(answer), prompt
         if not isinstance(document, str):
-            return assistant_mask(tokenizer, document, where=where)
+            return *assistant_mask(tokenizer, document, template_kwargs=template_kwargs, where=where), None
         ids = prompt_ids(tokenizer, document)
     except NoBorderError:
-        return [], []  # counted among those left out
+        return [], [], None  # counted among those left out
     except ValueError as error:
         raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from error
-    return ids, [True] * len(ids)
+    return ids, [True] * len(ids), None
+
+
+def _answered_ids(
+    document: Answered, tokenizer: Any, template_kwargs: Mapping[str, Any] | None, where: str
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt, and of the answer with its end."""
+    prompt, answer = document.prompt, document.answer
+    if _is_chat(prompt):
+        reply = answer if _is_chat(answer) else [{"role": "assistant", "content": answer}]
+        messages = [*prompt, *reply]
+        return conversation_ids(tokenizer, messages, answer=len(prompt), template_kwargs=template_kwargs, where=where)
+    ids, answer_ids = text_answer_ids(tokenizer, prompt, answer)
+    return ids, answer_ids if tokenizer.eos_id is None else [*answer_ids, tokenizer.eos_id]
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
 def read_documents(source: Any, *, field: str = "text") -> list[tuple[str, Any]]:
-    """The texts and chats (lists of messages) of a source, each with its place for errors.
+    """The texts, chats (lists of messages) and prompts with answers of a source, each with its place for errors.
 
     Args:
-        source: a source of ``lm_core.data.rows.load_rows``; rows have a text in ``field``, or ``messages``.
+        source: a source of ``lm_core.data.rows.load_rows``; rows have a text in ``field``, ``messages``, or ``prompt``
+            with one of ``ANSWER_COLUMNS``, both text or messages.
         field: column of the text.
 
     Raises:
-        FileNotFoundError, ValueError: as for ``load_rows``; also if a row has neither.
+        FileNotFoundError, ValueError: as for ``load_rows``; also if a row has none of these.
     """
     documents: list[tuple[str, Any]] = []
     for where, row in iterate_rows(source, name="data"):
@@ -202,13 +244,26 @@ def read_documents(source: Any, *, field: str = "text") -> list[tuple[str, Any]]
         if isinstance(row, dict):
             present = {name: value for name, value in row.items() if value is not None}
             column = "text" if isinstance(row, WholeFile) else field if field in present else "messages"
-            if column not in present:
-                raise ValueError(f"field {field!r} is missing in {where}, which has {sorted(present)}, no 'messages'")
-            document = present[column]
+            answers = [present[name] for name in ANSWER_COLUMNS if name in present]
+            if column in present:
+                document = present[column]
+            elif "prompt" in present and answers:
+                document = Answered(present["prompt"], answers[0])
+            else:
+                raise ValueError(
+                    f"field {field!r} is missing in {where}, which has {sorted(present)}: neither 'messages', nor "
+                    f"'prompt' with one of {list(ANSWER_COLUMNS)}"
+                )
         if isinstance(document, bytes):
             document = document.decode(errors="replace")
-        is_chat = isinstance(document, list) and all(isinstance(message, dict) for message in document)
-        if not isinstance(document, str) and not is_chat:
+        if isinstance(document, Answered):
+            kinds = [type(part).__name__ for part in (document.prompt, document.answer)]
+            both_text = isinstance(document.prompt, str) and isinstance(document.answer, str)
+            if not both_text and not (_is_chat(document.prompt) and isinstance(document.answer, str | list)):
+                raise ValueError(
+                    f"{where} must have a prompt and an answer of text or messages, got {' and '.join(kinds)}"
+                )
+        elif not isinstance(document, str) and not _is_chat(document):
             raise ValueError(f"{where} must hold a text or messages, got {type(document).__name__}")
         documents.append((where, document))
     return documents

@@ -26,7 +26,7 @@ class FineTunerSettings(CommonSettings):
         gradient_checkpointing: computes the activations of the anchor's blocks again in the backward pass.
 
     Raises:
-        ValueError, TypeError: as for ``CommonSettings``; also ValueError with ``compile``.
+        ValueError, TypeError: as for ``CommonSettings``.
     """
 
     learning_rate: float = 3e-4
@@ -43,11 +43,6 @@ class FineTunerSettings(CommonSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts("batch_size", "gradient_accumulation")
-        if self.compile:
-            raise ValueError(
-                "compile must be false for a composition, got true: hooks are attached in every forward, and a graph "
-                "is valid for one of them"
-            )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "FineTunerSettings":

@@ -18,13 +18,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from calm_pytorch.model.calm import CALM
 from calm_pytorch.model.inputs import IGNORED, labels_of
 from calm_pytorch.training.data import Batches, fingerprint_of
+from calm_pytorch.training.evaluation import sums_over
 from calm_pytorch.training.settings import FineTunerSettings
 from calm_pytorch.training.state_cache import StateCache
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import either, typed
 from lm_core.data.epochs import UpdateOrder
-from lm_core.distributed import all_reduce_sum, loss_normalizer, rank, world_size
+from lm_core.distributed import loss_normalizer, rank, world_size
 from lm_core.training.accelerator import autocast
+from lm_core.training.blocks import blocks_of
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.precision import float32_masters
 from lm_core.training.session import TrainingResult, TrainingSession
@@ -55,7 +57,7 @@ class FineTuner:
     """Trains the learned part of a CALM.
 
     Args:
-        calm: trained in place, on its device.
+        calm: trained in place, on its device; with ``fsdp``, which shards the frozen models too, on the settings' one.
         dataset: with ``len`` and ``dataset[i]``: dicts of arguments of ``CALM.forward``, or tuples of them.
         valid_dataset: held-out examples.
         data_kwarg_names: names of the entries of a tuple.
@@ -75,7 +77,7 @@ class FineTuner:
     Attributes:
         session: the run (``lm_core.training.session.TrainingSession``).
         settings: the settings.
-        optimizer: AdamW on the learned part.
+        optimizer: AdamW on the learned part; with ``fsdp``, None before the first run.
         order: which examples make up which update.
         cache: states of the prompts seen so far; None without ``cache_augment_states``.
 
@@ -109,8 +111,11 @@ class FineTuner:
         warmup_steps: int | None = settings.pop("warmup_steps", None)
         if warmup_steps is not None and settings.get("warmup") is not None:
             raise ValueError(f"warmup and warmup_steps are one argument, got {settings['warmup']} and {warmup_steps}")
-        device = next(calm.trainable_parameters()).device
-        config = replace(FineTunerSettings.of(settings) if config is None else config, device=str(device))
+        config = FineTunerSettings.of(settings) if config is None else config
+        if not config.fsdp:  # which moves the models to config's device block by block
+            config = replace(config, device=str(next(calm.trainable_parameters()).device))
+        elif cache_augment_states:
+            raise ValueError("cache_augment_states must be false with fsdp, which shards the augments, got true")
         # check what neither the settings nor the session check
         for name, data in (("dataset", dataset), ("valid_dataset", valid_dataset)):
             if data is not None or name == "dataset":
@@ -134,11 +139,11 @@ class FineTuner:
         self.settings = config
         self.calm = calm
         self.model = calm
-        self.device = device
+        self.device = self.session.device
         self.dataset = dataset
         self.valid_dataset = valid_dataset
         self.cache = StateCache(calm, len(dataset)) if cache_augment_states else None
-        self.batches = Batches(data_kwarg_names, collate_fn, device)
+        self.batches = Batches(data_kwarg_names, collate_fn, self.device)
         self.order = UpdateOrder(
             len(dataset),
             batch_size=config.batch_size * config.gradient_accumulation * world_size(),
@@ -152,25 +157,36 @@ class FineTuner:
         if float32_masters(calm.cross_attns).promoted:
             self.print("the cross-attentions are trained in float32")
         self.objective = SummedLoss(calm, config.precision)
-        self.optimizer = torch.optim.AdamW(
-            optimizer_groups(calm, weight_decay=config.weight_decay, parameters=list(calm.trainable_parameters())),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-        )
-        schedule = LearningRateSchedule(
-            self.optimizer,
-            kind="constant" if config.final_learning_rate == 1 else "cosine",
-            warmup_steps=config.warmup_steps if warmup_steps is None else warmup_steps,
-            total_steps=config.max_steps,
-            final_scale=config.final_learning_rate,
-            scheduler=scheduler,
-            scheduler_kwargs=scheduler_kwargs,
-        )
+        if warmup_steps is None:
+            warmup_steps = config.warmup_steps
+
+        self.optimizer: Any = None
+
+        def make_optimizer() -> tuple[torch.optim.Optimizer, LearningRateSchedule]:
+            self.optimizer = torch.optim.AdamW(
+                optimizer_groups(calm, weight_decay=config.weight_decay, parameters=list(calm.trainable_parameters())),
+                lr=config.learning_rate,
+                betas=(config.beta1, config.beta2),
+            )
+            schedule = LearningRateSchedule(
+                self.optimizer,
+                kind="constant" if config.final_learning_rate == 1 else "cosine",
+                warmup_steps=warmup_steps,
+                total_steps=config.max_steps,
+                final_scale=config.final_learning_rate,
+                scheduler=scheduler,
+                scheduler_kwargs=scheduler_kwargs,
+            )
+            return self.optimizer, schedule
+
+        made = None if config.fsdp else make_optimizer()
         self._forward_kwargs: dict[str, Any] = {}
         self.session.register(
             model=calm.cross_attns,
             objective=self.objective,
-            optimizer=lambda: (self.optimizer, schedule),
+            optimizer=lambda: made or make_optimizer(),
+            # not the connections: their keys and values are computed outside of their forwards
+            blocks=lambda: [block for model in (calm.anchor_llm, *calm.augment_llms) for block in blocks_of(model)],
             architecture=calm.wiring,
             identity={
                 **self.order.fingerprint(),
@@ -179,7 +195,7 @@ class FineTuner:
             },
             model_config={"wiring": calm.wiring},
             validate=None if valid_dataset is None else self._validate,
-            record={"warmup_steps": schedule.settings["warmup_steps"], "wiring": calm.wiring},
+            record={"warmup_steps": warmup_steps, "wiring": calm.wiring},
             curves=("loss", "validation_loss", "learning_rate", "grad_norm"),
             shown=("loss", "validation_loss"),
         )
@@ -238,15 +254,13 @@ class FineTuner:
     def validate(self, forward_kwargs: Mapping[str, Any] | None = None) -> float:
         """Mean loss a token over ``valid_dataset``; every process calls it and gets the result of all."""
         unit = torch.ones((), device=self.device)
-        totals = torch.zeros(2, device=self.device)
-        with eval_mode(self.calm):
-            count = len(self.valid_dataset)
-            size = self.settings.batch_size
-            for start in range(rank() * size, count, size * world_size()):
-                batch = self.batches.of(self.valid_dataset, range(start, min(start + size, count)))
-                totals[0] += self.objective({**batch, **dict(forward_kwargs or {})}, unit)
-                totals[1] += self.objective.count(batch)
-        total, labels = all_reduce_sum(totals).tolist()
+
+        def values(batch: dict[str, Any]) -> tuple[Tensor, int]:
+            return self.objective({**batch, **dict(forward_kwargs or {})}, unit), self.objective.count(batch)
+
+        # the processes may have different numbers of batches
+        with eval_mode(self.calm), self.session.gathered():
+            total, labels = sums_over(self.valid_dataset, self.batches, self.settings.batch_size, 2, values)
         return total / max(labels, 1.0)
 
     def _validate(self) -> dict[str, float]:

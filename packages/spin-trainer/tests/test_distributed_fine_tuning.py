@@ -16,9 +16,10 @@ SHARDS = TorchVersion(torch.__version__) >= "2.7"
 KINDS = ["ddp", "fsdp"] if SHARDS else ["ddp"]
 
 WORKER = """
-import signal, sys
+import functools, signal, sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import conftest
@@ -29,6 +30,7 @@ from spin_trainer import DPOTrainer, Preference, SelfRewardingTrainer, SFTDatase
 from spin_trainer.data.opponent_answers import Answer
 
 lm_core.training.session.draw_curves = lambda *_: None
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # inductor would take a minute
 folder, processes, shards = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 
 def pairs(count, seed=0):
@@ -53,8 +55,12 @@ DATA = {
     },
 }
 
-def run(kind, name, **changes):
-    model = conftest.decoder(num_tokens=259 if kind is SelfRewardingTrainer else 12).double()
+def llama():
+    ends = {"eos_token_id": 11, "bos_token_id": None, "pad_token_id": None}
+    return conftest.llama(vocab_size=12, initializer_range=0.5, **ends).double()
+
+def run(kind, name, model=None, **changes):
+    model = model or conftest.decoder(num_tokens=259 if kind is SelfRewardingTrainer else 12).double()
     settings = {
         "batch_size": 4 // processes, "epochs": 1, "learning_rate": 1e-2, "validate_every": 2, "checkpoint_every": 1,
         "device": "cpu", "checkpoint_dir": folder / name,
@@ -83,6 +89,10 @@ for kind in DATA:
         assert (result.outcome, result.step) == ("interrupted", 2), result
         result = run(kind, f"{label}-parts", fsdp=True, micro_batch_size=1)[1]
         assert result.outcome == "finished", result
+# activation checkpointing and torch.compile, together with FSDP where there are two processes
+settings = {"gradient_checkpointing": True, "compile": True, "fsdp": shards} if processes == 2 else {}
+trainer, _ = run(DPOTrainer, "llama", model=llama(), **settings)
+outcome["llama"] = [float(v) for v in trainer.session.last_validation.values()]
 if not dist.is_initialized() or dist.get_rank() == 0:
     save_tensors(folder / "outcome.safetensors", outcome)
 """
@@ -123,3 +133,8 @@ def test_a_sharded_run_stopped_and_resumed_ends_as_the_uninterrupted_bit_for_bit
         for name in ("fsdp", "parts")
     )
     assert all(torch.equal(whole[name], weight) for name, weight in parts.items())
+
+
+def test_checkpointing_and_compile_of_a_sharded_model_change_nothing(outcomes):
+    one, two = (outcomes[count][1]["llama"] for count in (1, 2))
+    assert two == pytest.approx(one, abs=1e-9)

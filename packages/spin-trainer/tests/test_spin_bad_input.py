@@ -123,6 +123,8 @@ SETTINGS = [
     ({"weight_decay": -1.0}, r"weight_decay"),
     ({"seed": -1}, r"seed must be in"),
     ({"max_grad_norm": 0.0}, r"max_grad_norm"),
+    ({"reference_free": True, "opponent": "policy"}, r"reference_free=True has no reference to compute"),
+    ({"micro_batch_size": 0}, r"micro_batch_size must be at least 1, got 0"),
     ({"fsdp": True, "opponent": "policy"}, r"fsdp=True needs precompute_reference=True, opponent='reference'"),
     ({"fsdp": True, "precompute_reference": False}, r"got False, 'reference' and 1.0"),
     ({"fsdp": True, "ref_model_ema_decay": 0.9}, r"got True, 'reference' and 0.9"),
@@ -256,7 +258,10 @@ FINE_TUNING = [
 ]
 FINE_TUNING_OF_OTHER_TYPES = [
     ({"reference_model": lambda ids: ids}, r"reference_model must be a module, got function"),
-    ({"gradient_checkpointing": True}, r"gradient_checkpointing needs a transformers model, got SmallDecoder"),
+    (
+        {"gradient_checkpointing": True},
+        r"gradient_checkpointing needs a model of .*, got SmallDecoder",
+    ),
     ({"lambda_": 0.1}, r"lambda_"),
 ]
 
@@ -281,7 +286,7 @@ def test_activation_checkpointing_of_other_models_is_refused_before_anything_is_
     kind, make_model, make_rows, tmp_path
 ):
     names = {SPINTrainer: "train_sft_dataset", SFTTrainer: "train_dataset"}
-    with pytest.raises(TypeError, match=r"gradient_checkpointing needs a transformers model, got SmallDecoder"):
+    with pytest.raises(TypeError, match=r"gradient_checkpointing needs a model of .*, got SmallDecoder"):
         kind(
             make_model(),
             **{names[kind]: make_rows(4)},
@@ -316,6 +321,10 @@ TRAINERS = [
         r"pass config or single settings, not both; got config and \['device",
     ),
     ({"checkpoint_dir": "a"}, r"checkpoint_dir and checkpoint_folder are one argument, got \{'checkpoint_dir': 'a'"),
+]
+TRAINERS += [
+    ({"answers": [], "iterations": 2}, r"so iterations must be 1 and opponent 'reference', got 2 and 'reference'"),
+    ({"answers": [{"answer_ids": [3, 11]}]}, r"answers must have one row for each of the 4 prompts, got 1"),
 ]
 TRAINERS_OF_OTHER_TYPES = [({"checkpoint_every": 1.5}, r"checkpoint_every"), ({"overlong": "cut"}, r"overlong")]
 

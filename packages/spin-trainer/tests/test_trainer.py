@@ -95,6 +95,25 @@ def test_precomputed_reference_log_probs_train_as_live_ones_do(train, make_model
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
+def test_without_a_reference_the_loss_is_that_of_the_policys_own_log_probs(train, tmp_path, rows_of, make_model):
+    _, result = train(model=make_model().double(), reference_free=True, lambda_=0.5)
+    before = result.history[0]
+
+    assert not rows_of(tmp_path / "run", "scores-train")
+    difference = before["real_log_prob"] - before["generated_log_prob"]
+    assert before["margin"] == pytest.approx(0.5 * difference, rel=1e-9)
+    assert result.history[1]["margin"] > before["margin"]
+
+
+def test_smaller_micro_batches_change_nothing(train, make_model):
+    settings = {"rows": 11, "batch_size": 4, "generation_batch_size": 4}
+    one, _ = train("one", model=make_model().double(), **settings)
+    for size in (1, 3):
+        other, _ = train(f"micro-{size}", model=make_model().double(), micro_batch_size=size, **settings)
+        for a, b in zip(weights_of(one), weights_of(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_accumulated_micro_batches_equal_the_whole_batch(train, make_model):
     # the last update has 3 rows, so its micro-batches 2 and 1: a mean of their means would be another loss
     settings = {"rows": 11, "generation_batch_size": 4}

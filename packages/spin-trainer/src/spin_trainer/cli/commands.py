@@ -3,12 +3,10 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from lm_core.adapters import as_causal_lm
-from lm_core.adapters.loading import load_causal_lm
+from lm_core.adapters.loading import DType, load_causal_lm, torch_dtype
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import typed
@@ -25,13 +23,6 @@ from spin_trainer.quickstart.quickstart import quickstart_data
 from spin_trainer.training.evaluation import evaluate, win_rate_over
 from spin_trainer.training.weights import fingerprint_of_weights
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-def dtype_of(name: Dtype | None) -> torch.dtype | None:
-    """The dtype of this name."""
-    return None if name is None else getattr(torch, name)
-
 
 @typed
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +31,7 @@ class Answering(SamplingFlags):
 
     Args:
         template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
-        dtype: dtype of the loaded weights; null keeps the stored one.
+        dtype: dtype of the loaded weights; auto keeps the stored one.
         max_seq_len: maximum length of a prompt with its answer, in tokens.
         max_new_tokens: maximum length of a generated answer; null is what max_seq_len leaves.
         batch_size: prompts per batch.
@@ -48,7 +39,7 @@ class Answering(SamplingFlags):
 
     tokenizer: str | None = None
     template_kwargs: dict[str, Any] | None = None
-    dtype: Dtype | None = None
+    dtype: DType = "auto"
     max_seq_len: int = 512
     max_new_tokens: int | None = None
     temperature: float = 0.7
@@ -68,7 +59,7 @@ class Answering(SamplingFlags):
 
     def open_model(self, source: str, name: str) -> Any:
         """Loads the model in ``source`` as a ``CausalLM`` on the device; ``name`` names the argument in errors."""
-        model = load_causal_lm(source, name=name, dtype=dtype_of(self.dtype))
+        model = load_causal_lm(source, name=name, dtype=torch_dtype(self.dtype))
         return as_causal_lm(model.to(pick_device(self.device)))
 
     def read(self, data: str, tokenizer: Any, ends: tuple[int, ...], overlong: Overlong = "error") -> SFTDataset:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.adapters.loading import load_causal_lm, lora
+from lm_core.adapters.loading import DType, load_causal_lm, lora, torch_dtype
 from lm_core.checkpoints.atomic_io import write_file
 from lm_core.checkpoints.checkpoint import checkpoint_folder
 from lm_core.checks import typed
@@ -16,7 +16,6 @@ from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from lm_core.training.run_directory import Result
-from spin_trainer.cli.commands import Dtype, dtype_of
 from spin_trainer.data.opponent_answers import Engine
 from spin_trainer.quickstart.quickstart import quickstart, table_lines
 from spin_trainer.training.config import SelfPlaySettings
@@ -37,7 +36,7 @@ class PolicyRun:
         model: model to fine-tune: a folder, or organisation/name on the hub.
         data: training rows: a file, folder, glob or data set on the hub.
         template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
-        dtype: dtype of the loaded weights; null keeps the stored one. Trained weights are float32 in any case.
+        dtype: dtype of the loaded weights; auto keeps the stored one. Trained weights are float32 in any case.
         lora_r: rank of LoRA adapters; null trains all weights.
         lora_alpha: scale of the adapters times their rank; null is twice the rank.
         lora_dropout: dropout probability before the adapters.
@@ -51,7 +50,7 @@ class PolicyRun:
     validation_data: str | None = None
     tokenizer: str | None = None
     template_kwargs: dict[str, Any] | None = None
-    dtype: Dtype | None = None
+    dtype: DType = "auto"
     lora_r: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
@@ -82,7 +81,7 @@ class PolicyRun:
     def policy(self, model: str, seed: int) -> Any:
         """The model, with new LoRA adapters if these were chosen."""
         seed_everything(seed)
-        policy = load_causal_lm(model, dtype=dtype_of(self.dtype))
+        policy = load_causal_lm(model, dtype=torch_dtype(self.dtype))
         if self.lora_r is None:
             return policy
         return lora(policy, r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_targets)
@@ -139,7 +138,7 @@ def _quickstart(run: PolicyRun, settings: SelfPlaySettings) -> int:
     needs_model = {
         "tokenizer": run.tokenizer,
         "template_kwargs": run.template_kwargs,
-        "dtype": run.dtype,
+        "dtype": None if run.dtype == "auto" else run.dtype,
         "lora_r": run.lora_r,
         "lora_alpha": run.lora_alpha,
         "lora_dropout": run.lora_dropout or None,

@@ -117,7 +117,9 @@ def answer_prompts(model: Any, prompts: Sequence[Sequence[int]], sampling: Sampl
     }
     if sampling.engine != "lm_core":
         kinds = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
-        generation = model.generate(ids, **common, **kinds, kept=False, generator=torch.Generator().manual_seed(seed))
+        generation = model.generate(
+            ids, **common, **kinds, return_kept=False, generator=torch.Generator().manual_seed(seed)
+        )
     else:
         device = next(model.parameters()).device
         filters = (*sampling.filters(), *sampling.own_filters)

@@ -45,7 +45,7 @@ class FineTuningSettings(RunSettings):
         weight_decay: weight decay of matrices; norms and embeddings do not decay.
         validation_fraction: fraction of the data held out for validation.
         validate_every: updates between validations; there is always one before and one after training.
-        gradient_checkpointing: whether a transformers model computes activations again in the backward, to save memory.
+        gradient_checkpointing: whether the model's blocks compute activations again in the backward, to save memory.
 
     Raises:
         ValueError: a value is out of range.

@@ -7,7 +7,6 @@ phase and resumed ends with the weights of an uninterrupted one, bit for bit (``
 """
 
 import contextlib
-import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -104,6 +103,7 @@ class PairTrainer(PolicyTrainer):
         self.best = BestIteration(self.run_folder / "best", patience, metric=selected_by)
         self.names = dict(names or {})
         self.engine = engine
+        self._sent_step: int | None = None  # update whose weights the engine has
         self._valid: IterationData | None = None
 
     def _register_pairs(
@@ -240,9 +240,12 @@ class PairTrainer(PolicyTrainer):
 
     def _answering(self) -> Any:
         """What generates answers: the policy, or the engine with the policy's current weights."""
-        if self.engine is not None:
+        if self.engine is None:
+            return self.policy
+        if self._sent_step != self.session.step:
             self.engine.update_weights(self.policy)
-        return self.policy if self.engine is None else self.engine
+            self._sent_step = self.session.step
+        return self.engine
 
     def _begin_training(self, updates: int) -> None:
         """Begins an iteration's training: seeds, first validation, new optimizer."""
@@ -335,6 +338,7 @@ def started_engine(
         if arguments:
             raise ValueError(f"engine_arguments go with engine 'vllm', got {dict(arguments)} and 'lm_core'")
         return None
-    engines: Any = importlib.import_module("lm_core.engines.vllm")
+    from lm_core.engines.vllm import VLLMEngine
+
     settings = {"max_model_len": max_length, **(arguments or {})}
-    return engines.VLLMEngine(model, tokenizer=tokenizer, requirement="spin-trainer[vllm]", **settings)
+    return VLLMEngine(model, tokenizer=tokenizer, requirement="spin-trainer[vllm]", **settings)

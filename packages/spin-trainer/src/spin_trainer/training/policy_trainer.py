@@ -17,10 +17,9 @@ from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.data.epochs import UpdateOrder
 from lm_core.distributed import rank, world_size
 from lm_core.tokenizers import as_tokenizer, load_tokenizer
-from lm_core.training.blocks import blocks_of
+from lm_core.training.blocks import blocks_of, enable_gradient_checkpointing
 from lm_core.training.optimization import LearningRateSchedule, optimizer_groups
 from lm_core.training.session import TrainingResult, TrainingSession
-from spin_trainer.model.activation_checkpointing import check_recomputable, recomputed_activations
 from spin_trainer.model.dropout import dropout_of
 from spin_trainer.model.response_scores import ResponseScores
 from spin_trainer.training.checks import check_accelerator
@@ -86,7 +85,7 @@ class PolicyTrainer:
         adam_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if settings.gradient_checkpointing:
-            check_recomputable(policy_model)
+            enable_gradient_checkpointing(policy_model)()  # raises for a model without it
         self.settings = settings
         self.policy_model = policy_model
         self.policy = policy
@@ -144,11 +143,9 @@ class PolicyTrainer:
         """Opens the run, with the dropout and the activation checkpointing of the settings."""
         self._frozen_weights()  # includes buffers, which a forward may change
         policy, settings = self.policy_model, self.settings
-        with (
-            self.session.run() as session,
-            dropout_of(policy, settings.dropout),
-            recomputed_activations(policy) if settings.gradient_checkpointing else contextlib.nullcontext(),
-        ):
+        with self.session.run() as session, dropout_of(policy, settings.dropout), contextlib.ExitStack() as stack:
+            if settings.gradient_checkpointing:
+                stack.callback(enable_gradient_checkpointing(policy))
             yield session
 
     def _order(self, rows: int, *key: int | str) -> UpdateOrder:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lm_core.checkpoints.atomic_io import new_directory, remove_directory, share_as_umask_allows
 from lm_core.checkpoints.checkpoint import on_main_process
-from lm_core.checkpoints.manifest import CheckpointError, read_json, write_json, write_manifest
+from lm_core.checkpoints.manifest import CheckpointError, write_json, write_manifest
+from lm_core.checkpoints.native_files import write_dtype
 from lm_core.checkpoints.pretrained import CONFIG_FILE, TOKENIZER_FOLDER, WEIGHTS_FILE, PretrainedMixin
 from lm_core.checkpoints.tensor_files import hash_of
 from lm_core.checkpoints.weights import load_weights, save_weights
@@ -129,7 +130,7 @@ def export_policy(
         if callable(native):
             _save_natively(model, folder, changed)
             if dtypes and (folder / CONFIG_FILE).is_file():
-                _write_dtype(folder / CONFIG_FILE, changed or {})
+                write_dtype(folder / CONFIG_FILE, changed or {})
         else:
             save_weights(folder / WEIGHTS_FILE, model if changed is None else changed)
         if isinstance(model, PretrainedMixin):
@@ -165,23 +166,10 @@ def write_native_files(model: nn.Module, folder: Path, state: Mapping[str, Tenso
         _save_natively(model, folder, state if is_sharded(model) else None)
     elif not is_partly_frozen(model) and callable(getattr(config, "save_pretrained", None)):
         config.save_pretrained(str(folder))
-        _write_dtype(folder / CONFIG_FILE, state)
+        write_dtype(folder / CONFIG_FILE, state)
         generation: Any = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(str(folder))
-
-
-def _write_dtype(config: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the dtype of most weights into a transformers model's ``config.json``, which names that of its masters."""
-    content = read_json(config)
-    sizes: dict[str, int] = {}
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            name = str(tensor.dtype).removeprefix("torch.")
-            sizes[name] = sizes.get(name, 0) + tensor.numel()
-    for key in {"dtype", "torch_dtype"} & set(content):
-        content[key] = max(sizes, key=lambda name: sizes[name])
-    write_json(config, content)
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ def test_a_pair_is_the_best_and_the_worst_answer_to_a_prompt(self_reward, rows_o
     trainer, _ = self_reward()
     answers = {row["row"]: row["tokens"] for row in rows_of(tmp_path / "run", "answers-train-candidates")}
     scores = {row["row"]: row["score"] for row in rows_of(tmp_path / "run", "rewards-train")}
+    # as if the run were resumed after its first update
+    trainer.state.iteration, trainer.state.update, trainer.state.opponent = 0, 1, trainer.state.previous_opponent
     data, _ = trainer._iteration_data()
 
     expected = []

@@ -195,7 +195,7 @@ PREFERENCES = [
     (
         [{"prompt": "a", "chosen": "b"}],
         {},
-        r"row 0.*columns 'prompt', 'chosen' and 'rejected', got \['chosen', 'prompt'\]",
+        r"the columns 'prompt', 'chosen' and 'rejected', got \['chosen', 'prompt'\]",
     ),
     ([{**PAIR, "rejected": None}], {}, r"got \['chosen', 'prompt'\]"),
     ([{**PAIR, "rejected": ""}], {}, r"an answer of at least one token after its prompt, got none"),

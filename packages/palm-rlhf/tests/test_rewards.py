@@ -202,7 +202,9 @@ def test_columns_reach_the_reward_through_a_drawn_rollout(make_palm):
         return [0.0]
 
     as_reward(spy)(rollout)
-    assert seen == {"prompts": ["ab"], "answer": ["x"]}
+    assert seen["prompts"] == ["ab"]
+    assert seen["answer"] == ["x"]
+    assert seen["completion_ids"] == [rollout.ids[0, 2 : int(rollout.lengths[0])].tolist()]
 
 
 @pytest.fixture

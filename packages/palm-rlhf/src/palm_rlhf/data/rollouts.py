@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lm_core.nn.masking import prompt_mask_from_lengths, right_pad
+from lm_core.tokenizers import continuation_text
 from palm_rlhf.data.prompts import Prompt
 
 R = TypeVar("R", bound="Rollout")
@@ -70,10 +71,13 @@ class Rollout:
             return scores
         return scores[:, 1:].where(self.response_mask.to(scores.device), 0).sum(dim=1)
 
-    def samples(self, scores: Float[Tensor, "*shape"], number: int) -> list[dict[str, Any]]:
+    def samples(
+        self, scores: Float[Tensor, "*shape"], number: int, columns: Mapping[str, Sequence[Any]] | None = None
+    ) -> list[dict[str, Any]]:
         """Up to ``number`` responses with prompts and scores, for a log; token ids without a tokenizer.
 
-        They are evenly spaced over the rows, so that groups of responses to one prompt show several prompts.
+        ``columns`` are further values, one for each response. Samples are evenly spaced over the rows, so that groups
+        of responses to one prompt show several prompts.
         """
         chosen = []
         scores = self.totals(scores)
@@ -85,6 +89,7 @@ class Rollout:
                     "prompt": None if self.prompt_texts is None else self.prompt_texts[row],
                     "response": ids if self.texts is None else self.texts[row],
                     "reward": round(float(scores[row]), 4),
+                    **{name: values[row] for name, values in (columns or {}).items()},
                 }
             )
         return chosen
@@ -148,6 +153,24 @@ def rollout_of(
     mask = rollout.response_mask
     flat = torch.cat([row.detach().to("cpu", torch.float32) for row in log_probs])
     return replace(rollout, engine_log_probs=torch.zeros(mask.shape).masked_scatter(mask, flat))
+
+
+def with_texts(rollout: Rollout, tokenizer: Any) -> Rollout:
+    """The rollout with texts of prompts and responses, decoded where it has none; unchanged without a tokenizer."""
+    prompts = rollout.prompt_texts
+    if tokenizer is None or (rollout.texts is not None and prompts is not None and None not in prompts):
+        return rollout
+    bounds = zip(rollout.ids.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    rows = [(ids[:first], ids[first:last]) for ids, first, last in bounds]
+    known = prompts or [None] * len(rows)
+    return replace(
+        rollout,
+        texts=rollout.texts or [continuation_text(tokenizer, prompt, response) for prompt, response in rows],
+        prompt_texts=[
+            str(tokenizer.decode(prompt)) if text is None else text
+            for (prompt, _), text in zip(rows, known, strict=True)
+        ],
+    )
 
 
 def _check_log_probs(log_probs: Sequence[Tensor], responses: Sequence[Tensor]) -> None:

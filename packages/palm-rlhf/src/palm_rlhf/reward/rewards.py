@@ -5,22 +5,28 @@
 | ``RewardModel`` | the tokens |
 | Hugging Face sequence classifier, with its own tokenizer | prompt and response as text |
 | callable ``(sequences, prompt_lengths) -> rewards`` | padded ids ``(b, n)`` and lengths |
-| callable with a parameter ``completions``, also ``async`` | TRL's ``f(prompts=, completions=, **columns) -> list`` |
-| list of these, or of ``(weight, reward)`` | each in turn; the weighted sum |
-| ``"module:function"`` | as the function that it names |
+| callable with ``prompts``, ``completions``, ``completion_ids`` or ``**kwargs``, also ``async`` | TRL's form, below |
+| list of these, or of ``(weight, reward)`` | each in turn; the weighted sum, and metrics of each |
+| ``"module:name"``, ``"module:name(argument=1)"`` | the object, or the result of the call |
+| ``RolloutReward`` | the rollout |
 
-A text callable returns a number or None for each response; with None, its term is left out. As in TRL it may have a
-parameter ``completion_ids`` (also alone), and a prompt that is a chat is passed as its messages, its completion as
-``[{"role": "assistant", "content": text}]``.
+A function in TRL's form is called with those that it takes of ``prompts``, ``completions``, ``completion_ids``, the
+columns of the prompts' rows, ``trainer_state`` (``palm_rlhf.reward.log.TrainerState``), ``log_metric(name, number)``
+and ``log_extra(name, values)``; with ``**kwargs``, all of them. A chat is passed as its messages, its completion as
+``[{"role": "assistant", "content": text}]``. It returns a number for each response, or a list of numbers for each of
+its tokens; with None, its term is left out. A tensor ``(b, n)`` has a reward for each token of a row.
 """
 
+import ast
 import asyncio
 import contextlib
 import functools
 import hashlib
 import importlib
 import inspect
+import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,22 +39,29 @@ from torch import Tensor, nn
 from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.tensor_files import hash_of
 from palm_rlhf.data.rollouts import Rollout
+from palm_rlhf.reward.log import RewardLog
 from palm_rlhf.reward.model import RewardModel
-
-Reward = Callable[[Rollout], Tensor]
 
 _UNLIMITED = 10**9  # tokenizers without a limit have 10**30
 
 
+class RolloutReward(ABC):
+    """A reward of rollouts; subclass it for a reward that needs all of a rollout."""
+
+    @abstractmethod
+    def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
+        """Rewards of responses ``(b,)`` or of their tokens ``(b, n)``, NaN for a response that is left out."""
+
+
 @dataclass(frozen=True)
-class ModelReward:
+class ModelReward(RolloutReward):
     """A ``RewardModel`` with the vocabulary of the policy, applied in batches."""
 
     model: RewardModel
     batch_size: int = 64
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
         """Scores of whole sequences."""
         parts = (t.split(self.batch_size) for t in (rollout.ids, rollout.prompt_lengths, rollout.lengths))
         with eval_mode(self.model):
@@ -60,7 +73,7 @@ class ModelReward:
 
 
 @dataclass
-class ClassifierReward:
+class ClassifierReward(RolloutReward):
     """A Hugging Face sequence classifier with one label, and the tokenizer it was trained with.
 
     A chat is scored as the text of the classifier's chat template, or of the policy's if it has none. Texts that exceed
@@ -88,7 +101,7 @@ class ClassifierReward:
             raise ValueError("the reward's tokenizer must have a pad token, got pad_token=None")
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
         """Scores of prompt and response as one text."""
         chats = rollout.messages or [None] * len(rollout)
         texts = [self._text(*row) for row in zip(*_texts(rollout), chats, strict=True)]
@@ -144,47 +157,57 @@ class ClassifierReward:
 
 
 @dataclass(frozen=True)
-class FunctionReward:
-    """A function of texts by the names of its parameters, else of padded ids; see the module's table."""
+class FunctionReward(RolloutReward):
+    """A function in TRL's form by the names of its parameters, else of padded ids; see the module's table."""
 
     function: Callable[..., Any]
 
-    def __call__(self, rollout: Rollout) -> Tensor:
+    def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
         """Rewards of the function, NaN where it returns None."""
+        log = RewardLog() if log is None else log
         parameters = _parameters(self.function)
-        if not {"completions", "completion_ids", "prompts"} & set(parameters):
+        if not _is_text_function(parameters, rollout):
             more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
-            values = self.function(rollout.ids, rollout.prompt_lengths, **more)
-            return _as_scores(values, rollout, self.function)
-        arguments = _text_arguments(rollout)
+            return _as_scores(self.function(rollout.ids, rollout.prompt_lengths, **more), rollout, self.function)
+        arguments = _text_arguments(rollout, log)
         required = [name for name, parameter in parameters.items() if _is_required(parameter)]
         if missing := [name for name in required if name not in arguments]:
             raise TypeError(
                 f"reward {_name(self.function)} needs {', '.join(missing)}, but gets {', '.join(sorted(arguments))}"
             )
-        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        only_named = {"completion_ids"} if takes_more else set(arguments)
-        arguments = {name: value for name, value in arguments.items() if name in parameters or name not in only_named}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            arguments = {name: value for name, value in arguments.items() if name in parameters}
         values = self.function(**arguments)
         if inspect.isawaitable(values):
             with ThreadPoolExecutor(1) as pool:  # a notebook runs a loop of its own in this thread
                 values = pool.submit(asyncio.run, _awaited(values)).result()
-        if not isinstance(values, Tensor):
-            values = [float("nan") if value is None else value for value in values]
+        for name, column in log.columns.items():
+            if len(column) != len(rollout):
+                raise ValueError(f"log_extra({name!r}) needs {len(rollout)} values, one a response, got {len(column)}")
         return _as_scores(values, rollout, self.function)
 
 
 @dataclass(frozen=True)
-class WeightedRewards:
+class WeightedRewards(RolloutReward):
     """The weighted sum of several rewards, without the terms that are None for a response."""
 
-    terms: tuple[tuple[float, Reward], ...]
+    terms: tuple[tuple[float, RolloutReward], ...]
 
-    def __call__(self, rollout: Rollout) -> Tensor:
-        """NaN only where every term is None."""
-        columns = [weight * reward(rollout).to(torch.float32) for weight, reward in self.terms]
-        table = torch.stack([column.to(columns[0].device) for column in columns])
+    def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
+        """NaN only where every term is None; of tokens ``(b, n)`` if any term is."""
+        columns: list[Tensor] = []
+        for weight, reward in self.terms:
+            values = reward(rollout, log).to(torch.float32)
+            if log is not None:
+                log.add_term(_name(getattr(reward, "function", reward)), rollout.totals(values))
+            columns.append(weight * values.to(columns[0].device if columns else values.device))
+        if any(column.ndim == 2 for column in columns):
+            columns = [column if column.ndim == 2 else _at_last_tokens(column, rollout) for column in columns]
+        table = torch.stack(columns)
         return table.nansum(dim=0).masked_fill(table.isnan().all(dim=0), torch.nan)
+
+
+Reward = RolloutReward
 
 
 def as_reward(reward: Any) -> Reward:
@@ -194,7 +217,7 @@ def as_reward(reward: Any) -> Reward:
         TypeError: it is none of these.
         ValueError: an empty list, or a name that is not "module:function".
     """
-    if isinstance(reward, ModelReward | ClassifierReward | FunctionReward | WeightedRewards):
+    if isinstance(reward, RolloutReward):
         return reward
     if isinstance(reward, RewardModel):
         return ModelReward(reward)
@@ -255,7 +278,13 @@ def check_scores(scores: Any, rollout: Rollout) -> Float[Tensor, "*shape"]:
 
 
 def _as_scores(values: Any, rollout: Rollout, source: Any) -> Tensor:
+    """Rewards ``(b,)`` or ``(b, n)`` of what a function returned, NaN for None."""
     name = source if isinstance(source, str) else _name(source)
+    if not isinstance(values, Tensor) and isinstance(values, Sequence) and not isinstance(values, str):
+        if any(isinstance(value, Sequence | Tensor) and not isinstance(value, str) for value in values):
+            return _token_scores(values, rollout, name)
+        _check_not_nan(values, name)
+        values = [math.nan if value is None else value for value in values]
     try:
         scores = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -268,6 +297,45 @@ def _as_scores(values: Any, rollout: Rollout, source: Any) -> Tensor:
     return scores.float()
 
 
+def _token_scores(values: Sequence[Any], rollout: Rollout, name: str) -> Float[Tensor, "b n"]:
+    """Lists of one number for each token of a response, or None, as a tensor over rows."""
+    if len(values) != len(rollout):
+        raise ValueError(f"{name} must return one list for each of {len(rollout)} responses, got {len(values)}")
+    scores = torch.zeros(rollout.ids.shape)
+    bounds = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
+    for row, (credits, (first, last)) in enumerate(zip(values, bounds, strict=True)):
+        if credits is None:
+            scores[row] = math.nan
+            continue
+        try:
+            numbers = torch.as_tensor(credits, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{name} must return numbers for the tokens of response {row}, got {credits!r}"[:200]
+            ) from error
+        if numbers.shape != (last - first,):
+            raise ValueError(
+                f"{name} must return {last - first} numbers for the tokens of response {row}, got shape "
+                f"{tuple(numbers.shape)}"
+            )
+        scores[row, first:last] = numbers
+    return scores
+
+
+def _check_not_nan(values: Sequence[Any], name: str) -> None:
+    for row, value in enumerate(values):
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{name} returned nan for response {row}; return None to leave it out")
+
+
+def _at_last_tokens(scores: Float[Tensor, " b"], rollout: Rollout) -> Float[Tensor, "b n"]:
+    """Rewards of responses at their last tokens; a response that is left out is NaN at every token."""
+    whole = scores.new_zeros(rollout.ids.shape).scatter(
+        1, (rollout.lengths.to(scores.device) - 1)[:, None], scores[:, None]
+    )
+    return whole.masked_fill(scores.isnan()[:, None], torch.nan)
+
+
 def _texts(rollout: Rollout) -> tuple[list[str], list[str]]:
     prompts = rollout.prompt_texts
     if rollout.texts is None or prompts is None or any(text is None for text in prompts):
@@ -275,8 +343,18 @@ def _texts(rollout: Rollout) -> tuple[list[str], list[str]]:
     return [str(text) for text in prompts], rollout.texts
 
 
-def _text_arguments(rollout: Rollout) -> dict[str, Any]:
-    """Arguments of a text callable: prompts, completions (as messages for chats), their ids, and the columns."""
+def _is_text_function(parameters: dict[str, inspect.Parameter], rollout: Rollout) -> bool:
+    """True for a function in TRL's form, False for one of padded ids and lengths."""
+    if {"completions", "completion_ids", "prompts"} & set(parameters):
+        return True
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return False
+    known = {name for columns in rollout.columns for name in columns} | {"trainer_state", "log_metric", "log_extra"}
+    return all(name in known for name, parameter in parameters.items() if _is_required(parameter))
+
+
+def _text_arguments(rollout: Rollout, log: RewardLog) -> dict[str, Any]:
+    """Arguments of a function in TRL's form."""
     prompts, completions = _texts(rollout)
     messages = rollout.messages or [None] * len(rollout)
     ends = zip(rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
@@ -289,6 +367,9 @@ def _text_arguments(rollout: Rollout) -> dict[str, Any]:
             for text, chat in zip(completions, messages, strict=True)
         ],
         "completion_ids": [ids[first:last] for ids, (first, last) in zip(rollout.ids.tolist(), ends, strict=True)],
+        "trainer_state": log.trainer_state,
+        "log_metric": log.log_metric,
+        "log_extra": log.log_extra,
     }
 
 
@@ -317,10 +398,22 @@ def _is_weighted(entry: Any) -> bool:
 
 
 def _imported(name: str) -> Any:
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
+    """The object that "module:name" names, or the result of "module:name(argument=value, ...)"."""
+    module, colon, rest = name.partition(":")
+    function, bracket, arguments = rest.partition("(")
+    if not colon or not module or not function or (bracket and not arguments.endswith(")")):
         raise ValueError(f'reward must be "module:function" or a folder with a reward model, got {name!r}')
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
+    if not bracket:
+        return found() if inspect.isclass(found) else found
+    try:
+        call = ast.parse(f"f({arguments}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        positional = [ast.literal_eval(value) for value in call.args]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(f"reward {name!r} must have plain values as arguments: {error}") from error
+    return found(*positional, **named)

@@ -7,6 +7,7 @@ and of counters, so a run that is killed and resumed ends bit for bit like an un
 
 import contextlib
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,8 @@ from lm_core.tokenizers import end_ids
 from lm_core.training.metrics import MetricsLog
 from lm_core.training.session import TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, fingerprint, load_prompts
-from palm_rlhf.data.rollouts import Rollout
+from palm_rlhf.data.rollouts import Rollout, with_texts
+from palm_rlhf.reward.log import RewardLog, TrainerState, merged
 from palm_rlhf.reward.rewards import as_reward, check_scores, reward_identity
 from palm_rlhf.rl.advantages import zero_variance_groups
 from palm_rlhf.rl.arguments import sort_arguments
@@ -170,6 +172,7 @@ class RLHFTrainer:
             check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
             reward_model.to(self.device)
+        self._groups_per_phase = 0
         # order of prompts, updates, and what the session checkpoints
         self.order = EpochOrder(max(1, len(self.prompts)), seed=config.seed)
         self.update = PolicyUpdate(policy, objective, config, kl=self.kl, guard=self.session.guard, network=network)
@@ -297,9 +300,23 @@ class RLHFTrainer:
         Raises:
             ValueError: there is no reward, or it returned another shape, NaN or infinity.
         """
+        return self._score(rollout)[0]
+
+    def _score(self, rollout: Rollout) -> tuple[Tensor, RewardLog]:
+        """Rewards of a rollout, and what the reward logged."""
         if self.reward is None:
             raise ValueError("reward must be given to the trainer, or rewards to step, got reward=None")
-        return check_scores(self.reward(rollout), rollout)
+        passes = (self.phase.number * self._groups_per_phase + self.phase.redrawn) / max(1, len(self.prompts))
+        state = TrainerState(self.phase.updates, self.session.max_steps or 0, passes, rank() == 0)
+        log = RewardLog(state)
+        scores = self.reward(with_texts(rollout, self.tokenizer), log)
+        # as in TRL, a response that every reward leaves out has the reward 0
+        missing = scores.isnan()
+        if bool(missing.any()):
+            rows = missing.reshape(len(rollout), -1).any(dim=1)
+            log.log_metric("rewards_missing", float(rows.float().mean()))
+            warnings.warn(f"no reward for {int(rows.sum())} of {len(rollout)} responses, which get 0", stacklevel=2)
+        return check_scores(scores.masked_fill(missing, 0), rollout), log
 
     @typed
     @torch.no_grad()
@@ -345,14 +362,14 @@ class RLHFTrainer:
 
     def _draw(
         self, sampling: SamplingSettings, count: int, batch_size: int
-    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float]]:
-        """The experience of one phase over all processes; samples and seconds of this process for the log."""
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], dict[str, float]]:
+        """The experience and the reward metrics of one phase over all processes; samples and seconds of this one."""
         if count < world_size():
             raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
         group_size = self.objective.group_size
-        groups = count // group_size
+        groups = self._groups_per_phase = count // group_size
         first = self.phase.number * groups + self.phase.redrawn
-        experience, samples, seconds = self._draw_groups(sampling, first, groups, batch_size)
+        experience, samples, seconds, logs = self._draw_groups(sampling, first, groups, batch_size)
         # dynamic sampling: groups of equal rewards are replaced by responses to the next prompts
         for _ in range(self.objective.dynamic_sampling):
             equal = zero_variance_groups(experience.scores, group_size=group_size)
@@ -361,17 +378,18 @@ class RLHFTrainer:
                 break
             first += groups
             groups = missing
-            more, _, more_seconds = self._draw_groups(sampling, first, missing, batch_size)
+            more, _, more_seconds, more_logs = self._draw_groups(sampling, first, missing, batch_size)
             seconds = {name: value + more_seconds[name] for name, value in seconds.items()}
             self.phase.redrawn += missing
+            logs += more_logs
             kept = (~equal).repeat_interleave(group_size).nonzero()[:, 0]
             parts = [experience.rows(kept)] if kept.numel() else []
             experience = concatenated([*parts, more], pad_id=sampling.pad_id)
-        return experience, samples, seconds
+        return experience, samples, seconds, merged(all_gathered(logs)).values()
 
     def _draw_groups(
         self, sampling: SamplingSettings, first: int, count: int, batch_size: int
-    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float]]:
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], list[RewardLog]]:
         """Responses to ``count`` prompts from position ``first`` of the order on, as ``_draw`` returns them."""
         group_size = self.objective.group_size
         # a draw is a function of seed, prompt and number of the draw, so not of the number of processes
@@ -383,18 +401,20 @@ class RLHFTrainer:
         local = draws[len(draws) * rank() // world_size() : len(draws) * (rank() + 1) // world_size()]
         parts: list[Experience] = []
         samples: list[dict[str, Any]] = []
+        logs: list[RewardLog] = []
         seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
         for start in range(0, len(local), batch_size):
             indices, seeds = zip(*local[start : start + batch_size], strict=True)
             with _timed(seconds, "rollout_seconds", self.device):
                 rollout = self._rollout([self.prompts[index] for index in indices], sampling, seeds)
             with _timed(seconds, "reward_seconds", self.device):
-                scores = self.score(rollout)
+                scores, log = self._score(rollout)
+            logs.append(log)
             parts.append(Experience.from_rollout(rollout, scores))
-            samples += rollout.samples(scores, self.config.samples_logged - len(samples))
+            samples += rollout.samples(scores, self.config.samples_logged - len(samples), log.sample_columns())
         if world_size() > 1:
             parts = [part.to(self.device) for part in all_gathered([part.to("cpu") for part in parts])]
-        return concatenated(parts, pad_id=sampling.pad_id), samples, seconds
+        return concatenated(parts, pad_id=sampling.pad_id), samples, seconds, logs
 
     # -------------------------------------------------------------------------------------------------------- learning
 
@@ -418,12 +438,17 @@ class RLHFTrainer:
         Raises:
             ValueError: wrong shape, NaN, ids out of range, or a number of rows that is not whole groups.
         """
-        scores = self.score(rollout) if rewards is None else check_scores(rewards, rollout)
+        log = RewardLog()
+        if rewards is None:
+            scores, log = self._score(rollout)
+        else:
+            scores = check_scores(rewards, rollout)
         if self.actor_critic.vocab_size is not None:
             check_ids(rollout.ids, self.actor_critic.vocab_size, "rollout")
         if len(rollout) % self.objective.group_size:
             raise ValueError(f"rollout must hold whole groups of {self.objective.group_size}, got {len(rollout)} rows")
         self._begin(gathered(Experience.from_rollout(rollout.to(self.device), scores), pad_id=0))
+        self.phase.metrics |= merged(all_gathered([log])).values()
         while not self.phase.is_done:
             self._next_update()
         return self._end()
@@ -577,9 +602,10 @@ class RLHFTrainer:
             seconds: dict[str, float] = {}
             for _ in session.steps(session.step + phase.remaining(phases, count)):
                 if phase.experience is None:
-                    experience, samples, seconds = self._draw(settings, count, max_batch_size)
+                    experience, samples, seconds, rewards = self._draw(settings, count, max_batch_size)
                     with _timed(seconds, "score_seconds", self.device):
                         self._begin(experience)
+                    phase.metrics |= rewards
                     for sample in samples:
                         row = {name: _readable(value) for name, value in sample.items()}
                         sample_log.log(phase.updates, row)

@@ -9,6 +9,7 @@ from palm_rlhf.rl.objectives.ppo import PPO
 from palm_rlhf.rl.objectives.reinforce import REINFORCE
 from palm_rlhf.rl.objectives.reinforce_plus_plus import ReinforcePlusPlus
 from palm_rlhf.rl.objectives.rloo import RLOO
+from palm_rlhf.rl.objectives.spo import SPO
 from palm_rlhf.rl.objectives.tpo import TPO
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -21,6 +22,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "cispo": CISPO,
     "tpo": TPO,
     "flowrl": FlowRL,
+    "spo": SPO,
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "PPO",
     "REINFORCE",
     "RLOO",
+    "SPO",
     "TPO",
     "FlowRL",
     "Objective",

@@ -16,7 +16,7 @@ from palm_rlhf.rl.advantages import entropy_shaped, group_advantages, zero_varia
 from palm_rlhf.rl.experience import Experience, token_rewards
 from palm_rlhf.rl.log_probs import PolicyOutput
 from palm_rlhf.rl.losses import token_weights
-from palm_rlhf.rl.objectives import CISPO, GRPO, GSPO, PPO, RLOO, TPO, FlowRL, ReinforcePlusPlus
+from palm_rlhf.rl.objectives import CISPO, GRPO, GSPO, PPO, RLOO, SPO, TPO, FlowRL, ReinforcePlusPlus
 
 LENGTHS = [3, 1, 4, 2, 2, 5]  # two groups of three responses
 GROUP = 3
@@ -189,6 +189,33 @@ def test_loss_and_gradient_equal_loops_over_the_papers_equation(batch, objective
         difference = (at(new.detach() + step) - at(new.detach() - step)) / 2e-6
         assert gradient[row, column].item() == pytest.approx(difference, rel=1e-4, abs=1e-6)
     assert not gradient[~mask].any()
+
+
+def test_the_penalty_of_spo_is_least_at_the_edge_of_its_range_and_pulls_back_from_beyond(batch):
+    experience, new = batch
+    objective = SPO(eps_clip=0.3, whiten_advantages=False)
+    advantages, returns = objective.advantages(experience)
+    experience = replace(experience, advantages=advantages, returns=returns)
+    mask = experience.response_mask
+
+    def losses(log_probs):
+        output = PolicyOutput(log_probs, log_probs, values=torch.zeros_like(log_probs))
+        return objective.token_loss(output, experience).policy
+
+    found = losses(new)
+    for row, column in mask.nonzero().tolist():
+        ratio = math.exp(float(new[row, column] - experience.log_probs[row, column]))
+        a = float(advantages[row, column])
+        wanted = -ratio * a + abs(a) / (2 * 0.3) * (ratio - 1) ** 2
+        assert found[row, column].item() == pytest.approx(wanted, abs=1e-12)
+    edge = (1 + 0.3 * advantages.sign()).log()
+    for shift, sign in ((0.0, 0), (0.2, 1), (-0.2, -1)):
+        x = (experience.log_probs + edge + shift).requires_grad_()
+        (gradient,) = torch.autograd.grad(losses(x).sum(), x)
+        chosen = mask & (advantages != 0)
+        assert torch.equal(
+            gradient[chosen].where(gradient[chosen].abs() > 1e-12, 0).sign(), torch.full_like(gradient[chosen], sign)
+        )
 
 
 def test_dual_clip_bounds_the_loss_of_negative_advantages_at_every_token(batch):

@@ -9,7 +9,7 @@ import torch
 from palm_rlhf import PaLM
 from palm_rlhf.data.prompts import load_prompts
 from palm_rlhf.rl.importance import importance_weights, mismatch_metrics
-from palm_rlhf.rl.objectives import CISPO, GRPO, GSPO, OBJECTIVES, PPO, REINFORCE, TPO, FlowRL
+from palm_rlhf.rl.objectives import CISPO, GRPO, GSPO, OBJECTIVES, PPO, REINFORCE, SPO, TPO, FlowRL
 from palm_rlhf.rl.rollouts import rollout_of
 from palm_rlhf.rl.trainer import RLHFTrainer
 
@@ -257,6 +257,8 @@ def test_the_entropy_in_the_advantage_changes_the_update_and_not_the_critic(make
         (lambda: FlowRL(network_size=0), "network_size must be at least 1"),
         (lambda: FlowRL(aggregation="constant", constant_length=4), 'aggregation must be "sequence" for FlowRL'),
         (lambda: GRPO(dual_clip=1.0), "dual_clip must be above 1, got 1.0"),
+        (lambda: SPO(dual_clip=3.0), "dual_clip must be None for SPO, got 3.0"),
+        (lambda: SPO(eps_clip_high=0.3), "eps_clip_high must be None for SPO, got 0.3"),
         (lambda: PPO(entropy_advantage=-0.1), "entropy_advantage must be a finite number in"),
         (lambda: PPO(entropy_advantage_bound=1.0), "entropy_advantage_bound must be above 1"),
         (lambda: PPO(dynamic_sampling=2), "dynamic_sampling must be 0 for PPO"),

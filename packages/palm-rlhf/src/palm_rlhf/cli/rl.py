@@ -56,12 +56,14 @@ class Responses(SamplingFlags):
 
 def train_policy(
     *,
-    objective: Objective,
+    method: Objective,
     config: RLConfig,
     policy: dict[str, Any],
     responses: Responses,
+    objective: str = "grpo",
     max_steps: int = 1000,
-    reward: str = REWARD,
+    reward: list[str] | str = REWARD,
+    reward_weights: list[float] | None = None,
     model: str | None = None,
     data: str = "stdlib",
     validation_data: str | None = None,
@@ -77,12 +79,15 @@ def train_policy(
     """Trains a policy against a reward.
 
     Args:
-        objective: objective to optimize.
+        method: the objective with its options.
         config: optimizer, batches, precision and checkpoints.
         policy: arguments of ``ActorCritic``.
         responses: length and sampling of responses.
+        objective: name of the objective, whose options are further flags: ppo, grpo, gspo, cispo, spo, rloo, reinforce,
+            reinforce++, tpo or flowrl.
         max_steps: optimizer updates of the run.
-        reward: folder of a reward model or of its run, or module:function.
+        reward: folders of reward models or of their runs, or module:function (with arguments, module:function(a=1)).
+        reward_weights: a weight for each reward; 1 by default.
         model: policy to start from: a PaLM's folder or run, a Hugging Face model or adapter (folder, or
             organisation/name on the hub); by default the base of the reward model, which both then share.
         data: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
@@ -94,12 +99,22 @@ def train_policy(
     from palm_rlhf.rl.trainer import RLHFTrainer
 
     check_positive(max_steps, "max_steps")
+    if OBJECTIVES.get(objective) is not type(method):
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    names = [reward] if isinstance(reward, str) else reward
+    weights = reward_weights or [1.0] * len(names)
+    if len(weights) != len(names) or not names:
+        raise ValueError(f"reward_weights must be one number for each of {len(names)} rewards, got {reward_weights}")
     seed_everything(config.seed)  # covers adapters and value heads
     # a reward model and the policy trained from its base share that base
-    scores, base = find_reward(reward)
+    rewards = [find_reward(name) for name in names]
+    scores: Any = [(weight, each) for weight, (each, _) in zip(weights, rewards, strict=True)]
+    base, shared = next(((folder, each.palm) for each, folder in rewards if folder is not None), (None, None))
+    if len(names) == 1 and reward_weights is None:
+        scores = rewards[0][0]
     encoder: Any
     if model is None and base is not None:
-        network, encoder, origin = scores.palm, load_tokenizer(tokenizer or base), f"base of the reward model {base}"
+        network, encoder, origin = shared, load_tokenizer(tokenizer or base), f"base of the reward model {base}"
     else:
         opened = open_policy(model or QUICKSTART, tokenizer=tokenizer, dtype=dtype)
         network, encoder, origin = opened.model, opened.tokenizer, opened.description
@@ -109,7 +124,7 @@ def train_policy(
     trainer = RLHFTrainer(
         network,
         scores,
-        objective=objective,
+        objective=method,
         config=config,
         prompts=prompts,
         tokenizer=encoder,
@@ -169,7 +184,7 @@ def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
 
 def _presets(objective: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the quickstart, without own model, data and reward."""
-    own = {**chosen, "reward": None if chosen["reward"] == REWARD else chosen["reward"]}
+    own = {**chosen, "reward": None if chosen["reward"] in (REWARD, [REWARD]) else chosen["reward"]}
     is_quick = preset_name(own, "model", "data", "reward") == "quickstart"
     return {**QUICK, **QUICK_OF.get(objective, {})} if is_quick else {}
 
@@ -180,12 +195,12 @@ def command_of(name: str) -> Command:
     return Command(
         train_policy,
         {
-            "objective": Group(kind),
+            "method": Group(kind),
             "config": Group(RLConfig),
             "policy": Group(ActorCritic, skip=SETTLED, as_dict=True),
             "responses": Group(Responses),
         },
         f"Trains a policy by {kind.__name__} against a reward.",
         partial(_presets, name),
-        defaults={"checkpoint_dir": f"runs/palm-{name}"},
+        defaults={"objective": name, "checkpoint_dir": f"runs/palm-{name}"},
     )

@@ -27,7 +27,7 @@ import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,14 @@ class RolloutReward(ABC):
     @abstractmethod
     def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Tensor:
         """Rewards of responses ``(b,)`` or of their tokens ``(b, n)``, NaN for a response that is left out."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of a reward that learns during a run, for a checkpoint; empty otherwise."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from ``state``."""
+        assert not state, "a reward with a state loads it"
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,16 @@ class WeightedRewards(RolloutReward):
             columns = [column if column.ndim == 2 else _at_last_tokens(column, rollout) for column in columns]
         table = torch.stack(columns)
         return table.nansum(dim=0).masked_fill(table.isnan().all(dim=0), torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the terms that have one."""
+        states = {str(index): reward.state_dict() for index, (_, reward) in enumerate(self.terms)}
+        return {index: state for index, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes from ``state``."""
+        for index, part in state.items():
+            self.terms[int(index)][1].load_state_dict(part)
 
 
 Reward = RolloutReward

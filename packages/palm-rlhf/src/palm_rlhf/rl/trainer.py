@@ -198,6 +198,7 @@ class RLHFTrainer:
                 "kl": self.kl,
                 "extra": files,
                 **({} if self.update.network is None else {"network": self.update.network}),
+                **({} if self.reward is None or not self.reward.state_dict() else {"reward": self.reward}),
             },
             # the stored experience depends on these; other settings, such as learning rates, may change on resume
             identity={

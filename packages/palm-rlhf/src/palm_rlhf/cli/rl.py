@@ -127,6 +127,7 @@ def train_policy(
         objective=method,
         config=config,
         prompts=prompts,
+        validation_prompts=None if config.validate_every is None else held_out[:VALIDATION_PROMPTS],
         tokenizer=encoder,
         template_kwargs=template_kwargs,
         checkpoint_dir=checkpoint_dir,
@@ -141,6 +142,8 @@ def train_policy(
     report("run", f"{checkpoint_dir}, {steps} updates{rounded}, {len(trainer.prompts)} prompts, {trainer.device}")
     result = trainer.train(max_steps=max_steps, update_timesteps=responses.update_timesteps, **sampling)
     lines = [*_progress(result.metrics), ("updates", f"{result.updates} in {result.phases} phases")]
+    if result.best is not None:
+        lines.append(("best", f"held-out reward {result.best['reward']:.3f} after {result.best['step']:.0f} updates"))
     results: list[Result] = []
     if result.outcome == "finished" and rank() == 0:
         # compare actor and reference on held-out prompts

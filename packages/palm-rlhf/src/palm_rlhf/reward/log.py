@@ -32,12 +32,14 @@ class RewardLog:
 
     Attributes:
         trainer_state: progress of the run, passed to functions that take it.
+        learn: True where the responses are trained on, so that a reward that learns may learn from them.
         terms: each reward of a list ``(b,)`` by name, NaN where it left a response out.
         metrics: numbers of ``log_metric``.
         columns: values of ``log_extra``, one for each response.
     """
 
     trainer_state: TrainerState = field(default_factory=TrainerState)
+    learn: bool = False
     terms: dict[str, list[float]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)

@@ -32,8 +32,8 @@ class ImplicitPRM(RolloutReward):
         model: a PaLM, which gets a LoRA scope "prm" and may be the policy's, a Hugging Face model of its own, or an
             ``ActorCritic`` without critic, whose actor and reference are then taken.
         beta: scale of the rewards.
-        outcome: reward in [0, 1] of whole responses, from whose values the model learns at each call, before it scores;
-            None for a model that stays as it is.
+        outcome: reward in [0, 1] of whole responses. In a run the model learns from its values, then scores the
+            responses; validation scores alone. None for a model that stays as it is.
         learning_rate: learning rate of that training, by AdamW.
         batch_size: responses per forward pass.
         **options: further arguments of ``ActorCritic``, such as ``actor_lora_r``.
@@ -72,15 +72,14 @@ class ImplicitPRM(RolloutReward):
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
 
     def __call__(self, rollout: Rollout, log: RewardLog | None = None) -> Float[Tensor, "b n"]:
-        """Rewards of tokens, after learning from the outcomes if there is an ``outcome``."""
-        if self.outcome is not None:
+        """Rewards of tokens, in training after learning from the outcomes."""
+        if self.outcome is not None and log is not None and log.learn:
             if world_size() > 1:
                 raise ValueError(f"ImplicitPRM learns in one process only, got {world_size()} with an outcome")
             labels = rollout.totals(self.outcome(rollout, log).to(self.model.device))
             known = ~labels.isnan()
             loss = self.fit(rollout, labels.nan_to_num(), known) if bool(known.any()) else 0.0
-            if log is not None:
-                log.log_metric("prm_loss", loss)
+            log.log_metric("prm_loss", loss)
         with torch.no_grad(), eval_mode(self.model):
             return self._credits(rollout.to(self.model.device))
 

@@ -24,7 +24,7 @@ from lm_core.distributed import rank, world_size
 from lm_core.generation.decoding import Filter, as_eos_ids
 from lm_core.tokenizers import end_ids
 from lm_core.training.metrics import MetricsLog
-from lm_core.training.session import TrainingResult, TrainingSession
+from lm_core.training.session import SavedValue, TrainingResult, TrainingSession
 from palm_rlhf.data.prompts import Prompt, as_tokenizer, check_prompts, fingerprint, load_prompts
 from palm_rlhf.data.rollouts import Rollout, with_texts
 from palm_rlhf.reward.log import RewardLog, TrainerState, merged
@@ -53,7 +53,7 @@ from palm_rlhf.rl.state import Phase
 from palm_rlhf.rl.update import PolicyUpdate, update_metrics
 
 _EPISODES = 50_000  # of the original
-CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explained_variance")
+CURVES = ("reward", "kl", "entropy", "clip_fraction", "response_length", "explained_variance", "validation_reward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,13 @@ class PolicyResult(TrainingResult):
     Attributes:
         phases: number of completed phases, each of one batch of rollouts.
         metrics: metrics of each phase of this call of ``train``.
+        best: step and mean reward of the best validation, whose checkpoint is in the folder ``best`` of the run; None
+            without validation prompts.
     """
 
     phases: int
     metrics: list[dict[str, float]]
+    best: dict[str, float] | None = None
 
     @property
     def updates(self) -> int:
@@ -90,6 +93,8 @@ class RLHFTrainer:
         config: optimizer, batches, precision and checkpoints.
         prompts: texts, chats, rows, a dataset, or token ids (alias ``prompts_path``, ``prompt_token_ids``); see
             ``palm_rlhf.data.prompts.load_prompts``. None where rollouts are passed to ``step``.
+        validation_prompts: held-out prompts, likewise; a response to each is drawn and scored every ``validate_every``
+            updates, and the checkpoint with the highest mean reward is kept.
         tokenizer: tokenizer with ``encode`` and ``decode``, Hugging Face's, or its folder or name; needed for texts.
         template_kwargs: further arguments of the chat template of prompts, such as ``enable_thinking``.
         checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
@@ -113,6 +118,7 @@ class RLHFTrainer:
         objective: Objective | str | None = None,
         config: RLConfig | None = None,
         prompts: Any = None,
+        validation_prompts: Any = None,
         tokenizer: Any = None,
         template_kwargs: Mapping[str, Any] | None = None,
         checkpoint_dir: str | Path | None = None,
@@ -142,6 +148,11 @@ class RLHFTrainer:
         if prompts is not None:
             self.prompts = self.load_prompts(prompts)
             check_prompts(self.prompts, getattr(policy, "num_tokens", None))
+        self.validation_prompts = [] if validation_prompts is None else self.load_prompts(validation_prompts)
+        if config.validate_every is not None and not self.validation_prompts:
+            raise ValueError(f"validate_every needs validation_prompts, got validate_every={config.validate_every}")
+        self.best: dict[str, float] | None = None
+        self._validation: tuple[SamplingSettings, int] | None = None
         if not hasattr(tokenizer, "decode"):
             self.tokenizer = None
         self.reward = None if reward is None else as_reward(reward)
@@ -199,6 +210,7 @@ class RLHFTrainer:
                 "extra": files,
                 **({} if self.update.network is None else {"network": self.update.network}),
                 **({} if self.reward is None or not self.reward.state_dict() else {"reward": self.reward}),
+                **({"best": SavedValue(lambda: self.best, self._set_best)} if self.validation_prompts else {}),
             },
             # the stored experience depends on these; other settings, such as learning rates, may change on resume
             identity={
@@ -206,15 +218,46 @@ class RLHFTrainer:
                 "group_size": objective.group_size,
                 "minibatch_size": config.minibatch_size,
                 "prompts": fingerprint(self.prompts),
+                **({"validation": fingerprint(self.validation_prompts)} if self.validation_prompts else {}),
                 "reward": identity_of_reward,
                 "frozen": files.frozen_hash(),
             },
             **files.session_arguments(),
             tokenizer=self.tokenizer,
+            validate=self._validate if self.validation_prompts else None,
             record={**asdict(objective), "objective": name},
             curves=CURVES,
             shown=("reward", "kl"),
         )
+
+    def _set_best(self, best: dict[str, float] | None) -> None:
+        self.best = best
+
+    def _validate(self) -> dict[str, float]:
+        """Mean reward and length of one response to each validation prompt; keeps the best checkpoint.
+
+        Responses are drawn with the settings of training and always the same seeds. Processes share the prompts.
+        """
+        assert self._validation is not None
+        settings, batch_size = self._validation
+        local = range(rank(), len(self.validation_prompts), world_size())
+        rows: list[tuple[float, float, float]] = []
+        with self.session.gathered():
+            for start in range(0, len(local), batch_size):
+                chosen = local[start : start + batch_size]
+                seeds = [seed_of(self.config.seed, "validation", index) for index in chosen]
+                rollout = self._rollout([self.validation_prompts[index] for index in chosen], settings, seeds)
+                scores = rollout.totals(self.score(rollout)).tolist()
+                lengths = (rollout.lengths - rollout.prompt_lengths).tolist()
+                rows += zip(scores, lengths, rollout.finished.float().tolist(), strict=True)
+        columns = list(zip(*all_gathered(rows), strict=True))
+        names = ("validation_reward", "validation_response_length", "validation_eos_rate")
+        metrics = {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
+        if self.best is None or metrics["validation_reward"] > self.best["reward"]:
+            self.best = {"step": float(self.session.step), "reward": metrics["validation_reward"]}
+            if self.session.folder is not None:
+                self.session.save(self.session.folder.path / "best", keep=1)
+        return metrics
 
     def _network(self) -> tuple[nn.Module, float] | None:
         """The objective's network of prompt features on the device, from the seed, and its learning rate."""
@@ -301,15 +344,15 @@ class RLHFTrainer:
         Raises:
             ValueError: there is no reward, or it returned another shape, NaN or infinity.
         """
-        return self._score(rollout)[0]
+        return self._score(rollout, learn=False)[0]
 
-    def _score(self, rollout: Rollout) -> tuple[Tensor, RewardLog]:
-        """Rewards of a rollout, and what the reward logged."""
+    def _score(self, rollout: Rollout, *, learn: bool) -> tuple[Tensor, RewardLog]:
+        """Rewards of a rollout, and what the reward logged; with ``learn``, a reward that learns may do so."""
         if self.reward is None:
             raise ValueError("reward must be given to the trainer, or rewards to step, got reward=None")
         passes = (self.phase.number * self._groups_per_phase + self.phase.redrawn) / max(1, len(self.prompts))
         state = TrainerState(self.phase.updates, self.session.max_steps or 0, passes, rank() == 0)
-        log = RewardLog(state)
+        log = RewardLog(state, learn=learn)
         scores = self.reward(with_texts(rollout, self.tokenizer), log)
         # as in TRL, a response that every reward leaves out has the reward 0
         missing = scores.isnan()
@@ -409,7 +452,7 @@ class RLHFTrainer:
             with _timed(seconds, "rollout_seconds", self.device):
                 rollout = self._rollout([self.prompts[index] for index in indices], sampling, seeds)
             with _timed(seconds, "reward_seconds", self.device):
-                scores, log = self._score(rollout)
+                scores, log = self._score(rollout, learn=True)
             logs.append(log)
             parts.append(Experience.from_rollout(rollout, scores))
             samples += rollout.samples(scores, self.config.samples_logged - len(samples), log.sample_columns())
@@ -441,7 +484,7 @@ class RLHFTrainer:
         """
         log = RewardLog()
         if rewards is None:
-            scores, log = self._score(rollout)
+            scores, log = self._score(rollout, learn=True)
         else:
             scores = check_scores(rewards, rollout)
         if self.actor_critic.vocab_size is not None:
@@ -580,7 +623,7 @@ class RLHFTrainer:
         settings = self.sampling(max_seq_len=max_seq_len, **sampling)
         if not self.prompts:
             raise ValueError("prompts must be given to the trainer for train, got none")
-        new_token_limit(self.actor_critic, self.prompts, settings)
+        new_token_limit(self.actor_critic, [*self.prompts, *self.validation_prompts], settings)
         if self.reward is None:
             raise ValueError("reward must be given to the trainer for train, got None")
         if self.objective.missing_eos_penalty and settings.eos_id is None and not settings.stop_strings:
@@ -592,6 +635,8 @@ class RLHFTrainer:
         rows: list[dict[str, float]] = []
         phase = self.phase
         self.session.max_steps = phases * phase.updates_of(count)
+        self.update.total_steps = self.session.max_steps
+        self._validation = (settings, max_batch_size)
         with (
             self.session.run() as session,
             MetricsLog(
@@ -618,7 +663,7 @@ class RLHFTrainer:
                         seconds["tokens_per_second"] = round(tokens / drawing, 1)
                     rows.append({**self._end(), **seconds})
                     session.log(rows[-1])
-        return session.result(PolicyResult, phases=phase.number, metrics=rows)
+        return session.result(PolicyResult, phases=phase.number, metrics=rows, best=self.best)
 
 
 def _readable(value: Any) -> Any:

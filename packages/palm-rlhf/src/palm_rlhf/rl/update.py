@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.distributed import all_reduce_gradients, rank, world_size
-from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, optimizer_groups
+from lm_core.training.optimization import NonFiniteGuard, clip_global_norm, learning_rate_scale, optimizer_groups
 from palm_rlhf.rl.advantages import entropy_shaped
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.experience import Experience, all_gathered
@@ -48,6 +48,9 @@ class PolicyUpdate:
         self.critic_parameters = policy.critic_parameters()
         self.network_parameters = [] if self.network is None else list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self._groups(), betas=config.betas)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        #: updates of the whole run, over which learning rates rise and fall; None keeps them at their peaks
+        self.total_steps: int | None = None
         self.guard = guard
 
     def __call__(self, experience: Experience, rows: Tensor, *, number: int) -> Sums:
@@ -65,10 +68,26 @@ class PolicyUpdate:
         norms = [clip_global_norm(group, self.config.max_grad_norm) for group in groups]
         total = combined(*all_gathered([{name: float(value) for name, value in sums.items()}]))
         norm = torch.stack([part.float() for part in norms]).sum()
+        scale = self._learning_rate_scale(number)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * scale
         if self.guard.allows(number, torch.tensor(total["loss"]), norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**total, "grad_norm": float(norms[0]), "updates": 1.0}
+        rate = self.config.actor_lr * scale
+        return {**total, "grad_norm": float(norms[0]), "learning_rate": rate, "updates": 1.0}
+
+    def _learning_rate_scale(self, number: int) -> float:
+        """Factor on the learning rates of the update ``number``, counted from 1."""
+        total = self.total_steps
+        if total is None:
+            return 1.0
+        return learning_rate_scale(
+            number - 1,
+            warmup_steps=int(self.config.warmup * total),
+            total_steps=total,
+            final_scale=self.config.final_learning_rate,
+        )
 
     def _accumulate(self, experience: Experience, rows: Tensor) -> dict[str, Tensor]:
         """Gradients of this process's share of the rows, a micro-batch at a time."""
@@ -169,7 +188,7 @@ class PolicyUpdate:
 
 def update_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Metrics of a phase from the sums of its updates: means over updates, response tokens or responses."""
-    per_update = ("loss", "policy_loss", "value_loss", "grad_norm")
+    per_update = ("loss", "policy_loss", "value_loss", "grad_norm", "learning_rate")
     per_token = {
         "entropy": "entropy_tokens",
         "clip_fraction": "clipped_tokens",

@@ -43,7 +43,7 @@ def test_a_run_validates_on_held_out_prompts_and_keeps_its_best_checkpoint(make_
     assert result.best == {"step": 2.0, "reward": pytest.approx(0.9)}
     rows = [row["validation_reward"] for row in read_metrics(tmp_path / "metrics.jsonl") if "validation_reward" in row]
     assert rows == pytest.approx([0.1, 0.9, 0.5, 0.2])
-    best = latest_checkpoint(tmp_path / "best")
+    best = latest_checkpoint(tmp_path / "best" / "checkpoints")
     assert best.name == "step-2"
     assert "actor" in PaLM.from_pretrained(best).finetune_modules
 

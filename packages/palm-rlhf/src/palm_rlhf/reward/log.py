@@ -44,7 +44,7 @@ class RewardLog:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name: str, value: Any) -> None:
         """Adds a number, of which a phase's metrics have the mean.
 
         Raises:
@@ -54,7 +54,7 @@ class RewardLog:
             raise TypeError(f"log_metric({name!r}) needs a number, got {value!r}"[:200])
         self.metrics.setdefault(str(name), []).append(float(value))
 
-    def log_extra(self, name: str, values: Sequence[Any]) -> None:
+    def log_extra(self, name: str, values: Any) -> None:
         """Adds a column to the samples.
 
         Raises:

@@ -63,8 +63,8 @@ class PolicyResult(TrainingResult):
     Attributes:
         phases: number of completed phases, each of one batch of rollouts.
         metrics: metrics of each phase of this call of ``train``.
-        best: step and mean reward of the best validation, whose checkpoint is in the folder ``best`` of the run; None
-            without validation prompts.
+        best: step and mean reward of the best validation, whose checkpoint is in the folder ``best`` of the run (none
+            for step 0, the model as it was given); None without validation prompts.
     """
 
     phases: int
@@ -255,8 +255,8 @@ class RLHFTrainer:
         metrics = {name: sum(values) / len(values) for name, values in zip(names, columns, strict=True)}
         if self.best is None or metrics["validation_reward"] > self.best["reward"]:
             self.best = {"step": float(self.session.step), "reward": metrics["validation_reward"]}
-            if self.session.folder is not None:
-                self.session.save(self.session.folder.path / "best", keep=1)
+            if self.session.folder is not None and self.session.step:  # step 0 is the model as it was given
+                self.session.save(self.session.folder.path / "best" / "checkpoints", keep=1)
         return metrics
 
     def _network(self) -> tuple[nn.Module, float] | None:

@@ -114,13 +114,13 @@ def test_gradient_checkpointing_is_enabled_in_any_model_that_has_it_and_restored
         enable_gradient_checkpointing(nn.Linear(1, 1))
 
 
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12}
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 @pytest.mark.plain
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3Text"])
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3Text"])
 def test_the_blocks_of_a_transformers_model_share_their_compiled_code(monkeypatch, kind):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -134,6 +134,6 @@ def test_the_blocks_of_a_transformers_model_share_their_compiled_code(monkeypatc
             compiled = model(ids, use_cache=False).logits
             compiled.sum().backward()
     torch.testing.assert_close(model(ids, use_cache=False).logits, compiled, rtol=1e-6, atol=1e-6)
-    assert len(blocks) == 12
+    assert len(blocks) == 4
     # of one block for a first length, then for any
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2

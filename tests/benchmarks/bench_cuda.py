@@ -165,6 +165,24 @@ def searches(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
+def memory_steps(rounds: int) -> list[dict[str, object]]:
+    """A row for each number format: 128 tokens of 32 rows are searched for by 8 heads among 32,768, then added."""
+    rows = []
+    queries = F.normalize(torch.randn(32, 8 * 128, 64, device="cuda"), dim=-1)
+    new = F.normalize(torch.randn(32, 128, 2, 64, device="cuda"), dim=-1)
+    for name in ("float32", "bfloat16", "int8"):
+        memory = KNNMemory(64, 32_768, 32, storage=name, device="cuda")
+        for _ in range(64):
+            memory.add(F.normalize(torch.randn(32, 512, 2, 64, device="cuda"), dim=-1))
+        variants = {"retrieve": lambda m=memory: m.retrieve(queries, 32), "add": lambda m=memory: m.add(new)}
+        times = in_turns(variants, rounds)
+        row: dict[str, object] = {"storage": name}
+        row |= {f"{part} ms": 1e3 * median(seconds) for part, seconds in times.items()}
+        row["step ms"] = sum(1e3 * median(seconds) for seconds in times.values())
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     options = arguments(__doc__.splitlines()[0])
     if not torch.cuda.is_available():
@@ -177,6 +195,7 @@ def main() -> None:
         "PaLM, 128 greedy tokens after a prompt of 128, 211 M parameters in bfloat16": decoding,
         "Loss from hidden states, 8,192 tokens, 1,024 features, bfloat16": losses,
         "Exact search of a memory, 4,096 queries, 32 neighbours": searches,
+        "Memory step, 32 rows x 128 tokens x 8 heads, 32 neighbours among 32,768": memory_steps,
     }.items():
         report(f"{title} ({device})", made(options.rounds), options.json)
 

@@ -67,6 +67,12 @@ def test_training_changes_gates_and_adapters_only_and_resumes_bit_for_bit(tmp_pa
     torch.testing.assert_close(stored.state_dict(), whole.state_dict(), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["compile", "fsdp"])
+def test_what_hooks_do_not_allow_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be False"):
+        trained(tmp_path / "run", **{name: True})
+
+
 def test_a_run_of_another_memory_is_not_resumed(tmp_path):
     trained(tmp_path / "run", max_steps=3)
     run = {"corpus": corpus(), "checkpoint_dir": tmp_path / "run", "settings": settings()}

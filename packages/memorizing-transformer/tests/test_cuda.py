@@ -23,6 +23,21 @@ def test_a_memory_on_a_gpu_finds_what_the_cpus_finds_past_a_wrap(storage):
     torch.testing.assert_close(found.scores.cpu(), expected.scores, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_adding_and_searching_on_a_gpu_wait_for_nothing(storage):
+    memory = KNNMemory(16, 100, 4, storage=storage, device="cuda")
+    kv, queries = torch.randn(4, 70, 2, 16).cuda(), torch.randn(4, 40, 16).cuda()
+    memory.add(kv)
+    memory.retrieve(queries, 8)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        memory.add(kv)
+        memory.retrieve(queries, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_model_on_a_gpu_reads_its_memories_and_gives_the_logits_of_the_cpu(tiny_model, read_in_segments):
     settings = {"xl_max_memories": 4}
     here, there = tiny_model(**settings), tiny_model(**settings).cuda()

@@ -346,7 +346,7 @@ def test_the_commands_build_and_evaluate(tmp_path, capsys):
     shape = ["--segment_length", "64", "--device", "cpu"]
     assert main(["datastore", model, folder, "--data", texts, *shape]) == 0
     assert "799 entries of 17 features" in capsys.readouterr().out.replace(",", "")
-    assert main(["eval", model, "--data", texts, "--datastore", folder, *shape, "--neighbours", "8"]) == 0
+    assert main(["eval", model, "--data", texts, "--datastore", folder, *shape, "--knn_neighbours", "8"]) == 0
     out = capsys.readouterr().out
     assert "bits/byte without the datastore" in out
     assert "(chosen on other documents)" in out

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memorizing_transformer import KNNMemory, KNNMemoryList
-from memorizing_transformer.memory.exact_search import CPU_CHUNK, exact_top_k, own_products, screened_top_k
+from memorizing_transformer.memory.exact_search import (
+    CPU_CHUNK,
+    batched_top_k,
+    exact_top_k,
+    own_products,
+    screened_top_k,
+)
 from memorizing_transformer.memory.knn_memory import warn_without_effect
 from memorizing_transformer.memory.ring_storage import quantise
 
@@ -278,3 +284,67 @@ def test_a_list_clears_the_memories_it_is_told_to():
     with memories.at_batch_indices([1]) as scoped:
         assert scoped.batch_size == 1
     memories.cleanup()
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.lists(st.integers(0, 50), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.sampled_from(["float32", "bfloat16", "int8"]),
+    st.integers(0, 99),
+)
+def test_rows_that_are_searched_together_find_what_each_finds_alone(b, heads, capacity, lengths, k, storage, seed):
+    generator = torch.Generator().manual_seed(seed)
+    memory = KNNMemory(6, capacity, b, heads=heads, storage=storage)
+    shape = (b, heads) if heads > 1 else (b,)
+    for n in lengths:
+        mask = torch.rand(b, n, generator=generator) < 0.7
+        memory.add(torch.randn(*shape, n, 2, 6, generator=generator), mask=mask)
+    if seed % 3 == 0:
+        memory.clear([seed % b])
+    rows = list(range(b))[:: -1 if seed % 2 else 1][: 1 + seed % b]
+    with memory.at_batch_indices(rows):
+        queries = torch.randn(len(rows), *shape[1:], 5, 6, generator=generator)
+        expected = memory.retrieve(queries, k)
+        stored = memory._stored(rows)  # the way of accelerators, here on a CPU
+        found = memory._search_together(stored, queries.reshape(len(stored), -1, 6), k, queries)
+    assert torch.equal(found.positions, expected.positions)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.kv, expected.kv, rtol=0, atol=0)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 90), st.integers(0, 99))
+def test_the_batched_search_is_topk_for_every_chunk_size(keys, k, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    q, x = (torch.randn(2, n, 4, generator=generator, dtype=torch.float64) for n in (3, keys))
+    exists = torch.rand(2, keys, generator=generator) < 0.8
+    chunks = ((low, x[:, low : low + size], exists[:, low : low + size]) for low in range(0, keys, size))
+    scores, numbers = batched_top_k(q, chunks, k)
+    whole = (q @ x.transpose(1, 2)).masked_fill(~exists.unsqueeze(1), -torch.inf)
+    best = torch.nn.functional.pad(whole, (0, max(0, k - keys)), value=-torch.inf).topk(k, dim=-1)
+    torch.testing.assert_close(scores, best.values, rtol=0, atol=1e-12)
+    there = scores.isfinite()
+    assert torch.equal(numbers[there], best.indices[there])
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_rows_that_are_written_together_are_those_written_one_by_one(storage):
+    together, alone = KNNMemory(4, 10, 3, storage=storage), KNNMemory(4, 10, 3, storage=storage)
+    written = [0, 0, 0]
+    for count, rows in ((4, [0, 1, 2]), (7, [0, 2]), (9, [1, 0])):
+        new = torch.randn(len(rows), count, 2, 4)
+        together.store._make_room({row: written[row] + count for row in rows})
+        for row in rows:
+            written[row] += count
+        together.store._write_rows(rows, new, [written[row] for row in rows])
+        for row in rows:
+            together.store.written[row] = written[row]
+            together.store.first[row] = max(0, written[row] - 10)
+        with alone.at_batch_indices(rows):
+            alone.add(new)
+    for row in range(3):
+        assert torch.equal(together.store.tokens(row), alone.store.tokens(row))

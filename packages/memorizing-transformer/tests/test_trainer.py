@@ -245,21 +245,22 @@ import test_trainer as t
 from torch.distributed import is_initialized, get_world_size
 size = int(sys.argv[3])
 trainer = t.MemoryTrainer(model=t.model().double(), corpus=t.corpus(), checkpoint_dir=sys.argv[2],
-                          settings=t.settings(batch_size=size, gradient_accumulation=2))
+                          settings=t.settings(batch_size=size, gradient_accumulation=2, fsdp=sys.argv[4] == "fsdp"))
 trainer.train()
 assert get_world_size() == 2
 """
 
 
 @pytest.mark.distributed
-def test_two_processes_with_rows_of_their_own_train_like_one_with_all_rows(tmp_path):
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_with_rows_of_their_own_train_like_one_with_all_rows(tmp_path, wrapper):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = os.path.dirname(os.path.abspath(__file__))
     (tmp_path / "ranks.py").write_text(RANKS)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={port}"]
-    command = [sys.executable, *launch, str(tmp_path / "ranks.py"), here, str(tmp_path / "two"), "2"]
+    command = [sys.executable, *launch, str(tmp_path / "ranks.py"), here, str(tmp_path / "two"), "2", wrapper]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -50,10 +50,10 @@ def evaluate_checkpoint(
     max_documents: int | None = None,
     max_knn_memories: int | None = None,
     datastore: str | None = None,
-    neighbours: int = 64,
-    lambda_: float | None = None,
-    temperature: float | None = None,
-    index: str | None = None,
+    knn_neighbours: int = 64,
+    knn_lambda: float | None = None,
+    knn_temperature: float | None = None,
+    knn_index: str | None = None,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     device: str = "auto",
 ) -> int:
@@ -68,10 +68,10 @@ def evaluate_checkpoint(
         max_documents: number of documents; null for all.
         max_knn_memories: capacity of the memory, instead of the model's.
         datastore: folder of the command datastore: prints bits per byte with its neighbours and without instead.
-        neighbours: neighbours of each token in the datastore.
-        lambda_: weight of the neighbours; null chooses it on every other document and reports on the others.
-        temperature: divisor of their squared distances; null chooses it in the same way.
-        index: factory string of faiss for the datastore, such as IVF256,Flat; null searches exactly.
+        knn_neighbours: neighbours of each token in the datastore.
+        knn_lambda: weight of the neighbours; null chooses it on every other document and reports on the others.
+        knn_temperature: divisor of their squared distances; null chooses it in the same way.
+        knn_index: factory string of faiss for the datastore, such as IVF256,Flat; null searches exactly.
     """
     if datastore is not None:
         return _evaluate_datastore(
@@ -83,10 +83,10 @@ def evaluate_checkpoint(
             segment_length=segment_length,
             batch_size=batch_size,
             max_documents=max_documents,
-            neighbours=neighbours,
-            lambda_=lambda_,
-            temperature=temperature,
-            index=index,
+            neighbours=knn_neighbours,
+            lambda_=knn_lambda,
+            temperature=knn_temperature,
+            index=knn_index,
             device=device,
         )
     place = pick_device(device)

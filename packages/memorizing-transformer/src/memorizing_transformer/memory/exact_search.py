@@ -27,7 +27,9 @@ from torch import Tensor
 # A tile of scores fits into a CPU's cache; an accelerator is faster with few large products.
 CPU_CHUNK, CPU_TILE = 4096, 256
 SCREENED_CHUNK = 8192  # scores in bfloat16 are half as large
-ACCELERATOR_CHUNK, ACCELERATOR_TILE = 65536, 4096
+ACCELERATOR_TILE = 4096
+ACCELERATOR_SCORES = 2**28  # scores of a chunk, for all rows and queries
+ACCELERATOR_GROUP = 16
 GROUP = 8  # scores in a group
 WIDE_GROUPS = 4  # times k: groups of the first chunk whose maxima determine the bound
 KEEP = 2  # times k: keys kept for a query by their scores in bfloat16
@@ -57,6 +59,52 @@ def exact_top_k(
     """
     kept = _running_top(queries, chunks, k)
     return _sorted_and_padded(kept.scores, kept.numbers, k)
+
+
+def batched_top_k(
+    queries: Float[Tensor, "r q d"], chunks: Iterable[tuple[int, Tensor, Tensor | None]], k: int
+) -> tuple[Float[Tensor, "r q k"], Int[Tensor, "r q k"]]:
+    """``exact_top_k`` for all rows in one product a chunk, without a number that the host waits for.
+
+    The k best scores lie in the k groups of the greatest maxima, so only these are compared one by one.
+
+    Args:
+        queries: queries of each row, in the dtype of the computation.
+        chunks: ``(index of the first key, keys (r, c, d), mask (r, c) of those that exist or None for all)``.
+        k: number of neighbours, at least 1.
+
+    Returns:
+        Scores and indices of the keys, greatest first, with -inf where a row has fewer than ``k`` keys.
+    """
+    parts: list[tuple[Tensor, Tensor]] = []
+    for first, keys, exists in chunks:
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        if exists is not None:
+            scores.masked_fill_(~exists.unsqueeze(1), -math.inf)
+        c = scores.shape[-1]
+        groups = c // ACCELERATOR_GROUP
+        if groups <= k:
+            best = scores.topk(min(k, c), dim=-1)
+            parts.append((best.values, best.indices + first))
+            continue
+        # element g + j * groups belongs to group g
+        whole = groups * ACCELERATOR_GROUP
+        maxima = scores[..., :whole].unflatten(-1, (ACCELERATOR_GROUP, groups)).amax(dim=-2)
+        chosen = maxima.topk(k, dim=-1, sorted=False).indices
+        members = groups * torch.arange(ACCELERATOR_GROUP, device=scores.device)
+        numbers = (chosen.unsqueeze(-1) + members).flatten(-2)
+        if whole < c:
+            tail = torch.arange(whole, c, device=scores.device).expand(*numbers.shape[:-1], -1)
+            numbers = torch.cat((numbers, tail), dim=-1)
+        best = scores.gather(-1, numbers).topk(k, dim=-1)
+        parts.append((best.values, numbers.gather(-1, best.indices) + first))
+    values, numbers = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+    best = values.topk(min(k, values.shape[-1]), dim=-1)
+    missing = k - best.values.shape[-1]
+    return (
+        torch.nn.functional.pad(best.values, (0, missing), value=-math.inf),
+        torch.nn.functional.pad(numbers.gather(-1, best.indices), (0, missing)),
+    )
 
 
 def screened_top_k(

@@ -27,9 +27,10 @@ from lm_core.checkpoints.tensor_files import load_tensors, save_tensors
 from lm_core.checks import check_mask, check_positive, typed
 from memorizing_transformer.memory.disk_storage import DiskStorage
 from memorizing_transformer.memory.exact_search import (
-    ACCELERATOR_CHUNK,
+    ACCELERATOR_SCORES,
     CPU_CHUNK,
     SCREENED_CHUNK,
+    batched_top_k,
     exact_top_k,
     screened_top_k,
     worth_screening,
@@ -271,6 +272,8 @@ class KNNMemory:
             expected = ", ".join(str(size) for size in (*lead, "...", self.dim))
             raise ValueError(f"queries must have shape ({expected}), got {tuple(queries.shape)}")
         flat = queries.detach().to(place).reshape(len(stored), -1, self.dim)
+        if place.type != "cpu" and not self.indexes and flat.numel():
+            return self._search_together(stored, flat, topk, queries)
         shape = (*flat.shape[:2], topk)
         # rows are searched one by one and write their results here
         kv = torch.empty(*shape, 2, self.dim, dtype=queries.dtype, device=place)
@@ -290,6 +293,33 @@ class KNNMemory:
         )
         return Retrieved(kv=kv, mask=positions >= 0, scores=scores, positions=positions)
 
+    def _search_together(self, stored: list[int], flat: Tensor, k: int, queries: Tensor) -> Retrieved:
+        """The search of all rows in one product a chunk, for accelerators; the host waits for nothing."""
+        store = self.store
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        shape = (*queries.shape[:-1], k)
+        if not any(store.size(row) for row in stored):
+            return Retrieved(
+                kv=queries.new_zeros(*shape, 2, self.dim),
+                mask=torch.zeros(shape, dtype=torch.bool, device=queries.device),
+                scores=torch.full(shape, -math.inf, dtype=dtype, device=queries.device),
+                positions=torch.full(shape, -1, device=queries.device),
+            )
+        size = max(1024, ACCELERATOR_SCORES // (flat.shape[0] * flat.shape[1]))
+        # an autocast region around the model would round the products
+        with torch.autocast(store.device.type, enabled=False):
+            scores, slots = batched_top_k(flat.to(dtype), store.batched_key_chunks(stored, size, dtype), k)
+        positions = store.batched_positions(stored, slots)
+        kv = store.batched_read(stored, slots, queries.dtype)
+        if min(store.size(row) for row in stored) < k:
+            missing = scores.isneginf()
+            positions = positions.masked_fill(missing, -1)
+            kv = kv.masked_fill(missing[..., None, None], 0.0)
+        kv, scores, positions = (
+            part.to(queries.device).reshape(*shape, *part.shape[3:]) for part in (kv, scores, positions)
+        )
+        return Retrieved(kv=kv, mask=positions >= 0, scores=scores, positions=positions)
+
     def _search_row(self, row: int, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, positions and slots of the nearest tokens of a row that is not empty."""
         store, size = self.store, self.store.size(row)
@@ -304,8 +334,7 @@ class KNNMemory:
                 screened = partial(chunks, SCREENED_CHUNK)
                 scores, slots = screened_top_k(queries, screened, k, partial(store.products, row))
             else:
-                size_of_chunk = CPU_CHUNK if store.device.type == "cpu" else ACCELERATOR_CHUNK
-                scores, slots = exact_top_k(queries, chunks(size_of_chunk), k)
+                scores, slots = exact_top_k(queries, chunks(CPU_CHUNK), k)
         positions = store.positions(row, slots)
         if size < k:
             positions[:, size:] = -1

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memorizing_transformer.memory.exact_search import CPU_CHUNK, own_products
@@ -87,8 +87,11 @@ class RingStorage:
             after[row] = (max(self.first[row], written - self.capacity), written)
         self._make_room({row: written for row, (_, written) in after.items()})
         self._before_writing(after)
-        for (row, (_, written)), new in zip(after.items(), kv, strict=True):
-            self._write(row, new[-self.capacity :], stop=written)
+        if self.device.type != "cpu" and len({len(new) for new in kv}) == 1 and len(kv[0]) <= self.capacity:
+            self._write_rows(rows, torch.stack(list(kv)), [written for _, written in after.values()])
+        else:
+            for (row, (_, written)), new in zip(after.items(), kv, strict=True):
+                self._write(row, new[-self.capacity :], stop=written)
         for row, (first, written) in after.items():
             self.first[row], self.written[row] = first, written
         self._commit()
@@ -113,6 +116,17 @@ class RingStorage:
                 self.scales[row, start : start + count] = scales[done : done + count]
             self._after_writing(row, slice(start, start + count))
             start, done = 0, done + count
+
+    def _write_rows(self, rows: Sequence[int], new: Float[Tensor, "r n _ d"], stops: Sequence[int]) -> None:
+        """``_write`` of as many tokens to each row, together: a copy for each row would keep an accelerator waiting."""
+        new = new.detach().to(self.device)
+        index = self._on_device(rows).unsqueeze(1)
+        before_stop = torch.arange(-new.shape[1], 0, device=self.device)
+        slots = (self._on_device(stops).unsqueeze(1) + before_stop) % self.capacity
+        if self.scales is not None:
+            new, scales = quantise(new)
+            self.scales[index, slots] = scales
+        self.data[index, slots] = new.to(self.data.dtype)
 
     def _before_writing(self, after: dict[int, tuple[int, int]]) -> None:
         """Called before slots are overwritten; storage on disk first drops their tokens from its header."""
@@ -149,6 +163,52 @@ class RingStorage:
         for start, stop in self.ranges(row):
             for low in range(start, stop, size):
                 yield low, self._keys(row, slice(low, min(low + size, stop)), dtype)
+
+    def batched_key_chunks(
+        self, rows: Sequence[int], size: int, dtype: torch.dtype
+    ) -> Iterator[tuple[int, Float[Tensor, "r c d"], Bool[Tensor, "r c"] | None]]:
+        """``key_chunks`` of several rows together, and a mask of the slots in use (None: all are)."""
+        used = max(min(self.written[row], self.capacity) for row in rows)
+        is_full = all(self.size(row) == used for row in rows)
+        index = self._on_device(rows)
+        last, first = (counts.unsqueeze(1) for counts in self._counts(rows))
+        for low in range(0, used, size):
+            high = min(low + size, used)
+            exists = None
+            if not is_full:
+                slots = torch.arange(low, high, device=self.device)
+                exists = last - (last - slots) % self.capacity >= first
+            # a view where all rows are searched, as in training
+            chosen = [buffer[:, low:high, 0] for buffer in (self.data, self.scales) if buffer is not None]
+            if list(rows) != list(range(self.rows)):
+                chosen = [buffer.index_select(0, index) for buffer in chosen]
+            keys = chosen[0].to(dtype)
+            yield low, keys if self.scales is None else keys * chosen[1].to(dtype).unsqueeze(-1), exists
+
+    def _counts(self, rows: Sequence[int]) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
+        """Positions of the last and of the first token of each row, on the device."""
+        last = self._on_device([self.written[row] - 1 for row in rows])
+        return last, self._on_device([self.first[row] for row in rows])
+
+    def _on_device(self, numbers: Sequence[int]) -> Int[Tensor, " r"]:
+        """Numbers as a tensor on the device, from pinned memory: a copy from other memory waits for a GPU."""
+        tensor = torch.tensor(numbers)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def batched_positions(self, rows: Sequence[int], slots: Int[Tensor, "r q k"]) -> Int[Tensor, "r q k"]:
+        """``positions`` in several rows."""
+        last = self._counts(rows)[0][:, None, None]
+        return last - (last - slots) % self.capacity
+
+    def batched_read(
+        self, rows: Sequence[int], slots: Int[Tensor, "r q k"], dtype: torch.dtype
+    ) -> Float[Tensor, "r q k 2 d"]:
+        """Keys and values in slots of several rows."""
+        index = self._on_device(rows)[:, None, None]
+        kv = self.data[index, slots].to(dtype)
+        return kv if self.scales is None else kv * self.scales[index, slots].to(dtype).unsqueeze(-1)
 
     def products(self, row: int, queries: Float[Tensor, "q d"], slots: Int[Tensor, "q w"]) -> Float[Tensor, "q w"]:
         """Products of each query with the keys in its own slots, on a CPU, in the queries' dtype."""

@@ -306,7 +306,13 @@ class MemoryAugmentedLM(PretrainedMixin):
         return self._init_cache
 
     def _init_cache(
-        self, batch_size: int, max_length: int, *, segment_length: int | None = None, incremental: bool = True
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        segment_length: int | None = None,
+        static: bool = False,
+        incremental: bool = True,
     ) -> AugmentedCache:
         length = self.segment_length if segment_length is None else segment_length
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("segment_length", length)):

@@ -63,6 +63,10 @@ class MemoryCache:
         if memories is not None and self.length:
             raise ValueError("knn_memories must be passed with the first tokens of a cache")
 
+    def begin_steps(self) -> None:
+        """Raises ``ValueError``: segments end at tokens that the host must know, and a memory is searched."""
+        raise ValueError("its memory is searched and extended by the host")
+
     def begin(self, like: Tensor, memories: KNNMemoryList | None, adds: bool) -> None:
         """Allocates the buffers, in the dtype and on the device of ``like``; ``memories`` are copied."""
         self.adds = adds

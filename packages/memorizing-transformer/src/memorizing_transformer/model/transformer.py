@@ -445,13 +445,16 @@ class MemorizingTransformer(PretrainedMixin):
         h, kept = self.layers(self.token_emb(x), view=view, past=past, memories=memories)
         return self.norm(h), kept
 
-    def init_cache(self, batch_size: int, max_length: int, *, segment_length: int | None = None) -> MemoryCache:
+    def init_cache(
+        self, batch_size: int, max_length: int, *, segment_length: int | None = None, static: bool = False
+    ) -> MemoryCache:
         """An empty cache for ``batch_size`` rows of any length.
 
         Args:
             batch_size: batch rows.
-            max_length: without effect; ``lm_core.generate`` passes it.
+            max_length: without effect, as ``static``; ``lm_core.generate`` passes both.
             segment_length: tokens in a segment, after which the memory grows; the model's by default.
+            static: without effect: steps are not static.
         """
         length = self.segment_length if segment_length is None else segment_length
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("segment_length", length)):

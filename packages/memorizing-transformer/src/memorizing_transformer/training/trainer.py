@@ -27,6 +27,7 @@ from lm_core.data.packing import bits_per_byte
 from lm_core.distributed import loss_normalizer, rank, world_size
 from lm_core.tokenizers import ByteTokenizer, Tokenizer, as_tokenizer
 from lm_core.training.accelerator import Precision, autocast
+from lm_core.training.blocks import blocks_of
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
 from memorizing_transformer.memory.memory_list import KNNMemoryList
@@ -149,6 +150,12 @@ class MemoryTrainer:
             raise ValueError(
                 f"model must have clear_memories_on_eos_token_id = {eos_id}, the tokenizer's eos_id, got {model.eos_id}"
             )
+        if isinstance(model, MemoryAugmentedLM):
+            if settings.compile:
+                raise ValueError("compile must be False for a transformers model with a memory: its layers have hooks")
+            if settings.fsdp:
+                # a segment of several documents takes several forwards, of which every process must make as many
+                raise ValueError("fsdp must be False for a transformers model with a memory")
         self.corpus = corpus
         self.session = TrainingSession(
             type(self).__name__,
@@ -168,7 +175,7 @@ class MemoryTrainer:
             rank=rank(),
             world_size=world_size(),
         )
-        self.model = model.to(self.device)
+        self.model = self.session.place(model)
         self.objective = SegmentLoss(model, precision=settings.precision)
         self.use_memory = settings.use_memory and bool(model.memorizing_layers)
         self._remembered = _Remembered(self.objective)
@@ -179,6 +186,7 @@ class MemoryTrainer:
             model=model,
             objective=self.objective,
             optimizer=lambda: adamw(model, settings),
+            blocks=lambda: blocks_of(model),
             rank_state={"streams": self.streams, "remembered": self._remembered},
             architecture={name: value for name, value in arguments.items() if name not in _FREE},
             identity={"use_memory": self.use_memory, "validation_data": corpus.validation.fingerprint},
@@ -252,10 +260,13 @@ class MemoryTrainer:
             max_documents=settings.validation_documents,
             precision=settings.precision,
         )
-        self.last = score(use_memory=self.use_memory)
+        # processes read different numbers of segments
+        with self.session.gathered():
+            self.last = score(use_memory=self.use_memory)
+            if self.use_memory:
+                self.without_memory = score(use_memory=False)
         values = {"validation_bits_per_byte": self.last.bits_per_byte, "validation_loss": self.last.loss}
-        if self.use_memory:
-            self.without_memory = score(use_memory=False)
+        if self.without_memory is not None:
             values["validation_bits_per_byte_without_memory"] = self.without_memory.bits_per_byte
             values["memory_gain_far"] = _mean_from(self.without_memory, FAR) - _mean_from(self.last, FAR)
         return values

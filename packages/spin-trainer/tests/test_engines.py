@@ -75,7 +75,7 @@ def test_self_rewarding_draws_candidates_and_ratings_with_an_engine(engine, make
             make_model(num_tokens=259),
             train_dataset=["a", "bc", "d"],
             tokenizer=ByteTokenizer(),
-            judge_max_new_tokens=4,
+            rating_max_new_tokens=4,
             max_seq_len=8,
             engine=name,
             learning_rate=1e-2,

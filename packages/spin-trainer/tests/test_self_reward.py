@@ -12,7 +12,7 @@ from spin_trainer.cli import main
 from spin_trainer.data.given_answers import prompt_rows, read_answers
 from spin_trainer.data.opponent_answers import Answer
 from spin_trainer.data.prompt_data import as_prompt_dataset
-from spin_trainer.data.rewards import Judge, rewards_of
+from spin_trainer.data.rewards import Rater, rewards_of
 from spin_trainer.data.sft_data import as_sft_dataset
 from spin_trainer.training import self_reward as module
 
@@ -93,12 +93,12 @@ def test_a_pair_is_the_best_and_the_worst_answer_to_a_prompt(self_reward, rows_o
             assert low_bytes([text]) == [pytest.approx(score)]
 
 
-@pytest.mark.parametrize("judged", [False, True])
+@pytest.mark.parametrize("rated", [False, True])
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(self_reward, stop_at, monkeypatch, judged, step):
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(self_reward, stop_at, monkeypatch, rated, step):
     monkeypatch.setattr(module.SelfRewardingSettings, "score", lambda self, rating: float(len(rating) % 5))
-    settings = {"iterations": 2, "checkpoint_every": 1, "judge_max_new_tokens": 8, "judge_draws": 2}
-    settings |= {"reward": None} if judged else {}
+    settings = {"iterations": 2, "checkpoint_every": 1, "rating_max_new_tokens": 8, "rating_draws": 2}
+    settings |= {"reward": None} if rated else {}
     whole, first = self_reward("whole", **settings)
     with pytest.raises(SystemExit, match="stopped here"):
         self_reward("parts", trackers=[stop_at(step)], **settings)
@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(self_reward, sto
 def test_the_mean_of_valid_ratings_counts_and_invalid_ones_are_reported(self_reward, monkeypatch, tmp_path):
     drawn = iter([None, 2.0, 4.0] + [None] * 3 + [1.0, None, None] * 30)
     monkeypatch.setattr(module.SelfRewardingSettings, "score", lambda self, rating: next(drawn))
-    self_reward(reward=None, judge_max_new_tokens=4)
+    self_reward(reward=None, rating_max_new_tokens=4)
     (row,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "invalid_rate" in row]
 
     assert row["pairs"] == 1  # 3 of the first prompt against 1 of its third answer; all others are equal
@@ -130,14 +130,14 @@ def test_the_mean_of_valid_ratings_counts_and_invalid_ones_are_reported(self_rew
     ],
 )
 def test_a_rating_is_the_last_score_in_range(rating, score):
-    assert Judge().score(rating) == score
+    assert Rater().score(rating) == score
 
 
-def test_the_judge_is_asked_about_question_and_response_as_they_are(chat_tokenizer):
+def test_the_rater_is_asked_about_question_and_response_as_they_are(chat_tokenizer):
     from lm_core.tokenizers import HuggingFaceTokenizer
 
     tokenizer = HuggingFaceTokenizer(chat_tokenizer)
-    ids = Judge().prompt(tokenizer, "what is {response}?", "{prompt} 7")
+    ids = Rater().prompt(tokenizer, "what is {response}?", "{prompt} 7")
     text = tokenizer.full_text(ids)
 
     assert "<question>what is {response}?</question>" in text
@@ -238,10 +238,10 @@ def test_answers_are_refused_by_row(rows, message):
 SETTINGS = [
     ({"candidates": 1}, r"candidates must be at least 2, got 1"),
     ({"temperature": 0.0}, r"temperature must be above 0, since candidates are equal at 0"),
-    ({"judge_draws": 0}, r"judge_draws must be at least 1, got 0"),
-    ({"judge_max_new_tokens": 0}, r"judge_max_new_tokens must be at least 1, got 0"),
-    ({"judge_max_score": 0.0}, r"judge_max_score must be a finite number above 0"),
-    ({"judge_template": "{prompt}"}, r"judge_template must contain {response}, got '{prompt}'"),
+    ({"rating_draws": 0}, r"rating_draws must be at least 1, got 0"),
+    ({"rating_max_new_tokens": 0}, r"rating_max_new_tokens must be at least 1, got 0"),
+    ({"rating_max_score": 0.0}, r"rating_max_score must be a finite number above 0"),
+    ({"rating_template": "{prompt}"}, r"rating_template must contain {response}, got '{prompt}'"),
     ({"iterations": 0}, r"iterations must be at least 1, got 0"),
 ]
 

@@ -1,6 +1,6 @@
-"""Scores of answers: by a language model as judge (arXiv 2401.10020), or by any function.
+"""Scores of answers by a language model that rates them (LLM-as-a-Judge, arXiv 2401.10020), or by any function.
 
-The judge reads a question with a response and writes a rating, which is drawn several times and averaged. A draw
+The rater reads a question with a response and writes a rating, which is drawn several times and averaged. A draw
 without a rating in range is invalid and left out.
 """
 
@@ -17,7 +17,7 @@ from spin_trainer.data.opponent_answers import Answer
 from spin_trainer.data.prompt_data import Prompt
 
 # Five points that add up, as in the paper's template, in our words.
-JUDGE_TEMPLATE = """Rate a response to a user's question with 0 to 5 points, one for each statement that holds:
+RATING_TEMPLATE = """Rate a response to a user's question with 0 to 5 points, one for each statement that holds:
 1. The response is relevant to the question, even if it is incomplete.
 2. It answers a large part of what was asked.
 3. It answers the basic elements of the question in a useful way.
@@ -35,38 +35,37 @@ SCORE = re.compile(r"score\W*(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class Rater:
     """Ratings of answers by the policy itself.
 
     Args:
-        judge_template: text with ``{prompt}`` and ``{response}``, which the judge answers with a line "Score: 4".
-        judge_draws: ratings to average for each answer.
-        judge_max_new_tokens: maximum length of a rating, in tokens.
-        judge_max_score: largest valid rating; the smallest is 0.
+        rating_template: text with ``{prompt}`` and ``{response}``, which the rater answers with a line "Score: 4".
+        rating_draws: ratings to average for each answer.
+        rating_max_new_tokens: maximum length of a rating, in tokens.
+        rating_max_score: largest valid rating; the smallest is 0.
 
     Raises:
         ValueError: a number is out of range, or the template lacks a place.
     """
 
-    judge_template: str = JUDGE_TEMPLATE
-    judge_draws: int = 3
-    judge_max_new_tokens: int = 128
-    judge_max_score: float = 5.0
+    rating_template: str = RATING_TEMPLATE
+    rating_draws: int = 3
+    rating_max_new_tokens: int = 128
+    rating_max_score: float = 5.0
 
     def __post_init__(self) -> None:
-        check_positive(self.judge_draws, "judge_draws")
-        check_positive(self.judge_max_new_tokens, "judge_max_new_tokens")
-        if not 0 < self.judge_max_score < float("inf"):
-            raise ValueError(f"judge_max_score must be a finite number above 0, got {self.judge_max_score}")
+        check_positive(self.rating_draws, "rating_draws")
+        check_positive(self.rating_max_new_tokens, "rating_max_new_tokens")
+        if not 0 < self.rating_max_score < float("inf"):
+            raise ValueError(f"rating_max_score must be a finite number above 0, got {self.rating_max_score}")
         for place in ("{prompt}", "{response}"):
-            if place not in self.judge_template:
-                raise ValueError(f"judge_template must contain {place}, got {self.judge_template[:60]!r}")
+            if place not in self.rating_template:
+                raise ValueError(f"rating_template must contain {place}, got {self.rating_template[:60]!r}")
 
     def prompt(self, tokenizer: Any, question: str, response: str) -> list[int]:
         """Token ids of the request for a rating, as a chat if the tokenizer has a template."""
-        text = self.judge_template.replace("{prompt}", question, 1)
-        before, after = text.rsplit("{response}", 1)
-        text = before + response + after
+        texts = {"prompt": question, "response": response}
+        text = re.sub(r"\{(prompt|response)\}", lambda place: texts[place[1]], self.rating_template)
         if hasattr(tokenizer, "chat_text") and getattr(tokenizer.tokenizer, "chat_template", None) is None:
             return prompt_ids(tokenizer, text)
         if not hasattr(tokenizer, "apply_chat_template"):
@@ -77,7 +76,7 @@ class Judge:
         """The last rating in a text; None if it has none, or one out of range."""
         matches = SCORE.findall(rating)
         value = float(matches[-1]) if matches else None
-        return value if value is not None and value <= self.judge_max_score else None
+        return value if value is not None and value <= self.rating_max_score else None
 
 
 def rewards_of(

@@ -1,6 +1,6 @@
 """Self-rewarding fine-tuning (arXiv 2401.10020): the policy learns from the best and the worst of its own answers.
 
-An iteration of ``training.pair_trainer``: several answers to each prompt are drawn and scored, by the policy as judge
+An iteration of ``training.pair_trainer``: several answers to each prompt are drawn and scored, by the policy as rater
 or by a function; best and worst make a pair, which a preference loss trains on. Answers, ratings and scores are stored
 row by row, so a run that is killed in any phase resumes exactly.
 """
@@ -25,7 +25,7 @@ from spin_trainer.data.given_answers import read_answers
 from spin_trainer.data.iteration_data import IterationData, answers_fingerprint
 from spin_trainer.data.opponent_answers import Answer, Engine, Sampling, answer_prompts, batches_by_length
 from spin_trainer.data.prompt_data import Prompt, as_prompt_dataset
-from spin_trainer.data.rewards import Judge, rewards_of
+from spin_trainer.data.rewards import Rater, rewards_of
 from spin_trainer.data.row_store import RowStore, fingerprint_of, name_of_function
 from spin_trainer.data.sft_data import Example, Overlong, SFTDataset, training_and_validation
 from spin_trainer.training.checks import check_datasets, check_policy
@@ -36,7 +36,7 @@ from spin_trainer.training.policy_trainer import opened
 
 @typed
 @dataclass(frozen=True, kw_only=True)
-class SelfRewardingSettings(DPOSettings, SamplingFlags, Judge):
+class SelfRewardingSettings(DPOSettings, SamplingFlags, Rater):
     """Settings of self-rewarding: rounds, answers, ratings, preference loss.
 
     Args:
@@ -64,7 +64,7 @@ class SelfRewardingSettings(DPOSettings, SamplingFlags, Judge):
     def __post_init__(self) -> None:
         DPOSettings.__post_init__(self)
         SamplingFlags.__post_init__(self)
-        Judge.__post_init__(self)
+        Rater.__post_init__(self)
         self.check_counts("iterations", "max_new_tokens", "generation_batch_size")
         if self.candidates < 2:
             raise ValueError(f"candidates must be at least 2, got {self.candidates}")
@@ -79,7 +79,7 @@ class SelfRewardingTrainer(PairTrainer):
         model: anything that ``lm_core.adapters.as_causal_lm`` accepts, or a folder or hub name. Trained in place.
         train_dataset: prompts; see ``spin_trainer.data.prompt_data``.
         valid_dataset: held-out prompts, whose answers are rated before and after each iteration.
-        reward: function that scores answers instead of the judge, in TRL's form; see
+        reward: function that scores answers instead of the rater, in TRL's form; see
             ``spin_trainer.data.rewards.rewards_of``.
         answers: candidates of another engine for the only iteration; see ``spin_trainer.data.given_answers``.
         engine: engine that generates answers: "lm_core", or "vllm" (extra ``vllm``) for transformers models.
@@ -171,9 +171,9 @@ class SelfRewardingTrainer(PairTrainer):
             precision=self.settings.precision,
             engine=engine,
         )
-        # the judge reads an answer next to its template
+        # the rater reads an answer next to its template
         request = self.settings.prompt(tokenizer, "", "")
-        rating = 0 if reward is not None else len(request) + self.settings.judge_max_new_tokens
+        rating = 0 if reward is not None else len(request) + self.settings.rating_max_new_tokens
         self._longest = 2 * self.settings.max_seq_len + rating
         loss = self.settings.preference_loss
         super().__init__(
@@ -201,7 +201,7 @@ class SelfRewardingTrainer(PairTrainer):
                 "sampling": repr(sorted(self.sampling.description().items())),
                 "candidates": self.settings.candidates,
                 "reward": name_of_function(reward),
-                "judge": fingerprint_of({field.name: getattr(self.settings, field.name) for field in fields(Judge)}),
+                "rater": fingerprint_of({field.name: getattr(self.settings, field.name) for field in fields(Rater)}),
                 "answers": None if self.given is None else answers_fingerprint(self.given),
             },
             curves=("score", "best_score", *CURVES),
@@ -242,7 +242,7 @@ class SelfRewardingTrainer(PairTrainer):
         if not pairs:
             raise ValueError(
                 f"no prompt of iteration {self.iteration} has answers of different scores: {len(known)} of "
-                f"{len(scores)} scores are valid; try more candidates, a higher temperature or another judge"
+                f"{len(scores)} scores are valid; try more candidates, a higher temperature or another rating_template"
             )
         train = IterationData(
             dataset=SFTDataset([example for example, _ in pairs]),
@@ -300,20 +300,20 @@ class SelfRewardingTrainer(PairTrainer):
         texts: Sequence[str],
         draw: Callable[[list[Example], Sampling], list[Answer]],
     ) -> list[float | None]:
-        """The judge's mean rating of each text; ``draw`` answers the requests for ratings."""
-        draws = self.settings.judge_draws
+        """The rater's mean rating of each text; ``draw`` answers the requests for ratings."""
+        draws = self.settings.rating_draws
         asked = [
             Example(tuple(self.settings.prompt(self.tokenizer, prompt.text, text)), ())
             for prompt, text in zip(prompts, texts, strict=True)
             if isinstance(prompt, Prompt)
             for _ in range(draws)
         ]
-        length = max(len(example.prompt) for example in asked) + self.settings.judge_max_new_tokens
+        length = max(len(example.prompt) for example in asked) + self.settings.rating_max_new_tokens
         limit = getattr(self.policy, "max_length", None)
         if limit is not None and length > limit:
             raise ValueError(f"a rating needs {length} tokens, more than the model's {limit}; lower max_new_tokens")
         sampling = replace(
-            self.sampling, max_seq_len=length, max_new_tokens=self.settings.judge_max_new_tokens, own_filters=()
+            self.sampling, max_seq_len=length, max_new_tokens=self.settings.rating_max_new_tokens, own_filters=()
         )
         values = [
             self.settings.score(continuation_text(self.tokenizer, example.prompt, rating.tokens))

@@ -476,10 +476,10 @@ def test_a_reward_function_takes_trls_forms(chat_tokenizer):
     assert seen["completion_ids"] == [[10, 11], [12]]
     assert seen["answer"] == [7, 8]
 
-    def needs_more(completions, trainer_state):
+    def needs_more(completions, environments):
         return [0.0, 0.0]
 
-    with pytest.raises(TypeError, match="needs_more needs trainer_state, but gets answer, completion_ids, completions"):
+    with pytest.raises(TypeError, match="needs_more needs environments, but gets answer, completion_ids, completions"):
         as_reward(needs_more)(rollout)
 
 

@@ -14,13 +14,15 @@ from palm_rlhf.rl.rollouts import rollout_of
 from palm_rlhf.rl.trainer import RLHFTrainer
 
 LONG = pytest.mark.skipif(not os.environ.get("LM_LONG"), reason="a proof of minutes: set LM_LONG=1")
-SHORT = {"ppo", "grpo"}  # test_ppo.py has their toy
+SHORT = ("cispo", "flowrl", "reinforce")  # a few seconds each; test_ppo.py has the toy of ppo and grpo
+REST = sorted(OBJECTIVES.keys() - {"ppo", "grpo", *SHORT})
+RUNS = [*((name, 0) for name in SHORT), *(pytest.param(name, 0, marks=LONG) for name in REST)]
+RUNS += [pytest.param(name, seed, marks=LONG) for name in (*SHORT, *REST) for seed in (1, 2)]
 TOY = {"gspo": {"eps_clip": 0.05, "eps_clip_high": 0.05}, "reinforce": {"epochs": 1}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LONG), pytest.param(2, marks=LONG)])
-@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - SHORT))
+@pytest.mark.parametrize(("name", "seed"), RUNS)
 def test_every_objective_learns_a_toy_with_a_known_answer(trainer, name, seed):
     torch.manual_seed(seed)
     palm = PaLM(num_tokens=16, dim=64, depth=2, dim_head=16, heads=4)
@@ -67,7 +69,7 @@ def kl_from_target(objective, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=LONG), pytest.param(2, marks=LONG)])
 def test_flowrl_matches_a_multimodal_target_that_grpo_leaves(seed):
     flow = kl_from_target(FlowRL(group_size=16, beta=TARGET_BETA, scale_rewards="none", network_lr=1e-2), seed)
     best = kl_from_target(GRPO(group_size=16), seed)

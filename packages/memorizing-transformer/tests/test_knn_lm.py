@@ -350,5 +350,15 @@ def test_the_commands_build_and_evaluate(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "bits/byte without the datastore" in out
     assert "(chosen on other documents)" in out
+    page = tmp_path / "page.html"
+    inspect = ["inspect", model, "--datastore", folder, "--prompt", "document 1", "--page", str(page)]
+    assert main([*inspect, "--max_new_tokens", "4", "--device", "cpu"]) == 0
+    content = page.read_text(encoding="utf-8")
+    links = {match.split("'")[0] for match in content.split("href='#")[1:]}
+    assert links
+    assert all(f" id={link}>" in content for link in links)
+    assert "prefers-color-scheme: dark" in content
+    assert main(["inspect", model, "--datastore", folder]) == 1
+    assert "prompt must be a text" in capsys.readouterr().err
     assert main(["eval", model, "--data", texts, "--datastore", model]) == 1
     assert "folder of build_datastore" in capsys.readouterr().err

@@ -18,10 +18,16 @@ from lm_core.distributed import rank
 from lm_core.tokenizers import end_ids, load_tokenizer
 from lm_core.training.accelerator import pick_device, start_accelerator
 from memorizing_transformer.cli.models import open_model
-from memorizing_transformer.cli.retrieval_report import gain_by_position, retrieved_while_generating, write_page
+from memorizing_transformer.cli.retrieval_report import (
+    gain_by_position,
+    neighbours_while_generating,
+    retrieved_while_generating,
+    write_datastore_page,
+    write_page,
+)
 from memorizing_transformer.memory.datastore import Datastore
 from memorizing_transformer.memory.ring_storage import StorageFormat
-from memorizing_transformer.model.knn_lm import build_datastore, evaluate_datastore
+from memorizing_transformer.model.knn_lm import KNNLM, build_datastore, evaluate_datastore
 from memorizing_transformer.model.memory_reader import MemoryReader
 from memorizing_transformer.training.evaluation import evaluate
 
@@ -223,6 +229,10 @@ def inspect_checkpoint(
     prompt: str | None = None,
     page: str = "retrieved.html",
     layer: int = 0,
+    datastore: str | None = None,
+    knn_neighbours: int = 64,
+    knn_lambda: float = 0.25,
+    knn_temperature: float = 100.0,
 ) -> int:
     """Prints a stored model; with a prompt, continues it and writes a page of the retrieved tokens.
 
@@ -233,7 +243,31 @@ def inspect_checkpoint(
         prompt: a text longer than a segment; "-" reads standard input, "@FILE" a file.
         page: path of the page.
         layer: index among the memorizing layers, counted from 0.
+        datastore: folder of the command datastore: the page shows the neighbours in it instead.
+        knn_neighbours: neighbours of each token in the datastore.
+        knn_lambda: weight of the neighbours.
+        knn_temperature: divisor of their squared distances.
     """
+    if datastore is not None:
+        if prompt is None:
+            raise ValueError("prompt must be a text for the page of a datastore, got None")
+        opened = open_prompt(model, prompt, tokenizer=settings.tokenizer, device=settings.device, loader=load_causal_lm)
+        store = Datastore(datastore)
+        store.check(tokenizer=getattr(opened.tokenizer, "fingerprint", None))
+        mixed = KNNLM(opened.model, store, k=knn_neighbours, temperature=knn_temperature, lambda_=knn_lambda)
+        new = neighbours_while_generating(
+            mixed,
+            opened.ids,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            filters=settings.filters(),
+            repetition_penalty=settings.repetition_penalty,
+            eos_id=end_ids(opened.tokenizer, opened.model),
+            seed=settings.seed,
+        )
+        print(f"wrote {write_datastore_page(page, opened.ids, new, store, opened.tokenizer)}")
+        store.close()
+        return 0
     folder = checkpoint_folder(model)
     memorizing = open_model(folder)
     print(f"{folder}: {sum(parameter.numel() for parameter in memorizing.parameters()):,} parameters")

@@ -90,8 +90,9 @@ def train(
     window = memorizing.window if isinstance(memorizing, MemoryAugmentedLM) else memorizing.xl_max_memories
     report("memory", f"{memorizing.max_knn_memories:,} tokens a row; window of {window}")
     if isinstance(memorizing, MemoryAugmentedLM):
+        adapters = " and LoRA adapters" if hasattr(memorizing.model, "peft_config") else ""
         trained = sum(parameter.numel() for parameter in memorizing.trainable_parameters())
-        report("trained", f"{trained:,} numbers: gates and temperatures{' and LoRA adapters' if lora_r else ''}")
+        report("trained", f"{trained:,} numbers: gates and temperatures{adapters}")
     report("data", f"{text.data}: {data.train.size} for training, {data.validation.size} held out")
     report("", f"fingerprint {data.fingerprint[:16]}")
     report(

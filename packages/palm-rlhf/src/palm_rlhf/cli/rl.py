@@ -75,6 +75,8 @@ def train_policy(
     checkpoint_dir: str = "runs/palm-ppo",
     resume: bool | Literal["auto"] = "auto",
     trackers: list[str] | None = None,
+    engine: Literal["lm_core", "vllm"] = "lm_core",
+    engine_arguments: dict[str, Any] | None = None,
 ) -> int:
     """Trains a policy against a reward.
 
@@ -94,6 +96,8 @@ def train_policy(
         template_kwargs: further arguments of the chat template in JSON, such as '{"enable_thinking": false}'.
         dtype: dtype of a Hugging Face model's frozen weights; auto keeps the stored one.
         lora_r: rank of the actor's and the critic's adapter, where these have no flag of their own.
+        engine: engine that draws responses; vllm needs a Hugging Face policy and the extra vllm.
+        engine_arguments: further arguments of vllm.LLM in JSON, such as '{"max_model_len": 2048}'.
     """
     from palm_rlhf.rl.evaluation import evaluate_policy
     from palm_rlhf.rl.trainer import RLHFTrainer
@@ -133,6 +137,8 @@ def train_policy(
         checkpoint_dir=checkpoint_dir,
         resume=resume,
         trackers=trackers or (),
+        engine=engine,
+        engine_arguments=engine_arguments,
         **policy,
     )
     report("model", origin)

@@ -45,8 +45,9 @@ def evaluate_policy(
     policy = trainer.actor_critic
     experiences: dict[Role, list[Experience]] = {role: [] for role in ROLES}
     samples: dict[Role, list[dict[str, Any]]] = {}
-    for start in range(0, len(prompts), batch_size):
-        for role in ROLES:
+    for role in ROLES:
+        trainer.update_engine(role)
+        for start in range(0, len(prompts), batch_size):
             rollout = draw_rollout(
                 policy,
                 prompts[start : start + batch_size],
@@ -57,6 +58,7 @@ def evaluate_policy(
                     for row in range(len(prompts[start : start + batch_size]))
                 ],
                 role=role,
+                engine=trainer.engine,
             )
             rewards = trainer.score(rollout)
             experience = Experience.from_rollout(rollout, rewards)

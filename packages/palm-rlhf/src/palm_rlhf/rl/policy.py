@@ -229,11 +229,15 @@ class ActorCritic(nn.Module):
             for module, name, value in rates:
                 setattr(module, name, value)
 
+    def network_of(self, role: Role) -> tuple[Any, str | None]:
+        """The network of a role and the name of its adapter; None for the network alone."""
+        network = {"actor": self.actor, "critic": self.critic, "reference": self.reference or self.actor}[role]
+        return network, self.scopes[role]
+
     @contextlib.contextmanager
     def as_role(self, role: Role, mask: Tensor | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
         """The language model of a role and its keyword arguments, with that role's adapter and precision active."""
-        network = {"actor": self.actor, "critic": self.critic, "reference": self.reference or self.actor}[role]
-        scope = self.scopes[role]
+        network, scope = self.network_of(role)
         with contextlib.ExitStack() as stack:
             stack.enter_context(autocast(self.precision, self.device))
             if isinstance(network, PaLM):  # causal: padding on the right changes nothing

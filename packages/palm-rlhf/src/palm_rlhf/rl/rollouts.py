@@ -22,6 +22,7 @@ from lm_core.generation.sampling import filters_of
 from lm_core.tokenizers import continuation_text, full_text
 from palm_rlhf.data.prompts import Prompt
 from palm_rlhf.data.rollouts import Rollout, rollout_of
+from palm_rlhf.rl.engines import kept_by_engine
 from palm_rlhf.rl.log_probs import pack_kept
 from palm_rlhf.rl.policy import ActorCritic, Role
 
@@ -111,33 +112,47 @@ def draw_rollout(
     tokenizer: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     role: Role = "actor",
+    engine: Any = None,
 ) -> Rollout:
     """One response of the actor or the reference to each prompt.
 
     With a ``generator`` for each prompt, a response does not depend on the other prompts of the batch.
 
+    Args:
+        engine: engine that was sent the weights of ``role``; see ``palm_rlhf.rl.engines``. None decodes ``policy``.
+
     Raises:
-        ValueError: a prompt leaves no token for a response, or stop strings come without a tokenizer.
+        ValueError: a prompt leaves no token for a response, stop strings come without a tokenizer, or filters are
+            functions that the engine cannot apply.
     """
     if settings.stop_strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer, got tokenizer=None")
     # generate in one batch, recording kept sets if tokens are filtered
     limit = new_token_limit(policy, prompts, settings)
-    filters = settings.all_filters()
-    recorder = _KeptSets() if filters or settings.min_new_tokens else None
-    with torch.no_grad(), eval_mode(policy):
-        result = policy.generate(
-            [prompt.ids.to(policy.device) for prompt in prompts],
-            role=role,
-            max_new_tokens=limit,
-            temperature=settings.temperature,
-            filters=[*filters, *([] if recorder is None else [recorder])],
-            repetition_penalty=settings.repetition_penalty,
-            eos_id=settings.eos_id,
-            min_new_tokens=min(settings.min_new_tokens, limit),
-            generator=generator,
-            use_cache=settings.use_cache,
-        )
+    ids = [prompt.ids.to(policy.device) for prompt in prompts]
+    least = min(settings.min_new_tokens, limit)
+    common: dict[str, Any] = {
+        "max_new_tokens": limit,
+        "temperature": settings.temperature,
+        "repetition_penalty": settings.repetition_penalty,
+        "eos_id": settings.eos_id,
+        "min_new_tokens": least,
+        "generator": generator,
+    }
+    recorder = None
+    if engine is not None:
+        if settings.filters:
+            raise ValueError("filters are functions, which only engine 'lm_core' applies; give top_k, top_p or min_p")
+        # what it does not end at a stop string is cut below
+        stops = settings.stop_strings if getattr(engine, "has_tokenizer", False) else ()
+        named = {"top_k": settings.top_k, "top_p": settings.top_p, "min_p": settings.min_p, "stop_strings": stops}
+        result = engine.generate(ids, **common, **named)
+    else:
+        filters = settings.all_filters()
+        recorder = _KeptSets() if filters or least else None
+        with torch.no_grad(), eval_mode(policy):
+            filters = [*filters, *([] if recorder is None else [recorder])]
+            result = policy.generate(ids, role=role, filters=filters, use_cache=settings.use_cache, **common)
     # cut responses at the length limit and at stop strings
     finished = result.finished.tolist()
     responses, texts = [], []
@@ -157,10 +172,17 @@ def draw_rollout(
         pad_id=settings.pad_id,
         temperature=settings.temperature,
         texts=None if tokenizer is None else texts,
+        log_probs=None
+        if engine is None
+        else [row[: len(r)] for row, r in zip(result.log_probs, responses, strict=True)],
     ).to(policy.device)
     if settings.repetition_penalty != 1.0:
         rollout = replace(rollout, repetition_penalty=settings.repetition_penalty)
-    return rollout if recorder is None else replace(rollout, kept=recorder.aligned(rollout, result.lengths))
+    if engine is None:
+        return rollout if recorder is None else replace(rollout, kept=recorder.aligned(rollout, result.lengths))
+    assert policy.vocab_size is not None
+    kept = kept_by_engine(result, rollout, vocab_size=policy.vocab_size, min_new_tokens=least, eos_id=settings.eos_id)
+    return rollout if kept is None else replace(rollout, kept=kept)
 
 
 class _KeptSets:

@@ -32,6 +32,7 @@ from palm_rlhf.reward.rewards import as_reward, check_scores, reward_identity
 from palm_rlhf.rl.advantages import zero_variance_groups
 from palm_rlhf.rl.arguments import sort_arguments
 from palm_rlhf.rl.config import RLConfig
+from palm_rlhf.rl.engines import as_engine
 from palm_rlhf.rl.experience import (
     Experience,
     Scored,
@@ -46,7 +47,7 @@ from palm_rlhf.rl.experience import (
 from palm_rlhf.rl.importance import importance_weights, mismatch_metrics
 from palm_rlhf.rl.kl import kl_estimate
 from palm_rlhf.rl.objectives import GRPO, PPO, Objective
-from palm_rlhf.rl.policy import ActorCritic
+from palm_rlhf.rl.policy import ActorCritic, Role
 from palm_rlhf.rl.policy_files import PolicyFiles
 from palm_rlhf.rl.rollouts import SamplingSettings, draw_rollout, new_token_limit
 from palm_rlhf.rl.state import Phase
@@ -100,6 +101,9 @@ class RLHFTrainer:
         checkpoint_dir: folder of the run (checkpoints, metrics.jsonl, samples.jsonl, curves.png); None writes nothing.
         resume: "auto" resumes if there is a checkpoint, True demands one, False demands a fresh folder.
         trackers: names of trackers that ``accelerate`` knows, and objects with ``log(values, step=...)``.
+        engine: engine that draws responses: "lm_core", "vllm" (Hugging Face policies), or an object; see
+            ``palm_rlhf.rl.engines``. Its weights are updated before each draw.
+        engine_arguments: further arguments of ``vllm.LLM``, such as ``max_model_len``.
         **options: fields of ``objective`` and ``config`` to override, and arguments of ``ActorCritic``.
 
     Raises:
@@ -124,6 +128,8 @@ class RLHFTrainer:
         checkpoint_dir: str | Path | None = None,
         resume: bool | Literal["auto"] = "auto",
         trackers: Sequence[Any] = (),
+        engine: Any = "lm_core",
+        engine_arguments: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         policy, policy_options, reward, prompts, objective, config = sort_arguments(
@@ -179,6 +185,7 @@ class RLHFTrainer:
         self.actor_critic = policy.to(self.device)
         network = self._network()
         policy.precision = config.precision
+        self.engine = as_engine(engine, policy, tokenizer=tokenizer, arguments=engine_arguments)
         if self.prompts:
             check_prompts(self.prompts, policy.vocab_size)
         if isinstance(reward_model := getattr(self.reward, "model", None), nn.Module):
@@ -242,6 +249,7 @@ class RLHFTrainer:
         settings, batch_size = self._validation
         local = range(rank(), len(self.validation_prompts), world_size())
         rows: list[tuple[float, float, float]] = []
+        self.update_engine()
         with self.session.gathered():
             for start in range(0, len(local), batch_size):
                 chosen = local[start : start + batch_size]
@@ -332,11 +340,20 @@ class RLHFTrainer:
             key = str(prompt.ids.tolist())
             seeds.append(seed_of(seed, key, earlier[key]))
             earlier[key] += 1
+        self.update_engine()
         return self._rollout(chosen, sampling, seeds)
+
+    def update_engine(self, role: Role = "actor") -> None:
+        """Sends the weights of a role to the engine, if there is one."""
+        if self.engine is not None:
+            network, scope = self.actor_critic.network_of(role)
+            self.engine.update_weights(network, adapters=[] if scope is None else [scope])
 
     def _rollout(self, prompts: Sequence[Prompt], sampling: SamplingSettings, seeds: Sequence[int]) -> Rollout:
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        return draw_rollout(self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generators)
+        return draw_rollout(
+            self.actor_critic, prompts, sampling, tokenizer=self.tokenizer, generator=generators, engine=self.engine
+        )
 
     def score(self, rollout: Rollout) -> Tensor:
         """Rewards ``(b,)`` of a rollout, or ``(b, n)`` of its tokens where the reward returns those.
@@ -406,14 +423,25 @@ class RLHFTrainer:
 
     def _draw(
         self, sampling: SamplingSettings, count: int, batch_size: int
-    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], dict[str, float]]:
-        """The experience and the reward metrics of one phase over all processes; samples and seconds of this one."""
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], dict[str, float]] | None:
+        """The experience and the reward metrics of one phase over all processes; samples and seconds of this one.
+
+        None once a signal has interrupted the run.
+        """
         if count < world_size():
             raise ValueError(f"update_timesteps must give each of {world_size()} processes a response, got {count}")
         group_size = self.objective.group_size
         groups = self._groups_per_phase = count // group_size
         first = self.phase.number * groups + self.phase.redrawn
-        experience, samples, seconds, logs = self._draw_groups(sampling, first, groups, batch_size)
+        sending: dict[str, float] = {}
+        if self.engine is not None:
+            with _timed(sending, "engine_update_seconds", self.device):
+                self.update_engine()
+        drawn = self._draw_groups(sampling, first, groups, batch_size)
+        if drawn is None:
+            return None
+        experience, samples, seconds, logs = drawn
+        redrawn = 0
         # dynamic sampling: groups of equal rewards are replaced by responses to the next prompts
         for _ in range(self.objective.dynamic_sampling):
             equal = zero_variance_groups(experience.scores, group_size=group_size)
@@ -422,18 +450,22 @@ class RLHFTrainer:
                 break
             first += groups
             groups = missing
-            more, _, more_seconds, more_logs = self._draw_groups(sampling, first, missing, batch_size)
+            drawn = self._draw_groups(sampling, first, missing, batch_size)
+            if drawn is None:
+                return None
+            more, _, more_seconds, more_logs = drawn
             seconds = {name: value + more_seconds[name] for name, value in seconds.items()}
-            self.phase.redrawn += missing
+            redrawn += missing
             logs += more_logs
             kept = (~equal).repeat_interleave(group_size).nonzero()[:, 0]
             parts = [experience.rows(kept)] if kept.numel() else []
             experience = concatenated([*parts, more], pad_id=sampling.pad_id)
-        return experience, samples, seconds, merged(all_gathered(logs)).values()
+        self.phase.redrawn += redrawn
+        return experience, samples, {**sending, **seconds}, merged(all_gathered(logs)).values()
 
     def _draw_groups(
         self, sampling: SamplingSettings, first: int, count: int, batch_size: int
-    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], list[RewardLog]]:
+    ) -> tuple[Experience, list[dict[str, Any]], dict[str, float], list[RewardLog]] | None:
         """Responses to ``count`` prompts from position ``first`` of the order on, as ``_draw`` returns them."""
         group_size = self.objective.group_size
         # a draw is a function of seed, prompt and number of the draw, so not of the number of processes
@@ -447,10 +479,19 @@ class RLHFTrainer:
         samples: list[dict[str, Any]] = []
         logs: list[RewardLog] = []
         seconds = {"rollout_seconds": 0.0, "reward_seconds": 0.0}
-        for start in range(0, len(local), batch_size):
-            indices, seeds = zip(*local[start : start + batch_size], strict=True)
-            with _timed(seconds, "rollout_seconds", self.device):
-                rollout = self._rollout([self.prompts[index] for index in indices], sampling, seeds)
+
+        def draw() -> list[Rollout]:
+            drawn = []
+            for start in range(0, len(local), batch_size):
+                indices, seeds = zip(*local[start : start + batch_size], strict=True)
+                with _timed(seconds, "rollout_seconds", self.device):
+                    drawn.append(self._rollout([self.prompts[index] for index in indices], sampling, seeds))
+            return drawn
+
+        rollouts = self.session.interruptible(draw)
+        if rollouts is None:
+            return None
+        for rollout in rollouts:
             with _timed(seconds, "reward_seconds", self.device):
                 scores, log = self._score(rollout, learn=True)
             logs.append(log)
@@ -541,6 +582,7 @@ class RLHFTrainer:
                 correction=self.config.importance_correction,
                 cap=self.config.importance_cap,
             )
+            metrics["importance_mean"] = float(weights[experience.response_mask].mean())
             experience = replace(experience, importance=weights)
         if self.update.network is not None:
             size = self.config.micro_batch_size or self.config.minibatch_size
@@ -648,7 +690,10 @@ class RLHFTrainer:
             seconds: dict[str, float] = {}
             for _ in session.steps(session.step + phase.remaining(phases, count)):
                 if phase.experience is None:
-                    experience, samples, seconds, rewards = self._draw(settings, count, max_batch_size)
+                    drawn = self._draw(settings, count, max_batch_size)
+                    if drawn is None:
+                        break
+                    experience, samples, seconds, rewards = drawn
                     with _timed(seconds, "score_seconds", self.device):
                         self._begin(experience)
                     phase.metrics |= rewards

@@ -84,6 +84,7 @@ def xpos_score():
 HUGGING_FACE = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32},
     "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 4},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 4},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
     "cohere": {"num_key_value_heads": 2},

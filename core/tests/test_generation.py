@@ -81,7 +81,8 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other(models, naive_
 
 @pytest.fixture
 def linear_model(monkeypatch):
-    """A model of two layers, whose weights are large enough to be copied."""
+    """A model of two layers, whose weights are large enough to be copied, on a processor that reads blocks faster."""
+    monkeypatch.setattr("lm_core.generation.weight_layout._reads_blocks_faster", lambda: True)
     for name in ("_SMALLEST_BYTES", "_SMALLEST_BYTES_CACHED"):
         monkeypatch.setattr(f"lm_core.generation.weight_layout.{name}", 1)
 
@@ -156,6 +157,26 @@ def test_weights_are_laid_out_for_few_rows_of_long_answers(linear_model, new_tok
     assert not any("forward" in vars(module) for module in model.modules())
     for step in range(1, new_tokens):  # a token depends on the one before it
         assert torch.equal(result.tokens[:, step], model(result.tokens[:, step - 1 : step])[:, -1].argmax(-1))
+
+
+def test_single_rows_read_weights_with_many_outputs_by_column_where_blocks_are_slower(linear_model, monkeypatch):
+    monkeypatch.setattr("lm_core.generation.weight_layout._reads_blocks_faster", lambda: False)
+    strides = []
+    product = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        strides.append(weight.stride())
+        return product(x, weight, bias)
+
+    monkeypatch.setattr("torch.nn.functional.linear", linear)
+    result = generate(linear_model, torch.tensor([[1, 2]]), max_new_tokens=20, temperature=0.0)
+    # the wide, the shared, the deep layer and the output weight
+    assert strides[-4:] == [(1, 16), (1, 16), (16, 1), (1, 32)]
+    expected = generate(linear_model, torch.tensor([[1, 2]]), max_new_tokens=20, temperature=0.0, use_cache=False)
+    assert not torch.equal(expected.tokens, torch.zeros_like(expected.tokens))
+    for step in range(1, 20):  # a token depends on the one before it
+        before = result.tokens[:, step - 1 : step]
+        assert torch.equal(result.tokens[:, step], linear_model(before)[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize(("rows", "cached", "layout"), [(1, 2**10, "rows"), (1, 2**8, BLOCKS), (5, 2**10, BLOCKS)])

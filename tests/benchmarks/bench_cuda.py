@@ -1,9 +1,10 @@
-"""What a GPU does with PaLM, the loss and the memory: training, decoding, memory of the loss, exact search.
+"""What a GPU does with PaLM, Llama, the loss and the memory: training, decoding, memory of the loss, exact search.
 
     nox -s bench -- cuda
 
 Half precision is bfloat16 and products' peak is measured beside the steps. The twin is Hugging Face's CohereForCausalLM
-of the same sizes, with PyTorch's attention kernels. Without a CUDA device it says so and measures nothing.
+of the same sizes, with PyTorch's attention kernels. Decoding replays a CUDA graph of the step; the Llama has 0.5 B
+random weights. Without a CUDA device it says so and measures nothing.
 """
 
 import warnings
@@ -11,9 +12,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from measure import arguments, in_turns, median, ratio, report
+from measure import arguments, bytes_of, in_turns, median, ratio, report
 from peers_hugging_face import cohere_twin, operations, stepped
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from lm_core.adapters import as_causal_lm
 from lm_core.generation.generate import generate
 from lm_core.losses.losses import ACCELERATOR_TILE_BYTES, linear_cross_entropy
 from memorizing_transformer import KNNMemory
@@ -65,37 +68,72 @@ def training(rounds: int) -> list[dict[str, object]]:
     ]
 
 
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy reads and writes."""
+    source, target = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
+    return 2 * source.numel() / median(in_turns({"copy": lambda: target.copy_(source)}, 5)["copy"])
+
+
+def new_tokens_of(model: torch.nn.Module, batch: int, new: int, compile: bool = False) -> Callable[[], torch.Tensor]:
+    """Greedy generation of ``new`` tokens after a prompt of 128."""
+    prompt = torch.randint(32_768, (batch, 128), device="cuda")
+    return lambda: generate(model, prompt, max_new_tokens=new, temperature=0.0, compile=compile).tokens
+
+
+def theirs(model: PreTrainedModel, batch: int, new: int) -> Callable[[], torch.Tensor]:
+    """The same with transformers' own loop, at its default settings."""
+    prompt = torch.randint(32_768, (batch, 128), device="cuda")
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+
+
 def decoding(rounds: int) -> list[dict[str, object]]:
-    """A row for each batch size; the limit reads every weight once a token at the speed of a copy."""
+    """A row for each size and batch size; the limit reads every weight once a token at the speed of a copy."""
+    bandwidth, new, rows = copy_bandwidth(), 128, []
+    sizes = {"211 M": large_palm, "1.4 B": lambda: PaLM(dim=2048, depth=24, heads=16, num_tokens=32_768).cuda()}
+    for name, build in sizes.items():
+        palm = build().bfloat16().eval()
+        weights = bytes_of(list(palm.parameters()))
+        for batch, compile in ((1, False), (1, True), (16, False)):
+            seconds = in_turns({"palm": new_tokens_of(palm, batch, new, compile)}, rounds)["palm"]
+            rows.append(
+                {
+                    "PaLM": name,
+                    "batch": batch,
+                    "compiled": compile,
+                    "tokens/s": batch * new / median(seconds),
+                    "share of limit": new * weights / bandwidth / median(seconds),
+                    "copy GB/s": bandwidth / 1e9,
+                }
+            )
+        del palm
+        torch.cuda.empty_cache()
+    return rows
+
+
+def decoding_next_to_transformers(rounds: int) -> list[dict[str, object]]:
+    """A row for each model and batch size: PaLM and its twin, and one Llama with both loops."""
     palm = large_palm().bfloat16().eval()
     twin = cohere_twin(palm).cuda().bfloat16()
-    source, target = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
-    new, rows = 128, []
-    for batch in (1, 16):
-        prompt = torch.randint(32_768, (batch, 128), device="cuda")
-        mask = torch.ones_like(prompt)
-        seconds = in_turns(
-            {
-                "copy": lambda: target.copy_(source),
-                "palm": lambda prompt=prompt: generate(palm, prompt, max_new_tokens=new, temperature=0.0),
-                "twin": lambda prompt=prompt, mask=mask: twin.generate(
-                    prompt, attention_mask=mask, max_new_tokens=new, do_sample=False
-                ),
-            },
-            rounds,
-        )
-        bandwidth = 2 * source.numel() / median(seconds["copy"])
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in palm.parameters())
-        rows.append(
-            {
-                "batch": batch,
-                "PaLM tokens/s": batch * new / median(seconds["palm"]),
-                "twin tokens/s": batch * new / median(seconds["twin"]),
-                "PaLM / twin": ratio(seconds["twin"], seconds["palm"]),
-                "share of limit": new * weights / bandwidth / median(seconds["palm"]),
-                "copy GB/s": bandwidth / 1e9,
-            }
-        )
+    sizes = {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 24, "vocab_size": 32_768}
+    heads = {"num_attention_heads": 20, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    config = LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    llama = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    rows, new = [], 64
+    for name, ours, other, batches in (("PaLM 211 M", palm, twin, (1, 16)), ("Llama 0.5 B", llama, llama, (1, 32))):
+        ours = as_causal_lm(ours)
+        for batch in batches:
+            variants = {"ours": new_tokens_of(ours, batch, new), "theirs": theirs(other, batch, new)}
+            seconds = in_turns(variants, min(rounds, 3))
+            rows.append(
+                {
+                    "model": name,
+                    "batch": batch,
+                    "tokens/s": batch * new / median(seconds["ours"]),
+                    "transformers tokens/s": batch * new / median(seconds["theirs"]),
+                    "times as fast": ratio(seconds["theirs"], seconds["ours"]),
+                }
+            )
     return rows
 
 
@@ -192,7 +230,8 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     for title, made in {
         "PaLM, a training step of 8 x 1,024 tokens, 211 M parameters, bfloat16 autocast": training,
-        "PaLM, 128 greedy tokens after a prompt of 128, 211 M parameters in bfloat16": decoding,
+        "PaLM, 128 greedy tokens after a prompt of 128, bfloat16": decoding,
+        "64 greedy tokens next to transformers' generate, bfloat16": decoding_next_to_transformers,
         "Loss from hidden states, 8,192 tokens, 1,024 features, bfloat16": losses,
         "Exact search of a memory, 4,096 queries, 32 neighbours": searches,
         "Memory step, 32 rows x 128 tokens x 8 heads, 32 neighbours among 32,768": memory_steps,

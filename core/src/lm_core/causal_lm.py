@@ -20,6 +20,7 @@ class CausalLM(Protocol):
     ``mask (b, cached + n)`` is True at real tokens; positions are ``mask.cumsum(-1) - 1``. A model that decodes
     incrementally also has ``init_cache(batch_size, max_length)`` and accepts ``cache=``: ids are then the new tokens,
     and the cache has ``reorder(index)``, after which row ``r`` is the former row ``index[r]``.
+    With ``init_cache(..., static=True)`` its steps can be compiled and captured (``lm_core.nn.kv_cache``).
     ``hidden(ids, *, mask, cache)`` with ``output_weight (v, d)`` avoids the full logits; ``output_layer``, if present,
     is the module that maps hidden states to logits. ``max_length``, if present and not None, bounds prompt and new
     tokens together.

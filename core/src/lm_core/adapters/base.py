@@ -21,21 +21,58 @@ from lm_core.checks import check_ids, check_positive
 class AdapterCache(ABC):
     """Keys and values of another library's model, with the padding its positions depend on.
 
+    Args:
+        batch_size: rows in the cache.
+        capacity: positions of the static form, which ``begin_steps`` gives to the keys and values.
+        why_not_static: reason why there is no static form; None if there is one.
+
     Attributes:
-        length: positions in the cache.
         batch_size: rows in the cache.
         mask: ``(b, length)`` True at real tokens, None while no row has padding.
+        position: 0-d index of the next position to write; None before ``begin_steps``.
     """
 
-    def __init__(self, batch_size: int) -> None:
-        self.length = 0
+    def __init__(
+        self, batch_size: int, capacity: int = 0, why_not_static: str | None = "the cache was made without static=True"
+    ) -> None:
+        self._length = 0
         self.batch_size = batch_size
         self.mask: Tensor | None = None
+        self.position: Tensor | None = None
+        self._capacity = capacity
+        self._why_not_static = why_not_static
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache; on an accelerator this waits for the device once steps have begun."""
+        return self._length if self.position is None else int(self.position)
+
+    @property
+    def past(self) -> int:
+        """Positions that attention reads before the new ones: the length, or in a static step all but one."""
+        return self._length if self.position is None else self._capacity - 1
+
+    def begin_steps(self) -> None:
+        """Makes every later call a static step, of one real token a row; see ``lm_core.nn.kv_cache``.
+
+        Raises:
+            ValueError: the model has no static form.
+        """
+        if self._why_not_static is not None:
+            raise ValueError(self._why_not_static)
+        self.position = self._made_static(self._capacity)
+
+    def advance(self, count: int) -> None:
+        """Adds ``count`` positions to the length."""
+        if self.position is None:
+            self._length += count
+        else:
+            self.position.add_(count)
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Replaces row ``r`` by the former row ``index[r]``; the batch size may change."""
         self._select(index)
-        if self.mask is not None:
+        if self.mask is not None and self.position is None:
             self.mask = self.mask.index_select(0, index)
         self.batch_size = index.shape[0]
 
@@ -51,6 +88,10 @@ class AdapterCache(ABC):
         assert some is not None
         cached = some.new_ones(self.batch_size, self.length) if self.mask is None else self.mask
         return torch.cat((cached, some.new_ones(self.batch_size, n) if new is None else new), dim=1)
+
+    @abstractmethod
+    def _made_static(self, capacity: int) -> Tensor:
+        """Gives keys and values a fixed shape; returns the length as a tensor on their device."""
 
     @abstractmethod
     def _select(self, index: Tensor) -> None:
@@ -126,8 +167,8 @@ class Adapter(nn.Module, ABC):
         return self._hidden_is_exact and untouched
 
     @property
-    def init_cache(self) -> Callable[[int, int], AdapterCache]:
-        """``init_cache(batch_size, max_length)``: an empty cache for ``forward`` and ``hidden``."""
+    def init_cache(self) -> Callable[..., AdapterCache]:
+        """``init_cache(batch_size, max_length, *, static=False)``: an empty cache for ``forward`` and ``hidden``."""
         if self._why_not_cached is not None:
             raise AttributeError(self._why_not_cached)
         return self._init_cache
@@ -161,11 +202,18 @@ class Adapter(nn.Module, ABC):
         layer: Any = self._output_layer()
         return layer.weight
 
-    def _init_cache(self, batch_size: int, max_length: int) -> AdapterCache:
+    def _init_cache(self, batch_size: int, max_length: int, *, static: bool = False) -> AdapterCache:
         # The libraries' keys and values grow by concatenation, so nothing is allocated for max_length.
         check_positive(batch_size, "batch_size")
         check_positive(max_length, "max_length")
-        return self._cache_type(batch_size)
+        return (
+            self._cache_type(batch_size, max_length, self._why_not_static) if static else self._cache_type(batch_size)
+        )
+
+    @property
+    def _why_not_static(self) -> str | None:
+        """The reason why the model has no static steps; None if it has."""
+        return f"the cache of {self._described()} has no static form"
 
     def _hidden(
         self,
@@ -192,6 +240,10 @@ class Adapter(nn.Module, ABC):
             last = with_padding_last(ids, new)
             return moved_back(self._whole(last.ids, last.mask, kwargs, hidden=hidden), last)
         n = ids.shape[1]
+        if cache.position is not None:
+            states = self._incremental(ids, mask, cache, kwargs, hidden=hidden)
+            cache.advance(1)
+            return states
         # A prompt may have its padding anywhere; later tokens are appended.
         first = with_padding_first(ids, new) if cache.length == 0 and new is not None else None
         if first is not None:
@@ -200,7 +252,7 @@ class Adapter(nn.Module, ABC):
         if whole_mask is not None and whole_mask.device.type == "cpu" and has_gap(whole_mask):
             raise ValueError("mask must not have padding between the real tokens of a row when a cache is used")
         states = self._incremental(ids, whole_mask, cache, kwargs, hidden=hidden)
-        cache.length += n
+        cache.advance(n)
         cache.mask = whole_mask
         return states if first is None else moved_back(states, first)
 
@@ -214,9 +266,11 @@ class Adapter(nn.Module, ABC):
             raise TypeError(f"ids must hold integer token ids, got {getattr(ids, 'dtype', type(ids).__name__)}")
         if ids.ndim != 2:
             raise ValueError(f"ids must have shape (b, n), got {tuple(ids.shape)}")
+        if cache is not None and cache.position is not None and ids.shape[1] != 1:
+            raise ValueError(f"a static step has one token a row, got {ids.shape[1]}")
         if cache is not None and cache.batch_size != ids.shape[0]:
             raise ValueError(f"cache holds {cache.batch_size} rows, got ids of {ids.shape[0]}")
-        length = 0 if cache is None else cache.length
+        length = 0 if cache is None else cache.past
         total = length + ids.shape[1]
         if self.max_length is not None and total > self.max_length:
             raise ValueError(f"ids must end within {self.max_length} positions, got {total}")

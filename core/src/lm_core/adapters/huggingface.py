@@ -8,11 +8,15 @@ model is tried on a few tokens when it is wrapped (``undisturbed``: no gradient,
   scales change small logits by less than rounding, so the trial replaces that layer's result by large numbers.
 - ``init_cache`` exists if the model returns a cache that only holds keys and values of each position, and a left-padded
   row decoded in steps equals the row alone. Recurrent and hybrid models are decoded without a cache.
+- The cache has a static form if steps with transformers' static layers equal it too; this is tried when first needed.
+  Layers with a sliding window get the whole capacity: the library's mask limits what they see, and its own static
+  layers for windows count on the host, so that every step would be compiled again.
 
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +28,14 @@ from torch import Tensor, nn
 
 from lm_core.adapters.base import Adapter, AdapterCache
 from lm_core.causal_lm import eval_mode
+from lm_core.nn.kv_cache import selected_rows
 from lm_core.nn.masking import positions_from_mask
 
 # Layers with one key and one value for each position, without in-place writes: rows can be selected, and a shallow copy
 # is independent.
 _LAYERS_OF_KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DynamicIndexedLayer"})
+# Those that hold nothing else.
+_LAYERS_WITH_A_STATIC_FORM = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 # Error, relative to the spread of the logits, above which two ways to compute them count as different: well above
 # rounding (TF32 matrix products included), well below what a wrong position or mask does to a trained model. In half
@@ -37,30 +44,51 @@ _LAYERS_OF_KEYS_AND_VALUES = frozenset({"DynamicLayer", "DynamicSlidingWindowLay
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 _TOLERANCE_HALF_PRECISION = 0.15
 
+# Positions of the static cache of the trial, more than its tokens.
+_TRIAL_CAPACITY = 8
+
 
 class HuggingFaceCache(AdapterCache):
     """The cache of transformers (its cache object or, in older versions, nested tuples) and the mask of its padding."""
 
-    def __init__(self, batch_size: int) -> None:
-        super().__init__(batch_size)
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
         # Made by the model in the first call, because only the model knows which of its layers use sliding windows.
-        self.past: Any = None
+        self.library_cache: Any = None
+
+    def _made_static(self, capacity: int) -> Tensor:
+        from transformers.cache_utils import Cache
+
+        kinds = {type(layer).__name__ for layer in getattr(self.library_cache, "layers", [])}
+        if not kinds or not kinds <= _LAYERS_WITH_A_STATIC_FORM:
+            kind = ", ".join(sorted(kinds)) or type(self.library_cache).__name__
+            raise ValueError(f"the library's cache ({kind}) has no static form")
+        layers = self.library_cache.layers
+        position = torch.tensor(self.length, device=layers[0].keys.device)
+        self.library_cache = Cache(layers=[_static_layer_type()(layer, position, capacity) for layer in layers])
+        return position
 
     def _select(self, index: Tensor) -> None:
-        if isinstance(self.past, (tuple, list)):
-            self.past = _rows_of_tuples(self.past, index)
-        elif self.past is not None:
-            self.past.reorder_cache(index)
+        if self.position is not None:
+            for layer in self.library_cache.layers:
+                layer.keys = selected_rows(layer.keys, index, in_place=True)
+                layer.values = selected_rows(layer.values, index, in_place=True)
+        elif isinstance(self.library_cache, (tuple, list)):
+            self.library_cache = _rows_of_tuples(self.library_cache, index)
+        elif self.library_cache is not None:
+            self.library_cache.reorder_cache(index)
 
     def clone(self) -> AdapterCache:
         """An independent copy: calls make new, longer tensors, so only their containers are copied."""
+        if self.position is not None:
+            return copy.deepcopy(self)
         clone: Any = super().clone()
-        clone.past = copy.copy(self.past)
-        if self.past is not None and not isinstance(self.past, (tuple, list)):
-            for name, value in vars(self.past).items():
+        clone.library_cache = copy.copy(self.library_cache)
+        if self.library_cache is not None and not isinstance(self.library_cache, (tuple, list)):
+            for name, value in vars(self.library_cache).items():
                 if isinstance(value, list):
                     entries = [entry if isinstance(entry, Tensor) else copy.copy(entry) for entry in value]
-                    setattr(clone.past, name, entries)
+                    setattr(clone.library_cache, name, entries)
         return clone
 
 
@@ -94,6 +122,7 @@ class HuggingFaceLM(Adapter):
         self._takes_positions = "position_ids" in inspect.signature(inner.forward).parameters
         self._hidden_is_exact = False
         self._why_not_cached: str | None = None
+        self._static_trial: tuple[str | None] | None = None  # its reason, once it has been made
         with undisturbed(model):
             self._check_causal()
             self._hidden_is_exact = not self._changes_input and self._hidden_gives_logits()
@@ -151,18 +180,18 @@ class HuggingFaceLM(Adapter):
         inner = self._inner
         if inner.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
             raise ValueError("cache must be None in training mode with gradient checkpointing, which disables caching")
-        if self.max_cached_length is not None:
+        if self.max_cached_length is not None and cache.position is None:
             self._check_cached_length(self.max_cached_length, ids.shape[1], mask, cache)
         settings: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if cache.past is not None:
-            settings["past_key_values"] = cache.past
+        if cache.library_cache is not None:
+            settings["past_key_values"] = cache.library_cache
         if mask is not None:
             settings["attention_mask"] = mask.long()
-            if self._takes_positions:
-                settings["position_ids"] = positions_from_mask(mask)[:, -ids.shape[1] :].contiguous()
+        if self._takes_positions and (mask is not None or cache.position is not None):
+            settings["position_ids"] = _positions(ids, mask, cache.position)
         module = inner.base_model if hidden else self.model
         output = module(input_ids=ids, **settings, **kwargs)
-        cache.past = output.past_key_values
+        cache.library_cache = output.past_key_values
         states: Tensor = output[0] if hidden else output.logits
         return states
 
@@ -229,6 +258,39 @@ class HuggingFaceLM(Adapter):
             # Some architectures cannot read a cache back, or not with these arguments, and raise errors of any type.
             return f"its cache fails with {type(error).__name__}: {error}"
 
+    @property
+    def _why_not_static(self) -> str | None:
+        if self._static_trial is None:
+            with undisturbed(self.model):
+                self._static_trial = (self._reason_not_to_be_static(),)
+        return self._static_trial[0]
+
+    def _reason_not_to_be_static(self) -> str | None:
+        try:
+            return self._try_static_steps()
+        except Exception as error:
+            # As for the growing cache: an architecture may raise errors of any type.
+            return f"the static cache of {self._described()} fails with {type(error).__name__}: {error}"
+
+    def _try_static_steps(self) -> str | None:
+        rows = self._trial_ids(5).repeat(2, 1)
+        mask = torch.ones(2, _TRIAL_CAPACITY, dtype=torch.bool, device=rows.device)
+        mask[1, :2] = False
+        caches = HuggingFaceCache(2), HuggingFaceCache(2, _TRIAL_CAPACITY, None)
+        growing, static = ([self._states(rows[:, :3], mask[:, :3], cache, {}, hidden=False)] for cache in caches)
+        caches[1].begin_steps()
+        swap = torch.tensor([1, 0], device=rows.device)
+        for length in (4, 5):
+            for cache in caches:
+                cache.reorder(swap)
+            mask = mask[swap]
+            token = rows[:, length - 1 : length]
+            growing.append(self._states(token, mask[:, :length], caches[0], {}, hidden=False))
+            static.append(self._states(token, mask, caches[1], {}, hidden=False))
+        if not _equal(torch.cat(static[1:], dim=1), torch.cat(growing[1:], dim=1)):
+            return f"the static cache of {self._described()} gives other logits"
+        return None
+
     def _try_to_cache(self) -> str | None:
         ids = self._trial_ids(5)
         output = self.model(input_ids=ids, use_cache=True, return_dict=True)
@@ -248,6 +310,51 @@ class HuggingFaceLM(Adapter):
         if not _equal(stepped[:1], output.logits) or not _equal(stepped[1:, 2:], alone):
             return "its cached logits differ from its uncached ones"
         return None
+
+
+def _positions(ids: Tensor, mask: Tensor | None, position: Tensor | None) -> Tensor:
+    """Positions of ``ids``: the last ones of ``mask``, or the one at ``position`` in a static step."""
+    if position is None:
+        assert mask is not None
+        return positions_from_mask(mask)[:, -ids.shape[1] :].contiguous()
+    if mask is None:
+        return position.expand(ids.shape)
+    return positions_from_mask(mask).index_select(1, position.view(1))
+
+
+@functools.cache
+def _static_layer_type() -> Any:
+    """transformers' static layer with a position that all layers share; made when the library is imported."""
+    from transformers.cache_utils import StaticLayer
+
+    class PositionedLayer(StaticLayer):  # type: ignore[misc]
+        """Keys and values ``(b, h, capacity, d)``, written at ``position``."""
+
+        def __init__(self, growing: Any, position: Tensor, capacity: int) -> None:
+            super().__init__(max_cache_len=capacity)
+            self.position = position
+            self.keys, self.values = (_widened(t, int(position), capacity) for t in (growing.keys, growing.values))
+            self.is_initialized = True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.keys.index_copy_(2, self.position.view(1), key_states)
+            self.values.index_copy_(2, self.position.view(1), value_states)
+            return self.keys, self.values
+
+        def get_seq_length(self, *args: Any) -> Any:
+            return self.position
+
+        def get_mask_sizes(self, *args: Any) -> tuple[int, int]:
+            return self.max_cache_len, 0
+
+    return PositionedLayer
+
+
+def _widened(t: Tensor, length: int, capacity: int) -> Tensor:
+    """Keys or values of the last positions before ``length``, in zeros for all positions."""
+    wide = t.new_zeros(*t.shape[:2], capacity, t.shape[-1])
+    wide[:, :, length - t.shape[2] : length] = t
+    return wide
 
 
 @contextmanager

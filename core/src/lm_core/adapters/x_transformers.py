@@ -11,7 +11,7 @@ which masks keys and shifts the table of positions; all other position schemes o
 Legend: b batch, n new tokens, m cached and new tokens, v vocabulary, d feature.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm_core.adapters.base import Adapter, AdapterCache
+from lm_core.nn.kv_cache import selected_rows
 
 _EXACT_WITH_CACHE = frozenset(
     {
@@ -41,13 +42,36 @@ _EXACT_WITH_CACHE = frozenset(
 class XTransformersCache(AdapterCache):
     """Unrotated keys and values of every attention layer, ``(b, h, length, d)`` each."""
 
-    def __init__(self, batch_size: int) -> None:
-        super().__init__(batch_size)
+    def __init__(self, *sizes: Any) -> None:
+        super().__init__(*sizes)
         # The ids of the cache, for releases of the library that take the whole sequence next to its cache.
         self.ids: Tensor | None = None
         self.layers: list[tuple[Tensor | None, ...]] = []
 
+    def _made_static(self, capacity: int) -> Tensor:
+        # The library appends new keys, so positions are counted from the end: a step drops the first column.
+        room = capacity - 1 - self.length
+        self.layers = [
+            tuple(None if tensor is None else F.pad(tensor, (0, 0, room, 0)) for tensor in layer)
+            for layer in self.layers
+        ]
+        device = next(tensor.device for layer in self.layers for tensor in layer if tensor is not None)
+        return torch.tensor(self.length, device=device)
+
+    def shift(self, layers: Sequence[Sequence[Tensor | None]]) -> None:
+        """Takes keys and values of one more position, ``(b, h, capacity, d)``, in the memory of the present ones."""
+        for old, new in zip(self.layers, layers, strict=True):
+            for kept, tensor in zip(old, new, strict=True):
+                if kept is not None and tensor is not None:
+                    kept.copy_(tensor[:, :, 1:])
+
     def _select(self, index: Tensor) -> None:
+        if self.position is not None:
+            self.layers = [
+                tuple(None if tensor is None else selected_rows(tensor, index, in_place=True) for tensor in layer)
+                for layer in self.layers
+            ]
+            return
         self.ids = None if self.ids is None else self.ids.index_select(0, index)
         self.layers = [
             tuple(None if tensor is None else tensor.index_select(0, index) for tensor in layer)
@@ -89,24 +113,37 @@ class XTransformersLM(Adapter):
         from x_transformers.x_transformers import LayerIntermediates
 
         settings: dict[str, Any] = {}
-        if cache.length > 0:
+        if cache.past > 0:
             layers = [Intermediates(cached_kv=layer, layer_type="a") for layer in cache.layers]
             past = LayerIntermediates(attn_intermediates=layers)
             settings = {"cache": past, "cache_age": ids.shape[1]}
             if self._takes_new_ids:
-                past.cache_length = cache.length
+                past.cache_length = cache.past
                 settings["input_not_include_cache"] = True
             else:
                 ids = torch.cat((cache.ids, ids), dim=1)
         if mask is not None:
             # The first real token of each row; a row without any starts at its end.
             settings["seq_start_pos"] = torch.where(mask.any(dim=1), mask.int().argmax(dim=1), mask.shape[1])
+        new = None
+        if cache.position is None:
+            new = None if mask is None else mask[:, cache.length :]
+        else:
+            start = settings.get("seq_start_pos", torch.zeros_like(ids[:, 0]))
+            settings["seq_start_pos"] = start + cache.past - cache.position
         states: Tensor
-        with _without_padding(self.model, None if mask is None else mask[:, cache.length :]):
+        with _without_padding(self.model, new):
             states, after = self.model(ids, return_embeddings=hidden, return_intermediates=True, **settings, **kwargs)
+        if cache.position is not None:
+            cache.shift([layer.cached_kv for layer in after.attn_intermediates])
+            return states
         cache.ids = None if self._takes_new_ids else ids
         cache.layers = [tuple(layer.cached_kv) for layer in after.attn_intermediates]
         return states
+
+    @property
+    def _why_not_static(self) -> str | None:
+        return None if self._takes_new_ids else "this release of x-transformers reads the whole sequence in each step"
 
     def _output_layer(self) -> nn.Module | None:
         return self.model.to_logits if isinstance(self.model.to_logits, nn.Module) else None

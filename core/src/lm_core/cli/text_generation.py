@@ -62,6 +62,7 @@ class TextGeneration(SamplingFlags):
         seed: random seed.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
+        compile: compiles the decoding step (torch.compile), about a minute; worth it for long texts.
         progress: shows a progress bar.
 
     Raises:
@@ -76,6 +77,7 @@ class TextGeneration(SamplingFlags):
     seed: int = 0
     tokenizer: str | None = None
     device: str = "auto"
+    compile: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -166,6 +168,7 @@ def print_texts(opened: OpenedPrompt, settings: TextGeneration, **model_kwargs: 
         eos_id=end_ids(opened.tokenizer, opened.model),
         repetition_penalty=settings.repetition_penalty,
         generator=torch.Generator(opened.ids.device).manual_seed(settings.seed),
+        compile=settings.compile,
         progress=settings.progress,
         **model_kwargs,
     )

@@ -5,8 +5,10 @@ Prompts are left-padded before the model sees them, so the newest token is alway
 Legend: b batch, n sequence, v vocabulary, d feature.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +18,26 @@ from torch import Tensor
 from lm_core.adapters import as_causal_lm
 from lm_core.causal_lm import device_of, eval_mode
 from lm_core.checks import check_ids, check_positive
-from lm_core.generation.sampling import apply_repetition_penalty
+from lm_core.generation.sampling import apply_repetition_penalty, min_p, top_k, top_p
+from lm_core.generation.static_step import (
+    CapturedStep,
+    compiled_step,
+    last_logits,
+    reason_against_static_steps,
+    rounded_capacity,
+    warn_of_fallback,
+)
 from lm_core.generation.weight_layout import WeightLayout
+from lm_core.nn.kv_cache import selected_rows
 from lm_core.nn.masking import left_pad
 
 Filter = Callable[[Tensor], Tensor]
+
+
+# A check whether every row has ended synchronises an accelerator, so it is made only every so many steps.
+STEPS_BETWEEN_CHECKS_ON_ACCELERATOR = 16
+# A short generation is not worth capturing a CUDA graph.
+_STEPS_WORTH_A_GRAPH = 16
 
 
 class Decoder:
@@ -29,8 +46,10 @@ class Decoder:
     As a context manager it puts the model in evaluation mode with its weights laid out for decoding. Arguments and
     errors are those of ``lm_core.generation.generate.generate``.
 
+    With ``compile``, and on CUDA, steps are static where the model can (``lm_core.generation.static_step``); on CUDA
+    ``step`` captures a whole step into a graph, what ``choose`` does included.
+
     Attributes:
-        ids: ``(b, n)`` tokens read or to be read next.
         eos_ids: the tokens that end a row.
     """
 
@@ -46,6 +65,7 @@ class Decoder:
         eos_id: int | Sequence[int] | None,
         repetition_penalty: float,
         use_cache: bool,
+        compile: bool,
         model_kwargs: dict[str, Any],
     ) -> None:
         self._model = model = as_causal_lm(model)
@@ -59,30 +79,43 @@ class Decoder:
         ids, padding = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
         check_fits(model, ids, self.eos_ids, max_new_tokens)
         b, n = ids.shape
+        total = n + max_new_tokens
         self._repetition_penalty = repetition_penalty
-        self._min_length = n + min_new_tokens
+        self._min_length = n + min_new_tokens if min_new_tokens else 0
         self._kwargs = model_kwargs
         # Decided once: later the number of rows may happen to equal another size.
         self._row_kwargs = {name for name, value in model_kwargs.items() if _rows_of(value) == b}
-        # ids and mask, allocated for all tokens to come
-        self._length = n
-        self._ids = F.pad(ids, (0, max_new_tokens))
-        self._mask = None if padding is None else F.pad(padding, (0, max_new_tokens), value=True)
+        # how a step runs, and the cache
+        self._compile = compile
+        self._captures = ids.is_cuda and max_new_tokens >= _STEPS_WORTH_A_GRAPH
+        self._graph: CapturedStep | None = None
+        self._captured_logits: Tensor | None = None  # of a graph that holds the model's part of a step only
+        self._tries_static = False
+        self._is_static = False
+        self._steps = 0
         self._cache: Any = None
+        self._capacity = total
+        # Equal prompts, such as those of several samples, are read only once.
         self._copies: Tensor | None = None
-        # cache and weight layout
-        self._unread = ids
-        self._unread_mask = padding
-        if use_cache and hasattr(model, "init_cache") and _cache_reaches(model, padding, n, n + max_new_tokens):
-            # Equal prompts, such as those of several samples, are read only once.
+        self._prompt = ids
+        self._prompt_mask = padding
+        if use_cache and hasattr(model, "init_cache") and _cache_reaches(model, padding, n, total):
             first, copies = distinct_rows(ids, padding)
             if first.shape[0] < b and not self._row_kwargs:
                 self._copies = copies
-                self._unread = ids[first]
-                self._unread_mask = None if padding is None else padding[first]
-            self._cache = model.init_cache(self._unread.shape[0], n + max_new_tokens)
-        self._layout = WeightLayout(model, steps=0 if self._cache is None else max_new_tokens)
-        self._steps = 0
+                self._prompt = ids[first]
+                self._prompt_mask = None if padding is None else padding[first]
+            self._cache = self._new_cache(self._prompt.shape[0], total)
+        elif compile:
+            warn_of_fallback(model, "the model decodes without a cache")
+        self._layout = WeightLayout(
+            model, steps=0 if self._cache is None else max_new_tokens, compiled=compile and self._tries_static
+        )
+        # ids and mask, allocated for all tokens to come; `_position` is `_length` on the device
+        self._length = n
+        self._position = torch.tensor(n, device=ids.device)
+        self._ids = F.pad(ids, (0, max_new_tokens))
+        self._mask = None if padding is None else F.pad(padding, (0, self._capacity - n), value=True)
         self._context = ExitStack()
 
     def __enter__(self) -> "Decoder":
@@ -91,76 +124,163 @@ class Decoder:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._graph = None
         self._context.close()
 
     @property
     def ids(self) -> Tensor:
+        """``(b, n)`` tokens read or to be read next."""
         return self._ids[:, : self._length]
 
     @property
     def mask(self) -> Tensor | None:
+        """``(b, n)`` True at real tokens; None without padding."""
         return None if self._mask is None else self._mask[:, : self._length]
 
-    def next_logits(self) -> Tensor:
-        """Float32 logits ``(b, v)`` after the last token, with the repetition penalty and the minimum length."""
-        # The step after the prompt shows which weights are read for single tokens.
-        if self._steps == 1:
-            with self._layout.first_step():
-                logits = self._read()
-        else:
-            logits = self._read()
-        self._steps += 1
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._repetition_penalty != 1.0:
-            logits = apply_repetition_penalty(logits, self.ids, self._repetition_penalty, self.mask)
-        if self._length < self._min_length:
-            logits = without_tokens(logits, self.eos_ids)
-        return logits
+    @property
+    def keeps_rows(self) -> bool:
+        """True if another number of rows would compile the step again."""
+        return self._compile and self._is_static
 
-    def _read(self) -> Tensor:
-        """Logits ``(b, v)`` after the tokens that the model has not read yet."""
-        model, inputs = self._model, {"mask": self._unread_mask}
-        if self._cache is not None:
-            inputs["cache"] = self._cache
-        logits: Tensor
-        # Read once: an adapter inspects its model at each access.
-        hidden_of = getattr(model, "hidden", None)
-        if hidden_of is not None:
-            hidden = hidden_of(self._unread, **inputs, **self._kwargs)[:, -1]
-            layer = getattr(model, "output_layer", None)
-            if layer is None:
-                weight = model.output_weight
-                # Not for the prompt: a beam search then has fewer rows than the layout is chosen for.
-                logits = self._layout.product(hidden, weight) if self._steps else F.linear(hidden, weight)
-            else:
-                logits = layer(hidden)
-        else:
-            logits = model(self._unread, **inputs, **self._kwargs)[:, -1]
-        if self._cache is not None:
-            self._kwargs = {}
-            if self._copies is not None:
-                logits = logits[self._copies]
-                self._cache.reorder(self._copies)
-                self._copies = None
-        return logits
+    def step(self, choose: Callable[[Tensor], Tensor], generators: Sequence[torch.Generator] | None = None) -> None:
+        """Decodes one token of every row.
 
-    def append(self, token: Tensor) -> None:
-        """Appends ``token (b,)`` to the rows."""
-        self._ids.select(1, self._length).copy_(token)
+        Args:
+            choose: maps float32 logits ``(b, v)`` after the last token, with the repetition penalty and the minimum
+                length, to tokens ``(b,)``. It may reorder the rows.
+            generators: CUDA generators from which ``choose`` draws, if it can be captured into a CUDA graph; None if it
+                cannot.
+        """
+        # The first step loads what is needed; under `compile` the second one compiles.
+        if self._captures and self._graph is None and self._is_static and self._steps > 1 + self._compile:
+            self._capture(choose, generators)
+        if self._graph is None:
+            self._choose_next(choose, self._read())
+        else:
+            self._graph.replay()
+            if self._captured_logits is not None:
+                self._choose_next(choose, self._captured_logits)
         self._length += 1
-        self._unread = self.ids if self._cache is None else token.unsqueeze(-1)
-        self._unread_mask = self.mask
+        self._steps += 1
 
     def reorder(self, index: Tensor) -> None:
-        """Replaces row ``r`` by the former row ``index[r]``; every appended token must have been read."""
-        self._ids = self._ids[index]
+        """Replaces row ``r`` by the former row ``index[r]``."""
+        if index.shape[0] != self._ids.shape[0]:
+            self._graph = None  # another one is captured for the new number of rows
+        self._ids = selected_rows(self._ids, index, in_place=self._is_static)
         if self._mask is not None:
-            self._mask = self._mask[index]
+            self._mask = selected_rows(self._mask, index, in_place=self._is_static)
         if self._cache is not None:
             self._cache.reorder(index)
         self._kwargs = {
             name: _selected(value, index) if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
+
+    def _new_cache(self, rows: int, total: int) -> Any:
+        model = self._model
+        if not self._compile and not self._captures:
+            return model.init_cache(rows, total)
+        reason = reason_against_static_steps(model)
+        if reason is None and "static" not in inspect.signature(model.init_cache).parameters:
+            reason = f"the cache of {type(model).__name__} has no static form"
+        if reason is not None:
+            warn_of_fallback(model, reason)
+            self._captures = False
+            return model.init_cache(rows, total)
+        self._tries_static = True
+        self._capacity = rounded_capacity(total, getattr(model, "max_length", None))
+        return model.init_cache(rows, self._capacity, static=True)
+
+    def _read(self) -> Tensor:
+        """Logits ``(b, v)`` after the tokens that the model has not read yet."""
+        if self._steps == 0:
+            return self._read_prompt()
+        # The step after the prompt shows which weights are read for single tokens.
+        if self._steps == 1:
+            with self._layout.first_step():
+                return self._read_step()
+        return self._read_step()
+
+    def _read_prompt(self) -> Tensor:
+        logits = self._logits_of(self._prompt, self._prompt_mask, **self._kwargs)
+        if self._cache is None:
+            return logits
+        self._kwargs = {}
+        if self._copies is not None:
+            logits = logits[self._copies]
+            self._cache.reorder(self._copies)
+        if self._tries_static:
+            self._begin_static_steps()
+        return logits
+
+    def _begin_static_steps(self) -> None:
+        try:
+            self._cache.begin_steps()
+        except ValueError as error:
+            warn_of_fallback(self._model, str(error))
+        else:
+            self._is_static = True
+
+    def _read_step(self) -> Tensor:
+        if not self._is_static:
+            ids = self.ids if self._cache is None else self.ids[:, -1:]
+            return self._logits_of(ids, self.mask, product=self._layout.product, **self._kwargs)
+        ids = self._ids.index_select(1, (self._position - 1).view(1))
+        if self._compile and self._steps > 1:
+            return self._compiled_logits(ids)
+        return self._logits_of(ids, self._mask, product=self._layout.product)
+
+    def _logits_of(self, ids: Tensor, mask: Tensor | None, **inputs: Any) -> Tensor:
+        # Read once: an adapter inspects its model at each access.
+        hidden_of = getattr(self._model, "hidden", None)
+        return last_logits(self._model, hidden_of, ids, mask=mask, cache=self._cache, **inputs)
+
+    def _compiled_logits(self, ids: Tensor) -> Tensor:
+        model, rows = self._model, ids.shape[0]
+        step = compiled_step(model, rows, self._capacity, is_masked=self._mask is not None)
+        hidden_of = getattr(model, "hidden", None)
+        weight = None if hidden_of is None else self._layout.laid_out(model.output_weight)
+        try:
+            return step(model, hidden_of, ids, mask=self._mask, cache=self._cache, output_weight=weight)
+        except Exception as error:
+            # A step that has run before is compiled: the error is not torch.compile's.
+            if self._steps > 2:
+                raise
+            self._compile = False
+            first_line = str(error).strip().partition("\n")[0]
+            warn_of_fallback(model, f"torch.compile failed with {type(error).__name__}: {first_line}")
+            return self._logits_of(ids, self._mask, product=self._layout.product)
+
+    def _choose_next(self, choose: Callable[[Tensor], Tensor], logits: Tensor) -> None:
+        """Processes the logits, and appends the tokens that ``choose`` takes; all work is on the device."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._repetition_penalty != 1.0:
+            seen = torch.arange(self._ids.shape[1], device=logits.device) < self._position
+            seen = seen.expand_as(self._ids) if self._mask is None else seen & self._mask[:, : self._ids.shape[1]]
+            logits = apply_repetition_penalty(logits, self._ids, self._repetition_penalty, seen)
+        if self._min_length and self.eos_ids:
+            too_short = self._position < self._min_length
+            logits = torch.where(too_short, without_tokens(logits, self.eos_ids), logits)
+        token = choose(logits)
+        self._ids.index_copy_(1, self._position.view(1), token.unsqueeze(-1))
+        self._position.add_(1)
+
+    def _capture(self, choose: Callable[[Tensor], Tensor], generators: Sequence[torch.Generator] | None) -> None:
+        self._captured_logits = None
+
+        def step() -> None:
+            logits = self._read()
+            if generators is None:
+                self._captured_logits = logits
+            else:
+                self._choose_next(choose, logits)
+
+        try:
+            self._graph = CapturedStep(step, self._ids.device, generators or ())
+        except RuntimeError as error:
+            self._captures = False
+            first_line = str(error).strip().partition("\n")[0]
+            warn_of_fallback(self._model, f"capturing a CUDA graph failed with {type(error).__name__}: {first_line}")
 
 
 def _cache_reaches(model: Any, mask: Tensor | None, n: int, total: int) -> bool:
@@ -289,5 +409,12 @@ def without_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     if not ids:
         return logits
     logits = logits.clone()
-    logits[:, list(ids)] = -torch.inf
+    for id_ in ids:  # one by one: a list would be copied to the device
+        logits[:, id_] = -torch.inf
     return logits
+
+
+def run_on_the_device(filters: Sequence[Filter]) -> bool:
+    """True if these filters are known not to wait for the device, so that a CUDA graph can hold them."""
+    ours = (top_k, top_p, min_p, without_tokens)
+    return all(isinstance(filter_, partial) and filter_.func in ours for filter_ in filters)

@@ -19,14 +19,18 @@ from tqdm import tqdm
 from lm_core.causal_lm import CausalLM, Generation
 from lm_core.checks import check_temperature, typed
 from lm_core.generation.beam_search import beam_search
-from lm_core.generation.decoding import Decoder, Filter, is_any, prompt_rows
+from lm_core.generation.decoding import (
+    STEPS_BETWEEN_CHECKS_ON_ACCELERATOR,
+    Decoder,
+    Filter,
+    is_any,
+    prompt_rows,
+    run_on_the_device,
+)
 from lm_core.generation.sampling import filters_of, gumbel_sample
 from lm_core.generation.sampling import top_p as nucleus
 
 __all__ = ["CausalLM", "Generation", "beam_search", "generate", "sample"]
-
-# A check whether every row has ended synchronises an accelerator, so it is made only every so many steps.
-_STEPS_BETWEEN_CHECKS_ON_ACCELERATOR = 16
 
 
 @torch.no_grad()
@@ -49,6 +53,7 @@ def generate(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     use_cache: bool = True,
+    compile: bool = False,
     progress: bool = False,
     **model_kwargs: Any,
 ) -> Generation:
@@ -74,6 +79,10 @@ def generate(
         repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
         generator: source of randomness; or one for each row, whose draws then do not depend on the other rows.
         use_cache: False recomputes the whole sequence for each token.
+        compile: compiles the step of one token a row (``torch.compile``), which takes about a minute for each number of
+            rows and range of lengths, and is kept as long as the model lives. A model whose step cannot be compiled
+            runs as without it, with a warning that gives the reason. On CUDA a step is captured into a CUDA graph in
+            any case, where it can be.
         progress: shows a progress bar.
         **model_kwargs: arguments of the model, passed with the prompt (without a cache in every call). A tensor whose
             first size is the number of prompts has an entry for each of them, and so has an object whose ``batch_size``
@@ -85,6 +94,7 @@ def generate(
         TypeError: the prompt holds no integers.
     """
     check_temperature(temperature)
+    generators = _capturable(generator, temperature) if run_on_the_device(filters) else None
     filters = [*filters_of(top_k=top_k, top_p=top_p, min_p=min_p), *filters]
     decoder = Decoder(
         model,
@@ -96,55 +106,93 @@ def generate(
         eos_id=eos_id,
         repetition_penalty=repetition_penalty,
         use_cache=use_cache,
+        compile=compile,
         model_kwargs=model_kwargs,
     )
-    if isinstance(generator, Sequence) and len(generator) != decoder.ids.shape[0]:
-        raise ValueError(f"generator must have one entry a row ({decoder.ids.shape[0]}), got {len(generator)}")
-    # the result, filled column by column
-    b, device, eos_ids = decoder.ids.shape[0], decoder.ids.device, decoder.eos_ids
-    tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
-    log_probs = torch.zeros(b, max_new_tokens, device=device)
-    lengths = torch.full((b,), max_new_tokens, device=device)
-    finished = torch.zeros(b, dtype=torch.bool, device=device)
-    # Rows of the result that are still in the decoder, and which of those continue.
-    active: slice | Tensor = slice(None)
-    alive = torch.ones(b, dtype=torch.bool, device=device)
-    check_every = 1 if device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
+    b, device = decoder.ids.shape[0], decoder.ids.device
+    if isinstance(generator, Sequence) and len(generator) != b:
+        raise ValueError(f"generator must have one entry a row ({b}), got {len(generator)}")
+    rows = _Rows(b, max_new_tokens, pad_id, decoder.eos_ids, device)
 
+    def choose(logits: Tensor) -> Tensor:
+        token, log_prob = _draw(logits, temperature, filters, generator)
+        rows.write(token, log_prob)
+        return token
+
+    check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
     with decoder:
         for step in tqdm(range(max_new_tokens), desc="generate", unit="token", disable=not progress):
-            logits = decoder.next_logits()
-            token, log_prob = _draw(logits, temperature, filters, generator)
-            # write the new column, padded where a row has ended
-            if eos_ids:
-                tokens[active, step] = token.where(alive, pad_id)
-                log_probs[active, step] = log_prob.where(alive, 0.0)
-                ended = is_any(token, eos_ids) & alive
-                finished[active] = finished[active] | ended
-                lengths[active] = lengths[active].where(~ended, step + 1)
-                alive = alive & ~ended
-            else:
-                tokens.select(1, step).copy_(token)
-                log_probs.select(1, step).copy_(log_prob)
-            if step + 1 == max_new_tokens:
-                continue  # nothing will read the last token
-            if eos_ids and (step + 1) % check_every == 0:
-                remaining = int(alive.sum())
+            if decoder.eos_ids and step and step % check_every == 0:
+                remaining = int(rows.alive.sum())
                 if remaining == 0:
                     break
                 # Dropping rows copies the cache, so they are dropped only when that halves the work.
-                if 2 * remaining <= alive.shape[0]:
-                    keep = alive.nonzero().squeeze(-1)
-                    active = keep if isinstance(active, slice) else active[keep]
-                    alive, token = alive[keep], token[keep]
+                if 2 * remaining <= rows.alive.shape[0] and not decoder.keeps_rows:
+                    keep = rows.drop_ended()
+                    decoder.reorder(keep)
                     if isinstance(generator, Sequence):
                         generator = [generator[index] for index in keep.tolist()]
-                    decoder.reorder(keep)
-            decoder.append(token)
-    if bool(log_probs.isnan().any()):  # on an accelerator, steps are not checked
-        raise ValueError("logits must not hold NaN")
-    longest = int(lengths.max())
-    return Generation(tokens[:, :longest], lengths, log_probs[:, :longest], finished)
+            decoder.step(choose, generators)
+    return rows.result()
+
+
+class _Rows:
+    """The generated tokens of the rows in the decoder, and of those that have left it.
+
+    ``write`` reads and writes tensors that stay in place, so that a CUDA graph can hold it.
+
+    Attributes:
+        alive: ``(rows,)`` True at rows in the decoder that have not ended.
+    """
+
+    def __init__(
+        self, b: int, max_new_tokens: int, pad_id: int, eos_ids: tuple[int, ...], device: torch.device
+    ) -> None:
+        self._pad_id = pad_id
+        self._eos_ids = eos_ids
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self._tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
+        self._log_probs = torch.zeros(b, max_new_tokens, device=device)
+        self._lengths = torch.zeros(b, dtype=torch.long, device=device)
+        self.alive = torch.ones(b, dtype=torch.bool, device=device)
+        # rows that have left the decoder, and the indices of those in it
+        self._left: list[tuple[Tensor, ...]] = []
+        self._index = torch.arange(b, device=device)
+
+    def write(self, token: Tensor, log_prob: Tensor) -> None:
+        """Writes the next column: ``token (rows,)`` and its log-probability, or padding where a row has ended."""
+        if self._eos_ids:
+            token, log_prob = token.where(self.alive, self._pad_id), log_prob.where(self.alive, 0.0)
+        self._tokens.index_copy_(1, self._column, token.unsqueeze(-1))
+        self._log_probs.index_copy_(1, self._column, log_prob.unsqueeze(-1))
+        self._lengths.add_(self.alive)
+        self._column.add_(1)
+        if self._eos_ids:
+            self.alive.logical_and_(~is_any(token, self._eos_ids))
+
+    def drop_ended(self) -> Tensor:
+        """Removes the rows that have ended; returns the former indices of those that stay."""
+        self._left.append(self._state(~self.alive))
+        keep = self.alive.nonzero().squeeze(-1)
+        self._index, self._tokens, self._log_probs, self._lengths, self.alive = self._state(self.alive)
+        return keep
+
+    def result(self) -> Generation:
+        """All rows in their order.
+
+        Raises:
+            ValueError: logits were NaN.
+        """
+        parts = (*self._left, self._state(torch.ones_like(self.alive)))
+        index, tokens, log_probs, lengths, alive = (torch.cat(part) for part in zip(*parts, strict=True))
+        if bool(log_probs.isnan().any()):  # on an accelerator, steps are not checked
+            raise ValueError("logits must not hold NaN")
+        order, longest = index.argsort(), int(lengths.max())
+        return Generation(tokens[order, :longest], lengths[order], log_probs[order, :longest], ~alive[order])
+
+    def _state(self, rows: Tensor) -> tuple[Tensor, ...]:
+        state = (self._index, self._tokens, self._log_probs, self._lengths, self.alive)
+        return tuple(tensor[rows] for tensor in state)
 
 
 @typed
@@ -206,6 +254,17 @@ def sample(
     if output_keep_prompt:
         answers = [torch.cat((row.to(answer.device), answer)) for row, answer in zip(rows, answers, strict=True)]
     return nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id)
+
+
+def _capturable(
+    generator: torch.Generator | Sequence[torch.Generator] | None, temperature: float
+) -> tuple[torch.Generator, ...] | None:
+    """The generators that a CUDA graph of ``_draw`` must know of; None if it cannot be captured."""
+    if generator is None or temperature == 0.0:
+        return ()
+    if isinstance(generator, torch.Generator) and generator.device.type == "cuda":
+        return (generator,)
+    return None
 
 
 def _draw(

@@ -1,11 +1,18 @@
-"""Weights in oneDNN's blocked layout for decoding on a CPU.
+"""Layouts of weights for decoding on a CPU: oneDNN's blocks, or column by column.
 
-A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time. With one
-row, blocks are read at 1.2 to 2.2 times the speed of a row-major weight where the processor has AVX-512 (4736 x 512:
-33.5 against 15.1 GB/s, 512 x 2048: 28.4 against 17.7), and about as fast as a column-major one with AVX2. With 2 to 64
-rows the general product reads at a third of the speed of oneDNN's (``tests/benchmarks/bench_decoding_layout.py``).
-Where all weights of a step stay in the processor's cache, a single row gains less than the operator's call costs, but
-for large weights (256 x 256: 15 against 9 microseconds, 2048 x 512: 67 against 87).
+A decoding step multiplies a handful of rows with every weight, and reading the weights is most of its time.
+
+- Blocks. With one row, blocks are read at 1.2 to 2.2 times the speed of a row-major weight where the processor has
+  AVX-512 (4736 x 512: 33.5 against 15.1 GB/s, 512 x 2048: 28.4 against 17.7). With 2 to 64 rows the general product
+  reads at a third of the speed of oneDNN's. Where all weights of a step stay in the processor's cache, a single row
+  gains less than the operator's call costs, but for large weights (256 x 256: 15 against 9 microseconds, 2048 x 512: 67
+  against 87).
+- Columns. For one row on a processor without AVX-512, and in a compiled step, where blocks cannot be used: a weight
+  with twice as many outputs as inputs is read faster column by column (AVX2, GB/s by row, column and block: 49152 x
+  576: 11.6, 21.2, 13.2; 1536 x 576: 12.4, 15.6, 13.5), one with fewer is not (576 x 576: 11.6, 10.8, 9.2; 576 x 1536:
+  18.0, 12.8, 11.7).
+
+``tests/benchmarks/bench_decoding_layout.py`` measures them.
 
 The weights are those of the ``nn.Linear`` modules that a step calls with few rows, as observed in the first step: an
 image encoder, an unused expert or a module that is quantised, compiled or sharded is left alone. During one generation
@@ -34,16 +41,19 @@ _SMALLEST_BYTES = 2**18
 # The same for products of one row, if a step reads no more weights than the processor's outermost cache holds.
 _SMALLEST_BYTES_CACHED = 2**22
 _CACHED_BYTES = 2**24
+# Rows with which a column-major weight is still read faster than a row-major one.
+_MOST_ROWS_BY_COLUMN = 1
 # Maximum memory of all copies of one generation.
 _COPIED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight and its copy in blocks."""
+    """A weight and its copy in blocks, or column by column."""
 
     weight: Tensor
-    blocks: Tensor
+    copied: Tensor
+    by_column: bool
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """``F.linear(x, weight, bias)``; None if the copy cannot be used."""
@@ -51,8 +61,10 @@ class _Copy:
             return None
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
+        if self.by_column:
+            return F.linear(x, self.copied, bias)
         # The operator that torch.compile itself uses for constant weights.
-        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.blocks, bias, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.copied, bias, "none", [], "")
         return result
 
 
@@ -62,9 +74,11 @@ class WeightLayout(AbstractContextManager["WeightLayout"]):
     Args:
         model: model whose ``nn.Linear`` modules are copied.
         steps: maximum number of tokens to come; a few are not worth a copy.
+        compiled: True for a step that is compiled, which reads no blocks.
     """
 
-    def __init__(self, model: Any, *, steps: int) -> None:
+    def __init__(self, model: Any, *, steps: int, compiled: bool = False) -> None:
+        self._compiled = compiled
         self._linears: list[nn.Linear] = []
         self._enabled = steps >= _STEPS_WORTH_A_COPY and _has_blocks()
         if self._enabled and isinstance(model, nn.Module):
@@ -112,6 +126,11 @@ class WeightLayout(AbstractContextManager["WeightLayout"]):
         result = None if copy is None else copy.product(x)
         return F.linear(x, weight) if result is None else result
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """The copy by column of a weight that belongs to no module; the weight itself if there is none."""
+        copy = self._copies.get(id(weight))
+        return copy.copied if copy is not None and copy.by_column else weight
+
     def _copy(self, weight: Tensor, rows: int) -> _Copy | None:
         """A copy of ``weight`` that is faster in products of ``rows`` rows; None if it would not be."""
         copy = self._copies.get(id(weight))
@@ -121,7 +140,13 @@ class WeightLayout(AbstractContextManager["WeightLayout"]):
             return copy
         if sum(copy.weight.nbytes for copy in self._copies.values()) + weight.nbytes > _COPIED_BYTES:
             return None
-        copy = _Copy(weight, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS))
+        if self._compiled or (rows <= _MOST_ROWS_BY_COLUMN and not _reads_blocks_faster()):
+            if rows > _MOST_ROWS_BY_COLUMN or weight.shape[0] < 2 * weight.shape[1]:
+                return None
+            copy = _Copy(weight, weight.detach().t().contiguous().t(), by_column=True)
+        else:
+            blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TYPICAL_ROWS)
+            copy = _Copy(weight, blocks, by_column=False)
         self._copies[id(weight)] = copy
         return copy
 
@@ -140,6 +165,11 @@ def _has_blocks() -> bool:
     """True if this PyTorch has oneDNN's products with blocked weights."""
     enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
     return bool(enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _reads_blocks_faster() -> bool:
+    """True if a product of one row reads blocks faster than any other layout."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _is_copyable(weight: Tensor, smallest: int) -> bool:

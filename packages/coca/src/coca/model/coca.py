@@ -422,6 +422,7 @@ class CoCa(PretrainedMixin):
         use_cache: bool = True,
         return_prefix: bool = False,
         prefix_mask: Tensor | None = None,
+        compile: bool = False,
         progress: bool = False,
     ) -> Int[Tensor, "b new"]:
         """Captions of images as token ids, right-padded with ``pad_id``, which is never generated unless it is EOS.
@@ -432,7 +433,7 @@ class CoCa(PretrainedMixin):
             prefix: beginning of the captions: ids ``(n,)`` for all, ``(b, n)``, or a list of 1-D tensors; by default
                 ``bos_id``.
             max_new_tokens, temperature, top_k, top_p, min_p, filters, min_new_tokens, repetition_penalty, generator,
-                use_cache, progress: see ``lm_core.generation.generate.generate``.
+                use_cache, compile, progress: see ``lm_core.generation.generate.generate``.
             beams: width of the beam search; 1 for greedy decoding or sampling.
             length_penalty: length penalty of the beam search; see ``lm_core.generation.beam_search``.
             eos_id: token or tokens that end a caption; the model's by default.
@@ -470,6 +471,7 @@ class CoCa(PretrainedMixin):
             min_new_tokens=min_new_tokens,
             repetition_penalty=repetition_penalty,
             use_cache=use_cache,
+            compile=compile,
             progress=progress,
             pooled=pooled,
         )

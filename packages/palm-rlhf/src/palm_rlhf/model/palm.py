@@ -352,8 +352,8 @@ class PaLM(PretrainedMixin):
             pad_id: see ``pad_value``.
             generator: source of randomness.
             use_cache: False recomputes the whole sequence for each token.
-            **kwargs: ``finetune_scope``, ``disable_lora``, ``extra_embed`` for the model, ``min_new_tokens`` and
-                ``repetition_penalty`` for ``lm_core.generation.generate.generate``.
+            **kwargs: ``finetune_scope``, ``disable_lora``, ``extra_embed`` for the model, ``min_new_tokens``,
+                ``repetition_penalty`` and ``compile`` for ``lm_core.generation.generate.generate``.
 
         Returns:
             ``(..., new)`` ids, with the leading dimensions of ``prompt``.

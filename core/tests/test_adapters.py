@@ -151,6 +151,16 @@ def test_each_row_of_a_padded_batch_equals_that_row_alone(build, kind, side):
     assert_close(actual, rows_alone(model, ids, mask), mask)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])  # sliding windows of 4 positions
+def test_more_padding_than_a_sliding_window_leaves_a_row_as_it_is_alone(hugging_face, kind):
+    adapter = as_causal_lm(hugging_face(kind))
+    ids = torch.tensor([[5, 6, 0, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 2:] = False
+    together = adapter(ids, mask=mask)
+    torch.testing.assert_close(together[0, :2], adapter(ids[:1, :2])[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "mistral", "absolute", "rotary"])
 def test_a_right_padded_prompt_can_be_continued(build, kind):
     model, ids = build(kind), random_ids(2, 8)
@@ -231,10 +241,10 @@ def test_no_hidden_where_logits_are_more_than_a_product(hugging_face, decoder, k
 def test_a_cache_of_nested_tuples_is_reordered_and_cloned_too():
     # What transformers before its cache objects hands back.
     cache = HuggingFaceCache(3)
-    cache.past = tuple((torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)) for _ in range(2))
-    before, clone = cache.past, cache.clone()
+    cache.library_cache = tuple((torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)) for _ in range(2))
+    before, clone = cache.library_cache, cache.clone()
     cache.reorder(torch.tensor([2, 0]))
-    for layer, copied, old in zip(cache.past, clone.past, before, strict=True):
+    for layer, copied, old in zip(cache.library_cache, clone.library_cache, before, strict=True):
         for tensor, copied_tensor, old_tensor in zip(layer, copied, old, strict=True):
             assert torch.equal(tensor, old_tensor[[2, 0]])
             assert torch.equal(copied_tensor, old_tensor)

@@ -150,23 +150,24 @@ class HuggingFaceLM(Adapter):
     def _whole(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
         limit = self.max_cached_length
         if limit is None or mask is None or ids.shape[1] <= limit:
-            return self._together(ids, mask, kwargs, hidden=hidden)
+            return self._together(ids, kwargs, hidden=hidden)
         # rows of both kinds of rotary frequencies, which the longest row of a call decides
         is_long = mask.sum(dim=1) > limit
         parts = []
         for chosen, length in ((is_long, ids.shape[1]), (~is_long, limit)):
             if bool(chosen.any()):
                 own = {k: v[chosen] if _has_rows(v, len(ids)) else v for k, v in kwargs.items()}
-                states = self._together(ids[chosen, :length], mask[chosen, :length], own, hidden=hidden)
+                states = self._together(ids[chosen, :length], own, hidden=hidden)
                 parts.append(F.pad(states, (0, 0, 0, ids.shape[1] - length)))
         order = torch.cat((is_long.nonzero(), (~is_long).nonzero())).flatten()
         return torch.cat(parts)[order.argsort()]
 
-    def _together(self, ids: Tensor, mask: Tensor | None, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
-        """States of all rows in one call of the model."""
+    def _together(self, ids: Tensor, kwargs: dict[str, Any], *, hidden: bool) -> Tensor:
+        """States of all rows in one call of the model.
+
+        Padding that comes last needs no mask. With one, a sliding window that holds padding only would give NaN.
+        """
         settings: dict[str, Any] = {"use_cache": False, "return_dict": True}
-        if mask is not None:
-            settings["attention_mask"] = mask.long()
         if hidden:
             states: Tensor = self._inner.base_model(input_ids=ids, **settings, **kwargs)[0]
             return states

@@ -33,6 +33,7 @@ def beam_search(
     pad_id: int = 0,
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     use_cache: bool = True,
     compile: bool = False,
     progress: bool = False,
@@ -48,7 +49,7 @@ def beam_search(
         length_penalty: 0 compares sums, 1 compares means; larger values favour long answers.
         filters: as in ``generate``; a filtered token is never chosen.
         model, prompt, max_new_tokens, mask, prompt_lengths, eos_id, pad_id, min_new_tokens, repetition_penalty,
-            use_cache, compile, progress, **model_kwargs: as in ``generate``.
+            no_repeat_ngram_size, use_cache, compile, progress, **model_kwargs: as in ``generate``.
 
     Raises:
         ValueError: as in ``generate``, or ``beams`` is below 1.
@@ -65,6 +66,8 @@ def beam_search(
         min_new_tokens=min_new_tokens,
         eos_id=eos_id,
         repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        num_return_sequences=1,
         use_cache=use_cache,
         compile=compile,
         model_kwargs=model_kwargs,
@@ -163,7 +166,7 @@ class _Beams:
 
     def _grown(self, history: Tensor, parent: Tensor, new: Tensor) -> Tensor:
         history = history.gather(1, parent.unsqueeze(-1).expand(-1, -1, self._max_length))
-        return history.index_copy_(2, self._step, new.unsqueeze(-1))
+        return history.index_copy_(2, self._step, new.unsqueeze(-1).to(history.dtype))
 
     def _finish(
         self, sums: Tensor, parent: Tensor, token: Tensor, token_log_prob: Tensor, finished: Tensor, ends: Tensor
@@ -178,16 +181,14 @@ class _Beams:
         tokens = self._grown(self._tokens, parent, token).squeeze(1)
         log_probs = self._grown(self._log_probs, parent, token_log_prob).squeeze(1)
         better = score > self._best_score
-        for best, new in (
-            (self._best_score, score),
-            (self._best_length, length),
-            (self._best_ended, ended.squeeze(1)),
-            (self._best_tokens, tokens),
-            (self._best_log_probs, log_probs),
-        ):
-            best.copy_(torch.where(better if best.ndim == 1 else better.unsqueeze(-1), new, best))
+        rows = better.unsqueeze(-1)
+        self._best_score = _replaced(self._best_score, torch.where(better, score, self._best_score))
+        self._best_length = _replaced(self._best_length, torch.where(better, length, self._best_length))
+        self._best_ended = _replaced(self._best_ended, torch.where(better, ended.squeeze(1), self._best_ended))
+        self._best_tokens = _replaced(self._best_tokens, torch.where(rows, tokens, self._best_tokens))
+        self._best_log_probs = _replaced(self._best_log_probs, torch.where(rows, log_probs, self._best_log_probs))
 
 
 def _replaced(old: Tensor, new: Tensor) -> Tensor:
-    """``new``, in the memory of ``old`` if the shapes are equal."""
-    return old.copy_(new) if old.shape == new.shape else new
+    """``new``, in the memory of ``old`` if shape and dtype are equal."""
+    return old.copy_(new) if old.shape == new.shape and old.dtype == new.dtype else new

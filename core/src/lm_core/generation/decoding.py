@@ -18,7 +18,7 @@ from torch import Tensor
 from lm_core.adapters import as_causal_lm
 from lm_core.causal_lm import device_of, eval_mode
 from lm_core.checks import check_ids, check_positive
-from lm_core.generation.sampling import apply_repetition_penalty, min_p, top_k, top_p
+from lm_core.generation.sampling import apply_repetition_penalty, forbid_repeated_ngrams, min_p, top_k, top_p
 from lm_core.generation.static_step import (
     CapturedStep,
     compiled_step,
@@ -32,6 +32,8 @@ from lm_core.nn.kv_cache import selected_rows
 from lm_core.nn.masking import left_pad
 
 Filter = Callable[[Tensor], Tensor]
+# Logits ``(rows, v)`` and the index ``(rows,)`` of each row's sequence in the result, since ended rows leave the batch.
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 # A check whether every row has ended synchronises an accelerator, so it is made only every so many steps.
@@ -64,6 +66,8 @@ class Decoder:
         min_new_tokens: int,
         eos_id: int | Sequence[int] | None,
         repetition_penalty: float,
+        no_repeat_ngram_size: int,
+        num_return_sequences: int,
         use_cache: bool,
         compile: bool,
         model_kwargs: dict[str, Any],
@@ -75,16 +79,24 @@ class Decoder:
             raise ValueError(f"min_new_tokens must be in [0, max_new_tokens = {max_new_tokens}], got {min_new_tokens}")
         if not 0.0 < repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be positive, got {repetition_penalty}")
+        if no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size must not be negative, got {no_repeat_ngram_size}")
+        check_positive(num_return_sequences, "num_return_sequences")
         # prompts, left-padded
-        ids, padding = left_padded(prompt_rows(prompt, mask, prompt_lengths), device_of(model))
+        prompts = prompt_rows(prompt, mask, prompt_lengths)
+        ids, padding = left_padded([row for row in prompts for _ in range(num_return_sequences)], device_of(model))
         check_fits(model, ids, self.eos_ids, max_new_tokens)
         b, n = ids.shape
         total = n + max_new_tokens
         self._repetition_penalty = repetition_penalty
         self._min_length = n + min_new_tokens if min_new_tokens else 0
+        self._no_repeat_ngram_size = no_repeat_ngram_size
         self._kwargs = model_kwargs
         # Decided once: later the number of rows may happen to equal another size.
-        self._row_kwargs = {name for name, value in model_kwargs.items() if _rows_of(value) == b}
+        self._row_kwargs = {name for name, value in model_kwargs.items() if _rows_of(value) == len(prompts)}
+        if num_return_sequences > 1:
+            index = torch.arange(len(prompts), device=ids.device).repeat_interleave(num_return_sequences)
+            self._kwargs = self._selected_kwargs(index)
         # how a step runs, and the cache
         self._compile = compile
         self._captures = ids.is_cuda and max_new_tokens >= _STEPS_WORTH_A_GRAPH
@@ -137,6 +149,12 @@ class Decoder:
         """``(b, n)`` True at real tokens; None without padding."""
         return None if self._mask is None else self._mask[:, : self._length]
 
+    def prompts(self) -> list[list[int]]:
+        """The rows' tokens without padding."""
+        if self.mask is None:
+            return self.ids.tolist()
+        return [row[keep].tolist() for row, keep in zip(self.ids, self.mask, strict=True)]
+
     @property
     def keeps_rows(self) -> bool:
         """True if another number of rows would compile the step again."""
@@ -172,7 +190,10 @@ class Decoder:
             self._mask = selected_rows(self._mask, index, in_place=self._is_static)
         if self._cache is not None:
             self._cache.reorder(index)
-        self._kwargs = {
+        self._kwargs = self._selected_kwargs(index)
+
+    def _selected_kwargs(self, index: Tensor) -> dict[str, Any]:
+        return {
             name: _selected(value, index) if name in self._row_kwargs else value for name, value in self._kwargs.items()
         }
 
@@ -254,10 +275,17 @@ class Decoder:
     def _choose_next(self, choose: Callable[[Tensor], Tensor], logits: Tensor) -> None:
         """Processes the logits, and appends the tokens that ``choose`` takes; all work is on the device."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._repetition_penalty != 1.0:
-            seen = torch.arange(self._ids.shape[1], device=logits.device) < self._position
-            seen = seen.expand_as(self._ids) if self._mask is None else seen & self._mask[:, : self._ids.shape[1]]
-            logits = apply_repetition_penalty(logits, self._ids, self._repetition_penalty, seen)
+        if self._repetition_penalty != 1.0 or self._no_repeat_ngram_size:
+            # The newest token last, after as many columns as there will be: shapes do not depend on the step.
+            columns = torch.arange(self._ids.shape[1], device=logits.device) + self._position
+            ids = self._ids.index_select(1, columns.remainder(self._ids.shape[1]))
+            seen = (columns >= self._ids.shape[1]).expand_as(ids)
+            if self._mask is not None:
+                seen = seen & self._mask.index_select(1, columns.remainder(self._ids.shape[1]))
+            if self._repetition_penalty != 1.0:
+                logits = apply_repetition_penalty(logits, ids, self._repetition_penalty, seen)
+            if self._no_repeat_ngram_size:
+                logits = forbid_repeated_ngrams(logits, ids, self._no_repeat_ngram_size, seen)
         if self._min_length and self.eos_ids:
             too_short = self._position < self._min_length
             logits = torch.where(too_short, without_tokens(logits, self.eos_ids), logits)

@@ -23,12 +23,14 @@ from lm_core.generation.decoding import (
     STEPS_BETWEEN_CHECKS_ON_ACCELERATOR,
     Decoder,
     Filter,
+    LogitsProcessor,
     is_any,
     prompt_rows,
     run_on_the_device,
 )
 from lm_core.generation.sampling import filters_of, gumbel_sample
 from lm_core.generation.sampling import top_p as nucleus
+from lm_core.generation.text_stream import OnText, TextWatch
 
 __all__ = ["CausalLM", "Generation", "beam_search", "generate", "sample"]
 
@@ -51,6 +53,12 @@ def generate(
     pad_id: int = 0,
     min_new_tokens: int = 0,
     repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
+    num_return_sequences: int = 1,
+    stop_strings: Sequence[str] = (),
+    on_text: OnText | None = None,
+    tokenizer: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     use_cache: bool = True,
     compile: bool = False,
@@ -59,8 +67,8 @@ def generate(
 ) -> Generation:
     """Generates a continuation of each prompt.
 
-    Logits pass through the repetition penalty, the minimum length, the temperature and the filters
-    (top-k, top-p, min-p, then ``filters``), in this order.
+    Logits pass through the repetition penalty, the n-gram exclusion, the minimum length, the processors, the
+    temperature and the filters (top-k, top-p, min-p, then ``filters``), in this order.
 
     Args:
         model: a ``CausalLM``, or anything ``lm_core.adapters.as_causal_lm`` accepts.
@@ -77,6 +85,13 @@ def generate(
         pad_id: token after the end of a row.
         min_new_tokens: number of new tokens before which EOS is not generated.
         repetition_penalty: above 1, tokens already seen become less likely (arXiv 1909.05858).
+        no_repeat_ngram_size: length of token sequences that no row repeats, its prompt included; 0 for no limit.
+        processors: further functions ``(logits (rows, v), rows (rows,)) -> logits``, given the index in the result of
+            each row, since ended rows leave the batch.
+        num_return_sequences: continuations of each prompt, which follow one another in the result.
+        stop_strings: texts that end a row with the token that completes them; special tokens count.
+        on_text: called with the index of a row and its next text, in whole characters, without special tokens.
+        tokenizer: tokenizer of the model, for ``stop_strings`` and ``on_text``.
         generator: source of randomness; or one for each row, whose draws then do not depend on the other rows.
         use_cache: False recomputes the whole sequence for each token.
         compile: compiles the step of one token a row (``torch.compile``), which takes about a minute for each number of
@@ -89,12 +104,14 @@ def generate(
             is that number, with ``selected(rows)``.
 
     Raises:
-        ValueError: an argument is out of range, prompt and new tokens exceed the model's ``max_length``, or the logits
+        ValueError: an argument is out of range, ``stop_strings`` or ``on_text`` come without a tokenizer, prompt and
+            new tokens exceed the model's ``max_length``, or the logits
             are NaN.
         TypeError: the prompt holds no integers.
     """
     check_temperature(temperature)
-    generators = _capturable(generator, temperature) if run_on_the_device(filters) else None
+    on_host = bool(processors or stop_strings or on_text)
+    generators = None if on_host or not run_on_the_device(filters) else _capturable(generator, temperature)
     filters = [*filters_of(top_k=top_k, top_p=top_p, min_p=min_p), *filters]
     decoder = Decoder(
         model,
@@ -105,6 +122,8 @@ def generate(
         min_new_tokens=min_new_tokens,
         eos_id=eos_id,
         repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        num_return_sequences=num_return_sequences,
         use_cache=use_cache,
         compile=compile,
         model_kwargs=model_kwargs,
@@ -112,17 +131,26 @@ def generate(
     b, device = decoder.ids.shape[0], decoder.ids.device
     if isinstance(generator, Sequence) and len(generator) != b:
         raise ValueError(f"generator must have one entry a row ({b}), got {len(generator)}")
-    rows = _Rows(b, max_new_tokens, pad_id, decoder.eos_ids, device)
+    can_end = bool(decoder.eos_ids or stop_strings)
+    rows = _Rows(b, max_new_tokens, pad_id, can_end=can_end, device=device)
+    watch: TextWatch | None = None
+    if stop_strings or on_text is not None:
+        watch = TextWatch(tokenizer, decoder.prompts(), stop_strings=stop_strings, on_text=on_text)
 
     def choose(logits: Tensor) -> Tensor:
+        for processor in processors:
+            logits = processor(logits, rows.index)
         token, log_prob = _draw(logits, temperature, filters, generator)
-        rows.write(token, log_prob)
+        ends = is_any(token, decoder.eos_ids)
+        if watch is not None:
+            ends = torch.tensor(watch.push(rows.index, token, ends), device=device)
+        rows.write(token, log_prob, ends)
         return token
 
     check_every = 1 if device.type == "cpu" else STEPS_BETWEEN_CHECKS_ON_ACCELERATOR
     with decoder:
         for step in tqdm(range(max_new_tokens), desc="generate", unit="token", disable=not progress):
-            if decoder.eos_ids and step and step % check_every == 0:
+            if can_end and step and step % check_every == 0:
                 remaining = int(rows.alive.sum())
                 if remaining == 0:
                     break
@@ -133,6 +161,8 @@ def generate(
                     if isinstance(generator, Sequence):
                         generator = [generator[index] for index in keep.tolist()]
             decoder.step(choose, generators)
+    if watch is not None:
+        watch.close()
     return rows.result()
 
 
@@ -142,39 +172,40 @@ class _Rows:
     ``write`` reads and writes tensors that stay in place, so that a CUDA graph can hold it.
 
     Attributes:
+        index: ``(rows,)`` indices in the result of the rows in the decoder.
         alive: ``(rows,)`` True at rows in the decoder that have not ended.
     """
 
-    def __init__(
-        self, b: int, max_new_tokens: int, pad_id: int, eos_ids: tuple[int, ...], device: torch.device
-    ) -> None:
+    def __init__(self, b: int, max_new_tokens: int, pad_id: int, *, can_end: bool, device: torch.device) -> None:
         self._pad_id = pad_id
-        self._eos_ids = eos_ids
+        self._can_end = can_end
         self._column = torch.zeros(1, dtype=torch.long, device=device)
         self._tokens = torch.full((b, max_new_tokens), pad_id, dtype=torch.long, device=device)
         self._log_probs = torch.zeros(b, max_new_tokens, device=device)
         self._lengths = torch.zeros(b, dtype=torch.long, device=device)
         self.alive = torch.ones(b, dtype=torch.bool, device=device)
-        # rows that have left the decoder, and the indices of those in it
-        self._left: list[tuple[Tensor, ...]] = []
-        self._index = torch.arange(b, device=device)
+        self.index = torch.arange(b, device=device)
+        self._left: list[tuple[Tensor, ...]] = []  # rows that have left the decoder
 
-    def write(self, token: Tensor, log_prob: Tensor) -> None:
-        """Writes the next column: ``token (rows,)`` and its log-probability, or padding where a row has ended."""
-        if self._eos_ids:
+    def write(self, token: Tensor, log_prob: Tensor, ends: Tensor) -> None:
+        """Writes the next column: ``token (rows,)`` and its log-probability, or padding where a row has ended.
+
+        A row is written to the one where ``ends`` is True.
+        """
+        if self._can_end:
             token, log_prob = token.where(self.alive, self._pad_id), log_prob.where(self.alive, 0.0)
         self._tokens.index_copy_(1, self._column, token.unsqueeze(-1))
         self._log_probs.index_copy_(1, self._column, log_prob.unsqueeze(-1))
         self._lengths.add_(self.alive)
         self._column.add_(1)
-        if self._eos_ids:
-            self.alive.logical_and_(~is_any(token, self._eos_ids))
+        if self._can_end:
+            self.alive.logical_and_(~ends)
 
     def drop_ended(self) -> Tensor:
         """Removes the rows that have ended; returns the former indices of those that stay."""
         self._left.append(self._state(~self.alive))
         keep = self.alive.nonzero().squeeze(-1)
-        self._index, self._tokens, self._log_probs, self._lengths, self.alive = self._state(self.alive)
+        self.index, self._tokens, self._log_probs, self._lengths, self.alive = self._state(self.alive)
         return keep
 
     def result(self) -> Generation:
@@ -191,7 +222,7 @@ class _Rows:
         return Generation(tokens[order, :longest], lengths[order], log_probs[order, :longest], ~alive[order])
 
     def _state(self, rows: Tensor) -> tuple[Tensor, ...]:
-        state = (self._index, self._tokens, self._log_probs, self._lengths, self.alive)
+        state = (self.index, self._tokens, self._log_probs, self._lengths, self.alive)
         return tuple(tensor[rows] for tensor in state)
 
 

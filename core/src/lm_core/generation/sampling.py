@@ -7,6 +7,7 @@ filter that looks at probabilities (top-p, min-p), since the temperature changes
 - top-k: Fan et al. 2018, arXiv 1805.04833. Ties with the k-th entry are all kept.
 - top-p (nucleus): Holtzman et al. 2020, arXiv 1904.09751. The smallest set of most likely tokens whose mass reaches p.
 - min-p: Nguyen et al. 2024, arXiv 2407.01082. Tokens at least ``min_p`` times as likely as the most likely one.
+- no repeated n-grams: Paulus et al. 2017, arXiv 1705.04304, section 2.5.
 - repetition penalty: Keskar et al. 2019, arXiv 1909.05858, section 4.1, once per distinct token.
 - Gumbel-max: ``argmax(logits + temperature * noise)`` is a draw from ``softmax(logits / temperature)``.
 
@@ -183,6 +184,36 @@ def apply_repetition_penalty(
     columns = ids.long() if mask is None else ids.long().masked_fill(~mask, vocabulary)
     seen = logits.new_zeros((batch, vocabulary + 1), dtype=torch.bool).scatter_(1, columns, True)[:, :vocabulary]
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def forbid_repeated_ngrams(
+    logits: Float[Tensor, "b v"], ids: Int[Tensor, "b n"], size: int, mask: Tensor | None = None
+) -> Float[Tensor, "b v"]:
+    """Excludes the tokens that would complete an n-gram which a row already has (arXiv 1705.04304, section 2.5).
+
+    Args:
+        logits: shape (b, v).
+        ids: tokens seen so far, the newest last, shape (b, n).
+        size: tokens of an n-gram.
+        mask: boolean, shape (b, n), True at real tokens; n-grams with another are not counted.
+
+    Raises:
+        ValueError: ``size`` below 1.
+    """
+    _check_count(size, "size")
+    if ids.shape[1] < size:
+        return logits
+    grams = ids.unfold(1, size, 1)  # (b, n - size + 1, size)
+    newest = ids[:, ids.shape[1] - size + 1 :].unsqueeze(1)
+    repeated = (grams[..., :-1] == newest).all(dim=-1)
+    if mask is not None:
+        is_whole = mask.unfold(1, size, 1).all(dim=-1)
+        repeated = repeated & is_whole & mask[:, ids.shape[1] - size + 1 :].all(dim=-1, keepdim=True)
+    # other n-grams go to an extra column past the vocabulary, which is then dropped
+    batch, vocabulary = logits.shape
+    columns = grams[..., -1].masked_fill(~repeated, vocabulary)
+    forbidden = logits.new_zeros((batch, vocabulary + 1), dtype=torch.bool).scatter_(1, columns, True)
+    return logits.masked_fill(forbidden[:, :vocabulary], -math.inf)
 
 
 def gumbel_noise(t: Float[Tensor, "*shape"], generator: torch.Generator | None = None) -> Float[Tensor, "*shape"]:

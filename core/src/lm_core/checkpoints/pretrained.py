@@ -11,7 +11,7 @@ State that methods add after construction (adapters, extra heads) goes through `
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -439,14 +439,14 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def download(repository: str, revision: str | None = None) -> Path:
-    """The local snapshot of a model on the Hugging Face hub: configuration, safetensors and tokenizer.
+def download(repository: str, revision: str | None = None, *, also: Sequence[str] = ()) -> Path:
+    """The local snapshot of a model on the Hugging Face hub: configuration, safetensors, tokenizer and files ``also``.
 
     Raises:
         FileNotFoundError: the hub has no such model, or cannot be reached.
         ImportError: the extra ``hub`` is not installed.
     """
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", f"{TOKENIZER_FOLDER}/*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", f"{TOKENIZER_FOLDER}/*", *also]
     ignored = ["original/*", "consolidated*"]  # the same weights again, in another layout
     hub = _hub()
     try:

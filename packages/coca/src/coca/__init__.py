@@ -12,6 +12,8 @@ torch.Size([4, 8])
 
 from coca.evaluation.retrieval import retrieval_metrics
 from coca.evaluation.zero_shot import classify, zero_shot_classifier
+from coca.interop.open_clip import from_open_clip, to_open_clip
+from coca.model.clip_vit import CLIPVisionTransformer
 from coca.model.coca import CoCa, CoCaLoss
 from coca.model.contrastive import sigmoid_contrastive_loss, softmax_contrastive_loss
 from coca.model.image_encoders import ImageEncoder
@@ -20,6 +22,7 @@ from coca.model.text_layout import encode_captions
 from coca.model.vit import VisionTransformer
 
 __all__ = [
+    "CLIPVisionTransformer",
     "CoCa",
     "CoCaLoss",
     "ImageEncoder",
@@ -27,9 +30,11 @@ __all__ = [
     "VisionTransformer",
     "classify",
     "encode_captions",
+    "from_open_clip",
     "retrieval_metrics",
     "sigmoid_contrastive_loss",
     "softmax_contrastive_loss",
+    "to_open_clip",
     "zero_shot_classifier",
 ]
 

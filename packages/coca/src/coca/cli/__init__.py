@@ -1,9 +1,9 @@
-"""The command ``coca``: ``train``, ``caption``, ``embed``, ``zero-shot``, ``retrieve`` and ``convert``."""
+"""The command ``coca``: ``train``, ``caption``, ``embed``, ``zero-shot``, ``retrieve``, ``convert`` and ``export``."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from coca.cli.commands import Captioning, caption, convert, embed, retrieve, zero_shot
+from coca.cli.commands import Captioning, caption, convert, embed, export, retrieve, zero_shot
 from coca.cli.presets import PRESETS, presets
 from coca.cli.train import EncoderSettings, train
 from coca.data.image_files import load_images
@@ -30,7 +30,11 @@ checkpoint; the same command resumes from it, as it does after a kill."""
 # Flags of the model, without what tokenizer and encoder determine.
 SIZES = Group(
     CoCa,
-    skip=("num_tokens", "image_dim", "img_encoder", "freeze_img_encoder", "pad_id", "bos_id", "eos_id"),
+    skip=(
+        *("num_tokens", "image_dim", "img_encoder", "freeze_img_encoder", "pad_id", "bos_id", "eos_id"),
+        # of models with open_clip's layers, which are not trained from scratch by the command
+        *("block", "max_text_length", "pool_heads", "activation", "legacy_cls_mask"),
+    ),
     defaults={name: PRESETS["small"][name] for name in ("dim", "unimodal_depth", "multimodal_depth")},
     as_dict=True,
 )
@@ -52,6 +56,7 @@ COMMANDS: dict[str, Command | Callable[..., int]] = {
     "zero-shot": zero_shot,
     "retrieve": Command(retrieve, {"reading": READING}),
     "convert": convert,
+    "export": export,
 }
 
 _DESCRIPTION = "CoCa image-text models: train, caption, classify, retrieve."

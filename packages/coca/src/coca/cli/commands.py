@@ -1,4 +1,4 @@
-"""Commands for a trained model (``caption``, ``embed``, ``zero-shot``, ``retrieve``), and ``convert`` for old weights.
+"""Commands for a trained model (``caption``, ``embed``, ``zero-shot``, ``retrieve``), and ``convert`` and ``export``.
 
 Images are read and encoded a batch at a time, so memory does not grow with their number. Each command returns the exit
 status: 0, or 1 if an image could not be read.
@@ -19,11 +19,14 @@ from coca.data.digits import handwritten_digits
 from coca.data.image_files import ImageFiles, load_images
 from coca.evaluation.evaluation import decoded, evaluate, image_latents, text_latents
 from coca.evaluation.retrieval import similarities
-from coca.interop import load_coca_pytorch
+from coca.interop import from_open_clip, load_coca_pytorch, to_open_clip
+from coca.interop.clip_tokenizer import clip_tokenizer
+from coca.interop.open_clip import open_clip_folder
 from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.checkpoints.checkpoint import checkpoint_folder
+from lm_core.checkpoints.pretrained import TOKENIZER_FOLDER
 from lm_core.checks import check_positive, typed
 from lm_core.cli.main import report
 from lm_core.cli.text_generation import SamplingFlags, read_prompt
@@ -210,24 +213,54 @@ def convert(
     pad_id: int = 0,
     bos_id: int | None = None,
     eos_id: int | None = None,
+    config: str | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Converts a weight file of CoCa-pytorch to a checkpoint folder.
+    """Converts weights of open_clip's CoCa or of CoCa-pytorch to a checkpoint folder.
 
     Args:
-        old: file with the state dict of CoCa-pytorch's CoCa.
+        old: folder or organisation/name of open_clip's CoCa, or file with the state dict of CoCa-pytorch's.
         directory: folder to write.
+        config: JSON file with open_clip's configuration, if it is not next to the weights.
         encoder: folder of the Hugging Face vision model whose weights the file contains, if it contains any.
         tokenizer: tokenizer to store with the model: bytes, a folder, or organisation/name on the hub.
         pad_id: padding id that the model was trained with.
         bos_id: id of the token that begins captions.
         eos_id: id of the token that ends captions.
     """
+    if config is not None or not Path(old).expanduser().is_file():
+        folder = open_clip_folder(old)
+        if (encoder, pad_id, bos_id, eos_id) != (None, 0, None, None):
+            raise ValueError("encoder, pad_id, bos_id and eos_id are for CoCa-pytorch; open_clip's are in its folder")
+        model = from_open_clip(folder, config=config)
+        clip = clip_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
+        print(f"wrote {model.save_pretrained(directory, overwrite=overwrite, tokenizer=clip)}")
+        if clip is None:
+            print("no tokenizer was found; pass --tokenizer openai/clip-vit-base-patch32", file=sys.stderr)
+        return 0
     vision = None if encoder is None else load_encoder(encoder)
     model = load_coca_pytorch(old, img_encoder=vision, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
     stored = None if tokenizer is None else load_tokenizer(tokenizer)
     print(f"wrote {model.save_pretrained(directory, overwrite=overwrite, tokenizer=stored)}")
     return 0
+
+
+def export(model: str, directory: str) -> int:
+    """Writes a model as a folder that open_clip reads.
+
+    Args:
+        model: CoCa with open_clip's layers: folder of a run (its newest checkpoint), of a checkpoint or of
+            save_pretrained, or organisation/name on the hub.
+        directory: folder to write, new or empty.
+    """
+    folder = checkpoint_folder(model)
+    print(f"wrote {to_open_clip(CoCa.from_pretrained(folder), directory, tokenizer=_stored_tokenizer(folder))}")
+    return 0
+
+
+def _stored_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint; None if it has none."""
+    return load_tokenizer(folder) if (folder / TOKENIZER_FOLDER).is_dir() else None
 
 
 def _load(model: str, device: str) -> tuple[CoCa, Any, ImagePreprocessing]:

@@ -60,12 +60,18 @@ def text_latents(
     model: CoCa, captions: Sequence[str], tokenizer: Any, *, max_length: int | None = None, batch_size: int = 256
 ) -> Float[Tensor, "t l"]:
     """L2-normalised latents of captions, in float32."""
-    latents = []
+    latents, max_length = [], text_limit(model, max_length)
     with eval_mode(model):
         for start in range(0, len(captions), batch_size):
             ids = encode_captions(captions[start : start + batch_size], tokenizer, model.pad_id, max_length)
             latents.append(model.encode_text(ids.to(model.device)))
     return torch.cat(latents).float()
+
+
+def text_limit(model: CoCa, max_length: int | None) -> int | None:
+    """Tokens at which captions are cut: ``max_length``, or the model's limit if that is less."""
+    limits = [limit for limit in (max_length, model.max_length) if limit is not None]
+    return min(limits, default=None)
 
 
 def embed(
@@ -96,6 +102,8 @@ def caption_images(
 ) -> list[str]:
     """A generated caption for each image, in order; ``settings`` as ``CoCa.generate`` takes them."""
     captions, tokenizer = [], as_tokenizer(tokenizer)
+    if model.max_length is not None:  # BOS counts
+        settings["max_new_tokens"] = min(settings.get("max_new_tokens", 64), model.max_length - 1)
     for images in image_batches(data, preprocessing, batch_size):
         tokens = model.generate(images.to(model.device), **settings)
         captions += [decoded(row, tokenizer, model.eos_id) for row in tokens.tolist()]
@@ -145,6 +153,7 @@ def evaluate(
         captions differ enough, ``zero_shot_accuracy`` and ``caption_accuracy`` where classes are known.
     """
     tokenizer = as_tokenizer(tokenizer)
+    max_length = text_limit(model, max_length)
     # Losses: the first caption of each image.
     caption_nats = contrastive = tokens = 0.0
     with eval_mode(model):

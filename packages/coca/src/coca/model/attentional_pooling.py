@@ -8,7 +8,7 @@ all queries.
 Legend: b batch, m image tokens, q captioning queries, d feature.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import repeat
@@ -27,14 +27,15 @@ class Pooler(nn.Module):
     Args:
         queries: number of queries.
         dim: features of the result.
+        bias: adds biases to projections and norms.
         **sizes: further sizes of ``CrossAttention``.
     """
 
-    def __init__(self, *, queries: int, dim: int, **sizes: int) -> None:
+    def __init__(self, *, queries: int, dim: int, bias: bool = False, **sizes: Any) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(queries, dim))
-        self.attention = CrossAttention(dim=dim, norm_context=True, **sizes)
-        self.norm = LayerNorm(dim)
+        self.attention = CrossAttention(dim=dim, norm_context=True, bias=bias, **sizes)
+        self.norm = nn.LayerNorm(dim) if bias else LayerNorm(dim)
 
     def forward(self, tokens: Float[Tensor, "b m c"]) -> Float[Tensor, "b q d"]:
         """One vector for each query."""
@@ -50,10 +51,10 @@ class AttentionalPooling(nn.Module):
         image_dim: features of the image tokens.
         queries: number of captioning tokens; the contrastive embedding has a further query.
         pooling: "shared", "parallel" or "cascade"; see the module docstring.
-        **sizes: ``dim_head`` and ``heads`` of ``CrossAttention``.
+        **sizes: ``dim_head``, ``heads``, ``kv_heads`` and ``bias`` of ``CrossAttention``.
     """
 
-    def __init__(self, *, dim: int, image_dim: int, queries: int, pooling: Pooling, **sizes: int) -> None:
+    def __init__(self, *, dim: int, image_dim: int, queries: int, pooling: Pooling, **sizes: Any) -> None:
         super().__init__()
         self.pooling = pooling
         shared = pooling == "shared"

@@ -4,7 +4,9 @@ The lower half of the text decoder is unimodal and ends in a CLS embedding for t
 attends to pooled image tokens and predicts the next token. Both losses come from one pass over the text.
 
 Deviations from the paper: parallel blocks, multi-query attention and rotary positions, as in the original code; the
-whole text is embedded for the contrastive loss, its last token included, in training and in inference.
+whole text is embedded for the contrastive loss, its last token included, in training and in inference. With
+``block="sequential"`` the decoder is open_clip's: pre-norm blocks with biases, multi-head attention, learned positions,
+and an output layer of its own.
 
 Legend: b batch, n text tokens, m image tokens, q captioning tokens, d feature, l latent feature, v vocabulary.
 """
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +30,7 @@ from coca.model.contrastive import global_mean, sigmoid_contrastive_loss, softma
 from coca.model.cross_attention import CoCaCache, MultimodalLayer
 from coca.model.image_encoders import ImageEncoder, token_width
 from coca.model.preprocessing import ImagePreprocessing
+from coca.model.sequential_block import Activation, SequentialBlock
 from coca.model.text_layout import IGNORED, TextLayout, encode_captions, layout_of
 from lm_core.causal_lm import eval_mode
 from lm_core.checkpoints.pretrained import PretrainedMixin
@@ -37,7 +41,7 @@ from lm_core.generation.decoding import Filter, prompt_rows, without_tokens
 from lm_core.generation.generate import generate
 from lm_core.generation.sampling import filters_of
 from lm_core.losses.losses import linear_cross_entropy
-from lm_core.nn.masking import right_pad
+from lm_core.nn.masking import positions_from_mask, right_pad
 from lm_core.nn.norms import LayerNorm, l2norm
 from lm_core.nn.parallel_block import ParallelBlock, Positions
 from lm_core.nn.rotary import RotaryEmbedding
@@ -86,10 +90,17 @@ class CoCa(PretrainedMixin):
         eos_id: token that ends a caption; may be ``pad_id``.
         freeze_img_encoder: keeps the encoder without gradient and in evaluation mode.
         gradient_checkpointing: recomputes the decoder's layers in the backward to save memory.
+        block: "parallel" (the original code's layers) or "sequential" (open_clip's).
+        max_text_length: largest number of tokens, for the learned positions of sequential blocks.
+        pool_heads: heads of the pooling of sequential models; ``heads`` by default.
+        activation: "gelu" or "quick_gelu", for sequential blocks.
+        legacy_cls_mask: CLS of a sequential model also attends to the first padding token and not to itself, as in
+            open_clip's published weights (``correct_cls_mask`` false).
 
     Raises:
         ValueError: a size is below 1, an id is not below ``num_tokens``, a scale is not positive, or the encoder
-            declares another width of its tokens than ``image_dim``.
+            declares another width of its tokens than ``image_dim``; a sequential model has no ``max_text_length``, or a
+            parallel one has one.
     """
 
     @typed
@@ -119,6 +130,11 @@ class CoCa(PretrainedMixin):
         eos_id: int | None = None,
         freeze_img_encoder: bool = False,
         gradient_checkpointing: bool = False,
+        block: Literal["parallel", "sequential"] = "parallel",
+        max_text_length: int | None = None,
+        pool_heads: int | None = None,
+        activation: Activation = "gelu",
+        legacy_cls_mask: bool = False,
     ) -> None:
         super().__init__()
         # Derive what was left out, and check every size before anything is built.
@@ -135,6 +151,17 @@ class CoCa(PretrainedMixin):
         for name, value_id in (("pad_id", pad_id), ("bos_id", bos_id), ("eos_id", eos_id)):
             if value_id is not None and not 0 <= value_id < num_tokens:
                 raise ValueError(f"{name} must be a token id in [0, {num_tokens}), got {value_id}")
+        sequential = block == "sequential"
+        if sequential != (max_text_length is not None):
+            raise ValueError(
+                f"max_text_length must be given for sequential blocks and for no others, got {max_text_length}"
+            )
+        pool_heads = heads if pool_heads is None else pool_heads
+        check_positive(pool_heads, "pool_heads")
+        if max_text_length is not None:
+            check_positive(max_text_length, "max_text_length")
+        if sequential and dim % pool_heads:
+            raise ValueError(f"pool_heads must divide dim = {dim}, got {pool_heads}")
         for name, weight in (("caption", caption_loss_weight), ("contrastive", contrastive_loss_weight)):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}_loss_weight must be a finite number of at least 0, got {weight}")
@@ -155,6 +182,9 @@ class CoCa(PretrainedMixin):
         self.contrastive_loss_weight = contrastive_loss_weight
         self.max_logit_scale = max_logit_scale
         self.gradient_checkpointing = gradient_checkpointing
+        self.legacy_cls_mask = legacy_cls_mask
+        # Largest number of tokens of a text; None for no limit (see ``lm_core.causal_lm.CausalLM``).
+        self.max_length = max_text_length
         # Preprocessing of the training images; stored with checkpoints as preprocess.json.
         self.preprocessing: ImagePreprocessing | None = None
 
@@ -162,18 +192,29 @@ class CoCa(PretrainedMixin):
         self.img_encoder: ImageEncoder | None = None
         if img_encoder is not None:
             self.img_encoder = ImageEncoder(img_encoder, width=image_dim, frozen=freeze_img_encoder)
+        pooler = {"dim_head": dim_head, "heads": heads}
+        if sequential:
+            pooler = {"dim_head": dim // pool_heads, "heads": pool_heads, "kv_heads": pool_heads, "bias": True}
         self.pooling = AttentionalPooling(
-            dim=dim, image_dim=image_dim, queries=num_img_queries, dim_head=dim_head, heads=heads, pooling=pooling
+            dim=dim, image_dim=image_dim, queries=num_img_queries, pooling=pooling, **pooler
         )
         self.token_emb = nn.Embedding(num_tokens, dim)
         nn.init.normal_(self.token_emb.weight, std=0.02)
         self.text_cls = nn.Parameter(torch.randn(dim))
-        self.rotary = RotaryEmbedding(dim_head)
-        block: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
-        self.unimodal_layers = nn.ModuleList(ParallelBlock(**block) for _ in range(unimodal_depth))
-        self.multimodal_layers = nn.ModuleList(MultimodalLayer(**block) for _ in range(multimodal_depth))
-        self.text_cls_norm = LayerNorm(dim)
-        self.norm = LayerNorm(dim)
+        self.rotary = None if sequential else RotaryEmbedding(dim_head)
+        self.position_emb: nn.Embedding | None = None
+        self.output_layer: nn.Linear | None = None
+        layer: dict[str, Any] = {"dim": dim, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}
+        if max_text_length is not None:
+            self.position_emb = nn.Embedding(max_text_length + 1, dim)  # the last one is that of CLS
+            nn.init.normal_(self.position_emb.weight, std=0.01)
+            self.output_layer = nn.Linear(dim, num_tokens, bias=False)
+            layer["activation"] = activation
+        block_type = SequentialBlock if sequential else ParallelBlock
+        self.unimodal_layers = nn.ModuleList(block_type(**layer) for _ in range(unimodal_depth))
+        self.multimodal_layers = nn.ModuleList(MultimodalLayer(**layer) for _ in range(multimodal_depth))
+        self.text_cls_norm = nn.LayerNorm(dim) if sequential else LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if sequential else LayerNorm(dim)
         self.text_to_latents = nn.Linear(dim, dim_latents, bias=False)
         self.image_to_latents = nn.Linear(dim, dim_latents, bias=False)
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(init_logit_scale)))
@@ -186,8 +227,8 @@ class CoCa(PretrainedMixin):
 
     @property
     def output_weight(self) -> Float[Tensor, "v d"]:
-        """Weight of the output layer, tied to the token embedding."""
-        return self.token_emb.weight
+        """Weight of the output layer: that of the token embedding, or of a layer of its own."""
+        return (self.token_emb if self.output_layer is None else self.output_layer).weight
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
@@ -296,7 +337,8 @@ class CoCa(PretrainedMixin):
         image_embedding, pooled = self.embed_image(images, image_tokens)
         if return_embeddings:
             return text_embedding, image_embedding
-        return F.linear(layout.restored(self._multimodal(states, pooled)), self.output_weight)
+        hidden = layout.restored(self._multimodal(states, pooled))
+        return F.linear(hidden, self.output_weight) if self.output_layer is None else self.output_layer(hidden)
 
     def loss(
         self,
@@ -390,8 +432,7 @@ class CoCa(PretrainedMixin):
             raise ValueError("mask must be given, for all positions, since the cache was filled with a mask")
         if cache is not None and past == 0:
             cache.image = {}  # a forward that failed may have left keys and values
-        x = self.token_emb(text)
-        positions = Positions.of(self.rotary, x, cache=cache, mask=mask)
+        x, positions = self._embedded(text, cache=cache, mask=mask)
         x = self._decode(self.unimodal_layers, x, positions, cache=cache)
         x = self._multimodal(x, pooled, positions, cache)
         if cache is not None:
@@ -519,6 +560,8 @@ class CoCa(PretrainedMixin):
             if form.count("{}") != 1:
                 raise ValueError(f"each template must have exactly one {{}}, got {form!r}")
         latents = []
+        if self.max_length is not None:
+            max_length = min(max_length or self.max_length, self.max_length)
         with eval_mode(self):
             for name in names:
                 captions = [form.replace("{}", name) for form in forms]
@@ -547,9 +590,55 @@ class CoCa(PretrainedMixin):
     def _unimodal(self, text: Tensor, mask: Tensor | None) -> tuple[TextLayout, Tensor, Tensor]:
         """The text's layout, the normalised state at CLS, and the states of the tokens in the layout's order."""
         layout = layout_of(text, mask, pad_id=self.pad_id, eos_id=self.eos_id, num_tokens=self.num_tokens)
+        if self.position_emb is not None:
+            return layout, *self._unimodal_sequential(layout, self.position_emb)
+        assert self.rotary is not None
         x = layout.with_cls(self.token_emb(layout.ids), self.text_cls)
         x = self._decode(self.unimodal_layers, x, Positions.of(self.rotary, x))
         return layout, self.text_cls_norm(layout.cls_of(x)), x[:, :-1]
+
+    def _unimodal_sequential(self, layout: TextLayout, position_emb: nn.Embedding) -> tuple[Tensor, Tensor]:
+        """As ``_unimodal``, with CLS after the padding at the last learned position, as in open_clip."""
+        ids, n, longest = layout.ids, layout.ids.shape[1], position_emb.num_embeddings - 1
+        if n > longest:
+            raise ValueError(f"text must have at most max_text_length = {longest} tokens a row, got {n}")
+        if self.legacy_cls_mask and n < longest:
+            ids = F.pad(ids, (0, 1), value=self.pad_id)  # the padding token that CLS attends to
+        x, _ = self._embedded(ids)
+        cls = self.text_cls + position_emb.weight[longest]
+        x = torch.cat((x, cls.to(x.dtype).expand(len(x), 1, -1)), dim=1)
+        # a token attends to itself and earlier ones; CLS to the real tokens of its row
+        total = x.shape[1]
+        index = torch.arange(total, device=x.device)
+        seen_by_cls = index < rearrange(layout.lengths + self.legacy_cls_mask, "b -> b 1")
+        if not self.legacy_cls_mask:
+            seen_by_cls = seen_by_cls | (index == total - 1)
+        causal = (index <= rearrange(index, "n -> n 1")).expand(len(x), -1, -1)
+        mask = torch.cat((causal[:, :-1], rearrange(seen_by_cls, "b n -> b 1 n")), dim=1)
+        x = self._decode(self.unimodal_layers, x, Positions(mask=mask))
+        return self.text_cls_norm(x[:, -1]), x[:, :n]
+
+    def _embedded(
+        self, text: Tensor, *, cache: CoCaCache | None = None, mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "b n d"], Positions]:
+        """Token embeddings, with learned positions where there are any, and the positions for the blocks."""
+        x = self.token_emb(text)
+        if self.position_emb is None:
+            assert self.rotary is not None
+            return x, Positions.of(self.rotary, x, cache=cache, mask=mask)
+        past = 0 if cache is None else cache.past
+        position = None if cache is None else cache.position
+        total = past + text.shape[1]
+        index = torch.arange(total, device=x.device) if mask is None else positions_from_mask(mask)
+        if position is not None:
+            # a static step reads the whole capacity, of which the positions up to this one count
+            written = torch.arange(total, device=x.device) <= position
+            visible = written.expand(x.shape[0], -1) if mask is None else mask & written
+            x = x + self.position_emb(index.index_select(-1, position.view(1)))
+            return x, Positions(mask=visible, every_query_sees_a_key=True)
+        if total >= self.position_emb.num_embeddings:
+            raise ValueError(f"text must have at most max_text_length = {self.max_length} tokens, got {total}")
+        return x + self.position_emb(index[..., past:]), Positions(mask=mask)
 
     def _multimodal(
         self, x: Tensor, pooled: Tensor | None, positions: Positions | None = None, cache: CoCaCache | None = None
@@ -561,7 +650,8 @@ class CoCa(PretrainedMixin):
             )
         if pooled is not None and pooled.shape[0] != x.shape[0]:
             raise ValueError(f"text and images must have as many rows, got {x.shape[0]} and {pooled.shape[0]}")
-        positions = Positions.of(self.rotary, x) if positions is None else positions
+        if positions is None:
+            positions = Positions() if self.rotary is None else Positions.of(self.rotary, x)
         first = len(self.unimodal_layers)
         return self.norm(self._decode(self.multimodal_layers, x, positions, pooled, cache=cache, first=first))
 

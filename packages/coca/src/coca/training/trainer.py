@@ -104,6 +104,8 @@ class CoCaTrainer:
         _check_tokens(model, self.tokenizer)
         if model.img_encoder is None:
             raise ValueError("model must have an img_encoder to be trained on images, got img_encoder=None")
+        if model.max_length is not None and settings.max_length > model.max_length:
+            raise ValueError(f"max_length must be at most {model.max_length}, the model's, got {settings.max_length}")
         self.data = data
         self.validation_data = validation_data
         self.preprocessing = preprocessing
@@ -226,5 +228,8 @@ def _check_tokens(model: CoCa, tokenizer: Any) -> None:
     check_vocabulary(tokenizer, model.num_tokens)
     for name in ("pad_id", "eos_id", "bos_id"):
         expected, actual = getattr(tokenizer, name, None), getattr(model, name)
+        # a tokenizer that pads with EOS has no padding id of its own: the model's is used (CLIP's BPE in open_clip: 0)
+        if name == "pad_id" and expected == tokenizer.eos_id:
+            continue
         if expected is not None and expected != actual:
             raise ValueError(f"model must have the tokenizer's {name}, {expected}, got {actual}")

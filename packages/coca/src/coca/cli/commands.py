@@ -213,7 +213,7 @@ def convert(
     pad_id: int = 0,
     bos_id: int | None = None,
     eos_id: int | None = None,
-    config: str | None = None,
+    model_config: str | None = None,
     overwrite: bool = False,
 ) -> int:
     """Converts weights of open_clip's CoCa or of CoCa-pytorch to a checkpoint folder.
@@ -221,18 +221,18 @@ def convert(
     Args:
         old: folder or organisation/name of open_clip's CoCa, or file with the state dict of CoCa-pytorch's.
         directory: folder to write.
-        config: JSON file with open_clip's configuration, if it is not next to the weights.
+        model_config: JSON file with open_clip's configuration, if it is not next to the weights.
         encoder: folder of the Hugging Face vision model whose weights the file contains, if it contains any.
         tokenizer: tokenizer to store with the model: bytes, a folder, or organisation/name on the hub.
         pad_id: padding id that the model was trained with.
         bos_id: id of the token that begins captions.
         eos_id: id of the token that ends captions.
     """
-    if config is not None or not Path(old).expanduser().is_file():
+    if model_config is not None or not Path(old).expanduser().is_file():
         folder = open_clip_folder(old)
         if (encoder, pad_id, bos_id, eos_id) != (None, 0, None, None):
             raise ValueError("encoder, pad_id, bos_id and eos_id are for CoCa-pytorch; open_clip's are in its folder")
-        model = from_open_clip(folder, config=config)
+        model = from_open_clip(folder, config=model_config)
         clip = clip_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
         print(f"wrote {model.save_pretrained(directory, overwrite=overwrite, tokenizer=clip)}")
         if clip is None:

@@ -179,6 +179,13 @@ def batches(size, **settings):
     )
 
 
+def recall(matches, owner=None):
+    return retrieval_metrics(torch.eye(2), torch.eye(2), owner, matches=torch.tensor(matches))
+
+
+PIXELS = np.zeros((1, 8, 8), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -190,6 +197,13 @@ def batches(size, **settings):
         (lambda: retrieval_metrics(torch.full((2, 3), math.nan), torch.zeros(2, 3)), "must be finite"),
         (lambda: retrieval_metrics(torch.eye(2), torch.eye(2), torch.tensor([0, 2])), r"must be in \[0, 2\)"),
         (lambda: retrieval_metrics(torch.eye(2), torch.eye(2), ks=(0,)), "ks must be at least 1"),
+        (lambda: retrieval_metrics(torch.eye(2), torch.eye(2), chunk_size=0), "chunk_size must be at least 1, got 0"),
+        (lambda: recall([[0, 0], [1, 2]]), r"matches must be pairs below \(2, 2\), got \[\[0, 0\], \[1, 2\]\]"),
+        (lambda: recall([[0, 0], [-1, 1]]), r"matches must be pairs below \(2, 2\)"),
+        (lambda: recall([[0, 0], [0, 1]]), r"matches must have an image for each caption, got none for \[1\]"),
+        (lambda: recall([0, 1]), r"matches must be integers \(pairs, 2\), got torch.int64 of \(2,\)"),
+        (lambda: recall([[0.0, 0.0]]), r"matches must be integers \(pairs, 2\), got torch.float32"),
+        (lambda: recall([[0, 0], [1, 1]], torch.tensor([0, 1])), "pass image_of_text or matches, got both"),
         (lambda: classifier([]), "must not be empty"),
         (lambda: classifier(["a", "a"]), r"must differ, got \['a'\]"),
         (lambda: classifier(["a"], ["a photo"]), "exactly one {}, got 'a photo'"),
@@ -202,6 +216,7 @@ def batches(size, **settings):
         (lambda: batches(3), "batch_size must be at most the number of images, 2, got 3"),
         (lambda: batches(2, world_size=3), "batch_size must be at least the number of processes, 3, got 2"),
         (lambda: save_grid("grid.png", [], [], []), "at least one, got 0, 0 and 0"),
+        (lambda: save_grid("g.png", [PIXELS], ["a"], [[]], truths=[]), "truths must have one caption for each of 1"),
         (lambda: ImagePreprocessing(image_size=8, channels=2), "channels must be 1 or 3, got 2"),
         (lambda: ImagePreprocessing(image_size=8, std=(0.0,)), "std must be positive"),
         (lambda: from_coca_pytorch({}), "without token_emb.weight, text_cls_token"),

@@ -95,3 +95,31 @@ def test_perfect_latents_recall_everything_and_equal_ones_nothing():
 
     assert set(retrieval_metrics(eye, eye).values()) == {1.0}
     assert set(retrieval_metrics(same, same).values()) == {0.0}
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=9), st.sampled_from([1, 2, None]))
+def test_a_caption_of_several_images_is_right_for_each_of_them(owners, chunk_size):
+    generator = torch.Generator().manual_seed(len(owners))
+    images = F.normalize(torch.randn(6, 3, generator=generator, dtype=torch.float64), dim=-1)
+    texts = F.normalize(torch.randn(len(owners), 3, generator=generator, dtype=torch.float64), dim=-1)
+    pairs = torch.tensor([(text, image) for text, own in enumerate(owners) for image in sorted(own)])
+
+    found = retrieval_metrics(images, texts, matches=pairs, ks=(1, 2), chunk_size=chunk_size)
+
+    # by sorting, one query at a time: a hit is the first of the k nearest that is true, with no false one before it
+    similarity = texts @ images.T
+    described = sorted(set().union(*owners))
+    for k in (1, 2):
+        text_hits = image_hits = 0
+        for text, own in enumerate(owners):
+            false = [image for image in range(6) if image not in own]
+            best = max(similarity[text, image] for image in own)
+            text_hits += sum(bool(similarity[text, image] >= best) for image in false) < k
+        for image in described:
+            true = [text for text, own in enumerate(owners) if image in own]
+            best = max(similarity[text, image] for text in true)
+            false = [text for text in range(len(owners)) if text not in true]
+            image_hits += sum(bool(similarity[text, image] >= best) for text in false) < k
+        assert found[f"text_to_image_r@{k}"] == pytest.approx(text_hits / len(owners))
+        assert found[f"image_to_text_r@{k}"] == pytest.approx(image_hits / len(described))

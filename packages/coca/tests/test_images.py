@@ -12,10 +12,13 @@ from PIL import Image
 from torch import nn
 
 from coca import CoCa, ImagePreprocessing, VisionTransformer
+from coca.data.digits import CLASS_NAMES, handwritten_digits
 from coca.data.image_files import load_images
+from coca.evaluation import fonts, grid
 from coca.evaluation.grid import save_grid
 from coca.model.image_encoders import token_width, tokens_of
 from coca.model.vit import waves
+from lm_core.tokenizers import ByteTokenizer
 
 GREY = ImagePreprocessing(image_size=4, channels=1)
 SIZES = {"dim": 16, "num_tokens": 23, "unimodal_depth": 1, "multimodal_depth": 1, "dim_head": 8, "heads": 2}
@@ -126,7 +129,7 @@ def test_images_are_read_with_all_their_captions(write, tmp_path):
         ("a.csv", "image,caption\ngone.png,hello\n", FileNotFoundError, "line 2, names the image .*gone.png, which is"),
         ("a.jsonl", '{"image": 1}\n', ValueError, "a.jsonl, line 1, must have 'caption'"),
         ("a.jsonl", "{oops\n", ValueError, "a.jsonl, line 1, is not JSON"),
-        ("a.tar", "x" * 2000, ValueError, "cannot be read as an uncompressed tar"),
+        ("a.tar", "x" * 2000, ValueError, "cannot be read as a tar"),
         ("0.png", "x", ValueError, r"must have a .txt next to it, .*0\.png has none"),
     ],
 )
@@ -179,6 +182,47 @@ def test_a_grid_is_a_picture_of_all_images(tmp_path):
     with Image.open(path) as picture:
         assert picture.width > 2 * 132
         assert picture.height > 3 * 132
+
+
+def test_a_grid_has_a_font_with_the_scripts_of_its_captions(tmp_path):
+    pytest.importorskip("matplotlib")  # brings DejaVu Sans
+    image = [np.zeros((1, 8, 8), np.uint8)]
+
+    def drawn(caption):
+        return Image.open(save_grid(tmp_path / "grid.png", image, [caption], [[]])).tobytes()
+
+    # a letter that the font lacks is drawn as the same sign as every other one that it lacks
+    assert drawn("собака") != drawn("кошка!")
+    assert drawn("σκύλος") != drawn("γάτα!!")
+
+
+def test_characters_that_no_font_has_are_named(monkeypatch):
+    monkeypatch.setattr(fonts, "_files", lambda: ())
+
+    with pytest.warns(UserWarning, match="no font of this machine has 2 of the characters: д ж"):
+        fonts.fonts_for("abc дж", (12,))
+
+
+def test_a_grid_shows_a_true_caption_and_the_runner_up_class(tmp_path, monkeypatch):
+    """The nearest texts are the best wording of different classes."""
+    shown = {}
+    monkeypatch.setattr(grid, "save_grid", lambda *parts, **named: shown.update(named, nearest=parts[3]))
+    data = handwritten_digits().select(range(12))
+    vit = VisionTransformer(image_size=8, patch_size=4, channels=1, dim=8, depth=1, dim_head=4, heads=2)
+    sizes = {"dim": 8, "unimodal_depth": 1, "multimodal_depth": 1, "num_img_queries": 2, "dim_head": 4, "heads": 2}
+    tokenizer = ByteTokenizer()
+    ids = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    model = CoCa(num_tokens=tokenizer.vocab_size, img_encoder=vit, **sizes, **ids)
+
+    grid.draw_grid(
+        tmp_path, model, data, tokenizer, ImagePreprocessing(image_size=8, channels=1), max_length=6, count=3
+    )
+
+    assert shown["truths"] == [data.captions[index][0] for index in range(3)]
+    for texts in shown["nearest"]:
+        classes = [next(name for name in CLASS_NAMES if text.endswith(name)) for text, _ in texts]
+        assert len(set(classes)) == len(classes) == 4
+        assert [value for _, value in texts] == sorted((value for _, value in texts), reverse=True)
 
 
 # ------------------------------------------------------------------------------------------------------ encoders

@@ -24,19 +24,19 @@ from lm_core.tokenizers import as_tokenizer, continuation_text
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents of a set of images and all their captions.
+    """Latents of a set of images and their different captions.
 
     Attributes:
         images: ``(i, l)``, L2-normalised.
         texts: ``(t, l)``, L2-normalised.
-        captions: the ``t`` captions.
-        image_of_text: index of the image of each caption, ``(t,)``.
+        captions: the ``t`` captions, each once.
+        matches: pairs of caption and image that belong together, ``(pairs, 2)``.
     """
 
     images: Float[Tensor, "i l"]
     texts: Float[Tensor, "t l"]
     captions: tuple[str, ...]
-    image_of_text: Int[Tensor, " t"]
+    matches: Int[Tensor, "pairs 2"]
 
 
 def image_batches(
@@ -83,12 +83,17 @@ def embed(
     max_length: int | None = None,
     batch_size: int = 256,
 ) -> Latents:
-    """Latents of all images and of all their captions."""
-    captions = tuple(caption for captions in data.captions for caption in captions)
+    """Latents of all images and of all their captions; a caption that several images share has one latent."""
+    index_of: dict[str, int] = {}
+    pairs = [
+        (index_of.setdefault(caption, len(index_of)), index)
+        for index, captions in enumerate(data.captions)
+        for caption in captions
+    ]
+    captions = tuple(index_of)
     images = image_latents(model, image_batches(data, preprocessing, batch_size))
     texts = text_latents(model, captions, tokenizer, max_length=max_length, batch_size=batch_size)
-    owners = [index for index, captions in enumerate(data.captions) for _ in captions]
-    return Latents(images, texts, captions, torch.tensor(owners))
+    return Latents(images, texts, captions, torch.tensor(pairs))
 
 
 def caption_images(
@@ -149,8 +154,9 @@ def evaluate(
         captions: number of images to caption; None for all, 0 for none.
 
     Returns:
-        ``caption_loss`` (nats per token), ``contrastive_loss``, ``image_to_text_r@k`` and ``text_to_image_r@k`` where
-        captions differ enough, ``zero_shot_accuracy`` and ``caption_accuracy`` where classes are known.
+        ``caption_loss`` (nats per token), ``contrastive_loss``, ``image_to_text_r@k`` and ``text_to_image_r@k`` (a
+        caption that several images share is right for each of them), ``zero_shot_accuracy`` and ``caption_accuracy``
+        where classes are known.
     """
     tokenizer = as_tokenizer(tokenizer)
     max_length = text_limit(model, max_length)
@@ -168,9 +174,7 @@ def evaluate(
             contrastive += float(loss.contrastive) * len(images)
     latents = embed(model, data, tokenizer, preprocessing, max_length=max_length, batch_size=batch_size)
     metrics = {"caption_loss": caption_nats / max(tokens, 1), "contrastive_loss": contrastive / len(data)}
-    # A caption that many images share cannot retrieve one of them.
-    if len(set(latents.captions)) > len(latents.captions) / 2:
-        metrics |= retrieval_metrics(latents.images, latents.texts, latents.image_of_text)
+    metrics |= retrieval_metrics(latents.images, latents.texts, matches=latents.matches)
     if data.labels is None:
         return metrics
     # Classification, and captions that name the class.

@@ -1,4 +1,4 @@
-"""Picture of results: each image with its generated caption and nearest texts, drawn with Pillow alone."""
+"""Picture of results: each image with its true and generated caption and nearest texts, drawn with Pillow alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from coca.data.captioned_images import CaptionedImages
 from coca.evaluation.evaluation import caption_images, embed
+from coca.evaluation.fonts import fonts_for
 from coca.evaluation.retrieval import similarities
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
@@ -29,7 +30,10 @@ def draw_grid(
     count: int = 12,
     texts: int = 4,
 ) -> Path:
-    """Draws the first images of ``data``, each with a generated caption and the nearest of all captions in ``data``.
+    """Draws the first images of ``data``, each with a true and a generated caption and the nearest captions of all.
+
+    The nearest captions are of different classes, or of different images where classes are unknown: the best wording of
+    each, so that the second line is the runner-up.
 
     Args:
         path: ``.png`` file to write.
@@ -45,13 +49,21 @@ def draw_grid(
     chosen = data.select(range(min(count, len(data))))
     captions = caption_images(model, chosen, tokenizer, preprocessing, max_new_tokens=max_length)
     latents = embed(model, data, tokenizer, preprocessing, max_length=max_length)
+    # the class of each caption, or its first image
+    groups: dict[int, int] = {}
+    for text, image in latents.matches.tolist():
+        groups.setdefault(text, image if data.labels is None else data.labels[image])
     nearest = []
     for similarity in similarities(latents.images[: len(chosen)], latents.texts):
-        best: dict[str, float] = {}
+        best: dict[int, tuple[str, float]] = {}
         for index in similarity.argsort(descending=True).tolist():
-            best.setdefault(latents.captions[index], float(similarity[index]))
-        nearest.append(list(best.items())[:texts])
-    return save_grid(path, [chosen.read(index) for index in range(len(chosen))], captions, nearest, title=title)
+            best.setdefault(groups[index], (latents.captions[index], float(similarity[index])))
+            if len(best) == texts:
+                break
+        nearest.append(list(best.values()))
+    pictures = [chosen.read(index) for index in range(len(chosen))]
+    truths = [texts_of[0] for texts_of in chosen.captions]
+    return save_grid(path, pictures, captions, nearest, truths=truths, title=title)
 
 
 def save_grid(
@@ -60,33 +72,40 @@ def save_grid(
     captions: Sequence[str],
     nearest: Sequence[Sequence[tuple[str, float]]],
     *,
+    truths: Sequence[str] | None = None,
     title: str = "",
     columns: int = 3,
 ) -> Path:
     """Draws images in columns, each with its caption above its nearest texts.
+
+    A font with the scripts of all texts is taken from the system; characters that none has are warned of.
 
     Args:
         path: ``.png`` file to write.
         images: pixels ``(c, height, width)``.
         captions: the generated caption of each image.
         nearest: texts of each image with their similarities, the most similar first.
+        truths: a true caption of each image.
         title: heading of the picture.
         columns: images in a row.
 
     Raises:
         ValueError: the lists are empty or have different lengths.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     if not images or len({len(images), len(captions), len(nearest)}) != 1:
         raise ValueError(
             f"images, captions and nearest must have the same length of at least one, got {len(images)}, "
             f"{len(captions)} and {len(nearest)}"
         )
+    if truths is not None and len(truths) != len(images):
+        raise ValueError(f"truths must have one caption for each of {len(images)} images, got {len(truths)}")
     # layout of the page
-    font, bold = ImageFont.load_default(_FONT), ImageFont.load_default(_FONT + 1)
+    shown_texts = [*captions, *(truths or ()), title, *(text for texts in nearest for text, _ in texts)]
+    font, bold = fonts_for("".join(shown_texts), (_FONT, _FONT + 1))
     columns = min(columns, len(images))
-    lines = max(len(texts) for texts in nearest)
+    lines = max(len(texts) for texts in nearest) + (truths is not None)
     height = max(_CELL, _LINE * (3 + lines) + 24) + _MARGIN
     top = 34 if title else _MARGIN
     rows = -(-len(images) // columns)
@@ -99,6 +118,10 @@ def save_grid(
         canvas.paste(_picture(pixels), (left, upper))
         # caption and texts to the right of the image
         text_left, text_width, y = left + _CELL + 10, _WIDTH - _CELL - 10, upper
+        if truths is not None:
+            true_line = _wrapped(draw, f"true: {truths[index]}", font, text_width, 1)[0]
+            draw.text((text_left, y), true_line, fill=(0, 110, 60), font=font)
+            y += _LINE + 2
         for line in _wrapped(draw, caption or "(empty caption)", bold, text_width, 2):
             draw.text((text_left, y), line, fill=(0, 70, 160), font=bold)
             y += _LINE + 2
@@ -125,7 +148,9 @@ def _picture(pixels: NDArray[np.uint8]) -> Any:
 def _wrapped(draw: Any, text: str, font: Any, width: int, lines: int) -> list[str]:
     """``text`` as at most ``lines`` lines of ``width`` pixels, the last one shortened if necessary."""
     result, current = [], ""
-    for word in text.replace("\n", " ").split(" "):
+    # control characters, which an untrained model of bytes generates, cannot be laid out
+    shown = "".join(character if character.isprintable() else "\ufffd" for character in text.replace("\n", " "))
+    for word in shown.split(" "):
         longer = f"{current} {word}".strip()
         if current and draw.textlength(longer, font=font) > width:
             result.append(current)

@@ -24,7 +24,8 @@ class CaptionedImages:
     Attributes:
         names: image names, for errors and pictures.
         captions: captions of each image, at least one.
-        read: ``read(i)`` returns the pixels of image i, ``(c, size, size)``.
+        read: ``read(i)`` returns the pixels of image i, ``(c, size, size)``. Worker processes that are not forked (on
+            macOS and Windows) need one that pickles.
         labels: class index of each image, or None where classes are unknown.
         class_names: class name of each index.
         templates: captions with one ``{}`` for a class name, for zero-shot classification.
@@ -82,7 +83,7 @@ class CaptionedImages:
             self,
             names=tuple(self.names[index] for index in kept),
             captions=tuple(self.captions[index] for index in kept),
-            read=lambda position: self.read(kept[position]),
+            read=_Selected(self.read, tuple(kept)),
             labels=None if self.labels is None else tuple(self.labels[index] for index in kept),
             checksums=tuple(self.checksums[index] for index in kept) if self.checksums else (),
         )
@@ -104,3 +105,14 @@ class CaptionedImages:
         order = np.random.default_rng(seed).permutation(len(self)).tolist()
         count = min(len(self) - 1, max(1, round(validation_fraction * len(self))))
         return self.select(sorted(order[count:])), self.select(sorted(order[:count]))
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """``read`` of a selection; unlike a closure it can be sent to worker processes."""
+
+    read: Callable[[int], Pixels]
+    indices: tuple[int, ...]
+
+    def __call__(self, position: int) -> Pixels:
+        return self.read(self.indices[position])

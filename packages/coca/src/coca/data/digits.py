@@ -3,9 +3,11 @@
 They come with the ``scikit-learn`` wheel, so nothing is downloaded.
 """
 
+from functools import partial
+
 import numpy as np
 
-from coca.data.captioned_images import CaptionedImages
+from coca.data.captioned_images import CaptionedImages, Pixels
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = ("the digit {}", "a handwritten {}", "a picture of the number {}", "someone wrote the number {}")
@@ -31,8 +33,12 @@ def handwritten_digits() -> CaptionedImages:
     return CaptionedImages(
         names=tuple(f"digit {index:04d}" for index in range(len(labels))),
         captions=tuple(tuple(template.format(CLASS_NAMES[label]) for template in TEMPLATES) for label in labels),
-        read=lambda index: pixels[index],
+        read=partial(_row, pixels),
         labels=labels,
         class_names=CLASS_NAMES,
         templates=TEMPLATES,
     )
+
+
+def _row(pixels: Pixels, index: int) -> Pixels:
+    return pixels[index]

@@ -5,19 +5,28 @@
 | ``.csv``, ``.tsv``, ``.json``, ``.jsonl`` | columns ``image`` (path next to the table), ``caption``, maybe ``label`` |
 | a folder | its ``captions`` (.csv, .tsv, .jsonl) or ``metadata`` (.csv, .jsonl), else images, each with a ``.txt`` |
 | ``*.tar`` (webdataset) | members ``key.jpg`` with ``key.txt``, or ``key.json`` with a ``caption`` |
+| ``*.tar.gz``, ``.tgz``, ``.tar.bz2``, ``.tar.xz`` | the same, unpacked for the time of the process |
 | a folder of tars, ``a-{000..127}.tar``, ``*.tar``, a list | all of them |
+| a folder of class folders without captions | captions by the templates, labels by the folders |
+| ``.parquet``, ``.arrow``, a folder of ``save_to_disk``, ``org/name`` | an image data set (extra ``datasets``) |
 
 Several lines for one image, several lines in a ``.txt`` and a JSON list are several captions. Every image is decoded
 once when the set is opened: an unreadable one is listed with its reason, and more of them than allowed is an error.
 Hidden files are ignored; other files of a folder that are neither images nor texts are counted in a warning.
 """
 
+import atexit
+import bz2
 import glob
+import gzip
 import io
 import json
+import lzma
 import os
 import re
+import shutil
 import tarfile
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +44,7 @@ from coca.data.captioned_images import CaptionedImages, Pixels
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.data.rows import iterate_rows
 from lm_core.data.text_files import decoded_text, is_hidden, lines_of
+from lm_core.tokenizers import HUB_ID
 
 # Pillow's formats that are decoded; not EPS, for which it starts Ghostscript. HEIF needs the plugin pillow-heif.
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -45,6 +55,9 @@ _TEXTS = {".csv", ".json", ".jsonl", ".md", ".tsv", ".txt"}
 # Names of the columns where none is given; ``file_name`` and ``text`` are Hugging Face's, the last ones open_clip's.
 _IMAGE_COLUMNS = ("image", "file_name", "filepath")
 _CAPTION_COLUMNS = ("caption", "text", "title")
+_CLASS_TEMPLATES = ("a photo of a {}",)
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_DATASETS = (".parquet", ".arrow")
 _PATTERN = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
@@ -54,6 +67,18 @@ class _Entry:
     captions: tuple[str, ...]
     label: str | None
     data: Callable[[], bytes]
+    is_class: bool = False  # the caption is made of the class
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Pixels by index; unlike a closure it can be sent to worker processes."""
+
+    data: tuple[Callable[[], bytes], ...]
+    preprocessing: ImagePreprocessing
+
+    def __call__(self, index: int) -> Pixels:
+        return read_pixels(self.data[index], self.preprocessing)
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,7 @@ def load_images(
         _CAPTION_COLUMNS if caption_column is None else (caption_column,),
         label_column,
     )
-    entries = _merged(_entries(_sources(source), columns))
+    entries = _merged(_entries(_sources(source), columns, tuple(templates or _CLASS_TEMPLATES)))
     if not entries:
         raise ValueError(f"source must hold at least one image with a caption, got none in {source}")
     # Decode every image once, to find those that cannot be read.
@@ -124,10 +149,10 @@ def load_images(
     return CaptionedImages(
         names=tuple(entry.name for entry in good),
         captions=tuple(entry.captions for entry in good),
-        read=lambda index: read_pixels(good[index].data, preprocessing),
+        read=_Reader(tuple(entry.data for entry in good), preprocessing),
         labels=tuple(label_ids[label] for label in labels) if class_names else None,
         class_names=class_names,
-        templates=tuple(templates or ("{}",)),
+        templates=tuple(templates or (_CLASS_TEMPLATES if any(entry.is_class for entry in good) else ("{}",))),
         unreadable=tuple(unreadable),
         checksums=tuple(checksums),
     )
@@ -179,14 +204,14 @@ def _formats() -> tuple[str, ...]:
 
 
 class ImageFiles:
-    """Images of files and folders, read a batch at a time; unreadable ones are left out and listed.
+    """Images of files, folders and tars, read a batch at a time; unreadable ones are left out and listed.
 
     Args:
-        sources: files, and folders whose images are taken in order of their paths.
+        sources: files, folders and tars whose images are taken in order, and patterns as ``a-{000..127}.tar``.
         preprocessing: preprocessing of the images.
 
     Attributes:
-        paths: all files.
+        paths: names of all images.
         unreadable: "path: reason" of each file that could not be read so far.
 
     Raises:
@@ -196,15 +221,22 @@ class ImageFiles:
 
     def __init__(self, sources: Sequence[str | Path], preprocessing: ImagePreprocessing) -> None:
         self.preprocessing = preprocessing
-        self.paths: list[Path] = []
+        self.paths: list[str] = []
         self.unreadable: list[str] = []
-        for source in (Path(source).expanduser() for source in sources):
+        self._data: list[Callable[[], bytes]] = []
+        for source in _sources(sources) if sources else ():
             if not source.exists():
-                raise FileNotFoundError(f"images must be files or folders of images, there is no {source}")
-            chosen = _images_of(source) if source.is_dir() else [source]
-            if not chosen:
-                raise ValueError(f"images must be files or folders of images, got the folder {source} without any")
-            self.paths += chosen
+                raise FileNotFoundError(f"images must be files, folders or tars of images, there is no {source}")
+            before = len(self.paths)
+            for path in _tars_in(source):
+                for name, data in _images_in_tar(path):
+                    self.paths.append(f"{path}/{name}")
+                    self._data.append(data)
+            for path in _images_of(source) if source.is_dir() else [] if _is_tar(source) else [source]:
+                self.paths.append(str(path))
+                self._data.append(path.read_bytes)
+            if len(self.paths) == before:
+                raise ValueError(f"images must be files, folders or tars of images, got {source} without any")
         if not self.paths:
             raise ValueError("images must name at least one file, got none")
 
@@ -217,10 +249,10 @@ class ImageFiles:
         count = 0
         for start in range(0, len(self.paths), size):
             names, pixels = [], []
-            for path in self.paths[start : start + size]:
+            for path, data in zip(self.paths[start : start + size], self._data[start : start + size], strict=True):
                 try:
-                    pixels.append(read_pixels(path.read_bytes, self.preprocessing))
-                    names.append(str(path))
+                    pixels.append(read_pixels(data, self.preprocessing))
+                    names.append(path)
                 except (OSError, ValueError) as error:
                     self.unreadable.append(f"{path}: {error}")
             if names:
@@ -238,7 +270,7 @@ def _files_of(folder: Path) -> list[Path]:
 def _images_of(folder: Path) -> list[Path]:
     """The images of a folder; a warning counts files that are neither images nor texts."""
     files = _files_of(folder)
-    others = [path for path in files if path.suffix.lower() not in SUFFIXES | _TEXTS]
+    others = [path for path in files if path.suffix.lower() not in SUFFIXES | _TEXTS and not _is_tar(path)]
     _warn_of_others(folder, others)
     return [path for path in files if path.suffix.lower() in SUFFIXES]
 
@@ -292,40 +324,68 @@ def _merged(entries: Iterator[_Entry]) -> list[_Entry]:
     return list(by_name.values())
 
 
-def _entries(sources: Sequence[Path], columns: _Columns) -> Iterator[_Entry]:
+def _entries(sources: Sequence[Path], columns: _Columns, templates: Sequence[str]) -> Iterator[_Entry]:
     """Entries of all sources; several sources distinguish their names by their paths below a common folder."""
     for source in sources:
-        if not source.exists():
+        if not source.exists() and not _is_hub_name(source):
             raise FileNotFoundError(f"source must be a folder, a table or a tar, there is no {source}")
     root = os.path.commonpath([source.absolute().parent for source in sources])
     for source in sources:
-        for entry in _entries_of(source, columns):
+        for entry in _entries_of(source, columns, templates):
             if len(sources) > 1:
                 entry = replace(entry, name=f"{source.absolute().relative_to(root).as_posix()}/{entry.name}")
             yield entry
 
 
-def _entries_of(source: Path, columns: _Columns) -> Iterator[_Entry]:
+def _entries_of(source: Path, columns: _Columns, templates: Sequence[str]) -> Iterator[_Entry]:
+    saved = any((source / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    if saved or source.suffix.lower() in _DATASETS or not source.exists():
+        return _dataset(source, columns)
     if source.is_dir():
         table = next((source / name for name in TABLES if (source / name).is_file()), None)
         if table is not None:
             return _table(table, columns)
-        files = _files_of(source)
-        tars = [path for path in files if path.suffix.lower() == ".tar"]
-        if tars and not any(path.suffix.lower() in SUFFIXES for path in files):
-            _warn_of_others(source, [path for path in files if path.suffix.lower() not in _TEXTS | {".tar"}])
-            return _entries(tars, columns)
-        return _folder(source)
+        tars = _tars_in(source)
+        if tars:
+            return _entries(tars, columns, templates)
+        return _folder(source, templates)
     suffix = source.suffix.lower()
     if suffix in (".csv", ".tsv", ".json", ".jsonl"):
         return _table(source, columns)
-    if suffix == ".tar":
+    if _is_tar(source):
         return _tar(source, columns)
-    raise ValueError(f"source must be a folder, a .csv, .tsv, .json, .jsonl or .tar file, got {source}")
+    raise ValueError(f"source must be a folder, a .csv, .tsv, .json, .jsonl, .parquet or .tar file, got {source}")
 
 
-def _folder(folder: Path) -> Iterator[_Entry]:
-    for path in _images_of(folder):
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith(_TARS)
+
+
+def _is_hub_name(path: Path) -> bool:
+    return HUB_ID.fullmatch(path.as_posix()) is not None and not path.suffix
+
+
+def _tars_in(source: Path) -> list[Path]:
+    """The tar itself, or the tars of a folder that has no images next to them; a warning counts other files."""
+    if not source.is_dir():
+        return [source] if _is_tar(source) else []
+    files = _files_of(source)
+    tars = [path for path in files if _is_tar(path)]
+    if not tars or any(path.suffix.lower() in SUFFIXES for path in files):
+        return []
+    _warn_of_others(source, [path for path in files if path.suffix.lower() not in _TEXTS and not _is_tar(path)])
+    return tars
+
+
+def _folder(folder: Path, templates: Sequence[str]) -> Iterator[_Entry]:
+    paths = _images_of(folder)
+    if all(len(path.relative_to(folder).parts) > 1 and not path.with_suffix(".txt").is_file() for path in paths):
+        for path in paths:
+            class_name = path.relative_to(folder).parts[0]
+            captions = tuple(template.replace("{}", class_name.replace("_", " ")) for template in templates)
+            yield _Entry(path.relative_to(folder).as_posix(), captions, class_name, path.read_bytes, is_class=True)
+        return
+    for path in paths:
         text = path.with_suffix(".txt")
         if not text.is_file():
             raise ValueError(f"each image of a folder without a table must have a .txt next to it, {path} has none")
@@ -363,17 +423,117 @@ def _label(row: Mapping[str, Any], columns: _Columns) -> str | None:
     return None if label in (None, "") else str(label)
 
 
-def _tar(path: Path, columns: _Columns) -> Iterator[_Entry]:
-    # suffix to member of each stem: "photos/cat.v2.jpg" has the stem "photos/cat.v2"
-    stems: dict[str, dict[str, tarfile.TarInfo]] = {}
+def _dataset(source: Path, columns: _Columns) -> Iterator[_Entry]:
+    """Entries of a data set of Hugging Face ``datasets``, whose images are read on access."""
+    is_hub_name = not source.exists()
+    try:
+        import datasets
+    except ImportError as error:
+        if is_hub_name:
+            raise FileNotFoundError(
+                f"there is no {source} (a data set of the hub needs pip install datasets)"
+            ) from error
+        raise ImportError(f"{source} is read by Hugging Face datasets: pip install datasets") from error
+    if is_hub_name:
+        try:
+            rows = datasets.load_dataset(source.as_posix())
+        except OSError as error:  # raised by datasets for unknown names and without a network
+            raise FileNotFoundError(f"there is no {source}, and the hub has no such data set: {error}") from error
+    elif source.suffix.lower() == ".parquet":
+        rows = datasets.Dataset.from_parquet(str(source))
+    elif source.suffix.lower() == ".arrow":
+        rows = datasets.Dataset.from_file(str(source))
+    else:
+        rows = datasets.load_from_disk(str(source))
+    if isinstance(rows, Mapping):
+        if "train" not in rows:
+            raise ValueError(f"{source} must have the split 'train', it has {sorted(rows)}")
+        rows = rows["train"]
+    name = next((name for name in columns.image if name in rows.column_names), None)
+    if name is None:
+        raise ValueError(f"{source} must have {' or '.join(map(repr, columns.image))}, got {sorted(rows.column_names)}")
+    feature = rows.features.get(columns.label)
+    class_names = getattr(feature, "names", None)
+    images = rows.select_columns([name]).cast_column(name, datasets.Image(decode=False))
+    for index, row in enumerate(rows.remove_columns(name)):
+        where = f"row {index} of {source},"
+        caption = _cell(row, columns.caption, where)
+        label = row.get(columns.label)
+        if class_names and isinstance(label, int) and 0 <= label < len(class_names):
+            row = {**row, columns.label: class_names[label]}
+        data = partial(_image_of_row, images, index, name)
+        yield _Entry(f"{source.name}/{index}", _texts(caption, where), _label(row, columns), data)
+
+
+def _image_of_row(rows: Any, index: int, column: str) -> bytes:
+    image = rows[index][column]
+    if image is None:
+        raise ValueError("an empty image")
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Files of an uncompressed tar, without hidden ones.
+
+    Raises:
+        ValueError: the tar is damaged or ends too early.
+    """
+    size = path.stat().st_size
+    if size % tarfile.BLOCKSIZE:
+        raise ValueError(f"{path} cannot be read as a tar: {size} bytes are no whole number of blocks, it is truncated")
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                if member.offset_data + member.size > size:
+                    raise ValueError(f"{path} ends within the member {member.name}: it is truncated")
                 if member.isfile() and not is_hidden(Path(os.path.normpath(member.name))):
-                    stem, suffix = os.path.splitext(member.name)
-                    stems.setdefault(stem, {})[suffix.lower()] = member
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} cannot be read as an uncompressed tar: {error}") from error
+                    yield member
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a tar: {error}") from error
+
+
+@cache
+def _unpacked_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="coca-tars-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def _uncompressed(path: Path) -> Path:
+    """The tar itself, or a copy without compression, in which members can be read at random; deleted at exit.
+
+    Raises:
+        ValueError: the compressed file is damaged.
+    """
+    name = path.name.lower()
+    if name.endswith(".tar"):
+        return path
+    module = gzip if name.endswith("gz") else bz2 if name.endswith("bz2") else lzma
+    descriptor, target = tempfile.mkstemp(suffix=".tar", dir=_unpacked_folder())
+    try:
+        with module.open(path, "rb") as packed, os.fdopen(descriptor, "wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 2**20)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be decompressed: {error}") from error
+    return Path(target)
+
+
+def _images_in_tar(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Name and reader of each image."""
+    tar = _uncompressed(path)
+    for member in _members(tar):
+        if os.path.splitext(member.name)[1].lower() in SUFFIXES:
+            yield member.name, partial(_member, tar, member.offset_data, member.size)
+
+
+def _tar(path: Path, columns: _Columns) -> Iterator[_Entry]:
+    # suffix to member of each stem: "photos/cat.v2.jpg" has the stem "photos/cat.v2"
+    stems: dict[str, dict[str, tarfile.TarInfo]] = {}
+    tar = _uncompressed(path)
+    for member in _members(tar):
+        stem, suffix = os.path.splitext(member.name)
+        stems.setdefault(stem, {})[suffix.lower()] = member
     images = {stem: next((name for name in members if name in SUFFIXES), None) for stem, members in stems.items()}
     groups: dict[str, list[str]] = {}
     for stem in stems:
@@ -394,7 +554,9 @@ def _tar(path: Path, columns: _Columns) -> Iterator[_Entry]:
             texts = {suffix: member for other in group for suffix, member in stems[other].items()}
             if sum(images[other] is not None for other in group) > 1 or not {".txt", ".json"} & set(texts):
                 raise ValueError(f"{path} must have a caption, {stem}.txt or {stem}.json, next to {stem}{image}")
-        yield _Entry(stem + image, *_described(path, texts, columns), partial(_member, path, stems[stem][image]))
+        picture = stems[stem][image]
+        data = partial(_member, tar, picture.offset_data, picture.size)
+        yield _Entry(stem + image, *_described(path, tar, texts, columns), data)
     _warn_of_others(path, others)
 
 
@@ -405,30 +567,37 @@ def _key(stem: str) -> str:
 
 
 def _described(
-    path: Path, members: Mapping[str, tarfile.TarInfo], columns: _Columns
+    path: Path, tar: Path, members: Mapping[str, tarfile.TarInfo], columns: _Columns
 ) -> tuple[tuple[str, ...], str | None]:
-    """Captions and label of an image in a tar; a ``.txt`` is the caption, next to which ``.json`` is metadata."""
+    """Captions and label of an image in ``tar``, which ``path`` names in errors.
+
+    A ``.txt`` is the caption, next to which ``.json`` is metadata.
+    """
     content: Any = {}
     where = ""
     if ".json" in members:
         where = f"{path}, member {members['.json'].name},"
         try:
-            content = json.loads(decoded_text(_member(path, members[".json"]), where))
+            content = json.loads(decoded_text(_content(tar, members[".json"]), where))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
     metadata = content if isinstance(content, Mapping) else {}
     if ".txt" in members:
         text = members[".txt"]
-        return _lines(_member(path, text), f"{path}, member {text.name},"), _label(metadata, columns)
+        return _lines(_content(tar, text), f"{path}, member {text.name},"), _label(metadata, columns)
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} must be a JSON object, got {type(content).__name__}")
     return _texts(_cell(content, columns.caption, where), where), _label(content, columns)
 
 
-def _member(path: Path, member: tarfile.TarInfo) -> bytes:
+def _content(path: Path, member: tarfile.TarInfo) -> bytes:
+    return _member(path, member.offset_data, member.size)
+
+
+def _member(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as stream:  # a member of an uncompressed tar is a piece of the file
-        stream.seek(member.offset_data)
-        return stream.read(member.size)
+        stream.seek(offset)
+        return stream.read(size)
 
 
 def _lines(content: bytes, where: str) -> tuple[str, ...]:

@@ -3,13 +3,16 @@
 Images come in one endless sequence, a new permutation each epoch. Update k takes the next ``batch_size`` of them and
 each process its shard, so several processes together see what one would. No batch holds an image twice: the contrastive
 loss would take the second for a mismatch. The caption chosen for an image with several, and its random shift, depend
-only on seed, epoch and image.
+only on seed, epoch and image. A batch is thus a function of its position, and worker processes that prepare batches
+ahead change neither the order nor a resumed run.
 
 Legend: b pairs of this process, n sequence, c channels.
 """
 
+import itertools
+import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from coca.data.captioned_images import CaptionedImages
 from coca.model.preprocessing import ImagePreprocessing
@@ -42,6 +46,11 @@ class PairBatch:
         """The batch on another device."""
         return PairBatch(self.text.to(device), self.images.to(device))
 
+    def split(self, count: int) -> "list[PairBatch]":
+        """``count`` parts whose numbers of pairs differ by one at most."""
+        rows = [shard(list(range(len(self.text))), index, count) for index in range(count)]
+        return [PairBatch(self.text[part], self.images[part]) for part in rows]
+
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class PairBatches(Iterator[PairBatch]):
@@ -58,9 +67,11 @@ class PairBatches(Iterator[PairBatch]):
         seed: seed of order, captions and shifts.
         rank: rank of this process.
         world_size: number of processes.
+        workers: processes that decode images and prepare batches ahead; 0 prepares each batch when it is asked for.
 
     Raises:
-        ValueError: ``batch_size`` exceeds the number of images, or is less than the number of processes.
+        ValueError: ``batch_size`` exceeds the number of images, or is less than the number of processes; ``workers`` is
+            negative.
     """
 
     data: CaptionedImages
@@ -73,10 +84,14 @@ class PairBatches(Iterator[PairBatch]):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    workers: int = 0
     position: int = field(default=0, init=False)
+    _prepared: Iterator[PairBatch] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         images, size = len(self.data), self.batch_size
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
         if size > images:
             raise ValueError(f"batch_size must be at most the number of images, {images}, got {size}")
         if size < self.world_size:
@@ -90,8 +105,19 @@ class PairBatches(Iterator[PairBatch]):
         return self.position / len(self.data)
 
     def __next__(self) -> PairBatch:
+        if self.workers == 0:
+            batch = self.at(self.position)
+        else:
+            if self._prepared is None:
+                self._prepared = iter(self._loader())
+            batch = next(self._prepared)
+        self.position += self.batch_size
+        return batch
+
+    def at(self, first: int) -> PairBatch:
+        """This process's share of the batch that begins at position ``first`` of the sequence."""
         rows, pixels = [], []
-        positions = list(range(self.position, self.position + self.batch_size))
+        positions = list(range(first, first + self.batch_size))
         for position in shard(positions, self.rank, self.world_size):
             epoch, index = self.order.at(position)
             draw = np.random.default_rng([self.seed, epoch, index])
@@ -99,8 +125,22 @@ class PairBatches(Iterator[PairBatch]):
             caption = captions[int(draw.integers(len(captions)))]
             rows.append(torch.tensor(caption_ids(caption, self.tokenizer, self.max_length)))
             pixels.append(shifted(self.data.read(index), draw, self.shift))
-        self.position += self.batch_size
         return PairBatch(right_pad(rows, self.pad_id)[0], self.preprocessing.normalised(np.stack(pixels)))
+
+    def close(self) -> None:
+        """Ends the worker processes; the next batch starts new ones."""
+        self._prepared = None
+
+    def _loader(self) -> DataLoader[PairBatch]:
+        return DataLoader(
+            _BatchesAt(replace(self, workers=0)),
+            batch_size=None,
+            sampler=itertools.count(self.position, self.batch_size),
+            num_workers=self.workers,
+            prefetch_factor=2,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # the global one would be drawn from, and differ in a resumed run
+        )
 
     def state_dict(self) -> dict[str, int]:
         """Position in the sequence, and what it depends on."""
@@ -114,6 +154,22 @@ class PairBatches(Iterator[PairBatch]):
         """Continues where ``state`` was taken; see ``check_state``."""
         self.check_state(state)
         self.position = int(state["position"])
+        self.close()
+
+
+class _BatchesAt(Dataset[PairBatch]):
+    """Batches by position."""
+
+    def __init__(self, batches: PairBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, position: int) -> PairBatch:
+        return self.batches.at(position)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leaves Ctrl-C, which reaches all processes of a terminal, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DistinctBatches(EpochOrder):

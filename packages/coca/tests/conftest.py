@@ -1,6 +1,7 @@
 """Fixtures: small models, their inputs, and training runs in processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def make_batch():
         return text, torch.randn(b, 5, 12, generator=generator, dtype=dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """Arguments of Python that start a program in two processes, by torchrun at a free port."""
+
+    def arguments():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+
+    return arguments
 
 
 @pytest.fixture(scope="session")

@@ -173,3 +173,26 @@ def test_a_caption_is_scored_as_a_language_model_scores_it(make_coca, make_batch
     found = token_log_probs(model, text, pooled=model.embed_image(image_tokens=tokens)[1])
 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("block", ["parallel", "sequential"])
+def test_a_static_step_is_one_graph_and_equals_the_full_forward(make_coca, make_batch, block):
+    from torch._dynamo.testing import CompileCounter
+
+    changes = {} if block == "parallel" else {"block": block, "max_text_length": 12}
+    model, (text, tokens) = make_coca(**changes).double().eval(), make_batch(n=9, dtype=torch.float64)
+    counter = CompileCounter()
+    step = torch.compile(model.hidden, fullgraph=True, backend=counter)
+    pooled = model.embed_image(image_tokens=tokens)[1]
+
+    with torch.no_grad():
+        expected = model(text, image_tokens=tokens)
+        for read in (2, 5):  # lengths of the prompt
+            cache = model.init_cache(4, 16, static=True)
+            parts = [model.hidden(text[:, :read], cache=cache, pooled=pooled)]
+            cache.begin_steps()
+            parts += [step(text[:, place : place + 1], cache=cache) for place in range(read, 9)]
+            torch.testing.assert_close(torch.cat(parts, dim=1) @ model.output_weight.T, expected, atol=1e-9, rtol=0)
+
+    assert counter.frame_count == 1  # neither a break of the graph nor a second compilation

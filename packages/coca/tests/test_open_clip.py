@@ -14,6 +14,7 @@ from coca.interop.clip_tokenizer import clip_tokenizer
 from lm_core.tokenizers import load_tokenizer
 
 FOLDER = Path(__file__).with_name("golden") / "open_clip"
+BPE = FOLDER.with_name("clip_bpe")
 GOLDEN = json.loads(FOLDER.with_suffix(".json").read_text("utf-8"))
 TEXT = torch.tensor(GOLDEN["text"])
 IMAGES = torch.sin(torch.arange(3 * 3 * 16 * 16) * 0.37).view(3, 3, 16, 16)
@@ -117,12 +118,12 @@ def test_the_export_is_the_original(model, tmp_path):
 
 
 def test_a_converted_model_is_a_checkpoint_like_any_other(model, tmp_path):
-    model.save_pretrained(tmp_path / "saved", tokenizer=clip_tokenizer(FOLDER))
+    model.save_pretrained(tmp_path / "saved", tokenizer=clip_tokenizer(BPE))
     reopened = CoCa.from_pretrained(tmp_path / "saved").eval()
 
     equal_to_golden(reopened)
     assert reopened.preprocessing.mean == (0.5, 0.4, 0.3)
-    assert load_tokenizer(tmp_path / "saved").encode("a dog") == clip_tokenizer(FOLDER).encode("a dog")
+    assert load_tokenizer(tmp_path / "saved").encode("a dog") == clip_tokenizer(BPE).encode("a dog")
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -188,7 +189,7 @@ def test_quick_gelu_is_its_formula():
 
 
 def test_tokens_equal_open_clips():
-    tokenizer = clip_tokenizer(FOLDER)
+    tokenizer = clip_tokenizer(BPE)
 
     for caption, ids in GOLDEN["tokens"].items():
         assert tokenizer.encode(caption) == ids, caption
@@ -197,10 +198,10 @@ def test_tokens_equal_open_clips():
 
 
 def test_a_tokenizer_of_vocabulary_and_merges_is_the_same(tmp_path):
-    tokenizer = clip_tokenizer(FOLDER)
+    tokenizer = clip_tokenizer(BPE)
     vocabulary = tokenizer.tokenizer.get_vocab()
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
-    merges = gzip.decompress((FOLDER / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
+    merges = gzip.decompress((BPE / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
     (tmp_path / "merges.txt").write_bytes(merges)
 
     other = clip_tokenizer(tmp_path)
@@ -361,8 +362,14 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     from coca.cli import main
 
     assert main(["convert", str(FOLDER), str(tmp_path / "ours")]) == 0
+    assert "no tokenizer was found" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
     equal_to_golden(from_open_clip(tmp_path / "theirs").eval())
+    assert main(["convert", str(FOLDER), str(tmp_path / "no"), "--tokenizer", str(BPE.parent)]) == 1
     capsys.readouterr()
+    shutil.copytree(FOLDER, tmp_path / "mixed")
+    shutil.copy(BPE / "bpe_simple_vocab_16e6.txt.gz", tmp_path / "mixed")
+    assert main(["convert", str(tmp_path / "mixed"), str(tmp_path / "no")]) == 1
+    assert "model must have num_tokens >= 1114" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "no")]) == 1
     assert "source must be a folder, a weight file or organisation/name" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from coca import CoCa, ImagePreprocessing, VisionTransformer
+from coca import CLIPVisionTransformer, CoCa, ImagePreprocessing, VisionTransformer
 from coca.data.captioned_images import CaptionedImages
 from coca.data.pair_batches import PairBatches
 from coca.evaluation.evaluation import evaluate
@@ -71,6 +70,10 @@ def tiny_trainer(folder, settings=TINY, resume="auto", trackers=(), **changes):
         vit_sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         config = transformers.ViTConfig(**vit_sizes, image_size=4, patch_size=2, num_channels=1)
         vit = transformers.ViTModel(config)
+    if "TINY_OPEN_CLIP" in os.environ:
+        vit_sizes = {"image_size": 4, "patch_size": 2, "channels": 1, "dim": 8, "depth": 1, "heads": 2, "dim_head": 4}
+        vit = CLIPVisionTransformer(**vit_sizes)
+        changes |= {"block": "sequential", "max_text_length": 13}
     sizes = {"dim": 8, "unimodal_depth": 1, "multimodal_depth": 1, "num_img_queries": 2, "dim_head": 4, "heads": 2}
     ids = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     data, held_out = four_kinds().split(0.2)
@@ -226,16 +229,37 @@ def test_batches_do_not_depend_on_the_number_of_processes():
 
 @pytest.mark.distributed
 @pytest.mark.plain
-@pytest.mark.parametrize("encoder", [{}, {"TINY_HUGGING_FACE": "1"}], ids=["ours", "Hugging Face's"])
-def test_two_processes_train_as_one_does(start_run, tmp_path, encoder):
+@pytest.mark.parametrize(
+    ("both", "two_processes"),
+    [
+        ({}, {}),
+        ({"TINY_HUGGING_FACE": "1"}, {}),
+        ({}, {"TINY_FSDP": "1", "TINY_RECOMPUTE": "1"}),
+        ({"TINY_HUGGING_FACE": "1"}, {"TINY_FSDP": "1"}),
+        ({"TINY_OPEN_CLIP": "1"}, {"TINY_FSDP": "1"}),
+        ({}, {"TINY_MICRO": "3"}),
+        ({}, {"TINY_MICRO": "2", "TINY_FSDP": "1"}),
+        pytest.param({}, {"TINY_FSDP": "1", "TINY_COMPILE": "1"}, marks=pytest.mark.slow),
+    ],
+    ids=[
+        "ours",
+        "Hugging Face's",
+        "FSDP",
+        "FSDP, Hugging Face's",
+        "FSDP, open_clip's",
+        "accumulated",
+        "FSDP, accumulated",
+        "FSDP, compiled",
+    ],
+)
+def test_two_processes_train_as_one_does(start_run, launcher, tmp_path, both, two_processes):
     # In float64: where a gradient is nearly 0, Adam turns its float32 rounding into a whole step.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = {"TINY_DOUBLE": "1", **encoder}
-    runs = [start_run(one, **settings), start_run(two, *launcher, EXPECTED_WORLD_SIZE="2", **settings)]
+    settings = {"TINY_DOUBLE": "1", **both}
+    runs = [
+        start_run(one, **settings),
+        start_run(two, *launcher(), EXPECTED_WORLD_SIZE="2", **settings, **two_processes),
+    ]
     for process in runs:
         errors = process.communicate(timeout=300)[1]
         assert process.returncode == 0, errors
@@ -245,6 +269,63 @@ def test_two_processes_train_as_one_does(start_run, tmp_path, encoder):
         torch.testing.assert_close(weights(two, 6)[name], value, atol=1e-9, rtol=1e-9)
     losses = [[row["loss"] for row in rows_of(folder) if "loss" in row] for folder in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+@pytest.mark.distributed
+@pytest.mark.plain
+def test_a_sharded_run_that_was_interrupted_resumes_bit_for_bit(start_run, launcher, tmp_path):
+    settings = {"TINY_FSDP": "1", "EXPECTED_WORLD_SIZE": "2"}
+    runs = [(tmp_path / "whole", {}), (tmp_path / "parts", {"TINY_STOP": "3"}), (tmp_path / "parts", {})]
+    for folder, stop in runs:
+        process = start_run(folder, *launcher(), **settings, **stop)
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors
+
+    assert (tmp_path / "parts" / "checkpoints" / "step-3").is_dir()
+    for name, value in weights(tmp_path / "whole", 6).items():
+        assert torch.equal(weights(tmp_path / "parts", 6)[name], value), name
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert CoCa.from_pretrained(tmp_path / "parts" / "checkpoints" / "step-6").preprocessing == PREPROCESSING
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("micro_batches", [2, 3, 6])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, loss, micro_batches, monkeypatch):
+    found = {}
+    for parts in (1, micro_batches):
+        trainer = tiny_trainer(tmp_path / str(parts), replace(TINY, max_steps=1, micro_batches=parts), loss=loss)
+        trainer.model.double()
+        before = trainer.session.optimizer_step
+
+        def keep(before=before, trainer=trainer, parts=parts):
+            found[parts] = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+            return before()
+
+        monkeypatch.setattr(trainer.session, "optimizer_step", keep)
+        trainer.train()
+
+    assert found[1].keys() == found[micro_batches].keys()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(
+            found[micro_batches][name], gradient, atol=1e-9, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    losses = [next(row for row in rows_of(tmp_path / str(parts)) if "loss" in row) for parts in (1, micro_batches)]
+    for name in ("loss", "caption_loss", "contrastive_loss", "grad_norm"):
+        assert losses[0][name] == pytest.approx(losses[1][name], rel=1e-9)
+
+
+@pytest.mark.plain
+def test_more_parts_than_pairs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="micro_batches must be at most the pairs of a process, 6, got 7"):
+        tiny_trainer(tmp_path / "run", replace(TINY, micro_batches=7))
+    with pytest.raises(ValueError, match="micro_batches must be at least 1, got 0"):
+        replace(TINY, micro_batches=0)
+
+
+@pytest.mark.plain
+def test_one_process_does_not_shard(tmp_path):
+    with pytest.raises(ValueError, match="fsdp=True needs several processes, got one"):
+        tiny_trainer(tmp_path / "run", replace(TINY, fsdp=True))
 
 
 def test_the_stored_logit_scale_is_clamped_after_each_update(tmp_path):
@@ -266,6 +347,10 @@ class Slow:
 
 if __name__ == "__main__":
     assert int(os.environ.get("WORLD_SIZE", "1")) == int(os.environ.get("EXPECTED_WORLD_SIZE", "1"))
-    tiny_trainer(sys.argv[1], trackers=[Slow()]).train()
+    more = {"fsdp": "TINY_FSDP" in os.environ, "compile": "TINY_COMPILE" in os.environ}
+    more["micro_batches"] = int(os.environ.get("TINY_MICRO", "1"))
+    stops = [StopAt(int(os.environ["TINY_STOP"]))] if "TINY_STOP" in os.environ else []
+    changes = {"gradient_checkpointing": True} if "TINY_RECOMPUTE" in os.environ else {}
+    tiny_trainer(sys.argv[1], replace(TINY, **more), trackers=[Slow(), *stops], **changes).train()
     if torch.distributed.is_initialized():
         assert torch.distributed.get_world_size() == int(os.environ["EXPECTED_WORLD_SIZE"])

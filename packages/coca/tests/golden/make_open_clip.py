@@ -1,4 +1,4 @@
-"""Makes open_clip/: a tiny CoCa of open_clip with random weights, and what open_clip computes with it.
+"""Makes open_clip/ and clip_bpe/: a tiny CoCa with random weights and a tokenizer, and what open_clip does with them.
 
 pip install --no-deps --target peers open_clip_torch==3.3.0 timm ftfy regex wcwidth torchvision
 pip install --target peers "transformers==4.55.4"  # later ones lack the beam search that open_clip calls
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import LogitNormalization, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 FOLDER = Path(__file__).with_name("open_clip")
+BPE = FOLDER.with_name("clip_bpe")
 TEXT = {"context_length": 12, "vocab_size": 40, "width": 16, "heads": 4, "layers": 2}
 CONFIG = {
     "embed_dim": 16,
@@ -96,8 +97,9 @@ content = {"model_cfg": CONFIG, "preprocess_cfg": {**preprocess, "resize_mode": 
 (FOLDER / "open_clip_config.json").write_text(json.dumps(content, indent=1) + "\n")
 # the tokenizer, with the first 600 of CLIP's pairs
 lines = gzip.decompress((Path(open_clip.__file__).parent / MERGES).read_bytes()).decode().split("\n")[:601]
-(FOLDER / MERGES).write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
-tokenizer = SimpleTokenizer(str(FOLDER / MERGES))
+BPE.mkdir(exist_ok=True)
+(BPE / MERGES).write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
+tokenizer = SimpleTokenizer(str(BPE / MERGES))
 golden["tokens"] = {caption: tokenizer.encode(caption) for caption in CAPTIONS}
 golden["decoded"] = {caption: tokenizer.decode(ids) for caption, ids in golden["tokens"].items()}
 (FOLDER.parent / "open_clip.json").write_text(json.dumps(golden) + "\n")

@@ -26,7 +26,7 @@ from coca.model.coca import CoCa
 from coca.model.image_encoders import load_encoder
 from coca.model.preprocessing import ImagePreprocessing
 from lm_core.checkpoints.checkpoint import checkpoint_folder
-from lm_core.checkpoints.pretrained import TOKENIZER_FOLDER
+from lm_core.checkpoints.pretrained import TOKENIZER_FOLDER, check_vocabulary
 from lm_core.checks import check_positive, typed
 from lm_core.cli.main import report
 from lm_core.cli.text_generation import SamplingFlags, read_prompt
@@ -75,7 +75,7 @@ def caption(
     Args:
         model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
             organisation/name on the hub.
-        images: files or folders of images.
+        images: files, folders and tars of images, and patterns as a-{000..127}.tar.
         settings: settings of the generation.
         prefix: text that every caption begins with; "-" reads standard input, "@FILE" a file.
     """
@@ -111,7 +111,7 @@ def embed(
         model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
             organisation/name on the hub.
         output: .npz file to write.
-        images: files or folders of images.
+        images: files, folders and tars of images, and patterns as a-{000..127}.tar.
         texts: captions to embed instead of images.
     """
     if bool(images) == bool(texts):
@@ -145,7 +145,7 @@ def zero_shot(
     Args:
         model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
             organisation/name on the hub.
-        images: files or folders of images.
+        images: files, folders and tars of images, and patterns as a-{000..127}.tar.
         classes: class names to choose among.
         templates: captions with one {} for a class name, as "a photo of a {}".
         top: number of classes to print for an image.
@@ -176,7 +176,8 @@ def retrieve(
     Args:
         model: CoCa to use: folder of a run (its newest checkpoint), of a checkpoint or of save_pretrained, or
             organisation/name on the hub.
-        images: files or folders of images; with --captions, sources of images with captions as for coca train --data.
+        images: files, folders and tars of images; with --captions, sources of images with captions as for coca train
+            --data.
         reading: arguments of ``load_images``, for --captions.
         text: queries for which the nearest images are printed.
         captions: measures losses, recall and classification on images with captions instead.
@@ -228,12 +229,15 @@ def convert(
         bos_id: id of the token that begins captions.
         eos_id: id of the token that ends captions.
     """
-    if model_config is not None or not Path(old).expanduser().is_file():
+    path = Path(old).expanduser()
+    if model_config is not None or not (path.is_file() or path.suffix in (".pt", ".pth")):
         folder = open_clip_folder(old)
         if (encoder, pad_id, bos_id, eos_id) != (None, 0, None, None):
             raise ValueError("encoder, pad_id, bos_id and eos_id are for CoCa-pytorch; open_clip's are in its folder")
         model = from_open_clip(folder, config=model_config)
         clip = clip_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer)
+        if clip is not None:
+            check_vocabulary(clip, model.num_tokens)
         print(f"wrote {model.save_pretrained(directory, overwrite=overwrite, tokenizer=clip)}")
         if clip is None:
             print("no tokenizer was found; pass --tokenizer openai/clip-vit-base-patch32", file=sys.stderr)

@@ -192,7 +192,7 @@ def train(
     report("run", f"{checkpoint_dir}, {settings.max_steps} updates, {trainer.device}, {world_size()} process(es)")
     result = trainer.train()
     lines = [("held out", f"{name:22} {value:.3f}") for name, value in result.metrics.items()]
-    grid = ("grid", f"{result.grid}: held-out images, their generated captions and the nearest texts")
+    grid = ("grid", f"{result.grid}: held-out images, their true and generated captions, and the nearest texts")
     subject = "held-out digits" if is_digits else "held-out images"
     results = [
         Result(

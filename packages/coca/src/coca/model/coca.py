@@ -62,6 +62,23 @@ class CoCaLoss:
     contrastive: Float[Tensor, ""]
 
 
+@dataclass(frozen=True)
+class PairStates:
+    """What the losses of matching texts and images are computed from.
+
+    Attributes:
+        image_latents: L2-normalised, ``(b, l)``.
+        text_latents: L2-normalised, ``(b, l)``.
+        hidden: features before the output layer at positions 0 to n-2; None if only latents were asked for.
+        targets: labels of these positions, -100 where nothing is predicted.
+    """
+
+    image_latents: Float[Tensor, "b l"]
+    text_latents: Float[Tensor, "b l"]
+    hidden: Float[Tensor, "b n_minus_1 d"] | None
+    targets: Int[Tensor, "b n_minus_1"]
+
+
 class CoCa(PretrainedMixin):
     """Contrastive captioner: latents of images and texts to compare, and captions of images.
 
@@ -372,27 +389,69 @@ class CoCa(PretrainedMixin):
                 another shape or out of range, or a text of one token.
         """
         collective: dict[str, Any] = {"process_group": process_group, "gather": gather}
+        states = self.pair_states(text, images, image_tokens, labels, mask=mask)
+        counted = (states.targets != IGNORED).sum()
+        caption_loss = self.caption_loss(
+            states, all_reduce_sum(counted, process_group) if gather else counted, **collective
+        )
+        contrastive = self.contrastive_loss(
+            states.image_latents, states.text_latents, self.logit_scale, self.logit_bias, **collective
+        )
+        total = self.caption_loss_weight * caption_loss + self.contrastive_loss_weight * contrastive
+        return CoCaLoss(total, caption_loss, contrastive)
+
+    def pair_states(
+        self,
+        text: Int[Tensor, "b n"],
+        images: Float[Tensor, "b c height width"] | None = None,
+        image_tokens: Float[Tensor, "b m c"] | None = None,
+        labels: Int[Tensor, "b n"] | None = None,
+        *,
+        mask: Bool[Tensor, "b n"] | None = None,
+        captions: bool = True,
+    ) -> PairStates:
+        """Latents of texts and images, and the features from which captions are predicted.
+
+        Args:
+            captions: False leaves out the multimodal layers.
+            text, images, image_tokens, labels, mask: as in ``loss``, whose errors are raised.
+        """
         layout, text_embedding, states = self._unimodal(text, mask)
         targets = layout.targets(labels)
         image_embedding, pooled = self.embed_image(images, image_tokens)
-        hidden = self._multimodal(states[:, :-1], pooled)
-
-        # captioning: this process's share of the mean over the tokens of all processes
-        counted = (targets != IGNORED).sum()
-        normalizer = all_reduce_sum(counted, process_group) if gather else counted
-        share = linear_cross_entropy(hidden, self.output_weight, targets, normalizer=normalizer)
-        caption_loss = global_mean(share, **collective)
-
-        latents = (
+        return PairStates(
             self._latents(self.image_to_latents, image_embedding),
             self._latents(self.text_to_latents, text_embedding),
+            self._multimodal(states[:, :-1], pooled) if captions else None,
+            targets,
         )
-        if self.logit_bias is None:
-            contrastive = softmax_contrastive_loss(*latents, self.logit_scale, **collective)
-        else:
-            contrastive = sigmoid_contrastive_loss(*latents, self.logit_scale, self.logit_bias, **collective)
-        total = self.caption_loss_weight * caption_loss + self.contrastive_loss_weight * contrastive
-        return CoCaLoss(total, caption_loss, contrastive)
+
+    def caption_loss(
+        self, states: PairStates, normalizer: Int[Tensor, ""], *, process_group: Any = None, gather: bool = True
+    ) -> Float[Tensor, ""]:
+        """This process's share of the captioning loss as ``global_mean`` gives it.
+
+        Args:
+            states: from ``pair_states``.
+            normalizer: predicted tokens of the whole batch, of all processes.
+            process_group, gather: as in ``loss``.
+        """
+        assert states.hidden is not None
+        share = linear_cross_entropy(states.hidden, self.output_weight, states.targets, normalizer=normalizer)
+        return global_mean(share, process_group=process_group, gather=gather)
+
+    def contrastive_loss(
+        self,
+        image_latents: Float[Tensor, "b l"],
+        text_latents: Float[Tensor, "b l"],
+        logit_scale: Float[Tensor, ""],
+        logit_bias: Float[Tensor, ""] | None,
+        **collective: Any,
+    ) -> Float[Tensor, ""]:
+        """The model's contrastive loss of matching latents: softmax, or sigmoid with a bias."""
+        if logit_bias is None:
+            return softmax_contrastive_loss(image_latents, text_latents, logit_scale, **collective)
+        return sigmoid_contrastive_loss(image_latents, text_latents, logit_scale, logit_bias, **collective)
 
     # ----------------------------------------------------------------------- captions, and the CausalLM protocol
 

@@ -17,8 +17,11 @@ class TrainingSettings(CommonSettings):
 
     Args:
         batch_size: pairs in an update, over all processes together; all are contrasted with each other.
+        micro_batches: parts of an update's pairs that are in memory one after the other; all pairs are contrasted all
+            the same, for one more forward of the encoders (arXiv 2101.06983).
         max_length: tokens at which captions are cut, BOS and EOS included.
         shift: largest random shift of an image in pixels, in each direction.
+        workers: processes that decode images ahead of the training, in each process of it; 0 decodes between updates.
         validation_captions: held-out images to caption in a validation; null for all. The last validation takes all.
 
     Raises:
@@ -31,14 +34,16 @@ class TrainingSettings(CommonSettings):
     validate_every: int = 1000
     checkpoint_every: int | None = 1000
     batch_size: int = 256
+    micro_batches: int = 1
     max_length: int = 64
     shift: int = 0
+    workers: int = 0
     validation_captions: int | None = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_counts("batch_size")
-        for name, least in (("max_length", 3), ("shift", 0), ("validation_captions", 0)):
+        self.check_counts("batch_size", "micro_batches")
+        for name, least in (("max_length", 3), ("shift", 0), ("workers", 0), ("validation_captions", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")

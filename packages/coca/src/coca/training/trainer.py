@@ -4,13 +4,12 @@ An update shards ``batch_size`` pairs over the processes, and both losses are th
 the same on any number of processes.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import Tensor, nn
+from typing import Any, Literal, TypeVar
 
 from coca.data.captioned_images import CaptionedImages
 from coca.data.pair_batches import PairBatches
@@ -19,15 +18,18 @@ from coca.evaluation.grid import draw_grid
 from coca.model.coca import CoCa
 from coca.model.preprocessing import ImagePreprocessing
 from coca.training.config import TrainingSettings
+from coca.training.objective import CoCaObjective, accumulate
 from lm_core.checkpoints.checkpoint import on_main_process
 from lm_core.checkpoints.pretrained import check_vocabulary
 from lm_core.checks import typed
 from lm_core.distributed import rank, world_size
 from lm_core.tokenizers import ByteTokenizer, as_tokenizer
 from lm_core.training.accelerator import autocast
+from lm_core.training.blocks import blocks_of
 from lm_core.training.session import TrainingResult as SessionResult
 from lm_core.training.session import TrainingSession, adamw
 
+T = TypeVar("T")
 CURVES = (
     *("caption_loss", "validation_caption_loss", "contrastive_loss", "validation_contrastive_loss"),
     *("validation_zero_shot_accuracy", "validation_caption_accuracy"),
@@ -52,24 +54,11 @@ class TrainingResult(SessionResult):
     grid: Path
 
 
-class CoCaObjective(nn.Module):
-    """The losses of ``model`` as one module, which DDP and ``torch.compile`` wrap."""
-
-    def __init__(self, model: CoCa) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, text: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Total, captioning and contrastive loss of the batch of all processes."""
-        loss = self.model.loss(text, images)
-        return loss.total, loss.caption, loss.contrastive
-
-
 class CoCaTrainer:
     """Trains a ``CoCa`` on images with captions, resumably.
 
     Args:
-        model: model to train, in place; moved to the device.
+        model: model to train, in place; moved to the device, or sharded over the processes with ``settings.fsdp``.
         data: images to train on.
         validation_data: held-out images.
         preprocessing: normalisation of the pixels; stored with the checkpoints.
@@ -118,6 +107,11 @@ class CoCaTrainer:
             packages=("coca",),
         )
         self.device = self.session.device
+        if settings.batch_size // world_size() < settings.micro_batches:
+            raise ValueError(
+                f"micro_batches must be at most the pairs of a process, {settings.batch_size // world_size()}, "
+                f"got {settings.micro_batches}"
+            )
         self.batches = PairBatches(
             data=data,
             tokenizer=self.tokenizer,
@@ -129,15 +123,17 @@ class CoCaTrainer:
             seed=settings.seed,
             rank=rank(),
             world_size=world_size(),
+            workers=settings.workers,
         )
         # what a checkpoint, the record of the run and its curves contain
-        self.model = model.to(self.device)
+        self.model = self.session.place(model)
         self.model.preprocessing = preprocessing
         arguments = model.config["arguments"]
         self.session.register(
             model=model,
             objective=CoCaObjective(model),
             optimizer=lambda: adamw(model, settings),
+            blocks=lambda: blocks_of(model),
             state={"batches": self.batches},
             architecture={name: value for name, value in arguments.items() if name != "gradient_checkpointing"},
             identity={
@@ -145,7 +141,7 @@ class CoCaTrainer:
                 "preprocessing": asdict(preprocessing),
             },
             tokenizer=self.tokenizer,
-            validate=lambda: on_main_process(self._validate),
+            validate=lambda: self._alone(self._validate),
             record={
                 "model": arguments,
                 "images": len(data),
@@ -166,13 +162,17 @@ class CoCaTrainer:
             ValueError: the checkpoint belongs to other data.
             OSError: a checkpoint could not be written; earlier ones are intact.
         """
-        with self.session.run() as session:
+        with self.session.run() as session, contextlib.closing(self.batches):
             for _ in session.steps():
                 started = time.monotonic()
                 batch = next(self.batches).to(self.device)
-                with autocast(self.settings.precision, self.device):
-                    total, caption, contrastive = session.module(batch.text, batch.images)
-                session.backward(total)
+                if self.settings.micro_batches == 1:
+                    with autocast(self.settings.precision, self.device):
+                        total, caption, contrastive = session.module(batch.text, batch.images)
+                    session.backward(total)
+                else:
+                    parts = batch.split(self.settings.micro_batches)
+                    caption, contrastive = accumulate(session, parts, self.settings.precision)
                 update = session.optimizer_step()
                 self.model.clamp_logit_scale_()
                 session.log(
@@ -183,13 +183,18 @@ class CoCaTrainer:
                     pairs_per_second=round(self.settings.batch_size / (time.monotonic() - started)),
                     epoch=self.batches.epoch,
                 )
-            grid = on_main_process(self._draw)
+            grid = self._alone(self._draw)
         return session.result(
             TrainingResult,
             first_metrics=_evaluated(session.first_validation),
             metrics=_evaluated(session.last_validation),
             grid=grid,
         )
+
+    def _alone(self, function: Callable[[], T]) -> T:
+        """The result of ``function`` on the main process, with all weights; every process calls it."""
+        with self.session.gathered():
+            return on_main_process(function)
 
     def _validate(self) -> dict[str, Any]:
         """Metrics of the held-out images, and a generated caption of the first."""
@@ -213,7 +218,7 @@ class CoCaTrainer:
             self.tokenizer,
             self.preprocessing,
             max_length=self.settings.max_length,
-            title=f"Held-out images after {self.session.step} updates: generated caption, and the nearest texts",
+            title=f"Held-out images after {self.session.step} updates: true and generated caption, nearest texts",
         )
 
 

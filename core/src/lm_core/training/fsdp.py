@@ -101,6 +101,18 @@ def gathered(module: nn.Module) -> Iterator[None]:
         for part in parts:
             part.reshard()
             part.set_reshard_after_forward(part is not module, recurse=False)
+        _forget_forwards(parts)
+
+
+def _forget_forwards(parts: Iterable[Any]) -> None:
+    """Clears the order of forwards that FSDP prefetches by: forwards of one process alone would make orders differ."""
+    for part in parts:
+        state = part._get_fsdp_state()
+        state._comm_ctx.post_forward_order.clear()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            if group is not None:
+                group._post_forward_indices.clear()
 
 
 @contextlib.contextmanager

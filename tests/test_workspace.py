@@ -140,6 +140,17 @@ def test_a_requirement_without_a_lower_bound_is_refused(workspace: ModuleType) -
         workspace.lowest_versions([Requirement("numpy<3")])
 
 
+def test_the_requirements_of_a_wheel_are_those_of_this_machine_without_extras(
+    workspace: ModuleType, tmp_path: Path
+) -> None:
+    lines = ["Name: engine", "Requires-Dist: numpy<2,>=1", 'Requires-Dist: nothing; sys_platform == "amiga"']
+    lines += ['Requires-Dist: soxr; extra == "audio"', 'Requires-Dist: torch==2.13.0; python_version >= "3"']
+    with zipfile.ZipFile(tmp_path / "engine-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("engine-1.dist-info/METADATA", "\n".join(lines) + "\n\nRequires-Dist: not-this\n")
+    names = [one.name for one in workspace.wheel_requirements(tmp_path / "engine-1-py3-none-any.whl")]
+    assert names == ["numpy", "torch"]
+
+
 def test_every_distribution_declares_the_promised_bounds(workspace: ModuleType) -> None:
     for distribution in workspace.DISTRIBUTIONS.values():
         asked = {wanted.name: wanted.specifier for wanted in distribution.requirements(extras=False)}

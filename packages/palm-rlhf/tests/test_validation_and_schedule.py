@@ -113,7 +113,18 @@ RUN = [
 @pytest.mark.parametrize("objective", ["gspo", "tpo"])
 def test_the_command_rl_trains_by_the_objective_of_its_flag_on_several_rewards(folder, capsys, objective):
     rewards = ["letters_of:letters", "palm_rlhf.reward.functions:SoftOverlong(max_length=4, buffer=2)"]
-    arguments = [*RUN, "--objective", objective, "--reward", *rewards, "--reward_weights", "1.0", "0.5"]
+    arguments = [
+        *RUN,
+        "--objective",
+        objective,
+        "--reward",
+        rewards[0],
+        "--further_rewards",
+        rewards[1],
+        "--reward_weights",
+        "1.0",
+        "0.5",
+    ]
     assert main(["rl", *arguments, "--validate_every", "1", "--validation_fraction", "0.25"]) == 0
     rows = read_metrics(folder / "runs" / f"palm-{objective}" / "metrics.jsonl")
     assert any("rewards/letters/mean" in row and "rewards/SoftOverlong/mean" in row for row in rows)

@@ -14,7 +14,7 @@ from lm_core.distributed import rank
 from lm_core.rng import seed_everything
 from lm_core.tokenizers import load_tokenizer
 from lm_core.training.run_directory import Result
-from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, find_prompts, find_reward, open_policy
+from palm_rlhf.cli.sources import QUICKSTART, REWARD, VALIDATION_PROMPTS, find_prompts, find_rewards, open_policy
 from palm_rlhf.rl.config import RLConfig
 from palm_rlhf.rl.objectives import OBJECTIVES, Objective
 from palm_rlhf.rl.policy import ActorCritic
@@ -60,9 +60,10 @@ def train_policy(
     config: RLConfig,
     policy: dict[str, Any],
     responses: Responses,
-    objective: str = "grpo",
+    objective: str | None = None,
     max_steps: int = 1000,
-    reward: list[str] | str = REWARD,
+    reward: str = REWARD,
+    further_rewards: list[str] | None = None,
     reward_weights: list[float] | None = None,
     model: str | None = None,
     data: str = "stdlib",
@@ -86,10 +87,11 @@ def train_policy(
         policy: arguments of ``ActorCritic``.
         responses: length and sampling of responses.
         objective: name of the objective, whose options are further flags: ppo, grpo, gspo, cispo, spo, rloo, reinforce,
-            reinforce++, tpo or flowrl.
+            reinforce++, tpo or flowrl; null for that of the command, and for GRPO in rl.
         max_steps: optimizer updates of the run.
-        reward: folders of reward models or of their runs, or module:function (with arguments, module:function(a=1)).
-        reward_weights: a weight for each reward; 1 by default.
+        reward: folder of a reward model or of its run, or module:function; with arguments, module:function(a=1).
+        further_rewards: rewards that are added to it.
+        reward_weights: a weight for each reward in this order; 1 by default.
         model: policy to start from: a PaLM's folder or run, a Hugging Face model or adapter (folder, or
             organisation/name on the hub); by default the base of the reward model, which both then share.
         data: "stdlib", or rows with a column prompt (a file, a folder or a glob); other columns reach text rewards.
@@ -103,19 +105,11 @@ def train_policy(
     from palm_rlhf.rl.trainer import RLHFTrainer
 
     check_positive(max_steps, "max_steps")
-    if OBJECTIVES.get(objective) is not type(method):
+    if objective is not None and OBJECTIVES.get(objective) is not type(method):
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-    names = [reward] if isinstance(reward, str) else reward
-    weights = reward_weights or [1.0] * len(names)
-    if len(weights) != len(names) or not names:
-        raise ValueError(f"reward_weights must be one number for each of {len(names)} rewards, got {reward_weights}")
     seed_everything(config.seed)  # covers adapters and value heads
     # a reward model and the policy trained from its base share that base
-    rewards = [find_reward(name) for name in names]
-    scores: Any = [(weight, each) for weight, (each, _) in zip(weights, rewards, strict=True)]
-    base, shared = next(((folder, each.palm) for each, folder in rewards if folder is not None), (None, None))
-    if len(names) == 1 and reward_weights is None:
-        scores = rewards[0][0]
+    scores, shared, base = find_rewards([reward, *(further_rewards or [])], reward_weights)
     encoder: Any
     if model is None and base is not None:
         network, encoder, origin = shared, load_tokenizer(tokenizer or base), f"base of the reward model {base}"
@@ -193,7 +187,7 @@ def _progress(phases: list[dict[str, float]]) -> list[tuple[str, object]]:
 
 def _presets(objective: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the quickstart, without own model, data and reward."""
-    own = {**chosen, "reward": None if chosen["reward"] in (REWARD, [REWARD]) else chosen["reward"]}
+    own = {**chosen, "reward": None if chosen["reward"] == REWARD else chosen["reward"]}
     is_quick = preset_name(own, "model", "data", "reward") == "quickstart"
     return {**QUICK, **QUICK_OF.get(objective, {})} if is_quick else {}
 
@@ -211,5 +205,5 @@ def command_of(name: str) -> Command:
         },
         f"Trains a policy by {kind.__name__} against a reward.",
         partial(_presets, name),
-        defaults={"objective": name, "checkpoint_dir": f"runs/palm-{name}"},
+        defaults={"checkpoint_dir": f"runs/palm-{name}"},
     )

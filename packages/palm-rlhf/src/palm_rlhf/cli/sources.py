@@ -87,6 +87,25 @@ def find_reward(reward: str) -> tuple[Any, Path | None]:
     return RewardModel.from_pretrained(folder), folder
 
 
+def find_rewards(names: list[str], weights: list[float] | None = None) -> tuple[Any, Any, Path | None]:
+    """A reward, or the weighted sum of several; network and folder of the first that is a ``RewardModel``, or None.
+
+    Raises:
+        ValueError: another number of weights, or a reward that cannot be found.
+    """
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"reward_weights must be one number for each of {len(names)} rewards, got {weights}")
+    found = [find_reward(name) for name in names]
+    network, base = next(((each.palm, folder) for each, folder in found if folder is not None), (None, None))
+    if len(found) == 1 and weights is None:
+        return found[0][0], network, base
+    return (
+        [(weight, each) for weight, (each, _) in zip(weights or [1.0] * len(found), found, strict=True)],
+        network,
+        base,
+    )
+
+
 def find_prompts(
     data: str,
     validation_data: str | None,

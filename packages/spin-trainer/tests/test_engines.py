@@ -67,7 +67,7 @@ def test_an_engines_answers_are_those_of_the_promoted_weights(train, engine):
 
 def test_self_rewarding_draws_candidates_and_ratings_with_an_engine(engine, make_model, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "spin_trainer.training.self_reward.SelfRewardingSettings.score", lambda _, text: len(text) % 5.0
+        "spin_trainer.training.self_reward.SelfRewardingSettings.score", lambda _, text: sum(map(ord, text)) % 5.0
     )
     runs = []
     for name in ("lm_core", "vllm"):

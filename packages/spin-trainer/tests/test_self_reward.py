@@ -12,7 +12,7 @@ from spin_trainer.cli import main
 from spin_trainer.data.given_answers import prompt_rows, read_answers
 from spin_trainer.data.opponent_answers import Answer
 from spin_trainer.data.prompt_data import as_prompt_dataset
-from spin_trainer.data.rewards import Rater, rewards_of
+from spin_trainer.data.rewards import Rater, rewards_of, sums_of_rewards
 from spin_trainer.data.sft_data import as_sft_dataset
 from spin_trainer.training import self_reward as module
 
@@ -161,6 +161,14 @@ def test_a_reward_in_trls_form_gets_messages_ids_and_columns():
     assert calls["completions"] == [[{"role": "assistant", "content": "a"}], "b"]
     assert calls["ids"] == [[97], [98]]
     assert calls["level"] == [3, None]
+
+
+def test_several_rewards_are_summed_and_none_counts_as_nothing():
+    prompts = list(as_prompt_dataset(["a", "b", "c"], max_seq_len=9, tokenizer=BYTES))
+    first, second = lambda completions: [1.0, None, None], lambda completions: [2.0, 3.0, None]
+    answers = [Answer((97,), True)] * 3
+
+    assert sums_of_rewards([first, second], prompts, ["x", "y", "z"], answers) == [3.0, 3.0, None]
 
 
 def test_answers_of_another_engine_give_the_run_of_the_own_ones(train, make_rows, rows_of, tmp_path):

@@ -205,7 +205,7 @@ def self_reward(
     *,
     run: PolicyRun,
     settings: SelfRewardingSettings,
-    reward: str | None = None,
+    reward: list[str] | str = "self",
     answers: str | None = None,
     engine: Engine = "lm_core",
     engine_arguments: dict[str, Any] | None = None,
@@ -215,20 +215,21 @@ def self_reward(
     Args:
         run: model, data and folder.
         settings: settings of self-rewarding.
-        reward: function module:function that scores answers, instead of the model's ratings.
+        reward: what scores answers: self, the model's own ratings, or a function module:function; several are summed.
         answers: candidates of the model at the start that another engine made, one row with a list for each of the
             data; see ``spin-trainer prompts``.
         engine: engine that generates answers: lm_core, or vllm, for models of transformers on one process.
         engine_arguments: further arguments of vllm.LLM in JSON, such as '{"gpu_memory_utilization": 0.4}'.
     """
-    function = None if reward is None else _imported(reward)
+    names = [reward] if isinstance(reward, str) else reward
+    functions = [] if names == ["self"] else [_imported(name) for name in names]
     model, data = run.required(settings.device)
     arguments = run.trainer_arguments(model)
     trainer = SelfRewardingTrainer(
         run.policy(model, settings.seed),
         train_dataset=data,
         valid_dataset=run.validation_data,
-        reward=function,
+        reward=functions or None,
         answers=answers,
         engine=engine,
         engine_arguments=engine_arguments,

@@ -79,6 +79,18 @@ class Rater:
         return value if value is not None and value <= self.rating_max_score else None
 
 
+def sums_of_rewards(
+    functions: Sequence[Callable[..., Any]],
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    answers: Sequence[Answer],
+) -> list[float | None]:
+    """Sum of several rewards for each answer; None counts as nothing, and is the sum where all are None."""
+    columns = [rewards_of(function, prompts, texts, answers) for function in functions]
+    known = [[score for score in row if score is not None] for row in zip(*columns, strict=True)]
+    return [sum(row) if row else None for row in known]
+
+
 def rewards_of(
     function: Callable[..., Any], prompts: Sequence[Prompt], texts: Sequence[str], answers: Sequence[Answer]
 ) -> list[float | None]:

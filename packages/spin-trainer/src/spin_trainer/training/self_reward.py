@@ -25,7 +25,7 @@ from spin_trainer.data.given_answers import read_answers
 from spin_trainer.data.iteration_data import IterationData, answers_fingerprint
 from spin_trainer.data.opponent_answers import Answer, Engine, Sampling, answer_prompts, batches_by_length
 from spin_trainer.data.prompt_data import Prompt, as_prompt_dataset
-from spin_trainer.data.rewards import Rater, rewards_of
+from spin_trainer.data.rewards import Rater, sums_of_rewards
 from spin_trainer.data.row_store import RowStore, fingerprint_of, name_of_function
 from spin_trainer.data.sft_data import Example, Overlong, SFTDataset, training_and_validation
 from spin_trainer.training.checks import check_datasets, check_policy
@@ -79,8 +79,8 @@ class SelfRewardingTrainer(PairTrainer):
         model: anything that ``lm_core.adapters.as_causal_lm`` accepts, or a folder or hub name. Trained in place.
         train_dataset: prompts; see ``spin_trainer.data.prompt_data``.
         valid_dataset: held-out prompts, whose answers are rated before and after each iteration.
-        reward: function that scores answers instead of the rater, in TRL's form; see
-            ``spin_trainer.data.rewards.rewards_of``.
+        reward: function, or several whose scores are summed, that score answers instead of the rater, in TRL's form;
+            see ``spin_trainer.data.rewards.rewards_of``.
         answers: candidates of another engine for the only iteration; see ``spin_trainer.data.given_answers``.
         engine: engine that generates answers: "lm_core", or "vllm" (extra ``vllm``) for transformers models.
         engine_arguments: further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``.
@@ -109,7 +109,7 @@ class SelfRewardingTrainer(PairTrainer):
         *,
         train_dataset: Any,
         valid_dataset: Any = None,
-        reward: Callable[..., Any] | None = None,
+        reward: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
         answers: Any = None,
         engine: Engine = "lm_core",
         engine_arguments: Mapping[str, Any] | None = None,
@@ -135,7 +135,7 @@ class SelfRewardingTrainer(PairTrainer):
             raise ValueError("tokenizer is required: answers are scored as texts, got tokenizer=None")
         policy = check_policy(model, "model")
         self.eos_ids = as_eos_ids(end_ids(tokenizer, policy) if eos_id is None else eos_id)
-        self.reward = reward
+        self.rewards = [reward] if callable(reward) else list(reward or ())
         self.train_dataset, self.valid_dataset = training_and_validation(
             partial(
                 as_prompt_dataset,
@@ -173,7 +173,7 @@ class SelfRewardingTrainer(PairTrainer):
         )
         # the rater reads an answer next to its template
         request = self.settings.prompt(tokenizer, "", "")
-        rating = 0 if reward is not None else len(request) + self.settings.rating_max_new_tokens
+        rating = 0 if self.rewards else len(request) + self.settings.rating_max_new_tokens
         self._longest = 2 * self.settings.max_seq_len + rating
         loss = self.settings.preference_loss
         super().__init__(
@@ -200,7 +200,7 @@ class SelfRewardingTrainer(PairTrainer):
                 "loss": [getattr(loss, field.name) for field in fields(loss)],
                 "sampling": repr(sorted(self.sampling.description().items())),
                 "candidates": self.settings.candidates,
-                "reward": name_of_function(reward),
+                "reward": [name_of_function(function) for function in self.rewards],
                 "rater": fingerprint_of({field.name: getattr(self.settings, field.name) for field in fields(Rater)}),
                 "answers": None if self.given is None else answers_fingerprint(self.given),
             },
@@ -281,7 +281,7 @@ class SelfRewardingTrainer(PairTrainer):
             return data
 
         candidates = drawn(prompts, self.sampling, "candidates", given)
-        if self.reward is not None:
+        if self.rewards:
             return candidates.answers, self._rewarded(prompts, candidates, f"{split}-{iteration}")
         texts = self._texts(prompts, candidates.answers)
         return candidates.answers, self._rated(
@@ -336,8 +336,8 @@ class SelfRewardingTrainer(PairTrainer):
                 seed = seed_of("valid", self.settings.seed, index)
                 answers = answer_prompts(answering, [prompt.prompt for prompt in prompts], self.sampling, seed)
                 texts = self._texts(prompts, answers)
-                if self.reward is not None:
-                    scores = rewards_of(self.reward, prompts, texts, answers)
+                if self.rewards:
+                    scores = sums_of_rewards(self.rewards, prompts, texts, answers)
                 else:
                     scores = self._rated(prompts, texts, partial(self._live_ratings, answering, seed=seed))
                 known = [score for score in scores if score is not None]
@@ -354,8 +354,8 @@ class SelfRewardingTrainer(PairTrainer):
 
     def _rewarded(self, prompts: Sequence[Example], candidates: IterationData, kind: str) -> list[float | None]:
         """Scores of the reward function, computed once; each process scores its share of the answers."""
-        assert self.reward is not None
-        description = {"answers": candidates.answers_fingerprint, "reward": name_of_function(self.reward)}
+        names = [name_of_function(function) for function in self.rewards]
+        description = {"answers": candidates.answers_fingerprint, "reward": names}
         store = RowStore(self.run_folder / "generations", f"rewards-{kind}", description, rank=rank())
         answers, size = candidates.answers, self.sampling.batch_size
         for first in range(rank() * size, len(prompts), world_size() * size):
@@ -363,7 +363,7 @@ class SelfRewardingTrainer(PairTrainer):
             if rows:
                 asked = [prompt for row in rows if isinstance(prompt := prompts[row], Prompt)]
                 drawn = [answers[row] for row in rows]
-                values = rewards_of(self.reward, asked, self._texts(asked, drawn), drawn)
+                values = sums_of_rewards(self.rewards, asked, self._texts(asked, drawn), drawn)
                 store.append({"row": row, "score": value} for row, value in zip(rows, values, strict=True))
         barrier()
         store.refresh()

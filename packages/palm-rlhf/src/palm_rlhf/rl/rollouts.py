@@ -152,7 +152,15 @@ def draw_rollout(
         recorder = _KeptSets() if filters or least else None
         with torch.no_grad(), eval_mode(policy):
             filters = [*filters, *([] if recorder is None else [recorder])]
-            result = policy.generate(ids, role=role, filters=filters, use_cache=settings.use_cache, **common)
+            result = policy.generate(
+                ids,
+                role=role,
+                filters=filters,
+                use_cache=settings.use_cache,
+                stop_strings=settings.stop_strings,
+                tokenizer=tokenizer if settings.stop_strings else None,
+                **common,
+            )
     # cut responses at the length limit and at stop strings
     finished = result.finished.tolist()
     responses, texts = [], []

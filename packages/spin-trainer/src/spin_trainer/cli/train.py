@@ -205,7 +205,8 @@ def self_reward(
     *,
     run: PolicyRun,
     settings: SelfRewardingSettings,
-    reward: list[str] | str = "self",
+    reward: str | None = None,
+    further_rewards: list[str] | None = None,
     answers: str | None = None,
     engine: Engine = "lm_core",
     engine_arguments: dict[str, Any] | None = None,
@@ -215,14 +216,16 @@ def self_reward(
     Args:
         run: model, data and folder.
         settings: settings of self-rewarding.
-        reward: what scores answers: self, the model's own ratings, or a function module:function; several are summed.
+        reward: function module:function that scores answers, instead of the model's ratings.
+        further_rewards: rewards that are added to it.
         answers: candidates of the model at the start that another engine made, one row with a list for each of the
             data; see ``spin-trainer prompts``.
         engine: engine that generates answers: lm_core, or vllm, for models of transformers on one process.
         engine_arguments: further arguments of vllm.LLM in JSON, such as '{"gpu_memory_utilization": 0.4}'.
     """
-    names = [reward] if isinstance(reward, str) else reward
-    functions = [] if names == ["self"] else [_imported(name) for name in names]
+    if further_rewards and reward is None:
+        raise ValueError(f"further_rewards go with reward, got {further_rewards} and no reward")
+    functions = [_imported(name) for name in [*([] if reward is None else [reward]), *(further_rewards or [])]]
     model, data = run.required(settings.device)
     arguments = run.trainer_arguments(model)
     trainer = SelfRewardingTrainer(

@@ -311,7 +311,7 @@ def _transformers_model(model: Any) -> Any:
 
 
 def _pack_output_layers(model: nn.Module) -> None:
-    """Packs output layers anew for vLLM's CPU kernels: tied ones get no weights of their own on an update."""
+    """Packs output layers again for vLLM's CPU kernels: tied ones get no weights of their own on an update."""
     module: Any
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":

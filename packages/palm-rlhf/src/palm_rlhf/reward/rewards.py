@@ -254,7 +254,7 @@ def as_reward(reward: Any) -> Reward:
 
 
 def reward_identity(reward: Reward | None) -> str | None:
-    """A description that tells one reward from another, to recognise the reward of a run.
+    """A description that distinguishes rewards, to recognise the reward of a run.
 
     Models are known by their weights, functions by name, arguments of ``functools.partial`` and source. What a function
     calls or reads is not followed.

@@ -151,7 +151,7 @@ def page_extras(page: str, name: str) -> str:
 
 
 def wheel_requirements(wheel: Path) -> list[Requirement]:
-    """What a wheel requires on this machine, without its extras."""
+    """Requirements of a wheel on this machine, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         lines = archive.read(name).decode("utf-8").partition("\n\n")[0].splitlines()

@@ -86,7 +86,7 @@ class Experience(Rollout):
         return replace(self, **chosen)
 
     def sampled_by(self) -> dict[str, Any]:
-        """How the responses were sampled: arguments of ``ActorCritic.score``."""
+        """Sampling of the responses, as arguments of ``ActorCritic.score``."""
         return {"temperature": self.temperature, "kept": self.kept, "repetition_penalty": self.repetition_penalty}
 
     def state_dict(self) -> dict[str, Any]:

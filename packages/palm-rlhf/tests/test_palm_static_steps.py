@@ -22,11 +22,11 @@ def traced(monkeypatch):
 
 def prompts(*lengths):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(0, 15, (length,), generator=generator) for length in lengths]
+    return [torch.randint(0, 13, (length,), generator=generator) for length in lengths]
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_xpos": False}, {"kv_heads": 2, "qk_rmsnorm": True}, {"scope": 2}])
-@pytest.mark.parametrize("lengths", [(5, 3, 1), (4, 4)])
+@pytest.mark.parametrize("lengths", [(5, 3, 1)])
 def test_compiled_steps_give_the_eager_tokens(make_palm, traced, settings, lengths):
     settings = dict(settings)
     scope = {}

@@ -79,6 +79,8 @@ def scored(options: Namespace, model: MemoryAugmentedLM, documents: Documents, *
         segment_length=model.segment_length,
         batch_size=1,
         use_memory=use_memory,
+        # the memory of a document is empty as long as the window holds all of it
+        ranges=(0, *(model.window * 2**power for power in range(9))),
     )
 
 
@@ -114,10 +116,18 @@ def draw(options: Namespace, runs: list[dict[str, Any]]) -> Path | None:
         for run in runs:
             positions, values = zip(*run[variant], strict=True)
             label = variant if run is runs[0] else None
-            axes.plot([max(1, p) for p in positions], values, marker="o", color=f"C{number}", alpha=0.7, label=label)
-    half = options.context // 2
-    axes.axvspan(1, options.context, color="grey", alpha=0.12, label=f"window and segment ({options.context})")
-    axes.axvline(2 * half, color="black", linestyle=":", label="first eviction")
+            axes.plot(
+                [max(options.context / 4, p) for p in positions],
+                values,
+                marker="o",
+                color=f"C{number}",
+                alpha=0.7,
+                label=label,
+            )
+    axes.axvspan(
+        options.context / 2, options.context, color="grey", alpha=0.12, label=f"window and segment ({options.context})"
+    )
+    axes.axvline(options.context / 2, color="black", linestyle=":", label="first eviction, at the earliest")
     axes.set(xscale="log", xlabel="position in the file, from (tokens)", ylabel="bits per token, a line a seed")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

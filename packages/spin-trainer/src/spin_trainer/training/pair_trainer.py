@@ -239,7 +239,7 @@ class PairTrainer(PolicyTrainer):
                     split.complete(policy, lambda: self.session.stop_requested, scores=scored, engine=engine)
 
     def _answering(self) -> Any:
-        """What generates answers: the policy, or the engine with the policy's current weights."""
+        """The generator of answers: the policy, or the engine with the policy's current weights."""
         if self.engine is None:
             return self.policy
         if self._sent_step != self.session.step:

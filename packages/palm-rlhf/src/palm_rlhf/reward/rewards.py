@@ -77,7 +77,7 @@ class ModelReward(RolloutReward):
                 self.model(ids, prompt_lengths=prompts, lengths=lengths)
                 for ids, prompts, lengths in zip(*parts, strict=True)
             ]
-        return torch.cat(scores)
+        return check_scores(torch.cat(scores), rollout)
 
 
 @dataclass
@@ -133,7 +133,7 @@ class ClassifierReward(RolloutReward):
         if too_long:
             self.truncated += too_long
             warnings.warn(f"{too_long} of {len(texts)} texts exceed the reward's limit, cut on the left", stacklevel=2)
-        return scores
+        return check_scores(scores, rollout)
 
     def _text(self, prompt: str, completion: str, messages: Any) -> str:
         if messages is None or not getattr(self.tokenizer, "chat_template", None):
@@ -176,7 +176,8 @@ class FunctionReward(RolloutReward):
         parameters = _parameters(self.function)
         if not _is_text_function(parameters, rollout):
             more = {"lengths": rollout.lengths} if "lengths" in parameters else {}
-            return _as_scores(self.function(rollout.ids, rollout.prompt_lengths, **more), rollout, self.function)
+            values = self.function(rollout.ids, rollout.prompt_lengths, **more)
+            return check_scores(_as_scores(values, rollout, self.function), rollout)
         arguments = _text_arguments(rollout, log)
         required = [name for name, parameter in parameters.items() if _is_required(parameter)]
         if missing := [name for name in required if name not in arguments]:
@@ -192,7 +193,8 @@ class FunctionReward(RolloutReward):
         for name, column in log.columns.items():
             if len(column) != len(rollout):
                 raise ValueError(f"log_extra({name!r}) needs {len(rollout)} values, one a response, got {len(column)}")
-        return _as_scores(values, rollout, self.function)
+        scores = _as_scores(values, rollout, self.function)
+        return check_scores(scores, rollout) if isinstance(values, Tensor) else scores  # only None leaves one out
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class CoCaTrainer:
                 "preprocessing": asdict(preprocessing),
             },
             tokenizer=self.tokenizer,
+            assets=model.write_assets,  # a sharded model is saved as a state dict, without its files
             validate=lambda: self._alone(self._validate),
             record={
                 "model": arguments,

@@ -8,7 +8,7 @@ Legend: b batch, n sequence, h query heads, g key/value heads, d head feature.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,7 @@ class Positions:
         return cls(rotation, xpos, visible, every_query_sees_a_key=position is not None)
 
 
+@runtime_checkable
 class Adapters(Protocol):
     """Trainable branches next to the two projections of one block."""
 

@@ -34,7 +34,7 @@ _SHORT_USAGE = 12
 # Help of arguments that many commands share, for those without an entry in their docstring.
 _COMMON_HELP = {
     "checkpoint_dir": "folder of the run.",
-    "compile": "compiles the loss (torch.compile).",
+    "compile": "compiles (torch.compile) the model's blocks in training, the step of a token in generation.",
     "data": "training data: files, folders or globs, or organisation/name on the hub.",
     "device": "auto takes CUDA, then MPS, then the CPU.",
     "field": "column of the text, in formats with columns.",

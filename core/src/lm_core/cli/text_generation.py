@@ -62,7 +62,7 @@ class TextGeneration(SamplingFlags):
         seed: random seed.
         tokenizer: tokenizer to use instead of the one in the checkpoint.
         device: auto takes CUDA, then MPS, then the CPU.
-        compile: compiles the decoding step (torch.compile), about a minute; worth it for long texts.
+        compile: compiles (torch.compile) the model's blocks in training, the step of a token in generation.
         progress: shows a progress bar.
 
     Raises:

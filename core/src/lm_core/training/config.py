@@ -19,7 +19,7 @@ class RunSettings:
         max_seconds: time limit in seconds, after which the run saves a checkpoint to resume from and stops.
         max_grad_norm: bound of the gradients' global norm; null only measures it.
         precision: auto is bf16 on a GPU that has it and fp32 elsewhere.
-        compile: compiles the model block by block (torch.compile).
+        compile: compiles (torch.compile) the model's blocks in training, the step of a token in generation.
         fsdp: shards weights, gradients and optimizer state over the processes (FSDP).
         seed: random seed.
         device: auto takes CUDA, then MPS, then the CPU.

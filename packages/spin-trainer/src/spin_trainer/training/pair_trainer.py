@@ -8,6 +8,7 @@ phase and resumed ends with the weights of an uninterrupted one, bit for bit (``
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ class SPINResult(TrainingResult):
         return self.step
 
 
-class PairTrainer(PolicyTrainer):
+class PairTrainer(PolicyTrainer, ABC):
     """Trains a policy on pairs of a better and a worse answer, in iterations.
 
     Subclasses make the pairs of an iteration in ``_iteration_data``.
@@ -129,17 +130,17 @@ class PairTrainer(PolicyTrainer):
 
     # -------------------------------------------------------------------------------- what differs by trainer
 
+    @abstractmethod
     def _iteration_data(self) -> tuple[IterationData, IterationData | None]:
         """Pairs of the iteration, for training and held out, made now or read from disk; every process calls it."""
-        raise NotImplementedError
 
     def _reference_policy(self) -> Any:
         """The ``CausalLM`` that answers and scores at the beginning of an iteration."""
         return self.policy
 
+    @abstractmethod
     def _pairs_of(self, iteration: int) -> int | None:
         """Number of pairs of an iteration; None if it is not known beforehand."""
-        raise NotImplementedError
 
     def _learning_rate(self) -> float:
         return self.settings.learning_rate

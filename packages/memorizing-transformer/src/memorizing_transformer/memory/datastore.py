@@ -194,7 +194,10 @@ def read_corpus(directory: Path) -> tuple[Documents, dict[str, Any]]:
     lengths = stored["lengths"].numpy()
     sizes = stored["byte_lengths"].numpy()
     corpus = Documents(
-        ids=stored["ids"].numpy(), starts=np.cumsum(lengths) - lengths, lengths=lengths, byte_lengths=sizes
+        ids=stored["ids"].numpy().view(np.uint32),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        byte_lengths=sizes,
     )
     return corpus, dict(stored["made_from"])
 

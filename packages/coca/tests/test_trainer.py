@@ -239,7 +239,6 @@ def test_batches_do_not_depend_on_the_number_of_processes():
         ({"TINY_OPEN_CLIP": "1"}, {"TINY_FSDP": "1"}),
         ({}, {"TINY_MICRO": "3"}),
         ({}, {"TINY_MICRO": "2", "TINY_FSDP": "1"}),
-        pytest.param({}, {"TINY_FSDP": "1", "TINY_COMPILE": "1"}, marks=pytest.mark.slow),
     ],
     ids=[
         "ours",
@@ -249,7 +248,6 @@ def test_batches_do_not_depend_on_the_number_of_processes():
         "FSDP, open_clip's",
         "accumulated",
         "FSDP, accumulated",
-        "FSDP, compiled",
     ],
 )
 def test_two_processes_train_as_one_does(start_run, launcher, tmp_path, both, two_processes):
@@ -347,8 +345,7 @@ class Slow:
 
 if __name__ == "__main__":
     assert int(os.environ.get("WORLD_SIZE", "1")) == int(os.environ.get("EXPECTED_WORLD_SIZE", "1"))
-    more = {"fsdp": "TINY_FSDP" in os.environ, "compile": "TINY_COMPILE" in os.environ}
-    more["micro_batches"] = int(os.environ.get("TINY_MICRO", "1"))
+    more = {"fsdp": "TINY_FSDP" in os.environ, "micro_batches": int(os.environ.get("TINY_MICRO", "1"))}
     stops = [StopAt(int(os.environ["TINY_STOP"]))] if "TINY_STOP" in os.environ else []
     changes = {"gradient_checkpointing": True} if "TINY_RECOMPUTE" in os.environ else {}
     tiny_trainer(sys.argv[1], replace(TINY, **more), trackers=[Slow(), *stops], **changes).train()

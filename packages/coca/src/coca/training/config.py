@@ -43,6 +43,9 @@ class TrainingSettings(CommonSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_counts("batch_size", "micro_batches")
+        if self.compile and self.fsdp:
+            # blocks whose texts differ in length from batch to batch: inductor's backward asserts another shape
+            raise ValueError("compile must be False with fsdp=True for CoCa, whose backward torch.compile gets wrong")
         for name, least in (("max_length", 3), ("shift", 0), ("workers", 0), ("validation_captions", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -7,6 +7,7 @@ such as those of FSDP, run around the compiled code.
 
 import contextlib
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -69,6 +70,9 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
         for block in blocks:
             stack.callback(_restore_forward, block, vars(block).get("forward"))
             block.forward = _CompiledForward(block)
+        # dynamo looks at the gradients of a block's inputs, which are no leaves
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield
 
 

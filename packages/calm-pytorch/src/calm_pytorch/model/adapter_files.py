@@ -47,8 +47,10 @@ def save_adapter(
     occupied = target.is_dir() and any(target.iterdir())
     if occupied and not (overwrite and (target / ADAPTER_FILE).is_file()):
         raise FileExistsError(f"directory must be new or empty, or an adapter with overwrite=True, got {target}")
-    named = unwrapped(cross_attns).state_dict().items()
-    state: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
+    # not state_dict(), for which FSDP would shard gathered weights again; there are no buffers
+    named = unwrapped(cross_attns).named_parameters()
+    # copies: FSDP frees the memory of gathered weights, which a view for hashing would hold
+    state = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named}
     stored = {"format_version": 2, **wiring, "models": dict(models)}
     metadata = {METADATA_KEY: json.dumps({**stored, "sha256": _digest(state, stored)})}
     if not occupied:

@@ -541,5 +541,5 @@ def test_a_wrapped_model_is_evaluated_as_the_model_itself(tiny_model, wrap):
     model, documents = tiny_model(clear_memories_on_eos_token_id=19), tokenise([[1, 2, 3] * 9, [4, 5] * 9])
     reading = {"eos_id": 19, "segment_length": 8}
     assert evaluate(wrap(model), documents, **reading) == evaluate(model, documents, **reading)
-    with pytest.raises(TypeError, match="model must be a MemorizingTransformer, got Linear"):
+    with pytest.raises(TypeError, match="model must be a MemorizingTransformer or a MemoryAugmentedLM, got Linear"):
         evaluate(torch.nn.Linear(2, 2), documents, **reading)

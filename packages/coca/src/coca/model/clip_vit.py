@@ -10,12 +10,11 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from coca.model.patch_tokens import check_images, check_sizes, through_blocks
 from coca.model.sequential_block import Activation, SequentialBlock
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import check_positive, typed
-from lm_core.nn.parallel_block import Positions
+from lm_core.checks import typed
 
 
 class CLIPVisionTransformer(PretrainedMixin):
@@ -55,11 +54,8 @@ class CLIPVisionTransformer(PretrainedMixin):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
-        for name, value in {**sizes, "channels": channels, "dim_head": dim_head, "ff_mult": ff_mult}.items():
-            check_positive(value, name)
-        if image_size % patch_size:
-            raise ValueError(f"patch_size must divide image_size = {image_size}, got {patch_size}")
+        sizes = {"dim": dim, "depth": depth, "channels": channels, "dim_head": dim_head}
+        check_sizes(image_size, patch_size, **sizes, heads=heads, ff_mult=ff_mult)
         self.image_size = image_size
         self.channels = channels
         self.dim = dim
@@ -77,14 +73,8 @@ class CLIPVisionTransformer(PretrainedMixin):
         Raises:
             ValueError: the images have another size or number of channels.
         """
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
+        check_images(images, self.channels, self.image_size)
         patches = rearrange(self.to_tokens(images), "b d h w -> b (h w) d")
         first = repeat(self.class_token.to(patches.dtype), "d -> b 1 d", b=len(images))
         x = self.norm(torch.cat((first, patches), dim=1) + self.positions)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        no_rotary = Positions()  # positions are embedded in the tokens already
-        for layer in self.layers:
-            x = checkpoint(layer, x, no_rotary, use_reentrant=False) if recompute else layer(x, no_rotary)
-        return x
+        return through_blocks(self.layers, x, recompute=self.gradient_checkpointing and self.training)

@@ -11,12 +11,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from coca.model.patch_tokens import check_images, check_sizes, through_blocks
 from lm_core.checkpoints.pretrained import PretrainedMixin
-from lm_core.checks import check_positive, typed
+from lm_core.checks import typed
 from lm_core.nn.norms import LayerNorm
-from lm_core.nn.parallel_block import ParallelBlock, Positions
+from lm_core.nn.parallel_block import ParallelBlock
 
 
 class VisionTransformer(PretrainedMixin):
@@ -52,11 +52,8 @@ class VisionTransformer(PretrainedMixin):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "channels": channels}
-        for name, value in {**sizes, "dim_head": dim_head, "heads": heads, "ff_mult": ff_mult}.items():
-            check_positive(value, name)
-        if image_size % patch_size:
-            raise ValueError(f"patch_size must divide image_size = {image_size}, got {patch_size}")
+        sizes = {"dim": dim, "depth": depth, "channels": channels, "dim_head": dim_head}
+        check_sizes(image_size, patch_size, **sizes, heads=heads, ff_mult=ff_mult)
         self.image_size = image_size
         self.patch_size = patch_size
         self.channels = channels
@@ -75,15 +72,10 @@ class VisionTransformer(PretrainedMixin):
         Raises:
             ValueError: the images have another size or number of channels.
         """
-        expected = (self.channels, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be (b, {', '.join(map(str, expected))}), got shape {tuple(images.shape)}")
+        check_images(images, self.channels, self.image_size)
         p = self.patch_size
         x = self.to_tokens(rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)) + self.positions
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        no_rotary = Positions()  # positions are embedded in the tokens already
-        for layer in self.layers:
-            x = checkpoint(layer, x, no_rotary, use_reentrant=False) if recompute else layer(x, no_rotary)
+        x = through_blocks(self.layers, x, recompute=self.gradient_checkpointing and self.training)
         return self.norm(x)
 
 

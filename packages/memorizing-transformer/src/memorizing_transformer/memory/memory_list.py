@@ -1,16 +1,76 @@
 """The memories of all memorizing layers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lm_core.checks import typed
+import torch
+
+from lm_core.checks import check_positive, typed
 from memorizing_transformer.memory.directory import MemoryDirectory
 from memorizing_transformer.memory.knn_memory import KNNMemory, read_state, write_state
 
 FILE = "memories.safetensors"
+
+
+class CreatesMemories(ABC):
+    """A model that creates its memories.
+
+    Attributes:
+        memory_settings: arguments of ``KNNMemory``.
+        memorizing_layers: layers with a memory.
+        directory_argument: name of the attribute with the folder of memory-mapped memories.
+    """
+
+    memory_settings: dict[str, Any]
+    memorizing_layers: tuple[int, ...]
+    directory_argument: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the weights."""
+
+    def create_knn_memories(
+        self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
+    ) -> "KNNMemoryList":
+        """Memories, one for each memorizing layer: empty, or with ``name`` those of an existing folder.
+
+        Args:
+            batch_size: batch rows.
+            name: name of a kept folder in the model's folder of memories; None for a scratch folder, until ``cleanup``.
+            timeout: seconds to wait for another process that uses the folder.
+            **settings: arguments of ``KNNMemory`` other than the model's.
+
+        Raises:
+            ValueError: a name without the model's folder of memories, or a folder with other memories.
+            TimeoutError: another process uses the folder.
+        """
+        check_positive(batch_size, "batch_size")
+        directory = getattr(self, self.directory_argument)
+        if name is not None and directory is None:
+            raise ValueError(f"name {name!r} needs a model with {self.directory_argument}, got None")
+        create = KNNMemoryList.create_memories(
+            batch_size=batch_size,
+            num_memory_layers=len(self.memorizing_layers),
+            memories_directory=directory,
+            name=name,
+            timeout=timeout,
+        )
+        place = {} if directory is not None else {"device": self.device}
+        return create(**{**self.memory_settings, **place, **settings})
+
+    @contextmanager
+    def knn_memories_context(self, **settings: Any) -> "Iterator[KNNMemoryList]":
+        """``create_knn_memories`` for a block; their files are closed at its end, also after an error."""
+        memories = self.create_knn_memories(**settings)
+        try:
+            yield memories
+        finally:
+            memories.cleanup()
 
 
 class KNNMemoryList(list[KNNMemory]):

@@ -12,7 +12,7 @@ Legend: b batch, n sequence, v vocabulary, d feature, g key heads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from lm_core.checkpoints.pretrained import PretrainedMixin
 from lm_core.checks import check_ids, check_mask, check_positive, typed
 from lm_core.losses.losses import linear_cross_entropy
 from memorizing_transformer.memory.knn_memory import Backend
-from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.memory.memory_list import CreatesMemories, KNNMemoryList
 from memorizing_transformer.memory.ring_storage import StorageFormat
 from memorizing_transformer.model.attention import stacked
 from memorizing_transformer.model.augmented_cache import AugmentedCache
@@ -43,7 +43,7 @@ LARGEST = {"num_retrieved": 2**16, "segment_length": 2**20, "window": 2**20, "lo
 IGNORED = -100
 
 
-class MemoryAugmentedLM(PretrainedMixin):
+class MemoryAugmentedLM(CreatesMemories, PretrainedMixin):
     """A transformers causal language model with a kNN memory in some of its attention layers.
 
     Hooks on the model's projections exist during a call only, so the model itself stays as it was.
@@ -70,7 +70,8 @@ class MemoryAugmentedLM(PretrainedMixin):
         TypeError: ``model`` is no causal language model of transformers, or an argument is of another type.
     """
 
-    local_arguments = frozenset({"memories_directory"})
+    directory_argument = "memories_directory"
+    local_arguments = frozenset({directory_argument})
     max_length = None
 
     @typed
@@ -210,33 +211,6 @@ class MemoryAugmentedLM(PretrainedMixin):
     def memory_attentions(self) -> list[MemoryReader]:
         """The readers of the layers with a memory, in order."""
         return list(self.readers)  # type: ignore[arg-type]
-
-    def create_knn_memories(
-        self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
-    ) -> KNNMemoryList:
-        """Memories, one for each layer; see ``MemorizingTransformer.create_knn_memories``."""
-        check_positive(batch_size, "batch_size")
-        directory = self.memories_directory
-        if name is not None and directory is None:
-            raise ValueError(f"name {name!r} needs a model with memories_directory, got None")
-        create = KNNMemoryList.create_memories(
-            batch_size=batch_size,
-            num_memory_layers=len(self.memorizing_layers),
-            memories_directory=directory,
-            name=name,
-            timeout=timeout,
-        )
-        place = {} if directory is not None else {"device": self.device}
-        return create(**{**self.memory_settings, **place, **settings})
-
-    @contextmanager
-    def knn_memories_context(self, **settings: Any) -> Iterator[KNNMemoryList]:
-        """``create_knn_memories`` for a block; their files are closed at its end, also after an error."""
-        memories = self.create_knn_memories(**settings)
-        try:
-            yield memories
-        finally:
-            memories.cleanup()
 
     # ------------------------------------------------------------------------------------------------------- reading
 

@@ -9,8 +9,7 @@ shift of s, the i-th layer with a window (a memory) reads that of the (i + s)-th
 Legend: b batch, n sequence, d feature, v vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +28,7 @@ from lm_core.generation.sampling import top_k as top_fraction
 from lm_core.losses.losses import linear_cross_entropy
 from lm_core.nn.masking import maybe_and_mask
 from memorizing_transformer.memory.knn_memory import Backend
-from memorizing_transformer.memory.memory_list import KNNMemoryList
+from memorizing_transformer.memory.memory_list import CreatesMemories, KNNMemoryList
 from memorizing_transformer.memory.ring_storage import StorageFormat
 from memorizing_transformer.model.generation_cache import MemoryCache
 from memorizing_transformer.model.knn_attention import Gate, MemorizingAttention, outside_graphs, packed, whole_number
@@ -58,7 +57,7 @@ LARGEST = {
 }
 
 
-class MemorizingTransformer(PretrainedMixin):
+class MemorizingTransformer(CreatesMemories, PretrainedMixin):
     """A causal language model with a kNN memory.
 
     Args:
@@ -100,7 +99,8 @@ class MemorizingTransformer(PretrainedMixin):
     """
 
     # a place on this machine: neither stored nor taken from a file
-    local_arguments = frozenset({"knn_memories_directory"})
+    directory_argument = "knn_memories_directory"
+    local_arguments = frozenset({directory_argument})
 
     @typed
     def __init__(
@@ -239,44 +239,6 @@ class MemorizingTransformer(PretrainedMixin):
     def memory_attentions(self) -> list[MemorizingAttention]:
         """The attentions that search a memory, in order."""
         return [module for module in self.layers.modules() if isinstance(module, MemorizingAttention)]
-
-    def create_knn_memories(
-        self, *, batch_size: int, name: str | None = None, timeout: float = 10.0, **settings: Any
-    ) -> KNNMemoryList:
-        """Memories, one for each memorizing layer: empty, or with ``name`` those of an existing folder.
-
-        Args:
-            batch_size: batch rows.
-            name: name of a kept folder in ``knn_memories_directory``; None for a scratch folder, until ``cleanup``.
-            timeout: seconds to wait for another process that uses the folder.
-            **settings: arguments of ``KNNMemory`` other than the model's.
-
-        Raises:
-            ValueError: a name without ``knn_memories_directory``, or a folder with other memories.
-            TimeoutError: another process uses the folder.
-        """
-        check_positive(batch_size, "batch_size")
-        directory = self.knn_memories_directory
-        if name is not None and directory is None:
-            raise ValueError(f"name {name!r} needs a model with knn_memories_directory, got None")
-        create = KNNMemoryList.create_memories(
-            batch_size=batch_size,
-            num_memory_layers=len(self.memorizing_layers),
-            memories_directory=directory,
-            name=name,
-            timeout=timeout,
-        )
-        place = {} if directory is not None else {"device": self.device}
-        return create(**{**self.memory_settings, **place, **settings})
-
-    @contextmanager
-    def knn_memories_context(self, **settings: Any) -> Iterator[KNNMemoryList]:
-        """``create_knn_memories`` for a block; their files are closed at its end, also after an error."""
-        memories = self.create_knn_memories(**settings)
-        try:
-            yield memories
-        finally:
-            memories.cleanup()
 
     def forward(
         self,

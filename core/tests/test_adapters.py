@@ -241,10 +241,10 @@ def test_no_hidden_where_logits_are_more_than_a_product(hugging_face, decoder, k
 def test_a_cache_of_nested_tuples_is_reordered_and_cloned_too():
     # What transformers before its cache objects hands back.
     cache = HuggingFaceCache(3)
-    cache.library_cache = tuple((torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)) for _ in range(2))
-    before, clone = cache.library_cache, cache.clone()
+    cache.transformers_cache = tuple((torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)) for _ in range(2))
+    before, clone = cache.transformers_cache, cache.clone()
     cache.reorder(torch.tensor([2, 0]))
-    for layer, copied, old in zip(cache.library_cache, clone.library_cache, before, strict=True):
+    for layer, copied, old in zip(cache.transformers_cache, clone.transformers_cache, before, strict=True):
         for tensor, copied_tensor, old_tensor in zip(layer, copied, old, strict=True):
             assert torch.equal(tensor, old_tensor[[2, 0]])
             assert torch.equal(copied_tensor, old_tensor)

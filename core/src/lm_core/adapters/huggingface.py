@@ -54,41 +54,41 @@ class HuggingFaceCache(AdapterCache):
     def __init__(self, *sizes: Any) -> None:
         super().__init__(*sizes)
         # Made by the model in the first call, because only the model knows which of its layers use sliding windows.
-        self.library_cache: Any = None
+        self.transformers_cache: Any = None
 
     def _made_static(self, capacity: int) -> Tensor:
         from transformers.cache_utils import Cache
 
-        kinds = {type(layer).__name__ for layer in getattr(self.library_cache, "layers", [])}
+        kinds = {type(layer).__name__ for layer in getattr(self.transformers_cache, "layers", [])}
         if not kinds or not kinds <= _LAYERS_WITH_A_STATIC_FORM:
-            kind = ", ".join(sorted(kinds)) or type(self.library_cache).__name__
+            kind = ", ".join(sorted(kinds)) or type(self.transformers_cache).__name__
             raise ValueError(f"the library's cache ({kind}) has no static form")
-        layers = self.library_cache.layers
+        layers = self.transformers_cache.layers
         position = torch.tensor(self.length, device=layers[0].keys.device)
-        self.library_cache = Cache(layers=[_static_layer_type()(layer, position, capacity) for layer in layers])
+        self.transformers_cache = Cache(layers=[_static_layer_type()(layer, position, capacity) for layer in layers])
         return position
 
     def _select(self, index: Tensor) -> None:
         if self.position is not None:
-            for layer in self.library_cache.layers:
+            for layer in self.transformers_cache.layers:
                 layer.keys = selected_rows(layer.keys, index, in_place=True)
                 layer.values = selected_rows(layer.values, index, in_place=True)
-        elif isinstance(self.library_cache, (tuple, list)):
-            self.library_cache = _rows_of_tuples(self.library_cache, index)
-        elif self.library_cache is not None:
-            self.library_cache.reorder_cache(index)
+        elif isinstance(self.transformers_cache, (tuple, list)):
+            self.transformers_cache = _rows_of_tuples(self.transformers_cache, index)
+        elif self.transformers_cache is not None:
+            self.transformers_cache.reorder_cache(index)
 
     def clone(self) -> AdapterCache:
         """An independent copy: calls make new, longer tensors, so only their containers are copied."""
         if self.position is not None:
             return copy.deepcopy(self)
         clone: Any = super().clone()
-        clone.library_cache = copy.copy(self.library_cache)
-        if self.library_cache is not None and not isinstance(self.library_cache, (tuple, list)):
-            for name, value in vars(self.library_cache).items():
+        clone.transformers_cache = copy.copy(self.transformers_cache)
+        if self.transformers_cache is not None and not isinstance(self.transformers_cache, (tuple, list)):
+            for name, value in vars(self.transformers_cache).items():
                 if isinstance(value, list):
                     entries = [entry if isinstance(entry, Tensor) else copy.copy(entry) for entry in value]
-                    setattr(clone.library_cache, name, entries)
+                    setattr(clone.transformers_cache, name, entries)
         return clone
 
 
@@ -184,15 +184,15 @@ class HuggingFaceLM(Adapter):
         if self.max_cached_length is not None and cache.position is None:
             self._check_cached_length(self.max_cached_length, ids.shape[1], mask, cache)
         settings: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if cache.library_cache is not None:
-            settings["past_key_values"] = cache.library_cache
+        if cache.transformers_cache is not None:
+            settings["past_key_values"] = cache.transformers_cache
         if mask is not None:
             settings["attention_mask"] = mask.long()
         if self._takes_positions and (mask is not None or cache.position is not None):
             settings["position_ids"] = _positions(ids, mask, cache.position)
         module = inner.base_model if hidden else self.model
         output = module(input_ids=ids, **settings, **kwargs)
-        cache.library_cache = output.past_key_values
+        cache.transformers_cache = output.past_key_values
         states: Tensor = output[0] if hidden else output.logits
         return states
 

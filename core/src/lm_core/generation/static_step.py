@@ -90,10 +90,10 @@ def reason_against_static_steps(model: Any) -> str | None:
 
 
 def warn_of_fallback(model: Any, reason: str) -> None:
-    """Says once for a model that its steps run eagerly."""
-    said = _fallbacks.setdefault(_owner(model), set()) if isinstance(model, nn.Module) else set()
-    if reason not in said:
-        said.add(reason)
+    """Warns once for a model that its steps run eagerly."""
+    known = _fallbacks.setdefault(_owner(model), set()) if isinstance(model, nn.Module) else set()
+    if reason not in known:
+        known.add(reason)
         warnings.warn(f"decoding continues with the eager step: {reason}", RuntimeWarning, stacklevel=2)
 
 
@@ -114,7 +114,7 @@ def compiled_step(model: Any, rows: int, capacity: int, *, is_masked: bool) -> S
 
 
 def _owner(model: nn.Module) -> nn.Module:
-    """The module whose lifetime counts: an adapter may be made anew for each call."""
+    """The module whose lifetime counts: an adapter may be new in each call."""
     return model.model if isinstance(model, Adapter) and isinstance(model.model, nn.Module) else model
 
 
